@@ -1,0 +1,98 @@
+"""One way to show progress: a rich bar on a terminal, plain lines when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass
+class ProgressLine:
+    """A task under way: call `advance(n, note)`; it tells rate and time left by itself."""
+
+    title: str
+    total: int | None
+    unit: str
+    _bar: Progress | None = None
+    _start: float = field(default_factory=time.monotonic)
+    _first: int = 0
+    _done: int = 0
+    _printed: float = field(default_factory=time.monotonic)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count `n` more units as done; `note` is shown behind the rate (figures, say)."""
+        self._done += n
+        if self._bar is not None:
+            text = self._rate() + (f" · {note}" if note else "")
+            self._bar.update(self._bar.task_ids[0], completed=self._done, note=text)
+        elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            print(self._line(note), file=sys.stderr, flush=True)
+
+    def finish(self, note: str = "") -> None:
+        """Print the closing line where there is no bar."""
+        if self._bar is None:
+            print(self._line(note), file=sys.stderr, flush=True)
+
+    def _per_second(self) -> float:
+        return (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
+
+    def _rate(self) -> str:
+        return f"{self._per_second():,.0f} {self.unit}/s"
+
+    def _line(self, note: str) -> str:
+        total = f"/{self.total:,}" if self.total is not None else ""
+        parts = [f"{self.title}: {self._done:,}{total} {self.unit}", self._rate()]
+        if self.total is not None and self._done < self.total and self._done > self._first:
+            parts.append(f"{(self.total - self._done) / self._per_second():,.0f} s left")
+        if note:
+            parts.append(note)
+        return " · ".join(parts)
+
+
+@contextmanager
+def progress(
+    title: str, total: int | None, unit: str, *, done: int = 0, quiet: bool = False
+) -> Iterator[ProgressLine]:
+    """Show a task of `total` units; `done` of them were there before (a resumed run)."""
+    if quiet:
+        yield _Silent(title, total, unit)
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        line = ProgressLine(title, total, unit, _first=done, _done=done)
+        yield line
+        line.finish()
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    ) as bar:
+        bar.add_task(title, total=total, completed=done, note="")
+        yield ProgressLine(title, total, unit, _bar=bar, _first=done, _done=done)
+
+
+class _Silent(ProgressLine):
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done += n
+
+    def finish(self, note: str = "") -> None:
+        return
