@@ -1,0 +1,39 @@
+"""The embedded world: rendered scenes whose truth is known, and the small CLIP trained on them.
+
+Builds on Pillow, NumPy and matplotlib's fonts; `train` needs torch and transformers as well.
+Start with `CalibrationWorld`; `python -m sparsight.calibration.train` makes the CLIP again.
+"""
+
+from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
+from sparsight.calibration.weights import CLIP_FOLDER
+from sparsight.calibration.world import (
+    ATTRIBUTES,
+    IMAGE_SIZE,
+    PATCH_GRID,
+    PATCH_SIZE,
+    CalibrationWorld,
+    RenderedScene,
+    Scene,
+    SceneObject,
+    WorldConfig,
+    Writing,
+    write_on,
+)
+
+__all__ = [
+    "ATTRIBUTES",
+    "CLIP_FOLDER",
+    "COLOURS",
+    "IMAGE_SIZE",
+    "PATCH_GRID",
+    "PATCH_SIZE",
+    "PATTERNS",
+    "SYMBOLS",
+    "CalibrationWorld",
+    "RenderedScene",
+    "Scene",
+    "SceneObject",
+    "WorldConfig",
+    "Writing",
+    "write_on",
+]

@@ -1,0 +1,383 @@
+"""Train the calibration CLIP: `python -m sparsight.calibration.train --out DIR --minutes 60`.
+
+A contrastive loss alone is solved by colours and never gets to the symbols. So the truth helps:
+each patch predicts what covers it (symbol, colour, written word, letters), the class token what
+the scene shows; and the two towers are tied by contrastive losses over hard candidates: the names
+of all symbols under one template, the written words, the grounds, and the batch's own captions,
+32 scenes of which share one ground. A name written on a scene counts, in the prompts for symbols,
+half as much as what is drawn: that is how the model learns to be fooled by words, as CLIPs trained
+on the web are.
+
+A run with `--steps` is the same bits again for a seed, also when it was cut and resumed; with
+`--minutes` the schedule follows the clock. The heads that predict the truth are not exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsight.calibration.batches import Batch, difficulty, draw_batch
+from sparsight.calibration.captions import (
+    BACKGROUND_TEMPLATES,
+    TEMPLATES,
+    WORD_TEMPLATES,
+    make_tokenizer,
+)
+from sparsight.calibration.clip import (
+    embed_texts,
+    export,
+    new_clip,
+    to_input,
+    tokenize,
+    zero_shot_figures,
+)
+from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
+from sparsight.files import atomic_path
+
+WARM_UP_STEPS = 300
+WORD_SHARE = 0.5
+"""Weight of a written name beside the drawn symbols, where the prompts ask for symbols."""
+
+LARGEST_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to train, for how long, where.
+
+    Args:
+        out: folder for `checkpoint.pt`, `log.jsonl` and `export/`.
+        steps: number of steps; or None, and `minutes` decides.
+        minutes: time budget, over all resumed parts of the run.
+        batch_size: scenes a step.
+        lr: peak learning rate.
+        seed: of weights and scenes.
+        device: "cpu" or "cuda".
+        compile: compile the vision tower (needs a C++ compiler on the CPU).
+        evaluate_every: minutes between evaluations; each writes `export/` and a checkpoint.
+    """
+
+    out: Path
+    steps: int | None = None
+    minutes: float = 60.0
+    batch_size: int = 128
+    lr: float = 1.5e-3
+    seed: int = 0
+    device: str = "cpu"
+    compile: bool = False
+    evaluate_every: float = 3.0
+
+
+class TruthHeads(nn.Module):
+    """Linear readers of the truth, for training only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        n_symbols, n_colours = len(SYMBOLS), len(COLOURS)
+        self.norm = nn.LayerNorm(width)
+        self.patch = nn.ModuleDict(
+            {
+                "symbol": nn.Linear(width, n_symbols + 1),
+                "colour": nn.Linear(width, n_colours + 1),
+                "word": nn.Linear(width, n_symbols + 1),
+                "letters": nn.Linear(width, 26),
+            }
+        )
+        self.scene = nn.ModuleDict(
+            {
+                "symbols": nn.Linear(width, n_symbols),
+                "colours": nn.Linear(width, n_colours),
+                "background": nn.Linear(width, n_colours),
+                "pattern": nn.Linear(width, len(PATTERNS)),
+                "word": nn.Linear(width, n_symbols + 1),
+            }
+        )
+
+    def forward(
+        self,
+        patches: Float[Tensor, "batch patches width"],
+        pooled: Float[Tensor, "batch width"],
+        batch: Batch,
+    ) -> Float[Tensor, ""]:
+        """The summed loss of all readers."""
+        patches = self.norm(patches)
+        read = {name: head(patches).float() for name, head in self.patch.items()}
+        of_patches = (
+            _where_shown(read["symbol"], batch.patch_symbol, len(SYMBOLS))
+            + 0.3 * _where_shown(read["colour"], batch.patch_colour, len(COLOURS))
+            + 0.5 * _where_shown(read["word"], batch.patch_word, len(SYMBOLS))
+        )
+        letters = functional.binary_cross_entropy_with_logits(
+            read["letters"], batch.patch_letters, pos_weight=torch.tensor(5.0)
+        )
+        seen = {name: head(pooled).float() for name, head in self.scene.items()}
+        of_scene = (
+            _soft(seen["symbols"], batch.symbols)
+            + 0.3 * _soft(seen["colours"], batch.colours)
+            + 0.3 * functional.cross_entropy(seen["background"], batch.background)
+            + 0.3 * functional.cross_entropy(seen["pattern"], batch.pattern)
+            + 0.5 * functional.cross_entropy(seen["word"], batch.word)
+        )
+        return of_patches + 5 * letters + of_scene
+
+
+def _where_shown(
+    logits: Float[Tensor, "batch patches classes"], truth: Int[Tensor, "batch patches"], none: int
+) -> Float[Tensor, ""]:
+    """Cross-entropy, averaged over patches that show something, and apart over the empty ones."""
+    loss = functional.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
+    shown = (truth.flatten() != none).float()
+    of_shown = (loss * shown).sum() / shown.sum().clamp(min=1)
+    return of_shown + 0.3 * (loss * (1 - shown)).sum() / (1 - shown).sum().clamp(min=1)
+
+
+def _soft(
+    logits: Float[Tensor, "batch classes"], weights: Float[Tensor, "batch classes"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy with the classes of a row sharing the target in proportion to `weights`."""
+    target = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+    return -(target * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+class Prompts:
+    """Tokenized prompts for all names, under templates that change from step to step."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._families = {
+            "symbol": [[t.format(name) for name in SYMBOLS] for t in TEMPLATES],
+            "word": [[t.format(name) for name in SYMBOLS] for t in WORD_TEMPLATES],
+            "ground": [
+                [t.format(name) for name in (*COLOURS, *PATTERNS)] for t in BACKGROUND_TEMPLATES
+            ],
+        }
+
+    def of(self, family: str, step: int) -> list[str]:
+        """The prompts of a family at a step."""
+        choices = self._families[family]
+        return choices[step % len(choices)]
+
+
+def contrastive_loss(
+    model: Any, prompts: Prompts, images: Float[Tensor, "batch d"], batch: Batch, step: int
+) -> Float[Tensor, ""]:
+    """InfoNCE over symbols' names, words or grounds in turn, and the batch's captions."""
+    second = "word" if step % 2 else "ground"
+    captions = sorted(set(batch.captions))
+    texts = [*prompts.of("symbol", step), *prompts.of(second, step // 2), *captions]
+    tokens = tokenize(prompts.tokenizer, texts)
+    embedded = embed_texts(model, {name: each.to(images.device) for name, each in tokens.items()})
+    scale = model.logit_scale.exp().clamp(max=LARGEST_LOGIT_SCALE)
+    logits = (scale * images @ embedded.T).float()
+    n_first = len(SYMBOLS)
+    n_second = len(texts) - n_first - len(captions)
+    of_symbols, of_second, of_captions = logits.split([n_first, n_second, len(captions)], dim=1)
+
+    objects = batch.symbols / batch.symbols.sum(dim=-1, keepdim=True)
+    written = functional.one_hot(batch.word, n_first + 1)[:, :n_first].float()
+    has_word = written.sum(dim=-1, keepdim=True)
+    loss = _soft(of_symbols, objects * (1 - WORD_SHARE * has_word) + WORD_SHARE * written)
+    if second == "word":
+        rows = has_word[:, 0] > 0
+        if rows.any():
+            loss = loss + functional.cross_entropy(of_second[rows], batch.word[rows])
+    else:
+        colours, patterns = of_second.split([len(COLOURS), len(PATTERNS)], dim=1)
+        loss = loss + 0.3 * functional.cross_entropy(colours, batch.background)
+        loss = loss + 0.3 * functional.cross_entropy(patterns, batch.pattern)
+    column = {text: number for number, text in enumerate(captions)}
+    own = torch.tensor([column[text] for text in batch.captions], device=images.device)
+    positives = functional.one_hot(own, len(captions)).float()
+    both_ways = _soft(of_captions, positives) + _soft(of_captions.T, positives.T)
+    return loss + 0.5 * both_ways
+
+
+class Trainer:
+    """The state of a run: model, heads, optimiser, step and the time spent."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        torch.manual_seed(settings.seed)
+        self.device = torch.device(settings.device)
+        self.tokenizer = make_tokenizer()
+        self.prompts = Prompts(self.tokenizer)
+        self.model = new_clip(len(self.tokenizer)).to(self.device)
+        self.heads = TruthHeads(self.model.config.vision_config.hidden_size).to(self.device)
+        vision = self.model.vision_model
+        self.vision = torch.compile(vision) if settings.compile else vision
+        parameters = [*self.model.parameters(), *self.heads.parameters()]
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=settings.lr,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self.parameters = parameters
+        self.step = 0
+        self.seconds = 0.0
+        settings.out.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            self.load()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state of the run is kept."""
+        return self.settings.out / "checkpoint.pt"
+
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        if self.settings.steps is not None:
+            return min(self.step / self.settings.steps, 1.0)
+        return min(self.seconds / (60 * self.settings.minutes), 1.0)
+
+    def save(self) -> None:
+        """Write all that a resumed run needs."""
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        with atomic_path(self.checkpoint) as path:
+            torch.save(state, path)
+
+    def load(self) -> None:
+        """Continue from the last checkpoint."""
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def train_step(self, batch: Batch) -> Float[Tensor, ""]:
+        """One step on one batch; returns the loss."""
+        progress = self.progress()
+        lr = self.settings.lr * min(1.0, (self.step + 1) / WARM_UP_STEPS) * (1 - progress)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        weight = min(0.3 + 0.7 * progress / 0.3, 1.0)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            out = self.vision(pixel_values=to_input(batch.pixels))
+            embedded = self.model.visual_projection(out.pooler_output)
+            truth = self.heads(out.last_hidden_state[:, 1:], out.pooler_output, batch)
+            images = functional.normalize(embedded.float(), dim=-1)
+            ties = contrastive_loss(self.model, self.prompts, images, batch, self.step)
+        loss = truth + weight * ties
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+        self.step += 1
+        return loss.detach()
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out figures; the model as it stands is exported beside them."""
+        self.model.eval()
+        figures = zero_shot_figures(self.model, self.tokenizer)
+        export(self.model, self.tokenizer, self.settings.out / "export")
+        self.model.train()
+        return figures
+
+    def run(self) -> dict[str, float]:
+        """Train to the end of the budget, with a line of log every 20 seconds."""
+        settings = self.settings
+        log = settings.out / "log.jsonl"
+        logged, evaluated = self.seconds, self.seconds
+        seen, losses = 0, []
+        last = time.monotonic()
+        for batch in self._batches():
+            losses.append(self.train_step(batch))
+            seen += settings.batch_size
+            self.seconds += time.monotonic() - last
+            last = time.monotonic()
+            done = self.progress() >= 1
+            due = self.seconds - evaluated >= 60 * settings.evaluate_every
+            if self.seconds - logged >= 20 or due or done:
+                loss = torch.stack(losses).mean().item()
+                if not math.isfinite(loss):
+                    raise SystemExit(f"The loss is {loss} at step {self.step}; training stops.")
+                line: dict[str, Any] = {
+                    "step": self.step,
+                    "minutes": round(self.seconds / 60, 2),
+                    "progress": round(self.progress(), 4),
+                    "loss": round(loss, 4),
+                    "pictures_per_second": round(seen / max(self.seconds - logged, 1e-9), 1),
+                }
+                if due or done:
+                    line |= self.evaluate()
+                    self.save()
+                    evaluated = self.seconds
+                print(json.dumps(line), flush=True)
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                logged, seen, losses = self.seconds, 0, []
+                last = time.monotonic()
+            if done:
+                return {name: line[name] for name in ("clean", "attacked", "fooled", "reads")}
+        raise AssertionError("the batches are endless")
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches from the present step on, drawn one ahead in a thread."""
+        ahead: Queue[Batch] = Queue(maxsize=1)
+        stop = threading.Event()
+        first = self.step
+
+        def draw() -> None:
+            step = first
+            while not stop.is_set():
+                # The curriculum of the batch that is drawn, not of the one in training.
+                progress = self.progress()
+                if self.settings.steps is not None:
+                    progress = step / self.settings.steps
+                config = difficulty(progress)
+                ahead.put(draw_batch(self.settings.seed, step, self.settings.batch_size, config))
+                step += 1
+
+        threading.Thread(target=draw, daemon=True).start()
+        try:
+            while True:
+                batch = ahead.get()
+                for name, value in vars(batch).items():
+                    if isinstance(value, Tensor):
+                        setattr(batch, name, value.to(self.device))
+                yield batch
+        finally:
+            stop.set()
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--steps", type=int, help="number of steps (instead of --minutes)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time budget")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile the vision tower")
+    parser.add_argument("--evaluate-every", type=float, default=3.0, help="minutes")
+    settings = Settings(**vars(parser.parse_args()))
+    print(json.dumps(Trainer(settings).run()))
+
+
+if __name__ == "__main__":
+    main()
