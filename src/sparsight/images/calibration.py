@@ -1,0 +1,97 @@
+"""The calibration world as a source of pictures: scenes rendered on demand, with known truth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from sparsight.images.selection import format_selection
+from sparsight.images.source import ImageInfo, ImageSource
+
+if TYPE_CHECKING:
+    from sparsight.calibration.world import CalibrationWorld, RenderedScene, Scene
+
+DEFAULT_SCENES = 10_000
+
+
+class CalibrationImages(ImageSource):
+    """Scenes of `CalibrationWorld(n_scenes, seed)`.
+
+    The id is `SEED/NUMBER`. Scene i is the same whatever `n_scenes` is.
+
+    Args:
+        n_scenes: how many scenes the world has.
+        seed: which of the infinitely many worlds.
+        numbers: the scenes shown, all by default.
+    """
+
+    def __init__(
+        self,
+        n_scenes: int = DEFAULT_SCENES,
+        seed: int = 0,
+        numbers: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self.n_scenes = n_scenes
+        self.seed = seed
+        self._numbers = numbers
+        selection = format_selection(numbers) if numbers is not None else ""
+        self.spec = f"calibration:{n_scenes}:{seed}{selection}"
+
+    @cached_property
+    def world(self) -> CalibrationWorld:
+        """The world that the scenes come from."""
+        from sparsight.calibration.world import CalibrationWorld
+
+        return CalibrationWorld(self.n_scenes, self.seed)
+
+    def number(self, index: int) -> int:
+        """The number in the world of the scene at `index` here."""
+        self._check_index(index)
+        return index if self._numbers is None else int(self._numbers[index])
+
+    def scene(self, index: int) -> Scene:
+        """The truth about picture `index`."""
+        return self.world.scene(self.number(index))
+
+    def render(self, index: int) -> RenderedScene:
+        """Picture `index` with the masks of its parts."""
+        return self.world.render(self.number(index))
+
+    def __len__(self) -> int:
+        return self.n_scenes if self._numbers is None else len(self._numbers)
+
+    def info(self, index: int) -> ImageInfo:
+        """See `ImageSource.info`."""
+        number, scene = self.number(index), self.scene(index)
+        return ImageInfo(
+            id=f"{self.seed}/{number:05d}",
+            uri=f"calibration:{self.n_scenes}:{self.seed}[{number}]",
+            label=scene.label,
+            caption=scene.caption,
+        )
+
+    def load(self, index: int) -> Image.Image:
+        """See `ImageSource.load`."""
+        return Image.fromarray(np.asarray(self.render(index).image))
+
+    def fingerprint(self) -> str:
+        """Of the spec, and of the first scenes as rendered: another renderer is another world."""
+        digest = hashlib.sha256(self.spec.encode())
+        for index in range(min(3, len(self))):
+            digest.update(np.asarray(self.render(index).image).tobytes())
+        return digest.hexdigest()
+
+    def select(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> CalibrationImages:
+        """See `ImageSource.select`; the truth stays within reach."""
+        chosen = self._checked(indices)
+        numbers = chosen if self._numbers is None else self._numbers[chosen]
+        return CalibrationImages(self.n_scenes, self.seed, numbers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "world"}

@@ -1,0 +1,115 @@
+"""`open_images`: one text that says where the pictures are."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from sparsight.errors import UserError
+from sparsight.images.calibration import DEFAULT_SCENES, CalibrationImages
+from sparsight.images.folder import FolderImages
+from sparsight.images.huggingface import HuggingFaceImages
+from sparsight.images.parquet import ParquetImages
+from sparsight.images.selection import split_selection
+from sparsight.images.source import ImageSource
+from sparsight.images.tar_shards import TarShardImages
+
+KINDS = (
+    "a folder, 'webdataset:PATH-{000..127}.tar', 'parquet:FILE-or-FOLDER', 'hf:NAME[:SPLIT]', "
+    "or 'calibration[:N[:SEED]]'"
+)
+RESERVED = ("webdataset", "parquet", "hf", "calibration")
+"""Words that never stand for a folder; a folder of that name is written `./calibration`."""
+
+
+def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = None) -> ImageSource:
+    """Open a source of pictures.
+
+    Args:
+        spec: one of
+
+            - `photos/`: a folder tree, sub-folder = label. `photos/?table=labels.csv` is the same
+              as `table="labels.csv"`.
+            - `webdataset:shards-{000..127}.tar`: local tar shards (a plain `x.tar` will do).
+            - `parquet:FILE-or-FOLDER`: Parquet with encoded pictures (a plain `x.parquet` will do).
+            - `hf:PATH[:SPLIT]`, `hf:NAME[:SPLIT]`: a Hugging Face data set saved on disk, or from
+              the Hub (extra `datasets`).
+            - `calibration[:N[:SEED]]`: N (default 10,000) rendered scenes (seed 0).
+
+            Each may end in a selection, `[0:100]` or `[0:1000:10,2000]`. An `ImageSource` is
+            given back as it is.
+        table: CSV, text, JSON-lines or Parquet with labels and captions of a folder's pictures.
+
+    Raises:
+        UserError: there is nothing of that kind there; the message says what to try.
+    """
+    if isinstance(spec, ImageSource):
+        if table is not None:
+            raise UserError("table= goes with a folder, not with an open ImageSource.")
+        return spec
+    text = str(spec).strip()
+    if not text:
+        raise UserError(f"No images named. Expected {KINDS}.")
+    kind = text.partition(":")[0]
+    if kind not in RESERVED and os.path.exists(text):  # noqa: PTH110 - False for a text too long
+        return _open_path(Path(text), table)
+    text, selection = split_selection(text)
+    source = _open_whole(text, table)
+    return source if selection is None else source.select(selection)
+
+
+def _open_whole(text: str, table: str | Path | None) -> ImageSource:
+    kind, _, rest = text.partition(":")
+    if kind in RESERVED:
+        _refuse_table(table, text)
+    if kind == "calibration":
+        return _open_calibration(text)
+    if kind in RESERVED:
+        if not rest:
+            raise UserError(f"{text!r}: nothing after {kind!r}. Expected {KINDS}.")
+        if kind == "webdataset":
+            return TarShardImages(rest)
+        return ParquetImages(Path(rest).expanduser()) if kind == "parquet" else _open_hf(rest)
+    folder, mark, named = text.partition("?table=")
+    if mark and table is None:
+        return _open_path(Path(folder), named)
+    return _open_path(Path(text), table)
+
+
+def _open_path(path: Path, table: str | Path | None) -> ImageSource:
+    path = path.expanduser()
+    if path.is_dir():
+        return FolderImages(path, Path(table).expanduser() if table is not None else None)
+    _refuse_table(table, str(path))
+    if path.suffix == ".parquet":
+        return ParquetImages(path)
+    if path.suffix == ".tar":
+        return TarShardImages(str(path))
+    if path.exists():
+        raise UserError(f"{path}: is a file. Expected {KINDS}.")
+    raise UserError(f"{path}: no such folder, and no other kind of source. Expected {KINDS}.")
+
+
+def _open_calibration(text: str) -> CalibrationImages:
+    match = re.fullmatch(r"calibration(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise UserError(
+            f"{text!r}: expected 'calibration', 'calibration:N' or 'calibration:N:SEED'."
+        )
+    n_scenes = int(match[1]) if match[1] else DEFAULT_SCENES
+    if n_scenes == 0:
+        raise UserError(f"{text!r}: the number of scenes must be 1 or more.")
+    return CalibrationImages(n_scenes, int(match[2] or 0))
+
+
+def _open_hf(rest: str) -> HuggingFaceImages:
+    if Path(rest).is_dir():
+        return HuggingFaceImages(rest)
+    name, colon, split = rest.rpartition(":")
+    return HuggingFaceImages(name, split) if colon and name else HuggingFaceImages(rest)
+
+
+def _refuse_table(table: str | Path | None, spec: str) -> None:
+    if table is not None:
+        raise UserError(f"{spec}: table= goes with a folder of pictures only.")

@@ -1,0 +1,217 @@
+"""Pictures in Parquet files, as the Hugging Face Hub writes them or as plain bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from sparsight.errors import UserError
+from sparsight.images.columns import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    as_captions,
+    as_label,
+    find_column,
+)
+from sparsight.images.decoding import ImageError, decode_image
+from sparsight.images.source import ImageInfo, ImageSource
+
+CACHED_PICTURE_GROUPS = 2
+CACHED_TEXT_GROUPS = 16
+
+
+class ParquetImages(ImageSource):
+    """One Parquet file, or all below a folder in the order of their paths.
+
+    The pictures stand in a column named as in `columns.IMAGE_COLUMNS`, as bytes or as a struct
+    with a field `bytes`. Numbers in the label column become names where the file's schema has
+    them (`ClassLabel`). The id is `FILE/ROW`. Rows are read a row group at a time and the last
+    two groups are kept, so reading in order costs one pass over the file.
+
+    Raises:
+        UserError: no such file, no Parquet files in the folder, no rows, or no column of pictures.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.spec = f"parquet:{self.path}"
+        if self.path.is_dir():
+            self._root, self._files = self.path, sorted(self.path.rglob("*.parquet"))
+        else:
+            self._root, self._files = self.path.parent, [self.path]
+        if not self._files:
+            raise UserError(f"{path}: holds no .parquet files.")
+        self._group_file: list[int] = []
+        self._group_number: list[int] = []
+        self._group_row: list[int] = []  # of the group's first row, within its file
+        sizes: list[int] = []
+        schema: pa.Schema | None = None
+        for number, file in enumerate(self._files):
+            metadata, schema = _metadata(file, schema)
+            row = 0
+            for group in range(metadata.num_row_groups):
+                self._group_file.append(number)
+                self._group_number.append(group)
+                self._group_row.append(row)
+                sizes.append(metadata.row_group(group).num_rows)
+                row += sizes[-1]
+        self._starts = list(accumulate(sizes, initial=0))
+        if len(self) == 0 or schema is None:
+            raise UserError(f"{path}: holds no rows.")
+        self._image_column = _image_column(self._files[0], schema)
+        rest = [name for name in schema.names if name != self._image_column]
+        self._label_column = find_column(rest, LABEL_COLUMNS)
+        self._caption_column = find_column(rest, CAPTION_COLUMNS)
+        self._class_names = _class_names(schema, self._label_column)
+        self._open: dict[int, pq.ParquetFile] = {}
+        self._pictures: OrderedDict[int, pa.Table] = OrderedDict()
+        self._texts: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def info(self, index: int) -> ImageInfo:
+        """See `ImageSource.info`."""
+        group, row = self._locate(index)
+        file = self._files[self._group_file[group]]
+        columns = [name for name in (self._label_column, self._caption_column) if name]
+        cells: dict[str, Any] = {}
+        if columns:
+            table = self._group(group, columns, self._texts, CACHED_TEXT_GROUPS)
+            cells = {name: table.column(name)[row].as_py() for name in columns}
+        row_in_file = self._group_row[group] + row
+        return ImageInfo(
+            id=f"{file.relative_to(self._root).as_posix()}/{row_in_file:06d}",
+            uri=f"{file}#{row_in_file}",
+            label=as_label(cells.get(self._label_column or ""), self._class_names),
+            captions=as_captions(cells.get(self._caption_column or "")),
+        )
+
+    def load(self, index: int) -> Image.Image:
+        """See `ImageSource.load`."""
+        group, row = self._locate(index)
+        table = self._group(group, [self._image_column], self._pictures, CACHED_PICTURE_GROUPS)
+        return decode_image(picture_bytes(table.column(self._image_column)[row].as_py()))
+
+    def fingerprint(self) -> str:
+        """Over the files' names, sizes and modification times."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            status = file.stat()
+            name = file.relative_to(self._root).as_posix()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def labels(self) -> list[str]:
+        """See `ImageSource.labels`; reads the label column alone."""
+        if self._label_column is None:
+            return []
+        found: set[str | None] = set()
+        for number in range(len(self._files)):
+            column = self._file(number).read(columns=[self._label_column]).column(0)
+            found |= {as_label(value, self._class_names) for value in column.unique().to_pylist()}
+        return sorted(label for label in found if label is not None)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        group = bisect_right(self._starts, self._check_index(index)) - 1
+        return group, index - self._starts[group]
+
+    def _group(
+        self, group: int, columns: list[str], cache: OrderedDict[int, pa.Table], keep: int
+    ) -> pa.Table:
+        if group not in cache:
+            number, row_group = self._group_file[group], self._group_number[group]
+            try:
+                table = self._file(number).read_row_group(
+                    row_group, columns=columns, use_threads=False
+                )
+            except (OSError, pa.ArrowException) as error:
+                file = self._files[number].name
+                raise ImageError(f"{file}: row group {row_group} is damaged ({error})") from error
+            while len(cache) >= keep:
+                cache.popitem(last=False)
+            cache[group] = table
+        cache.move_to_end(group)
+        return cache[group]
+
+    def _file(self, number: int) -> pq.ParquetFile:
+        if number not in self._open:
+            self._open.clear()  # reading goes file by file: one handle is enough
+            self._open[number] = pq.ParquetFile(self._files[number])
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {
+            "_open": {},
+            "_pictures": OrderedDict(),
+            "_texts": OrderedDict(),
+        }
+
+
+def picture_bytes(cell: Any) -> bytes:
+    """The encoded picture in a cell: bytes, or a struct with `bytes`.
+
+    Raises:
+        ImageError: the cell is empty, or has a path only.
+    """
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None:
+        path = cell.get("path") if isinstance(cell, dict) else None
+        raise ImageError(f"the table holds the path {path!r} only" if path else "the cell is empty")
+    return bytes(data)
+
+
+def _metadata(file: Path, expected: pa.Schema | None) -> tuple[pq.FileMetaData, pa.Schema]:
+    try:
+        with pq.ParquetFile(file) as opened:
+            metadata, schema = opened.metadata, opened.schema_arrow
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such Parquet file.") from None
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as Parquet ({error}).") from error
+    if expected is not None and not schema.equals(expected):
+        raise UserError(
+            f"{file}: has the columns {', '.join(schema.names)}, unlike the files before it "
+            f"({', '.join(expected.names)}). Open such files one by one."
+        )
+    return metadata, schema
+
+
+def _image_column(file: Path, schema: pa.Schema) -> str:
+    by_type = [
+        field.name
+        for field in schema
+        if pa.types.is_binary(field.type)
+        or pa.types.is_large_binary(field.type)
+        or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+    ]
+    column = find_column(by_type, IMAGE_COLUMNS) or (by_type[0] if len(by_type) == 1 else None)
+    if column is None:
+        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise UserError(
+            f"{file}: no column of pictures. Expected one of bytes, or struct with bytes, named "
+            f"{IMAGE_COLUMNS[0]!r}; found {found}."
+        )
+    return column
+
+
+def _class_names(schema: pa.Schema, label_column: str | None) -> list[str] | None:
+    """The names of a `ClassLabel`, which `datasets` keeps in the schema's metadata."""
+    described = (schema.metadata or {}).get(b"huggingface")
+    if described is None or label_column is None:
+        return None
+    try:
+        names = json.loads(described)["info"]["features"][label_column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None

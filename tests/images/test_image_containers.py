@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import pickle
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from picture_files import encoded, picture, pixels, write_picture
+
+from sparsight.errors import MissingExtra, UserError
+from sparsight.images import ImageError, ImageSource, open_images
+
+N = 6
+
+
+def same_pictures(source: ImageSource) -> bool:
+    order = [5, 0, 3, 3, 1, 4, 2]
+    return all((pixels(source.load(i)) == pixels(picture(i))).all() for i in order)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    webdataset = pytest.importorskip("webdataset")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with webdataset.TarWriter(str(folder / f"s-{shard:03d}.tar")) as writer:
+            for i in range(shard * 3, shard * 3 + 3):
+                writer.write(
+                    {
+                        "__key__": f"part.d/{i:04d}",
+                        "png": encoded(picture(i), "PNG"),
+                        "cls": i % 2,
+                        "txt": f"picture {i}",
+                        "json": {"label": "from json", "other": 1},
+                    }
+                )
+    return folder
+
+
+def test_shards_give_pictures_labels_and_captions_in_any_order(shards: Path) -> None:
+    source = open_images(f"webdataset:{shards}/s-{{000..001}}.tar")
+    assert len(source) == N
+    assert same_pictures(source)
+    info = source.info(4)
+    assert (info.id, info.label, info.caption) == ("s-001.tar/part.d/0004", "0", "picture 4")
+    assert source.labels() == ["0", "1"]
+    assert same_pictures(pickle.loads(pickle.dumps(source)))
+    for other in (f"webdataset:{shards}", f"webdataset:{shards}/s-*.tar", source.spec):
+        assert open_images(other).fingerprint() == source.fingerprint()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+
+
+def outcomes(source: ImageSource) -> dict[str, str]:
+    found = {}
+    for index in range(len(source)):
+        try:
+            source.load(index)
+            found[source.info(index).id] = "ok"
+        except ImageError as error:
+            found[source.info(index).id] = error.reason
+    return found
+
+
+def test_a_shard_cut_at_any_byte_gives_what_is_whole_and_one_failure(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.tar"
+    write_tar(whole, [(f"{i}.png", encoded(picture(i), "PNG")) for i in range(3)])
+    data = whole.read_bytes()
+    with tarfile.open(whole) as archive:
+        ends = [member.offset_data + member.size for member in archive]
+        end_of_members = archive.offset
+    cut_shard = tmp_path / "cut.tar"
+    for cut in [*range(ends[0] + 1, end_of_members, 397), end_of_members]:
+        cut_shard.write_bytes(data[:cut])
+        found = outcomes(open_images(cut_shard))
+        readable = sum(reason == "ok" for reason in found.values())
+        assert readable == sum(end <= cut for end in ends)
+        failures = [reason for reason in found.values() if reason != "ok"]
+        assert len(failures) == 1
+        assert "cut off" in failures[0] or "damaged" in failures[0]
+
+
+def test_a_spoilt_header_does_not_hide_the_rest_silently(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    write_tar(shard, [(f"{i}.png", encoded(picture(i), "PNG")) for i in range(3)])
+    with tarfile.open(shard) as archive:
+        place = archive.getmembers()[1].offset
+    data = bytearray(shard.read_bytes())
+    data[place + 5] ^= 0xFF
+    shard.write_bytes(data)
+    found = outcomes(open_images(shard))
+    assert found["x.tar/0"] == "ok"
+    assert f"damaged at byte {place:,}" in found["x.tar/(damaged)"]
+
+
+def test_joined_tar_files_are_not_half_read_silently(tmp_path: Path) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", encoded(picture(), "PNG"))])
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    assert "joined tar files?" in outcomes(open_images(joined))["joined.tar/(damaged)"]
+
+
+def test_ids_stay_unique_when_a_key_comes_twice(tmp_path: Path) -> None:
+    one = encoded(picture(), "PNG")
+    write_tar(tmp_path / "x.tar", [(f"{key}.png", one) for key in ("a~2", "a", "b", "a", "b")])
+    source = open_images(tmp_path / "x.tar")
+    found = [source.info(i).id.removeprefix("x.tar/") for i in range(5)]
+    assert found == ["a~2", "a", "b", "a~3", "b~2"]
+
+
+def test_samples_without_a_picture_are_noted_and_a_broken_sidecar_warns(tmp_path: Path) -> None:
+    members = [("a.png", encoded(picture(), "PNG")), ("a.json", b"{"), ("b.txt", b"alone")]
+    write_tar(tmp_path / "x.tar", members)
+    source = open_images(tmp_path / "x.tar")
+    assert len(source) == 1
+    assert source.notes == ("1 samples of the shards hold no image.",)
+    with pytest.warns(UserWarning, match=r"x.tar/a: its .json is no JSON object"):
+        assert source.info(0).label is None
+
+
+def test_a_compressed_or_foreign_shard_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded(picture(), "PNG"))])
+    packed = tmp_path / "packed.tar"
+    packed.write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
+    with pytest.raises(UserError, match="compressed"):
+        open_images(packed)
+    packed.write_text("no tar" * 500)
+    with pytest.raises(UserError, match="Expected a plain tar"):
+        open_images(packed)
+    packed.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read as a tar file"):
+        open_images(packed)
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet_gives_pictures_by_row_group(tmp_path: Path, struct: bool) -> None:
+    cells = [encoded(picture(i), "PNG") for i in range(N)]
+    for number, rows in enumerate([range(4), range(4, N)]):
+        table = pa.table(
+            {
+                "image": [{"bytes": cells[i], "path": "x"} if struct else cells[i] for i in rows],
+                "label": [f"class {i % 2}" for i in rows],
+                "captions": [[f"a {i}", f"b {i}"] for i in rows],
+            }
+        )  # fmt: skip
+        pq.write_table(table, tmp_path / f"p-{number}.parquet", row_group_size=3)
+    source = open_images(f"parquet:{tmp_path}")
+    assert len(source) == N and same_pictures(source)
+    assert source.info(5).id == "p-1.parquet/000001"
+    assert source.info(3).id == "p-0.parquet/000003"
+    assert (source.info(5).label, source.info(5).captions) == ("class 1", ("a 5", "b 5"))
+    assert source.labels() == ["class 0", "class 1"]
+    assert same_pictures(pickle.loads(pickle.dumps(source)))
+    assert len(open_images(tmp_path / "p-1.parquet")) == 2
+
+
+def test_parquet_cells_without_a_picture_fail_alone(tmp_path: Path) -> None:
+    cells = [{"bytes": None, "path": "x.png"}, None, {"bytes": b"junk", "path": None}]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(cells, kind)}), tmp_path / "x.parquet")
+    reasons = list(outcomes(open_images(tmp_path / "x.parquet")).values())
+    assert reasons[:2] == ["the table holds the path 'x.png' only", "the cell is empty"]
+    assert "known format" in reasons[2]
+
+
+def test_a_damaged_row_group_fails_its_pictures_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    cells = [encoded(picture(i), "PNG") for i in range(4)]
+    pq.write_table(pa.table({"image": cells}), path, row_group_size=2, compression="zstd")
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 60] = bytes(60)
+    path.write_bytes(data)
+    reasons = list(outcomes(open_images(path)).values())
+    assert reasons[:2] == ["ok", "ok"]
+    assert all("row group 1 is damaged" in reason for reason in reasons[2:])
+
+
+def test_parquet_files_that_hold_no_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no .parquet files"):
+        open_images(f"parquet:{tmp_path}")
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(UserError, match=r"no column of pictures.*found a \(int64\)"):
+        open_images(path)
+    path.write_bytes(path.read_bytes()[:-6])
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        open_images(path)
+
+
+def test_parquet_files_with_different_columns_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [b"x"], "label": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet: has the columns image, label, unlike"):
+        open_images(f"parquet:{tmp_path}")
+
+
+@pytest.fixture
+def hugging_face() -> object:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "caption": datasets.Value("string"),
+        }
+    )
+    rows = {
+        "image": [{"bytes": encoded(picture(i), "PNG"), "path": None} for i in range(N)],
+        "label": [i % 2 for i in range(N)],
+        "caption": [f"picture {i}" for i in range(N)],
+    }
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def check_hugging_face(source: ImageSource) -> None:
+    assert len(source) == N and same_pictures(source)
+    assert (source.info(3).label, source.info(3).caption) == ("dog", "picture 3")
+    assert source.labels() == ["cat", "dog"]
+    again = pickle.loads(pickle.dumps(open_images(source.spec)))
+    assert same_pictures(again)
+    assert again.fingerprint() == source.fingerprint()
+    assert again.info(2) == source.info(2)
+
+
+def test_a_saved_hugging_face_data_set_opens(hugging_face, tmp_path: Path) -> None:
+    hugging_face.save_to_disk(tmp_path / "saved")
+    check_hugging_face(open_images(f"hf:{tmp_path}/saved"))
+
+
+def test_parquet_written_by_hugging_face_keeps_class_names(hugging_face, tmp_path: Path) -> None:
+    hugging_face.to_parquet(tmp_path / "x.parquet")
+    check_hugging_face(open_images(tmp_path / "x.parquet"))
+
+
+def test_splits_of_a_saved_data_set_are_chosen_by_name(hugging_face, tmp_path: Path) -> None:
+    import datasets
+
+    splits = {"train": hugging_face, "test": hugging_face.select(range(2))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    check_hugging_face(open_images(f"hf:{tmp_path}/saved"))
+    test = open_images(f"hf:{tmp_path}/saved:test")
+    assert len(test) == 2 and test.info(1).id == "test/000001"
+    with pytest.raises(UserError, match=r"no split 'val'.*saved:train, hf:.*saved:test"):
+        open_images(f"hf:{tmp_path}/saved:val")
+
+
+def test_a_hub_style_folder_of_pictures_opens_through_its_paths(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    paths = [tmp_path / f"{i}.png" for i in range(N)]
+    for i, path in enumerate(paths):
+        write_picture(path, seed=i)
+    kind = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [str(path) for path in paths]}
+    datasets.Dataset.from_dict(rows, features=kind).save_to_disk(tmp_path / "saved")
+    source = open_images(f"hf:{tmp_path}/saved")
+    assert same_pictures(source) and source.labels() == []
+
+
+def test_a_folder_that_is_no_saved_data_set_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(UserError, match="cannot be opened as a folder written by save_to_disk"):
+        open_images(f"hf:{tmp_path}")
+
+
+def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"sparsight\[datasets\]"):
+        open_images("hf:some/name")
+
+
+def test_the_fingerprint_of_files_follows_their_size_and_time(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded(picture(), "PNG"))])
+    before = open_images(tmp_path / "x.tar").fingerprint()
+    (tmp_path / "moved").mkdir()
+    shutil.copy2(tmp_path / "x.tar", tmp_path / "moved" / "x.tar")
+    assert open_images(tmp_path / "moved" / "x.tar").fingerprint() == before
+    write_tar(tmp_path / "x.tar", [("a.png", encoded(picture(1), "PNG")), ("b.txt", b"")])
+    assert open_images(tmp_path / "x.tar").fingerprint() != before
+
+
+def test_json_sidecars_bring_label_and_captions(tmp_path: Path) -> None:
+    described = json.dumps({"class_name": "anchor", "captions": ["one", "two"]}).encode()
+    write_tar(tmp_path / "x.tar", [("a.jpg", encoded(picture(), "JPEG")), ("a.json", described)])
+    info = open_images(tmp_path / "x.tar").info(0)
+    assert (info.label, info.captions) == ("anchor", ("one", "two"))

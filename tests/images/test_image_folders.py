@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from picture_files import write_picture
+
+from sparsight.errors import UserError
+from sparsight.images import ImageSource, open_images
+
+
+def ids(source: ImageSource) -> list[str]:
+    return [source.info(index).id for index in range(len(source))]
+
+
+@pytest.fixture
+def animals(tmp_path: Path) -> Path:
+    folder = tmp_path / "animals"
+    for number, name in enumerate(["dog/b.jpg", "cat/a.png", "cat/deep/c.webp", "dog/A.JPG"]):
+        write_picture(folder / name, seed=number)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    for number, name in enumerate(["1.jpg", "2.jpg", "3.jpg"]):
+        write_picture(folder / "images" / name, seed=number)
+    return folder
+
+
+def test_the_first_sub_folder_is_the_label_and_ids_are_sorted_paths(animals: Path) -> None:
+    source = open_images(animals)
+    assert ids(source) == ["cat/a.png", "cat/deep/c.webp", "dog/A.JPG", "dog/b.jpg"]
+    assert [source.info(i).label for i in range(4)] == ["cat", "cat", "dog", "dog"]
+    assert source.labels() == ["cat", "dog"]
+    assert source.info(0).uri == str(animals / "cat/a.png")
+
+
+def test_a_wrapping_folder_is_no_label(photos: Path) -> None:
+    assert open_images(photos).labels() == []
+
+
+def test_the_spec_opens_the_same_source_from_any_working_folder(
+    animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(animals.parent)
+    relative = open_images("animals")
+    monkeypatch.chdir(tmp_path)
+    again = open_images(relative.spec)
+    assert ids(again) == ids(relative)
+    assert again.fingerprint() == relative.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("captions.txt", 'image,caption\n1.jpg,one a\n1.jpg,"one, b"\n3.jpg,three\n'),
+        (
+            "metadata.csv",
+            'file_name,text\nimages/1.jpg,one a\n./images/1.jpg,"one, b"\nimages/3.jpg,three\n',
+        ),
+        ("captions.tsv", "filename\tcaption\n1.jpg\tone a\n1.jpg\tone, b\n3.jpg\tthree\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "1.jpg", "caption": ["one a", "one, b"]}\n\n'
+            '{"file_name": "3.jpg", "caption": "three"}\n',
+        ),
+    ],
+)
+def test_tables_in_the_folder_bring_captions(photos: Path, name: str, text: str) -> None:
+    (photos / name).write_text(text)
+    source = open_images(photos)
+    assert source.info(0).captions == ("one a", "one, b")
+    assert source.info(0).caption == "one a"
+    assert source.info(1).captions == () and source.info(1).caption is None
+    assert source.info(2).caption == "three"
+    assert source.notes == (f"{name}: says nothing of 1 images.",)
+
+
+def test_a_given_table_brings_labels_and_is_part_of_the_spec(photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "mine.parquet"
+    rows = {"file": ["1.jpg", "2.jpg", "3.jpg"], "label": ["x", "y", None], "text": ["a", "b", "c"]}
+    pq.write_table(pa.table(rows), table)
+    source = open_images(photos, table=table)
+    again = open_images(source.spec)
+    for opened in (source, again):
+        assert [opened.info(i).label for i in range(3)] == ["x", "y", None]
+        assert opened.info(2).caption == "c"
+        assert opened.labels() == ["x", "y"]
+
+
+def test_a_label_table_and_a_caption_table_add_up(animals: Path) -> None:
+    (animals / "labels.csv").write_text("file,label\ncat/a.png,tom\n")
+    (animals / "captions.csv").write_text("file,caption\na.png,a cat\n")
+    info = open_images(animals).info(0)
+    assert (info.label, info.caption) == ("tom", "a cat")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("file,caption\nnone.jpg,x\n", "names no picture of the folder.*'none.jpg'"),
+        ("file,colour\n1.jpg,red\n", "has the columns file, colour; expected a file column"),
+        ("file,caption\n1.jpg\n", "row 2 has 1 cells"),
+        ("", "has the columns .none."),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(photos: Path, text: str, message: str) -> None:
+    (photos / "captions.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        open_images(photos)
+
+
+def test_rows_and_files_that_fit_nothing_are_noted(photos: Path) -> None:
+    (photos / "captions.txt").write_text("file,caption\n1.jpg,x\ngone.jpg,y\n")
+    (photos / "notes.md").write_text("")
+    assert open_images(photos).notes == (
+        "1 files are not images by their name (.md ×1).",
+        "captions.txt: 1 of 2 files named there are not in the folder ('gone.jpg', …).",
+        "captions.txt: says nothing of 2 images.",
+    )
+
+
+def test_names_in_any_script_or_encoding_are_ids(tmp_path: Path) -> None:
+    write_picture(tmp_path / "größe/日本 🐈.png")
+    latin = os.fsdecode(b"\xff.png")  # a name that is not UTF-8
+    (tmp_path / "größe" / latin).write_bytes((tmp_path / "größe/日本 🐈.png").read_bytes())
+    source = open_images(tmp_path)
+    assert sorted(ids(source)) == ["größe/\\xff.png", "größe/日本 🐈.png"]
+    assert [source.load(i).size for i in range(2)] == [(32, 24)] * 2
+    for index in range(2):
+        source.info(index).uri.encode()
+
+
+def test_a_table_written_on_another_system_still_matches(tmp_path: Path) -> None:
+    write_picture(tmp_path / "caf\u00e9" / "x.png")  # composed
+    (tmp_path / "metadata.csv").write_text("file,caption\ncafe\u0301\\x.png,decomposed\n")
+    assert open_images(tmp_path).info(0).caption == "decomposed"
+
+
+def test_a_link_to_a_folder_above_ends(animals: Path) -> None:
+    (animals / "cat" / "loop").symlink_to(animals, target_is_directory=True)
+    assert len(open_images(animals)) == 4
+
+
+def test_hidden_files_are_left_out(animals: Path) -> None:
+    write_picture(animals / ".thumbs/x.png")
+    (animals / "cat/._a.png").write_bytes(b"macOS")
+    assert len(open_images(animals)) == 4
+
+
+def test_the_fingerprint_notices_added_changed_and_removed_files(animals: Path) -> None:
+    seen = {open_images(animals).fingerprint()}
+    assert open_images(animals).fingerprint() in seen
+    write_picture(animals / "cat/new.png")
+    seen.add(open_images(animals).fingerprint())
+    write_picture(animals / "cat/new.png", seed=5)
+    seen.add(open_images(animals).fingerprint())
+    source = open_images(animals)
+    (animals / "cat/new.png").unlink()
+    seen.add(source.fingerprint())
+    assert len(seen) == 4
+
+
+def test_a_selection_keeps_ids_and_its_spec_opens_it_again(animals: Path) -> None:
+    source = open_images(animals)
+    view = source.select([3, 0, 2]).select([2, 0])
+    assert ids(view) == ["dog/A.JPG", "dog/b.jpg"]
+    assert view.labels() == ["dog"]
+    again = open_images(pickle.loads(pickle.dumps(view)).spec)
+    assert ids(again) == ids(view)
+    assert again.fingerprint() == view.fingerprint() != source.fingerprint()
+    assert ids(source.subset(1, 99)) == ids(source)[1:]
+    assert view.load(0).tobytes() == source.load(2).tobytes()
+
+
+def test_a_selection_beyond_the_end_is_refused(animals: Path) -> None:
+    with pytest.raises(UserError, match="no picture 4; it has 4"):
+        open_images(animals).select([0, 4])
+    with pytest.raises(UserError, match="no picture 9"):
+        open_images(f"{animals}[9]")
+    with pytest.raises(IndexError):
+        open_images(animals).info(-1)
