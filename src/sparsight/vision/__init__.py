@@ -1,0 +1,35 @@
+"""Models that see: load them, name their sites, read and edit activations, classify zero-shot.
+
+Builds on torch and transformers (open_clip as an extra), and on `images` for zero-shot. Start
+with `load.py`, then `model.py`; `tower.py` and `probe.py` find the sites in any architecture.
+"""
+
+from __future__ import annotations
+
+from sparsight.vision.load import load_model
+from sparsight.vision.model import Transform, VisionModel
+from sparsight.vision.tokens import Tokens, select_tokens
+from sparsight.vision.zero_shot import (
+    TEMPLATES,
+    ZeroShotResult,
+    ZeroShotTally,
+    classifier_weights,
+    classify,
+    contrastive_loss,
+    zero_shot,
+)
+
+__all__ = [
+    "TEMPLATES",
+    "Tokens",
+    "Transform",
+    "VisionModel",
+    "ZeroShotResult",
+    "ZeroShotTally",
+    "classifier_weights",
+    "classify",
+    "contrastive_loss",
+    "load_model",
+    "select_tokens",
+    "zero_shot",
+]

@@ -1,0 +1,86 @@
+"""`load_model`: from an id to a model."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsight.errors import UserError
+from sparsight.vision.model import VisionModel
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_model(
+    id: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> VisionModel:
+    """Load a vision transformer.
+
+    Args:
+        id: a Hugging Face Hub id or a local folder (`transformers`: CLIP, SigLIP, DINOv2, ViT and
+            whatever else holds a plain vision transformer); `open_clip:NAME/PRETRAINED`, where
+            PRETRAINED is a tag of open_clip's or the path of a checkpoint, or
+            `open_clip:hf-hub:OWNER/NAME` (extra `open-clip`); or `calibration`, the small CLIP
+            that comes with Sparsight.
+        device: default CUDA if there is one, else the CPU.
+        dtype: default float32; bfloat16 where memory or speed counts.
+        revision: branch, tag or commit on the Hub; Hub ids only.
+
+    Raises:
+        UserError: nothing of that name is found, it is no vision transformer, or its image
+            processor is missing.
+        MissingExtra: an `open_clip:` id, and open_clip is not installed.
+        SparsightError: the weights are damaged.
+    """
+    target = _device(device)
+    kind = _dtype(dtype)
+    if id.startswith("open_clip:"):
+        from sparsight.vision.open_clip_models import load_open_clip
+
+        _refuse_revision(id, revision)
+        return load_open_clip(id, device=target, dtype=kind)
+
+    from sparsight.vision.transformers_models import load_transformers
+
+    if id == "calibration":
+        from sparsight.calibration import CLIP_FOLDER
+
+        _refuse_revision(id, revision)
+        return load_transformers(str(CLIP_FOLDER), id=id, device=target, dtype=kind)
+    return load_transformers(id, id=id, device=target, dtype=kind, revision=revision)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise UserError(
+            f"device={device!r} is not a device. Try 'cpu', 'cuda' or 'cuda:0'."
+        ) from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={device!r}: torch finds no CUDA device here. Use device='cpu'.")
+    return target
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    raise UserError(f"dtype={dtype!r} is not known. Choose one of: {', '.join(DTYPES)}.")
+
+
+def _refuse_revision(id: str, revision: str | None) -> None:
+    if revision is not None:
+        raise UserError(f"revision={revision!r}: {id} has no revisions; only Hub ids do.")

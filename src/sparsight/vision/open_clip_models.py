@@ -1,0 +1,134 @@
+"""Models of open_clip (the extra `open-clip`)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sparsight.errors import MissingExtra, SparsightError, UserError
+from sparsight.vision.hooks import Place
+from sparsight.vision.model import VisionModel
+from sparsight.vision.tower import find_tower
+
+PREFIX = "open_clip:"
+# Names that open_clip resolves by itself, weights included.
+_SCHEMAS = ("hf-hub:", "local-dir:")
+
+
+class OpenClipModel(VisionModel):
+    """A CLIP of open_clip; its vision tower may be open_clip's own or timm's."""
+
+    def __init__(self, *, name: str, **rest: Any) -> None:
+        self.has_text = True
+        self._name = name
+        super().__init__(**rest)
+
+    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
+        return self.module.encode_image(pixels)  # type: ignore[operator, no-any-return]
+
+    def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d_embed"]:
+        ids = self._tokenizer(list(texts)).to(self.device)
+        return self.module.encode_text(ids)  # type: ignore[operator, no-any-return]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return _import().get_tokenizer(self._name)
+
+
+def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> OpenClipModel:
+    """Load `open_clip:NAME/PRETRAINED`; see `load_model`.
+
+    Raises:
+        MissingExtra: open_clip is not installed.
+        UserError: it knows no such model or weights.
+        SparsightError: the weights are damaged or of another model.
+    """
+    open_clip = _import()
+    name, pretrained = _parse(id, open_clip)
+    try:
+        module = open_clip.create_model(name, pretrained=pretrained, device="cpu")
+    except (SafetensorError, EOFError) as error:
+        raise SparsightError(f"{id}: its weights are damaged ({error}).") from error
+    except Exception as error:
+        raise UserError(f"{id}: open_clip could not load it ({error}).") from error
+    tower = find_tower(module, id)
+    settings = open_clip.get_model_preprocess_cfg(module)
+    transform = _transform(settings)
+    inside = set(map(_identity, tower.module.parameters()))
+    return OpenClipModel(
+        id=id,
+        name=name,
+        revision=None,
+        family="open_clip",
+        module=module,
+        tower=tower,
+        embedding=Place(module.visual),
+        projection=[p for p in module.visual.parameters() if _identity(p) not in inside],
+        transform=transform,
+        preprocessing={
+            "library": "open_clip",
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()},
+        },
+        input_shape=_shape(transform),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _import() -> Any:
+    try:
+        return importlib.import_module("open_clip")
+    except ModuleNotFoundError as error:
+        if error.name == "open_clip":
+            raise MissingExtra("open_clip", "open-clip") from None
+        raise UserError(f"open_clip is installed, but does not import ({error}).") from error
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"open_clip is installed, but does not import ({error}). torch and torchvision must "
+            "be builds that belong together."
+        ) from error
+
+
+def _parse(id: str, open_clip: Any) -> tuple[str, str | None]:
+    """Name and pretrained tag (or checkpoint path) in an id."""
+    rest = id.removeprefix(PREFIX)
+    if rest.startswith(_SCHEMAS):
+        return rest, None
+    name, _, pretrained = rest.partition("/")
+    known = open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"{id}: open_clip has no model {name!r}.{hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained in tags or (pretrained and Path(pretrained).is_file()):
+        return name, pretrained
+    raise UserError(
+        f"{id}: open_clip has no weights {pretrained!r} for {name}, nor is it a file. Tags: "
+        f"{', '.join(tags) or 'none'}."
+    )
+
+
+def _transform(settings: dict[str, Any]) -> Any:
+    """open_clip's own preprocessing for inference: PIL -> float32 tensor, picklable."""
+    transform = importlib.import_module("open_clip.transform")
+    return transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
+
+
+def _shape(transform: Any) -> tuple[int, int, int]:
+    channels, height, width = transform(Image.new("RGB", (640, 480))).shape
+    return (channels, height, width)
+
+
+def _identity(tensor: Tensor) -> int:
+    return id(tensor)

@@ -1,0 +1,137 @@
+"""Finding the parts of a vision transformer inside any module tree.
+
+There is no class per architecture: a tower is the smallest module that holds both a patch
+convolution and one list of transformer blocks, and its parts are found by the names below. What
+was found is then tried on two pictures (`probe.py`), so that a wrong guess is an error or a
+missing site, never a mislabelled one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsight.errors import UserError
+from sparsight.vision.hooks import Place
+
+# Names of a block's parts, the first that is there counts. LayerScale stands before what it
+# scales: a site is what is added to the residual stream.
+ATTENTION = (
+    "layer_scale1",  # transformers: DINOv2, DINOv3
+    "ls_1",  # open_clip
+    "ls1",  # timm
+    "self_attn",  # transformers: CLIP, SigLIP
+    "attention",  # transformers: ViT, DeiT
+    "attn",  # open_clip, timm
+)
+MLP = (
+    "layer_scale2",
+    "ls_2",
+    "ls2",
+    "mlp",
+    "ffn",  # transformers: AIMv2
+    "output.dropout",  # transformers < 5: ViT, DeiT, whose `output` adds the residual itself
+)
+FINAL_NORM = (
+    "post_layernorm",  # transformers: CLIP, SigLIP
+    "layernorm",  # transformers: DINOv2, ViT, DeiT
+    "ln_post",  # open_clip
+    "norm",  # transformers: DINOv3; timm
+    "rms_norm",  # transformers: AIMv2
+)
+CLS = ("class_embedding", "cls_token", "class_token")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer's parts."""
+
+    module: nn.Module
+    name: str
+    """Its path in the model that holds it; empty if it is the whole model."""
+    patches: nn.Conv2d
+    blocks: tuple[nn.Module, ...]
+    final_norm: nn.Module | None
+    has_cls_parameter: bool
+
+    def places(self) -> dict[str, Place]:
+        """The sites that the blocks and the final norm offer, in forward order."""
+        places: dict[str, Place] = {}
+        for i, block in enumerate(self.blocks):
+            attention, mlp = _part(block, ATTENTION), _part(block, MLP)
+            assert attention is not None and mlp is not None
+            places[f"blocks.{i}.resid_pre"] = Place(block, "input")
+            places[f"blocks.{i}.attn_out"] = Place(attention)
+            places[f"blocks.{i}.mlp_out"] = Place(mlp)
+            places[f"blocks.{i}.resid_post"] = Place(block)
+        if self.final_norm is not None:
+            places["final_norm"] = Place(self.final_norm)
+        return places
+
+
+def find_tower(model: nn.Module, id: str) -> Tower:
+    """Find the vision tower in `model`.
+
+    Raises:
+        UserError: there is no patch convolution, or not exactly one list of transformer blocks
+            beside it (Swin and other hierarchical models have one a stage).
+    """
+    for conv_name, conv in model.named_modules():
+        if not isinstance(conv, nn.Conv2d) or not _cuts_patches(conv):
+            continue
+        for name in _ancestors(conv_name):
+            module = model.get_submodule(name)
+            lists = [part for part in module.modules() if _is_block_list(part)]
+            if len(lists) > 1:
+                raise UserError(
+                    f"{id}: its vision model has {len(lists)} lists of blocks (a hierarchical "
+                    "model?). Sparsight opens plain vision transformers, which have one."
+                )
+            if lists:
+                norm = next((n for n in map(module._modules.get, FINAL_NORM) if n), None)
+                return Tower(
+                    module=module,
+                    name=name,
+                    patches=conv,
+                    blocks=tuple(lists[0].children()),
+                    final_norm=None if isinstance(norm, nn.Identity) else norm,
+                    has_cls_parameter=any(
+                        key.rsplit(".", 1)[-1] in CLS for key, _ in module.named_parameters()
+                    ),
+                )
+    raise UserError(
+        f"{id}: no vision transformer found in it ({type(model).__name__}). Sparsight looks for "
+        "a patch convolution and one list of blocks, each with attention and an MLP."
+    )
+
+
+def _cuts_patches(conv: nn.Conv2d) -> bool:
+    """Whether the convolution cuts pictures of three channels into patches without overlap."""
+    return conv.in_channels == 3 and conv.kernel_size == conv.stride and conv.stride[0] > 1
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return False
+    children = list(module.children())
+    return bool(children) and all(
+        _part(child, ATTENTION) is not None and _part(child, MLP) is not None for child in children
+    )
+
+
+def _part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    for name in names:
+        try:
+            return block.get_submodule(name)
+        except AttributeError:
+            continue
+    return None
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Paths of the modules that hold the module `name`, the closest first, "" last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name

@@ -1,0 +1,313 @@
+"""Models of Hugging Face transformers, from the Hub or a local folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.vision.hooks import Place
+from sparsight.vision.model import VisionModel, used_parameters
+from sparsight.vision.tower import Tower, find_tower
+
+# SigLIP's text towers were trained on texts padded to the full length, without a mask.
+_PADDED_WITHOUT_MASK = ("siglip",)
+
+
+@dataclass(frozen=True)
+class ProcessorTransform:
+    """A transformers image processor as a picklable function of one picture."""
+
+    processor: Any
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        """Preprocess one RGB picture."""
+        pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels.float()
+
+
+class TransformersModel(VisionModel):
+    """A vision tower of transformers, with its text tower if it came with one."""
+
+    module: transformers.PreTrainedModel
+
+    def __init__(self, *, source: str, has_text: bool, **rest: Any) -> None:
+        self.has_text = has_text
+        self._source = source
+        self._head: nn.Module | None = getattr(rest["module"], "visual_projection", None)
+        super().__init__(**rest)
+
+    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
+        output = self._tower.module(pixel_values=pixels)
+        if self._head is not None:
+            return self._head(output.pooler_output)  # type: ignore[no-any-return]
+        if _pooling_head(self._tower) is not None:
+            return output.pooler_output  # type: ignore[no-any-return]
+        if hasattr(self._tower.module, "pre_layrnorm"):
+            # CLIP without its projection: only its pooled CLS went through the final norm.
+            return output.pooler_output  # type: ignore[no-any-return]
+        states: Tensor = output.last_hidden_state
+        return states[:, 0] if self._tower.has_cls_parameter else states.mean(dim=1)
+
+    def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d_embed"]:
+        padded = self.family.startswith(_PADDED_WITHOUT_MASK)
+        inputs = self._tokenizer(
+            list(texts),
+            padding="max_length" if padded else True,
+            truncation=True,
+            max_length=self.module.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        keep = ("input_ids",) if padded else ("input_ids", "attention_mask")
+        encode: Any = self.module.get_text_features
+        features: Any = encode(**{key: inputs[key] for key in keep})
+        # transformers 5 gives an output object whose pooler_output is projected already.
+        return features if isinstance(features, Tensor) else features.pooler_output
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Loaded at the first text: pictures alone need none."""
+        problem = f"{self.id}: it has a text tower, but its tokenizer could not be loaded"
+        try:
+            with _quiet():
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    self._source, revision=self.revision
+                )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise UserError(f"{problem} ({_first_line(error)}).") from error
+        # Without files, transformers 5 gives a tokenizer that turns every word into "unknown".
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise UserError(f"{problem} (no vocabulary found; tokenizer.json is missing).")
+        return tokenizer
+
+
+def load_transformers(
+    source: str,
+    *,
+    id: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+) -> TransformersModel:
+    """Load a Hub id or local folder; see `load_model`.
+
+    Args:
+        source: the Hub id or folder to load from.
+        id: the name that the model goes by.
+        device: where to put it.
+        dtype: of its weights.
+        revision: branch, tag or commit on the Hub.
+    """
+    config = _load_config(source, id, revision)
+    revision = getattr(config, "_commit_hash", None) or revision
+    processor = _load_processor(source, id, revision)
+    transform = ProcessorTransform(processor)
+    input_shape = _input_shape(transform, id)
+    module, missing = _load_module(source, id, config, revision)
+    tower = find_tower(module, id)
+    _check_weights(module, tower, missing, id)
+    projection: nn.Module | None = getattr(module, "visual_projection", None)
+    head = projection or _pooling_head(tower)
+    return TransformersModel(
+        source=source,
+        id=id,
+        revision=revision,
+        family=_family(config),
+        module=module,
+        tower=tower,
+        embedding=None if head is None else Place(head),
+        projection=list(projection.parameters()) if projection else [],
+        transform=transform,
+        preprocessing=_describe(processor, input_shape),
+        input_shape=input_shape,
+        has_text=_has_text(module, missing),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _load_config(source: str, id: str, revision: str | None) -> Any:
+    folder = Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"{id}: no such folder ({folder.absolute()}).")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{id}: the folder {folder.absolute()} holds no config.json; expected a model saved "
+            "with save_pretrained."
+        )
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{id}: no model could be loaded. Tried a local folder ({folder.absolute()}) and the "
+            f"Hugging Face Hub, which said: {_first_line(error)}"
+        ) from error
+    if not any(hasattr(config, key) for key in ("vision_config", "patch_size", "image_size")):
+        raise UserError(
+            f"{id}: not a vision model (its config has model_type {config.model_type!r} and "
+            "neither vision_config nor patch_size)."
+        )
+    return config
+
+
+def _load_processor(source: str, id: str, revision: str | None) -> Any:
+    """The model's image processor, on Pillow where transformers has it.
+
+    Pillow's resampling is what most models were trained with, and it gives the same pixels
+    whether or not torchvision is installed.
+    """
+    last: Exception | None = None
+    for options in ({"use_fast": False}, {}):
+        try:
+            with _quiet():
+                return transformers.AutoImageProcessor.from_pretrained(
+                    source, revision=revision, **options
+                )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            last = last or error
+    assert last is not None
+    raise UserError(
+        f"{id}: its image processor could not be loaded (preprocessor_config.json): "
+        f"{_first_line(last)}"
+    ) from last
+
+
+def _load_module(
+    source: str, id: str, config: Any, revision: str | None
+) -> tuple[transformers.PreTrainedModel, set[str]]:
+    """The model in the dtype of its files, and the names of weights that the files lack."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    # AutoModel drops the projection of a vision tower that was saved alone.
+    loader = getattr(transformers, named) if named.endswith("WithProjection") else None
+    try:
+        with _quiet():
+            module, report = (loader or transformers.AutoModel).from_pretrained(
+                source,
+                revision=revision,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused by name in _check_weights
+            )
+    except (SafetensorError, EOFError, RuntimeError) as error:
+        raise SparsightError(
+            f"{id}: its weights are damaged or do not fit its config ({_first_line(error)})."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{id}: its weights could not be loaded ({_first_line(error)}).") from error
+    # Names with both shapes, or names alone: versions differ.
+    wrong = report.get("mismatched_keys", ())
+    mismatched = {entry if isinstance(entry, str) else entry[0] for entry in wrong}
+    return module, set(report["missing_keys"]) | mismatched
+
+
+def _check_weights(module: nn.Module, tower: Tower, missing: set[str], id: str) -> None:
+    """Refuse a model of which a part that sites depend on was left at random values."""
+    prefix = f"{tower.name}." if tower.name else ""
+    used = {prefix + name for name, _ in used_parameters(tower)}
+    used |= {name for name, _ in module.named_parameters() if name.startswith("visual_projection")}
+    lost = sorted(used & missing)
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise UserError(
+            f"{id}: its files lack weights of the vision tower, or have them in another shape than "
+            f"config.json says ({', '.join(lost[:3])}{more})."
+        )
+
+
+def _input_shape(transform: ProcessorTransform, id: str) -> tuple[int, int, int]:
+    """The shape of a preprocessed picture, which must not depend on the picture's."""
+    shapes = set()
+    for size in ((640, 480), (480, 640)):
+        pixels = transform(Image.new("RGB", size, (128, 128, 128)))
+        shapes.add(tuple(pixels.shape))
+    shape = shapes.pop()
+    if shapes or len(shape) != 3 or shape[0] != 3:
+        found = " and ".join(str(list(s)) for s in sorted({shape, *shapes}))
+        raise UserError(
+            f"{id}: its image processor gives {found} for a wide and a tall picture; Sparsight "
+            "needs [3, height, width], the same for every picture (no NaFlex, no free aspect "
+            "ratio: set a crop_size or a height and width in preprocessor_config.json)."
+        )
+    return (shape[0], shape[1], shape[2])
+
+
+def _pooling_head(tower: Tower) -> nn.Module | None:
+    """SigLIP's attention pooling, whose output is the joint embedding."""
+    head = getattr(tower.module, "head", None)
+    return head if isinstance(head, nn.Module) and hasattr(head, "probe") else None
+
+
+def _has_text(module: nn.Module, missing: set[str]) -> bool:
+    return hasattr(module, "get_text_features") and not any(
+        name.startswith(("text_model.", "text_projection.", "logit_scale")) for name in missing
+    )
+
+
+def _family(config: Any) -> str:
+    return str(config.model_type).removesuffix("_model").removesuffix("_vision")
+
+
+def _describe(processor: Any, input_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What the processor does, as JSON, the same from every version of transformers."""
+    name = type(processor).__name__
+    backend = getattr(processor, "backend", "torchvision" if name.endswith("Fast") else "pil")
+    settings = {
+        key: value
+        for key, value in json.loads(processor.to_json_string()).items()
+        if value is not None
+        and not key.startswith("_")
+        and key not in ("image_processor_type", "processor_class")
+    }
+    return {
+        "library": "transformers",
+        "processor": name.removesuffix("Fast").removesuffix("Pil"),
+        "backend": backend,
+        "input_shape": list(input_shape),
+        **dict(sorted(settings.items())),
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' notes on missing poolers and torchvision while loading.
+
+    What matters in them is checked and told by Sparsight itself. Bars of downloads stay.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    download_bars = not are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if download_bars:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if not download_bars:
+            disable_progress_bars()

@@ -1,0 +1,113 @@
+"""open_clip's models through the same door; needs the extra `open-clip`."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.vision import load_model
+
+open_clip = pytest.importorskip(
+    "open_clip", reason="open_clip is not installed (extra open-clip)", exc_type=ImportError
+)
+
+TINY = {
+    "embed_dim": 20,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny architecture that open_clip knows by name, and a file with its random weights."""
+    import json
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "ViT-tiny-test.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-tiny-test")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return folder / "weights.pt"
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    return load_model(f"open_clip:ViT-tiny-test/{checkpoint}", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint):
+    return open_clip.create_model("ViT-tiny-test", pretrained=str(checkpoint)).eval()
+
+
+@torch.no_grad()
+def test_pictures_and_texts_embed_as_in_open_clip(ours, theirs, pixels):
+    assert torch.equal(ours.embed_images(pixels), theirs.encode_image(pixels))
+    texts = ["a photo of a cat", "the sun"]
+    tokens = open_clip.get_tokenizer("ViT-tiny-test")(texts)
+    torch.testing.assert_close(ours.embed_texts(texts), theirs.encode_text(tokens))
+    assert ours.logit_scale == pytest.approx(float(theirs.logit_scale.exp()))
+
+
+@torch.no_grad()
+def test_sites_are_the_streams_of_open_clip(ours, theirs, pixels):
+    inside = theirs.visual.forward_intermediates(pixels, indices=3, normalize_intermediates=False)
+    read = ours.read(pixels, ours.sites)
+    for i, patches in enumerate(inside["image_intermediates"]):
+        stream = read[f"blocks.{i}.resid_post"][:, 1:]
+        assert torch.equal(stream.transpose(1, 2).reshape(patches.shape), patches)
+        parts = [read[f"blocks.{i}.{part}"] for part in ("resid_pre", "attn_out", "mlp_out")]
+        torch.testing.assert_close(sum(parts), read[f"blocks.{i}.resid_post"])
+    assert read["final_norm"].shape == (4, 17, 64)
+    assert torch.equal(read["embedding"][:, 0], theirs.encode_image(pixels))
+    assert (ours.n_prefix, ours.has_cls, ours.patch_grid) == (1, True, (4, 4))
+
+
+def test_the_transform_is_open_clips_own(ours, theirs):
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (75, 100, 3), dtype=np.uint8)
+    )
+    settings = open_clip.get_model_preprocess_cfg(theirs)
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**settings), is_train=False
+    )
+    assert torch.equal(pickle.loads(pickle.dumps(ours.transform))(picture), preprocess(picture))
+    assert ours.preprocessing["library"] == "open_clip"
+
+
+def test_edits_work_and_leave(ours, pixels):
+    plain = ours.embed_images(pixels)
+    with ours.edit(dict.fromkeys(ours.sites, torch.clone)):
+        assert torch.equal(ours.embed_images(pixels), plain)
+    with ours.edit({"blocks.1.mlp_out": torch.zeros_like}):
+        assert not torch.allclose(ours.embed_images(pixels), plain)
+    assert torch.equal(ours.embed_images(pixels), plain)
+
+
+def test_a_misspelt_name_is_told_its_neighbour():
+    with pytest.raises(UserError, match=r"no model 'ViT-B-23'.*ViT-B-32"):
+        load_model("open_clip:ViT-B-23/openai")
+
+
+def test_unknown_weights_are_refused_with_the_tags_there_are():
+    with pytest.raises(UserError, match=r"no weights 'laion'.*laion2b_s34b_b79k"):
+        load_model("open_clip:ViT-B-32/laion")
+    with pytest.raises(UserError, match="no weights ''"):
+        load_model("open_clip:ViT-B-32")
+
+
+def test_damaged_weights_are_refused(checkpoint, tmp_path):
+    path = tmp_path / "cut.pt"
+    path.write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(SparsightError, match=r"could not load|damaged"):
+        load_model(f"open_clip:ViT-tiny-test/{path}")
