@@ -1,0 +1,196 @@
+"""Settings as frozen dataclasses, and the same as plain mappings and TOML.
+
+A field whose type is a union of dataclasses is tagged by `kind`, the class's name in lower case
+(`{kind = "topk", k = 32}`); a union of one needs no tag. `None` is left out. An unknown key or a
+value of another type is an error that names the place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import tomli_w
+
+from sparsight.errors import UserError
+from sparsight.files import write_text
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as a mapping of plain values; nested ones carry their `kind`."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = _plain(getattr(config, field.name))
+        if value is not None:
+            found[field.name] = value
+    return found
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+    """Build a dataclass from a mapping.
+
+    Args:
+        cls: the dataclass.
+        values: its fields; those that are left out take their defaults.
+        where: what error messages name first, e.g. the file.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value has another type or is out of range.
+    """
+    return typing.cast(Config, _build(cls, values, where, ""))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UserError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as TOML ({error}).") from error
+
+
+def write_toml(path: Path, config: Any) -> None:
+    """Write a dataclass as TOML, whole or not at all."""
+    write_text(path, tomli_w.dumps(to_dict(config)))
+
+
+def load(cls: type[Config], path: Path) -> Config:
+    """Read a dataclass from a TOML file.
+
+    Raises:
+        UserError: see `read_toml` and `from_dict`.
+    """
+    return from_dict(cls, read_toml(path), str(path))
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The dotted name of the first field in which two mappings differ, or None."""
+    for key in sorted({*one, *other}):
+        left, right = one.get(key), other.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            inner = first_difference(left, right)
+            if inner is not None:
+                return f"{key}.{inner}"
+        elif left != right:
+            return key
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"kind": _kind(type(value)), **to_dict(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return value
+
+
+def _kind(cls: type) -> str:
+    return cls.__name__.lower()
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    arguments = {}
+    for key, value in values.items():
+        dotted = f"{path}{key}"
+        if key == "kind" and key not in fields:
+            continue
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(fields)}."
+            raise UserError(f"{_at(where)}unknown key {dotted!r}.{hint}")
+        arguments[key] = _convert(hints[key], value, where, dotted)
+    for name, field in fields.items():
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and name not in arguments:
+            raise UserError(f"{_at(where)}{path}{name} is missing.")
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        raise UserError(f"{_at(where)}{error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(typing.get_args(hint), value, where, path)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, Mapping):
+            given = value.get("kind", _kind(hint))
+            if given != _kind(hint):
+                raise _wrong(where, f"{path}.kind", given, repr(_kind(hint)))
+            return _build(hint, value, where, f"{path}.")
+        raise _wrong(where, path, value, "a table")
+    if origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise _wrong(where, path, value, " or ".join(map(repr, typing.get_args(hint))))
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _wrong(where, path, value, "a list")
+        inner = typing.get_args(hint)
+        of = [inner[0]] * len(value) if inner[1:] == (...,) else list(inner)
+        if len(of) != len(value):
+            raise _wrong(where, path, value, f"a list of {len(of)}")
+        return tuple(
+            _convert(each, one, where, f"{path}[{number}]")
+            for number, (each, one) in enumerate(zip(of, value, strict=True))
+        )
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise _wrong(where, path, value, f"{'an' if hint is int else 'a'} {hint.__name__}")
+
+
+def _convert_union(choices: tuple[Any, ...], value: Any, where: str, path: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    classes = {_kind(each): each for each in choices if dataclasses.is_dataclass(each)}
+    others = [each for each in choices if each is not type(None) and each not in classes.values()]
+    if classes and isinstance(value, Mapping):
+        if len(classes) == 1 and "kind" not in value:
+            return _build(next(iter(classes.values())), value, where, f"{path}.")
+        kind = value.get("kind")
+        if kind not in classes:
+            raise _wrong(where, f"{path}.kind", kind, " or ".join(map(repr, classes)))
+        return _build(classes[kind], value, where, f"{path}.")
+    errors = []
+    for choice in others:
+        try:
+            return _convert(choice, value, where, path)
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    raise _wrong(where, path, value, "a table")
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _wrong(where: str, path: str, found: Any, expected: str) -> UserError:
+    return UserError(f"{_at(where)}{path} is {found!r}; expected {expected}.")

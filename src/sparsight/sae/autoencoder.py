@@ -1,0 +1,158 @@
+"""The sparse autoencoder: one class, put together from the parts that its configuration names."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsight.errors import UserError
+from sparsight.sae.code import SparseCode
+from sparsight.sae.config import SAEConfig
+from sparsight.sae.initialisation import initial_parameters
+from sparsight.sae.kernels import Precision, decode_topk, encode_topk
+from sparsight.sae.normaliser import Normaliser
+
+
+class SAEOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    x_hat: Float[Tensor, "batch d_in"]
+    """The reconstruction, in the units of x."""
+
+    code: SparseCode
+    """The active latents."""
+
+
+class SparseAutoencoder(nn.Module):
+    """Activations in and out in the model's own units; the normaliser is inside.
+
+    With z = normaliser(x): the code is TopK(W_enc (z − b_dec) + b_enc), its values at least 0; the
+    reconstruction is normaliser⁻¹(Σ f_i W_dec[i] + b_dec) (Gao et al. 2024, section 2.3). Rows are
+    latents in both matrices.
+
+    Args:
+        d_in: width of the activations.
+        config: the parts.
+        normaliser: fitted to the activations; the identity if None.
+        sample: some activations in normalised space, for the scale of the initial encoder.
+        seed: of the initial parameters.
+        metadata: where the SAE belongs: model, site, tokens, images, …; JSON-able.
+
+    Raises:
+        UserError: k is more than the number of latents.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        config: SAEConfig | None = None,
+        *,
+        normaliser: Normaliser | None = None,
+        sample: Float[Tensor, "batch d_in"] | None = None,
+        seed: int = 0,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        config = config or SAEConfig()
+        self.d_in = d_in
+        self.n_latents = config.width(d_in)
+        self.config = dataclasses.replace(config, n_latents=self.n_latents)
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        start = initial_parameters(d_in, self.config, seed, sample)
+        self.W_enc = nn.Parameter(start["W_enc"])
+        self.b_enc = nn.Parameter(start["b_enc"])
+        self.W_dec = nn.Parameter(start["W_dec"])
+        self.b_dec = nn.Parameter(start["b_dec"])
+        self.normaliser = normaliser or Normaliser.identity(d_in, config.normaliser)
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """The active latents of each vector.
+
+        Raises:
+            UserError: the vectors have another width.
+        """
+        self._check(x)
+        values, indices = self.encode_normalised(self.normaliser(x))
+        return SparseCode.from_padded(values, indices, self.n_latents)
+
+    def decode(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
+        """The reconstruction of a code, in the units of x."""
+        z_hat = functional.embedding_bag(
+            code.indices,
+            self.W_dec,
+            code.offsets[:-1],
+            per_sample_weights=code.values.to(self.W_dec.dtype),
+            mode="sum",
+        )
+        out: Tensor = self.normaliser.invert(z_hat + self.b_dec)
+        return out
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> SAEOutput:
+        """Encode and decode."""
+        code = self.encode(x)
+        return SAEOutput(self.decode(code), code)
+
+    def encode_normalised(
+        self, z: Float[Tensor, "batch d_in"], precision: Precision = "float32"
+    ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+        """Values (some may be 0: not active) and latents, from normalised activations."""
+        k = self.config.sparsity.k
+        return encode_topk(z, self.W_enc, self.b_enc, self.b_dec, k, precision)
+
+    def decode_normalised(
+        self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]
+    ) -> Float[Tensor, "batch d_in"]:
+        """The reconstruction in normalised space."""
+        return decode_topk(values, indices, self.W_dec, self.b_dec)
+
+    def fold(self) -> SparseAutoencoder:
+        """The same function of x without a normaliser; the codes are the same, too.
+
+        With x̂ = s ⊙ (f W_dec + b_dec) + m: W_enc ← W_enc / s, W_dec ← s ⊙ W_dec and
+        b_dec ← s ⊙ b_dec + m. Decoder rows no longer have norm 1.
+        """
+        folded = SparseAutoencoder(
+            self.d_in,
+            dataclasses.replace(self.config, normaliser="none", unit_norm_decoder=False),
+            metadata=self.metadata,
+        ).to(self.W_enc.device, self.W_enc.dtype)
+        mean, scale = self.normaliser.mean, self.normaliser.scale
+        with torch.no_grad():
+            folded.W_enc.copy_(self.W_enc / scale)
+            folded.b_enc.copy_(self.b_enc)
+            folded.W_dec.copy_(self.W_dec * scale)
+            folded.b_dec.copy_(self.b_dec * scale + mean)
+        return folded
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `config.json`, `sae.safetensors` and a model card; see `sparsight.sae.files`."""
+        from sparsight.sae.files import save
+
+        return save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, device: str | None = None
+    ) -> SparseAutoencoder:
+        """Load from a folder or a Hub id; see `sparsight.sae.files`.
+
+        Raises:
+            UserError: there is no SAE at that place.
+            SparsightError: its files are damaged.
+        """
+        from sparsight.sae.files import load
+
+        return load(name, revision=revision, device=device)
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise UserError(
+                f"The SAE takes vectors of width {self.d_in} as [batch, {self.d_in}]; "
+                f"got a tensor of shape {list(x.shape)}."
+            )

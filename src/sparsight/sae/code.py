@@ -1,0 +1,54 @@
+"""The sparse output of the encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """Which latents are active on each vector, and how strongly; rows may differ in length.
+
+    Attributes:
+        indices: the active latents, row after row.
+        values: their activations, all positive.
+        offsets: where each row begins in `indices`; the last entry is its length.
+        n_latents: width of the dictionary.
+    """
+
+    indices: Int[Tensor, " active"]
+    values: Float[Tensor, " active"]
+    offsets: Int[Tensor, " rows_plus_one"]
+    n_latents: int
+
+    @classmethod
+    def from_padded(
+        cls, values: Float[Tensor, "rows k"], indices: Int[Tensor, "rows k"], n_latents: int
+    ) -> SparseCode:
+        """From k candidates a row, of which those with a positive value are active."""
+        active = values > 0
+        offsets = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
+        torch.cumsum(active.sum(dim=1), dim=0, out=offsets[1:])
+        return cls(indices[active], values[active], offsets, n_latents)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def l0(self) -> Int[Tensor, " rows"]:
+        """Number of active latents of each vector."""
+        return self.offsets.diff()
+
+    @property
+    def rows(self) -> Int[Tensor, " active"]:
+        """The row that each entry belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self), device=self.offsets.device), self.l0)
+
+    def dense(self) -> Float[Tensor, "rows n_latents"]:
+        """The same as a matrix, zeros included."""
+        out = self.values.new_zeros(len(self), self.n_latents)
+        return out.index_put((self.rows, self.indices), self.values)

@@ -1,0 +1,96 @@
+"""What an SAE is made of: its width, sparsity, normaliser and remedy for dead latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparsight.errors import UserError
+
+NormaliserKind = Literal["scale", "standardise", "none"]
+BiasInit = Literal["zero", "geometric_median"]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest pre-activations of a vector, and of those the positive ones.
+
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
+    """
+
+    k: int = 32
+    """Active latents per vector, at most."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"sparsity.k is {self.k}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """Let dead latents model what the living ones leave over (Gao et al. 2024, appendix A.2)."""
+
+    alpha: float = 1 / 32
+    """Weight of the auxiliary loss."""
+
+    k: int | None = None
+    """Dead latents that are used per vector; None is the power of two nearest to d_in / 2."""
+
+    dead_after: int | None = None
+    """Vectors without an activation after which a latent counts as dead; None is 10,000,000 or a
+    tenth of the run, whichever is smaller."""
+
+    def __post_init__(self) -> None:
+        if self.alpha <= 0:
+            raise UserError(f"auxk.alpha is {self.alpha}; it must be positive (or auxk None).")
+        if self.k is not None and self.k < 1:
+            raise UserError(f"auxk.k is {self.k}; it must be at least 1.")
+        if self.dead_after is not None and self.dead_after < 1:
+            raise UserError(f"auxk.dead_after is {self.dead_after}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """The parts of a `SparseAutoencoder`."""
+
+    n_latents: int | None = None
+    """Number of latents; None is `expansion` times the width of the activations."""
+
+    expansion: int = 16
+    """Latents per dimension of the activations; used where `n_latents` is None."""
+
+    sparsity: TopK = field(default_factory=TopK)
+    """How few latents a vector may use."""
+
+    normaliser: NormaliserKind = "scale"
+    """"scale": subtract the mean, divide by one number so that E‖x‖² = d_in; "standardise": mean
+    and deviation of each dimension; "none"."""
+
+    unit_norm_decoder: bool = True
+    """Keep each latent's decoder row at norm 1."""
+
+    b_dec_init: BiasInit = "zero"
+    """Where the decoder's bias starts, in normalised space; "geometric_median" is estimated on a
+    sample of the activations."""
+
+    def __post_init__(self) -> None:
+        if self.n_latents is not None and self.n_latents < 1:
+            raise UserError(f"n_latents is {self.n_latents}; it must be at least 1.")
+        if self.expansion < 1:
+            raise UserError(f"expansion is {self.expansion}; it must be at least 1.")
+        if self.n_latents is not None and self.sparsity.k > self.n_latents:
+            raise UserError(
+                f"sparsity.k is {self.sparsity.k}, more than the {self.n_latents} latents; "
+                "lower k or raise n_latents."
+            )
+
+    def width(self, d_in: int) -> int:
+        """Number of latents for activations of width `d_in`.
+
+        Raises:
+            UserError: k is more than that.
+        """
+        n_latents = self.n_latents or self.expansion * d_in
+        if self.sparsity.k > n_latents:
+            raise UserError(f"sparsity.k is {self.sparsity.k}, more than the {n_latents} latents.")
+        return n_latents

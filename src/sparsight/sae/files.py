@@ -1,0 +1,164 @@
+"""An SAE on disk: `config.json`, `sae.safetensors`, `README.md`; nothing pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sparsight.config import from_dict, to_dict
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import atomic_path, read_json, write_json, write_text
+from sparsight.sae.autoencoder import SparseAutoencoder
+from sparsight.sae.config import SAEConfig
+from sparsight.sae.normaliser import Normaliser
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "sae.safetensors"
+_KEYS = {"format", "format_version", "d_in", "config", "metadata"}
+
+
+def save(sae: SparseAutoencoder, folder: Path) -> Path:
+    """Write an SAE into a folder, each file whole or not at all.
+
+    Returns:
+        The folder.
+    """
+    tensors = {
+        name: each.detach().cpu().contiguous().clone() for name, each in sae.state_dict().items()
+    }
+    with atomic_path(folder / WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    description = {
+        "format": "sparsight-sae",
+        "format_version": FORMAT_VERSION,
+        "d_in": sae.d_in,
+        "config": to_dict(sae.config),
+        "metadata": sae.metadata,
+    }
+    write_json(folder / CONFIG, description)
+    write_text(folder / "README.md", model_card(sae))
+    return folder
+
+
+def load(
+    name: str | Path, *, revision: str | None = None, device: str | None = None
+) -> SparseAutoencoder:
+    """Read an SAE from a folder, or from the Hub where no such folder exists.
+
+    Raises:
+        UserError: there is no SAE there, or it is of an unknown format.
+        SparsightError: a file is damaged.
+    """
+    folder = Path(name) if Path(name).is_dir() else _from_hub(str(name), revision)
+    if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
+        raise UserError(
+            f"{name}: holds no SAE ({CONFIG} and {WEIGHTS}). Give the folder of a finished run."
+        )
+    description = _description(folder / CONFIG)
+    d_in = description["d_in"]
+    config = from_dict(SAEConfig, description["config"], str(folder / CONFIG))
+    sae = SparseAutoencoder(d_in, config, metadata=description["metadata"])
+    sae.normaliser = Normaliser.identity(d_in, config.normaliser)
+    sae.load_state_dict(_tensors(folder / WEIGHTS, sae))
+    sae.requires_grad_(False).eval()
+    return sae.to(device) if device is not None else sae
+
+
+def _description(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    version = found.get("format_version")
+    if found.get("format") != "sparsight-sae":
+        raise UserError(f"{path}: is not the configuration of a Sparsight SAE (no such format).")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version is {version!r}; this Sparsight reads {FORMAT_VERSION}."
+        )
+    strange, absent = sorted(set(found) - _KEYS), sorted(_KEYS - set(found))
+    if strange or absent:
+        raise UserError(f"{path}: unknown keys {strange}, missing keys {absent}.")
+    if not isinstance(found["d_in"], int) or found["d_in"] < 1:
+        raise UserError(f"{path}: d_in is {found['d_in']!r}; expected a positive number.")
+    return found
+
+
+def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise SparsightError(f"{path}: is damaged or cut off ({error}).") from error
+    expected = {key: tuple(each.shape) for key, each in sae.state_dict().items()}
+    found = {key: tuple(each.shape) for key, each in tensors.items()}
+    if expected != found:
+        differing = sorted(
+            key for key in {*expected, *found} if expected.get(key) != found.get(key)
+        )
+        raise SparsightError(
+            f"{path}: tensors do not fit the configuration: "
+            + "; ".join(
+                f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'nothing')}"
+                for key in differing
+            )
+            + "."
+        )
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise SparsightError(f"{path}: {key} holds values that are not finite.")
+    return tensors
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such folder.")
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, "metrics.json"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name}: no such folder, and the Hub gave no SAE of that name ({error})."
+        ) from error
+
+
+def model_card(sae: SparseAutoencoder) -> str:
+    """A README for the Hub: what the SAE reads, its shape, how to use it."""
+    about = sae.metadata
+    model = about.get("model") or {}
+    return f"""---
+library_name: sparsight
+tags:
+- sparse-autoencoder
+- interpretability
+---
+# Sparse autoencoder for {model.get("id", "a vision model")}
+
+| | |
+|---|---|
+| model | {model.get("id", "not recorded")} |
+| site | {about.get("site", "not recorded")} |
+| tokens | {about.get("tokens", "not recorded")} |
+| images | {about.get("images", "not recorded")} |
+| width of the activations | {sae.d_in:,} |
+| latents | {sae.n_latents:,} |
+| sparsity | {type(sae.config.sparsity).__name__}, k = {sae.config.sparsity.k} |
+| normaliser | {sae.config.normaliser} |
+| vectors trained on | {about.get("n_vectors", "not recorded")} |
+
+```python
+import sparsight as sp
+
+sae = sp.SparseAutoencoder.from_pretrained("this folder or Hub id")
+code = sae.encode(x)        # x: [batch, {sae.d_in}], in the model's own units
+x_hat = sae.decode(code)
+```
+"""

@@ -1,0 +1,131 @@
+"""How to train, and what a run's `config.toml` says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sparsight.errors import UserError
+from sparsight.sae import AuxK, SAEConfig
+
+LARGEST_DEAD_WINDOW = 10_000_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; lengths are in vectors, never in batches."""
+
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    """The autoencoder."""
+
+    n_vectors: int = 10_000_000
+    """How many activation vectors to train on; more than there are means several epochs."""
+
+    batch_size: int = 4096
+    """Vectors per step."""
+
+    lr: float | None = None
+    """Peak learning rate; None is 2e-4 / sqrt(n_latents / 16,384)."""
+
+    warmup: float = 0.05
+    """Share of the run in which the learning rate rises from 0."""
+
+    decay: float = 0.2
+    """Share of the run, at its end, in which the learning rate falls to 0."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of Adam."""
+
+    eps: float = 6.25e-10
+    """Of Adam (Gao et al. 2024, appendix A)."""
+
+    grad_clip: float | None = 1.0
+    """Largest norm of the gradient; None does not clip."""
+
+    auxk: AuxK | None = field(default_factory=AuxK)
+    """Remedy for dead latents; None trains without."""
+
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, e.g. 0.999; the run's SAE is then the
+    average."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the product that selects latents; the selected ones are always scored in float32. "auto"
+    is bfloat16 on GPUs that have it."""
+
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+
+    log_every: int | None = None
+    """Vectors between lines of `metrics.jsonl`; None is a hundredth of the run."""
+
+    checkpoint_every: int | None = None
+    """Vectors between checkpoints; None is a tenth of the run."""
+
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go beside `metrics.jsonl`."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_vectors", "batch_size", "lr", "log_every", "checkpoint_every", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"{name} is {value}; it must be positive.")
+        if self.n_vectors < self.batch_size:
+            raise UserError(
+                f"n_vectors is {self.n_vectors}, less than one batch of {self.batch_size}."
+            )
+        if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
+            raise UserError(
+                f"warmup {self.warmup} and decay {self.decay} are shares of the run: "
+                "neither negative, at most 1 together."
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema is {self.ema}; it must lie between 0 and 1 (or None).")
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the run."""
+        return math.ceil(self.n_vectors / self.batch_size)
+
+    @property
+    def dead_after(self) -> int:
+        """Vectors without an activation after which a latent counts as dead."""
+        stated = self.auxk.dead_after if self.auxk else None
+        return stated or max(1, min(LARGEST_DEAD_WINDOW, self.n_vectors // 10))
+
+    def learning_rate(self, n_latents: int) -> float:
+        """The peak learning rate."""
+        return self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)
+
+    def steps_every(self, n_vectors: int | None, share: int) -> int:
+        """Steps in `n_vectors`, or in one of `share` equal parts of the run."""
+        vectors = n_vectors or self.n_vectors / share
+        return max(1, round(vectors / self.batch_size))
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """A whole experiment, as `sparsight train --config FILE.toml` takes it."""
+
+    store: str | None = None
+    """Folder of an activation store; without it activations are extracted on the fly."""
+
+    model: str | None = None
+    """Vision model, as `load_model` takes it."""
+
+    images: str | None = None
+    """Images, as `open_images` takes them."""
+
+    sites: tuple[str, ...] = ()
+    """Where to read; empty means all sites of the store."""
+
+    tokens: Literal["all", "patches", "cls", "mean"] = "all"
+    """Which positions to train on; a store has its own."""
+
+    out: Path = Path("runs/sae")
+    """Folder of the run."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How to train."""

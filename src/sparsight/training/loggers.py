@@ -1,0 +1,101 @@
+"""Where metrics go: `metrics.jsonl` always; TensorBoard and Weights & Biases on request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparsight.errors import MissingExtra
+from sparsight.files import write_text
+from sparsight.training.run import METRICS, read_metrics
+
+
+class Logger(Protocol):
+    """Takes a line of figures now and then."""
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        """Record figures; `vectors` among them is the position in the run."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class JsonLines:
+    """`metrics.jsonl`; lines after the step that a run resumes from are dropped."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / METRICS
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        """Append a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(figures)) + "\n")
+
+    def close(self) -> None:
+        """Nothing is left."""
+
+
+class TensorBoard:
+    """Event files under `tensorboard/` in the run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtra("tensorboard", "tensorboard") from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        """Add a point to each curve."""
+        for name, value in figures.items():
+            if name not in ("step", "vectors"):
+                self.writer.add_scalar(name, value, figures["vectors"])
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, named after the folder."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtra("wandb", "wandb") from error
+        self.run = wandb.init(
+            project="sparsight",
+            name=str(folder),
+            dir=str(folder),
+            config=dict(config),
+            reinit="create_new",
+        )
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        """Send the figures."""
+        self.run.log(dict(figures), step=figures["vectors"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+def open_loggers(
+    folder: Path, names: Sequence[str], step: int, config: Mapping[str, Any]
+) -> list[Logger]:
+    """The loggers of a run.
+
+    Raises:
+        MissingExtra: a library is not installed.
+    """
+    loggers: list[Logger] = []
+    if "tensorboard" in names:
+        loggers.append(TensorBoard(folder))
+    if "wandb" in names:
+        loggers.append(WeightsAndBiases(folder, config))
+    return [JsonLines(folder, step), *loggers]

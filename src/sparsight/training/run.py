@@ -1,0 +1,90 @@
+"""A run on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsight.config import load
+from sparsight.errors import SparsightError, UserError
+from sparsight.sae import SparseAutoencoder
+from sparsight.training.config import TrainConfig, TrainRecipe
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or unfinished run: `out` itself for one site, `out/SITE` for each of several.
+
+    Attributes:
+        out: folder of the run.
+        sites: the sites that were trained on.
+    """
+
+    out: Path
+    sites: tuple[str, ...]
+
+    def folder(self, site: str | None = None) -> Path:
+        """Where a site's configuration, metrics and SAE lie.
+
+        Raises:
+            UserError: the run has no such site, or several and none is named.
+        """
+        if site is None and len(self.sites) > 1:
+            raise UserError(f"{self.out} has several sites, name one of: {', '.join(self.sites)}.")
+        if site is not None and site not in self.sites:
+            raise UserError(f"{self.out} has no site {site!r}, only: {', '.join(self.sites)}.")
+        return self.out if len(self.sites) == 1 else self.out / str(site)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.out / "checkpoints"
+
+    @property
+    def recipe(self) -> TrainRecipe:
+        """Everything needed to repeat the run."""
+        return load(TrainRecipe, self.folder(self.sites[0]) / CONFIG)
+
+    @property
+    def config(self) -> TrainConfig:
+        """How it was trained."""
+        return self.recipe.train
+
+    def sae(self, site: str | None = None) -> SparseAutoencoder:
+        """The trained SAE.
+
+        Raises:
+            UserError: training has not finished.
+        """
+        return SparseAutoencoder.from_pretrained(self.folder(site))
+
+    def metrics(self, site: str | None = None) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return read_metrics(self.folder(site) / METRICS)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that was cut off is left out.
+
+    Raises:
+        SparsightError: a line before the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise SparsightError(f"{path}, line {number}: is not JSON ({error}).") from error
+    return found

@@ -1,0 +1,276 @@
+"""The training loop: one pass over the data for all sites, resumed exactly where it was cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparsight
+from sparsight.activations import ActivationSource, LiveActivations
+from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import write_json
+from sparsight.images import ImageSource
+from sparsight.progress import ProgressLine, progress
+from sparsight.sae.kernels import Precision
+from sparsight.training import checkpoint
+from sparsight.training.config import TrainConfig, TrainRecipe
+from sparsight.training.loggers import Logger, open_loggers
+from sparsight.training.run import CONFIG, Run
+from sparsight.training.schedule import learning_rate_factor
+from sparsight.training.site import SiteTraining
+from sparsight.vision import VisionModel
+
+Activations = ActivationSource | tuple[VisionModel, ImageSource]
+
+
+def train(
+    source: Activations,
+    config: TrainConfig | None = None,
+    out: str | Path = "runs/sae",
+    *,
+    sites: Sequence[str] | None = None,
+    tokens: str = "all",
+    resume: bool = True,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Train an SAE on each site, all in one pass over the activations.
+
+    Args:
+        source: an activation store, live activations, or a model and its images.
+        config: how to train.
+        out: folder of the run. A finished run of the same configuration is returned as it is, a
+            cut one goes on from its last checkpoint with the same bits.
+        sites: which sites of the source; all by default.
+        tokens: which positions to extract where `source` is a model and images.
+        resume: False refuses a folder that holds a run.
+        device: "cpu", "cuda", …; a GPU if there is one.
+        quiet: no progress line.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: `out` holds another run, or the configuration does not fit the activations.
+        SparsightError: the loss or the activations are not finite; the last checkpoint stays.
+    """
+    config = config or TrainConfig()
+    activations = _as_activations(source, sites, tokens)
+    run = Run(Path(out), tuple(sites or activations.sites))
+    for site in run.sites:
+        config.sae.width(activations.d_in(site))
+    recipe = _recipe(activations, run, config)
+    if _settled(run, recipe, resume):
+        return run
+    loop = _Loop(activations, recipe, run, torch.device(device or _best_device()))
+    with progress("train", config.n_steps * config.batch_size, "vectors",
+                  done=loop.step * config.batch_size, quiet=quiet) as line:  # fmt: skip
+        loop.run_to_end(line)
+    return run
+
+
+class _Loop:
+    """The state of a run in this process."""
+
+    def __init__(
+        self, source: ActivationSource, recipe: TrainRecipe, run: Run, device: torch.device
+    ) -> None:
+        self.config = recipe.train
+        self.run = run
+        self.device = device
+        self.step = 0
+        self.stream = source.stream(run.sites, self.config.batch_size, seed=self.config.seed)
+        found, problems = checkpoint.load_latest(run.checkpoints, run.sites)
+        for problem in problems:
+            print(f"Skipped a damaged checkpoint: {problem}")
+        self.first_batch: dict[str, Tensor] | None = None
+        if found is None:
+            self.first_batch = next(self.stream)
+        samples = self.first_batch or {
+            site: torch.zeros(1, source.d_in(site)) for site in run.sites
+        }
+        self.sites = {
+            site: SiteTraining(
+                self.config,
+                source.stats(site),
+                samples[site],
+                _metadata(source, site, self.config),
+                device,
+                _precision(self.config, device),
+            )
+            for site in run.sites
+        }
+        if found is not None:
+            self.step = found.step
+            self.stream.load_state_dict(found.cursor)
+            for site, training in self.sites.items():
+                training.load_state(found.tensors[site], found.summed[site])
+        self.loggers: dict[str, list[Logger]] = {}
+        for site in run.sites:
+            write_toml(run.folder(site) / CONFIG, recipe)
+            self.loggers[site] = open_loggers(
+                run.folder(site), self.config.loggers, self.step, to_dict(recipe)
+            )
+
+    def run_to_end(self, line: ProgressLine) -> None:
+        """Train, log and save until the configured number of vectors is reached."""
+        config = self.config
+        log_steps = config.steps_every(config.log_every, 100)
+        save_steps = config.steps_every(config.checkpoint_every, 10)
+        note = ""
+        while self.step < config.n_steps:
+            batch = self._next_batch()
+            factor = learning_rate_factor(self.step, config.n_steps, config.warmup, config.decay)
+            for site, training in self.sites.items():
+                training.step(batch[site].to(self.device), self.step, factor)
+            self.step += 1
+            last = self.step == config.n_steps
+            if self.step % log_steps == 0 or last:
+                note = self._log(factor)
+            if self.step % save_steps == 0 and not last:
+                self._check_finite()
+                checkpoint.save(
+                    self.run.checkpoints, self.step, self.sites, self.stream.state_dict()
+                )
+            line.advance(config.batch_size, note)
+        self._finish()
+
+    def _next_batch(self) -> Mapping[str, Tensor]:
+        if self.first_batch is not None:
+            batch, self.first_batch = self.first_batch, None
+            return batch
+        return next(self.stream)
+
+    def _log(self, factor: float) -> str:
+        self._check_finite()
+        notes = []
+        for site, training in self.sites.items():
+            figures = training.figures(self.config.batch_size)
+            entry: dict[str, Any] = {
+                "step": self.step,
+                "vectors": self.step * self.config.batch_size,
+                **figures,
+                "lr": training.lr * factor,
+            }
+            for logger in self.loggers[site]:
+                logger.log(entry)
+            notes.append(
+                f"{site} FVU {figures['fvu']:.4f} L0 {figures['l0']:.1f} "
+                f"dead {100 * figures['dead']:.2f} %"
+            )
+        return " · ".join(notes)
+
+    def _check_finite(self) -> None:
+        for site, training in self.sites.items():
+            bad = int(training.first_bad_step)
+            if bad >= 0:
+                raise SparsightError(
+                    f"The loss at {site} was not finite at step {bad + 1} (vectors "
+                    f"{bad * self.config.batch_size:,} to {(bad + 1) * self.config.batch_size:,}). "
+                    f"Training stops; the last good checkpoint stays in {self.run.checkpoints}. "
+                    "A lower lr may help."
+                )
+            if not all(bool(torch.isfinite(each).all()) for each in training.sae.parameters()):
+                raise SparsightError(
+                    f"Weights of the SAE at {site} are not finite after step {self.step}. Training "
+                    f"stops; the last good checkpoint stays in {self.run.checkpoints}."
+                )
+
+    def _finish(self) -> None:
+        self._check_finite()
+        for site, training in self.sites.items():
+            folder = self.run.folder(site)
+            last = self.run.metrics(site)[-1]
+            write_json(
+                folder / "metrics.json",
+                {
+                    "training": {
+                        **{key: value for key, value in last.items() if math.isfinite(value)},
+                        "dead_window": self.config.dead_after,
+                    }
+                },
+            )
+            training.finished().save_pretrained(folder)
+            for logger in self.loggers[site]:
+                logger.close()
+
+
+def _as_activations(
+    source: Activations, sites: Sequence[str] | None, tokens: str
+) -> ActivationSource:
+    if not isinstance(source, tuple):
+        absent = [site for site in sites or () if site not in source.sites]
+        if absent:
+            raise UserError(
+                f"The activations hold no site {absent[0]!r}; they have: {', '.join(source.sites)}."
+            )
+        return source
+    model, images = source
+    if not sites:
+        raise UserError("Name the sites to train on: sites=['blocks.-1.resid_post'], say.")
+    return LiveActivations(model, images, [model.canonical_site(s) for s in sites], tokens)
+
+
+def _recipe(source: ActivationSource, run: Run, config: TrainConfig) -> TrainRecipe:
+    store = getattr(source, "path", None)
+    return TrainRecipe(
+        store=str(store) if store is not None else None,
+        model=source.model_info.get("id"),
+        images=source.model_info.get("images"),
+        sites=run.sites,
+        tokens=source.tokens,
+        out=run.out,
+        train=config,
+    )
+
+
+def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
+    """Whether the run is finished; makes sure that what is there is a part of the same run."""
+    folders = [run.folder(site) for site in run.sites]
+    present = [folder for folder in folders if (folder / CONFIG).exists()]
+    if not present:
+        return False
+    if not resume:
+        raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
+    # Where the folders lie may have changed; what is in them may not.
+    own = to_dict(dataclasses.replace(recipe, out=Path(), store=None))
+    for folder in present:
+        there = load(TrainRecipe, folder / CONFIG)
+        field = first_difference(to_dict(dataclasses.replace(there, out=Path(), store=None)), own)
+        if field is not None:
+            raise UserError(
+                f"{folder / CONFIG}: holds a run that differs in {field!r}. Choose another folder, "
+                "or remove this one."
+            )
+    return all((folder / "sae.safetensors").exists() for folder in folders)
+
+
+def _metadata(source: ActivationSource, site: str, config: TrainConfig) -> dict[str, Any]:
+    model = {key: value for key, value in source.model_info.items() if key != "images"}
+    return {
+        "model": model,
+        "images": source.model_info.get("images"),
+        "site": site,
+        "tokens": source.tokens,
+        "n_vectors": config.n_steps * config.batch_size,
+        "seed": config.seed,
+        "sparsight_version": sparsight.__version__,
+    }
+
+
+def _precision(config: TrainConfig, device: torch.device) -> Precision:
+    if config.precision != "auto":
+        return config.precision
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.sae import Normaliser, SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae.config import NormaliserKind
+from sparsight.sae.initialisation import geometric_median
+from sparsight.sae.objectives import auxk_loss, default_auxk
+
+D_IN = 16
+
+
+def _data(n: int = 400) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    spread = torch.linspace(0.1, 5, D_IN)
+    return torch.randn(n, D_IN, generator=generator) * spread + torch.arange(D_IN)
+
+
+def _sae(kind: NormaliserKind = "scale", **changes: object) -> SparseAutoencoder:
+    x = _data().double()
+    normaliser = Normaliser.fit(kind, x.mean(0), x.square().mean(0))
+    config = SAEConfig(n_latents=64, sparsity=TopK(k=4), normaliser=kind)
+    sae = SparseAutoencoder(D_IN, config, normaliser=normaliser, metadata={"site": "here"})
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        sae.b_enc += 0.1 * torch.randn(64, generator=generator)
+        sae.b_dec += 0.3 * torch.randn(D_IN, generator=generator)
+    return sae
+
+
+def test_encode_and_decode_follow_the_formula() -> None:
+    sae, x = _sae(), _data()
+    z = (x - sae.normaliser.mean) / sae.normaliser.scale
+    top = ((z - sae.b_dec) @ sae.W_enc.T + sae.b_enc).topk(4)
+    dense = torch.zeros(len(x), 64).scatter(1, top.indices, top.values.relu())
+    x_hat = (dense @ sae.W_dec + sae.b_dec) * sae.normaliser.scale + sae.normaliser.mean
+    out = sae(x)
+    torch.testing.assert_close(out.code.dense(), dense)
+    torch.testing.assert_close(out.x_hat, x_hat)
+    assert (out.code.values > 0).all()
+
+
+def test_a_latent_picked_with_nothing_is_not_active() -> None:
+    sae = _sae()
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    code = sae.encode(_data(7))
+    assert len(code) == 7 and code.l0.tolist() == [0] * 7
+    torch.testing.assert_close(sae.decode(code), sae.normaliser.invert(sae.b_dec.expand(7, -1)))
+
+
+def test_the_scale_normaliser_gives_squared_norm_d_in_and_standardise_unit_variances() -> None:
+    x = _data().double()
+    scaled = Normaliser.fit("scale", x.mean(0), x.square().mean(0))(x)
+    assert scaled.square().sum(1).mean().item() == pytest.approx(D_IN, rel=1e-5)
+    standard = Normaliser.fit("standardise", x.mean(0), x.square().mean(0))(x)
+    torch.testing.assert_close(standard.var(0, correction=0), torch.ones(D_IN).double())
+
+
+def test_a_dimension_that_never_varies_is_left_alone() -> None:
+    x = _data().double()
+    x[:, 3] = 7.0
+    standard = Normaliser.fit("standardise", x.mean(0), x.square().mean(0))(x)
+    assert torch.isfinite(standard).all() and standard[:, 3].abs().max() < 1e-4
+
+
+def test_activations_that_do_not_vary_are_refused() -> None:
+    with pytest.raises(SparsightError, match="do not vary"):
+        Normaliser.fit("scale", torch.ones(4), torch.ones(4))
+
+
+@pytest.mark.parametrize("kind", ["scale", "standardise", "none"])
+def test_folding_the_normaliser_keeps_code_and_reconstruction(kind: NormaliserKind) -> None:
+    sae, x = _sae(kind).double(), _data().double()
+    folded = sae.fold()
+    assert folded.config.normaliser == "none"
+    torch.testing.assert_close(folded.encode(x).dense(), sae.encode(x).dense())
+    torch.testing.assert_close(folded(x).x_hat, sae(x).x_hat)
+
+
+def test_the_first_reconstruction_has_the_norm_of_its_input() -> None:
+    z = torch.randn(512, D_IN, generator=torch.Generator().manual_seed(5))
+    sae = SparseAutoencoder(D_IN, SAEConfig(n_latents=64, sparsity=TopK(k=4)), sample=z)
+    values, indices = sae.encode_normalised(z)
+    ratio = sae.decode_normalised(values, indices).square().sum() / z.square().sum()
+    assert ratio.item() == pytest.approx(1, rel=1e-4)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_the_geometric_median_has_no_better_neighbour() -> None:
+    x = _data(101)
+    median = geometric_median(x)
+
+    def cost(point: torch.Tensor) -> float:
+        return float((x.double() - point.double()).norm(dim=1).sum())
+
+    for step in 0.01 * torch.eye(D_IN):
+        assert cost(median) <= min(cost(median + step), cost(median - step)) + 1e-6
+
+
+def test_gradients_flow_through_the_public_module() -> None:
+    sae, x = _sae().double(), _data().double().requires_grad_()
+    sae(x).x_hat.square().sum().backward()
+    for parameter in (*sae.parameters(), x):
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0
+
+
+def test_auxk_models_the_residual_without_the_bias_and_reaches_dead_encoders() -> None:
+    sae = _sae().double()
+    sae.normaliser = Normaliser.identity(D_IN)
+    z = _data(50).double() - _data(50).double().mean(0)
+    values, indices = sae.encode_normalised(z)
+    residual = z - sae.decode_normalised(values, indices)
+    dead = torch.zeros(64, dtype=torch.bool)
+    dead[10:30] = True
+    loss = auxk_loss(sae, z, residual, dead, 8)
+    assert loss is not None
+
+    pre = (z - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    top = pre.masked_fill(~dead, -torch.inf).topk(8)
+    dense = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+    e = residual.detach()
+    true = (e - dense @ sae.W_dec).square().sum() / (e - e.mean(0)).square().sum()
+    torch.testing.assert_close(loss, true)
+    ours = torch.autograd.grad(loss, [sae.W_enc, sae.W_dec, sae.b_enc], retain_graph=True)
+    truth = torch.autograd.grad(true, [sae.W_enc, sae.W_dec, sae.b_enc])
+    for mine, reference in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, reference)
+    assert ours[0][dead].abs().sum() > 0 and ours[0][~dead].abs().sum() == 0
+
+
+def test_auxk_is_nothing_when_no_latent_is_dead() -> None:
+    sae = _sae()
+    assert auxk_loss(sae, _data(), _data(), torch.zeros(64, dtype=torch.bool), 8) is None
+
+
+@pytest.mark.parametrize(("d_in", "k"), [(768, 512), (1024, 512), (192, 128), (80, 32), (2, 1)])
+def test_the_default_number_of_auxiliary_latents_is_a_power_of_two_near_half_the_width(
+    d_in: int, k: int
+) -> None:
+    assert default_auxk(d_in) == k
+
+
+def test_a_saved_sae_loads_bit_for_bit(tmp_path: Path) -> None:
+    sae = _sae("standardise")
+    sae.save_pretrained(tmp_path)
+    loaded = SparseAutoencoder.from_pretrained(tmp_path)
+    assert loaded.config == sae.config and loaded.metadata == sae.metadata
+    assert all(
+        torch.equal(each, loaded.state_dict()[name]) for name, each in sae.state_dict().items()
+    )
+    assert "blocks" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_damaged_sae_is_named(tmp_path: Path) -> None:
+    _sae().save_pretrained(tmp_path)
+    weights = tmp_path / "sae.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SparsightError, match=r"sae\.safetensors.*damaged"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
+    _sae().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "sae.safetensors")
+    tensors["W_dec"] = tensors["W_dec"][:-1].contiguous()
+    tensors["extra"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "sae.safetensors")
+    with pytest.raises(SparsightError, match=r"W_dec is \(63, 16\), expected \(64, 16\); extra"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 9}, "format_version is 9"),
+        ({"strange": 1}, "unknown keys \\['strange'\\]"),
+        ({"config": {"sparsity": {"kind": "topk", "kk": 3}}}, "sparsity.kk.*Did you mean 'k'"),
+        ({"format": "other"}, "not the configuration"),
+    ],
+)
+def test_a_strange_configuration_is_named(tmp_path: Path, change: dict, message: str) -> None:
+    _sae().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_an_sae_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no SAE"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_more_active_latents_than_latents_are_refused() -> None:
+    with pytest.raises(UserError, match="more than the 8 latents"):
+        SAEConfig(n_latents=8, sparsity=TopK(k=9))
+    with pytest.raises(UserError, match="more than the 32 latents"):
+        SparseAutoencoder(2, SAEConfig(sparsity=TopK(k=33)))
+
+
+def test_vectors_of_another_width_are_refused() -> None:
+    with pytest.raises(UserError, match="width 16"):
+        _sae().encode(torch.zeros(3, 17))
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SAEConfig().expansion = 3  # type: ignore[misc]

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsight.sae.kernels import decode_topk, dense, encode_topk, sparse
+
+D_IN, N_LATENTS, K, BATCH = 12, 40, 5, 30
+
+
+def _inputs(dtype: torch.dtype = torch.float64, massive: bool = False) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)
+    if massive:
+        x[:, :2] *= 100
+    shapes = [(N_LATENTS, D_IN), (N_LATENTS,), (N_LATENTS, D_IN), (D_IN,)]
+    parameters = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [each.to(dtype).requires_grad_() for each in (x, *parameters)]
+
+
+def _gradients(encode, decode, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    x, W_enc, b_enc, W_dec, b_dec = inputs
+    values, indices = encode(x, W_enc, b_enc, b_dec, K)
+    x_hat = decode(values, indices, W_dec, b_dec)
+    # Both sides of the loss, so that x gets a gradient from each.
+    loss = (x_hat - x).square().sum() + values.pow(3).sum()
+    return [x_hat, *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("massive", [False, True])
+def test_the_sparse_step_has_the_gradients_of_plain_autograd(massive: bool) -> None:
+    ours = _gradients(encode_topk, decode_topk, _inputs(massive=massive))
+    truth = _gradients(dense.encode_topk, dense.decode_topk, _inputs(massive=massive))
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-9)
+
+
+def test_the_gradients_pass_a_finite_difference_check() -> None:
+    x, W_enc, b_enc, W_dec, b_dec = _inputs()
+
+    def reconstruct(*inputs: torch.Tensor) -> torch.Tensor:
+        values, indices = encode_topk(*inputs[:3], inputs[4], K)
+        return decode_topk(values, indices, inputs[3], inputs[4])
+
+    assert torch.autograd.gradcheck(reconstruct, (x[:4], W_enc, b_enc, W_dec, b_dec), eps=1e-7)
+
+
+def test_tiles_of_rows_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W_enc, b_enc, _, b_dec = (each.detach() for each in _inputs())
+    whole = encode_topk(x, W_enc, b_enc, b_dec, K)
+    monkeypatch.setattr(sparse, "_TILE_ELEMENTS", 3 * N_LATENTS)
+    tiled = encode_topk(x, W_enc, b_enc, b_dec, K)
+    assert torch.equal(whole[1].sort().values, tiled[1].sort().values)
+
+
+@pytest.mark.parametrize("massive", [False, True])
+def test_selection_in_bfloat16_chooses_what_exact_selection_does(massive: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(500, 64, generator=generator)
+    if massive:
+        x[:, :2] *= 100
+    W = torch.nn.functional.normalize(torch.randn(1024, 64, generator=generator), dim=1)
+    zeros, bias = torch.zeros(1024), torch.zeros(64)
+    exact = encode_topk(x, W, zeros, bias, 32)
+    low = encode_topk(x, W, zeros, bias, 32, "bfloat16")
+    same = (exact[1].sort().values == low[1].sort().values).all(dim=1).double().mean()
+    assert same >= (0.90 if massive else 0.99)
+    torch.testing.assert_close(low[0].sum(), exact[0].sum(), rtol=1e-4, atol=0)

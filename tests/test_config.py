@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from sparsight.config import first_difference, from_dict, load, to_dict, write_toml
+from sparsight.errors import UserError
+
+
+@dataclass(frozen=True)
+class Circle:
+    radius: float = 1.0
+
+
+@dataclass(frozen=True)
+class Square:
+    side: int = 2
+
+
+@dataclass(frozen=True)
+class Drawing:
+    name: str
+    shape: Circle | Square = field(default_factory=Circle)
+    only: Square = field(default_factory=Square)
+    maybe: Circle | None = None
+    sizes: tuple[int, ...] = ()
+    pair: tuple[float, float] = (0.0, 1.0)
+    where: Path = Path("out")
+
+
+FULL = Drawing("a", Square(5), Square(3), Circle(2.5), (1, 2), (0.5, 2.0), Path("here"))
+
+
+def test_a_configuration_survives_toml(tmp_path: Path) -> None:
+    write_toml(tmp_path / "drawing.toml", FULL)
+    assert load(Drawing, tmp_path / "drawing.toml") == FULL
+    assert from_dict(Drawing, to_dict(Drawing("b"))) == Drawing("b")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "a", "nmae": 1}, "here: unknown key 'nmae'. Did you mean 'name'"),
+        ({"name": "a", "shape": {"kind": "square", "sidde": 1}}, "'shape.sidde'"),
+        ({"name": "a", "shape": {"kind": "cube"}}, "shape.kind is 'cube'; expected 'circle' or"),
+        ({"name": 3}, "name is 3; expected a str"),
+        ({"name": "a", "sizes": ["x"]}, r"sizes\[0\] is 'x'; expected an int"),
+        ({"name": "a", "pair": [1.0]}, "expected a list of 2"),
+        ({"name": "a", "only": 3}, "only is 3; expected a table"),
+        ({"name": "a", "only": {"side": True}}, "only.side is True"),
+        ({}, "name is missing"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_dict(Drawing, values, "here")
+
+
+def test_whole_numbers_stand_for_fractions() -> None:
+    assert from_dict(Drawing, {"name": "a", "pair": [1, 2]}).pair == (1.0, 2.0)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("a = [")
+    with pytest.raises(UserError, match=r"bad\.toml: cannot be read as TOML"):
+        load(Drawing, tmp_path / "bad.toml")
+    with pytest.raises(UserError, match="no such file"):
+        load(Drawing, tmp_path / "absent.toml")
+
+
+def test_the_first_difference_is_named_with_its_path() -> None:
+    other = to_dict(FULL) | {"shape": {"kind": "square", "side": 6}}
+    assert first_difference(to_dict(FULL), other) == "shape.side"
+    assert first_difference(to_dict(FULL), to_dict(FULL)) is None
