@@ -1,8 +1,9 @@
 """Settings as frozen dataclasses, and the same as plain mappings and TOML.
 
 A field whose type is a union of dataclasses is tagged by `kind`, the class's name in lower case
-(`{kind = "topk", k = 32}`); a union of one needs no tag. `None` is left out. An unknown key or a
-value of another type is an error that names the place.
+(`{kind = "topk", k = 32}`); a union of one needs no tag. `None` is left out where it is the default
+and `"none"` elsewhere: TOML has no word for it. An unknown key or a value of another type is an
+error that names the place.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from sparsight.files import write_text
 
 Config = TypeVar("Config")
 
+NONE = "none"
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as a mapping of plain values; nested ones carry their `kind`."""
@@ -31,6 +34,8 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = _plain(getattr(config, field.name))
         if value is not None:
             found[field.name] = value
+        elif field.default is not None:
+            found[field.name] = NONE
     return found
 
 
@@ -156,6 +161,11 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
             _convert(each, one, where, f"{path}[{number}]")
             for number, (each, one) in enumerate(zip(of, value, strict=True))
         )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(where, path, value, "a table")
+        inside = typing.get_args(hint)[1]
+        return {key: _convert(inside, each, where, f"{path}.{key}") for key, each in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path and isinstance(value, str):
@@ -166,7 +176,7 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
 
 
 def _convert_union(choices: tuple[Any, ...], value: Any, where: str, path: str) -> Any:
-    if value is None and type(None) in choices:
+    if type(None) in choices and (value is None or (value == NONE and str not in choices)):
         return None
     classes = {_kind(each): each for each in choices if dataclasses.is_dataclass(each)}
     others = [each for each in choices if each is not type(None) and each not in classes.values()]

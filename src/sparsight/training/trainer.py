@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import sparsight
 from sparsight.activations import ActivationSource, LiveActivations
 from sparsight.config import first_difference, load, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import write_json
 from sparsight.images import ImageSource
 from sparsight.progress import ProgressLine, progress
 from sparsight.sae.kernels import Precision
@@ -186,18 +184,7 @@ class _Loop:
     def _finish(self) -> None:
         self._check_finite()
         for site, training in self.sites.items():
-            folder = self.run.folder(site)
-            last = self.run.metrics(site)[-1]
-            write_json(
-                folder / "metrics.json",
-                {
-                    "training": {
-                        **{key: value for key, value in last.items() if math.isfinite(value)},
-                        "dead_window": self.config.dead_after,
-                    }
-                },
-            )
-            training.finished().save_pretrained(folder)
+            training.finished().save_pretrained(self.run.folder(site))
             for logger in self.loggers[site]:
                 logger.close()
 

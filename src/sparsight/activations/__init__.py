@@ -1,0 +1,22 @@
+"""Activations of a model on images: extracted to shards on disk, or made on the fly.
+
+Builds on `vision` and `images`. Start with `extract`; `ActivationStore` reads back what it left,
+and `ActivationSource` is what training, evaluation and the index ask of either.
+"""
+
+from sparsight.activations.extraction import extract
+from sparsight.activations.live import LiveActivations
+from sparsight.activations.source import ActivationSource, OrderedBatch
+from sparsight.activations.statistics import SiteStatistics
+from sparsight.activations.store import ActivationStore
+from sparsight.activations.stream import VectorStream
+
+__all__ = [
+    "ActivationSource",
+    "ActivationStore",
+    "LiveActivations",
+    "OrderedBatch",
+    "SiteStatistics",
+    "VectorStream",
+    "extract",
+]

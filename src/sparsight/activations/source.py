@@ -1,0 +1,64 @@
+"""What everything that takes activations asks of them, on disk or made on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsight.activations.statistics import SiteStatistics
+from sparsight.activations.stream import VectorStream
+from sparsight.images import ImageSource
+
+
+@dataclass(frozen=True)
+class OrderedBatch:
+    """Activations of some images, in order.
+
+    Attributes:
+        image_indices: places of the images in their source.
+        activations: for each site, float32.
+    """
+
+    image_indices: Int[Tensor, " batch"]
+    activations: dict[str, Float[Tensor, "batch tokens d_in"]]
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """Activations of a model on images; `ActivationStore` and `LiveActivations` are such."""
+
+    sites: tuple[str, ...]
+    """Canonical names of the sites."""
+
+    tokens: str
+    """Which positions: "all", "patches", "cls" or "mean"."""
+
+    model_info: Mapping[str, Any]
+    """Id, revision, family, hash of the weights, preprocessing; `images` is the images' spec."""
+
+    @property
+    def n_images(self) -> int:
+        """Images that activations exist of."""
+
+    @property
+    def n_tokens(self) -> Mapping[str, int]:
+        """Vectors an image gives at each site."""
+
+    def d_in(self, site: str) -> int:
+        """Width of a site's vectors."""
+
+    def stats(self, site: str) -> SiteStatistics:
+        """Statistics of a site."""
+
+    def source(self) -> ImageSource:
+        """The images."""
+
+    def stream(self, sites: Sequence[str], batch_size: int, *, seed: int = 0) -> VectorStream:
+        """Vectors without end, shuffled: the same ones at each site."""
+
+    def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
+        """All images once, in order."""
