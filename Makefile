@@ -1,0 +1,65 @@
+# `make demo` and `make test` do all the set-up themselves: Python 3.11 or newer is enough.
+# PYTHON chooses the interpreter; PIP_FLAGS is handed to pip.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+CODE := src tests benchmarks
+OFFLINE := HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format docs bench clean
+
+help:
+	@echo "make demo       train and look at sparse autoencoders of a small CLIP, in minutes"
+	@echo "make test       run the quick tests"
+	@echo "make test-slow  run all tests"
+	@echo "make lint       style, types, import rules"
+	@echo "make format     put the code into the house style"
+	@echo "make docs       build the documentation into site/"
+	@echo "make bench      measure speed; tables go to benchmarks/"
+	@echo "make clean      remove the virtual environment and what was built"
+
+demo: $(VENV)/.user
+	$(BIN)/sparsight demo
+
+test: $(VENV)/.developer
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+
+test-slow: $(VENV)/.developer
+	$(OFFLINE) $(BIN)/python -m pytest
+
+lint: $(VENV)/.developer
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.developer
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+docs: $(VENV)/.developer
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.developer
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "There is no '$(PYTHON)' here. Install Python 3.11 or newer, or: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$$($(PYTHON) --version) is too old: Sparsight needs 3.11 or newer. Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.developer: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[test,docs]'
+	@touch $@ $(VENV)/.user

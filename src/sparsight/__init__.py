@@ -1,0 +1,93 @@
+"""Open vision transformers with sparse autoencoders: from images to latents with a meaning.
+
+Everything that users need stands here, imported when first used: `import sparsight as sp`, then
+`sp.load_model`, `sp.open_images`, `sp.extract`, `sp.train`, `sp.evaluate`, `sp.build_index`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsight.activations import (
+        ActivationSource,
+        ActivationStore,
+        LiveActivations,
+        VectorStream,
+        extract,
+    )
+    from sparsight.demo import run_demo
+    from sparsight.errors import MissingExtra, SparsightError, UserError
+    from sparsight.evaluation import EvaluationReport, evaluate
+    from sparsight.images import ImageInfo, ImageSource, load_batches, open_images
+    from sparsight.latents import LatentIndex, build_index, write_report
+    from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, SparseCode, TopK
+    from sparsight.training import Run, TrainConfig, train
+    from sparsight.vision import VisionModel, load_model, zero_shot
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "sparsight.activations": (
+        "ActivationSource",
+        "ActivationStore",
+        "LiveActivations",
+        "VectorStream",
+        "extract",
+    ),
+    "sparsight.demo": ("run_demo",),
+    "sparsight.errors": ("MissingExtra", "SparsightError", "UserError"),
+    "sparsight.evaluation": ("EvaluationReport", "evaluate"),
+    "sparsight.images": ("ImageInfo", "ImageSource", "load_batches", "open_images"),
+    "sparsight.latents": ("LatentIndex", "build_index", "write_report"),
+    "sparsight.sae": ("AuxK", "SAEConfig", "SparseAutoencoder", "SparseCode", "TopK"),
+    "sparsight.training": ("Run", "TrainConfig", "train"),
+    "sparsight.vision": ("VisionModel", "load_model", "zero_shot"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ActivationSource",
+    "ActivationStore",
+    "AuxK",
+    "EvaluationReport",
+    "ImageInfo",
+    "ImageSource",
+    "LatentIndex",
+    "LiveActivations",
+    "MissingExtra",
+    "Run",
+    "SAEConfig",
+    "SparseAutoencoder",
+    "SparseCode",
+    "SparsightError",
+    "TopK",
+    "TrainConfig",
+    "UserError",
+    "VectorStream",
+    "VisionModel",
+    "build_index",
+    "evaluate",
+    "extract",
+    "load_batches",
+    "load_model",
+    "open_images",
+    "run_demo",
+    "train",
+    "write_report",
+    "zero_shot",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its room when it is first used; torch takes seconds to load."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

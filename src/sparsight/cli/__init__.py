@@ -1,0 +1,9 @@
+"""`sparsight VERB`: parse, call the public function of the same name, print what came out.
+
+Builds on every other room and holds no logic of theirs; one file a verb, each with `Options`
+(the flags) and `run`. Start at `main` (main.py), then `parse` (options.py).
+"""
+
+from sparsight.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,30 @@
+"""`sparsight demo`: everything at once, on rendered images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsight.cli.options import CommandOptions, parse
+from sparsight.cli.printing import print_scores
+from sparsight.demo import DemoConfig, run_demo
+
+
+@dataclass(frozen=True)
+class DemoOptions(DemoConfig, CommandOptions):
+    """Extract, train, evaluate, index, report on rendered images: minutes, offline, no GPU."""
+
+    out: Path = Path("demo")
+    """Gets report.html, store/ and runs/SITE/; one that was interrupted is continued."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, run, print the table and where the page is."""
+    options = parse(DemoOptions, "demo", arguments)
+    names = [field.name for field in dataclasses.fields(DemoConfig)]
+    config = DemoConfig(**{name: getattr(options, name) for name in names})
+    result = run_demo(options.out, config)
+    print_scores(list(result.metrics), list(result.metrics.values()))
+    print(f"\nThe report: {result.report}")

@@ -1,0 +1,87 @@
+"""`sparsight extract`: a model's activations over images, kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from sparsight.cli.options import CommandOptions, parse
+
+
+@dataclass(frozen=True)
+class ExtractOptions(CommandOptions):
+    """Run a vision model over images and keep its activations in a store."""
+
+    model: str = tyro.MISSING
+    """Hub id, local folder, "open_clip:NAME/PRETRAINED", or "calibration"."""
+
+    images: str = tyro.MISSING
+    """Folder, "webdataset:…", "parquet:…", "hf:NAME[:SPLIT]", or "calibration[:N[:SEED]]"."""
+
+    sites: tuple[str, ...] = ("blocks.-1.resid_post",)
+    """Where to read, e.g. blocks.9.resid_post; negative blocks count from the end."""
+
+    tokens: Literal["all", "patches", "cls", "mean"] = "all"
+    """Which positions to keep."""
+
+    out: Path = tyro.MISSING
+    """Folder of the store; one that was interrupted is continued."""
+
+    table: Path | None = None
+    """CSV, JSON-lines or Parquet with labels and captions of a folder's images."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of the numbers on disk."""
+
+    batch_size: int = 64
+    """Images in one forward pass."""
+
+    workers: int | None = None
+    """Processes that decode images; default one a processor but one."""
+
+    max_failed: float = 0.01
+    """Share of images that may be broken before the run stops."""
+
+    device: str | None = None
+    """Default: a GPU if there is one."""
+
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model while it runs."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, extract, print what the store holds."""
+    options = parse(ExtractOptions, "extract", arguments)
+    from sparsight.activations import extract
+    from sparsight.cli.printing import print_notes
+    from sparsight.images import open_images
+    from sparsight.vision import load_model
+
+    images = open_images(options.images, table=options.table)
+    print_notes(images.notes)
+    model = load_model(
+        options.model,
+        device=options.device,
+        dtype=options.model_dtype,
+        revision=options.revision,
+    )
+    store = extract(
+        model,
+        images,
+        sites=options.sites,
+        tokens=options.tokens,
+        out=options.out,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        max_failed=options.max_failed,
+    )
+    for site in store.sites:
+        print(f"{options.out} · {site}: {store.n_vectors(site):,} vectors of {store.d_in(site)}")

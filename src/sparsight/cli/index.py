@@ -1,0 +1,69 @@
+"""`sparsight index`: the images and patches that every latent responds to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sparsight.cli.options import parse
+from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.errors import UserError
+from sparsight.files import read_json
+from sparsight.latents import build_index, name_from_truth
+
+
+@dataclass(frozen=True)
+class IndexOptions(SubjectOptions):
+    """Find the images that every latent responds to, and name the latents that are known."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
+    """Run folders, or folders with runs in them."""
+
+    out: Path | None = None
+    """Folder of the index; default index/ in each run's. An index there is replaced."""
+
+    top_n: int = 16
+    """Strongest images to keep of each latent."""
+
+    quantiles: int = 4
+    """Bands of equally many images into which those that activate a latent are cut."""
+
+    samples_per_quantile: int = 4
+    """Images to keep of each band."""
+
+    batch_images: int = 64
+    """Images at a time."""
+
+    seed: int = 0
+    """Of the samples."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, build, print how many latents are alive and named."""
+    options = parse(IndexOptions, "index", arguments)
+    saes = open_saes(options.runs)
+    if options.out is not None and len(saes) > 1:
+        raise UserError(f"--out takes one index; {len(saes)} SAEs are given. Leave it out.")
+    subjects = Subjects(options)
+    for folder, sae in saes.items():
+        index = build_index(
+            sae,
+            subjects.activations(folder, sae),
+            out=options.out or folder / "index",
+            top_n=options.top_n,
+            quantiles=options.quantiles,
+            samples_per_quantile=options.samples_per_quantile,
+            batch_images=options.batch_images,
+            seed=options.seed,
+        )
+        metrics = folder / "metrics.json"
+        if metrics.exists() and "truth" in (found := read_json(metrics)):
+            index = name_from_truth(index, found)
+        never = index.n_latents - sum(row > 0 for row in index.table["n_active"].to_pylist())
+        named = index.n_latents - index.table["name"].null_count
+        print(
+            f"{index.folder} · {index.n_latents:,} latents, {never:,} never active, {named:,} named"
+        )

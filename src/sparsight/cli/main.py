@@ -1,0 +1,87 @@
+"""Find the verb, run it, and turn whatever happens into one message and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import sparsight
+from sparsight.errors import SparsightError
+
+VERBS = {
+    "demo": "everything below at once, on rendered pictures: minutes, offline, no GPU",
+    "extract": "run a vision model over images and keep its activations in a store",
+    "train": "train sparse autoencoders on a store, or on a model and images directly",
+    "evaluate": "measure an SAE beside its baselines: error, sparsity, zero-shot, truth",
+    "index": "find the images and patches that every latent responds to",
+    "report": "write one HTML page about some runs",
+}
+"""Every verb, in the order of the work; the file of the same name in this folder runs it."""
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `sparsight ARGUMENTS`.
+
+    Args:
+        arguments: without the program's name; default those of the process.
+
+    Returns:
+        Exit code: 0; 1 for a fault; 2 for a mistake of the user's; 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--traceback" in given or bool(os.environ.get("SPARSIGHT_DEBUG"))
+    given = [argument for argument in given if argument != "--traceback"]
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if given else USAGE_ERROR
+    if given[0] in ("-V", "--version"):
+        print(f"sparsight {sparsight.__version__}")
+        return 0
+    verb, *rest = given
+    if verb not in VERBS:
+        return _complain(f"There is no verb {verb!r}.{_guess(verb)} `sparsight --help` lists them.")
+    try:
+        importlib.import_module(f"sparsight.cli.{verb}").main(rest)
+    except SystemExit as stop:  # the parser: --help, or a flag that is wrong
+        return stop.code if isinstance(stop.code, int) else USAGE_ERROR
+    except SparsightError as error:
+        if debug:
+            raise
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _complain(
+            "Interrupted. What was finished is kept; the same command continues from there.",
+            INTERRUPTED,
+        )
+    except BrokenPipeError:  # `sparsight … | head`: whoever read has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        "usage: sparsight VERB [OPTIONS]\n\n"
+        "Open up CLIP and other vision transformers with sparse autoencoders.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "`sparsight VERB --help` lists a verb's options; every verb reads them from\n"
+        "`--config FILE.toml` too. `--traceback` shows where an error came from."
+    )
+
+
+def _guess(verb: str) -> str:
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _complain(message: str, code: int = USAGE_ERROR) -> int:
+    print(f"sparsight: {message}", file=sys.stderr)
+    return code

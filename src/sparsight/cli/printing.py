@@ -1,0 +1,62 @@
+"""What verbs print when they are done: notes, and tables of scores beside their baselines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsight.latents.scores import BASELINES, dig, figure, percent, truth_by_kind
+
+PERCENTAGES = ("dead", "zero_shot.reconstructed.top1", "zero_shot.original.top1")
+HEADLINES = {
+    "FVU": "fvu",
+    "L0": "l0",
+    "dead": "dead",
+    "zero-shot, original": "zero_shot.original.top1",
+    "zero-shot, reconstructed": "zero_shot.reconstructed.top1",
+}
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what opening a source left out, on stderr."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Print the headline figures of some SAEs, a column each, baselines in brackets below.
+
+    Args:
+        names: heads of the columns.
+        metrics: what `metrics.json` holds, in the same order.
+    """
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for title, key in HEADLINES.items():
+        show = percent if key in PERCENTAGES else figure
+        if any(dig(each, key) is not None for each in metrics):
+            table.add_row(title, *(show(dig(each, key)) for each in metrics))
+            for baseline, words in BASELINES.items():
+                values = [dig(each, f"baselines.{baseline}.{key}") for each in metrics]
+                if any(value is not None for value in values):
+                    table.add_row(f"  {words}", *map(show, values), style="dim")
+    kinds = list(dict.fromkeys(kind for each in metrics for kind in truth_by_kind(each)))
+    for kind in kinds:
+        words = f"{kind.replace('_', ' ')}: mean AUC"
+        table.add_row(words, *(_mean_auc(each, kind) for each in metrics))
+        for baseline, name in BASELINES.items():
+            blocks = [dig(each, f"baselines.{baseline}") or {} for each in metrics]
+            if any(kind in truth_by_kind(block) for block in blocks):
+                row = (_mean_auc(block, kind) for block in blocks)
+                table.add_row(f"  {name}", *row, style="dim")
+    Console().print(table)
+
+
+def _mean_auc(block: Mapping[str, Any], kind: str) -> str:
+    return figure(truth_by_kind(block).get(kind, {}).get("auc"))

@@ -1,0 +1,50 @@
+"""`sparsight report`: one HTML page about some runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sparsight.cli.options import CommandOptions, parse
+
+
+@dataclass(frozen=True)
+class ReportOptions(CommandOptions):
+    """Write one self-contained HTML page about some runs: figures, plots, and what latents see."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders, or one folder with runs in it."""
+
+    out: Path = Path("report.html")
+    """The page; a folder gets a report.html."""
+
+    model: str | None = None
+    """What the heatmaps are made with; default the model that each index names."""
+
+    latents: int = 24
+    """Latents to show of each run: half by the score of their names, the others by lot."""
+
+    seed: int = 0
+    """Of the lot."""
+
+    title: str | None = None
+    """Heading; default the model's id."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, write, print where."""
+    options = parse(ReportOptions, "report", arguments)
+    from sparsight.latents import write_report
+
+    page = write_report(
+        options.runs,
+        options.out,
+        model=options.model,
+        latents=options.latents,
+        seed=options.seed,
+        title=options.title,
+    )
+    print(f"{page} · {page.stat().st_size / 1e6:.1f} MB")

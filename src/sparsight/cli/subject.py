@@ -1,0 +1,114 @@
+"""What an SAE is measured and looked at with: found in its own metadata, unless named otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
+from sparsight.cli.options import CommandOptions
+from sparsight.cli.printing import print_notes
+from sparsight.config import load
+from sparsight.errors import UserError
+from sparsight.images import ImageSource, open_images
+from sparsight.latents.run_files import find_runs
+from sparsight.sae import SparseAutoencoder
+from sparsight.training import TrainRecipe
+from sparsight.vision import VisionModel, load_model
+
+
+@dataclass(frozen=True)
+class SubjectOptions(CommandOptions):
+    """Which activations, model and images; by default those that the SAE was trained on."""
+
+    store: Path | None = None
+    """Activation store to read instead of running the model."""
+
+    images: str | None = None
+    """Images to run the model over instead, in any form that `extract` takes."""
+
+    model: str | None = None
+    """Vision model; default the one that the SAE names."""
+
+    device: str | None = None
+    """Default: a GPU if there is one."""
+
+    workers: int | None = None
+    """Processes that decode images; default one a processor but one."""
+
+
+class Subjects:
+    """Opens models and images for the SAEs of a run, each once.
+
+    Args:
+        options: what the user named.
+    """
+
+    def __init__(self, options: SubjectOptions) -> None:
+        self.options = options
+        self._models: dict[str, VisionModel] = {}
+        self._images: dict[str, ImageSource] = {}
+
+    def activations(self, folder: Path, sae: SparseAutoencoder) -> ActivationSource:
+        """The activations that an SAE is to be measured on.
+
+        A store that was named; else, unless other images were named, the store that the run was
+        trained on if it is still there; else the model over the images.
+
+        Raises:
+            UserError: the SAE does not say where it belongs, and the options do not either.
+        """
+        store = self.options.store or self._store_of(folder)
+        if store is not None:
+            return ActivationStore(store)
+        site, tokens = sae.metadata.get("site"), sae.metadata.get("tokens", "all")
+        if site is None:
+            raise UserError(f"{folder}: this SAE names no site. Give --store with its activations.")
+        model, images = self.model(folder, sae), self.images(folder, sae)
+        return LiveActivations(model, images, [site], tokens, workers=self.options.workers)
+
+    def model(self, folder: Path, sae: SparseAutoencoder) -> VisionModel:
+        """The model that the SAE belongs to.
+
+        Raises:
+            UserError: it is not known, or cannot be loaded.
+        """
+        about = sae.metadata.get("model") or {}
+        id = self.options.model or about.get("id")
+        if id is None:
+            raise UserError(f"{folder}: this SAE names no model. Give one with --model.")
+        revision = about.get("revision") if id == about.get("id") else None
+        if id not in self._models:
+            self._models[id] = load_model(id, device=self.options.device, revision=revision)
+        return self._models[id]
+
+    def images(self, folder: Path, sae: SparseAutoencoder) -> ImageSource:
+        """The images that were named, else those that the SAE was trained on.
+
+        Raises:
+            UserError: they are not known, or not there.
+        """
+        spec = self.options.images or sae.metadata.get("images")
+        if spec is None:
+            raise UserError(f"{folder}: this SAE names no images. Give some with --images.")
+        if spec not in self._images:
+            self._images[spec] = open_images(spec)
+            print_notes(self._images[spec].notes)
+        return self._images[spec]
+
+    def _store_of(self, folder: Path) -> Path | None:
+        path = folder / "config.toml"
+        if self.options.images or self.options.model or not path.exists():
+            return None
+        store = load(TrainRecipe, path).store
+        return Path(store) if store is not None and Path(store).is_dir() else None
+
+
+def open_saes(runs: Iterable[Path]) -> dict[Path, SparseAutoencoder]:
+    """The SAEs in some folders, by their own folder.
+
+    Raises:
+        UserError: a folder is not there, or holds none.
+    """
+    return {folder: SparseAutoencoder.from_pretrained(folder) for folder in find_runs(runs)}

@@ -1,0 +1,77 @@
+"""`sparsight train`: autoencoders from a store, or from a model and images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from sparsight.activations import ActivationStore
+from sparsight.cli.options import CommandOptions, parse
+from sparsight.cli.printing import print_notes
+from sparsight.errors import UserError
+from sparsight.images import ImageSource, open_images
+from sparsight.training import TrainConfig, TrainRecipe, train
+from sparsight.vision import VisionModel, load_model
+
+
+@dataclass(frozen=True)
+class TrainOptions(TrainRecipe, CommandOptions):
+    """Train a sparse autoencoder a site on a store, or on a model and images directly."""
+
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """How to train; [train] in a config file."""
+
+    no_auxk: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Train without a remedy for dead latents."""
+
+    fresh: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Refuse to continue a run that is there, rather than go on from its last checkpoint."""
+
+    device: str | None = None
+    """Default: a GPU if there is one."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, train, print where each autoencoder lies."""
+    options = parse(TrainOptions, "train", arguments)
+    config = options.train
+    if options.no_auxk:
+        config = dataclasses.replace(config, auxk=None)
+    data, sites = _data(options)
+    run = train(
+        data,
+        config,
+        out=options.out,
+        sites=sites or None,
+        tokens=options.tokens,
+        resume=not options.fresh,
+        device=options.device,
+    )
+    for site in run.sites:
+        last = (run.metrics(site) or [{}])[-1]
+        figures = " · ".join(
+            f"{name} {last[key]:.4g}"
+            for name, key in (("FVU", "fvu"), ("L0", "l0"), ("dead", "dead"))
+            if key in last
+        )
+        print(f"{run.folder(site)} · {site} · {figures}")
+
+
+def _data(
+    options: TrainOptions,
+) -> tuple[ActivationStore | tuple[VisionModel, ImageSource], tuple[str, ...]]:
+    """What to train on, and the sites of it; a store wins over model and images."""
+    if options.store is not None:
+        return ActivationStore(options.store), options.sites
+    if options.model is None or options.images is None:
+        raise UserError("Nothing to train on: give --store, or --model and --images.")
+    if not options.sites:
+        raise UserError("Which sites? Name one at least, e.g. --sites blocks.-1.resid_post.")
+    images = open_images(options.images)
+    print_notes(images.notes)
+    model = load_model(options.model, device=options.device)
+    return (model, images), tuple(model.canonical_site(site) for site in options.sites)

@@ -1,0 +1,157 @@
+"""The whole chain on images that Sparsight renders itself: `sparsight demo`, or `run_demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsight.activations import LiveActivations, extract
+from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.errors import UserError
+from sparsight.evaluation import evaluate
+from sparsight.files import read_json
+from sparsight.images import ImageSource, open_images
+from sparsight.latents import LatentIndex, build_index, name_from_truth, write_report
+from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
+from sparsight.training import Run, TrainConfig, train
+from sparsight.vision import VisionModel, load_model
+
+CONFIG = "demo.toml"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How large the demo is."""
+
+    n_images: int = 4000
+    """Scenes to train on."""
+
+    n_test: int = 2000
+    """Scenes of another world to measure and to look at."""
+
+    sites: tuple[str, ...] = ("blocks.-2.resid_post", "blocks.-1.resid_post")
+    """Where to read the calibration CLIP."""
+
+    n_latents: int = 3072
+    """Latents of each autoencoder."""
+
+    k: int = 16
+    """Active latents a vector, at most."""
+
+    n_vectors: int = 1_500_000
+    """Vectors to train on; every vector of the store is seen several times."""
+
+    latents: int = 24
+    """Latents of each autoencoder that the report shows."""
+
+    seed: int = 0
+    """Of the scenes, the weights and the order of training."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_images", "n_test"):
+            if getattr(self, name) < 100:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 100 or more.")
+        if not self.sites:
+            raise UserError("sites is empty; name one at least.")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo left.
+
+    Attributes:
+        report: the page.
+        metrics: what `metrics.json` holds, by site.
+    """
+
+    report: Path
+    metrics: Mapping[str, Mapping[str, Any]]
+
+
+def run_demo(
+    out: str | Path = "demo", config: DemoConfig | None = None, *, quiet: bool = False
+) -> DemoResult:
+    """Render, extract, train, evaluate, index, name, report; continue what was interrupted.
+
+    Args:
+        out: gets `report.html`, `store/` and `runs/SITE/`.
+        config: sizes.
+        quiet: no progress bars.
+
+    Raises:
+        UserError: `out` holds a demo of another configuration.
+    """
+    out, config = Path(out), config or DemoConfig()
+    _claim(out, config)
+    model = load_model("calibration")
+    seen = open_images(f"calibration:{config.n_images}:{config.seed}")
+    unseen = open_images(f"calibration:{config.n_test}:{config.seed + 1}")
+    store = extract(model, seen, sites=config.sites, tokens="all", out=out / "store", quiet=quiet)
+    run = train(store, _train_config(config), out=out / "runs", quiet=quiet)
+    metrics = {site: _measure(run, site, model, unseen, quiet) for site in run.sites}
+    for site in run.sites:
+        _look(run, site, model, unseen, metrics[site], quiet)
+    report = out / "report.html"
+    if not report.exists():
+        write_report(
+            [run.folder(site) for site in run.sites],
+            report,
+            model=model,
+            latents=config.latents,
+            seed=config.seed,
+            quiet=quiet,
+        )
+    return DemoResult(report, metrics)
+
+
+def _claim(out: Path, config: DemoConfig) -> None:
+    """Write the configuration into `out`, or compare it with the one that is there."""
+    path = out / CONFIG
+    if not path.exists():
+        write_toml(path, config)
+        return
+    different = first_difference(to_dict(load(DemoConfig, path)), to_dict(config))
+    if different is not None:
+        raise UserError(
+            f"{out}: holds a demo with another {different}. Name another folder with --out, or "
+            "remove this one."
+        )
+
+
+def _train_config(config: DemoConfig) -> TrainConfig:
+    sae = SAEConfig(n_latents=config.n_latents, sparsity=TopK(k=config.k))
+    return TrainConfig(sae=sae, n_vectors=config.n_vectors, seed=config.seed)
+
+
+def _measure(
+    run: Run, site: str, model: VisionModel, images: ImageSource, quiet: bool
+) -> Mapping[str, Any]:
+    """Evaluate on scenes that training did not see, unless that is done."""
+    path = run.folder(site) / "metrics.json"
+    if path.exists():
+        return read_json(path)
+    activations = LiveActivations(model, images, [site], "all")
+    report = evaluate(run.sae(site), activations, model=model, images=images, quiet=quiet)
+    report.save(path)
+    return read_json(path)
+
+
+def _look(
+    run: Run,
+    site: str,
+    model: VisionModel,
+    images: ImageSource,
+    metrics: Mapping[str, Any],
+    quiet: bool,
+) -> None:
+    """Build the index of a site and name its latents, unless that is done."""
+    folder = run.folder(site) / "index"
+    sae: SparseAutoencoder = run.sae(site)
+    try:
+        index = LatentIndex.open(folder, sae)
+    except UserError:
+        index = build_index(sae, model, images, out=folder, quiet=quiet)
+    if index.table["name"].null_count == index.n_latents:
+        name_from_truth(index, metrics)

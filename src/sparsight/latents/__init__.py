@@ -1,0 +1,35 @@
+"""What latents mean: the index of what each responds to, its name, its heatmaps, the report.
+
+Builds on `sae`, `activations`, `vision`, `images` and the truth table of `evaluation`.
+Start at `build_index` (build.py), then `LatentIndex` (index.py) and `write_report` (report.py).
+"""
+
+from __future__ import annotations
+
+from sparsight.latents.build import build_index
+from sparsight.latents.heatmaps import (
+    activation_heatmaps,
+    heat_image,
+    overlay,
+    patch_heatmaps,
+    seen_pictures,
+)
+from sparsight.latents.index import Example, LatentIndex, sae_hash
+from sparsight.latents.names import LatentName, name_from_truth, set_names
+from sparsight.latents.report import write_report
+
+__all__ = [
+    "Example",
+    "LatentIndex",
+    "LatentName",
+    "activation_heatmaps",
+    "build_index",
+    "heat_image",
+    "name_from_truth",
+    "overlay",
+    "patch_heatmaps",
+    "sae_hash",
+    "seen_pictures",
+    "set_names",
+    "write_report",
+]

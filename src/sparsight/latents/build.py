@@ -1,0 +1,241 @@
+"""`build_index`: one pass over the images, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from sparsight.activations import ActivationSource, LiveActivations
+from sparsight.errors import SparsightError, UserError
+from sparsight.images import ImageInfo, ImageSource, open_images
+from sparsight.latents.index import FORMAT, VERSION, LatentIndex, sae_hash
+from sparsight.latents.statistics import (
+    Examples,
+    LatentStatistics,
+    label_mixture,
+    quantile_samples,
+)
+from sparsight.progress import progress
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
+
+SAMPLE_PER_PLACE = 4
+"""Images of the fair sample for every one that is shown from it, so that quantiles are even."""
+
+
+@torch.no_grad()
+def build_index(
+    sae: SparseAutoencoder,
+    model_or_activations: VisionModel | ActivationSource,
+    images: ImageSource | str | Path | None = None,
+    *,
+    out: str | Path,
+    site: str | None = None,
+    top_n: int = 16,
+    quantiles: int = 4,
+    samples_per_quantile: int = 4,
+    batch_images: int = 64,
+    seed: int = 0,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> LatentIndex:
+    """Find out what every latent responds to; write it to the folder `out`.
+
+    Memory is `n_latents × (top_n + 4 × quantiles × samples_per_quantile)` examples, whatever the
+    number of images.
+
+    Args:
+        sae: the SAE.
+        model_or_activations: a vision model, to be run over `images`; or activations: a store, or
+            live ones.
+        images: the pictures (what `open_images` takes), with a model; nothing with activations.
+        out: folder of the index, by custom `index/` in the run's; an index there is replaced.
+        site: where to read; default the site that the SAE was trained on.
+        top_n: strongest images to keep a latent.
+        quantiles: bands of equally many images into which those that activate a latent are cut,
+            by its strongest activation in each.
+        samples_per_quantile: images to show from each band; taken from a fair sample of 4 ×
+            `quantiles` × `samples_per_quantile` active images a latent.
+        batch_images: images at a time.
+        seed: of the samples.
+        workers: processes that decode pictures, with a model.
+        quiet: no progress bar.
+
+    Raises:
+        UserError: SAE, site and activations do not belong together, or a number below 1.
+        SparsightError: an activation is NaN or infinite.
+    """
+    for name, value in {
+        "top_n": top_n,
+        "quantiles": quantiles,
+        "samples_per_quantile": samples_per_quantile,
+        "batch_images": batch_images,
+    }.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more.")
+    activations = _activations(sae, model_or_activations, images, site, workers)
+    site = _site(sae, activations, site)
+    n_tokens = activations.n_tokens[site]
+    device = sae.W_enc.device
+    found = LatentStatistics(
+        sae.n_latents,
+        top_n=top_n,
+        sample_size=SAMPLE_PER_PLACE * quantiles * samples_per_quantile,
+        seed=seed,
+        device=device,
+    )
+    with progress("index", activations.n_images, "images", quiet=quiet) as line:
+        for batch in activations.ordered([site], batch_images=batch_images):
+            x = batch.activations[site].to(device)
+            if not len(x):
+                continue
+            first, last = int(batch.image_indices[0]), int(batch.image_indices[-1])
+            if not bool(torch.isfinite(x).all()):
+                raise SparsightError(
+                    f"{site}: an activation is NaN or infinite in images {first} to {last}."
+                )
+            found.add(sae.encode(x.flatten(0, 1)), batch.image_indices, n_tokens)
+            line.advance(len(x))
+    if not found.n_images:
+        raise UserError("There is not one image to build an index from.")
+    top = Examples(found.top.image.cpu(), found.top.token.cpu(), found.top.activation.cpu())
+    bands = quantile_samples(found.sample, quantiles, samples_per_quantile)
+    samples = Examples(bands.image.cpu(), bands.token.cpu(), bands.activation.cpu())
+    source = activations.source()
+    pictures = _pictures(source, top, samples)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "sae": {
+            "hash": sae_hash(sae),
+            "folder": sae.metadata.get("folder"),
+            "n_latents": sae.n_latents,
+            "d_in": sae.d_in,
+        },
+        "model": {k: v for k, v in activations.model_info.items() if k != "images"},
+        "images": {
+            "source": source.spec,
+            "fingerprint": source.fingerprint(),
+            "n_images": found.n_images,
+            "n_unread": len(source) - found.n_images,
+            "n_vectors": found.n_vectors,
+        },
+        "site": site,
+        "tokens": activations.tokens,
+        "n_tokens": n_tokens,
+        "settings": {
+            "top_n": top_n,
+            "quantiles": quantiles,
+            "samples_per_quantile": samples_per_quantile,
+            "seed": seed,
+        },
+    }
+    index = LatentIndex(
+        Path(out), manifest, _table(found, top, pictures), _image_table(pictures), top, samples
+    )
+    index.save()
+    return LatentIndex.open(out)
+
+
+def _activations(
+    sae: SparseAutoencoder,
+    given: VisionModel | ActivationSource,
+    images: ImageSource | str | Path | None,
+    site: str | None,
+    workers: int | None,
+) -> ActivationSource:
+    if not isinstance(given, VisionModel):
+        if images is not None:
+            raise UserError("Activations already know their images; leave `images` out.")
+        return given
+    if images is None:
+        raise UserError("A model needs images to look at: build_index(sae, model, images, out=…).")
+    wanted = site or sae.metadata.get("site")
+    if wanted is None:
+        raise UserError("The SAE does not say which site it was trained on; give site=….")
+    tokens = sae.metadata.get("tokens", "all")
+    return LiveActivations(given, open_images(images), [wanted], tokens, workers=workers)
+
+
+def _site(sae: SparseAutoencoder, activations: ActivationSource, site: str | None) -> str:
+    """The site to read, after checking that the SAE belongs there."""
+    wanted = site or sae.metadata.get("site")
+    if wanted is None and len(activations.sites) == 1:
+        wanted = activations.sites[0]
+    if wanted not in activations.sites:
+        raise UserError(
+            f"The SAE's site {wanted} is not among the activations' sites: "
+            f"{', '.join(activations.sites)}."
+        )
+    if activations.d_in(wanted) != sae.d_in:
+        raise UserError(
+            f"{wanted}: activations have {activations.d_in(wanted)} dimensions, the SAE takes "
+            f"{sae.d_in}."
+        )
+    tokens = sae.metadata.get("tokens")
+    if tokens is not None and tokens != activations.tokens:
+        raise UserError(
+            f"The SAE was trained on tokens={tokens!r}, these activations are of "
+            f"{activations.tokens!r}."
+        )
+    trained = (sae.metadata.get("model") or {}).get("weights_hash")
+    given = activations.model_info.get("weights_hash")
+    if trained and given and trained != given:
+        raise UserError(
+            f"The SAE was trained on {sae.metadata['model'].get('id')}, these activations are of "
+            f"{activations.model_info.get('id')}, which has other weights."
+        )
+    return str(wanted)
+
+
+def _pictures(source: ImageSource, *examples: Examples) -> dict[int, ImageInfo]:
+    """What is known about every image that is an example, by its place in the source."""
+    images = torch.cat([found.image.flatten() for found in examples]).unique()
+    return {image: source.info(image) for image in images.tolist() if image >= 0}
+
+
+def _image_table(pictures: dict[int, ImageInfo]) -> pa.Table:
+    infos = pictures.values()
+
+    def text(values: Iterable[str | None]) -> pa.Array:
+        return pa.array(list(values), pa.string())
+
+    return pa.table(
+        {
+            "image": pa.array(list(pictures), pa.int64()),
+            "id": text(info.id for info in infos),
+            "uri": text(info.uri for info in infos),
+            "label": text(info.label for info in infos),
+            "caption": text(info.caption for info in infos),
+        }
+    )
+
+
+def _table(found: LatentStatistics, top: Examples, pictures: dict[int, ImageInfo]) -> pa.Table:
+    active = found.n_active.cpu()
+    mean = found.sum.cpu() / active
+    labels = {image: info.label for image, info in pictures.items()}
+    mixtures = [
+        label_mixture(images, activations, labels)
+        for images, activations in zip(top.image.tolist(), top.activation.tolist(), strict=True)
+    ]
+    nothing = pa.nulls(found.n_latents, pa.string())
+    return pa.table(
+        {
+            "latent": pa.array(range(found.n_latents), pa.int32()),
+            "density": pa.array((active.double() / found.n_vectors).numpy()),
+            "mean_activation": pa.array(mean.numpy(), mask=(active == 0).numpy()),
+            "max_activation": pa.array(top.activation[:, 0].contiguous().numpy()),
+            "n_active": pa.array(active.numpy()),
+            "n_active_images": pa.array(found.n_active_images.cpu().numpy()),
+            "label_entropy": pa.array([m.entropy for m in mixtures], pa.float64()),
+            "top_label": pa.array([m.label for m in mixtures], pa.string()),
+            "top_label_share": pa.array([m.share for m in mixtures], pa.float64()),
+            "name": nothing,
+            "name_score": pa.nulls(found.n_latents, pa.float64()),
+            "name_source": nothing,
+        }
+    )

@@ -1,0 +1,244 @@
+"""The cards of single latents in the report: which, and with which pictures and heatmaps."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from sparsight.errors import UserError
+from sparsight.latents.heatmaps import has_heatmaps, heat_image, patch_heatmaps, seen_pictures
+from sparsight.latents.index import Example, LatentIndex
+from sparsight.progress import ProgressLine
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
+
+TOP_SHOWN = 8
+SAMPLES_PER_BAND = 2
+SMALL = 96
+"""Pictures up to this many pixels are shown as they are, pixel by pixel."""
+LARGEST = 192
+_BATCH = 32
+
+Heat = Float[Tensor, "rows columns"]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One example on a card."""
+
+    picture: str
+    """Key into `Gallery.pictures`; empty where the picture could not be loaded."""
+    heat: str
+    """Data URI of the heatmap layer; empty where there is none."""
+    activation: float
+    caption: str
+    """Label or id, for tooltip and screen readers."""
+    prefix: bool
+    """Whether the strongest token is no patch but CLS or a register."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One latent: its row of the index, its strongest images, and samples by quantile."""
+
+    latent: int
+    chosen: str
+    row: Mapping[str, object]
+    top: list[Shot]
+    bands: list[tuple[str, list[Shot]]]
+
+
+@dataclass
+class Gallery:
+    """The cards of a run and the pictures that they share, each encoded once."""
+
+    how_chosen: str
+    """A sentence."""
+    cards: list[Card] = field(default_factory=list)
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    """By key, none larger than `LARGEST` pixels."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be shown, and why."""
+
+
+def choose_latents(index: LatentIndex, n: int, seed: int) -> tuple[list[tuple[int, str]], str]:
+    """Up to `n` latents: half by the score of their names, one a name; the rest by lot.
+
+    Returns:
+        Latents with "named" or "random", and a sentence that says how they were chosen.
+    """
+    rows = index.table.select(["latent", "n_active_images", "name", "name_score"]).to_pylist()
+    alive = [row["latent"] for row in rows if row["n_active_images"]]
+    best: dict[str, tuple[float, int]] = {}
+    for row in rows:
+        if row["name"] is not None and row["n_active_images"]:
+            score = (row["name_score"] or 0.0, -row["latent"])
+            best[row["name"]] = max(best.get(row["name"], score), score)
+    named = [-latent for _, latent in sorted(best.values(), reverse=True)][: n // 2]
+    rest = [latent for latent in alive if latent not in set(named)]
+    drawn = np.random.default_rng(seed).permutation(len(rest))[: n - len(named)]
+    random = sorted(rest[i] for i in drawn)
+    how = (
+        f"{len(random)} drawn at random (seed {seed}) from the "
+        f"{len(rest) if named else len(alive)} {'other ' if named else ''}latents that were ever "
+        "active"
+    )
+    if named:
+        how = f"{len(named)} with the highest-scoring names, one latent a name, and {how}"
+    chosen = [(latent, "named") for latent in named] + [(latent, "random") for latent in random]
+    return chosen, f"{how}. None was picked by hand."
+
+
+def make_gallery(
+    index: LatentIndex,
+    sae: SparseAutoencoder,
+    model: VisionModel | None,
+    *,
+    n: int,
+    seed: int,
+    key: str,
+    line: ProgressLine,
+) -> Gallery:
+    """Load and encode the pictures of `n` latents, with heatmaps if there is a model.
+
+    Args:
+        index: of the SAE.
+        sae: the SAE.
+        model: to run over the pictures; without it they are shown as they are.
+        n: number of latents.
+        seed: of the lot.
+        key: prefix of the pictures' keys, unique on the page.
+        line: progress, in pictures.
+    """
+    chosen, how = choose_latents(index, n, seed)
+    gallery = Gallery(how)
+    shown = {latent: _shown(index, latent) for latent, _ in chosen}
+    wanted: dict[int, list[int]] = {}
+    for latent, examples in shown.items():
+        for example in {example.image: example for row in examples for example in row}.values():
+            wanted.setdefault(example.image, []).append(latent)
+    if model is not None and not has_heatmaps(index.tokens, index.site):
+        gallery.notes.append(
+            f"No heatmaps: this SAE reads one vector an image (tokens = {index.tokens})."
+        )
+    grids: dict[tuple[int, int], Heat] = {}
+    images = sorted(wanted)
+    for start in range(0, len(images), _BATCH):
+        some = {image: wanted[image] for image in images[start : start + _BATCH]}
+        _load(gallery, grids, some, index, sae, model, key)
+        line.advance(len(some))
+    n_prefix = _n_prefix(index, model)
+    for latent, why in chosen:
+        peak = max(
+            (float(grid.max()) for (_, of), grid in grids.items() if of == latent), default=0
+        )
+
+        def shot(example: Example, latent: int = latent, peak: float = peak) -> Shot:
+            grid, info = grids.get((example.image, latent)), index.info(example.image)
+            name = f"{key}{example.image}"
+            return Shot(
+                picture=name if name in gallery.pictures else "",
+                heat=""
+                if grid is None or not grid.any()
+                else _png(heat_image(grid, look="spotlight", peak=peak)),
+                activation=example.activation,
+                caption=info.label or info.id,
+                prefix=example.token < n_prefix,
+            )
+
+        top, *bands = [[shot(example) for example in row] for row in shown[latent]]
+        names = _band_names(len(bands))
+        gallery.cards.append(
+            Card(latent, why, index.row(latent), top, list(zip(names, bands, strict=True)))
+        )
+    return gallery
+
+
+def _shown(index: LatentIndex, latent: int) -> list[list[Example]]:
+    """The strongest examples, then some of every quantile, as they stand on the card."""
+    return [
+        index.top(latent)[:TOP_SHOWN],
+        *(_spread(band, SAMPLES_PER_BAND) for band in index.samples(latent)),
+    ]
+
+
+def _spread(band: list[Example], n: int) -> list[Example]:
+    """`n` of a band at even distances, so that they stand for all of it."""
+    if len(band) <= n:
+        return band
+    return [band[(2 * i + 1) * len(band) // (2 * n)] for i in range(n)]
+
+
+def _load(
+    gallery: Gallery,
+    grids: dict[tuple[int, int], Heat],
+    wanted: Mapping[int, Sequence[int]],
+    index: LatentIndex,
+    sae: SparseAutoencoder,
+    model: VisionModel | None,
+    key: str,
+) -> None:
+    """Add pictures to the gallery, and the grid of each (image, latent) that is wanted."""
+    pictures: dict[int, Image.Image] = {}
+    for image in wanted:
+        try:
+            pictures[image] = index.picture(image)
+        except UserError as error:
+            gallery.notes.append(str(error))
+    if model is not None and pictures:
+        pixels = torch.stack([model.transform(picture) for picture in pictures.values()])
+        pictures = dict(zip(pictures, seen_pictures(model, pixels), strict=True))
+        if has_heatmaps(index.tokens, index.site):
+            latents = sorted({latent for image in pictures for latent in wanted[image]})
+            heat = patch_heatmaps(sae, model, pixels, latents, site=index.site).cpu()
+            column = {latent: place for place, latent in enumerate(latents)}
+            for row, image in enumerate(pictures):
+                for latent in wanted[image]:
+                    grids[image, latent] = heat[row, column[latent]]
+    for image, picture in pictures.items():
+        picture = picture.copy()
+        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        gallery.pictures[f"{key}{image}"] = picture
+
+
+def is_crisp(picture: Image.Image) -> bool:
+    """Whether a picture is so small that it is to be enlarged pixel by pixel."""
+    return max(picture.size) <= SMALL
+
+
+def encode_picture(picture: Image.Image, side: int) -> str:
+    """Data URI: small pictures at their own pixels, others scaled to `side`; WebP."""
+    if is_crisp(picture):
+        return _uri(picture, "WEBP", quality=92, method=6)
+    picture = picture.copy()
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return _uri(picture, "WEBP", quality=78, method=6)
+
+
+def _png(picture: Image.Image) -> str:
+    return _uri(picture, "PNG", optimize=True)
+
+
+def _uri(picture: Image.Image, kind: str, **options: int | bool) -> str:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _band_names(n: int) -> list[str]:
+    return [f"{100 * (n - i - 1) // n}–{100 * (n - i) // n} %" for i in range(n)]
+
+
+def _n_prefix(index: LatentIndex, model: VisionModel | None) -> int:
+    """Tokens of the index before the first patch."""
+    if index.tokens != "all":
+        return 0
+    return int(model.n_prefix if model else index.manifest["model"].get("n_prefix", 0))

@@ -1,0 +1,104 @@
+"""A bounded table of examples a latent: the strongest, or a fair sample, batch by batch."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+EMPTY = torch.iinfo(torch.int64).max
+"""Rank of a place in the table that nothing has taken."""
+
+_ONE = 0x7FFFFFFF
+
+
+class ExampleTable:
+    """At most `size` examples a latent: those of lowest rank; among equals, the earlier image.
+
+    What the table holds in the end depends on what was offered, not on how it was cut into
+    batches. Only latents that an offer changes are touched, and memory stays at
+    `n_latents × size`.
+
+    Attributes:
+        rank: int64 `[n_latents, size]`, ascending; `EMPTY` where there is nothing.
+        image: int64, −1 where there is nothing.
+        token: int32, −1 where there is nothing.
+        activation: float32, 0 where there is nothing.
+    """
+
+    def __init__(self, n_latents: int, size: int, device: torch.device | str = "cpu") -> None:
+        shape = (n_latents, size)
+        self.size = size
+        self.rank = torch.full(shape, EMPTY, dtype=torch.int64, device=device)
+        self.image = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.token = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.activation = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def offer(
+        self,
+        latent: Int[Tensor, " pairs"],
+        rank: Int[Tensor, " pairs"],
+        image: Int[Tensor, " pairs"],
+        token: Int[Tensor, " pairs"],
+        activation: Float[Tensor, " pairs"],
+    ) -> None:
+        """Take what ranks below the worst that is kept; a (latent, image) comes at most once."""
+        within = rank <= self.rank[latent, -1]
+        latent, rank, image = latent[within], rank[within], image[within]
+        token, activation = token[within].to(torch.int32), activation[within]
+        touched = latent.unique()
+        if not len(touched):
+            return
+        # Every touched latent brings its `size` places, so that after the cut each has `size`.
+        places = torch.arange(len(touched), device=touched.device)
+        group = torch.cat(
+            [places.repeat_interleave(self.size), torch.searchsorted(touched, latent)]
+        )
+        ranks = torch.cat([self.rank[touched].flatten(), rank])
+        images = torch.cat([self.image[touched].flatten(), image])
+        tokens = torch.cat([self.token[touched].flatten(), token])
+        activations = torch.cat([self.activation[touched].flatten(), activation])
+
+        order = images.argsort(stable=True)
+        order = order[ranks[order].argsort(stable=True)]
+        order = order[group[order].argsort(stable=True)]
+        ordered = group[order]
+        place = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
+        chosen = order[place < self.size].view(len(touched), self.size)
+        self.rank[touched] = ranks[chosen]
+        self.image[touched] = images[chosen]
+        self.token[touched] = tokens[chosen]
+        self.activation[touched] = activations[chosen]
+
+
+def strength_rank(activation: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Rank by which the strongest of positive activations comes first, exactly.
+
+    The bits of positive float32 numbers, read as integers, are in the order of the numbers.
+    """
+    return _ONE - activation.float().contiguous().view(torch.int32).to(torch.int64)
+
+
+def lottery_rank(
+    latent: Int[Tensor, " n"], image: Int[Tensor, " n"], seed: int
+) -> Int[Tensor, " n"]:
+    """A pseudo-random rank of each (latent, image): the lowest ones are a fair sample.
+
+    SplitMix64's mixing function (Steele et al. 2014), on int64 that wraps around.
+    """
+    x = (latent << 40) ^ image
+    x = x + _wrapped((seed + 1) * 0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _wrapped(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _wrapped(0x94D049BB133111EB)
+    return (x ^ _shifted(x, 31)) & (EMPTY - 1)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch's keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrapped(value: int) -> int:
+    """A 64-bit pattern as a signed integer."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value

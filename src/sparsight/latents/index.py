@@ -1,0 +1,304 @@
+"""`LatentIndex`: what every latent responds to, as a folder that can be opened again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import read_json, sha256_json, write_bytes, write_json
+from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
+from sparsight.latents.statistics import Examples
+from sparsight.sae import SparseAutoencoder
+
+FORMAT = "sparsight latent index"
+VERSION = 1
+MANIFEST, LATENTS, EXAMPLES, IMAGES = (
+    "manifest.json",
+    "latents.parquet",
+    "top_examples.safetensors",
+    "images.parquet",
+)
+_TENSORS = tuple(
+    f"{kind}.{part}" for kind in ("top", "samples") for part in ("image", "token", "activation")
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image on which a latent is active."""
+
+    image: int
+    """Place in the source that the index was built from; see `LatentIndex.picture`."""
+    token: int
+    """Position at the site, among the tokens that the SAE sees, with the strongest activation."""
+    activation: float
+    """The latent's strongest activation in the image."""
+
+
+@dataclass(frozen=True)
+class LatentIndex:
+    """Statistics, strongest images and samples of every latent of one SAE.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it was built from: SAE, model, images, site, tokens, settings.
+        table: a row a latent: `latent`, `density`, `mean_activation` and `max_activation` (null
+            and 0 where it never was active), `n_active` (vectors), `n_active_images`,
+            `label_entropy` (nats; null under 10 labelled images), `top_label`, `top_label_share`,
+            `name`, `name_score`, `name_source`.
+        images: a row an image that is an example of something: `image`, `id`, `uri`, `label`,
+            `caption`.
+        examples: the strongest, `[n_latents, top_n]`, strongest first.
+        quantiles: samples, `[n_latents, quantiles, samples]`, the strongest quantile first.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    table: pa.Table
+    images: pa.Table
+    examples: Examples
+    quantiles: Examples
+
+    @classmethod
+    def open(cls, folder: str | Path, sae: SparseAutoencoder | None = None) -> Self:
+        """Open an index, or the `index/` of a run folder; every file's checksum is compared.
+
+        Args:
+            folder: the index, or the run that it belongs to.
+            sae: the SAE that it will be used with; it must be the one that it was built from.
+
+        Raises:
+            UserError: there is no index, it is of a newer format, or of another SAE.
+            SparsightError: a file is missing, cut off or altered.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).exists() and (folder / "index" / MANIFEST).exists():
+            folder = folder / "index"
+        manifest = _read_manifest(folder)
+        try:
+            tensors = safetensors.torch.load(_read(folder, EXAMPLES, manifest))
+            table = pq.read_table(io.BytesIO(_read(folder, LATENTS, manifest)))
+            images = pq.read_table(io.BytesIO(_read(folder, IMAGES, manifest)))
+            top, samples = (
+                [tensors[name] for name in names] for names in (_TENSORS[:3], _TENSORS[3:])
+            )
+        except (safetensors.SafetensorError, pa.ArrowException, KeyError) as error:
+            raise SparsightError(f"{folder}: is damaged ({error}). {_AGAIN}") from error
+        index = cls(folder, manifest, table, images, Examples(*top), Examples(*samples))
+        if sae is not None:
+            index.check_sae(sae)
+        return index
+
+    def save(self) -> None:
+        """Write all files; the manifest last, so that a cut leaves no index rather than half."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for kind, found in (("top", self.examples), ("samples", self.quantiles)):
+            for part in ("image", "token", "activation"):
+                tensors[f"{kind}.{part}"] = getattr(found, part).cpu().contiguous()
+        contents = {
+            LATENTS: _parquet(self.table),
+            EXAMPLES: safetensors.torch.save(tensors),
+            IMAGES: _parquet(self.images),
+        }
+        for name, data in contents.items():
+            write_bytes(self.folder / name, data)
+        hashes = {name: [hashlib.sha256(data).hexdigest()] for name, data in contents.items()}
+        _write_manifest(self.folder, {**self.manifest, "files": hashes})
+
+    def with_table(self, table: pa.Table) -> Self:
+        """Put `table` in the place of `latents.parquet`; killed at any point, the index is whole.
+
+        Between the two writes the manifest accepts the old table and the new one.
+        """
+        if table.num_rows != self.n_latents:
+            raise ValueError(f"{table.num_rows} rows for {self.n_latents} latents")
+        data = _parquet(table)
+        new = hashlib.sha256(data).hexdigest()
+        manifest = _read_manifest(self.folder)
+        old = hashlib.sha256(_read(self.folder, LATENTS, manifest)).hexdigest()
+        for step, accepted in enumerate(([old, new], [new])):
+            manifest = {**manifest, "files": {**manifest["files"], LATENTS: accepted}}
+            if step == 1:
+                write_bytes(self.folder / LATENTS, data)
+            _write_manifest(self.folder, manifest)
+        return type(self)(self.folder, manifest, table, self.images, self.examples, self.quantiles)
+
+    @property
+    def n_latents(self) -> int:
+        """Number of latents of the SAE."""
+        return self.examples.image.shape[0]
+
+    @property
+    def site(self) -> str:
+        """Where in the model the SAE reads."""
+        return str(self.manifest["site"])
+
+    @property
+    def tokens(self) -> str:
+        """Which positions were indexed: `cls`, `patches`, `all`, `mean`."""
+        return str(self.manifest["tokens"])
+
+    def top(self, latent: int) -> list[Example]:
+        """The images that activate `latent` most, strongest first; [] if none does."""
+        return self._examples(self.examples, self._checked(latent))
+
+    def samples(self, latent: int) -> list[list[Example]]:
+        """Images from each quantile of those on which `latent` is active, strongest first."""
+        place = self._checked(latent)
+        bands = range(self.quantiles.image.shape[1])
+        return [self._examples(self.quantiles, (place, band)) for band in bands]
+
+    def row(self, latent: int) -> dict[str, Any]:
+        """The latent's row of `table`."""
+        found: list[dict[str, Any]] = self.table.slice(self._checked(latent), 1).to_pylist()
+        return found[0]
+
+    def info(self, image: int) -> ImageInfo:
+        """Id, origin, label and caption of an example's image.
+
+        Raises:
+            UserError: the image is no example of any latent.
+        """
+        if image not in self._places:
+            raise UserError(f"{self.folder}: no latent of this index has image {image}.")
+        row = self.images.slice(self._places[image], 1).to_pylist()[0]
+        return ImageInfo(row["id"], row["uri"], row["label"], row["caption"])
+
+    def source(self) -> ImageSource:
+        """The images that the index was built from, opened once.
+
+        Raises:
+            UserError: they are not there any more.
+        """
+        return self._source
+
+    def picture(self, image: int) -> Image.Image:
+        """The picture of an example, found by its id even if others came or went since.
+
+        Raises:
+            UserError: the source or the picture has gone.
+        """
+        wanted = self.info(image)
+        source = self.source()
+        place = image
+        if image >= len(source) or source.info(image).id != wanted.id:
+            found = self._source_ids.get(wanted.id)
+            if found is None:
+                raise UserError(
+                    f"{wanted.id}: this picture is no longer in {source.spec} (it came from "
+                    f"{wanted.uri}). Put it back, or build the index again."
+                )
+            place = found
+        try:
+            return source.load(place)
+        except ImageError as error:
+            raise UserError(f"{wanted.uri}: can no longer be read ({error.reason}).") from error
+
+    def check_sae(self, sae: SparseAutoencoder) -> None:
+        """Raise a `UserError` unless the index was built from these very parameters."""
+        if sae_hash(sae) != self.manifest["sae"]["hash"]:
+            whose = self.manifest["sae"].get("folder")
+            raise UserError(
+                f"{self.folder}: was built from another SAE"
+                + (f" (in {whose})" if whose else "")
+                + ", so its latents mean other things. Build an index of this one with "
+                "`sparsight index`."
+            )
+
+    @cached_property
+    def _source(self) -> ImageSource:
+        spec = self.manifest["images"]["source"]
+        try:
+            return open_images(spec)
+        except UserError as error:
+            raise UserError(
+                f"{self.folder}: the images that it was built from cannot be opened: {error}"
+            ) from error
+
+    @cached_property
+    def _source_ids(self) -> dict[str, int]:
+        return {self._source.info(i).id: i for i in range(len(self._source))}
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {image: row for row, image in enumerate(self.images["image"].to_pylist())}
+
+    def _checked(self, latent: int) -> int:
+        if not 0 <= latent < self.n_latents:
+            raise UserError(f"{self.folder}: no latent {latent}; it has 0 to {self.n_latents - 1}.")
+        return latent
+
+    def _examples(self, found: Examples, place: int | tuple[int, int]) -> list[Example]:
+        columns = (found.image[place], found.token[place], found.activation[place])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [Example(*row) for row in rows if row[0] >= 0]
+
+
+def sae_hash(sae: SparseAutoencoder) -> str:
+    """Hex SHA-256 over an SAE's parameters: the same in memory, saved, and loaded again."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()
+
+
+_AGAIN = "Build it again with `sparsight index`."
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder}: holds no latent index (no {MANIFEST}). {_AGAIN}")
+    try:
+        manifest = read_json(path)
+    except UserError as error:
+        raise SparsightError(f"{error} {_AGAIN}") from error
+    if manifest.get("format") == FORMAT and manifest.get("version") != VERSION:
+        raise UserError(
+            f"{path}: is of format version {manifest.get('version')}, this Sparsight reads "
+            f"{VERSION}. {_AGAIN}"
+        )
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    if manifest.get("format") != FORMAT or manifest.get("sha256") != sha256_json(content):
+        raise SparsightError(f"{path}: is damaged, or no manifest of a latent index. {_AGAIN}")
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    write_json(folder / MANIFEST, {**content, "sha256": sha256_json(content)})
+
+
+def _read(folder: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SparsightError(f"{path}: cannot be read ({error.strerror}). {_AGAIN}") from error
+    if hashlib.sha256(data).hexdigest() not in manifest["files"][name]:
+        raise SparsightError(
+            f"{path}: is cut off or altered (its SHA-256 is not the one in {MANIFEST}). {_AGAIN}"
+        )
+    return data
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

@@ -1,0 +1,108 @@
+"""Names of latents: what each stands for, how well, and who says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from sparsight.errors import UserError
+from sparsight.latents.index import LatentIndex
+
+TRUTH_SOURCE = "truth (F1 on held-out images)"
+
+_WORDING = {
+    "symbol": "{}",
+    "word": "the word “{}”",
+    "object_colour": "{} object",
+    "background": "{} background",
+    "pattern": "{} pattern",
+}
+
+
+@dataclass(frozen=True)
+class LatentName:
+    """What a latent stands for.
+
+    Attributes:
+        name: in words.
+        score: how well it fits, 0 to 1.
+        source: where the name comes from and what the score is: `truth (F1)`.
+    """
+
+    name: str
+    score: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise UserError("A latent's name is empty.")
+        if not math.isfinite(self.score):
+            raise UserError(f"The score of the name {self.name!r} is {self.score}, not a number.")
+
+
+def set_names(index: LatentIndex, names: Mapping[int, LatentName]) -> LatentIndex:
+    """Write names into `latents.parquet`; latents that are not in `names` keep theirs.
+
+    Killed at any point, the index on disk is whole, with the old names or the new.
+
+    Raises:
+        UserError: a latent is not there.
+    """
+    for latent in names:
+        if not 0 <= latent < index.n_latents:
+            raise UserError(
+                f"{index.folder}: no latent {latent} to name; it has 0 to {index.n_latents - 1}."
+            )
+    columns = {
+        "name": (pa.string(), "name"),
+        "name_score": (pa.float64(), "score"),
+        "name_source": (pa.string(), "source"),
+    }
+    table = index.table
+    for column, (kind, attribute) in columns.items():
+        values = table[column].to_pylist()
+        for latent, name in names.items():
+            values[latent] = getattr(name, attribute)
+        place = table.column_names.index(column)
+        table = table.set_column(place, column, pa.array(values, kind))
+    return index.with_table(table)
+
+
+def name_from_truth(
+    index: LatentIndex, metrics: Mapping[str, Any], min_score: float = 0.5
+) -> LatentIndex:
+    """Name latents after the known attributes that they are the best latents of.
+
+    A latent that is the best of several attributes is named after the one with the highest F1.
+
+    Args:
+        index: of the SAE that `metrics` are about.
+        metrics: with `truth`, as `evaluate` gives them: attribute → `latent`, `f1`, ….
+        min_score: F1 on held-out images that a name must reach.
+
+    Raises:
+        UserError: there is no truth in `metrics`, or it is about another SAE.
+    """
+    truth = metrics.get("truth")
+    if not isinstance(truth, Mapping):
+        raise UserError(
+            f"{index.folder}: no names, as the metrics hold no truth table. Evaluate on "
+            "calibration images first; only of them are the attributes known."
+        )
+    names: dict[int, LatentName] = {}
+    for attribute, scores in sorted(truth.items()):
+        latent, score = scores.get("latent"), scores.get("f1")
+        if latent is None or score is None or not score >= min_score:
+            continue
+        if latent not in names or score > names[latent].score:
+            names[latent] = LatentName(wording(attribute), float(score), TRUTH_SOURCE)
+    return set_names(index, names)
+
+
+def wording(attribute: str) -> str:
+    """`symbol/anchor` → `anchor`; `object_colour/red` → `red object`."""
+    kind, _, value = attribute.partition("/")
+    return _WORDING.get(kind, "{}").format((value or kind).replace("_", " "))

@@ -1,0 +1,179 @@
+"""The plots of the report, each a function from numbers to a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from sparsight.latents.style import PALETTE, SEQUENTIAL, figure, plot_style
+
+Floats = npt.NDArray[np.float64]
+
+
+def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
+    """FVU, L0 and the share of dead latents over the vectors seen; what was logged of them."""
+    panels = [
+        ("fvu", "FVU"),
+        ("l0", "L0 (latents per vector)"),
+        ("dead", "dead latents (%)"),
+    ]
+    shown = [panel for panel in panels if any(_number(row.get(panel[0])) for row in log)]
+    with plot_style():
+        drawn = figure(0.55 + 1.15 * max(1, len(shown)))
+        axes = drawn.subplots(max(1, len(shown)), 1, sharex=True, squeeze=False)[:, 0]
+        for i, (ax, (key, title)) in enumerate(zip(axes, shown, strict=False)):
+            rows = [row for row in log if _number(row.get(key)) and _number(row.get("vectors"))]
+            x = np.array([row["vectors"] for row in rows], dtype=float)
+            y = np.array([row[key] for row in rows], dtype=float) * (100 if key == "dead" else 1)
+            ax.plot(x, y, color=PALETTE[i], linestyle="-")
+            ax.set_title(title, loc="left")
+            if key == "fvu" and len(y) and y.min() > 0 and y.max() / y.min() > 8:
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                ax.yaxis.set_minor_formatter(FuncFormatter(_minor))
+            else:
+                ax.yaxis.set_major_locator(MaxNLocator(4))
+                if key != "l0":
+                    ax.set_ylim(bottom=0)
+        axes[-1].set_xlabel("vectors seen")
+        axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes[-1].xaxis.set_major_locator(MaxNLocator(5))
+        return drawn
+
+
+def density_histogram(density: Floats, never: int) -> Figure:
+    """log10 of the share of vectors on which each latent is active; those `never` active beside."""
+    alive = density[density > 0]
+    with plot_style():
+        drawn = figure(2.3)
+        ax = drawn.subplots()
+        if len(alive):
+            low = math.floor(np.log10(alive).min() * 4) / 4
+            bins = np.arange(low, 0.26, 0.25) if low < 0 else np.array([0.0, 0.25])
+            ax.hist(np.log10(alive), bins=bins.tolist(), color=PALETTE[0], rwidth=0.92)
+        if never:
+            left = ax.get_xlim()[0]
+            ax.bar([left - 0.25], [never], width=0.23, color=PALETTE[1], label="never active")
+            ax.legend(loc="best")
+        ax.grid(axis="x", visible=False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_formatter(FuncFormatter(_ten_to))
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.set_xlabel("density (share of vectors)")
+        ax.set_ylabel("latents")
+        return drawn
+
+
+def density_scatter(density: Floats, mean_activation: Floats, entropy: Floats) -> Figure:
+    """Density against mean activation of each latent, coloured by label entropy (NaN: grey)."""
+    alive = density > 0
+    x, y, colour = density[alive], mean_activation[alive], entropy[alive]
+    known = ~np.isnan(colour)
+    with plot_style():
+        drawn = figure(2.9)
+        ax = drawn.subplots()
+        common: dict[str, Any] = {"s": 5.0, "linewidths": 0, "rasterized": True}
+        ax.scatter(x[~known], y[~known], color=PALETTE[5], alpha=0.5, **common)
+        if known.any():
+            dots = ax.scatter(
+                x[known], y[known], c=colour[known], cmap=SEQUENTIAL, alpha=0.85, **common
+            )
+            bar = drawn.colorbar(dots, ax=ax, pad=0.02, aspect=28)
+            bar.set_label("label entropy (nats)")
+            bar.outline.set_visible(False)
+        if len(x):
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        if len(y) and y.min() > 0 and y.max() / y.min() > 20:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            minor = FuncFormatter(_minor) if y.max() / y.min() < 300 else NullFormatter()
+            ax.yaxis.set_minor_formatter(minor)
+        ax.set_xlabel("density (share of vectors)")
+        ax.set_ylabel("mean activation when active")
+        return drawn
+
+
+def error_by_position(fvu: Floats, patch_grid: tuple[int, int] | None, n_prefix: int) -> Figure:
+    """FVU at each position: patches on their grid, CLS (and registers) beside it.
+
+    Args:
+        fvu: one number a token, prefix first.
+        patch_grid: rows and columns.
+        n_prefix: tokens before the patches.
+    """
+    with plot_style():
+        if patch_grid is None or len(fvu) != n_prefix + patch_grid[0] * patch_grid[1]:
+            drawn = figure(2.2)
+            ax = drawn.subplots()
+            ax.plot(np.arange(len(fvu)), fvu, color=PALETTE[0], marker="o", markersize=2.5)
+            ax.set_xlabel("token")
+            ax.set_ylabel("FVU")
+            ax.set_ylim(bottom=0)
+            return drawn
+        grid = fvu[n_prefix:].reshape(patch_grid)
+        low, high = float(np.nanmin(fvu)), float(np.nanmax(fvu))
+        scale: dict[str, Any] = {
+            "cmap": SEQUENTIAL,
+            "vmin": low,
+            "vmax": high if high > low else low + 1e-9,
+        }
+        drawn = figure(3.1)
+        widths = [1, 8] if n_prefix else [8]
+        axes = drawn.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        drawn_grid = axes[-1].imshow(grid, **scale)
+        axes[-1].set_xlabel("patch column")
+        axes[-1].set_ylabel("patch row")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes[-1].yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if n_prefix:
+            axes[0].imshow(fvu[:n_prefix].reshape(-1, 1), **scale)
+            axes[0].set_xticks([])
+            names = ["CLS", *(f"reg {i}" for i in range(1, n_prefix))]
+            axes[0].set_yticks(range(n_prefix), names)
+        for ax in axes:
+            ax.grid(visible=False)
+            ax.tick_params(length=0)
+            for spine in ax.spines.values():
+                spine.set_visible(False)
+        bar = drawn.colorbar(drawn_grid, ax=axes[-1], pad=0.03, aspect=24, shrink=0.9)
+        bar.set_label("FVU")
+        bar.outline.set_visible(False)
+        return drawn
+
+
+def short(value: float) -> str:
+    """1234567 → 1.2M."""
+    for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _power_of_ten(value: float, _: object = None) -> str:
+    return _ten_to(math.log10(value)) if value > 0 else ""
+
+
+def _ten_to(exponent: float, _: object = None) -> str:
+    rounded = round(exponent)
+    return "1" if rounded == 0 else f"10{str(rounded).translate(_SUPERSCRIPTS)}"
+
+
+def _minor(value: float, _: object = None) -> str:
+    """Labels of a log axis between its powers of ten: 2 and 5 alone."""
+    digit = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
+    return f"{value:g}" if digit in (2, 5) else ""
+
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

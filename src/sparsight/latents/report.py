@@ -1,0 +1,198 @@
+"""`write_report`: one page that shows what the SAEs of some runs are worth and what they see."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import jinja2
+import torch
+from markupsafe import Markup
+
+from sparsight.errors import UserError
+from sparsight.files import write_text
+from sparsight.latents import scores
+from sparsight.latents.cards import (
+    LARGEST,
+    TOP_SHOWN,
+    encode_picture,
+    is_crisp,
+)
+from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.vision import VisionModel, load_model
+
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_BYTES = 4_000_000
+THUMBNAILS = (LARGEST, 160, 128, 96, 72)
+"""Longest sides of pictures, in pixels, tried in turn until the page is light enough."""
+
+
+def write_report(
+    runs: str | Path | Iterable[str | Path],
+    out: str | Path,
+    *,
+    model: VisionModel | str | None = None,
+    latents: int = 24,
+    seed: int = 0,
+    title: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    quiet: bool = False,
+) -> Path:
+    """Write one HTML page about some runs that needs nothing else: no network, no other file.
+
+    What was not measured is named, with the command that measures it.
+
+    Args:
+        runs: run folders, or one folder with runs in it.
+        out: the page; a folder gives `report.html` in it.
+        model: what the heatmaps are made with; default the model that the index names. Where that
+            cannot be loaded the page says so and shows the pictures alone.
+        latents: cards a run; half by the score of their names, the others by lot.
+        seed: of the lot.
+        title: heading; default the model's id.
+        max_bytes: pictures are made smaller until the page is.
+        quiet: no progress bar.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: no run is there, or `model` is another one than the index was built with.
+        SparsightError: a file of a run is damaged.
+    """
+    if latents < 0:
+        raise UserError(f"latents is {latents}; it must be 0 or more.")
+    out = Path(out)
+    if out.is_dir() or not out.suffix:
+        out = out / "report.html"
+    folders = find_runs(runs)
+    found = [read_run(*pair) for pair in zip(folders, run_names(folders), strict=True)]
+    models = _Models(model)
+    views = [_view(run, f"run-{i}", models, latents, seed, quiet) for i, run in enumerate(found)]
+    for thumbnail in THUMBNAILS:
+        page = _page(found, views, title, thumbnail)
+        if len(page.encode()) <= max_bytes:
+            break
+    write_text(out, page)
+    return out
+
+
+class _Models:
+    """Loads each vision model once; remembers why one could not be loaded."""
+
+    def __init__(self, given: VisionModel | str | None) -> None:
+        self._given = load_model(given) if isinstance(given, str) else given
+        self._found: dict[str, VisionModel | str] = {}
+
+    def of(self, run: RunFiles) -> VisionModel | str:
+        """The model of a run, or the reason why it is not there.
+
+        Raises:
+            UserError: the model that was given is another one.
+        """
+        wanted = run.model
+        model = self._given or self._load(str(wanted.get("id")))
+        if isinstance(model, str):
+            return model
+        if wanted.get("weights_hash") not in (None, model.weights_hash):
+            text = (
+                f"{model.id} is not the model of {run.folder} ({wanted.get('id')}): its weights "
+                "differ."
+            )
+            if self._given is not None:
+                raise UserError(text)
+            return text
+        return model
+
+    def _load(self, id: str) -> VisionModel | str:
+        if id not in self._found:
+            try:
+                self._found[id] = load_model(id)
+            except UserError as error:
+                self._found[id] = str(error)
+        return self._found[id]
+
+
+def _page(
+    runs: Sequence[RunFiles], views: Sequence[RunView], title: str | None, thumbnail: int
+) -> str:
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    ids = dict.fromkeys(_short_id(str(run.model["id"])) for run in runs if run.model.get("id"))
+    return _template().render(
+        title=title or " · ".join(ids) or runs[0].name,
+        facts=_facts(runs),
+        runs=views,
+        glossary=scores.GLOSSARY,
+        not_measured=scores.NOT_MEASURED,
+        top_shown=TOP_SHOWN,
+        css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        picture_css=Markup(_picture_css(views, thumbnail)),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _facts(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
+    first = runs[0]
+    images = dict.fromkeys(
+        f"{scores.count(run.index.manifest['images']['n_images'])} of "
+        f"{run.index.manifest['images']['source']}"
+        for run in runs
+        if run.index is not None
+    )
+    facts = [
+        ("Model", " · ".join(dict.fromkeys(_model_name(run) for run in runs))),
+        ("Sites", ", ".join(dict.fromkeys(run.site for run in runs))),
+        ("Images", "; ".join(images)),
+        ("Date", f"{datetime.datetime.now(datetime.UTC):%-d %B %Y, %H:%M} UTC"),
+        ("Made with", _made_with()),
+    ]
+    seed = first.sae.metadata.get("seed")
+    if seed is not None:
+        facts.append(("Seed", str(seed)))
+    return [(name, value) for name, value in facts if value]
+
+
+def _model_name(run: RunFiles) -> str:
+    revision = run.model.get("revision")
+    return f"{run.model.get('id', 'unknown')}" + (f" ({str(revision)[:10]})" if revision else "")
+
+
+def _short_id(id: str) -> str:
+    """A Hub id as it is, a local folder by its name."""
+    return Path(id).name if Path(id).is_absolute() else id
+
+
+def _picture_css(views: Sequence[RunView], thumbnail: int) -> str:
+    """A class a picture, so that one that is on several cards is on the page once."""
+    rules: list[str] = []
+    for view in views:
+        for key, picture in (view.gallery.pictures if view.gallery else {}).items():
+            crisp = ";image-rendering:pixelated" if is_crisp(picture) else ""
+            rules.append(
+                f".{key}{{background-image:url({encode_picture(picture, thumbnail)}){crisp}}}"
+            )
+    return "\n".join(rules)
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.globals.update(figure=scores.figure, percent=scores.percent)
+    return environment.get_template("report.html.jinja")
+
+
+def _made_with() -> str:
+    try:
+        version = " " + importlib.metadata.version("sparsight")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        version = ""
+    return f"Sparsight{version}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,0 +1,168 @@
+"""One run as the report shows it: tiles, plots, tables, cards, and what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from sparsight.latents import plots, scores
+from sparsight.latents.cards import Gallery, make_gallery
+from sparsight.latents.run_files import RunFiles
+from sparsight.latents.style import to_svg
+from sparsight.progress import progress
+from sparsight.vision import VisionModel
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot with its words."""
+
+    title: str
+    text: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the template shows of one run."""
+
+    key: str
+    name: str
+    site: str
+    shape: str
+    missing: Sequence[str]
+    tiles: Sequence[scores.Tile]
+    plots: Sequence[Plot]
+    tables: Sequence[scores.Table]
+    attributes: scores.Table | None
+    config: str
+    gallery: Gallery | None
+    heatmaps: bool
+    named: bool
+
+
+def make_view(
+    run: RunFiles,
+    key: str,
+    model: VisionModel | str,
+    *,
+    latents: int,
+    seed: int,
+    quiet: bool,
+) -> RunView:
+    """Draw, tabulate and collect what there is of a run.
+
+    Args:
+        run: what lies in its folder.
+        key: of the run, unique on the page.
+        model: what made its activations, or the reason why it is not there.
+        latents: cards.
+        seed: of the lot that chooses latents.
+        quiet: no progress bar.
+    """
+    gallery = None
+    if run.index is not None and latents:
+        with progress(f"report: {run.name}", None, "pictures", quiet=quiet) as line:
+            gallery = make_gallery(
+                run.index,
+                run.sae,
+                None if isinstance(model, str) else model,
+                n=latents,
+                seed=seed,
+                key=f"{key}-",
+                line=line,
+            )
+        if isinstance(model, str):
+            gallery.notes.insert(0, f"No heatmaps: the model is not there. {model}")
+    measured = "fvu" in run.metrics
+    tables = [
+        table
+        for make in (scores.reconstruction_table, scores.downstream_table, scores.truth_table)
+        if measured and (table := make(run.metrics)) is not None
+    ]
+    cards = gallery.cards if gallery else []
+    return RunView(
+        key=key,
+        name=run.name,
+        site=run.site,
+        shape=_shape(run),
+        missing=(*run.missing, *(_not_measured(run.metrics) if measured else ())),
+        tiles=scores.tiles(run.metrics) if measured else [],
+        plots=_plots(run, key, model),
+        tables=tables,
+        attributes=scores.attribute_table(run.metrics),
+        config=run.config,
+        gallery=gallery,
+        named=any(card.chosen == "named" for card in cards),
+        heatmaps=any(shot.heat for card in cards for shot in card.top),
+    )
+
+
+def _not_measured(metrics: Mapping[str, Any]) -> list[str]:
+    """Families of scores that `metrics.json` lacks."""
+    lacking = {
+        "baselines": "Baselines: not measured; `sparsight evaluate` measures them by default.",
+        "zero_shot": "Zero-shot accuracy: not measured; give `sparsight evaluate` the model and "
+        "labelled images.",
+        "truth": "Known attributes: not measured; they are known for calibration images alone.",
+    }
+    return [text for name, text in lacking.items() if not metrics.get(name)]
+
+
+def _plots(run: RunFiles, key: str, model: VisionModel | str) -> list[Plot]:
+    drawn: list[tuple[str, str, str, Figure]] = []
+    if run.log:
+        text = "On batches as they came, while training."
+        drawn.append(("curves", "Training", text, plots.training_curves(run.log)))
+    if run.metrics.get("fvu_by_position"):
+        text = "FVU of each token, centred per position."
+        drawn.append(("position", "Error by position", text, _error_by_position(run, model)))
+    if run.index is not None:
+        table = run.index.table
+        density = table["density"].to_numpy()
+        images = scores.count(run.index.manifest["images"]["n_images"])
+        text = f"How often each of {len(density):,} latents is active, over {images} images."
+        never = int((density == 0).sum())
+        drawn.append(("density", "Density", text, plots.density_histogram(density, never)))
+        entropy = table["label_entropy"].to_numpy().astype(float)
+        mean = table["mean_activation"].to_numpy()
+        text = "Each dot a latent; dark: its strongest images share one label."
+        if np.isnan(entropy).all():
+            text = "Each dot a latent. Label entropy is not known: it takes 10 labelled images."
+        scatter = plots.density_scatter(density, mean, entropy)
+        drawn.append(("scatter", "Density and activation", text, scatter))
+    return [
+        Plot(title, text, Markup(to_svg(figure, f"{key}-{name}", title)))
+        for name, title, text, figure in drawn
+    ]
+
+
+def _error_by_position(run: RunFiles, model: VisionModel | str) -> Figure:
+    values = [math.nan if value is None else value for value in run.metrics["fvu_by_position"]]
+    known: Mapping[str, Any] = run.model
+    if isinstance(model, VisionModel):
+        known = {"patch_grid": model.patch_grid, "n_prefix": model.n_prefix}
+    grid = known.get("patch_grid")
+    n_prefix = int(known.get("n_prefix", 0)) if run.tokens == "all" else 0
+    return plots.error_by_position(np.array(values, dtype=float), grid and tuple(grid), n_prefix)
+
+
+def _shape(run: RunFiles) -> str:
+    sparsity = run.sae.config.sparsity
+    k = getattr(sparsity, "k", None)
+    parts = [
+        run.name if run.name != run.site else "",
+        f"{run.sae.n_latents:,} latents of width {run.sae.d_in:,}",
+        type(sparsity).__name__ + (f", k = {k}" if k else ""),
+        f"tokens: {run.tokens}",
+    ]
+    seen = next((row["vectors"] for row in reversed(run.log) if row.get("vectors")), None)
+    if seen:
+        parts.append(f"{plots.short(seen)} vectors seen")
+    return " · ".join(part for part in parts if part)

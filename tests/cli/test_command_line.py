@@ -1,0 +1,147 @@
+"""The front door: help, mistakes, exit codes; each message once, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsight.cli import main
+from sparsight.cli.main import VERBS
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+def sparsight(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A real process, as a shell would start it."""
+    return subprocess.run(
+        [sys.executable, "-m", "sparsight.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must end with a code; gives its message, which must be one and plain."""
+
+    def check(*arguments: str, code: int = 2) -> str:
+        assert main(list(map(str, arguments))) == code
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        assert message.count("sparsight: ") == 1, message
+        return message
+
+    return check
+
+
+def test_help_lists_every_verb_in_less_than_a_second():
+    started = time.monotonic()
+    done = sparsight("--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in VERBS)
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_its_options(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: sparsight {verb}" in shown
+    assert "--config" in shown and "--out" in shown
+
+
+def test_an_unknown_verb_exits_with_2_and_suggests_one():
+    done = sparsight("trian")
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "sparsight: There is no verb 'trian'. Did you mean 'train'? `sparsight --help` lists them."
+    )
+
+
+def test_no_verb_at_all_prints_the_help_and_exits_with_2(capsys):
+    assert main([]) == 2
+    assert "usage: sparsight VERB" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("sparsight 0.")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unknown_flag_exits_with_2(verb, capsys):
+    assert main([verb, "--no-such-flag", "3"]) == 2
+    message = capsys.readouterr().err
+    assert "no-such-flag" in message
+    assert "Traceback" not in message
+
+
+def test_an_unknown_key_of_a_config_file_is_named_with_its_file(tmp_path, fails):
+    path = tmp_path / "mine.toml"
+    path.write_text("latnets = 3\n")
+    message = fails("report", "runs/", "--config", path)
+    assert "mine.toml" in message and "'latnets'" in message and "'latents'" in message
+
+
+def test_a_wrong_value_in_a_config_file_is_named_with_its_file(tmp_path, fails):
+    path = tmp_path / "mine.toml"
+    path.write_text('latents = "many"\n')
+    message = fails("report", "runs/", f"--config={path}")
+    assert "mine.toml" in message and "latents" in message and "'many'" in message
+
+
+def test_a_config_file_that_is_not_there_exits_with_2(tmp_path, fails):
+    assert "gone.toml" in fails("train", "--config", tmp_path / "gone.toml")
+
+
+def test_the_command_line_wins_over_the_config_file(tmp_path):
+    from sparsight.cli.options import parse
+    from sparsight.cli.report import ReportOptions
+
+    path = tmp_path / "mine.toml"
+    path.write_text('latents = 3\nseed = 5\nruns = ["a"]\n')
+    options = parse(ReportOptions, "report", ["--config", str(path), "--latents", "7"])
+    assert (options.latents, options.seed, options.runs) == (7, 5, (Path("a"),))
+
+
+@pytest.mark.parametrize("verb", ["report", "evaluate", "index"])
+def test_a_run_folder_that_is_not_there_exits_with_2(verb, tmp_path, fails):
+    assert "no-such-run" in fails(verb, tmp_path / "no-such-run")
+
+
+def test_a_store_that_is_not_there_exits_with_2(tmp_path, fails):
+    message = fails("train", "--store", tmp_path / "no-store", "--out", tmp_path / "run")
+    assert "no-store" in message
+    assert not (tmp_path / "run" / "sae.safetensors").exists()
+
+
+def test_a_folder_of_images_that_is_not_there_exits_with_2(tmp_path, fails):
+    message = fails(
+        "extract", "--model", "calibration", "--images", tmp_path / "gone", "--out", tmp_path / "a"
+    )
+    assert "gone" in message
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
+    import sparsight.cli.report as verb
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "main", interrupted)
+    assert main(["report", "runs/"]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_a_developer_may_ask_for_the_traceback(tmp_path):
+    done = sparsight("report", str(tmp_path / "gone"), "--traceback")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "gone" in done.stderr

@@ -1,0 +1,98 @@
+"""Small real parts: a picture folder, a CLIP with random weights, an SAE over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from sparsight.images import ImageSource
+from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
+from sparsight.vision import VisionModel
+
+SITE = "blocks.1.resid_post"
+LABELS = ("cat", "dog", "<script>alert(1)</script>")
+N_IMAGES = 36
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def save_clip(folder: Path) -> Path:
+    """A CLIP vision tower: 3 blocks, width 32, 32-pixel pictures, 4 × 4 patches + CLS."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=16,
+    )
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+def save_pictures(folder: Path, n: int = N_IMAGES) -> Path:
+    """Smooth noise in PNG, one sub-folder for each of three labels."""
+    random = np.random.default_rng(0)
+    for i in range(n):
+        name = LABELS[i % 3].replace("/", "∕")  # a slash cannot be in a file name
+        small = random.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        path = folder / name / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize((40, 32), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def make_sae(d_in: int = 32, n_latents: int = 96, k: int = 4, **metadata: Any) -> SparseAutoencoder:
+    config = SAEConfig(n_latents=n_latents, sparsity=TopK(k=k), normaliser="none")
+    sae = SparseAutoencoder(
+        d_in, config, seed=1, metadata={"site": SITE, "tokens": "all"} | metadata
+    )
+    return sae.requires_grad_(False)
+
+
+def model_facts(model: VisionModel) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "revision": model.revision,
+        "weights_hash": model.weights_hash,
+        "n_prefix": model.n_prefix,
+        "patch_grid": list(model.patch_grid),
+    }
+
+
+class TensorActivations:
+    """Activations [images, tokens, d_in] in memory, as `build_index` takes them."""
+
+    def __init__(
+        self, x: Tensor, source: ImageSource, site: str = SITE, tokens: str = "all"
+    ) -> None:
+        self.x, self.site = x, site
+        self._source = source
+        self.sites, self.tokens = (site,), tokens
+        self.n_images = len(x)
+        self.n_tokens = {site: x.shape[1]}
+        self.model_info: dict[str, Any] = {"id": "tensor"}
+
+    def source(self) -> ImageSource:
+        return self._source
+
+    def d_in(self, site: str) -> int:
+        return self.x.shape[2]
+
+    def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[SimpleNamespace]:
+        for images in torch.arange(len(self.x)).split(batch_images):
+            yield SimpleNamespace(image_indices=images, activations={self.site: self.x[images]})

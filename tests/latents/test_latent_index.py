@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from latent_parts import SITE, TensorActivations, make_sae, save_pictures
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.images import ImageSource, open_images
+from sparsight.latents import (
+    LatentIndex,
+    LatentName,
+    build_index,
+    name_from_truth,
+    sae_hash,
+    set_names,
+)
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
+
+FILES = ("latents.parquet", "top_examples.safetensors", "images.parquet", "manifest.json")
+
+
+@pytest.fixture(scope="module")
+def built(
+    tmp_path_factory: pytest.TempPathFactory,
+    sae: SparseAutoencoder,
+    activations: TensorActivations,
+) -> LatentIndex:
+    return build_index(sae, activations, out=tmp_path_factory.mktemp("index"), top_n=12, quiet=True)
+
+
+@pytest.fixture
+def index(built: LatentIndex, tmp_path: Path) -> LatentIndex:
+    """A copy on disk that a test may harm."""
+    shutil.copytree(built.folder, tmp_path / "index")
+    return LatentIndex.open(tmp_path / "index")
+
+
+def same(one: LatentIndex, other: LatentIndex) -> bool:
+    parts = ("image", "token", "activation")
+    return one.table.equals(other.table) and all(
+        torch.equal(getattr(a, part), getattr(b, part))
+        for a, b in ((one.examples, other.examples), (one.quantiles, other.quantiles))
+        for part in parts
+    )
+
+
+def test_the_table_equals_dense_codes_in_float64(
+    built: LatentIndex, sae: SparseAutoencoder, activations: TensorActivations
+) -> None:
+    dense = sae.encode(activations.x.flatten(0, 1)).dense().double()
+    active = dense > 0
+    for latent, row in enumerate(built.table.to_pylist()):
+        values = dense[active[:, latent], latent]
+        assert row["latent"] == latent
+        assert row["n_active"] == len(values)
+        assert row["density"] == pytest.approx(len(values) / len(dense), rel=1e-15)
+        images = active[:, latent].view(len(activations.x), -1).any(1).sum()
+        assert row["n_active_images"] == images
+        if len(values):
+            assert row["mean_activation"] == pytest.approx(float(values.mean()), rel=1e-12)
+            assert row["max_activation"] == float(values.max())
+        else:
+            assert row["mean_activation"] is None
+            assert row["max_activation"] == 0
+    assert built.table["name"].null_count == built.n_latents
+
+
+def test_an_example_points_at_the_token_that_has_its_activation(
+    built: LatentIndex, sae: SparseAutoencoder, activations: TensorActivations
+) -> None:
+    dense = sae.encode(activations.x.flatten(0, 1)).dense()
+    dense = dense.view(*activations.x.shape[:2], -1)
+    seen = 0
+    for latent in range(built.n_latents):
+        top = built.top(latent)
+        assert [e.activation for e in top] == sorted((e.activation for e in top), reverse=True)
+        for example in [*top, *(e for band in built.samples(latent) for e in band)]:
+            assert dense[example.image, example.token, latent] == example.activation
+            assert dense[example.image, :, latent].max() == example.activation
+            seen += 1
+    assert seen > 500
+
+
+def test_entropy_is_over_the_labels_of_the_top_images(built: LatentIndex) -> None:
+    known = [row for row in built.table.to_pylist() if row["label_entropy"] is not None]
+    assert known
+    for row in known:
+        weight: dict[str | None, float] = {}
+        for example in built.top(row["latent"]):
+            label = built.info(example.image).label
+            weight[label] = weight.get(label, 0) + example.activation
+        share = torch.tensor(list(weight.values()), dtype=torch.float64) / sum(weight.values())
+        assert row["label_entropy"] == pytest.approx(float(-(share * share.log()).sum()))
+        assert row["top_label"] == max(weight, key=lambda label: weight[label])
+    few = [row for row in built.table.to_pylist() if row["n_active_images"] < 10]
+    assert few
+    assert all(row["label_entropy"] is None for row in few)
+
+
+@pytest.mark.parametrize("batch_images", [1, 5, 36])
+def test_batches_change_nothing_but_the_last_digits_of_means(
+    batch_images: int,
+    built: LatentIndex,
+    sae: SparseAutoencoder,
+    activations: TensorActivations,
+    tmp_path: Path,
+) -> None:
+    # Float32 products differ in their last bits between batch shapes, so integers stand in.
+    whole = TensorActivations((activations.x * 8).round(), activations.source())
+    rounded = make_sae()
+    with torch.no_grad():
+        for weight in (rounded.W_enc, rounded.W_dec):
+            weight.copy_((weight * 8).round())
+    reference = build_index(rounded, whole, out=tmp_path / "a", quiet=True)
+    other = build_index(rounded, whole, out=tmp_path / "b", batch_images=batch_images, quiet=True)
+    assert (reference.table["n_active"].to_numpy() > 0).any()
+    columns = ["mean_activation"]
+    for column in columns:
+        torch.testing.assert_close(
+            torch.tensor(reference.table[column].to_numpy()),
+            torch.tensor(other.table[column].to_numpy()),
+            rtol=1e-13,
+            atol=0,
+            equal_nan=True,
+        )
+    assert same(
+        LatentIndex(**{**vars(reference), "table": reference.table.drop_columns(columns)}),
+        LatentIndex(**{**vars(other), "table": other.table.drop_columns(columns)}),
+    )
+
+
+def test_opened_again_it_is_the_same(built: LatentIndex) -> None:
+    again = LatentIndex.open(built.folder)
+    assert same(built, again)
+    assert again.site == SITE
+    assert again.tokens == "all"
+    assert again.manifest["images"]["n_images"] == 36
+    assert again.manifest["images"]["n_vectors"] == 36 * 17
+
+
+def test_a_run_folder_leads_to_its_index(built: LatentIndex, tmp_path: Path) -> None:
+    shutil.copytree(built.folder, tmp_path / "index")
+    assert same(LatentIndex.open(tmp_path), built)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_file_cut_off_is_named(index: LatentIndex, name: str, share: float) -> None:
+    path = index.folder / name
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(SparsightError, match=name):
+        LatentIndex.open(index.folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_noticed_wherever_it_is(index: LatentIndex, name: str) -> None:
+    path = index.folder / name
+    good = path.read_bytes()
+    for place in range(0, len(good) - 1, max(1, len(good) // 17)):
+        bad = bytearray(good)
+        bad[place] ^= 1
+        path.write_bytes(bad)
+        if name == "manifest.json" and json.loads(good) == _loads(bad):
+            continue  # white space
+        with pytest.raises(SparsightError, match=name):
+            LatentIndex.open(index.folder)
+
+
+def _loads(data: bytes | bytearray) -> object:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_a_file_that_is_gone_is_named(index: LatentIndex, name: str) -> None:
+    (index.folder / name).unlink()
+    with pytest.raises(SparsightError, match=name):
+        LatentIndex.open(index.folder)
+
+
+def test_no_index_and_a_newer_one_are_the_users_to_mend(index: LatentIndex, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sparsight index"):
+        LatentIndex.open(tmp_path / "nothing")
+    path = index.folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        LatentIndex.open(index.folder)
+
+
+def test_an_index_of_another_sae_is_refused(index: LatentIndex, sae: SparseAutoencoder) -> None:
+    LatentIndex.open(index.folder, sae)
+    other = make_sae()
+    with torch.no_grad():
+        other.b_enc[3] += 1e-6
+    with pytest.raises(UserError, match="another SAE"):
+        LatentIndex.open(index.folder, other)
+
+
+def test_the_hash_of_an_sae_survives_saving(sae: SparseAutoencoder, tmp_path: Path) -> None:
+    sae.save_pretrained(tmp_path)
+    assert sae_hash(SparseAutoencoder.from_pretrained(tmp_path)) == sae_hash(sae)
+
+
+def test_names_are_kept_and_the_rest_is_untouched(index: LatentIndex) -> None:
+    before = index.table
+    named = set_names(index, {4: LatentName("sun", 0.9, "truth")})
+    named = set_names(named, {7: LatentName("red object", 0.8, "truth")})
+    again = LatentIndex.open(index.folder)
+    assert again.table.equals(named.table)
+    row = again.row(4)
+    assert (row["name"], row["name_score"], row["name_source"]) == ("sun", 0.9, "truth")
+    assert again.table["name"].null_count == again.n_latents - 2
+    unnamed = [name for name in before.column_names if not name.startswith("name")]
+    assert again.table.select(unnamed).equals(before.select(unnamed))
+    with pytest.raises(UserError, match="no latent 96"):
+        set_names(again, {96: LatentName("x", 1.0, "me")})
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_killed_while_names_are_written_the_index_is_whole(
+    index: LatentIndex, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop before the first, second and third of the three writes, and after all."""
+    import sparsight.latents.index as module
+
+    done = 0
+
+    def stopping(write: object) -> object:
+        def stop(*arguments: object) -> None:
+            nonlocal done
+            if done == writes:
+                raise KeyboardInterrupt
+            done += 1
+            write(*arguments)  # type: ignore[operator]
+
+        return stop
+
+    monkeypatch.setattr(module, "write_bytes", stopping(module.write_bytes))
+    monkeypatch.setattr(module, "write_json", stopping(module.write_json))
+    names = {1: LatentName("sun", 0.9, "truth")}
+    if writes < 3:
+        with pytest.raises(KeyboardInterrupt):
+            set_names(index, names)
+    else:
+        set_names(index, names)
+    monkeypatch.undo()
+    found = LatentIndex.open(index.folder)
+    assert found.row(1)["name"] == ("sun" if writes >= 2 else None)
+    assert set_names(found, names).row(1)["name"] == "sun"
+    LatentIndex.open(index.folder)
+
+
+def test_truth_names_latents_in_words_and_the_better_attribute_wins(index: LatentIndex) -> None:
+    metrics = {
+        "truth": {
+            "symbol/anchor": {"latent": 2, "auc": 0.99, "f1": 0.9, "iou": 0.5},
+            "word/anchor": {"latent": 2, "auc": 0.99, "f1": 0.8},
+            "object_colour/red": {"latent": 5, "auc": 0.9, "f1": 0.7},
+            "background/blue": {"latent": 6, "auc": 0.9, "f1": 0.1},
+            "pattern/dots": {"latent": 7, "auc": None, "f1": None},
+        }
+    }
+    named = name_from_truth(index, metrics)
+    assert named.row(2)["name"] == "anchor"
+    assert named.row(2)["name_score"] == 0.9
+    assert named.row(5)["name"] == "red object"
+    assert named.row(6)["name"] is None
+    assert named.row(7)["name"] is None
+    with pytest.raises(UserError, match="truth"):
+        name_from_truth(index, {"fvu": 0.1})
+
+
+def test_pictures_are_found_by_id_when_others_come_or_go(
+    sae: SparseAutoencoder, model: VisionModel, tmp_path: Path
+) -> None:
+    folder = save_pictures(tmp_path / "pictures", 12)
+    source = open_images(folder)
+    x = torch.randn(12, 17, 32, generator=torch.Generator().manual_seed(0))
+    built = build_index(sae, TensorActivations(x, source), out=tmp_path / "index", quiet=True)
+    images = sorted({e.image for latent in range(96) for e in built.top(latent)})
+    first, last = images[0], images[-1]
+    expected = source.load(last).tobytes()
+    Path(source.info(first).uri).unlink()
+    again = LatentIndex.open(built.folder)
+    assert again.picture(last).tobytes() == expected
+    with pytest.raises(UserError, match=r"no longer in"):
+        again.picture(first)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="cannot be opened"):
+        LatentIndex.open(built.folder).picture(last)
+
+
+def test_memory_of_old_tables_is_not_needed_to_read_the_parquet(built: LatentIndex) -> None:
+    table = pq.read_table(built.folder / "latents.parquet")
+    assert table.column_names[:3] == ["latent", "density", "mean_activation"]
+    assert table.num_rows == 96
+
+
+def test_what_does_not_belong_together_is_refused(
+    sae: SparseAutoencoder, activations: TensorActivations, source: ImageSource, tmp_path: Path
+) -> None:
+    out = tmp_path / "index"
+    with pytest.raises(UserError, match=r"blocks\.0\.resid_post is not among"):
+        build_index(sae, activations, out=out, site="blocks.0.resid_post")
+    with pytest.raises(UserError, match="32 dimensions, the SAE takes 16"):
+        build_index(make_sae(d_in=16), activations, out=out)
+    with pytest.raises(UserError, match="tokens='cls'"):
+        build_index(make_sae(tokens="cls"), activations, out=out)
+    with pytest.raises(UserError, match="other weights"):
+        other = make_sae(model={"id": "x", "weights_hash": "0"})
+        build_index(other, activations, out=out)
+    with pytest.raises(UserError, match="top_n is 0"):
+        build_index(sae, activations, out=out, top_n=0)
+    with pytest.raises(UserError, match="leave `images` out"):
+        build_index(sae, activations, source, out=out)
+    assert not out.exists()
+
+
+def test_activations_that_are_not_finite_stop_the_build(
+    sae: SparseAutoencoder, activations: TensorActivations, tmp_path: Path
+) -> None:
+    x = activations.x.clone()
+    x[20, 3, 5] = torch.inf
+    bad = TensorActivations(x, activations.source())
+    with pytest.raises(SparsightError, match="images 16 to 23"):
+        build_index(sae, bad, out=tmp_path / "index", batch_images=8, quiet=True)
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_model_and_images_give_the_index_that_stored_activations_give(
+    built: LatentIndex,
+    sae: SparseAutoencoder,
+    model: VisionModel,
+    source: ImageSource,
+    tmp_path: Path,
+) -> None:
+    live = build_index(
+        sae, model, source, out=tmp_path, top_n=12, batch_images=12, workers=0, quiet=True
+    )
+    assert live.table["n_active"].equals(built.table["n_active"])
+    assert torch.equal(live.examples.image, built.examples.image)
+    assert live.manifest["images"] == built.manifest["images"]

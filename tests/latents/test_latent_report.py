@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from latent_parts import LABELS, TensorActivations, make_sae, model_facts, save_clip
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.latents import LatentIndex, LatentName, build_index, set_names, write_report
+from sparsight.latents.cards import choose_latents
+from sparsight.latents.run_files import find_runs, run_names
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel, load_model
+
+EVIL = "<script>alert('name')</script>"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.classes: list[str] = []
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.classes += (dict(attrs).get("class") or "").split()
+        self._inside = tag
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def make_run(folder: Path, sae: SparseAutoencoder, activations: TensorActivations) -> Path:
+    sae.save_pretrained(folder)
+    index = build_index(sae, activations, out=folder / "index", quiet=True)
+    alive = [row["latent"] for row in index.table.to_pylist() if row["n_active"]]
+    set_names(
+        index,
+        {
+            alive[0]: LatentName(EVIL, 0.9, "truth"),
+            alive[1]: LatentName("sun", 0.8, "truth"),
+            alive[2]: LatentName("sun", 0.7, "truth"),
+        },
+    )
+    lines = [
+        {"step": i, "vectors": 4096 * i, "fvu": 1 / i, "l0": 4.0, "dead": 0.0} for i in range(1, 9)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "config.toml").write_text(f'name = "{EVIL}"\n')
+    metrics = {
+        "fvu": 0.0834,
+        "l0": 4.0,
+        "dead": 0.01,
+        "n_vectors": 612,
+        "fvu_by_position": [0.1] * 17,
+        "truth": {"symbol/<b>sun</b>": {"latent": 1, "auc": 0.912, "f1": 0.5, "iou": 0.3}},
+        "baselines": {"untrained": {"fvu": 0.777}},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory,
+    sae: SparseAutoencoder,
+    activations: TensorActivations,
+) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "a", sae, activations)
+
+
+@pytest.fixture(scope="module")
+def html(run: Path, model: VisionModel) -> str:
+    page = write_report(run, run.parent / "report.html", model=model, latents=6, quiet=True)
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_page_loads_nothing_from_anywhere(html: str) -> None:
+    page = Page(html)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form"), tag
+        for name in ("src", "href", "xlink:href", "srcset", "data", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/", "#")), f"{tag} {name}={value}"
+    for address in re.findall(r"url\(([^)]*)\)", html):
+        assert address.strip("'\"").startswith(("data:image/", "#")), address[:80]
+    assert "@import" not in html
+    outside = set(re.findall(r"https?://[^\s\"'<>)]*", html))
+    assert outside <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_labels_and_names_are_escaped(html: str) -> None:
+    page = Page(html)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert EVIL in page.words
+    captions = [attributes.get("aria-label") for _, attributes in page.tags]
+    assert any(label in captions for label in LABELS if "script" in label)
+    assert "<b>sun</b>" in page.words
+
+
+def test_scores_stand_beside_their_baselines_and_gaps_are_named(html: str) -> None:
+    words = Page(html).words
+    assert "0.0834" in words
+    assert "0.777" in words
+    assert "0.912" in words
+    assert "Zero-shot accuracy: not measured" in words
+    assert "untrained SAE" in words
+
+
+def test_there_is_a_card_a_latent_with_pictures_and_heatmaps(html: str) -> None:
+    page = Page(html)
+    assert page.classes.count("card") == 6
+    assert page.classes.count("plot") == 4
+    used = {name for name in page.classes if re.fullmatch(r"run\d+-\d+", name)}
+    defined = set(re.findall(r"\.(run\d+-\d+)\{background-image:url\(data:image/webp", html))
+    assert used == defined
+    assert len(used) > 10
+    assert page.classes.count("heat") > 10
+    assert (
+        "2 with the highest-scoring names, one latent a name, and 4 drawn at random" in page.words
+    )
+
+
+def test_the_same_report_twice_differs_in_its_date_alone(
+    html: str, run: Path, model: VisionModel, tmp_path: Path
+) -> None:
+    again = write_report(run, tmp_path, model=model, latents=6, quiet=True)
+    assert again == tmp_path / "report.html"
+
+    def undated(text: str) -> str:
+        return re.sub(r"\d+ \w+ \d{4}, \d\d:\d\d UTC", "", text)
+
+    assert undated(again.read_text(encoding="utf-8")) == undated(html)
+
+
+def test_pictures_are_made_smaller_to_keep_the_page_light(
+    sae: SparseAutoencoder, model: VisionModel, run: Path, tmp_path: Path
+) -> None:
+    large = write_report(run, tmp_path / "a.html", model=model, quiet=True).stat().st_size
+    small = write_report(run, tmp_path / "b.html", model=model, quiet=True, max_bytes=1)
+    # Pictures of 32 pixels are kept as they are.
+    assert small.stat().st_size == large
+
+
+def test_a_run_without_index_metrics_and_log_says_how_to_get_them(
+    sae: SparseAutoencoder, tmp_path: Path
+) -> None:
+    sae.save_pretrained(tmp_path / "bare")
+    page = write_report(tmp_path / "bare", tmp_path / "r.html", quiet=True)
+    words = Page(page.read_text(encoding="utf-8")).words
+    for verb in ("sparsight train", "sparsight evaluate", "sparsight index"):
+        assert verb in words
+
+
+def test_without_the_model_the_page_shows_pictures_and_says_why(
+    run: Path, activations: TensorActivations, tmp_path: Path
+) -> None:
+    own = SparseAutoencoder.from_pretrained(run)
+    own.metadata["model"] = {"id": str(tmp_path / "gone")}
+    moved = TensorActivations(activations.x, activations.source())
+    moved.model_info = {"id": str(tmp_path / "gone")}
+    make_run(tmp_path / "run", own, moved)
+    page = write_report(tmp_path / "run", tmp_path / "r.html", latents=4, quiet=True)
+    found = Page(page.read_text(encoding="utf-8"))
+    assert "No heatmaps: the model is not there." in found.words
+    assert "heat" not in found.classes
+    assert found.classes.count("shot") > 10
+
+
+def test_another_model_is_refused(run: Path, tmp_path: Path) -> None:
+    import torch
+
+    folder = save_clip(tmp_path / "clip")
+    other = load_model(str(folder), device="cpu")
+    with torch.no_grad():
+        next(other.module.parameters()).add_(1)
+    other.__dict__.pop("weights_hash", None)
+    with pytest.raises(UserError, match="weights differ"):
+        write_report(run, tmp_path / "r.html", model=other, quiet=True)
+
+
+def test_a_picture_that_has_gone_is_counted_and_the_rest_is_shown(
+    sae: SparseAutoencoder,
+    activations: TensorActivations,
+    model: VisionModel,
+    pictures: Path,
+    tmp_path: Path,
+) -> None:
+    from sparsight.images import open_images
+
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    moved = TensorActivations(activations.x, open_images(folder))
+    moved.model_info = model_facts(model)
+    run = make_run(tmp_path / "run", sae, moved)
+    image = LatentIndex.open(run).top(choose_latents(LatentIndex.open(run), 4, 0)[0][0][0])[0]
+    gone = Path(LatentIndex.open(run).info(image.image).uri)
+    gone.unlink()
+    page = write_report(run, tmp_path / "r.html", model=model, latents=4, quiet=True)
+    found = Page(page.read_text(encoding="utf-8"))
+    assert f"{gone.name}: this picture is no longer in" in found.words
+    assert "gone" in found.classes
+
+
+def test_a_damaged_run_is_a_fault_that_names_the_file(run: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    path = broken / "index" / "top_examples.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SparsightError, match=r"top_examples\.safetensors"):
+        write_report(broken, tmp_path / "r.html", quiet=True)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_runs_are_found_below_a_folder_but_not_in_checkpoints(
+    sae: SparseAutoencoder, tmp_path: Path
+) -> None:
+    for name in ("x/site.a", "x/site.b", "y", "x/checkpoints"):
+        sae.save_pretrained(tmp_path / name)
+    expected = [tmp_path / "y", tmp_path / "x/site.a", tmp_path / "x/site.b"]
+    assert find_runs(tmp_path) == expected
+    assert run_names(expected) == ["y", "site.a", "site.b"]
+    assert run_names([Path("a/s"), Path("b/s")]) == ["a/s", "b/s"]
+    with pytest.raises(UserError, match="holds no trained SAE"):
+        find_runs(tmp_path / "x/site.a/nothing/..").clear() or find_runs(Path(__file__).parent)
+    with pytest.raises(UserError, match="no such folder"):
+        find_runs(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="No run folder"):
+        find_runs([])
+
+
+def test_latents_are_chosen_by_name_once_each_and_by_lot(run: Path) -> None:
+    index = LatentIndex.open(run)
+    chosen, how = choose_latents(index, 10, seed=3)
+    named = [index.row(latent)["name"] for latent, why in chosen if why == "named"]
+    assert named == [EVIL, "sun"]
+    assert len({latent for latent, _ in chosen}) == 10
+    assert all(index.row(latent)["n_active"] for latent, _ in chosen)
+    assert "8 drawn at random (seed 3)" in how
+    assert choose_latents(index, 10, seed=3)[0] == chosen
+    assert choose_latents(index, 10, seed=4)[0] != chosen
+    everything, _ = choose_latents(index, 1000, seed=0)
+    assert len(everything) == sum(row["n_active"] > 0 for row in index.table.to_pylist())
+
+
+def test_an_sae_of_cls_vectors_gets_pictures_without_heatmaps(
+    model: VisionModel, activations: TensorActivations, tmp_path: Path
+) -> None:
+    sae = make_sae(tokens="cls", model=model_facts(model))
+    cls = TensorActivations(activations.x[:, :1], activations.source(), tokens="cls")
+    cls.model_info = model_facts(model)
+    make_run(tmp_path / "run", sae, cls)
+    page = write_report(tmp_path / "run", tmp_path / "r.html", model=model, quiet=True)
+    found = Page(page.read_text(encoding="utf-8"))
+    assert "one vector an image" in found.words
+    assert "heat" not in found.classes
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_horizontal_scroll_and_no_request_in_a_browser(
+    html: str, width: int, tmp_path: Path
+) -> None:
+    """The page in a frame of that width tells its own width; a script error would show, too."""
+    probe = (
+        "<script>onload = () => { document.title = "
+        "[document.documentElement.scrollWidth, innerWidth].join(' ') }</script>"
+    )
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+    (tmp_path / "page.html").write_text(html.replace("</body>", probe + "</body>"))
+    frame = (
+        f'<iframe src="page.html" width="{width}" height="900" style="border:0"></iframe>'
+        "<script>onload = () => setTimeout(() => { document.body.dataset.found = "
+        "document.querySelector('iframe').contentDocument.title }, 300)</script>"
+    )
+    (tmp_path / "frame.html").write_text(frame)
+    done = subprocess.run(
+        [
+            str(CHROMIUM),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--allow-file-access-from-files",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=4000",
+            "--dump-dom",
+            (tmp_path / "frame.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r'data-found="(\d+) (\d+)"', done.stdout)
+    assert found is not None, done.stderr[-2000:]
+    assert int(found[1]) <= int(found[2]) == width

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+
+from sparsight.latents import scores
+from sparsight.latents.scores import NOT_MEASURED, figure, percent
+
+TRUTH = {
+    "symbol/sun": {"latent": 4, "auc": 0.9, "f1": 0.8, "iou": 0.5},
+    "symbol/anchor": {"latent": 5, "auc": 0.7, "f1": 0.6, "iou": None},
+    "background/red": {"latent": 6, "auc": 1.0, "f1": 1.0, "iou": 0.2},
+}
+METRICS = {
+    "fvu": 0.0834,
+    "l0": 31.7,
+    "dead": 0.002,
+    "dead_window": 1_000_000,
+    "n_vectors": 65_000,
+    "zero_shot": {
+        "original": {"top1": 0.96, "top5": 1.0, "interval": [0.94, 0.98], "n": 500},
+        "reconstructed": {"top1": 0.95, "top5": 0.99, "interval": [0.93, 0.97], "n": 500},
+        "zero": {"top1": 0.02, "top5": 0.1, "interval": [0.01, 0.03], "n": 500},
+    },
+    "truth": TRUTH,
+    "baselines": {
+        "neurons": {"truth": {"symbol/sun": {"latent": 1, "auc": 0.6, "f1": 0.1}}},
+        "untrained": {"fvu": 0.9, "l0": 32.0},
+        "something_new": {"fvu": 0.5},
+    },
+}
+
+
+def test_truth_is_averaged_by_kind_over_what_was_measured() -> None:
+    kinds = scores.truth_by_kind(METRICS)
+    assert kinds["symbol"] == {
+        "n": 2,
+        "auc": pytest.approx(0.8),
+        "f1": pytest.approx(0.7),
+        "iou": pytest.approx(0.5),
+    }
+    assert kinds["background"]["n"] == 1
+
+
+def test_every_tile_has_its_baselines_beside_it() -> None:
+    tiles = {tile.name: tile for tile in scores.tiles(METRICS)}
+    beside = {name: {b.name: b.value for b in tile.beside} for name, tile in tiles.items()}
+    assert tiles["FVU"].value == "0.0834"
+    assert beside["FVU"] == {"untrained SAE": "0.900", "something_new": "0.500"}
+    assert tiles["Dead latents"].note == "of the last 1,000,000 vectors"
+    assert tiles["Zero-shot top-1"].value == "95.0 %"
+    assert beside["Zero-shot top-1"] == {"original": "96.0 %", "zero instead": "2.0 %"}
+    assert tiles["Mean AUC, 2 symbols"].value == "0.800"
+    assert beside["Mean AUC, 2 symbols"] == {"neurons": "0.600"}
+
+
+def test_tables_say_what_was_not_measured() -> None:
+    table = scores.truth_table(METRICS)
+    assert table is not None
+    assert table.columns == ("SAE", "neurons")
+    cells = {row.name: row.cells for row in table.rows}
+    assert cells["symbol (2), AUC"] == ("0.800", "0.600")
+    assert cells["background (1), AUC"] == ("1.00", NOT_MEASURED)
+    table = scores.reconstruction_table(METRICS)
+    assert table is not None
+    assert {row.name: row.cells for row in table.rows}["L0"] == ("31.7", "32.0", NOT_MEASURED)
+
+
+def test_the_downstream_table_marks_the_reconstruction() -> None:
+    table = scores.downstream_table(METRICS)
+    assert table is not None
+    strong = [row for row in table.rows if row.strong]
+    assert [row.name for row in strong] == ["reconstructed"]
+    assert strong[0].cells == ("95.0 %", "93.0 – 97.0 %", "99.0 %")
+
+
+def test_nothing_measured_makes_no_tables() -> None:
+    for make in (
+        scores.reconstruction_table,
+        scores.downstream_table,
+        scores.truth_table,
+        scores.attribute_table,
+    ):
+        assert make({}) is None
+    assert [tile.value for tile in scores.tiles({})] == [NOT_MEASURED] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.08341, "0.0834"),
+        (31.68, "31.7"),
+        (0, "0"),
+        (123456.7, "123,457"),
+        (0.00012, "1.2e-04"),
+        (-0.5, "-0.500"),
+        (None, NOT_MEASURED),
+        (float("nan"), "nan"),
+    ],
+)
+def test_figures_have_three_digits(value: float | None, text: str) -> None:
+    assert figure(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.945, "94.5 %"), (0.0, "0.0 %"), (0.00012, "0.012 %"), (None, NOT_MEASURED)],
+)
+def test_shares_are_given_in_per_cent(value: float | None, text: str) -> None:
+    assert percent(value) == text
