@@ -17,6 +17,7 @@ from sparsight.calibration.world import (
     SceneObject,
     WorldConfig,
     Writing,
+    rendering_rate,
     write_on,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "SceneObject",
     "WorldConfig",
     "Writing",
+    "rendering_rate",
     "write_on",
 ]

@@ -160,3 +160,6 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     ).save_pretrained(folder)
+    for file in folder.iterdir():
+        # safetensors gives its file to its owner alone; a package is read by everyone.
+        file.chmod(0o644)

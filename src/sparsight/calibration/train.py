@@ -17,12 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from sparsight.calibration.captions import (
     WORD_TEMPLATES,
     make_tokenizer,
 )
+from sparsight.calibration.card import Making, write_card
 from sparsight.calibration.clip import (
     embed_texts,
     export,
@@ -46,6 +46,7 @@ from sparsight.calibration.clip import (
     zero_shot_figures,
 )
 from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
+from sparsight.errors import UserError
 from sparsight.files import atomic_path
 
 WARM_UP_STEPS = 300
@@ -69,6 +70,7 @@ class Settings:
         device: "cpu" or "cuda".
         compile: compile the vision tower (needs a C++ compiler on the CPU).
         evaluate_every: minutes between evaluations; each writes `export/` and a checkpoint.
+        held_out: scenes of an evaluation.
     """
 
     out: Path
@@ -80,6 +82,15 @@ class Settings:
     device: str = "cpu"
     compile: bool = False
     evaluate_every: float = 3.0
+    held_out: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "minutes", "batch_size", "lr", "evaluate_every", "held_out"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}; it must be above 0.")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be 0 or more.")
 
 
 class TruthHeads(nn.Module):
@@ -122,7 +133,7 @@ class TruthHeads(nn.Module):
             + 0.5 * _where_shown(read["word"], batch.patch_word, len(SYMBOLS))
         )
         letters = functional.binary_cross_entropy_with_logits(
-            read["letters"], batch.patch_letters, pos_weight=torch.tensor(5.0)
+            read["letters"], batch.patch_letters, pos_weight=read["letters"].new_tensor(5.0)
         )
         seen = {name: head(pooled).float() for name, head in self.scene.items()}
         of_scene = (
@@ -250,6 +261,7 @@ class Trainer:
     def save(self) -> None:
         """Write all that a resumed run needs."""
         state = {
+            "made_with": self._identity(),
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -259,9 +271,24 @@ class Trainer:
         with atomic_path(self.checkpoint) as path:
             torch.save(state, path)
 
+    def _identity(self) -> dict[str, float]:
+        """The settings that must not change within a run."""
+        return {name: getattr(self.settings, name) for name in ("seed", "batch_size", "lr")}
+
     def load(self) -> None:
-        """Continue from the last checkpoint."""
+        """Continue from the last checkpoint.
+
+        Raises:
+            UserError: the checkpoint belongs to a run with another seed, batch size or rate.
+        """
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        made_with = state.get("made_with", {})
+        for name, value in self._identity().items():
+            if made_with.get(name) != value:
+                raise UserError(
+                    f"{self.checkpoint}: made with {name} {made_with.get(name)}, not {value}. "
+                    "Give the same settings, or another --out."
+                )
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -290,15 +317,27 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out figures; the model as it stands is exported beside them."""
+        settings, folder = self.settings, self.settings.out / "export"
         self.model.eval()
-        figures = zero_shot_figures(self.model, self.tokenizer)
-        export(self.model, self.tokenizer, self.settings.out / "export")
+        figures = zero_shot_figures(self.model, self.tokenizer, settings.held_out)
+        export(self.model, self.tokenizer, folder)
         self.model.train()
+        cores = f"{torch.get_num_threads()} CPU cores"
+        making = Making(
+            steps=self.step,
+            batch_size=settings.batch_size,
+            minutes=self.seconds / 60,
+            seed=settings.seed,
+            device="a GPU" if self.device.type == "cuda" else cores,
+        )
+        write_card(folder, figures, settings.held_out, making)
         return figures
 
     def run(self) -> dict[str, float]:
         """Train to the end of the budget, with a line of log every 20 seconds."""
         settings = self.settings
+        if self.progress() >= 1:
+            return self.evaluate()
         log = settings.out / "log.jsonl"
         logged, evaluated = self.seconds, self.seconds
         seen, losses = 0, []
@@ -336,31 +375,23 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the present step on, drawn one ahead in a thread."""
-        ahead: Queue[Batch] = Queue(maxsize=1)
-        stop = threading.Event()
-        first = self.step
-
-        def draw() -> None:
-            step = first
-            while not stop.is_set():
-                # The curriculum of the batch that is drawn, not of the one in training.
-                progress = self.progress()
-                if self.settings.steps is not None:
-                    progress = step / self.settings.steps
-                config = difficulty(progress)
-                ahead.put(draw_batch(self.settings.seed, step, self.settings.batch_size, config))
-                step += 1
-
-        threading.Thread(target=draw, daemon=True).start()
-        try:
+        step = self.step
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead = pool.submit(self._draw, step)
             while True:
-                batch = ahead.get()
+                batch = ahead.result()
+                step += 1
+                ahead = pool.submit(self._draw, step)
                 for name, value in vars(batch).items():
                     if isinstance(value, Tensor):
                         setattr(batch, name, value.to(self.device))
                 yield batch
-        finally:
-            stop.set()
+
+    def _draw(self, step: int) -> Batch:
+        # By steps, the curriculum is that of the batch being drawn, not of the one in training.
+        settings = self.settings
+        progress = self.progress() if settings.steps is None else step / settings.steps
+        return draw_batch(settings.seed, step, settings.batch_size, difficulty(progress))
 
 
 def main() -> None:
@@ -375,8 +406,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the vision tower")
     parser.add_argument("--evaluate-every", type=float, default=3.0, help="minutes")
-    settings = Settings(**vars(parser.parse_args()))
-    print(json.dumps(Trainer(settings).run()))
+    parser.add_argument("--held-out", type=int, default=512, help="scenes of an evaluation")
+    try:
+        figures = Trainer(Settings(**vars(parser.parse_args()))).run()
+    except UserError as error:
+        parser.error(str(error))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
