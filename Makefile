@@ -41,7 +41,7 @@ format: $(VENV)/.developer
 	$(BIN)/ruff format $(CODE)
 
 docs: $(VENV)/.developer
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.developer
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python "$$script"; done

@@ -25,18 +25,35 @@ class Drawing:
     shape: Circle | Square = field(default_factory=Circle)
     only: Square = field(default_factory=Square)
     maybe: Circle | None = None
+    usually: Circle | None = field(default_factory=Circle)
+    limit: float | None = 1.0
     sizes: tuple[int, ...] = ()
     pair: tuple[float, float] = (0.0, 1.0)
     where: Path = Path("out")
 
 
-FULL = Drawing("a", Square(5), Square(3), Circle(2.5), (1, 2), (0.5, 2.0), Path("here"))
+FULL = Drawing(
+    name="a",
+    shape=Square(5),
+    only=Square(3),
+    maybe=Circle(2.5),
+    sizes=(1, 2),
+    pair=(0.5, 2.0),
+    where=Path("here"),
+)
 
 
 def test_a_configuration_survives_toml(tmp_path: Path) -> None:
     write_toml(tmp_path / "drawing.toml", FULL)
     assert load(Drawing, tmp_path / "drawing.toml") == FULL
     assert from_dict(Drawing, to_dict(Drawing("b"))) == Drawing("b")
+
+
+def test_none_survives_toml_where_it_is_not_the_default(tmp_path: Path) -> None:
+    without = Drawing("a", usually=None, limit=None)
+    write_toml(tmp_path / "drawing.toml", without)
+    assert load(Drawing, tmp_path / "drawing.toml") == without
+    assert from_dict(Drawing, {"name": "none"}).name == "none"
 
 
 @pytest.mark.parametrize(
@@ -74,3 +91,14 @@ def test_the_first_difference_is_named_with_its_path() -> None:
     other = to_dict(FULL) | {"shape": {"kind": "square", "side": 6}}
     assert first_difference(to_dict(FULL), other) == "shape.side"
     assert first_difference(to_dict(FULL), to_dict(FULL)) is None
+
+
+def test_files_carry_a_schema_version_and_another_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "drawing.toml"
+    write_toml(path, FULL)
+    assert path.read_text().startswith("schema_version = 1\n")
+    path.write_text(path.read_text().replace("schema_version = 1", "schema_version = 2"))
+    with pytest.raises(UserError, match=r"drawing\.toml: schema_version is 2"):
+        load(Drawing, path)
+    path.write_text('name = "by hand"')
+    assert load(Drawing, path) == Drawing("by hand")

@@ -26,6 +26,10 @@ Config = TypeVar("Config")
 
 NONE = "none"
 
+SCHEMA = "schema_version"
+SCHEMA_VERSION = 1
+"""Of TOML files; one without it is read as this version."""
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as a mapping of plain values; nested ones carry their `kind`."""
@@ -69,16 +73,23 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def write_toml(path: Path, config: Any) -> None:
     """Write a dataclass as TOML, whole or not at all."""
-    write_text(path, tomli_w.dumps(to_dict(config)))
+    write_text(path, tomli_w.dumps({SCHEMA: SCHEMA_VERSION, **to_dict(config)}))
 
 
 def load(cls: type[Config], path: Path) -> Config:
     """Read a dataclass from a TOML file.
 
     Raises:
-        UserError: see `read_toml` and `from_dict`.
+        UserError: see `read_toml` and `from_dict`; or the file is of another schema version.
     """
-    return from_dict(cls, read_toml(path), str(path))
+    values = read_toml(path)
+    version = values.pop(SCHEMA, SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: {SCHEMA} is {version!r}; this Sparsight reads {SCHEMA_VERSION}. "
+            "Update Sparsight, or remove the line if the file is written by hand."
+        )
+    return from_dict(cls, values, str(path))
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
@@ -178,7 +189,11 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
 def _convert_union(choices: tuple[Any, ...], value: Any, where: str, path: str) -> Any:
     if type(None) in choices and (value is None or (value == NONE and str not in choices)):
         return None
-    classes = {_kind(each): each for each in choices if dataclasses.is_dataclass(each)}
+    classes = {
+        _kind(each): each
+        for each in choices
+        if isinstance(each, type) and dataclasses.is_dataclass(each)
+    }
     others = [each for each in choices if each is not type(None) and each not in classes.values()]
     if classes and isinstance(value, Mapping):
         if len(classes) == 1 and "kind" not in value:

@@ -14,6 +14,7 @@ from sparsight.evaluation import evaluate
 from sparsight.files import read_json
 from sparsight.images import ImageSource, open_images
 from sparsight.latents import LatentIndex, build_index, name_from_truth, write_report
+from sparsight.latents.run_files import find_runs
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import Run, TrainConfig, train
 from sparsight.vision import VisionModel, load_model
@@ -85,25 +86,32 @@ def run_demo(
     """
     out, config = Path(out), config or DemoConfig()
     _claim(out, config)
+    report = out / "report.html"
+    if report.exists():  # the last thing to be written
+        return DemoResult(report, _metrics(out))
     model = load_model("calibration")
     seen = open_images(f"calibration:{config.n_images}:{config.seed}")
     unseen = open_images(f"calibration:{config.n_test}:{config.seed + 1}")
     store = extract(model, seen, sites=config.sites, tokens="all", out=out / "store", quiet=quiet)
     run = train(store, _train_config(config), out=out / "runs", quiet=quiet)
-    metrics = {site: _measure(run, site, model, unseen, quiet) for site in run.sites}
     for site in run.sites:
-        _look(run, site, model, unseen, metrics[site], quiet)
-    report = out / "report.html"
-    if not report.exists():
-        write_report(
-            [run.folder(site) for site in run.sites],
-            report,
-            model=model,
-            latents=config.latents,
-            seed=config.seed,
-            quiet=quiet,
-        )
-    return DemoResult(report, metrics)
+        metrics = _measure(run, site, model, unseen, quiet)
+        _look(run, site, model, unseen, metrics, quiet)
+    write_report(
+        [run.folder(site) for site in run.sites],
+        report,
+        model=model,
+        latents=config.latents,
+        seed=config.seed,
+        quiet=quiet,
+    )
+    return DemoResult(report, _metrics(out))
+
+
+def _metrics(out: Path) -> dict[str, Mapping[str, Any]]:
+    """The figures of every autoencoder of a finished demo."""
+    found = (read_json(folder / "metrics.json") for folder in find_runs(out / "runs"))
+    return {metrics["site"]: metrics for metrics in found}
 
 
 def _claim(out: Path, config: DemoConfig) -> None:

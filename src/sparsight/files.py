@@ -36,7 +36,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise SparsightError(f"{path}: could not be written ({error.strerror or error}).") from error
+        raise SparsightError(
+            f"{path}: could not be written ({error.strerror or error})."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

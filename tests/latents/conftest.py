@@ -36,6 +36,4 @@ def activations(model: VisionModel, source: ImageSource) -> TensorActivations:
     """What the model has at SITE, all tokens of all pictures."""
     batches = load_batches(source, model.transform, 12, workers=0)
     x = torch.cat([model.read(batch.pixels, [SITE])[SITE] for batch in batches])
-    made = TensorActivations(x, source)
-    made.model_info = model_facts(model)
-    return made
+    return TensorActivations(x, source, model)

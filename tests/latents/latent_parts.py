@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from sparsight.activations import LiveActivations, OrderedBatch
 from sparsight.images import ImageSource
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.vision import VisionModel
@@ -65,34 +65,18 @@ def make_sae(d_in: int = 32, n_latents: int = 96, k: int = 4, **metadata: Any) -
 
 
 def model_facts(model: VisionModel) -> dict[str, Any]:
-    return {
-        "id": model.id,
-        "revision": model.revision,
-        "weights_hash": model.weights_hash,
-        "n_prefix": model.n_prefix,
-        "patch_grid": list(model.patch_grid),
-    }
+    return {"id": model.id, "weights_hash": model.weights_hash}
 
 
-class TensorActivations:
-    """Activations [images, tokens, d_in] in memory, as `build_index` takes them."""
+class TensorActivations(LiveActivations):
+    """A model's activations, except that the ordered pass gives a tensor."""
 
     def __init__(
-        self, x: Tensor, source: ImageSource, site: str = SITE, tokens: str = "all"
+        self, x: Tensor, source: ImageSource, model: VisionModel, tokens: str = "all"
     ) -> None:
-        self.x, self.site = x, site
-        self._source = source
-        self.sites, self.tokens = (site,), tokens
-        self.n_images = len(x)
-        self.n_tokens = {site: x.shape[1]}
-        self.model_info: dict[str, Any] = {"id": "tensor"}
+        super().__init__(model, source, [SITE], tokens)
+        self.x = x
 
-    def source(self) -> ImageSource:
-        return self._source
-
-    def d_in(self, site: str) -> int:
-        return self.x.shape[2]
-
-    def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[SimpleNamespace]:
+    def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
         for images in torch.arange(len(self.x)).split(batch_images):
-            yield SimpleNamespace(image_indices=images, activations={self.site: self.x[images]})
+            yield OrderedBatch(images, {SITE: self.x[images]})

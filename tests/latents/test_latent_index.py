@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from latent_parts import SITE, TensorActivations, make_sae, save_pictures
@@ -112,7 +111,7 @@ def test_batches_change_nothing_but_the_last_digits_of_means(
     tmp_path: Path,
 ) -> None:
     # Float32 products differ in their last bits between batch shapes, so integers stand in.
-    whole = TensorActivations((activations.x * 8).round(), activations.source())
+    whole = TensorActivations((activations.x * 8).round(), activations.images, activations.model)
     rounded = make_sae()
     with torch.no_grad():
         for weight in (rounded.W_enc, rounded.W_dec):
@@ -258,24 +257,30 @@ def test_killed_while_names_are_written_the_index_is_whole(
     LatentIndex.open(index.folder)
 
 
-def test_truth_names_latents_in_words_and_the_better_attribute_wins(index: LatentIndex) -> None:
-    metrics = {
-        "truth": {
-            "symbol/anchor": {"latent": 2, "auc": 0.99, "f1": 0.9, "iou": 0.5},
-            "word/anchor": {"latent": 2, "auc": 0.99, "f1": 0.8},
-            "object_colour/red": {"latent": 5, "auc": 0.9, "f1": 0.7},
-            "background/blue": {"latent": 6, "auc": 0.9, "f1": 0.1},
-            "pattern/dots": {"latent": 7, "auc": None, "f1": None},
-        }
+def test_latents_are_named_in_words_after_what_they_tell_best(index: LatentIndex) -> None:
+    found = {
+        "2": {"attribute": "symbol/chess_king", "auc": 0.99, "f1": 0.9},
+        "5": {"attribute": "object_colour/red", "auc": 0.9, "f1": 0.7},
+        "6": {"attribute": "word/anchor", "auc": 0.9, "f1": 0.1},
+        "7": {"attribute": "pattern/plain", "auc": None, "f1": None},
     }
-    named = name_from_truth(index, metrics)
-    assert named.row(2)["name"] == "anchor"
+    named = name_from_truth(index, {"truth": {}, "latent_names": found, "n_latents": 96})
+    assert named.row(2)["name"] == "chess king"
     assert named.row(2)["name_score"] == 0.9
+    assert "F1" in named.row(2)["name_source"]
     assert named.row(5)["name"] == "red object"
     assert named.row(6)["name"] is None
     assert named.row(7)["name"] is None
+    assert (
+        name_from_truth(named, {"latent_names": found}, 0.05).row(6)["name"] == "the word “anchor”"
+    )
+
+
+def test_names_need_metrics_of_this_sae_that_know_the_truth(index: LatentIndex) -> None:
     with pytest.raises(UserError, match="truth"):
         name_from_truth(index, {"fvu": 0.1})
+    with pytest.raises(UserError, match="128 latents"):
+        name_from_truth(index, {"latent_names": {}, "n_latents": 128})
 
 
 def test_pictures_are_found_by_id_when_others_come_or_go(
@@ -284,7 +289,9 @@ def test_pictures_are_found_by_id_when_others_come_or_go(
     folder = save_pictures(tmp_path / "pictures", 12)
     source = open_images(folder)
     x = torch.randn(12, 17, 32, generator=torch.Generator().manual_seed(0))
-    built = build_index(sae, TensorActivations(x, source), out=tmp_path / "index", quiet=True)
+    built = build_index(
+        sae, TensorActivations(x, source, model), out=tmp_path / "index", quiet=True
+    )
     images = sorted({e.image for latent in range(96) for e in built.top(latent)})
     first, last = images[0], images[-1]
     expected = source.load(last).tobytes()
@@ -296,12 +303,6 @@ def test_pictures_are_found_by_id_when_others_come_or_go(
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="cannot be opened"):
         LatentIndex.open(built.folder).picture(last)
-
-
-def test_memory_of_old_tables_is_not_needed_to_read_the_parquet(built: LatentIndex) -> None:
-    table = pq.read_table(built.folder / "latents.parquet")
-    assert table.column_names[:3] == ["latent", "density", "mean_activation"]
-    assert table.num_rows == 96
 
 
 def test_what_does_not_belong_together_is_refused(
@@ -329,7 +330,7 @@ def test_activations_that_are_not_finite_stop_the_build(
 ) -> None:
     x = activations.x.clone()
     x[20, 3, 5] = torch.inf
-    bad = TensorActivations(x, activations.source())
+    bad = TensorActivations(x, activations.images, activations.model)
     with pytest.raises(SparsightError, match="images 16 to 23"):
         build_index(sae, bad, out=tmp_path / "index", batch_images=8, quiet=True)
     assert not (tmp_path / "index").exists()

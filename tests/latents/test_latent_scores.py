@@ -37,6 +37,7 @@ def test_truth_is_averaged_by_kind_over_what_was_measured() -> None:
         "auc": pytest.approx(0.8),
         "f1": pytest.approx(0.7),
         "iou": pytest.approx(0.5),
+        "iou_everywhere": None,
     }
     assert kinds["background"]["n"] == 1
 
@@ -57,20 +58,37 @@ def test_tables_say_what_was_not_measured() -> None:
     table = scores.truth_table(METRICS)
     assert table is not None
     assert table.columns == ("SAE", "neurons")
-    cells = {row.name: row.cells for row in table.rows}
-    assert cells["symbol (2), AUC"] == ("0.800", "0.600")
-    assert cells["background (1), AUC"] == ("1.00", NOT_MEASURED)
+    assert [(row.group, row.name, row.cells) for row in table.rows[:4]] == [
+        ("symbol · 2", "AUC", ("0.800", "0.600")),
+        ("", "F1", ("0.700", "0.100")),
+        ("", "IoU", ("0.500", NOT_MEASURED)),
+        ("background · 1", "AUC", ("1.00", NOT_MEASURED)),
+    ]
     table = scores.reconstruction_table(METRICS)
     assert table is not None
     assert {row.name: row.cells for row in table.rows}["L0"] == ("31.7", "32.0", NOT_MEASURED)
 
 
-def test_the_downstream_table_marks_the_reconstruction() -> None:
-    table = scores.downstream_table(METRICS)
+def test_the_iou_of_all_patches_stands_beside_that_of_latents() -> None:
+    entry = {"latent": 1, "auc": 1.0, "f1": 1.0, "iou": 0.6, "iou_everywhere": 0.7}
+    table = scores.truth_table({"truth": {"background/red": entry}})
     assert table is not None
-    strong = [row for row in table.rows if row.strong]
-    assert [row.name for row in strong] == ["reconstructed"]
-    assert strong[0].cells == ("95.0 %", "93.0 – 97.0 %", "99.0 %")
+    assert table.columns == ("SAE", "all patches")
+    assert [row.cells for row in table.rows] == [("1.00", ""), ("1.00", ""), ("0.600", "0.700")]
+
+
+def test_replacements_stand_beside_each_other_and_the_saes_stands_out() -> None:
+    pca = {"zero_shot": {"reconstructed": {"top1": 0.5, "kl": 1.5}}}
+    table = scores.downstream_table({**METRICS, "baselines": {"pca": pca}})
+    assert table is not None
+    assert table.columns == ("top-1", "95 % interval", "top-5", "KL")
+    assert {row.name: row.cells for row in table.rows} == {
+        "original": ("96.0 %", "94.0 – 98.0 %", "100.0 %", NOT_MEASURED),
+        "SAE": ("95.0 %", "93.0 – 97.0 %", "99.0 %", NOT_MEASURED),
+        "PCA": ("50.0 %", NOT_MEASURED, NOT_MEASURED, "1.50"),
+        "zero instead": ("2.0 %", "1.0 – 3.0 %", "10.0 %", NOT_MEASURED),
+    }
+    assert [row.name for row in table.rows if row.strong] == ["SAE"]
 
 
 def test_nothing_measured_makes_no_tables() -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae import Normaliser, SAEConfig, SparseAutoencoder, TopK
-from sparsight.sae.config import NormaliserKind
+from sparsight.sae.config import BiasInit, NormaliserKind
 from sparsight.sae.initialisation import geometric_median
 from sparsight.sae.objectives import auxk_loss, default_auxk
 
@@ -105,6 +105,14 @@ def test_the_geometric_median_has_no_better_neighbour() -> None:
         assert cost(median) <= min(cost(median + step), cost(median - step)) + 1e-6
 
 
+@pytest.mark.parametrize("start", ["mean", "geometric_median"])
+def test_the_decoder_bias_starts_amid_the_sample(start: BiasInit) -> None:
+    x = _data()
+    config = SAEConfig(n_latents=64, sparsity=TopK(k=4), normaliser="none", b_dec_init=start)
+    middle = x.mean(dim=0) if start == "mean" else geometric_median(x)
+    torch.testing.assert_close(SparseAutoencoder(D_IN, config, sample=x).b_dec.detach(), middle)
+
+
 def test_gradients_flow_through_the_public_module() -> None:
     sae, x = _sae().double(), _data().double().requires_grad_()
     sae(x).x_hat.square().sum().backward()
@@ -185,6 +193,7 @@ def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
         ({"strange": 1}, "unknown keys \\['strange'\\]"),
         ({"config": {"sparsity": {"kind": "topk", "kk": 3}}}, "sparsity.kk.*Did you mean 'k'"),
         ({"format": "other"}, "not the configuration"),
+        ({"metadata": 3}, "metadata is 3; expected an object"),
     ],
 )
 def test_a_strange_configuration_is_named(tmp_path: Path, change: dict, message: str) -> None:

@@ -48,7 +48,7 @@ def test_the_gradients_pass_a_finite_difference_check() -> None:
 def test_tiles_of_rows_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W_enc, b_enc, _, b_dec = (each.detach() for each in _inputs())
     whole = encode_topk(x, W_enc, b_enc, b_dec, K)
-    monkeypatch.setattr(sparse, "_TILE_ELEMENTS", 3 * N_LATENTS)
+    monkeypatch.setitem(sparse._TILE_ELEMENTS, "cpu", 3 * N_LATENTS)
     tiled = encode_topk(x, W_enc, b_enc, b_dec, K)
     assert torch.equal(whole[1].sort().values, tiled[1].sort().values)
 

@@ -156,6 +156,7 @@ def test_clip_final_norm_has_no_patches_and_says_where_they_are(model, pixels):
     assert model("clip").token_count("final_norm", "cls") == 1
 
 
+@pytest.mark.unchecked
 def test_unknown_tokens_are_refused():
     with pytest.raises(UserError, match="all, patches, cls, mean"):
         select_tokens(torch.zeros(1, 2, 3), "patch", 1, True)  # type: ignore[arg-type]
@@ -281,6 +282,7 @@ def test_a_misspelt_site_is_told_its_neighbour(model):
         model("vit").canonical_site("blocks.1.resid_pots")
 
 
+@pytest.mark.unchecked
 def test_pixels_of_a_wrong_shape_are_refused(model):
     with pytest.raises(UserError, match=r"\[batch, 3, height, width\]"):
         model("vit").read(torch.zeros(3, 32, 32), "final_norm")

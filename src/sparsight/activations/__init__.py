@@ -4,7 +4,7 @@ Builds on `vision` and `images`. Start with `extract`; `ActivationStore` reads b
 and `ActivationSource` is what training, evaluation and the index ask of either.
 """
 
-from sparsight.activations.extraction import extract
+from sparsight.activations.extraction import ExtractionSummary, extract
 from sparsight.activations.live import LiveActivations
 from sparsight.activations.source import ActivationSource, OrderedBatch
 from sparsight.activations.statistics import SiteStatistics
@@ -14,6 +14,7 @@ from sparsight.activations.stream import VectorStream
 __all__ = [
     "ActivationSource",
     "ActivationStore",
+    "ExtractionSummary",
     "LiveActivations",
     "OrderedBatch",
     "SiteStatistics",

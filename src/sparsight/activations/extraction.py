@@ -1,57 +1,67 @@
-"""From images to an activation store, shard by shard.
+"""From images to an activation store: what to extract, and where it may go.
 
-A shard is committed in one step, when the manifest that names it is renamed into place; all that
-was written before (the shard of each site, its statistics, the rows about its images) is named
-after its number and written again if the manifest never came. So a cut at any byte costs one shard
-of work at most, and the store is the same, bit for bit, as one that was never cut.
+How shards are filled and committed stands in `writer`.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from sparsight.activations.manifest import DTYPES, MANIFEST, Manifest, Shard, shard_path
-from sparsight.activations.statistics import RunningSums
+from sparsight.activations.failures import FailureTally
+from sparsight.activations.manifest import DTYPES, MANIFEST, Manifest, describe_model
+from sparsight.activations.statistics import all_finite
 from sparsight.activations.store import ActivationStore
+from sparsight.activations.writer import JOURNAL, ShardBuffer, StoreWriter
 from sparsight.config import first_difference
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, remove_temporaries, sha256_file, write_json
 from sparsight.images import ImageBatch, ImageSource, load_batches
-from sparsight.progress import progress
+from sparsight.progress import ProgressLine, progress
 from sparsight.vision import VisionModel
 
-SHARD_BYTES = 256 << 20
-"""Roughly how much of one site a shard holds."""
+SHARD_BYTES = 128 << 20
+"""Roughly how much a shard of all sites together holds; twice that is in memory."""
 
 FAILURES_BEFORE_STOP = 100
-_JOURNAL = "journal"
+"""So many images may fail before extraction stops midway: the reasons of the first are told."""
 
-IMAGE_ROWS = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("id", pa.string()),
-        ("uri", pa.string()),
-        ("label", pa.string()),
-        ("caption", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
+
+@dataclass(frozen=True)
+class ExtractionSummary:
+    """What one call of `extract` did; a continued extraction counts its own part.
+
+    Attributes:
+        images: images that went through the model.
+        failed: images that could not be read, earlier calls included.
+        seconds: wall time.
+        seconds_in_forward: wall time in the model's forward pass.
+    """
+
+    images: int
+    failed: int
+    seconds: float
+    seconds_in_forward: float
+
+    @property
+    def forward_share(self) -> float:
+        """Share of the wall time that the model's forward pass took."""
+        return self.seconds_in_forward / max(self.seconds, 1e-9)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.images:,} images in {self.seconds:,.1f} s, {self.forward_share:.0%} of it in "
+            "the model"
+        )
+        if self.failed:
+            text += f" · {self.failed:,} could not be read, see images.parquet for the reasons"
+        return text
 
 
 def extract(
@@ -70,8 +80,9 @@ def extract(
 ) -> ActivationStore:
     """Read activations of all images at some sites, in one forward pass, and store them.
 
-    An unfinished store of the same model, images and settings is continued; a finished one is
-    returned as it is.
+    An unfinished store of the same weights, preprocessing, images, sites, tokens and dtype is
+    continued at its first missing shard; a finished one is returned as it is. Continued with the
+    same settings, a store is the same, bit for bit, as one that was never cut.
 
     Args:
         model: the vision model.
@@ -81,13 +92,16 @@ def extract(
         tokens: "all", "patches", "cls" or "mean" (over the patches).
         dtype: of the stored activations: "float16", "bfloat16" or "float32".
         batch_size: images in a forward pass.
-        shard_images: images of a shard; by default some 256 MB.
-        workers: processes that decode.
+        shard_images: images of a shard, in whole batches; by default some 128 MB for all sites.
+        workers: processes that decode; see `load_batches`.
         max_failed: share of the images that may fail before extraction stops.
         quiet: no progress line.
 
+    Returns:
+        The store; its `summary` tells what this call did.
+
     Raises:
-        UserError: a setting is wrong, or `out` holds a store of something else.
+        UserError: a setting is wrong, `out` holds something else, or another process is at it.
         SparsightError: activations are not finite or beyond the range of `dtype`, too many images
             fail, or the disk is full. What was stored stays whole.
     """
@@ -98,15 +112,22 @@ def extract(
         raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
     if batch_size < 1 or (shard_images is not None and shard_images < 1):
         raise UserError("batch_size and shard_images must be at least 1.")
-    if not 0 <= max_failed <= 1:
-        raise UserError(f"max_failed is {max_failed}; it is a share, from 0 to 1.")
-    if not sites:
-        raise UserError(f"Name at least one site, e.g. {model.sites[-1]!r}.")
+    if isinstance(sites, str) or not sites:
+        raise UserError(f"sites is {sites!r}; it is a list, e.g. [{model.sites[-1]!r}].")
+    tally = FailureTally(len(images), max_failed)
     plan = _plan(model, images, sites, tokens, dtype, batch_size, shard_images)
-    manifest = _claim(folder, plan)
-    if manifest.state != "complete":
-        _Extraction(model, images, folder, manifest, workers, max_failed, quiet).run()
-    return ActivationStore(folder)
+    with _claimed(folder, plan) as manifest:
+        if manifest.state == "complete":
+            summary = None
+            shutil.rmtree(folder / JOURNAL, ignore_errors=True)
+        else:
+            writer = StoreWriter(folder, manifest)
+            summary = _Extraction(model, images, writer, workers, tally).run(quiet)
+            if not quiet:
+                print(f"extract: {summary}", file=sys.stderr)
+    store = ActivationStore(folder)
+    store.summary = summary
+    return store
 
 
 def _plan(
@@ -118,22 +139,16 @@ def _plan(
     batch_size: int,
     shard_images: int | None,
 ) -> Manifest:
+    if not len(images):
+        raise UserError(f"{images.spec}: holds no images.")
     names = tuple(dict.fromkeys(model.canonical_site(site) for site in sites))
     n_tokens = {site: model.token_count(site, tokens) for site in names}
     d_in = {site: model.d_in(site) for site in names}
     if shard_images is None:
-        largest = max(n_tokens[site] * d_in[site] for site in names)
-        shard_images = max(1, SHARD_BYTES // (largest * DTYPES[dtype].itemsize))
+        per_image = sum(n_tokens[site] * d_in[site] for site in names) * DTYPES[dtype].itemsize
+        shard_images = max(1, SHARD_BYTES // per_image)
     return Manifest(
-        model={
-            "id": model.id,
-            "revision": model.revision,
-            "family": model.family,
-            "weights_hash": model.weights_hash,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "patch_grid": list(model.patch_grid),
-            "n_prefix": model.n_prefix,
-        },
+        model=describe_model(model),
         preprocessing=dict(model.preprocessing),
         images={
             "spec": images.spec,
@@ -146,26 +161,72 @@ def _plan(
         d_in=d_in,
         n_tokens=n_tokens,
         batch_size=batch_size,
-        # Whole batches, so that a resumed run forms the same ones.
+        # Whole batches, so that a continued extraction forms the same ones.
         shard_images=-(-shard_images // batch_size) * batch_size,
     )
 
 
-def _claim(folder: Path, plan: Manifest) -> Manifest:
-    """The manifest to go on with: the one that is there, if it is of the same extraction."""
+@contextmanager
+def _claimed(folder: Path, plan: Manifest) -> Iterator[Manifest]:
+    """The manifest to go on with, while no other process is at the same folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; a store is a folder.")
+    there = _manifest_of(folder, plan)
+    if there is not None and there.state == "complete":
+        yield there
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SparsightError(f"{folder}: cannot be made ({error.strerror}).") from error
+    with _lock(folder / ".lock"):
+        there = _manifest_of(folder, plan)
+        if there is None:
+            plan.write(folder)
+            yield plan
+        else:
+            yield replace(there, batch_size=plan.batch_size, shard_images=plan.shard_images)
+
+
+def _manifest_of(folder: Path, plan: Manifest) -> Manifest | None:
+    """The manifest that is there, if any; it must be of the same extraction."""
     if not (folder / MANIFEST).exists():
-        if folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir()):
+        if folder.is_dir() and any(each.name[0] != "." for each in folder.iterdir()):
             raise UserError(f"{folder}: is not empty and holds no activation store.")
-        plan.write(folder)
-        return plan
+        return None
     there = Manifest.read(folder)
     field = first_difference(there.identity(), plan.identity())
     if field is not None:
         raise UserError(
-            f"{folder}: holds a store with another {field}: {_at(there.identity(), field)!r}, asked "
+            f"{folder}: holds a store whose {field} is {_at(there.identity(), field)!r}; asked "
             f"for is {_at(plan.identity(), field)!r}. Choose another folder, or remove this one."
         )
     return there
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, whatever ends it, and that workers do not share."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise SparsightError(f"{path.parent}: cannot be written ({error.strerror}).") from error
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{path.parent}: another process is extracting into it.") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def _at(values: dict[str, Any], dotted: str) -> Any:
@@ -175,231 +236,106 @@ def _at(values: dict[str, Any], dotted: str) -> Any:
     return found
 
 
-@dataclass
-class _Times:
-    forward: float = 0.0
-    total: float = 0.0
-    images: int = 0
-
-
 class _Extraction:
-    """One process's part of an extraction."""
+    """One call's part of an extraction: batches through the model, into shards."""
 
     def __init__(
         self,
         model: VisionModel,
         images: ImageSource,
-        folder: Path,
-        manifest: Manifest,
+        writer: StoreWriter,
         workers: int | None,
-        max_failed: float,
-        quiet: bool,
+        tally: FailureTally,
     ) -> None:
         self.model = model
         self.images = images
-        self.folder = folder
-        self.manifest = manifest
+        self.writer = writer
         self.workers = workers
-        self.max_failed = max_failed
-        self.quiet = quiet
-        self.dtype = DTYPES[manifest.dtype]
-        self.reasons: list[str] = []
-        self.failed = manifest.failed
-        self.times = _Times()
+        self.tally = tally
+        self.done = writer.manifest.done
+        tally.count = writer.manifest.failed
+        for image_id, reason in writer.failures():
+            tally.note(image_id, reason)
+        self.seconds_in_forward = 0.0
+        self.n_read = 0
 
-    def run(self) -> None:
+    def run(self, quiet: bool) -> ExtractionSummary:
         """Extract what is missing and close the store."""
-        for leftover in (self.folder, *(self.folder / site for site in self.manifest.sites)):
-            remove_temporaries(leftover)
-        for note in getattr(self.images, "notes", ()):
-            print(f"{self.images.spec}: {note}")
-        done = self.manifest.shards[-1].stop if self.manifest.shards else 0
         start = time.perf_counter()
-        with (
-            ThreadPoolExecutor(1) as writer,
-            progress("extract", len(self.images), "images", done=done, quiet=self.quiet) as line,
-        ):
-            pending: Future[None] | None = None
-            for first, stop, batches in self._shards(done):
-                rows: list[dict[str, Any]] = []
-                parts: dict[str, list[Tensor]] = {site: [] for site in self.manifest.sites}
-                for batch in batches:
-                    rows += self._rows(batch)
-                    self._read(batch, parts)
-                    line.advance(len(batch.indices) + len(batch.failures))
-                    self._check_failures(done=rows[-1]["index"] + 1)
-                if pending is not None:
-                    pending.result()
-                pending = writer.submit(self._commit, first, stop, rows, parts, self.failed)
-            if pending is not None:
-                pending.result()
-        self._check_failures(done=None)
-        self.times.total += time.perf_counter() - start
-        self._close()
+        total = len(self.images)
+        with progress("extract", total, "images", done=self.done, quiet=quiet) as line:
+            with self.writer:
+                for buffer, batches in self._shards():
+                    self._fill(buffer, batches, line, start)
+                    self.writer.commit(buffer)
+            self.tally.check()
+            self.writer.close_store()
+        seconds = time.perf_counter() - start
+        return ExtractionSummary(self.n_read, self.tally.count, seconds, self.seconds_in_forward)
 
-    def _shards(self, done: int) -> Iterator[tuple[int, int, Iterator[ImageBatch]]]:
+    def _shards(self) -> Iterator[tuple[ShardBuffer, Iterator[ImageBatch]]]:
         """The shards to write, each with its batches, all from one chain of workers."""
-        size = self.manifest.shard_images
+        manifest = self.writer.manifest
         batches = load_batches(
             self.images,
             self.model.transform,
-            self.manifest.batch_size,
-            indices=range(done, len(self.images)),
+            manifest.batch_size,
+            indices=range(self.done, len(self.images)),
             workers=self.workers,
         )
-        for first in range(done, len(self.images), size):
-            stop = min(first + size, len(self.images))
-            n_batches = -(-(stop - first) // self.manifest.batch_size)
-            yield first, stop, (next(batches) for _ in range(n_batches))
+        for first in range(self.done, len(self.images), manifest.shard_images):
+            stop = min(first + manifest.shard_images, len(self.images))
+            n_batches = -(-(stop - first) // manifest.batch_size)
+            yield self.writer.buffer(first, stop), (next(batches) for _ in range(n_batches))
 
-    def _rows(self, batch: ImageBatch) -> list[dict[str, Any]]:
-        sizes = dict(zip(batch.indices, batch.sizes, strict=True))
-        reasons = dict(batch.failures)
-        rows = []
-        for index in sorted([*sizes, *reasons]):
-            info = self.images.info(index)
-            width, height = sizes.get(index, (None, None))
-            rows.append(
-                {
-                    "index": index,
-                    "id": info.id,
-                    "uri": info.uri,
-                    "label": info.label,
-                    "caption": info.caption,
-                    "width": width,
-                    "height": height,
-                    "status": "failed" if index in reasons else "ok",
-                    "reason": reasons.get(index),
-                }
-            )
-            if index in reasons:
-                self.failed += 1
-                self.reasons.append(f"{info.id}: {reasons[index]}")
-        return rows
-
-    def _read(self, batch: ImageBatch, parts: dict[str, list[Tensor]]) -> None:
-        if not batch.indices:
-            return
-        start = time.perf_counter()
-        read = self.model.read(batch.pixels, self.manifest.sites, self.manifest.tokens)  # type: ignore[arg-type]
-        # Where the work was only queued, fetching it is part of the forward pass.
-        found = {site: x.to("cpu", torch.float32) for site, x in read.items()}
-        self.times.forward += time.perf_counter() - start
-        self.times.images += len(batch.indices)
-        for site, x in found.items():
-            stored = x.to(self.dtype)
-            if not bool(torch.isfinite(stored).all()):
-                self._refuse(site, batch, x, stored)
-            parts[site].append(stored)
-
-    def _refuse(self, site: str, batch: ImageBatch, x: Tensor, stored: Tensor) -> None:
-        bad = ~torch.isfinite(stored).flatten(1).all(dim=1)
-        ids = [self.images.info(batch.indices[row]).id for row in bad.nonzero()[:, 0].tolist()]
-        some = ", ".join(ids[:3]) + (" …" if len(ids) > 3 else "")
-        if bool(torch.isfinite(x).all()):
-            raise SparsightError(
-                f"{site}: activations up to {x.abs().max():.3g} do not fit {self.manifest.dtype} "
-                f"(image {some}). Extract with dtype bfloat16 or float32."
-            )
-        raise SparsightError(f"{site}: activations are NaN or infinite (image {some}).")
-
-    def _check_failures(self, done: int | None) -> None:
-        allowed = self.max_failed * len(self.images)
-        if self.failed <= allowed or (done is not None and self.failed <= FAILURES_BEFORE_STOP):
-            return
-        shown = "; ".join(self.reasons[:5])
-        raise SparsightError(
-            f"{self.failed:,} of {done or len(self.images):,} images could not be read, more than "
-            f"max_failed = {self.max_failed:.1%} allows: {shown}"
-        )
-
-    def _commit(
+    def _fill(
         self,
-        first: int,
-        stop: int,
-        rows: list[dict[str, Any]],
-        parts: dict[str, list[Tensor]],
-        failed: int,
+        buffer: ShardBuffer,
+        batches: Iterator[ImageBatch],
+        line: ProgressLine,
+        start: float,
     ) -> None:
-        """Write a shard of each site, its statistics and rows, and last the manifest."""
-        number = len(self.manifest.shards)
-        sha256, n_bytes, sums = {}, {}, {}
-        n_images = sum(row["status"] == "ok" for row in rows)
-        for position, site in enumerate(self.manifest.sites):
-            shape = (n_images, self.manifest.n_tokens[site], self.manifest.d_in[site])
-            x = torch.cat(parts[site]) if parts[site] else torch.zeros(shape, dtype=self.dtype)
-            path = shard_path(self.folder, site, number)
-            write_tensors(path, {"activations": x})
-            sha256[site], n_bytes[site] = sha256_file(path), path.stat().st_size
-            running = RunningSums.nothing(x.shape[-1])
-            running.add(x.flatten(0, 1))
-            sums[f"{position}.total"], sums[f"{position}.squares"] = running.total, running.squares
-        write_tensors(self._journal(number, "safetensors"), sums)
-        with atomic_path(self._journal(number, "parquet")) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows, schema=IMAGE_ROWS), temporary)
-        shard = Shard(first, stop, n_images, sha256, n_bytes)
-        manifest = replace(self.manifest, shards=(*self.manifest.shards, shard), failed=failed)
-        manifest.write(self.folder)
-        self.manifest = manifest
+        for batch in batches:
+            for index, size, reason in _outcomes(batch):
+                info = self.images.info(index)
+                buffer.add_row(index, info, size, reason)
+                if reason is not None:
+                    self.tally.add(info.id, reason)
+            self.tally.check(FAILURES_BEFORE_STOP)
+            if batch.indices:
+                self._read(batch, buffer)
+            share = self.seconds_in_forward / max(time.perf_counter() - start, 1e-9)
+            line.advance(
+                len(batch.indices) + len(batch.failures), f"{share:.0%} of the time in the model"
+            )
 
-    def _journal(self, number: int, ending: str) -> Path:
-        return self.folder / _JOURNAL / f"{number:05d}.{ending}"
-
-    def _close(self) -> None:
-        """Bring statistics and rows together and declare the store complete."""
-        numbers = range(len(self.manifest.shards))
-        journals = [load_file(self._journal(number, "safetensors")) for number in numbers]
-        for position, site in enumerate(self.manifest.sites):
-            running = RunningSums.nothing(self.manifest.d_in[site])
-            for shard, sums in zip(self.manifest.shards, journals, strict=True):
-                running.merge(
-                    RunningSums(
-                        shard.n_images * self.manifest.n_tokens[site],
-                        sums[f"{position}.total"],
-                        sums[f"{position}.squares"],
-                    )
+    def _read(self, batch: ImageBatch, buffer: ShardBuffer) -> None:
+        manifest = self.writer.manifest
+        start = time.perf_counter()
+        read = self.model.read(batch.pixels, manifest.sites, manifest.tokens)  # type: ignore[arg-type]
+        # Where the work was only queued, fetching it is part of the forward pass.
+        stored = {site: x.to(DTYPES[manifest.dtype]).cpu() for site, x in read.items()}
+        self.seconds_in_forward += time.perf_counter() - start
+        self.n_read += len(batch.indices)
+        for site, x in stored.items():
+            if all_finite(x):
+                continue
+            bad = x.isfinite().flatten(1).all(dim=1).logical_not().nonzero()[:, 0].tolist()
+            ids = [self.images.info(batch.indices[row]).id for row in bad]
+            where = f"shard {buffer.number}, image {', '.join(ids[:3])}{' …' * (len(ids) > 3)}"
+            if all_finite(read[site]):
+                raise SparsightError(
+                    f"{site}: activations up to {float(read[site].abs().max()):.3g} do not fit "
+                    f"{manifest.dtype} ({where}). Extract with dtype bfloat16 or float32."
                 )
-            found = running.statistics()
-            write_tensors(
-                self.folder / site / "stats.safetensors",
-                {
-                    "count": torch.tensor(found.count),
-                    "mean": found.mean,
-                    "second_moment": found.second_moment,
-                },
+            raise SparsightError(
+                f"{site}: activations are NaN or infinite ({where}). What was stored before stays."
             )
-        with (
-            atomic_path(self.folder / "images.parquet") as temporary,
-            pq.ParquetWriter(temporary, IMAGE_ROWS) as writer,
-        ):
-            for number in numbers:
-                writer.write_table(pq.read_table(self._journal(number, "parquet")))
-        write_json(
-            self.folder / "timing.json",
-            {
-                "images": self.times.images,
-                "seconds": round(self.times.total, 3),
-                "seconds_in_forward": round(self.times.forward, 3),
-            },
-        )
-        self.manifest = replace(self.manifest, state="complete")
-        self.manifest.write(self.folder)
-        shutil.rmtree(self.folder / _JOURNAL, ignore_errors=True)
-        if self.failed:
-            print(
-                f"{self.failed:,} of {len(self.images):,} images could not be read; "
-                f"{self.folder / 'images.parquet'} gives the reasons."
-            )
+        buffer.add(stored)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Raises:
-        SparsightError: it could not be written, e.g. because the disk is full.
-    """
-    try:
-        with atomic_path(path) as temporary:
-            save_file({name: each.contiguous() for name, each in tensors.items()}, temporary)
-    except SafetensorError as error:
-        raise SparsightError(f"{path}: could not be written ({error}).") from error
+def _outcomes(batch: ImageBatch) -> list[tuple[int, tuple[int, int] | None, str | None]]:
+    """Index, size and reason of failure of each image of a batch, in order."""
+    read = [(index, size, None) for index, size in zip(batch.indices, batch.sizes, strict=True)]
+    failed = [(index, None, reason) for index, reason in batch.failures]
+    return sorted([*read, *failed], key=lambda outcome: outcome[0])

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from sparsight.activations.source import OrderedBatch
-from sparsight.activations.statistics import RunningSums, SiteStatistics
-from sparsight.activations.stream import VectorStream, WindowPlan
+from sparsight.activations.failures import FailureTally
+from sparsight.activations.manifest import describe_model
+from sparsight.activations.source import OrderedBatch, same_count
+from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
+from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.errors import SparsightError, UserError
-from sparsight.images import ImageSource, load_batches
+from sparsight.images import ImageBatch, ImageSource, load_batches
 from sparsight.vision import VisionModel
 
-WINDOW_VECTORS = 1 << 17
+WINDOW_BYTES = 256 << 20
 STATISTICS_IMAGES = 2048
+_FAILURES_SHOWN = 10
+
+Read = tuple[list[int], dict[str, Float[Tensor, "batch tokens d_in"]]]
+"""The images of a batch that could be read, and their activations in the model's own type."""
 
 
 class LiveActivations:
     """Reads the model whenever vectors are asked for; takes the place of a store.
 
+    An image that cannot be read is left out, told of once, and kept in `failures`.
+
     Args:
         model: the vision model.
         images: the images.
         sites: where to read.
-        tokens: which positions.
+        tokens: which positions: "all", "patches", "cls" or "mean".
         batch_size: images in a forward pass.
-        workers: processes that decode.
-        window_vectors: how many vectors of each site are mixed with one another.
+        workers: processes that decode; see `load_batches`.
+        window_bytes: how much a stream holds and mixes, all its sites together.
         statistics_images: statistics are estimated on so many random images; exact where there
             are no more.
         max_failed: share of the images that may fail.
 
+    Attributes:
+        sites: canonical names of the sites.
+        failures: place in the source, and reason, of each image that could not be read so far.
+        model_info: as in `ActivationStore`.
+
     Raises:
-        UserError: the model has no such site or positions.
+        UserError: the model has no such site or positions, or a number is out of range.
     """
 
     def __init__(
@@ -49,34 +64,30 @@ class LiveActivations:
         *,
         batch_size: int = 64,
         workers: int | None = None,
-        window_vectors: int = WINDOW_VECTORS,
+        window_bytes: int = WINDOW_BYTES,
         statistics_images: int = STATISTICS_IMAGES,
         max_failed: float = 0.01,
     ) -> None:
-        if not sites:
-            raise UserError(f"Name at least one site, e.g. {model.sites[-1]!r}.")
-        if min(batch_size, window_vectors, statistics_images) < 1:
-            raise UserError("batch_size, window_vectors and statistics_images must be at least 1.")
+        if isinstance(sites, str) or not sites:
+            raise UserError(f"sites is {sites!r}; it is a list, e.g. [{model.sites[-1]!r}].")
+        if min(batch_size, window_bytes, statistics_images) < 1:
+            raise UserError("batch_size, window_bytes and statistics_images must be at least 1.")
+        if not len(images):
+            raise UserError(f"{images.spec}: holds no images.")
         self.model = model
         self.images = images
         self.sites = tuple(dict.fromkeys(model.canonical_site(site) for site in sites))
         self.tokens = tokens
         self.batch_size = batch_size
         self.workers = workers
-        self.window_vectors = window_vectors
+        self.window_bytes = window_bytes
         self.statistics_images = statistics_images
-        self.max_failed = max_failed
         self.failures: dict[int, str] = {}
+        self._tally = FailureTally(len(images), max_failed)
         self._n_tokens = {site: model.token_count(site, tokens) for site in self.sites}  # type: ignore[arg-type]
         self._stats: dict[str, SiteStatistics] = {}
         self.model_info: Mapping[str, Any] = {
-            "id": model.id,
-            "revision": model.revision,
-            "family": model.family,
-            "weights_hash": model.weights_hash,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "patch_grid": list(model.patch_grid),
-            "n_prefix": model.n_prefix,
+            **describe_model(model),
             "preprocessing": dict(model.preprocessing),
             "images": images.spec,
         }
@@ -100,16 +111,19 @@ class LiveActivations:
         return self.images
 
     def stats(self, site: str) -> SiteStatistics:
-        """Statistics, estimated on a random sample of the images, all sites in one pass."""
+        """Statistics on `statistics_images` random images (a fixed sample), all sites at once.
+
+        Exact where there are no more images than that, an estimate elsewhere; `count` tells.
+        """
         site = self._site(site)
         if not self._stats:
             sums = {each: RunningSums.nothing(self.d_in(each)) for each in self.sites}
             chosen = np.arange(len(self.images))
             if len(chosen) > self.statistics_images:
-                rng = np.random.default_rng(0)
-                chosen = np.sort(rng.choice(chosen, self.statistics_images, replace=False))
-            for batch in self._read(chosen, self.sites):
-                for each, x in batch.activations.items():
+                random = np.random.default_rng(0)
+                chosen = np.sort(random.choice(chosen, self.statistics_images, replace=False))
+            for _, found in self._read(self._batches(chosen, self.batch_size), self.sites):
+                for each, x in found.items():
                     sums[each].add(x.flatten(0, 1))
             self._stats = {each: running.statistics() for each, running in sums.items()}
         return self._stats[site]
@@ -117,31 +131,37 @@ class LiveActivations:
     def stream(self, sites: Sequence[str], batch_size: int, *, seed: int = 0) -> VectorStream:
         """Vectors without end, shuffled, float32; the same positions at each site.
 
+        Images come in random order, in windows of some 256 MB whose vectors are mixed. A restored
+        stream reads the window that it was in again. Where all images fit in one window, they go
+        through the model once, and not once an epoch.
+
         Raises:
             UserError: the sites give different numbers of vectors an image.
         """
         names = [self._site(site) for site in sites]
-        counts = {self._n_tokens[site] for site in names}
-        if len(counts) > 1:
-            raise UserError(
-                f"The sites {', '.join(names)} give different numbers of vectors an image; "
-                "train on them one by one."
-            )
-        n_tokens = counts.pop()
+        n_tokens = same_count(names, self._n_tokens)
+        per_image = sum(n_tokens * self.d_in(site) for site in names) * self.model.dtype.itemsize
+        window_images = max(1, self.window_bytes // per_image)
+        batch_images = min(self.batch_size, window_images)
         plan = WindowPlan(
             n_images=len(self.images),
             block_images=1,
-            window_images=max(1, self.window_vectors // n_tokens),
+            # Whole batches, so that one chain of workers serves window after window.
+            window_images=window_images - window_images % batch_images,
         )
+        chain = _Chain(self, plan, seed, batch_images)
 
-        def load(images: Int64[np.ndarray, " images"]) -> dict[str, Tensor]:
-            batches = list(self._read(images, names))
-            if not batches:
-                return {site: torch.empty(0, self.d_in(site)) for site in names}
-            return {
-                site: torch.cat([each.activations[site].flatten(0, 1) for each in batches])
+        def load(at: Position, images: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+            room = {
+                site: torch.empty(len(images), n_tokens, self.d_in(site), dtype=self.model.dtype)
                 for site in names
             }
+            n = 0
+            for indices, found in self._read(chain.batches(at, len(images)), names):
+                for site, x in found.items():
+                    room[site][n : n + len(indices)].copy_(x)
+                n += len(indices)
+            return {site: x[:n].flatten(0, 1) for site, x in room.items()}
 
         return VectorStream(
             plan,
@@ -150,57 +170,84 @@ class LiveActivations:
             batch_size,
             seed=seed,
             vectors_per_epoch=len(self.images) * n_tokens,
-            where=lambda images, _: (
-                f"images {images.min()} to {images.max()} of {self.images.spec}"
-            ),
+            where=lambda images, _: f"{len(images):,} images of {self.images.spec}",
             prefetch=False,
         )
 
     def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
         """All images once, in order, float32; images that cannot be read are left out."""
         names = [self._site(site) for site in sites]
-        return self._read(np.arange(len(self.images)), names, batch_images)
+        batches = self._batches(np.arange(len(self.images)), batch_images)
+        return (
+            OrderedBatch(torch.tensor(indices), {site: x.float() for site, x in found.items()})
+            for indices, found in self._read(batches, names)
+        )
 
-    def _read(
-        self,
-        images: Int64[np.ndarray, " images"],
-        sites: Sequence[str],
-        batch_images: int | None = None,
-    ) -> Iterator[OrderedBatch]:
-        batches = load_batches(
+    def _batches(self, images: npt.NDArray[np.int64], batch_size: int) -> Iterator[ImageBatch]:
+        return load_batches(
             self.images,
             self.model.transform,
-            batch_images or self.batch_size,
+            batch_size,
             indices=images.tolist(),
             workers=self.workers,
         )
+
+    def _read(self, batches: Iterator[ImageBatch], sites: Sequence[str]) -> Iterator[Read]:
+        """Batches through the model, failures noted; a batch with no image left is left out."""
         for batch in batches:
             self._note_failures(batch.failures)
             if not batch.indices:
                 continue
             read = self.model.read(batch.pixels, sites, self.tokens)  # type: ignore[arg-type]
-            found = {site: x.to("cpu", torch.float32) for site, x in read.items()}
+            found = {site: x.cpu() for site, x in read.items()}
             for site, x in found.items():
-                if not bool(torch.isfinite(x).all()):
+                if not all_finite(x):
+                    bad = x.isfinite().flatten(1).all(dim=1).logical_not().nonzero()
+                    some = self.images.info(batch.indices[int(bad[0, 0])]).id
                     raise SparsightError(
-                        f"{site}: activations are NaN or infinite in images {batch.indices[0]} to "
-                        f"{batch.indices[-1]} of {self.images.spec}."
+                        f"{site}: activations are NaN or infinite ({len(bad)} of "
+                        f"{len(batch.indices)} images of a batch, image {some} first)."
                     )
-            yield OrderedBatch(torch.tensor(batch.indices), found)
+            yield batch.indices, found
 
     def _note_failures(self, failures: Sequence[tuple[int, str]]) -> None:
-        fresh = {index: reason for index, reason in failures if index not in self.failures}
-        for index, reason in fresh.items():
-            print(f"{self.images.info(index).id}: could not be read ({reason}).")
-        self.failures |= fresh
-        if len(self.failures) > self.max_failed * len(self.images):
-            raise SparsightError(
-                f"{len(self.failures):,} of {len(self.images):,} images could not be read, more "
-                f"than max_failed = {self.max_failed:.1%} allows."
-            )
+        for index, reason in failures:
+            if index in self.failures:
+                continue
+            self.failures[index] = reason
+            image_id = self.images.info(index).id
+            self._tally.add(image_id, reason)
+            if self._tally.count <= _FAILURES_SHOWN:
+                print(f"{image_id}: could not be read ({reason}).", file=sys.stderr)
+        self._tally.check()
 
     def _site(self, site: str) -> str:
         name = self.model.canonical_site(site)
         if name not in self.sites:
             raise UserError(f"Not read here: {site!r}. The sites are: {', '.join(self.sites)}.")
         return name
+
+
+class _Chain:
+    """One chain of workers over the rest of an epoch, drawn on by window after window."""
+
+    def __init__(
+        self, live: LiveActivations, plan: WindowPlan, seed: int, batch_images: int
+    ) -> None:
+        self.live = live
+        self.plan = plan
+        self.seed = seed
+        self.batch_images = batch_images
+        self._next: Position | None = None
+        self._rest: Iterator[ImageBatch] = iter(())
+
+    def batches(self, at: Position, n_images: int) -> Iterator[ImageBatch]:
+        """The batches of a window."""
+        if self._next != at:
+            windows = [Position(at.epoch, w) for w in range(at.window, self.plan.n_windows)]
+            images = np.concatenate([self.plan.images(self.seed, each) for each in windows])
+            self._rest = self.live._batches(images, self.batch_images)
+        self._next = None  # an error on the way breaks the chain
+        for _ in range(-(-n_images // self.batch_images)):
+            yield next(self._rest)
+        self._next = Position(at.epoch, at.window + 1)

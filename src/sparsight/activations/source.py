@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsight.activations.statistics import SiteStatistics
 from sparsight.activations.stream import VectorStream
+from sparsight.errors import UserError
 from sparsight.images import ImageSource
 
 
@@ -62,3 +63,21 @@ class ActivationSource(Protocol):
 
     def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
         """All images once, in order."""
+
+
+def same_count(sites: Sequence[str], n_tokens: Mapping[str, int]) -> int:
+    """How many vectors an image gives at each of these sites.
+
+    Raises:
+        UserError: not the same number at each, so that positions have no counterparts.
+    """
+    if not sites:
+        raise UserError("Name at least one site.")
+    counts = {site: n_tokens[site] for site in sites}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{site} ({n})" for site, n in counts.items())
+        raise UserError(
+            f"An image gives different numbers of vectors at {listed}: they cannot be streamed "
+            "together. Take them one by one."
+        )
+    return next(iter(counts.values()))

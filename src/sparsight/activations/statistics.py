@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_ROWS_AT_A_TIME = 8192
+_CHUNK_BYTES = 1 << 20
+"""What is converted to float64 at a time: as much as a core's own cache holds."""
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """Of all vectors of a site.
+    """Of all vectors of a site, as they are stored (rounded to the store's dtype).
 
     Attributes:
         count: number of vectors.
@@ -48,11 +50,13 @@ class RunningSums:
 
     def add(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Count some vectors in."""
-        for part in x.split(_ROWS_AT_A_TIME):
-            double = part.double()
-            self.count += len(part)
-            self.total += double.sum(dim=0)
-            self.squares += double.square_().sum(dim=0)
+        rows = max(1, _CHUNK_BYTES // (8 * x.shape[1]))
+        ones = torch.ones(rows, dtype=torch.float64)
+        for part in x.split(rows):
+            double = part.float().double()  # half to double in one step is slow
+            self.total.addmv_(double.T, ones[: len(part)])
+            self.squares.addmv_(double.square_().T, ones[: len(part)])
+        self.count += len(x)
 
     def merge(self, other: RunningSums) -> None:
         """Count another's vectors in."""
@@ -64,3 +68,11 @@ class RunningSums:
         """Means instead of sums."""
         n = max(self.count, 1)
         return SiteStatistics(self.count, self.total / n, self.squares / n)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: `isfinite().all()` at the speed of memory."""
+    if x.numel() == 0:
+        return True
+    low, high = x.aminmax()  # NaN comes through
+    return math.isfinite(low) and math.isfinite(high)

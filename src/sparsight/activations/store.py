@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import math
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int64
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsight.activations.manifest import DTYPES, Manifest, shard_path
-from sparsight.activations.source import OrderedBatch
-from sparsight.activations.statistics import RunningSums, SiteStatistics
-from sparsight.activations.stream import VectorStream, WindowPlan
+from sparsight.activations.manifest import DTYPES, IMAGES, Manifest, shard_path, stats_path
+from sparsight.activations.shards import check_size, map_shard, read_tensors
+from sparsight.activations.source import OrderedBatch, same_count
+from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
+from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file
 from sparsight.images import ImageSource, open_images
 
+if TYPE_CHECKING:
+    from sparsight.activations.extraction import ExtractionSummary
+
 WINDOW_BYTES = 128 << 20
+"""What a stream mixes at a time; it holds two of these, and the page cache the rest."""
+
 BLOCK_BYTES = 128 << 10
-_SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""What stays together on the way from a shard into a window."""
+
+Rows = npt.NDArray[np.int64]
 
 
 class ActivationStore:
@@ -36,19 +44,29 @@ class ActivationStore:
 
     Args:
         path: the folder.
-        verify: read every shard and compare its checksum.
+        verify: read every file and compare its checksum; lengths are always compared.
+
+    Attributes:
+        path: the folder.
+        manifest: what the store says of itself.
+        sites: canonical names of the sites.
+        tokens: "all", "patches", "cls" or "mean".
+        model_info: id, revision, family, hash of the weights, preprocessing, the images' spec.
+        summary: what the call of `extract` that gave this store did; None where it did nothing.
 
     Raises:
         UserError: the folder holds no store, or an unfinished one.
         SparsightError: a file is missing, cut off or altered.
     """
 
+    summary: ExtractionSummary | None = None
+
     def __init__(self, path: str | Path, *, verify: bool = False) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
         if self.manifest.state != "complete":
             raise UserError(
-                f"{self.path}: the store is unfinished ({self.manifest.n_images:,} of "
+                f"{self.path}: the store is unfinished ({self.manifest.done:,} of "
                 f"{self.manifest.images['n_images']:,} images). Run the same extraction again; it "
                 "continues."
             )
@@ -59,14 +77,12 @@ class ActivationStore:
             "preprocessing": self.manifest.preprocessing,
             "images": self.manifest.images["spec"],
         }
-        ends = np.cumsum([0, *(shard.n_images for shard in self.manifest.shards)])
-        self._starts: Int64[np.ndarray, " shards_plus_one"] = ends
-        self._maps = {
-            site: [self._open(site, number) for number in range(len(self.manifest.shards))]
-            for site in self.sites
-        }
-        self._rows = np.arange(ends[-1])
+        self._starts: Rows = np.cumsum([0, *(s.n_images for s in self.manifest.shards)])
+        self._rows: Rows = np.arange(self._starts[-1])
         self._stats: dict[str, SiteStatistics] = {}
+        for site in self.sites:
+            for number, shard in enumerate(self.manifest.shards):
+                check_size(shard_path(self.path, site, number), shard.n_bytes[site])
         if verify:
             self.verify()
 
@@ -94,29 +110,28 @@ class ActivationStore:
 
     @cached_property
     def images(self) -> pa.Table:
-        """A row for each image: index, id, uri, label, caption, size, status, reason."""
-        try:
-            return pq.read_table(self.path / "images.parquet")
-        except (OSError, pa.ArrowException) as error:
-            raise SparsightError(
-                f"{self.path / 'images.parquet'}: is damaged ({error})."
-            ) from error
+        """A row for each image of the source, the failed ones and those not selected included.
+
+        Columns: index, id, uri, label, caption, width, height, status ("ok" or "failed"), reason,
+        and the shard and the row in it.
+        """
+        return self._read_images(None)
 
     @cached_property
     def image_indices(self) -> Int64[np.ndarray, " images"]:
-        """The place in the source of each stored image."""
-        table = self.images
-        ok = np.asarray(table["status"].to_pylist()) == "ok"
-        indices: Int64[np.ndarray, " images"] = table["index"].to_numpy()[ok]
+        """The place in the source of each image here, in order."""
+        table = self._read_images(["index", "status"])
+        indices = table.filter(pc.equal(table["status"], "ok"))["index"].to_numpy()
         if len(indices) != self._starts[-1]:
             raise SparsightError(
-                f"{self.path / 'images.parquet'}: lists {len(indices):,} images, the shards hold "
-                f"{self._starts[-1]:,}."
+                f"{self.path / IMAGES}: lists {len(indices):,} images, the shards hold "
+                f"{self._starts[-1]:,}. Extract again."
             )
-        return indices[self._rows]
+        chosen: Rows = indices[self._rows]
+        return chosen
 
     def source(self) -> ImageSource:
-        """The images, opened again.
+        """The images, opened again; `image_indices` are places in it.
 
         Raises:
             UserError: they are not there any more, or have changed.
@@ -130,11 +145,11 @@ class ActivationStore:
         """Exact statistics of a site, as written at extraction; of a selection, computed here."""
         site = self._site(site)
         if site not in self._stats:
-            whole = len(self._rows) == self._starts[-1]
+            whole = self.n_images == self._starts[-1]
             self._stats[site] = self._read_stats(site) if whole else self._compute_stats(site)
         return self._stats[site]
 
-    def select(self, image_indices: Sequence[int]) -> ActivationStore:
+    def select(self, image_indices: Sequence[int] | Rows) -> Self:
         """A view of some images, by their places in the source, in the order of the store.
 
         Raises:
@@ -144,67 +159,84 @@ class ActivationStore:
         absent = np.setdiff1d(wanted, self.image_indices)
         if len(absent):
             raise UserError(f"{self.path}: holds no activations of image {absent[0]}.")
-        view = ActivationStore(self.path)
-        view._rows = self._rows[np.isin(self.image_indices, wanted)]
-        view.__dict__.pop("image_indices", None)
+        chosen = np.isin(self.image_indices, wanted)
+        view = copy.copy(self)
+        view._rows = self._rows[chosen]
+        view.__dict__["image_indices"] = self.image_indices[chosen]
+        view._stats = {}
         return view
 
     def verify(self) -> None:
-        """Compare every shard with its checksum.
+        """Compare every file with its checksum.
 
         Raises:
             SparsightError: one differs; its name is given.
         """
+        expected = {self.path / name: sha256 for name, sha256 in self.manifest.files.items()}
         for number, shard in enumerate(self.manifest.shards):
             for site in self.sites:
-                path = shard_path(self.path, site, number)
-                if sha256_file(path) != shard.sha256[site]:
-                    raise SparsightError(
-                        f"{path}: has been altered (its checksum differs). Extract again."
-                    )
+                expected[shard_path(self.path, site, number)] = shard.sha256[site]
+        for path, sha256 in expected.items():
+            if not path.exists() or sha256_file(path) != sha256:
+                raise SparsightError(
+                    f"{path}: is missing or has been altered (its checksum differs). Remove the "
+                    "store and extract again."
+                )
 
     def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
-        """All images once, in order, float32."""
+        """All images once, in order, float32.
+
+        Raises:
+            SparsightError: an activation is NaN or infinite; the shard is named.
+        """
         names = [self._site(site) for site in sites]
         if batch_images < 1:
             raise UserError(f"batch_images is {batch_images}; it must be at least 1.")
+        return self._ordered(names, batch_images)
+
+    def _ordered(self, names: Sequence[str], batch_images: int) -> Iterator[OrderedBatch]:
         for first in range(0, len(self._rows), batch_images):
             rows = self._rows[first : first + batch_images]
-            indices = torch.from_numpy(self.image_indices[first : first + batch_images])
-            found = {site: self._gather(site, rows).float() for site in names}
-            for site, x in found.items():
-                if not bool(torch.isfinite(x).all()):
+            indices = torch.from_numpy(self.image_indices[first : first + batch_images].copy())
+            stored = {s: self._gather(s, rows, self._room(s, len(rows))) for s in names}
+            for site, x in stored.items():
+                if not all_finite(x):
                     raise SparsightError(
-                        f"Activations at {site} are NaN or infinite in {self._shards_of(rows, site)}."
+                        f"Activations at {site} are NaN or infinite in {self._damaged(rows, site)}."
                     )
-            yield OrderedBatch(indices, found)
+            yield OrderedBatch(indices, {site: x.float() for site, x in stored.items()})
 
     def stream(self, sites: Sequence[str], batch_size: int, *, seed: int = 0) -> VectorStream:
         """Vectors without end, shuffled, float32; the same positions at each site.
+
+        Blocks of neighbouring images come together, in random order, in windows of some 128 MB
+        whose vectors are mixed; see `VectorStream`.
 
         Raises:
             UserError: the sites give different numbers of vectors an image.
         """
         names = [self._site(site) for site in sites]
-        counts = {self.n_tokens[site] for site in names}
-        if len(counts) > 1:
-            raise UserError(
-                f"The sites {', '.join(names)} give different numbers of vectors an image; "
-                "stream them one by one."
-            )
+        n_tokens = same_count(names, self.n_tokens)
         itemsize = DTYPES[self.manifest.dtype].itemsize
-        n_tokens = counts.pop()
-        largest = max(n_tokens * self.d_in(site) * itemsize for site in names)
-        per_window = sum(n_tokens * self.d_in(site) * itemsize for site in names)
+        image_bytes = [n_tokens * self.d_in(site) * itemsize for site in names]
         plan = WindowPlan(
             n_images=self.n_images,
-            block_images=max(1, BLOCK_BYTES // largest),
-            window_images=max(1, WINDOW_BYTES // per_window),
+            block_images=max(1, BLOCK_BYTES // max(image_bytes)),
+            window_images=max(1, WINDOW_BYTES // sum(image_bytes)),
         )
 
-        def load(images: Int64[np.ndarray, " images"]) -> dict[str, Tensor]:
+        # Windows come and go one after the other, two at a time: memory that is used again need
+        # not be found and cleared again.
+        rooms: list[dict[str, Tensor]] = [{}, {}]
+
+        def load(_: Position, images: Rows) -> dict[str, Tensor]:
+            rooms.reverse()
             rows = self._rows[images]
-            return {site: self._gather(site, rows).flatten(0, 1) for site in names}
+            for site in names:
+                if site not in rooms[0]:
+                    rooms[0][site] = self._room(site, min(plan.window_images, self.n_images))
+                self._gather(site, rows, rooms[0][site])
+            return {site: rooms[0][site][: len(rows)].flatten(0, 1) for site in names}
 
         return VectorStream(
             plan,
@@ -213,8 +245,14 @@ class ActivationStore:
             batch_size,
             seed=seed,
             vectors_per_epoch=self.n_images * n_tokens,
-            where=lambda images, site: self._shards_of(self._rows[images], site),
-            prefetch=plan.n_windows > 1,
+            where=lambda images, site: self._damaged(self._rows[images], site),
+            prefetch=True,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStore({str(self.path)!r}, {self.n_images:,} images, "
+            f"{self.tokens} tokens at {', '.join(self.sites)})"
         )
 
     def _site(self, site: str) -> str:
@@ -222,71 +260,67 @@ class ActivationStore:
             raise UserError(f"{self.path}: holds no site {site!r}, only: {', '.join(self.sites)}.")
         return site
 
-    def _open(self, site: str, number: int) -> Float[Tensor, "images tokens d_in"]:
-        """Map a shard; its header and length must be what the manifest says."""
-        path = shard_path(self.path, site, number)
+    def _map(self, site: str, number: int) -> Float[Tensor, "images tokens d_in"]:
         shard = self.manifest.shards[number]
-        shape = [shard.n_images, self.manifest.n_tokens[site], self.manifest.d_in[site]]
-        try:
-            size = path.stat().st_size
-            if size != shard.n_bytes[site]:
-                raise SparsightError(
-                    f"{path}: has {size:,} bytes, {shard.n_bytes[site]:,} were written: it is cut "
-                    "off or altered. Extract again."
-                )
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                entry = json.loads(file.read(min(length, size)))["activations"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SparsightError(f"{path}: is missing or damaged ({error}).") from error
-        if (
-            entry.get("shape") != shape
-            or entry.get("dtype") != _SAFETENSORS_DTYPES[self.manifest.dtype]
-        ):
-            raise SparsightError(
-                f"{path}: holds {entry.get('dtype')} {entry.get('shape')}, expected "
-                f"{self.manifest.dtype} {shape}: it has been altered. Extract again."
-            )
-        if shard.n_images == 0:
-            return torch.zeros(shape, dtype=DTYPES[self.manifest.dtype])
-        # Copy on write: torch wants memory that could be written, and nothing here writes.
-        data = np.memmap(path, np.uint8, "c", offset=8 + length)
-        flat = torch.frombuffer(data, dtype=DTYPES[self.manifest.dtype], count=math.prod(shape))
-        return flat.view(shape)
+        shape = (shard.n_images, self.manifest.n_tokens[site], self.manifest.d_in[site])
+        path = shard_path(self.path, site, number)
+        return map_shard(path, shape, DTYPES[self.manifest.dtype], shard.n_bytes[site])
+
+    def _room(self, site: str, n_images: int) -> Float[Tensor, "images tokens d_in"]:
+        n_tokens, d_in = self.manifest.n_tokens[site], self.manifest.d_in[site]
+        return torch.empty(n_images, n_tokens, d_in, dtype=DTYPES[self.manifest.dtype])
 
     def _gather(
-        self, site: str, rows: Int64[np.ndarray, " images"]
+        self, site: str, rows: Rows, out: Float[Tensor, "room tokens d_in"]
     ) -> Float[Tensor, "images tokens d_in"]:
-        """Copy some images' activations, in the stored type, run by run."""
-        n_tokens, d_in = self.manifest.n_tokens[site], self.manifest.d_in[site]
-        out = torch.empty(len(rows), n_tokens, d_in, dtype=DTYPES[self.manifest.dtype])
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        """Copy some images' activations to the beginning of `out`, run by run.
+
+        Maps live as long as this call, so that what was read does not count as this process's
+        memory for longer.
+        """
+        shards = self._shards_of(rows)
         breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)) + 1
         edges = [0, *breaks.tolist(), len(rows)]
-        for first, stop in zip(edges[:-1], edges[1:], strict=True):
+        maps: dict[int, Tensor] = {}
+        for first, stop in pairwise(edges):
             if first == stop:
                 continue
-            shard = int(shards[first])
-            start = int(rows[first] - self._starts[shard])
-            out[first:stop] = self._maps[site][shard][start : start + stop - first]
-        return out
+            number = int(shards[first])
+            if number not in maps:
+                maps[number] = self._map(site, number)
+            start = int(rows[first] - self._starts[number])
+            out[first:stop].copy_(maps[number][start : start + stop - first])
+        return out[: len(rows)]
 
-    def _shards_of(self, rows: Int64[np.ndarray, " images"], site: str) -> str:
-        for number in np.unique(np.searchsorted(self._starts, rows, side="right") - 1):
-            if not bool(torch.isfinite(self._maps[site][int(number)]).all()):
-                return str(shard_path(self.path, site, int(number)))
+    def _shards_of(self, rows: Rows) -> Rows:
+        found: Rows = np.searchsorted(self._starts, rows, side="right") - 1
+        return found
+
+    def _damaged(self, rows: Rows, site: str) -> str:
+        """Which of some images' shards holds numbers that are not finite."""
+        for number in np.unique(self._shards_of(rows)).tolist():
+            if not all_finite(self._map(site, number)):
+                return str(shard_path(self.path, site, number))
         return str(self.path / site)
 
-    def _read_stats(self, site: str) -> SiteStatistics:
-        path = self.path / site / "stats.safetensors"
+    def _read_images(self, columns: list[str] | None) -> pa.Table:
+        path = self.path / IMAGES
         try:
-            found = load_file(path)
-            count = int(found["count"])
-            stats = SiteStatistics(count, found["mean"], found["second_moment"])
-        except (SafetensorError, OSError, KeyError) as error:
+            return pq.read_table(path, columns=columns)
+        except (OSError, pa.ArrowException) as error:
             raise SparsightError(f"{path}: is missing or damaged ({error}).") from error
-        if count != self.n_vectors(site) or len(stats.mean) != self.d_in(site):
-            raise SparsightError(f"{path}: does not fit the store: it counts {count:,} vectors.")
+
+    def _read_stats(self, site: str) -> SiteStatistics:
+        path = stats_path(self.path, site)
+        found = read_tensors(path)
+        try:
+            stats = SiteStatistics(int(found["count"]), found["mean"], found["second_moment"])
+        except KeyError as error:
+            raise SparsightError(f"{path}: is damaged (it has no {error}).") from error
+        if stats.count != self.n_vectors(site) or len(stats.mean) != self.d_in(site):
+            raise SparsightError(
+                f"{path}: does not fit the store: it counts {stats.count:,} vectors. Extract again."
+            )
         return stats
 
     def _compute_stats(self, site: str) -> SiteStatistics:

@@ -2,26 +2,40 @@
 
 An epoch is a permutation of blocks (runs of images), cut into windows that fit in memory; the
 vectors of a window are permuted again. Everything follows from seed, epoch and window, so that the
-cursor is three numbers, and a restored stream gives the same bits.
+cursor is a few numbers, and a restored stream gives the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparsight.activations.statistics import all_finite
 from sparsight.errors import SparsightError, UserError
 
+
+class Position(NamedTuple):
+    """Which window of which epoch."""
+
+    epoch: int
+    window: int
+
+
 Window = dict[str, Tensor]
-LoadWindow = Callable[[np.ndarray], Window]
-"""From the numbers of the images of a window to its vectors [vectors, d_in] at each site."""
+LoadWindow = Callable[[Position, npt.NDArray[np.int64]], Window]
+"""From a window's position and the numbers of its images to its vectors [vectors, d_in] by site.
+
+A window may be overwritten by the second that is loaded after it.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,17 +61,26 @@ class WindowPlan:
         """Windows an epoch."""
         return -(-self.n_images // self.window_images)
 
-    def images(self, seed: int, epoch: int, window: int) -> np.ndarray:
+    def images(self, seed: int, at: Position) -> npt.NDArray[np.int64]:
         """The images of a window, block after block."""
-        n_blocks = -(-self.n_images // self.block_images)
-        order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
-        images = (order[:, None] * self.block_images + np.arange(self.block_images)).ravel()
-        images = images[images < self.n_images]
-        return images[window * self.window_images : (window + 1) * self.window_images]
+        if self.n_windows == 1:
+            return np.arange(self.n_images)
+        order = _epoch_order(self.n_images, self.block_images, seed, at.epoch)
+        return order[at.window * self.window_images : (at.window + 1) * self.window_images]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(n_images: int, block_images: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    blocks = np.random.default_rng([seed, epoch]).permutation(-(-n_images // block_images))
+    images = (blocks[:, None] * block_images + np.arange(block_images)).ravel()
+    return images[images < n_images]
 
 
 class VectorStream(Iterator[dict[str, Tensor]]):
     """Batches of vectors, each vector once an epoch; a batch may reach into the next epoch.
+
+    `next` gives, for each site, float32 [batch_size, d_in]; row i is the same position of the same
+    image at each site. For use from one thread at a time.
 
     Args:
         plan: the grouping.
@@ -68,6 +91,9 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         vectors_per_epoch: how many vectors there are.
         where: names the place of a vector that is not finite, for the error.
         prefetch: load the next window in a thread while this one is consumed.
+
+    Raises:
+        UserError: a number is out of range.
     """
 
     def __init__(
@@ -79,11 +105,13 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         *,
         seed: int,
         vectors_per_epoch: int,
-        where: Callable[[np.ndarray, str], str],
+        where: Callable[[npt.NDArray[np.int64], str], str],
         prefetch: bool,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+        if seed < 0:
+            raise UserError(f"seed is {seed}; it must be 0 or more.")
         self.plan = plan
         self.sites = tuple(sites)
         self.batch_size = batch_size
@@ -91,13 +119,13 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         self.vectors_per_epoch = vectors_per_epoch
         self._load = load
         self._where = where
-        self._pool = ThreadPoolExecutor(1) if prefetch else None
-        self._ahead: tuple[tuple[int, int], Future[Window]] | None = None
-        self._at = (0, 0)
+        self._pool = ThreadPoolExecutor(1) if prefetch and plan.n_windows > 1 else None
+        self._ahead: tuple[Position, Future[Window]] | None = None
+        self._at = Position(0, 0)
         self._offset = 0
         self._window: Window | None = None
-        self._order = torch.empty(0, dtype=torch.int64)
-        self._empty_windows = 0
+        self._order = torch.empty(0, dtype=torch.int64)  # of the vectors of the window at `_at`
+        self._ready = False
 
     def __next__(self) -> dict[str, Float[Tensor, "batch d_in"]]:
         parts: dict[str, list[Tensor]] = {site: [] for site in self.sites}
@@ -110,19 +138,20 @@ class VectorStream(Iterator[dict[str, Tensor]]):
             self._offset += len(chosen)
             missing -= len(chosen)
             if self._offset >= len(self._order):
-                self._advance()
+                self._go_to(self._after(self._at), 0)
         return {site: p[0] if len(p) == 1 else torch.cat(p) for site, p in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON takes it."""
         return {
             "seed": self.seed,
-            "epoch": self._at[0],
-            "window": self._at[1],
+            "epoch": self._at.epoch,
+            "window": self._at.window,
             "offset": self._offset,
             "n_images": self.plan.n_images,
-            "window_images": self.plan.window_images,
             "block_images": self.plan.block_images,
+            "window_images": self.plan.window_images,
+            "vectors_per_epoch": self.vectors_per_epoch,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -132,59 +161,67 @@ class VectorStream(Iterator[dict[str, Tensor]]):
             UserError: the position is one in other data, or in another order of them.
         """
         own = self.state_dict()
-        for key in ("seed", "n_images", "window_images", "block_images"):
-            if state.get(key) != own[key]:
+        for key in own:
+            if not isinstance(state.get(key), int):
+                raise UserError(f"The saved position is damaged: {key} is {state.get(key)!r}.")
+        for key in sorted(own.keys() - {"epoch", "window", "offset"}):
+            if state[key] != own[key]:
                 raise UserError(
-                    f"The saved position belongs to other activations: {key} is {state.get(key)}, "
+                    f"The saved position belongs to other activations: {key} is {state[key]}, "
                     f"here {own[key]}."
                 )
-        self._at = (state["epoch"], state["window"])
-        self._offset = state["offset"]
-        self._window = None
+        at = Position(state["epoch"], state["window"])
+        if at.epoch < 0 or not 0 <= at.window < self.plan.n_windows or state["offset"] < 0:
+            raise UserError(f"The saved position is damaged: it is at {at}, {state['offset']}.")
+        self._go_to(at, state["offset"])
 
     def _take(self, window: Window, site: str, chosen: Tensor) -> Tensor:
-        x = window[site].index_select(0, chosen).float()
-        # A sum is not finite as soon as one entry is not, and is far cheaper to look at.
-        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
-            images = self.plan.images(self.seed, *self._at)
+        x = window[site].index_select(0, chosen)
+        if not all_finite(x):
+            images = self.plan.images(self.seed, self._at)
             raise SparsightError(
                 f"Activations at {site} are NaN or infinite in {self._where(images, site)}."
             )
-        return x
+        return x.float()
+
+    def _go_to(self, at: Position, offset: int) -> None:
+        self._at, self._offset = at, offset
+        self._ready = False
+        if self.plan.n_windows > 1:  # else the one window serves every epoch
+            self._window = None
 
     def _current(self) -> Window:
-        if self._window is None:
-            while True:
-                self._window = self._fetch(self._at)
-                n = len(self._window[self.sites[0]])
-                if n:
-                    break
-                self._empty_windows += 1
-                if self._empty_windows > self.plan.n_windows:
-                    raise SparsightError("Not one image of a whole epoch could be read.")
-                self._at = self._after(self._at)
-            self._empty_windows = 0
-            shuffle = np.random.default_rng([self.seed, *self._at, 1])
-            self._order = torch.from_numpy(shuffle.permutation(n))
-            if self._pool is not None:
-                following = self._after(self._at)
-                self._ahead = (following, self._pool.submit(self._read, following))
-        return self._window
+        """The window at `_at`, or behind it where not one of its images could be read."""
+        if self._ready and self._window is not None:
+            return self._window
+        for _ in range(self.plan.n_windows):
+            window = self._window if self._window is not None else self._fetch(self._at)
+            n = len(window[self.sites[0]])
+            if n:
+                break
+            self._go_to(self._after(self._at), 0)
+        else:
+            raise SparsightError("Not one image of a whole epoch could be read.")
+        self._window, self._ready = window, True
+        shuffle = np.random.default_rng([self.seed, *self._at, 1])
+        self._order = torch.from_numpy(shuffle.permutation(n))
+        if self._pool is not None:
+            following = self._after(self._at)
+            self._ahead = (following, self._pool.submit(self._read, following))
+        return window
 
-    def _fetch(self, at: tuple[int, int]) -> Window:
+    def _fetch(self, at: Position) -> Window:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == at:
             return ahead[1].result()
+        if ahead is not None:
+            wait([ahead[1]])  # windows are loaded one after the other
         return self._read(at)
 
-    def _read(self, at: tuple[int, int]) -> Window:
-        return self._load(self.plan.images(self.seed, *at))
+    def _read(self, at: Position) -> Window:
+        return self._load(at, self.plan.images(self.seed, at))
 
-    def _after(self, at: tuple[int, int]) -> tuple[int, int]:
-        epoch, window = at
-        return (epoch, window + 1) if window + 1 < self.plan.n_windows else (epoch + 1, 0)
-
-    def _advance(self) -> None:
-        self._at = self._after(self._at)
-        self._offset = 0
-        self._window = None
+    def _after(self, at: Position) -> Position:
+        if at.window + 1 < self.plan.n_windows:
+            return Position(at.epoch, at.window + 1)
+        return Position(at.epoch + 1, 0)

@@ -307,9 +307,9 @@ class Trainer:
             truth = self.heads(out.last_hidden_state[:, 1:], out.pooler_output, batch)
             images = functional.normalize(embedded.float(), dim=-1)
             ties = contrastive_loss(self.model, self.prompts, images, batch, self.step)
-        loss = truth + weight * ties
+        loss: Tensor = truth + weight * ties
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.step += 1

@@ -329,7 +329,7 @@ def _hidden(objects: tuple[SceneObject, ...], x: int, y: int, width: int, height
 
 
 def _fits(text: str, size: int) -> bool:
-    return _letters(text, size).shape[1] <= IMAGE_SIZE
+    return bool(_letters(text, size).shape[1] <= IMAGE_SIZE)
 
 
 def _pick(u: float, n: int) -> int:
@@ -422,4 +422,5 @@ def _blend(
 
 def _per_patch(pages: Float32[np.ndarray, "n 64 64"]) -> Float32[np.ndarray, "n 8 8"]:
     blocks = pages.reshape(-1, PATCH_GRID, PATCH_SIZE, PATCH_GRID, PATCH_SIZE)
-    return blocks.mean(axis=(2, 4), dtype=np.float32)
+    shares: Float32[np.ndarray, "n 8 8"] = blocks.mean(axis=(2, 4), dtype=np.float32)
+    return shares

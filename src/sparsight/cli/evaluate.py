@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,3 +14,63 @@ from sparsight.cli.printing import print_scores
 from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(SubjectOptions):
+    """Measure SAEs: error, sparsity, zero-shot accuracy, known attributes, beside baselines."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
+    """Run folders, or folders with runs in them."""
+
+    out: Path | None = None
+    """File of the figures; default metrics.json in each run."""
+
+    baselines: bool = True
+    """Measure an untrained SAE, PCA and raw neurons as well."""
+
+    downstream: bool = True
+    """Load the model to measure zero-shot accuracy and contrastive loss with the site replaced."""
+
+    templates: str = "simple"
+    """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
+
+    max_images: int | None = None
+    """Only the first so many images."""
+
+    batch_images: int = 64
+    """Images at a time."""
+
+    dead_window: int | None = None
+    """N of `dead`, in vectors; default 10,000,000, or all there are if fewer."""
+
+    seed: int = 0
+    """Of the untrained SAE, and of the halves of the truth table."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, measure, print the headlines and what was left out."""
+    options = parse(EvaluateOptions, "evaluate", arguments)
+    saes = open_saes(options.runs)
+    if options.out is not None and len(saes) > 1:
+        raise UserError(f"--out takes one file; {len(saes)} SAEs are given. Leave it out.")
+    subjects = Subjects(options)
+    reports = {}
+    for folder, sae in saes.items():
+        report = evaluate(
+            sae,
+            subjects.activations(folder, sae),
+            model=subjects.model(folder, sae) if options.downstream else None,
+            templates=options.templates,
+            baselines=options.baselines,
+            max_images=options.max_images,
+            batch_images=options.batch_images,
+            dead_window=options.dead_window,
+            workers=options.workers,
+            seed=options.seed,
+        )
+        report.save(options.out or folder / "metrics.json")
+        reports[folder] = report
+        for family, reason in report.metrics["omitted"].items():
+            print(f"note: {folder.name}: no {family}: {reason}", file=sys.stderr)
+    print_scores([folder.name for folder in reports], [r.metrics for r in reports.values()])

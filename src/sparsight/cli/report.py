@@ -15,7 +15,7 @@ from sparsight.cli.options import CommandOptions, parse
 class ReportOptions(CommandOptions):
     """Write one self-contained HTML page about some runs: figures, plots, and what latents see."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
     """Run folders, or one folder with runs in it."""
 
     out: Path = Path("report.html")

@@ -74,31 +74,35 @@ def set_names(index: LatentIndex, names: Mapping[int, LatentName]) -> LatentInde
 def name_from_truth(
     index: LatentIndex, metrics: Mapping[str, Any], min_score: float = 0.5
 ) -> LatentIndex:
-    """Name latents after the known attributes that they are the best latents of.
-
-    A latent that is the best of several attributes is named after the one with the highest F1.
+    """Name each latent after the known attribute that it tells best.
 
     Args:
         index: of the SAE that `metrics` are about.
-        metrics: with `truth`, as `evaluate` gives them: attribute → `latent`, `f1`, ….
-        min_score: F1 on held-out images that a name must reach.
+        metrics: with `latent_names`, as `evaluate` gives them for calibration images: latent →
+            `attribute`, `f1`, ….
+        min_score: F1 on held-out images that a name must reach. (`evaluate` keeps those of 0.5
+            or more.)
 
     Raises:
-        UserError: there is no truth in `metrics`, or it is about another SAE.
+        UserError: the metrics know no truth, or are about another SAE.
     """
-    truth = metrics.get("truth")
-    if not isinstance(truth, Mapping):
+    found = metrics.get("latent_names")
+    if not isinstance(found, Mapping):
         raise UserError(
-            f"{index.folder}: no names, as the metrics hold no truth table. Evaluate on "
-            "calibration images first; only of them are the attributes known."
+            f"{index.folder}: no names, as the metrics hold no truth. Evaluate on calibration "
+            "images first; only of them are the attributes known."
         )
-    names: dict[int, LatentName] = {}
-    for attribute, scores in sorted(truth.items()):
-        latent, score = scores.get("latent"), scores.get("f1")
-        if latent is None or score is None or not score >= min_score:
-            continue
-        if latent not in names or score > names[latent].score:
-            names[latent] = LatentName(wording(attribute), float(score), TRUTH_SOURCE)
+    width = metrics.get("n_latents", index.n_latents)
+    if width != index.n_latents:
+        raise UserError(
+            f"{index.folder}: is of {index.n_latents} latents, the metrics are of an SAE of "
+            f"{width} latents."
+        )
+    names = {
+        int(latent): LatentName(wording(about["attribute"]), float(about["f1"]), TRUTH_SOURCE)
+        for latent, about in found.items()
+        if about["f1"] is not None and about["f1"] >= min_score
+    }
     return set_names(index, names)
 
 

@@ -25,6 +25,7 @@ from sparsight.latents.cards import (
     is_crisp,
 )
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.latents.views import RunView, make_view
 from sparsight.vision import VisionModel, load_model
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -74,7 +75,10 @@ def write_report(
     folders = find_runs(runs)
     found = [read_run(*pair) for pair in zip(folders, run_names(folders), strict=True)]
     models = _Models(model)
-    views = [_view(run, f"run-{i}", models, latents, seed, quiet) for i, run in enumerate(found)]
+    views = [
+        make_view(run, f"run{i}", models.of(run), latents=latents, seed=seed, quiet=quiet)
+        for i, run in enumerate(found)
+    ]
     for thumbnail in THUMBNAILS:
         page = _page(found, views, title, thumbnail)
         if len(page.encode()) <= max_bytes:

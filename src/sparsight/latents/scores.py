@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ REPLACEMENTS = {
     "zero": "zero instead",
 }
 TRUTH_SCORES = {"auc": "AUC", "f1": "F1", "iou": "IoU"}
+EVERYWHERE = "iou_everywhere"
+ALL_PATCHES = "all patches"
 NOT_MEASURED = "not measured"
 
 GLOSSARY: dict[str, str] = {
@@ -39,6 +41,9 @@ GLOSSARY: dict[str, str] = {
     "half.",
     "IoU": "Overlap of that latent's heatmap, above a threshold, with where the attribute truly "
     "is: intersection over union of patches.",
+    "all patches": "IoU of a heatmap that is lit everywhere: what an attribute scores for being "
+    "large.",
+    "KL": "Divergence of the classes' probabilities from the original's, in nats.",
     "untrained SAE": "An SAE of the same shape with its starting weights. What it scores comes "
     "from the architecture, not from learning.",
     "PCA": "Principal components, as many as the SAE has active latents.",
@@ -78,6 +83,8 @@ class Row:
     cells: tuple[str, ...]
     strong: bool = False
     """Whether all of it stands out."""
+    group: str = ""
+    """Heading above it, where a group of rows begins."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,8 @@ def tiles(metrics: Metrics) -> list[Tile]:
                     for name, block in baselines(metrics)
                     if truth_by_kind(block)
                 ),
-                "best single latents, held-out images",
+                interval(dig(metrics, f"truth_summary.{kind}.auc"), figure)
+                or "best single latents, held-out images",
             )
         )
     return made
@@ -181,31 +189,38 @@ def reconstruction_table(metrics: Metrics) -> Table | None:
 
 
 def downstream_table(metrics: Metrics) -> Table | None:
-    """What the model still does with the site replaced."""
-    shot, contrastive = metrics.get("zero_shot") or {}, metrics.get("contrastive") or {}
-    here = [name for name in REPLACEMENTS if name in shot or name in contrastive]
-    if not here:
+    """What the model still does with the site replaced, by the SAE and by other things."""
+    lines: list[tuple[str, str, Metrics, Metrics]] = []
+    for key, name in (("original", "original"), ("reconstructed", "SAE")):
+        lines.append((name, "", *_variant(metrics, key)))
+    lines += [(name, name, *_variant(block, "reconstructed")) for name, block in baselines(metrics)]
+    for key in ("mean", "zero"):
+        lines.append((REPLACEMENTS[key], "", *_variant(metrics, key)))
+    lines = [line for line in lines if line[2] or line[3]]
+    if not lines:
         return None
-    losses = {name: _loss(contrastive.get(name)) for name in here}
-    columns: list[tuple[str, Callable[[str], str]]] = []
-    if shot:
-        columns += [
-            ("top-1", lambda name: percent(dig(shot, f"{name}.top1"))),
-            ("95 % interval", lambda name: interval(shot.get(name))),
-            ("top-5", lambda name: percent(dig(shot, f"{name}.top5"))),
-        ]
-    if any(loss is not None for loss in losses.values()):
-        columns.append(("contrastive loss", lambda name: figure(losses[name])))
+    columns: list[tuple[str, Callable[[Metrics, Metrics], str]]] = [
+        ("top-1", lambda shot, _: percent(shot.get("top1"))),
+        ("95 % interval", lambda shot, _: interval(shot)),
+        ("top-5", lambda shot, _: percent(shot.get("top5"))),
+        ("KL", lambda shot, _: figure(shot.get("kl"))),
+        ("contrastive loss", lambda _, contrastive: figure(contrastive.get("loss"))),
+    ]
+    columns = [
+        (name, show)
+        for name, show in columns
+        if any(show(shot, contrastive) not in ("", NOT_MEASURED) for *_, shot, contrastive in lines)
+    ]
     rows = tuple(
         Row(
-            REPLACEMENTS[name],
-            "zero-shot",
-            tuple(show(name) for _, show in columns),
-            strong=name == "reconstructed",
+            name,
+            term,
+            tuple(show(shot, contrastive) or NOT_MEASURED for _, show in columns),
+            strong=name == "SAE",
         )
-        for name in here
+        for name, term, shot, contrastive in lines
     )
-    n, classes = dig(shot, "original.n"), dig(shot, "original.n_classes")
+    n, classes = dig(metrics, "zero_shot.original.n"), dig(metrics, "zero_shot.original.n_classes")
     note = f"Zero-shot on {count(n)} images" if n else ""
     note += f", {count(classes)} classes" if n and classes else ""
     return Table(
@@ -217,8 +232,9 @@ def downstream_table(metrics: Metrics) -> Table | None:
     )
 
 
-def _loss(value: Any) -> Any:
-    return value.get("loss") if isinstance(value, Mapping) else value
+def _variant(block: Metrics, name: str) -> tuple[Metrics, Metrics]:
+    """Zero-shot and contrastive figures of one replacement; {} where there are none."""
+    return (dig(block, f"zero_shot.{name}") or {}, dig(block, f"contrastive.{name}") or {})
 
 
 def truth_table(metrics: Metrics) -> Table | None:
@@ -228,18 +244,24 @@ def truth_table(metrics: Metrics) -> Table | None:
     found = [(name, kinds) for name, kinds in found if kinds]
     if not found or found[0][0] != "SAE":
         return None
-    rows = tuple(
-        Row(
-            f"{kind.replace('_', ' ')} ({summary['n']}), {title}",
-            title,
-            tuple(figure(kinds.get(kind, {}).get(score)) for _, kinds in found),
-        )
-        for kind, summary in found[0][1].items()
-        for score, title in TRUTH_SCORES.items()
-        if summary.get(score) is not None
+    kinds = found[0][1]
+    everywhere = any(summary.get(EVERYWHERE) is not None for summary in kinds.values())
+    rows: list[Row] = []
+    for kind, summary in kinds.items():
+        group = f"{kind.replace('_', ' ')} · {summary['n']}"
+        for score, title in TRUTH_SCORES.items():
+            if summary.get(score) is None:
+                continue
+            cells = [figure(own.get(kind, {}).get(score)) for _, own in found]
+            if everywhere:
+                cells.append(figure(summary.get(EVERYWHERE)) if score == "iou" else "")
+            rows.append(Row(title, title, tuple(cells), group=group))
+            group = ""
+    columns = [name for name, _ in found] + ([ALL_PATCHES] if everywhere else [])
+    note = (
+        "Means of the best single latents, chosen on one half of the images, scored on the other."
     )
-    note = "Best single latent for each attribute, chosen on one half, scored on the other; means."
-    return Table("Known attributes", tuple(name for name, _ in found), rows, note)
+    return Table("Known attributes", tuple(columns), tuple(rows), note)
 
 
 def attribute_table(metrics: Metrics) -> Table | None:
@@ -266,17 +288,14 @@ def attribute_table(metrics: Metrics) -> Table | None:
 
 
 def truth_by_kind(block: Metrics) -> dict[str, dict[str, Any]]:
-    """Means over the attributes of each kind, `n` of them; from `truth`, or its summary."""
-    truth = block.get("truth") or {}
+    """Means over the attributes of each kind, `n` of them, of what was measured."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for attribute, scores in truth.items():
+    for attribute, scores in (block.get("truth") or {}).items():
         if isinstance(scores, Mapping):
             kinds.setdefault(attribute.split("/")[0], []).append(scores)
     return {
-        kind: {
-            "n": len(rows),
-            **{score: _mean(row.get(score) for row in rows) for score in TRUTH_SCORES},
-        }
+        kind: {"n": len(rows)}
+        | {score: _mean(row.get(score) for row in rows) for score in (*TRUTH_SCORES, EVERYWHERE)}
         for kind, rows in kinds.items()
     }
 
@@ -323,11 +342,13 @@ def count(value: Any) -> str:
     return f"{value:,.0f}" if _is_number(value) else NOT_MEASURED
 
 
-def interval(scores: Any) -> str:
-    """A 95 % interval, in per cent."""
-    bounds: Sequence[float] | None = scores.get("interval") if isinstance(scores, Mapping) else None
+def interval(scores: Any, show: Callable[[Any], str] | None = None) -> str:
+    """A 95 % interval, in per cent unless `show` says otherwise; empty where there is none."""
+    bounds = scores.get("interval") if isinstance(scores, Mapping) else None
     if not bounds or len(bounds) != 2:
         return ""
+    if show is not None:
+        return f"{show(bounds[0])} – {show(bounds[1])}"
     return f"{100 * bounds[0]:.1f} – {100 * bounds[1]:.1f} %"
 
 

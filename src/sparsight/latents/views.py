@@ -105,14 +105,18 @@ def make_view(
 
 
 def _not_measured(metrics: Mapping[str, Any]) -> list[str]:
-    """Families of scores that `metrics.json` lacks."""
-    lacking = {
-        "baselines": "Baselines: not measured; `sparsight evaluate` measures them by default.",
-        "zero_shot": "Zero-shot accuracy: not measured; give `sparsight evaluate` the model and "
-        "labelled images.",
-        "truth": "Known attributes: not measured; they are known for calibration images alone.",
+    """Families of scores that `metrics.json` lacks, with the reason where it gives one."""
+    omitted = metrics.get("omitted") or {}
+    families = {
+        "baselines": ("Baselines", "`sparsight evaluate` measures them by default."),
+        "zero_shot": ("Zero-shot accuracy", "it takes the model and labelled images."),
+        "truth": ("Known attributes", "they are known for calibration images alone."),
     }
-    return [text for name, text in lacking.items() if not metrics.get(name)]
+    return [
+        f"{name}: not measured; {omitted.get(family) or reason}"
+        for family, (name, reason) in families.items()
+        if not metrics.get(family)
+    ]
 
 
 def _plots(run: RunFiles, key: str, model: VisionModel | str) -> list[Plot]:

@@ -8,7 +8,7 @@ from typing import Literal
 from sparsight.errors import UserError
 
 NormaliserKind = Literal["scale", "standardise", "none"]
-BiasInit = Literal["zero", "geometric_median"]
+BiasInit = Literal["zero", "mean", "geometric_median"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class SAEConfig:
     """Keep each latent's decoder row at norm 1."""
 
     b_dec_init: BiasInit = "zero"
-    """Where the decoder's bias starts, in normalised space; "geometric_median" is estimated on a
-    sample of the activations."""
+    """Where the decoder's bias starts, in normalised space; "mean" and "geometric_median" are
+    estimated on a sample of the activations."""
 
     def __post_init__(self) -> None:
         if self.n_latents is not None and self.n_latents < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 
 
 def save(sae: SparseAutoencoder, folder: Path) -> Path:
-    """Write an SAE into a folder, each file whole or not at all.
+    """Write an SAE into a folder, each file whole or not at all, the weights last.
 
     Returns:
         The folder.
+
+    Raises:
+        SparsightError: the disk is full or the folder cannot be written.
     """
     tensors = {
         name: each.detach().cpu().contiguous().clone() for name, each in sae.state_dict().items()
     }
-    with atomic_path(folder / WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
     description = {
         "format": "sparsight-sae",
         "format_version": FORMAT_VERSION,
@@ -43,7 +44,33 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
     }
     write_json(folder / CONFIG, description)
     write_text(folder / "README.md", model_card(sae))
+    save_tensors(tensors, folder / WEIGHTS)
     return folder
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        SparsightError: the disk is full or the folder cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise SparsightError(f"{path}: could not be written ({error}).") from error
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        SparsightError: it is missing, damaged or cut off.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SparsightError(f"{path}: is missing, damaged or cut off ({error}).") from error
 
 
 def load(
@@ -84,14 +111,14 @@ def _description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: unknown keys {strange}, missing keys {absent}.")
     if not isinstance(found["d_in"], int) or found["d_in"] < 1:
         raise UserError(f"{path}: d_in is {found['d_in']!r}; expected a positive number.")
+    for key in ("config", "metadata"):
+        if not isinstance(found[key], dict):
+            raise UserError(f"{path}: {key} is {found[key]!r}; expected an object.")
     return found
 
 
 def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise SparsightError(f"{path}: is damaged or cut off ({error}).") from error
+    tensors = load_tensors(path)
     expected = {key: tuple(each.shape) for key, each in sae.state_dict().items()}
     found = {key: tuple(each.shape) for key, each in tensors.items()}
     if expected != found:

@@ -39,7 +39,9 @@ def initial_parameters(
     if sample is None:
         sample = torch.randn(256, d_in, generator=generator)
     b_dec = torch.zeros(d_in)
-    if config.b_dec_init == "geometric_median":
+    if config.b_dec_init == "mean":
+        b_dec = sample.double().mean(dim=0).float()
+    elif config.b_dec_init == "geometric_median":
         b_dec = geometric_median(sample)
     b_enc = torch.zeros(n_latents)
     values, indices = encode_topk(sample, W_dec, b_enc, b_dec, config.sparsity.k)

@@ -1,8 +1,10 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-`checkpoints/STEP/state.json` holds the step, the position in the data and a checksum of each
-file; beside it, a folder a site with the SAE as `from_pretrained` reads it and
-`training.safetensors`. A checkpoint is written under another name and renamed when it is whole.
+`checkpoints/STEP/state.json` holds the step, the position in the data and a checksum of each file;
+beside it, a folder a site with the SAE as `from_pretrained` reads it and `training.safetensors`:
+optimiser, dead-latent counters, running figures, the average of the weights. Random numbers are
+drawn from seeds alone, so that there are no random states to keep. A checkpoint is written under
+another name and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsight.errors import SparsightError
 from sparsight.files import read_json, sha256_file, write_json
+from sparsight.sae.files import WEIGHTS, load_tensors, save_tensors
 from sparsight.training.site import SiteTraining
 
+FORMAT_VERSION = 1
 KEPT = 2
 _STATE = "state.json"
 _TENSORS = "training.safetensors"
@@ -34,12 +36,14 @@ class Checkpoint:
         step: steps that were done.
         cursor: position in the data, for the stream's `load_state_dict`.
         summed: vectors in each site's running figures.
+        saes: for each site the tensors of the SAE.
         tensors: for each site what `SiteTraining.state` gave.
     """
 
     step: int
     cursor: dict[str, Any]
     summed: dict[str, int]
+    saes: dict[str, dict[str, Tensor]]
     tensors: dict[str, dict[str, Tensor]]
 
 
@@ -53,29 +57,27 @@ def save(
     """
     target = folder / f"{step:09d}"
     partial = folder / f".{step:09d}.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_partial(folder)
     try:
-        partial.mkdir(parents=True)
-        sums = {}
         for site, training in sites.items():
-            (partial / site).mkdir()
             training.sae.save_pretrained(partial / site)
-            save_file(training.state(), partial / site / _TENSORS)
-            sums[site] = sha256_file(partial / site / _TENSORS)
+            save_tensors(training.state(), partial / site / _TENSORS)
+        files = [f"{site}/{name}" for site in sites for name in (WEIGHTS, _TENSORS)]
         write_json(
             partial / _STATE,
             {
+                "format_version": FORMAT_VERSION,
                 "step": step,
                 "cursor": dict(cursor),
                 "summed": {site: training.summed for site, training in sites.items()},
-                "sha256": sums,
+                "sha256": {file: sha256_file(partial / file) for file in files},
             },
         )
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SparsightError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise SparsightError(f"{target}: the checkpoint could not be written ({error}).") from error
+        raise SparsightError(f"{target}: the checkpoint could not be written ({error})") from error
     for old in _found(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -102,21 +104,42 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
     return None, problems
 
 
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint, unread."""
+    return next(reversed(_found(folder)), None)
+
+
 def _found(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
 
 
+def _remove_partial(folder: Path) -> None:
+    """Remove what a killed `save` left."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _read(path: Path, sites: tuple[str, ...]) -> Checkpoint:
     state = read_json(path / _STATE)
-    tensors = {}
-    for site in sites:
-        file = path / site / _TENSORS
-        if not file.exists() or sha256_file(file) != state["sha256"].get(site):
-            raise SparsightError(f"{file}: is missing or damaged (its checksum differs).")
-        try:
-            tensors[site] = load_file(file)
-        except SafetensorError as error:
-            raise SparsightError(f"{file}: cannot be read ({error}).") from error
-    return Checkpoint(state["step"], state["cursor"], state["summed"], tensors)
+    if state.get("format_version") != FORMAT_VERSION:
+        raise SparsightError(
+            f"{path / _STATE}: format_version is {state.get('format_version')!r}; "
+            f"this Sparsight reads {FORMAT_VERSION}."
+        )
+    try:
+        for file, expected in state["sha256"].items():
+            if not (path / file).exists() or sha256_file(path / file) != expected:
+                raise SparsightError(f"{path / file}: is missing or damaged (checksum).")
+        return Checkpoint(
+            state["step"],
+            state["cursor"],
+            {site: state["summed"][site] for site in sites},
+            {site: load_tensors(path / site / WEIGHTS) for site in sites},
+            {site: load_tensors(path / site / _TENSORS) for site in sites},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SparsightError(
+            f"{path / _STATE}: lacks {error} or holds it in another form."
+        ) from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sparsight.errors import MissingExtra
 from sparsight.files import write_text
 from sparsight.training.run import METRICS, read_metrics
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Takes a line of figures now and then."""
 
@@ -40,14 +41,14 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files under `tensorboard/` in the run's folder."""
+    """Event files under `tensorboard/` in the run's folder; a resumed run hides later points."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vectors: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtra("tensorboard", "tensorboard") from error
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=vectors + 1)
 
     def log(self, figures: Mapping[str, Any]) -> None:
         """Add a point to each curve."""
@@ -86,16 +87,16 @@ class WeightsAndBiases:
 
 
 def open_loggers(
-    folder: Path, names: Sequence[str], step: int, config: Mapping[str, Any]
+    folder: Path, names: Sequence[str], step: int, vectors: int, config: Mapping[str, Any]
 ) -> list[Logger]:
-    """The loggers of a run.
+    """The loggers of a run, at `step` (after so many vectors), where it begins or goes on.
 
     Raises:
         MissingExtra: a library is not installed.
     """
     loggers: list[Logger] = []
     if "tensorboard" in names:
-        loggers.append(TensorBoard(folder))
+        loggers.append(TensorBoard(folder, vectors))
     if "wandb" in names:
         loggers.append(WeightsAndBiases(folder, config))
     return [JsonLines(folder, step), *loggers]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.activations import SiteStatistics
 from sparsight.sae import Normaliser, SparseAutoencoder
@@ -15,7 +17,11 @@ from sparsight.sae.kernels import Precision
 from sparsight.sae.objectives import auxk_loss, default_auxk
 from sparsight.training.config import TrainConfig
 
-SUMS = ("squared_error", "squared_spread", "l0", "loss", "aux_loss")
+NEVER = torch.iinfo(torch.int64).max
+
+SUMS = ("squared_error", "squared_spread", "l0", "loss", "aux_loss", "grad_norm")
+BAD = ("activations", "loss", "gradient")
+"""What can cease to be finite, in the order of cause and effect."""
 
 
 class SiteTraining:
@@ -62,8 +68,6 @@ class SiteTraining:
         self.optimiser = torch.optim.Adam(
             self.sae.parameters(), lr=self.lr, betas=config.betas, eps=config.eps, fused=True
         )
-        # Named, so that checkpoints do not depend on the order of the optimiser's own numbers.
-        self.names = [name for name, _ in self.sae.named_parameters()]
         self.since_fired: Int[Tensor, " n_latents"] = torch.zeros(
             self.sae.n_latents, dtype=torch.int64, device=device
         )
@@ -72,7 +76,7 @@ class SiteTraining:
             self.average = {
                 name: each.detach().clone() for name, each in self.sae.named_parameters()
             }
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.first_bad_steps = torch.full((len(BAD),), NEVER, dtype=torch.int64, device=device)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.summed = 0
 
@@ -82,35 +86,40 @@ class SiteTraining:
         return self.since_fired >= self.config.dead_after
 
     def step(self, x: Float[Tensor, "batch d_in"], step: int, lr_factor: float) -> None:
-        """Train on one batch; nothing is fetched from the device.
+        """Train on one batch. Nothing is fetched from the device, but for AuxK the list of the dead
+        latents, as soon as there can be any.
 
         Args:
             x: activations in the units of the model.
-            step: number of the step, for messages.
+            step: number of the step, from 0.
             lr_factor: share of the peak learning rate.
         """
         sae = self.sae
         z = sae.normaliser(x)
         values, indices = sae.encode_normalised(z, self.precision)
-        residual = z - sae.decode_normalised(values, indices)
-        squared_error = residual.square().sum()
+        z_hat = sae.decode_normalised(values, indices)
+        squared_error = functional.mse_loss(z_hat, z, reduction="sum")
         loss = squared_error / (len(z) * self.variance)
         auxiliary = None
-        if self.config.auxk is not None:
-            auxiliary = auxk_loss(sae, z, residual, self.dead, self.aux_k)
-        total = loss if auxiliary is None else loss + self.config.auxk.alpha * auxiliary  # type: ignore[union-attr]
+        total = loss
+        if self.config.auxk is not None and step * len(z) >= self.config.dead_after:
+            auxiliary = auxk_loss(sae, z, z - z_hat, self.dead, self.aux_k)
+            if auxiliary is not None:
+                total = loss + self.config.auxk.alpha * auxiliary
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
-        self._update(lr_factor)
+        grad_norm = self._update(step, lr_factor)
         with torch.no_grad():
             self._count(values.detach(), indices)
-            bad = ~torch.isfinite(total) & (self.first_bad_step < 0)
-            self.first_bad_step.copy_(torch.where(bad, step, self.first_bad_step))
             spread = (z - self.centre).square().sum()
+            self._watch(step, spread, total, grad_norm)
             l0 = (values > 0).sum()
             aux = torch.zeros_like(loss) if auxiliary is None else auxiliary
             self.sums += torch.stack(
-                [each.detach().double() for each in (squared_error, spread, l0, total, aux)]
+                [
+                    each.detach().double()
+                    for each in (squared_error, spread, l0, total, aux, grad_norm)
+                ]
             )
             self.summed += len(z)
 
@@ -124,10 +133,17 @@ class SiteTraining:
             "dead": self.dead.double().mean().item(),
             "loss": sums["loss"] / n_batches,
             "aux_loss": sums["aux_loss"] / n_batches,
+            "grad_norm": sums["grad_norm"] / n_batches,
         }
         self.sums.zero_()
         self.summed = 0
         return found
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """The first step at which something was not finite, and what it was; None while all is."""
+        steps: list[int] = self.first_bad_steps.tolist()
+        step = min(steps)
+        return None if step == NEVER else (step, BAD[steps.index(step)])
 
     def finished(self) -> SparseAutoencoder:
         """The SAE of the run: the average of the weights, if there is one."""
@@ -139,22 +155,21 @@ class SiteTraining:
         return self.sae
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that exact resume needs."""
-        found = {f"sae.{name}": each for name, each in self.sae.state_dict().items()}
+        """Every tensor that exact resume needs beside those of the SAE."""
+        found = {}
         for name, parameter in self.sae.named_parameters():
             for key, each in self.optimiser.state[parameter].items():
                 found[f"optimiser.{name}.{key}"] = each
         found |= {f"average.{name}": each for name, each in self.average.items()}
         found["since_fired"] = self.since_fired
         found["sums"] = self.sums
-        found["first_bad_step"] = self.first_bad_step
         return {key: each.detach().cpu().contiguous() for key, each in found.items()}
 
-    def load_state(self, state: Mapping[str, Tensor], summed: int) -> None:
-        """Continue from `state()`."""
-        self.sae.load_state_dict(
-            {key[4:]: each for key, each in state.items() if key.startswith("sae.")}
-        )
+    def load_state(
+        self, sae: Mapping[str, Tensor], state: Mapping[str, Tensor], summed: int
+    ) -> None:
+        """Continue from the tensors of the SAE, `state()` and `summed`."""
+        self.sae.load_state_dict(sae)
         for name, parameter in self.sae.named_parameters():
             prefix = f"optimiser.{name}."
             self.optimiser.state[parameter] = {
@@ -166,30 +181,39 @@ class SiteTraining:
             self.average[name].copy_(state[f"average.{name}"])
         self.since_fired.copy_(state["since_fired"])
         self.sums.copy_(state["sums"])
-        self.first_bad_step.copy_(state["first_bad_step"])
         self.summed = summed
 
-    def _update(self, lr_factor: float) -> None:
+    def _update(self, step: int, lr_factor: float) -> Float[Tensor, ""]:
+        """One step of the optimiser; gives the norm of the gradient before it was clipped."""
         W_dec = self.sae.W_dec
         if self.config.sae.unit_norm_decoder and W_dec.grad is not None:
             with torch.no_grad():
                 along = (W_dec.grad * W_dec).sum(dim=1, keepdim=True)
                 W_dec.grad -= along * W_dec
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.grad_clip)
+        largest = self.config.grad_clip if self.config.grad_clip is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), largest)
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr * lr_factor
         self.optimiser.step()
         with torch.no_grad():
             if self.config.sae.unit_norm_decoder:
                 self._renormalise()
-            for name, parameter in self.sae.named_parameters():
-                if name in self.average:
-                    self.average[name].lerp_(parameter, 1 - self.config.ema)  # type: ignore[operator]
+            if self.config.ema is not None:
+                # Early on the average is over few steps, or else it would keep the first weights.
+                keep = min(self.config.ema, (step + 1) / (step + 10))
+                for name, parameter in self.sae.named_parameters():
+                    self.average[name].lerp_(parameter, 1 - keep)
+        return norm
 
     def _renormalise(self) -> None:
         if self.config.sae.unit_norm_decoder:
-            self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            W_dec = self.sae.W_dec
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+    def _watch(self, step: int, *figures: Float[Tensor, ""]) -> None:
+        finite = torch.isfinite(torch.stack([each.detach() for each in figures]))
+        now = torch.full_like(self.first_bad_steps, step).masked_fill_(finite, NEVER)
+        self.first_bad_steps.copy_(torch.minimum(self.first_bad_steps, now))
 
     def _count(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> None:
         self.since_fired += len(values)

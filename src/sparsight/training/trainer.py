@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,9 @@ def train(
     """
     config = config or TrainConfig()
     activations = _as_activations(source, sites, tokens)
-    run = Run(Path(out), tuple(sites or activations.sites))
+    # Live activations have just the sites asked for, under their canonical names.
+    chosen = activations.sites if isinstance(source, tuple) or not sites else sites
+    run = Run(Path(out), tuple(dict.fromkeys(chosen)))
     for site in run.sites:
         config.sae.width(activations.d_in(site))
     recipe = _recipe(activations, run, config)
@@ -87,10 +91,10 @@ class _Loop:
         self.stream = source.stream(run.sites, self.config.batch_size, seed=self.config.seed)
         found, problems = checkpoint.load_latest(run.checkpoints, run.sites)
         for problem in problems:
-            print(f"Skipped a damaged checkpoint: {problem}")
+            warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=3)
         self.first_batch: dict[str, Tensor] | None = None
         if found is None:
-            self.first_batch = next(self.stream)
+            self.first_batch = self._read()
         samples = self.first_batch or {
             site: torch.zeros(1, source.d_in(site)) for site in run.sites
         }
@@ -109,12 +113,17 @@ class _Loop:
             self.step = found.step
             self.stream.load_state_dict(found.cursor)
             for site, training in self.sites.items():
-                training.load_state(found.tensors[site], found.summed[site])
+                training.load_state(found.saes[site], found.tensors[site], found.summed[site])
+        self.logged = (time.monotonic(), self.step)
         self.loggers: dict[str, list[Logger]] = {}
         for site in run.sites:
             write_toml(run.folder(site) / CONFIG, recipe)
             self.loggers[site] = open_loggers(
-                run.folder(site), self.config.loggers, self.step, to_dict(recipe)
+                run.folder(site),
+                self.config.loggers,
+                self.step,
+                self.step * self.config.batch_size,
+                to_dict(recipe),
             )
 
     def run_to_end(self, line: ProgressLine) -> None:
@@ -144,18 +153,37 @@ class _Loop:
         if self.first_batch is not None:
             batch, self.first_batch = self.first_batch, None
             return batch
-        return next(self.stream)
+        return self._read()
+
+    def _read(self) -> dict[str, Tensor]:
+        try:
+            return next(self.stream)
+        except UserError:
+            raise
+        except SparsightError as error:
+            raise SparsightError(
+                f"{error} Training stops at step {self.step + 1}; {self._what_stays()}."
+            ) from error
 
     def _log(self, factor: float) -> str:
         self._check_finite()
         notes = []
+        vectors = self.step * self.config.batch_size
+        now = time.monotonic()
+        rate = (
+            (self.step - self.logged[1]) * self.config.batch_size / max(now - self.logged[0], 1e-9)
+        )
+        self.logged = (now, self.step)
         for site, training in self.sites.items():
             figures = training.figures(self.config.batch_size)
             entry: dict[str, Any] = {
                 "step": self.step,
-                "vectors": self.step * self.config.batch_size,
+                "vectors": vectors,
+                "epoch": vectors / self.stream.vectors_per_epoch,
                 **figures,
+                "dead_window": self.config.dead_after,
                 "lr": training.lr * factor,
+                "vectors_per_second": rate,
             }
             for logger in self.loggers[site]:
                 logger.log(entry)
@@ -167,19 +195,20 @@ class _Loop:
 
     def _check_finite(self) -> None:
         for site, training in self.sites.items():
-            bad = int(training.first_bad_step)
-            if bad >= 0:
+            bad = training.first_bad()
+            if bad is not None:
+                step, what = bad
+                size = self.config.batch_size
+                advice = "" if what == "activations" else " A lower lr may help."
                 raise SparsightError(
-                    f"The loss at {site} was not finite at step {bad + 1} (vectors "
-                    f"{bad * self.config.batch_size:,} to {(bad + 1) * self.config.batch_size:,}). "
-                    f"Training stops; the last good checkpoint stays in {self.run.checkpoints}. "
-                    "A lower lr may help."
+                    f"The {what} at {site} ceased to be finite at step {step + 1} (vectors "
+                    f"{step * size:,} to {(step + 1) * size:,}). Training stops; "
+                    f"{self._what_stays()}.{advice}"
                 )
-            if not all(bool(torch.isfinite(each).all()) for each in training.sae.parameters()):
-                raise SparsightError(
-                    f"Weights of the SAE at {site} are not finite after step {self.step}. Training "
-                    f"stops; the last good checkpoint stays in {self.run.checkpoints}."
-                )
+
+    def _what_stays(self) -> str:
+        newest = checkpoint.newest(self.run.checkpoints)
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def _finish(self) -> None:
         self._check_finite()

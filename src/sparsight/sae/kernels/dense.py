@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsight.sae.kernels.interface import Precision
+
 
 def encode_topk(
     x: Float[Tensor, "batch d_in"],
@@ -12,8 +14,9 @@ def encode_topk(
     b_enc: Float[Tensor, " n_latents"],
     b_dec: Float[Tensor, " d_in"],
     k: int,
+    precision: Precision = "float32",
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest of `W_enc (x - b_dec) + b_enc`, at least 0."""
+    """See `Backend.encode_topk`; always in the precision of `x`."""
     top = ((x - b_dec) @ W_enc.T + b_enc).topk(k, dim=-1)
     return top.values.relu(), top.indices
 
@@ -24,6 +27,6 @@ def decode_topk(
     W_dec: Float[Tensor, "n_latents d_in"],
     b_dec: Float[Tensor, " d_in"],
 ) -> Float[Tensor, "batch d_in"]:
-    """The sum of the chosen decoder rows, weighted by `values`, and the bias."""
+    """See `Backend.decode_topk`."""
     code = values.new_zeros(len(values), len(W_dec)).scatter(1, indices, values)
     return code @ W_dec + b_dec

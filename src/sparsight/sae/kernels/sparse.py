@@ -3,13 +3,13 @@
 At k ≪ n_latents one product is dense, the pre-activations; and they are needed for the choice
 alone. So the choice is made in tiles of rows, without autograd, and the backward passes touch the k
 rows of each vector: the gradient of the code is k dot products, those of the weights are sums over
-the vectors that chose a latent, taken as one sparse product.
+the vectors that chose a latent. Sums run in a fixed order, so that equal input gives equal bits.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-Precision = Literal["float32", "bfloat16"]
+from sparsight.sae.kernels.interface import Precision
 
-# Said once by torch for any CSR tensor; the product that is used here is tested.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+# Torch says once a process that its sparse tensors are "in beta state"; what is used is tested.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], (0, 1), check_invariants=False)
 
-_TILE_ELEMENTS = 1 << 22
+_TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Entries of the widest temporary: pre-activations of a tile, or gathered rows."""
 
 
@@ -34,20 +36,7 @@ def encode_topk(
     k: int,
     precision: Precision = "float32",
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest of `W_enc (x - b_dec) + b_enc`, at least 0, with gradients to all four.
-
-    Args:
-        x: the vectors.
-        W_enc: encoder rows.
-        b_enc: encoder bias.
-        b_dec: decoder bias, subtracted first.
-        k: how many.
-        precision: of the selection; with "bfloat16" some more are chosen and then scored again in
-            the precision of `x`.
-
-    Returns:
-        Values, and the latents they belong to, in no particular order.
-    """
+    """See `Backend.encode_topk`; latents come in rising order."""
     with torch.no_grad():
         indices = _select(x.detach(), W_enc.detach(), b_enc.detach(), b_dec.detach(), k, precision)
     chosen: Tensor = _ScoreChosen.apply(x, W_enc, b_enc, b_dec, indices)  # type: ignore[no-untyped-call]
@@ -60,7 +49,7 @@ def decode_topk(
     W_dec: Float[Tensor, "n_latents d_in"],
     b_dec: Float[Tensor, " d_in"],
 ) -> Float[Tensor, "batch d_in"]:
-    """The sum of the chosen decoder rows, weighted by `values`, and the bias."""
+    """See `Backend.decode_topk`."""
     decoded: Tensor = _Decode.apply(values, indices, W_dec)  # type: ignore[no-untyped-call]
     return decoded + b_dec
 
@@ -74,27 +63,41 @@ def _select(
     # In bfloat16 a quarter more candidates than k hold the true k; exact scores then decide.
     candidates = min(n_latents, k + max(k // 4, 8)) if low else k
     weights = W_enc.bfloat16() if low else W_enc
+    low_bias = bias.bfloat16() if low else bias
     found = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    rows = max(1, _TILE_ELEMENTS // n_latents)
+    rows = _tile_rows(x, n_latents)
     for first in range(0, len(x), rows):
         tile = x[first : first + rows]
-        if not low:
-            scores = torch.addmm(bias, tile, weights.T)
-            found[first : first + rows] = scores.topk(k, dim=1, sorted=False).indices
-            continue
-        scores = torch.addmm(bias.bfloat16(), tile.bfloat16(), weights.T)
-        wide = scores.topk(candidates, dim=1, sorted=False).indices
-        exact = _chosen_products(tile, W_enc, wide) + bias[wide]
-        found[first : first + rows] = wide.gather(1, exact.topk(k, dim=1, sorted=False).indices)
+        scores = torch.addmm(low_bias, tile.to(weights.dtype), weights.T)
+        chosen = scores.topk(candidates, dim=1, sorted=False).indices
+        if low:
+            exact = _chosen_products(tile, W_enc, chosen) + bias[chosen]
+            chosen = chosen.gather(1, exact.topk(k, dim=1, sorted=False).indices)
+        found[first : first + rows] = chosen.sort(dim=1).values
     return found
+
+
+def _tile_rows(x: Tensor, width: int) -> int:
+    return max(1, _TILE_ELEMENTS.get(x.device.type, 1 << 22) // width)
 
 
 def _chosen_products(
     x: Float[Tensor, "batch d_in"], W: Float[Tensor, "n d_in"], indices: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k"]:
     """Dot products of each vector with its own k rows."""
+    if x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.float64):
+        k = indices.shape[1]
+        places = torch.sparse_csr_tensor(
+            torch.arange(0, indices.numel() + 1, k, device=x.device),
+            indices.flatten(),
+            x.new_zeros(indices.numel()),
+            (len(x), len(W)),
+            check_invariants=False,
+        )
+        products: Tensor = torch.sparse.sampled_addmm(places, x.contiguous(), W.T, beta=0.0)
+        return products.values().view_as(indices)
     out = x.new_empty(indices.shape)
-    rows = max(1, _TILE_ELEMENTS // (indices.shape[1] * x.shape[1]))
+    rows = _tile_rows(x, indices.shape[1] * x.shape[1])
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
         out[part] = torch.bmm(W[indices[part]], x[part, :, None])[..., 0]
@@ -107,25 +110,28 @@ def _weighted_rows(
     return functional.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
 
 
-def _sum_by_latent(
-    values: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
-    x: Float[Tensor, "batch d_in"],
-    n_latents: int,
-) -> Float[Tensor, "n_latents d_in"]:
-    """For each latent the sum of the vectors that chose it, weighted by `values`."""
-    flat = indices.flatten()
-    order = flat.argsort(stable=True)
-    starts = torch.zeros(n_latents + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum(torch.bincount(flat, minlength=n_latents), dim=0, out=starts[1:])
-    by_latent = torch.sparse_csr_tensor(
-        starts,
-        order // indices.shape[1],
-        values.flatten()[order],
-        (n_latents, len(x)),
-        check_invariants=False,
-    )
-    return by_latent @ x
+class _ByLatent(NamedTuple):
+    """The pairs of vector and latent in the order of the latents: a transposed code."""
+
+    pairs: Int[Tensor, " batch_times_k"]
+    vectors: Int[Tensor, " batch_times_k"]
+    starts: Int[Tensor, " n_latents"]
+
+    @classmethod
+    def of(cls, indices: Int[Tensor, "batch k"], n_latents: int) -> _ByLatent:
+        flat = indices.flatten()
+        pairs = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=n_latents)
+        return cls(pairs, pairs // indices.shape[1], counts.cumsum(dim=0) - counts)
+
+    def sums(
+        self, values: Float[Tensor, "batch k"], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "n_latents d_in"]:
+        """For each latent the sum of the vectors that chose it, weighted by `values`."""
+        weights = values.flatten()[self.pairs]
+        return functional.embedding_bag(
+            self.vectors, x, self.starts, per_sample_weights=weights, mode="sum"
+        )
 
 
 class _ScoreChosen(Function):
@@ -142,13 +148,13 @@ class _ScoreChosen(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, W_enc, b_dec, indices = ctx.saved_tensors
-        ones = grad.new_ones(len(grad), 1)
-        grad_b_enc = _sum_by_latent(grad, indices, ones, len(W_enc))[:, 0]
+        grad = grad.contiguous()
+        by_latent = _ByLatent.of(indices, len(W_enc))
+        grad_b_enc = by_latent.sums(grad, grad.new_ones(len(grad), 1))[:, 0]
         grad_W_enc = grad_b_dec = grad_x = None
         if ctx.needs_input_grad[1]:
             # Σ g (x − b_dec), with the bias's part taken out of the sum.
-            grad_W_enc = _sum_by_latent(grad, indices, x, len(W_enc))
-            grad_W_enc = grad_W_enc.addr_(grad_b_enc, b_dec, alpha=-1)
+            grad_W_enc = by_latent.sums(grad, x).addr_(grad_b_enc, b_dec, alpha=-1)
         if ctx.needs_input_grad[3]:
             grad_b_dec = -(grad_b_enc @ W_enc)
         if ctx.needs_input_grad[0]:
@@ -168,9 +174,10 @@ class _Decode(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         values, indices, W_dec = ctx.saved_tensors
+        grad = grad.contiguous()
         grad_values = grad_W_dec = None
         if ctx.needs_input_grad[0]:
             grad_values = _chosen_products(grad, W_dec, indices)
         if ctx.needs_input_grad[2]:
-            grad_W_dec = _sum_by_latent(values, indices, grad.contiguous(), len(W_dec))
+            grad_W_dec = _ByLatent.of(indices, len(W_dec)).sums(values, grad)
         return grad_values, None, grad_W_dec

@@ -1,0 +1,150 @@
+"""How fast an activation store is written, streamed back and checked, from the page cache.
+
+    python benchmarks/bench_stream.py [--gb 1] [--folder DIR] [--json FILE]
+
+Rates are gigabytes of stored activations a second: of processor time (all threads of the process
+together, so of one core) and of wall time. Streaming includes the shuffle, the check for NaN and
+the conversion to float32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tables import show
+
+from sparsight.activations import ActivationStore
+from sparsight.activations.extraction import SHARD_BYTES
+from sparsight.activations.manifest import DTYPES, Manifest
+from sparsight.activations.writer import StoreWriter
+from sparsight.images import ImageInfo
+
+SITE = "blocks.9.resid_post"
+D_IN = 768
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write stores of random numbers, stream them back, print the rates."""
+
+    gb: float = 1.0
+    """Gigabytes of each store."""
+
+    batch_size: int = 4096
+    """Vectors a batch."""
+
+    folder: Path | None = None
+    """Where the stores go, one at a time; default a temporary folder."""
+
+    json: Path | None = None
+    """File for the figures."""
+
+
+@dataclass
+class Clock:
+    """Wall and processor seconds of what was timed."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def time(self, work: Callable[[], object]) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for dtype, tokens, n_tokens in (
+        ("float16", "all", 50),
+        ("float16", "cls", 1),
+        ("bfloat16", "all", 50),
+        ("float32", "all", 50),
+    ):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            rows += measure(Path(folder) / "store", dtype, tokens, n_tokens, options)
+    show(f"Activation store, {D_IN} wide, {options.gb:g} GB each", rows, options.json)
+
+
+def measure(
+    folder: Path, dtype: str, tokens: str, n_tokens: int, options: Options
+) -> list[dict[str, Any]]:
+    image_bytes = n_tokens * D_IN * DTYPES[dtype].itemsize
+    n_images = int(options.gb * 1e9 / image_bytes)
+    clocks = {"write": write(folder, dtype, tokens, n_tokens, n_images)}
+    store = ActivationStore(folder)
+    stream = store.stream([SITE], options.batch_size)
+    next(stream)
+
+    def epoch() -> None:
+        for _ in range(stream.vectors_per_epoch // options.batch_size):
+            next(stream)
+
+    def ordered() -> None:
+        for _ in store.ordered([SITE], max(1, 4096 // n_tokens)):
+            pass
+
+    works = {"stream, shuffled": epoch, "read in order": ordered, "verify": store.verify}
+    for name, work in works.items():
+        clocks[name] = Clock()
+        clocks[name].time(work)
+    gb = n_images * image_bytes / 1e9
+    return [
+        {
+            "what": name,
+            "dtype": dtype,
+            "tokens": tokens,
+            "GB/s of a core": gb / clock.cpu,
+            "GB/s of wall time": gb / clock.wall,
+        }
+        for name, clock in clocks.items()
+    ]
+
+
+def write(folder: Path, dtype: str, tokens: str, n_tokens: int, n_images: int) -> Clock:
+    """Write a store as `extract` does, without a model."""
+    shard_images = SHARD_BYTES // (n_tokens * D_IN * DTYPES[dtype].itemsize)
+    manifest = Manifest(
+        model={},
+        preprocessing={},
+        images={"spec": "random", "fingerprint": "", "n_images": n_images},
+        sites=(SITE,),
+        tokens=tokens,
+        dtype=dtype,
+        d_in={SITE: D_IN},
+        n_tokens={SITE: n_tokens},
+        batch_size=shard_images,
+        shard_images=shard_images,
+    )
+    torch.manual_seed(0)
+    x = torch.randn(shard_images, n_tokens, D_IN).to(DTYPES[dtype])
+    rows = [ImageInfo(f"{i}", f"{i}") for i in range(shard_images)]
+    clock = Clock()
+
+    def work() -> None:
+        writer = StoreWriter(folder, manifest)
+        with writer:
+            for first in range(0, n_images, shard_images):
+                stop = min(first + shard_images, n_images)
+                buffer = writer.buffer(first, stop)
+                for i in range(stop - first):
+                    buffer.add_row(first + i, rows[i], (1, 1), None)
+                buffer.add({SITE: x[: stop - first]})
+                writer.commit(buffer)
+        writer.close_store()
+
+    clock.time(work)
+    return clock
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,37 @@
+"""Every number about an SAE, one file a family, with baselines beside each.
+
+Builds on `sae`, `activations`, `vision` and `images`. Start at `evaluate` (evaluator.py); the
+definitions stand in reconstruction.py, sparsity.py, downstream.py and truth.py.
+"""
+
+from __future__ import annotations
+
+from sparsight.evaluation.baselines import PCA, Moments, Neurons, untrained
+from sparsight.evaluation.data import Passes
+from sparsight.evaluation.downstream import Downstream, downstream
+from sparsight.evaluation.evaluator import evaluate
+from sparsight.evaluation.intervals import bootstrap_interval, paired_difference, wilson_interval
+from sparsight.evaluation.reconstruction import ReconstructionMeter
+from sparsight.evaluation.report import EvaluationReport
+from sparsight.evaluation.sparsity import LatentCounts, SparsityMeter
+from sparsight.evaluation.truth import TruthTable, truth_table
+
+__all__ = [
+    "PCA",
+    "Downstream",
+    "EvaluationReport",
+    "LatentCounts",
+    "Moments",
+    "Neurons",
+    "Passes",
+    "ReconstructionMeter",
+    "SparsityMeter",
+    "TruthTable",
+    "bootstrap_interval",
+    "downstream",
+    "evaluate",
+    "paired_difference",
+    "truth_table",
+    "untrained",
+    "wilson_interval",
+]

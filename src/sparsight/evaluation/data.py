@@ -1,0 +1,165 @@
+"""What is measured: activations of one site in order, read again as often as it takes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsight.errors import UserError
+from sparsight.sae import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from sparsight.activations import ActivationSource
+
+CACHE_BYTES = 512 << 20
+"""Activations up to this size are kept between passes, so that a live model runs but once."""
+
+
+class Batch(NamedTuple):
+    """Activations of some images, in order."""
+
+    images: Int[Tensor, " batch"]
+    """Places of the images in their source."""
+
+    x: Float[Tensor, "batch tokens d_in"]
+    """In the units of the model, float32."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where patches and CLS are among an image's vectors.
+
+    Attributes:
+        n_tokens: vectors an image gives.
+        n_prefix: of these, the ones before the first patch; None if they are no grid of patches
+            (one vector an image).
+        has_cls: whether the first is the CLS position.
+        grid: rows and columns of patches; None where there are none.
+    """
+
+    n_tokens: int
+    n_prefix: int | None
+    has_cls: bool
+    grid: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, source: ActivationSource, site: str) -> Layout:
+        """Of a site, from what the activations know about their model."""
+        n_tokens, tokens = source.n_tokens[site], source.tokens
+        rows, columns = source.model_info.get("patch_grid") or (0, 0)
+        n_prefix = n_tokens - rows * columns
+        expected = {"all": int(source.model_info.get("n_prefix") or 0), "patches": 0}
+        if rows and expected.get(tokens) == n_prefix:
+            return cls(n_tokens, n_prefix, n_prefix > 0, (rows, columns))
+        return cls(n_tokens, None, False, None)
+
+
+class Passes:
+    """The batches of a site, as often as wanted; kept in memory if they are small enough.
+
+    Args:
+        source: the activations.
+        site: which.
+        max_images: only the first so many images.
+        batch_images: images at a time.
+        device: where batches are to be.
+        cache_bytes: largest size to keep.
+    """
+
+    def __init__(
+        self,
+        source: ActivationSource,
+        site: str,
+        *,
+        max_images: int | None = None,
+        batch_images: int = 64,
+        device: torch.device | str = "cpu",
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        for name, value in {"max_images": max_images, "batch_images": batch_images}.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be 1 or more.")
+        self.source = source
+        self.site = site
+        self.layout = Layout.of(source, site)
+        self.d_in = source.d_in(site)
+        self.batch_images = batch_images
+        self.device = torch.device(device)
+        self.n_images = source.n_images if max_images is None else min(max_images, source.n_images)
+        size = 4 * self.n_images * self.layout.n_tokens * self.d_in
+        self._keep = size <= cache_bytes
+        self._kept: list[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._kept is not None:
+            for batch in self._kept:
+                yield Batch(batch.images, batch.x.to(self.device))
+            return
+        kept: list[Batch] = []
+        left = self.n_images
+        for read in self.source.ordered([self.site], batch_images=self.batch_images):
+            batch = Batch(read.image_indices[:left], read.activations[self.site][:left])
+            left -= len(batch.images)
+            if self._keep:
+                kept.append(batch)
+            yield Batch(batch.images, batch.x.to(self.device))
+            if left <= 0:
+                break
+        # Images may fail while they are read for the first time.
+        self.n_images -= max(left, 0)
+        if self._keep:
+            self._kept = kept
+
+    def first_vectors(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
+        """The first `n` vectors, however they are batched."""
+        found: list[Tensor] = []
+        per_image = self.layout.n_tokens
+        n_images = -(-n // per_image)
+        batches = self._kept if self._kept is not None else self
+        for batch in itertools.islice(batches, -(-n_images // self.batch_images)):
+            found.append(batch.x.flatten(0, 1))
+        return torch.cat(found)[:n].to(self.device)
+
+
+def find_site(sae: SparseAutoencoder, source: ActivationSource, site: str | None) -> str:
+    """The site to measure, after checking that the SAE belongs there.
+
+    Raises:
+        UserError: the activations have no such site, or another width, positions or model.
+    """
+    wanted = site or sae.metadata.get("site")
+    if wanted is None and len(source.sites) == 1:
+        wanted = source.sites[0]
+    if wanted is None:
+        raise UserError(
+            "The SAE does not say which site it was trained on; give site=… out of: "
+            f"{', '.join(source.sites)}."
+        )
+    if wanted not in source.sites:
+        raise UserError(
+            f"The site {wanted!r} is not among those of the activations: {', '.join(source.sites)}."
+        )
+    if source.d_in(wanted) != sae.d_in:
+        raise UserError(
+            f"{wanted}: the activations have {source.d_in(wanted)} dimensions, the SAE takes "
+            f"{sae.d_in}."
+        )
+    tokens = sae.metadata.get("tokens")
+    if tokens is not None and tokens != source.tokens:
+        raise UserError(
+            f"The SAE was trained on tokens={tokens!r}, these activations are of {source.tokens!r}."
+        )
+    trained, given = sae.metadata.get("model") or {}, source.model_info
+    hashes = {each.get("weights_hash") for each in (trained, given)} - {None}
+    if len(hashes) > 1:
+        raise UserError(
+            f"The SAE was trained on {trained.get('id')}, these activations are of "
+            f"{given.get('id')}, which has other weights."
+        )
+    return str(wanted)

@@ -1,0 +1,310 @@
+"""What the model still does with a site replaced: zero-shot accuracy, KL and contrastive loss.
+
+All replacements are measured on the same images in one pass over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from sparsight.errors import UserError
+from sparsight.evaluation.intervals import paired_difference
+from sparsight.evaluation.variants import embed_variants
+from sparsight.images import ImageSource, load_batches
+from sparsight.progress import progress
+from sparsight.vision import (
+    VisionModel,
+    ZeroShotTally,
+    classifier_weights,
+    classify,
+    contrastive_loss,
+)
+
+CONTRASTIVE_BATCH = 256
+"""Pictures (and captions) that are told apart; chance is ln 256 = 5.55 nats."""
+
+Replacement = Callable[[Tensor], Tensor]
+"""From vectors `[n, d_in]` of a site, float32, to what stands in their place."""
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """Figures of each variant, and why some are not there.
+
+    Attributes:
+        zero_shot: by variant, `original` first; empty if it was left out.
+        contrastive: by variant; empty if it was left out.
+        omitted: what was left out, and why.
+    """
+
+    zero_shot: dict[str, dict[str, Any]]
+    contrastive: dict[str, dict[str, Any]]
+    omitted: dict[str, str]
+
+
+def why_not(model: VisionModel | None, images: ImageSource | None, tokens: str) -> str | None:
+    """The reason why nothing can be measured downstream; None if it can."""
+    if tokens == "mean":
+        return "The mean over patches is no position of the model: it cannot be replaced."
+    if model is None:
+        return "No model was given: model=sp.load_model(…)."
+    if not model.has_text:
+        return f"{model.id} has no text tower."
+    if images is None:
+        return "The images are not at hand; give images=…."
+    return None
+
+
+@torch.no_grad()
+def downstream(
+    model: VisionModel,
+    images: ImageSource,
+    site: str,
+    tokens: str,
+    replacements: Mapping[str, Replacement],
+    *,
+    class_names: Sequence[str] | Mapping[str, str] | None = None,
+    templates: str | Sequence[str] = "simple",
+    limit: int | None = None,
+    batch_images: int = 64,
+    workers: int | None = None,
+    quiet: bool = True,
+) -> Downstream:
+    """Measure the model as it is, and with each replacement at a site.
+
+    Args:
+        model: one with a text tower.
+        images: with labels for zero-shot accuracy, with captions for contrastive loss.
+        site: where to replace.
+        tokens: which positions are replaced: `all`, `patches` or `cls`.
+        replacements: by name.
+        class_names: labels, or a mapping from label to the name in the sentence; default the
+            labels of `images`, underscores read as spaces.
+        templates: see `sparsight.vision.classifier_weights`.
+        limit: only the first so many images.
+        batch_images: images at a time.
+        workers: processes that decode.
+        quiet: no progress line.
+    """
+    total = len(images) if limit is None else min(limit, len(images))
+    infos = [images.info(i) for i in range(total)]
+    whole = total == len(images)
+    labels = sorted({each.label for each in infos if each.label}) if whole else images.labels()
+    names = _class_names(labels, class_names)
+    numbers = {label: i for i, label in enumerate(names)}
+    omitted: dict[str, str] = {}
+    if not names:
+        omitted["zero_shot"] = "The images have no labels, and class_names was not given."
+    elif not any(info.label in numbers for info in infos):
+        omitted["zero_shot"] = "No image has a label that is among the classes."
+    captions = {i: info.caption for i, info in enumerate(infos) if info.caption}
+    if len(captions) < 2:
+        omitted["contrastive"] = "The images have no captions."
+    if len(omitted) == 2:
+        return Downstream({}, {}, omitted)
+
+    edits = {
+        name: replacing(function, model, site, tokens) for name, function in replacements.items()
+    }
+    zero_shot = None
+    if "zero_shot" not in omitted:
+        weights = classifier_weights(model, list(names.values()), templates)
+        zero_shot = _ZeroShot(list(names), ["original", *edits], weights, model.logit_scale)
+    contrastive = _Contrastive(model, ["original", *edits], len(captions))
+    wanted = [
+        i for i, info in enumerate(infos) if (zero_shot and info.label in numbers) or i in captions
+    ]
+    constant: dict[str, Tensor] = {}
+    failed = 0
+    with progress("downstream", len(wanted), "images", quiet=quiet) as line:
+        for batch in load_batches(
+            images, model.transform, batch_images, indices=wanted, workers=workers
+        ):
+            failed += len(batch.failures)
+            line.advance(len(batch.indices) + len(batch.failures))
+            if not batch.indices:
+                continue
+            pixels = batch.pixels.to(model.device)
+            todo = {name: edit for name, edit in edits.items() if name not in constant}
+            found = embed_variants(model, pixels, site, todo)
+            found |= {name: row.expand(len(pixels), -1) for name, row in constant.items()}
+            for name in todo:
+                if _is_constant(name, site, tokens, found[name]):
+                    constant[name] = found[name][:1]
+            if zero_shot is not None:
+                targets = [numbers.get(infos[i].label or "", -1) for i in batch.indices]
+                zero_shot.add(found, torch.tensor(targets))
+            contrastive.add(found, [captions.get(i) for i in batch.indices])
+    shots: dict[str, dict[str, Any]] = {}
+    if zero_shot is not None:
+        unlabelled = sum(info.label is None for info in infos)
+        unknown = sum(info.label is not None and info.label not in numbers for info in infos)
+        shots = zero_shot.result(unlabelled, unknown, failed)
+    return Downstream(shots, {} if "contrastive" in omitted else contrastive.result(), omitted)
+
+
+def replacing(function: Replacement, model: VisionModel, site: str, tokens: str) -> Replacement:
+    """An edit of `model` that puts `function` of the vectors in the place of some positions."""
+    only_one = model.token_count(site, "cls" if model.has_cls else "all") == 1 and (
+        model.token_count(site, "all") == 1
+    )
+    where = {
+        "all": slice(None),
+        "patches": slice(model.n_prefix, None),
+        "cls": slice(0, 1),
+    }.get(tokens)
+    if where is None:
+        raise UserError(f"tokens={tokens!r} cannot be replaced; 'all', 'patches' and 'cls' can.")
+    if only_one:
+        where = slice(None)
+
+    def edit(x: Tensor) -> Tensor:
+        part = x[:, where]
+        new = function(part.flatten(0, 1).float()).view(part.shape).to(x)
+        if part.shape == x.shape:
+            return new
+        out = x.clone()
+        out[:, where] = new
+        return out
+
+    return edit
+
+
+class _ZeroShot:
+    """Tallies of each variant, and in pairs with the original."""
+
+    def __init__(
+        self, classes: list[str], variants: list[str], weights: Tensor, logit_scale: float
+    ) -> None:
+        self.weights, self.logit_scale = weights, logit_scale
+        self.tallies = {name: ZeroShotTally(classes) for name in variants}
+        self.kl = dict.fromkeys(variants, 0.0)
+        self.lost = dict.fromkeys(variants, 0)
+        self.won = dict.fromkeys(variants, 0)
+
+    def add(self, found: Mapping[str, Tensor], targets: Tensor) -> None:
+        """Count a batch; a target of −1 has no known label."""
+        known = targets >= 0
+        if not bool(known.any()):
+            return
+        targets = targets[known]
+        here = known.to(self.weights.device)
+        logits = {
+            name: classify(x[here], self.weights, self.logit_scale).double().cpu()
+            for name, x in found.items()
+        }
+        original = logits["original"].log_softmax(dim=1)
+        right = _best(logits["original"]) == targets
+        for name, each in logits.items():
+            self.tallies[name].update(each, targets)
+            now = _best(each) == targets
+            self.lost[name] += int((right & ~now).sum())
+            self.won[name] += int((now & ~right).sum())
+            divergence = original.exp() * (original - each.log_softmax(dim=1))
+            self.kl[name] += float(divergence.sum())
+
+    def result(self, unlabelled: int, unknown: int, failed: int) -> dict[str, dict[str, Any]]:
+        """By variant."""
+        counts = {"unlabelled": unlabelled, "unknown_label": unknown, "failed": failed}
+        results = {name: tally.result(**counts) for name, tally in self.tallies.items()}
+        top1 = results["original"].top1
+        out = {}
+        for name, result in results.items():
+            out[name] = result.to_dict()
+            del out[name]["per_class"]
+            if name == "original":
+                continue
+            difference, interval = paired_difference(self.lost[name], self.won[name], result.n)
+            out[name] |= {
+                "preserved": result.top1 / top1 if top1 else None,
+                "difference": difference,
+                "difference_interval": interval,
+                "kl": max(0.0, self.kl[name] / result.n),
+            }
+        return out
+
+
+class _Contrastive:
+    """Contrastive loss over batches of `CONTRASTIVE_BATCH` images, however they come."""
+
+    def __init__(self, model: VisionModel, variants: list[str], n_captions: int) -> None:
+        self.model = model
+        self.size = min(CONTRASTIVE_BATCH, n_captions)
+        self.loss = dict.fromkeys(variants, 0.0)
+        self.n = 0
+        self._texts: list[str] = []
+        self._waiting: dict[str, list[Tensor]] = {name: [] for name in variants}
+
+    def add(self, found: Mapping[str, Tensor], captions: Sequence[str | None]) -> None:
+        """Count a batch; images without a caption are left out."""
+        rows = [i for i, caption in enumerate(captions) if caption]
+        self._texts += [caption for caption in captions if caption]
+        for name, x in found.items():
+            self._waiting[name] += list(x[rows])
+        while self.size > 1 and len(self._texts) >= self.size:
+            text = self.model.embed_texts(self._texts[: self.size])
+            for name, rows_of in self._waiting.items():
+                loss = contrastive_loss(
+                    torch.stack(rows_of[: self.size]), text, self.model.logit_scale
+                )
+                self.loss[name] += float(loss)
+                del rows_of[: self.size]
+            del self._texts[: self.size]
+            self.n += 1
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """By variant; images that did not fill a last batch are left out and counted."""
+        if not self.n:
+            return {}
+        mean = {name: loss / self.n for name, loss in self.loss.items()}
+        about = {"n": self.n * self.size, "batch": self.size, "left_over": len(self._texts)}
+        out: dict[str, dict[str, Any]] = {
+            name: {"loss": loss, **about} for name, loss in mean.items()
+        }
+        for name in mean:
+            if name in ("original", "zero", "mean"):
+                continue
+            for ablation in ("zero", "mean"):
+                if ablation in mean:
+                    lost = mean[ablation] - mean["original"]
+                    recovered = (mean[ablation] - mean[name]) / lost if abs(lost) > 1e-9 else None
+                    out[name][f"recovered_{ablation}"] = recovered
+        return out
+
+
+def _best(logits: Float[Tensor, "batch classes"]) -> Tensor:
+    """The class of the highest logit; of equal ones the first, as `ZeroShotTally` has it."""
+    return logits.argsort(dim=1, descending=True, stable=True)[:, 0]
+
+
+def _is_constant(
+    name: str, site: str, tokens: str, embeddings: Float[Tensor, "batch d_embed"]
+) -> bool:
+    """Whether an ablation leaves nothing of the picture, so that it need run but once.
+
+    So it is where every position of the residual stream becomes the same vector; seen in a batch
+    before it is relied upon.
+    """
+    if name not in ("zero", "mean") or tokens != "all" or len(embeddings) < 2:
+        return False
+    if not (".resid_" in site or site in ("embedding", "final_norm")):
+        return False
+    unit = functional.normalize(embeddings, dim=1)
+    return bool((unit - unit[:1]).abs().max() < 1e-4)
+
+
+def _class_names(
+    labels: Sequence[str], class_names: Sequence[str] | Mapping[str, str] | None
+) -> dict[str, str]:
+    if class_names is None:
+        return {label: label.replace("_", " ") for label in labels}
+    if isinstance(class_names, Mapping):
+        return dict(class_names)
+    return {name: name for name in class_names}

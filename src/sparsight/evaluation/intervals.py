@@ -1,0 +1,58 @@
+"""How sure an estimate is: intervals of shares, of paired differences and of means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsight.errors import UserError
+from sparsight.vision.zero_shot import wilson_interval
+
+__all__ = ["bootstrap_interval", "paired_difference", "wilson_interval"]
+
+Z_95 = 1.959964
+RESAMPLES = 2000
+
+
+def paired_difference(
+    only_first: int, only_second: int, n: int, z: float = Z_95
+) -> tuple[float, tuple[float, float]]:
+    """Share of successes of the second minus that of the first, on the same `n` items.
+
+    The interval is Wald's with half a pseudo-count in each of the four cells (Agresti and Min
+    2005), which holds up where hardly any item differs.
+
+    Args:
+        only_first: items on which the first alone succeeded.
+        only_second: items on which the second alone succeeded.
+        n: items.
+        z: 1.96 for 95 %.
+
+    Returns:
+        The difference, and its interval.
+
+    Raises:
+        UserError: the counts do not fit together.
+    """
+    if min(only_first, only_second) < 0 or only_first + only_second > n or n < 1:
+        raise UserError(
+            f"paired_difference: {only_first} and {only_second} of {n} do not fit together."
+        )
+    first, second, total = only_first + 0.5, only_second + 0.5, n + 2.0
+    middle = (second - first) / total
+    spread = z * math.sqrt(max(0.0, first + second - (second - first) ** 2 / total)) / total
+    return (only_second - only_first) / n, (max(-1.0, middle - spread), min(1.0, middle + spread))
+
+
+def bootstrap_interval(
+    values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    low, high = np.quantile(array[drawn].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)

@@ -1,0 +1,141 @@
+"""From features of patches to one score of a feature on a scene; sparse where features are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsight.evaluation.baselines import Features
+from sparsight.evaluation.data import Layout
+from sparsight.sae import SparseCode
+
+Pooling = Literal["max", "mean"]
+
+
+class PooledFeatures:
+    """Maximum and mean of every feature over the patches of every scene.
+
+    Without a grid of patches (`cls`, `mean`) both are over all of an image's vectors. What is
+    sparse stays so: memory grows with the latents that are active in a scene. Features that may be
+    negative are pooled with both signs: feature `n + j` is minus feature `j`.
+
+    Args:
+        layout: where the patches are.
+        limit: scenes after the first so many are left out.
+    """
+
+    def __init__(self, layout: Layout, limit: int) -> None:
+        self.layout = layout
+        self.limit = limit
+        self.n_scenes = 0
+        self.n_features = 0
+        self.signed = False
+        self._parts: list[tuple[Tensor, ...]] = []
+        self._matrices: dict[Pooling, Tensor] = {}
+        self._starts: list[int] = []
+
+    def add(self, features: Features) -> None:
+        """Count the features of some images, in order."""
+        n_images = len(features) // self.layout.n_tokens
+        n_images = min(n_images, self.limit - self.n_scenes)
+        if n_images <= 0:
+            return
+        if isinstance(features, SparseCode):
+            self.n_features = features.n_latents
+            self._add_sparse(features, n_images)
+        else:
+            self.n_features, self.signed = 2 * features.shape[1], True
+            x = features.view(-1, self.layout.n_tokens, features.shape[1])
+            x = x[:n_images, self.layout.n_prefix or 0 :]
+            pooled = (x.amax(dim=1), x.amin(dim=1), x.mean(dim=1))
+            self._parts.append(tuple(each.cpu() for each in pooled))
+        self.n_scenes += n_images
+
+    def columns(
+        self, pooling: Pooling, features: slice | Int[Tensor, " some"]
+    ) -> Float[Tensor, "scenes some"]:
+        """The scores of some features on all scenes; a slice, or any numbers."""
+        self._settle()
+        if self.signed:
+            return self._matrices[pooling][:, features]
+        if isinstance(features, slice):
+            first, stop, _ = features.indices(self.n_features)
+            return self._dense(pooling, first, stop)
+        found = [self._dense(pooling, int(i), int(i) + 1) for i in features]
+        return torch.cat(found, dim=1) if found else torch.zeros(self.n_scenes, 0)
+
+    def _add_sparse(self, code: SparseCode, n_images: int) -> None:
+        n_tokens, n_prefix = self.layout.n_tokens, self.layout.n_prefix or 0
+        rows = code.rows
+        kept = (rows % n_tokens >= n_prefix) & (rows < n_images * n_tokens)
+        # By latent, then scene: one run of entries a pair.
+        key = code.indices[kept] * n_images + rows[kept] // n_tokens
+        key, order = key.sort(stable=True)
+        pair, counts = key.unique_consecutive(return_counts=True)
+        values = code.values[kept][order]
+        strongest = torch.segment_reduce(values, "max", lengths=counts)
+        total = torch.segment_reduce(values, "sum", lengths=counts)
+        scene = self.n_scenes + pair % n_images
+        parts = (pair // n_images, scene, strongest, total / (n_tokens - n_prefix))
+        self._parts.append(tuple(each.cpu() for each in parts))
+
+    def _settle(self) -> None:
+        """Bring the parts together, sparse ones in the order of the latents."""
+        if not self._parts:
+            return
+        joined = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
+        self._parts = []
+        if self.signed:
+            largest, smallest, mean = joined
+            self._matrices = {
+                "max": torch.cat([largest, -smallest], dim=1),
+                "mean": torch.cat([mean, -mean], dim=1),
+            }
+            return
+        latent, order = joined[0].sort(stable=True)
+        self._scene = joined[1][order]
+        self._latent = latent
+        self._matrices = {"max": joined[2][order], "mean": joined[3][order]}
+        edges = torch.arange(self.n_features + 1)
+        self._starts = torch.searchsorted(latent, edges).tolist()
+
+    def _dense(self, pooling: Pooling, first: int, stop: int) -> Float[Tensor, "scenes some"]:
+        out = torch.zeros(self.n_scenes, stop - first)
+        if self._starts:
+            part = slice(self._starts[first], self._starts[stop])
+            values = self._matrices[pooling][part].float()
+            out[self._scene[part], self._latent[part] - first] = values
+        return out
+
+
+def heat(
+    features: Features,
+    layout: Layout,
+    chosen: Int[Tensor, " columns"],
+) -> Float[Tensor, "images patches columns"]:
+    """Some features at every patch, numbered as `PooledFeatures` does.
+
+    Args:
+        features: of whole images.
+        layout: where the patches are.
+        chosen: which.
+    """
+    n_tokens, n_prefix = layout.n_tokens, layout.n_prefix or 0
+    if isinstance(features, SparseCode):
+        device = features.values.device
+        chosen = chosen.to(device)
+        column = torch.full((features.n_latents,), -1, device=device)
+        column[chosen] = torch.arange(len(chosen), device=device)
+        place = column[features.indices]
+        kept = place >= 0
+        out = features.values.new_zeros(len(features), len(chosen))
+        out[features.rows[kept], place[kept]] = features.values[kept]
+    else:
+        n = features.shape[1]
+        chosen = chosen.to(features.device)
+        sign = torch.where(chosen < n, 1.0, -1.0)
+        out = features[:, chosen % n] * sign
+    return out.view(-1, n_tokens, len(chosen))[:, n_prefix:]

@@ -1,0 +1,117 @@
+"""How well activations are reconstructed: streaming sums in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsight.errors import SparsightError, UserError
+
+
+class ReconstructionMeter:
+    """Sums over vectors x and their reconstructions x̂, batch by batch, any batch size.
+
+    Every figure but `fvu_batch` is independent of how the data set is cut into batches.
+
+    Args:
+        n_tokens: positions of an image.
+        d_in: width of the activations.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, n_tokens: int, d_in: int, device: torch.device | str = "cpu") -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.n_images = 0
+        self._sum = zeros(n_tokens, d_in)
+        self._squares, self._errors = zeros(n_tokens), zeros(n_tokens)
+        self._cosine, self._hat_squares, self._products = zeros(), zeros(), zeros()
+        self._clipscope_ev, self._clipscope_n = zeros(), zeros()
+        self._batch_fvu, self._batches = zeros(), zeros()
+
+    def add(
+        self, x: Float[Tensor, "batch tokens d_in"], x_hat: Float[Tensor, "batch tokens d_in"]
+    ) -> None:
+        """Count a batch of images.
+
+        Raises:
+            UserError: the shapes differ, or have another number of positions or width.
+        """
+        if x.shape != x_hat.shape or x.shape[1:] != self._sum.shape:
+            raise UserError(
+                f"Reconstruction: x is {list(x.shape)} and x̂ {list(x_hat.shape)}; expected "
+                f"[batch, {self._sum.shape[0]}, {self._sum.shape[1]}] twice."
+            )
+        x, x_hat = x.double(), x_hat.double()
+        squares = x.square().sum(dim=2)
+        errors = (x - x_hat).square().sum(dim=2)
+        hat_squares = x_hat.square().sum(dim=2)
+        products = (x * x_hat).sum(dim=2)
+        total = x.sum(dim=0)
+        self.n_images += len(x)
+        self._sum += total
+        self._squares += squares.sum(dim=0)
+        self._errors += errors.sum(dim=0)
+        self._hat_squares += hat_squares.sum()
+        self._products += products.sum()
+        # A zero vector has no direction: its cosine counts as 0.
+        norms = (squares * hat_squares).sqrt()
+        self._cosine += torch.where(norms > 0, products / norms, 0).sum()
+        spread = squares - x.sum(dim=2).square() / x.shape[2]
+        varies = spread > 1e-12 * squares
+        self._clipscope_ev += torch.where(varies, 1 - errors / spread, 0).sum()
+        self._clipscope_n += varies.sum()
+        variance = squares.sum() - total.sum(dim=0).square().sum() / squares.numel()
+        if squares.numel() > 1 and bool(variance > 1e-12 * squares.sum()):
+            self._batch_fvu += errors.sum() / variance
+            self._batches += 1
+
+    def result(self) -> dict[str, Any]:
+        """The figures of `docs/design.md`, JSON-able; None where one is not defined.
+
+        Raises:
+            UserError: there was not one vector.
+            SparsightError: a sum is not finite.
+        """
+        n_tokens, d_in = self._sum.shape
+        n = self.n_images * n_tokens
+        if n == 0:
+            raise UserError("Reconstruction: not one vector was measured.")
+        if not bool(torch.isfinite(self._errors).all() & torch.isfinite(self._squares).all()):
+            raise SparsightError("Reconstruction: activations or reconstructions are not finite.")
+        squares, errors = self._squares.sum(), self._errors.sum()
+        variance = squares - self._sum.sum(dim=0).square().sum() / n
+        by_position = self._squares - self._sum.square().sum(dim=1) / self.n_images
+        fvu = _ratio(errors, variance, squares)
+        return {
+            "fvu": fvu,
+            "explained_variance": None if fvu is None else 1 - fvu,
+            "mse": float(errors) / (n * d_in),
+            "clipscope_mse": float(errors) / n,
+            "clipscope_ev": _mean(self._clipscope_ev, self._clipscope_n),
+            "fvu_batch": _mean(self._batch_fvu, self._batches),
+            "cosine": float(self._cosine) / n,
+            "relative_bias": _ratio(self._hat_squares, self._products, squares),
+            "fvu_by_position": [
+                _ratio(*of) for of in zip(self._errors, by_position, self._squares, strict=True)
+            ],
+            "mse_by_position": (self._errors / (self.n_images * d_in)).tolist(),
+        }
+
+    @property
+    def mean(self) -> Float[Tensor, " d_in"]:
+        """x̄, float64."""
+        return self._sum.sum(dim=0) / (self.n_images * len(self._sum))
+
+
+def _ratio(top: Tensor, bottom: Tensor, size: Tensor) -> float | None:
+    """`top / bottom`; None where the bottom is nothing but rounding, as `size` tells."""
+    return float(top / bottom) if float(bottom.abs()) > 1e-12 * float(size) else None
+
+
+def _mean(total: Tensor, n: Tensor) -> float | None:
+    return float(total / n) if float(n) else None

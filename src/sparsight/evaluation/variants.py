@@ -1,0 +1,62 @@
+"""Several edits of one site in one forward pass: what comes before the site is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsight.errors import SparsightError
+from sparsight.vision import VisionModel
+from sparsight.vision.hooks import Edit, checked, touching
+
+_WHOLE_STATE = ("resid_pre", "resid_post", "final_norm", "embedding")
+"""Sites that all that follows depends on, and on nothing else; not a block's attn_out, mlp_out."""
+
+
+def embed_variants(
+    model: VisionModel,
+    pixels: Float[Tensor, "batch 3 height width"],
+    site: str,
+    edits: Mapping[str, Edit],
+) -> dict[str, Float[Tensor, "batch d_embed"]]:
+    """Embed pictures as they are (`original`), and with each edit of `site`.
+
+    The same as `embed_images` inside `model.edit` once for each edit. Where the site is the whole
+    state of the model, its variants become one larger batch from there on, of at most as many
+    pictures at a time as `pixels` has.
+
+    Args:
+        model: the model.
+        pixels: preprocessed pictures.
+        site: where to edit.
+        edits: by name, as `model.edit` takes them.
+    """
+    site = model.canonical_site(site)
+    if not edits or site.split(".")[-1] not in _WHOLE_STATE:
+        found = {"original": model.embed_images(pixels)}
+        for name, edit in edits.items():
+            with model.edit({site: edit}):
+                found[name] = model.embed_images(pixels)
+        return found
+    touches = [checked(site, edit) for edit in edits.values()]
+
+    def fan_out(x: Tensor) -> Tensor:
+        variants = (touch(x) for touch in touches)
+        return torch.cat([x, *(each for each in variants if each is not None)])
+
+    n = len(edits) + 1
+    parts: list[list[Tensor]] = [[] for _ in range(n)]
+    for some in pixels.split(max(1, len(pixels) // n)):
+        with touching(model._anatomy.sites[site].place, fan_out):
+            embedded = model.embed_images(some)
+        if len(embedded) != n * len(some):
+            raise SparsightError(
+                f"{model.id}: {n} variants of {len(some)} pictures at {site} came out as "
+                f"{len(embedded)} embeddings."
+            )
+        for part, rows in zip(parts, embedded.chunk(n), strict=True):
+            part.append(rows)
+    return {name: torch.cat(rows) for name, rows in zip(("original", *edits), parts, strict=True)}

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, digests, everything, save_photos
+from safetensors.torch import load_file
+
+from sparsight.activations import ActivationStore, extract
+from sparsight.errors import SparsightError, UserError
+from sparsight.images import ImageSource, load_batches, open_images
+from sparsight.vision import VisionModel, load_model
+
+SETTINGS: dict[str, Any] = {
+    "sites": [BLOCK_0, BLOCK_1],
+    "batch_size": 4,
+    "shard_images": 8,
+    "workers": 0,
+    "quiet": True,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", ["all", "patches", "cls", "mean"])
+def test_a_store_holds_what_the_model_gives_rounded_to_its_type(
+    model: VisionModel, photos: ImageSource, tmp_path: Path, tokens: Any, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    store = extract(model, photos, out=tmp_path / "s", tokens=tokens, dtype=name, **SETTINGS)
+    batches = load_batches(photos, model.transform, 4, workers=0)
+    read = [model.read(batch.pixels, [BLOCK_0, BLOCK_1], tokens) for batch in batches]
+    for site in (BLOCK_0, BLOCK_1):
+        expected = torch.cat([each[site] for each in read]).to(dtype).float()
+        assert torch.equal(everything(store, site), expected)
+        assert store.n_vectors(site) == expected.shape[0] * expected.shape[1]
+
+
+def test_statistics_are_those_of_the_stored_numbers(
+    model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    store = extract(model, photos, out=tmp_path / "s", **SETTINGS)
+    for site in store.sites:
+        x = everything(store, site).flatten(0, 1).double()
+        found = store.stats(site)
+        assert found.count == len(x) == N_IMAGES * 5
+        assert found.mean.dtype == found.second_moment.dtype == torch.float64
+        torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found.second_moment, x.square().mean(0), rtol=1e-12, atol=0)
+
+
+def test_statistics_do_not_depend_on_shards(
+    model: VisionModel, photos: ImageSource, tmp_path: Path, kept_store: ActivationStore
+) -> None:
+    settings = SETTINGS | {"shard_images": 100, "dtype": "float32"}
+    one = extract(model, photos, out=tmp_path / "s", **settings).stats(BLOCK_1)
+    many = kept_store.stats(BLOCK_1)
+    torch.testing.assert_close(one.mean, many.mean, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(one.second_moment, many.second_moment, rtol=1e-12, atol=0)
+
+
+def test_decoding_in_workers_changes_no_byte(
+    model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    extract(model, photos, out=tmp_path / "here", **SETTINGS)
+    extract(model, photos, out=tmp_path / "workers", **SETTINGS | {"workers": 2})
+    assert digests(tmp_path / "here") == digests(tmp_path / "workers")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_shards_and_statistics_are_plain_safetensors(
+    model: VisionModel, photos: ImageSource, tmp_path: Path, dtype: str
+) -> None:
+    store = extract(model, photos, out=tmp_path / "s", dtype=dtype, **SETTINGS)
+    shards = sorted((tmp_path / "s" / BLOCK_0).glob("shard-*.safetensors"))
+    x = torch.cat([load_file(path)["activations"] for path in shards])
+    assert [path.name for path in shards] == [f"shard-{n:05d}.safetensors" for n in range(3)]
+    assert x.dtype == getattr(torch, dtype)
+    assert torch.equal(x.float(), everything(store, BLOCK_0))
+    stats = load_file(tmp_path / "s" / BLOCK_0 / "stats.safetensors")
+    assert int(stats["count"]) == N_IMAGES * 5
+    assert torch.equal(stats["mean"], store.stats(BLOCK_0).mean)
+
+
+def test_a_broken_image_is_recorded_with_its_reason_and_left_out(
+    model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    spoiled = open_images(str(save_photos(tmp_path / "photos", broken=(6,))))
+    store = extract(model, spoiled, out=tmp_path / "s", max_failed=0.1, **SETTINGS)
+    whole = extract(model, photos, out=tmp_path / "whole", **SETTINGS)
+    rows = store.images.to_pylist()
+    assert [row["index"] for row in rows] == list(range(N_IMAGES))
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert [row["id"] for row in failed] == ["even/006.jpg"]
+    assert failed[0]["reason"] and failed[0]["width"] is None and failed[0]["shard"] is None
+    assert store.n_images == store.manifest.n_images == N_IMAGES - 1
+    assert store.summary is not None
+    assert (store.summary.images, store.summary.failed) == (N_IMAGES - 1, 1)
+    for row in rows:
+        if row["status"] == "ok":
+            assert (row["width"], row["height"]) == (40, 32)
+            assert row["label"] == row["id"].split("/")[0]
+            shard = load_file(tmp_path / f"s/{BLOCK_0}/shard-{row['shard']:05d}.safetensors")
+            expected = everything(whole, BLOCK_0)[row["index"]]
+            found = shard["activations"][row["row"]].float()
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_shard_of_broken_images_alone_is_empty(model: VisionModel, tmp_path: Path) -> None:
+    photos = save_photos(tmp_path / "photos", 6)
+    for path in sorted(photos.rglob("*.jpg"))[:4]:
+        path.write_bytes(b"no picture")
+    settings = SETTINGS | {"batch_size": 2, "shard_images": 2}
+    images = open_images(str(photos))
+    store = extract(model, images, out=tmp_path / "s", max_failed=1.0, **settings)
+    assert [shard.n_images for shard in store.manifest.shards] == [0, 0, 2]
+    assert [b.image_indices.tolist() for b in store.ordered([BLOCK_0])] == [[4, 5]]
+    store.verify()
+
+
+def test_too_many_broken_images_stop_and_a_higher_limit_goes_on(
+    model: VisionModel, tmp_path: Path
+) -> None:
+    images = open_images(str(save_photos(tmp_path / "photos", broken=(2, 3, 5))))
+    with pytest.raises(SparsightError, match=r"3 of 23 images .* 0\.1 .*even/002\.jpg: "):
+        extract(model, images, out=tmp_path / "s", max_failed=0.1, **SETTINGS)
+    # What was read stays, and so do the reasons.
+    with pytest.raises(SparsightError, match=r"3 of 23 images .*even/002\.jpg: "):
+        extract(model, images, out=tmp_path / "s", max_failed=0.1, **SETTINGS)
+    store = extract(model, images, out=tmp_path / "s", max_failed=0.2, **SETTINGS)
+    assert store.n_images == N_IMAGES - 3
+    assert store.summary is not None and store.summary.images == 0
+
+
+def test_numbers_beyond_float16_are_refused_before_anything_is_stored(
+    own_model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        own_model.module.vision_model.encoder.layers[1].mlp.fc2.bias.fill_(1e5)
+    with pytest.raises(SparsightError, match=rf"{BLOCK_1}: .*float16 .*bfloat16 or float32"):
+        extract(own_model, photos, out=tmp_path / "s", **SETTINGS)
+    assert not list((tmp_path / "s").rglob("shard-*"))
+    extract(own_model, photos, out=tmp_path / "b", dtype="bfloat16", **SETTINGS)
+
+
+def test_nan_stops_and_names_site_shard_and_image(
+    own_model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        own_model.module.vision_model.encoder.layers[1].mlp.fc2.bias[3] = float("nan")
+    with pytest.raises(SparsightError, match=rf"{BLOCK_1}: .*NaN .*shard 0, image even/000\.jpg"):
+        extract(own_model, photos, out=tmp_path / "s", **SETTINGS)
+    extract(own_model, photos, out=tmp_path / "t", **SETTINGS | {"sites": [BLOCK_0]})
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"sites": [BLOCK_0]}, "sites"),
+        ({"tokens": "cls"}, "tokens"),
+        ({"dtype": "bfloat16"}, "dtype"),
+    ],
+)
+def test_a_store_of_other_settings_is_refused_with_both_values(
+    model: VisionModel, photos: ImageSource, tmp_path: Path, change: dict[str, Any], field: str
+) -> None:
+    extract(model, photos, out=tmp_path / "s", **SETTINGS)
+    before = digests(tmp_path / "s")
+    with pytest.raises(UserError, match=rf"{field}.* is .*asked for is ") as caught:
+        extract(model, photos, out=tmp_path / "s", **SETTINGS | change)
+    assert str(tmp_path / "s") in str(caught.value)
+    assert digests(tmp_path / "s") == before
+
+
+def test_a_store_of_another_model_preprocessing_or_images_is_refused(
+    model: VisionModel, clip_folder: Path, photos: ImageSource, tmp_path: Path
+) -> None:
+    extract(model, photos, out=tmp_path / "s", **SETTINGS)
+    other = load_model(str(clip_folder), device="cpu")
+    with torch.no_grad():
+        other.module.vision_model.encoder.layers[0].mlp.fc2.bias.add_(1)
+    with pytest.raises(UserError, match=r"model\.weights_hash"):
+        extract(other, photos, out=tmp_path / "s", **SETTINGS)
+    other = load_model(str(clip_folder), device="cpu")
+    other.preprocessing = {**other.preprocessing, "image_mean": [0.0, 0.0, 0.0]}
+    with pytest.raises(UserError, match=r"preprocessing\.image_mean"):
+        extract(other, photos, out=tmp_path / "s", **SETTINGS)
+    with pytest.raises(UserError, match=r"images\.(fingerprint|n_images)"):
+        extract(model, photos.subset(0, 22), out=tmp_path / "s", **SETTINGS)
+
+
+def test_a_finished_store_is_given_back_untouched_whatever_the_batch(
+    model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    first = extract(model, photos, out=tmp_path / "s", **SETTINGS)
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in [first.path, *first.path.rglob("*")]}
+
+    before = times()
+    again = extract(model, photos, out=tmp_path / "s", **SETTINGS | {"batch_size": 5})
+    assert first.summary is not None and first.summary.images == N_IMAGES
+    assert again.summary is None and again.n_images == N_IMAGES
+    assert times() == before
+
+
+def test_the_summary_tells_the_share_of_the_forward_pass(
+    model: VisionModel, photos: ImageSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = extract(model, photos, out=tmp_path / "s", **SETTINGS | {"quiet": False})
+    assert store.summary is not None
+    assert 0 < store.summary.seconds_in_forward < store.summary.seconds
+    assert f"23 images in {store.summary.seconds:,.1f} s" in capsys.readouterr().err
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sites": []}, "sites"),
+        ({"sites": BLOCK_0}, "list"),
+        ({"sites": ["blocks.7.resid_post"]}, "has no site"),
+        ({"tokens": "heads"}, "heads"),
+        ({"dtype": "int4"}, "float16, bfloat16, float32"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"shard_images": 0}, "at least 1"),
+        ({"max_failed": 2.0}, "share"),
+        ({"out": "s3://bucket/store"}, "local folders"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    model: VisionModel, photos: ImageSource, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        extract(model, photos, **{"out": tmp_path / "s", **SETTINGS, **change})
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_of_other_things_is_left_alone(
+    model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty"):
+        extract(model, photos, out=tmp_path, **SETTINGS)
+    with pytest.raises(UserError, match="is a file"):
+        extract(model, photos, out=tmp_path / "thesis.txt", **SETTINGS)
+    assert digests(tmp_path).keys() == {"thesis.txt"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_two_processes_do_not_write_one_store(
+    model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    holder = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\nsys.stdin.read()"
+    )
+    (tmp_path / "s").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "s" / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process"):
+            extract(model, photos, out=tmp_path / "s", **SETTINGS)
+        other.kill()
+    extract(model, photos, out=tmp_path / "s", **SETTINGS).verify()
+
+
+@contextmanager
+def _files_no_longer_than(n_bytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_the_system_refuses_leaves_the_store_whole(
+    model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    expected = extract(model, photos, out=tmp_path / "whole", **SETTINGS)
+    with (
+        _files_no_longer_than(2000),
+        pytest.raises(SparsightError, match=r"shard-00000\.safetensors: could not be written"),
+    ):
+        extract(model, photos, out=tmp_path / "s", **SETTINGS)
+    extract(model, photos, out=tmp_path / "s", **SETTINGS)
+    assert digests(tmp_path / "s") == digests(expected.path)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("mount"),
+    reason="only root may mount a small disk",
+)
+def test_a_full_disk_leaves_the_store_whole_and_more_room_continues_it(
+    model: VisionModel, photos: ImageSource, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(SparsightError, match="No space left on device"):
+            extract(model, photos, out=disk / "s", **SETTINGS | {"dtype": "float32"})
+        with pytest.raises(UserError, match="unfinished"):
+            ActivationStore(disk / "s")
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        store = extract(model, photos, out=disk / "s", **SETTINGS | {"dtype": "float32"})
+        store.verify()
+        assert store.n_images == N_IMAGES
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from sparsight.calibration.train import Settings, Trainer
+from sparsight.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits are promised on one thread; the order of sums is then fixed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(out: Path, **other: object) -> Settings:
+    return Settings(**{"out": out, "steps": 3, "batch_size": 16, "held_out": 16} | other)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {**trainer.model.state_dict(), **trainer.heads.state_dict()}
+
+
+def test_a_run_that_was_cut_and_resumed_has_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
+    whole = Trainer(small(tmp_path / "whole"))
+    whole.run()
+
+    cut = Trainer(small(tmp_path / "cut"))
+    batches = cut._batches()
+    for _ in range(2):
+        cut.train_step(next(batches))
+    cut.save()
+    cut.train_step(next(batches))  # done, but not saved: lost with the process
+    batches.close()
+    resumed = Trainer(small(tmp_path / "cut"))
+    assert resumed.step == 2
+    resumed.run()
+
+    assert resumed.step == whole.step == 3
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_run_leaves_a_log_a_card_and_a_model_that_transformers_loads(tmp_path: Path) -> None:
+    trainer = Trainer(small(tmp_path, steps=1))
+    figures = trainer.run()
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 1
+    assert {name: line[name] for name in figures} == figures
+    folder = tmp_path / "export"
+    loaded = AutoModel.from_pretrained(folder).float()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name].half(), value.half()), name
+    assert AutoTokenizer.from_pretrained(folder)("a sun")["input_ids"][0] == 2
+    assert "1 steps of 16 scenes" in (folder / "README.md").read_text()
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    first = Trainer(small(tmp_path, steps=1))
+    first.run()
+    again = Trainer(small(tmp_path, steps=1))
+    again.run()
+    assert again.step == 1
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    trainer = Trainer(small(tmp_path, steps=1_000, lr=0.01))
+    batches = trainer._batches()
+    losses = [trainer.train_step(next(batches)).item() for _ in range(16)]
+    batches.close()
+    assert sum(losses[-3:]) < 0.93 * sum(losses[:3])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    Trainer(small(tmp_path)).save()
+    with pytest.raises(UserError, match="seed 0, not 1"):
+        Trainer(small(tmp_path, seed=1))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"minutes": -1.0}, {"batch_size": 0}, {"lr": 0.0}])
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        small(tmp_path, **wrong)
+
+
+def test_the_command_line_names_a_wrong_setting_and_exits_with_two(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsight.calibration.train", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "minutes is 0.0" in done.stderr
+    assert "Traceback" not in done.stderr

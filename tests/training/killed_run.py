@@ -1,0 +1,46 @@
+"""Trains as `test_resume.py` does, and is killed (SIGKILL) on the way: OUT, and where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from memory_activations import sparse_mixtures
+from test_resume import CONFIG, SITES
+
+from sparsight import files
+from sparsight.training import checkpoint, train, trainer
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(out: str, where: str) -> None:
+    if where == "in a step":
+        step = trainer.SiteTraining.step
+
+        def step_or_die(self, x, number, factor) -> None:
+            if number == 21:
+                die()
+            step(self, x, number, factor)
+
+        trainer.SiteTraining.step = step_or_die
+    elif where == "in a checkpoint":
+        write_json = files.write_json
+
+        def write_or_die(path, value) -> None:
+            if path.name == "state.json" and value["step"] == 16:
+                die()
+            write_json(path, value)
+
+        checkpoint.write_json = write_or_die
+    elif where == "while it finishes":
+        checkpoint.newest = None
+        trainer._Loop._finish = die
+    train(sparse_mixtures(SITES), CONFIG, out=out, quiet=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from sparsight.activations import extract
+from sparsight.config import load, to_dict, write_toml
+from sparsight.errors import UserError
+from sparsight.images import open_images
+from sparsight.sae import AuxK, SAEConfig
+from sparsight.training import TrainConfig, TrainRecipe, train
+from sparsight.vision import VisionModel, load_model
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+PUBLISHED = {
+    1: ("blocks.-3.resid_post", "all", 1e-3, 32, 8, 10 * 50, True, None),
+    2: ("blocks.-3.resid_post", "cls", 1e-2, 32, 8, 100, False, 1 / 32),
+    3: ("blocks.-1.resid_post", "cls", 5e-4, 64, 4, 500, False, 1 / 32),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> VisionModel:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=16,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder)
+    return load_model(str(folder), device="cpu")
+
+
+def _recipe(number: int) -> TrainRecipe:
+    return load(TrainRecipe, RECIPES / f"imagenet-mini-{number}.toml")
+
+
+@pytest.mark.parametrize("number", PUBLISHED)
+def test_a_recipe_says_what_the_study_did(number: int) -> None:
+    recipe = _recipe(number)
+    config = recipe.train
+    found = (
+        *recipe.sites,
+        recipe.tokens,
+        config.lr,
+        config.sae.sparsity.k,
+        config.sae.expansion,
+        config.batch_size,
+        config.sae.unit_norm_decoder,
+        config.auxk.alpha if config.auxk else None,
+    )
+    assert found == PUBLISHED[number]
+
+
+@pytest.mark.parametrize("number", PUBLISHED)
+def test_a_recipe_trains_on_another_model_and_other_images(
+    number: int, model: VisionModel, tmp_path: Path
+) -> None:
+    recipe = _recipe(number)
+    config = dataclasses.replace(
+        recipe.train, n_vectors=3 * recipe.train.batch_size, log_every=recipe.train.batch_size
+    )
+    run = train(
+        (model, open_images("calibration:40")),
+        config,
+        out=tmp_path,
+        sites=recipe.sites,
+        tokens=recipe.tokens,
+        quiet=True,
+    )
+    assert run.sites == (model.canonical_site(recipe.sites[0]),)
+    assert run.sae().n_latents == recipe.train.sae.expansion * 32
+    assert run.sae().metadata["site"] == run.sites[0]
+    assert len(run.metrics()) == 3 and all(line["fvu"] < 10 for line in run.metrics())
+    again = run.recipe
+    assert again.train == config and again.tokens == recipe.tokens
+
+
+def test_a_store_and_live_activations_train_alike(model: VisionModel, tmp_path: Path) -> None:
+    images = open_images("calibration:40")
+    config = TrainConfig(sae=SAEConfig(expansion=4), n_vectors=2000, batch_size=200, lr=1e-3)
+    site = "blocks.-1.resid_post"
+    store = extract(model, images, sites=[site], out=tmp_path / "acts", dtype="float32", quiet=True)
+    stored = train(store, config, out=tmp_path / "stored", quiet=True)
+    live = train((model, images), config, out=tmp_path / "live", sites=[site], quiet=True)
+    assert stored.sites == live.sites == ("blocks.3.resid_post",)
+    # The order of the vectors differs, what is learnt does not.
+    assert stored.metrics()[-1]["fvu"] == pytest.approx(live.metrics()[-1]["fvu"], rel=0.1)
+    assert stored.sae().metadata["model"]["weights_hash"] == model.weights_hash
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(auxk=None, grad_clip=None, ema=0.99, loggers=("tensorboard",)),
+        TrainConfig(auxk=AuxK(k=3, dead_after=7), lr=1e-4, precision="bfloat16"),
+    ],
+)
+def test_a_training_configuration_survives_toml(config: TrainConfig, tmp_path: Path) -> None:
+    recipe = TrainRecipe(sites=("a", "b"), train=config)
+    write_toml(tmp_path / "run.toml", recipe)
+    assert load(TrainRecipe, tmp_path / "run.toml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"n_vectors": 10}, "less than one batch"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"warmup": 0.6, "decay": 0.6}, "at most 1 together"),
+        ({"ema": 1.0}, "between 0 and 1"),
+    ],
+)
+def test_values_out_of_range_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**changes)
+
+
+def test_a_misspelt_key_is_named_with_its_table(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[train.sae]\nexpansio = 3\n")
+    message = r"recipe\.toml: unknown key 'train\.sae\.expansio'\. Did you mean 'expansion'"
+    with pytest.raises(UserError, match=message):
+        load(TrainRecipe, path)
+
+
+def test_defaults_follow_from_the_width_and_the_length_of_the_run() -> None:
+    assert TrainConfig().learning_rate(2**14) == 2e-4
+    assert TrainConfig().learning_rate(2**12) == pytest.approx(4e-4)
+    assert TrainConfig(n_vectors=10**9).dead_after == 10_000_000
+    assert to_dict(TrainConfig(auxk=None))["auxk"] == "none"

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from memory_activations import sparse_mixtures
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
+from sparsight.training import Run, TrainConfig, checkpoint, train
+
+SITES = ("here", "there")
+CONFIG = TrainConfig(
+    sae=SAEConfig(n_latents=64, sparsity=TopK(k=4)),
+    n_vectors=32 * 40,
+    batch_size=32,
+    lr=3e-3,
+    auxk=AuxK(dead_after=96),
+    ema=0.9,
+    log_every=32 * 3,
+    checkpoint_every=32 * 8,
+)
+WALL_CLOCK = {"vectors_per_second"}
+
+
+class Stopped(Exception):
+    """What a test interrupts training with."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that nothing interrupted."""
+    return train(sparse_mixtures(SITES), CONFIG, out=tmp_path_factory.mktemp("whole"), quiet=True)
+
+
+def _interrupt(out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 21) -> None:
+    """Train up to step `at`: two checkpoints are there then, of steps 8 and 16."""
+    from sparsight.training import trainer
+
+    step = trainer.SiteTraining.step
+
+    def step_or_stop(self, x, number, factor) -> None:
+        if number == at:
+            raise Stopped
+        step(self, x, number, factor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SiteTraining, "step", step_or_stop)
+        with pytest.raises(Stopped):
+            train(sparse_mixtures(SITES), CONFIG, out=out, quiet=True)
+
+
+def _resume(out: Path) -> Run:
+    return train(sparse_mixtures(SITES), CONFIG, out=out, quiet=True)
+
+
+def _assert_same(run: Run, other: Run) -> None:
+    for site in SITES:
+        for name in ("sae.safetensors", "config.json"):
+            mine, theirs = run.folder(site) / name, other.folder(site) / name
+            assert mine.read_bytes() == theirs.read_bytes(), (site, name)
+        strip = [
+            [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in each.metrics(site)]
+            for each in (run, other)
+        ]
+        assert strip[0] == strip[1]
+
+
+@pytest.mark.parametrize("where", ["in a step", "in a checkpoint", "while it finishes"])
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
+    where: str, tmp_path: Path, whole: Run
+) -> None:
+    script = Path(__file__).with_name("killed_run.py")
+    killed = subprocess.run([sys.executable, script, tmp_path, where], timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "here" / "sae.safetensors").exists()
+    _assert_same(_resume(tmp_path), whole)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_the_dead_are_revived_on_the_way(whole: Run) -> None:
+    """So that what is resumed above includes AuxK."""
+    assert max(line["aux_loss"] for line in whole.metrics("here")) > 0
+
+
+def test_the_last_two_checkpoints_stay_and_are_loadable_saes(whole: Run) -> None:
+    kept = sorted(path.name for path in whole.checkpoints.iterdir())
+    assert kept == ["000000024", "000000032"]
+    sae = SparseAutoencoder.from_pretrained(whole.checkpoints / kept[-1] / "there")
+    assert sae.n_latents == 64 and sae.metadata["site"] == "there"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+
+
+def _empty(path: Path) -> None:
+    path.write_text("{}")
+
+
+DAMAGE = [
+    ("here/training.safetensors", _cut),
+    ("there/sae.safetensors", _flip),
+    ("state.json", _cut),
+    ("state.json", _empty),
+    ("there/training.safetensors", Path.unlink),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    file: str, damage, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt(tmp_path, monkeypatch)
+    damage(tmp_path / "checkpoints" / "000000016" / file)
+    with pytest.warns(UserWarning, match=f"damaged checkpoint: .*000000016/{file}"):
+        run = _resume(tmp_path)
+    _assert_same(run, whole)
+
+
+def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt(tmp_path, monkeypatch)
+    for path in (tmp_path / "checkpoints").iterdir():
+        _cut(path / "here" / "training.safetensors")
+    with pytest.raises(SparsightError, match=r"no checkpoint is whole.*Remove the folder"):
+        _resume(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
+    tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tensors = checkpoint.save_tensors
+
+    def full_disk(tensors, path: Path) -> None:
+        if "000000016" in str(path):
+            raise SparsightError(f"{path}: could not be written (No space left on device).")
+        save_tensors(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", full_disk)
+        with pytest.raises(SparsightError, match=r"checkpoint could not be written.*No space left"):
+            _resume(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000008"]
+    _assert_same(_resume(tmp_path), whole)
+
+
+def test_a_finished_run_is_returned_as_it_is(whole: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.out.rglob("*")}
+    again = _resume(whole.out)
+    assert again == whole
+    assert {path: path.stat().st_mtime_ns for path in whole.out.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"lr": 1e-3}, "train.lr"),
+        ({"auxk": None}, "train.auxk"),
+        ({"sae": SAEConfig(n_latents=64, sparsity=TopK(k=5))}, "train.sae.sparsity.k"),
+    ],
+)
+def test_a_folder_with_another_run_is_refused_and_the_difference_named(
+    changes: dict, field: str, whole: Run
+) -> None:
+    import dataclasses
+
+    with pytest.raises(UserError, match=f"differs in '{field}'"):
+        train(
+            sparse_mixtures(SITES),
+            dataclasses.replace(CONFIG, **changes),
+            out=whole.out,
+            quiet=True,
+        )
+
+
+def test_without_resume_a_run_is_not_touched(whole: Run) -> None:
+    with pytest.raises(UserError, match="holds a run already"):
+        train(sparse_mixtures(SITES), CONFIG, out=whole.out, resume=False, quiet=True)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path: Path, whole: Run) -> None:
+    import dataclasses
+
+    _assert_same(_resume(tmp_path / "again"), whole)
+    other = train(
+        sparse_mixtures(SITES),
+        dataclasses.replace(CONFIG, seed=1),
+        out=tmp_path / "other",
+        quiet=True,
+    )
+    assert not torch.equal(other.sae("here").W_dec, whole.sae("here").W_dec)
+
+
+def test_a_site_trains_the_same_alone_and_beside_another(tmp_path: Path, whole: Run) -> None:
+    alone = train(sparse_mixtures(SITES), CONFIG, out=tmp_path, sites=["there"], quiet=True)
+    for name, tensor in alone.sae().state_dict().items():
+        assert torch.equal(tensor, whole.sae("there").state_dict()[name]), name
+
+
+def test_a_last_line_of_metrics_that_was_cut_off_is_dropped(
+    tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt(tmp_path, monkeypatch)
+    metrics = tmp_path / "here" / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 18, "fvu"')
+    _assert_same(_resume(tmp_path), whole)
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())

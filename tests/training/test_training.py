@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from memory_activations import MemoryActivations, sparse_mixtures
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae.kernels import Precision, using
+from sparsight.training import TrainConfig, train
+from sparsight.training.schedule import learning_rate_factor
+from sparsight.training.site import SiteTraining
+
+SAE = SAEConfig(n_latents=64, sparsity=TopK(k=4))
+CONFIG = TrainConfig(sae=SAE, n_vectors=32 * 300, batch_size=32, lr=3e-3)
+
+
+def _site(
+    config: TrainConfig, data: MemoryActivations, precision: Precision = "float32"
+) -> SiteTraining:
+    sample = data.activations["here"].flatten(0, 1)
+    return SiteTraining(config, data.stats("here"), sample, {}, torch.device("cpu"), precision)
+
+
+def _fvu(sae: SparseAutoencoder, x: torch.Tensor) -> float:
+    error = (x.double() - sae(x).x_hat.double()).square().sum()
+    return (error / (x.double() - x.double().mean(dim=0)).square().sum()).item()
+
+
+def test_training_explains_sparse_mixtures(tmp_path: Path) -> None:
+    data = sparse_mixtures()
+    run = train(data, CONFIG, out=tmp_path, quiet=True)
+    x = data.activations["here"].flatten(0, 1)
+    before = SparseAutoencoder(16, SAE, normaliser=run.sae().normaliser)
+    assert _fvu(run.sae(), x) < 0.1 < 0.3 < _fvu(before, x)
+    last = run.metrics()[-1]
+    assert last["dead"] < 0.3 and last["dead_window"] == CONFIG.dead_after == 960
+    assert last["l0"] <= 4 and last["vectors"] == 9600 and last["epoch"] == 9600 / 1024
+
+
+def test_figures_of_a_window_are_those_of_float64_over_its_vectors(tmp_path: Path) -> None:
+    data = sparse_mixtures(n_images=16)
+    # With no learning to speak of, one epoch is one pass of the first weights over all vectors.
+    config = TrainConfig(
+        sae=SAE, n_vectors=256, batch_size=32, lr=1e-30, log_every=256, auxk=AuxK(dead_after=256)
+    )
+    run = train(data, config, out=tmp_path, quiet=True)
+    x = data.activations["here"].flatten(0, 1)
+    code = run.sae().encode(x)
+    (line,) = run.metrics()
+    assert line["fvu"] == pytest.approx(_fvu(run.sae(), x), rel=1e-5)
+    assert line["l0"] == pytest.approx(len(code.indices) / len(x))
+    assert line["dead"] == pytest.approx(1 - len(code.indices.unique()) / 64)
+    assert line["loss"] == pytest.approx(line["fvu"], rel=1e-5)
+
+
+@pytest.mark.parametrize("auxk", [None, AuxK(alpha=0.5, k=8, dead_after=32)])
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_a_few_steps_are_those_of_plain_autograd_and_adam(
+    auxk: AuxK | None, unit_norm: bool
+) -> None:
+    data = sparse_mixtures()
+    sae_config = dataclasses.replace(SAE, unit_norm_decoder=unit_norm)
+    config = dataclasses.replace(CONFIG, sae=sae_config, auxk=auxk, grad_clip=0.05, ema=0.5)
+    site = _site(config, data)
+    reference = SparseAutoencoder(16, sae_config)
+    reference.load_state_dict(site.sae.state_dict())
+    average = {name: each.detach().clone() for name, each in reference.named_parameters()}
+    adam = torch.optim.Adam(reference.parameters(), lr=3e-3, eps=config.eps)
+    batches = data.activations["here"].flatten(0, 1).split(32)[:6]
+    since = torch.zeros(64)
+    variance = float(site.sae.normaliser(torch.cat(data.activations["here"].unbind())).var(0).sum())
+    for step, x in enumerate(batches):
+        z = (x - reference.normaliser.mean) / reference.normaliser.scale
+        pre = (z - reference.b_dec) @ reference.W_enc.T + reference.b_enc
+        top = pre.topk(4)
+        code = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+        e = z - code @ reference.W_dec - reference.b_dec
+        loss = e.square().sum() / (32 * variance)
+        dead = since >= config.dead_after
+        if auxk is not None and dead.any():
+            weak = pre.masked_fill(~dead, -math.inf).topk(min(8, int(dead.sum())))
+            e_hat = torch.zeros_like(pre).scatter(1, weak.indices, weak.values.relu())
+            fixed = e.detach()
+            spread = (fixed - fixed.mean(dim=0)).square().sum()
+            loss = loss + 0.5 * (fixed - e_hat @ reference.W_dec).square().sum() / spread
+        adam.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            if unit_norm:
+                rows, grad = reference.W_dec, reference.W_dec.grad
+                grad -= (grad * rows).sum(dim=1, keepdim=True) * rows
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
+            adam.step()
+            if unit_norm:
+                reference.W_dec /= reference.W_dec.norm(dim=1, keepdim=True)
+            since = torch.where((code > 0).any(dim=0), 0, since + 32)
+            for name, each in reference.named_parameters():
+                average[name].lerp_(each, 1 - min(0.5, (step + 1) / (step + 10)))
+        site.step(x, step, 1.0)
+        assert torch.equal(site.since_fired, since.long())
+    assert auxk is None or site.sums[4] > 0
+    for name, each in reference.named_parameters():
+        torch.testing.assert_close(dict(site.sae.named_parameters())[name], each, rtol=0, atol=2e-5)
+    finished = dict(site.finished().named_parameters())
+    for name, each in average.items():
+        if name != "W_dec":
+            torch.testing.assert_close(finished[name], each, rtol=0, atol=2e-5)
+    if unit_norm:
+        torch.testing.assert_close(finished["W_dec"].norm(dim=1), torch.ones(64))
+
+
+def test_auxk_trains_dead_latents_towards_what_the_living_ones_leave_over() -> None:
+    data = sparse_mixtures()
+    batches = data.activations["here"].flatten(0, 1).split(32)
+    loss = {}
+    for alpha in (1e-9, 1.0):
+        # All latents below 56 are asleep: eight living ones cannot explain 32 directions.
+        site = _site(dataclasses.replace(CONFIG, auxk=AuxK(alpha=alpha, dead_after=32)), data)
+        with torch.no_grad():
+            site.sae.b_enc[:56] -= 1.0
+        for step in range(60):
+            site.step(batches[step % len(batches)], step, 1.0)
+            if step == 40:
+                site.figures(32)
+        loss[alpha] = site.figures(32)
+    assert loss[1.0]["aux_loss"] < 0.9 * loss[1e-9]["aux_loss"]
+
+
+def test_selection_in_bfloat16_and_the_dense_kernels_train_to_the_same_place(
+    tmp_path: Path,
+) -> None:
+    data = sparse_mixtures()
+    config = dataclasses.replace(CONFIG, n_vectors=3200)
+    exact = train(data, config, out=tmp_path / "exact", quiet=True).metrics()[-1]
+    low = dataclasses.replace(config, precision="bfloat16")
+    assert train(data, low, out=tmp_path / "low", quiet=True).metrics()[-1]["fvu"] == (
+        pytest.approx(exact["fvu"], rel=0.05)
+    )
+    with using("dense"):
+        dense = train(data, config, out=tmp_path / "dense", quiet=True).metrics()[-1]
+    assert dense["fvu"] == pytest.approx(exact["fvu"], rel=0.05)
+
+
+@pytest.mark.parametrize("place", [0, 700])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_activations_that_are_not_finite_stop_the_run_and_leave_no_broken_sae(
+    place: int, value: float, tmp_path: Path
+) -> None:
+    data = sparse_mixtures()
+    stream = data.stream(("here",), 32, seed=0)
+    for _ in range(place // 32):
+        next(stream)
+    row = int(stream._order(0)[place])
+    data.activations["here"].flatten(0, 1)[row, 3] = value
+    config = dataclasses.replace(CONFIG, checkpoint_every=320)
+    step = place // 32 + 1
+    with pytest.raises(SparsightError, match=f"activations at here.* at step {step} "):
+        train(data, config, out=tmp_path, quiet=True)
+    assert not (tmp_path / "sae.safetensors").exists()
+    checkpoints = sorted((tmp_path / "checkpoints").glob("*"))
+    assert [path.name for path in checkpoints] == (["000000010", "000000020"] if place else [])
+    for path in checkpoints:
+        assert torch.isfinite(SparseAutoencoder.from_pretrained(path / "here").W_dec).all()
+
+
+def test_a_loss_that_blows_up_names_the_step(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, lr=1e30, warmup=0)
+    with pytest.raises(SparsightError, match=r"(loss|gradient) at here.* at step [2-9] .*lower lr"):
+        train(sparse_mixtures(), config, out=tmp_path, quiet=True)
+    assert not (tmp_path / "sae.safetensors").exists()
+
+
+def test_a_k_above_n_latents_and_an_unknown_site_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    wide = dataclasses.replace(CONFIG, sae=SAEConfig(expansion=2, sparsity=TopK(k=33)))
+    with pytest.raises(UserError, match="more than the 32 latents"):
+        train(sparse_mixtures(), wide, out=tmp_path / "a", quiet=True)
+    with pytest.raises(UserError, match="no site 'nowhere'; they have: here"):
+        train(sparse_mixtures(), CONFIG, out=tmp_path / "a", sites=["nowhere"], quiet=True)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_saved_sae_says_where_it_belongs(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, n_vectors=100)
+    run = train(sparse_mixtures(), config, out=tmp_path, quiet=True)
+    about = run.sae().metadata
+    assert about["model"]["id"] == "made-up" and about["model"]["weights_hash"] == "0"
+    assert (about["site"], about["tokens"], about["n_vectors"]) == ("here", "all", 128)
+    assert "made-up" in (tmp_path / "README.md").read_text()
+
+
+def test_tensorboard_gets_each_curve_once_even_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = dataclasses.replace(CONFIG, n_vectors=640, log_every=64, loggers=("tensorboard",))
+    run = train(sparse_mixtures(), config, out=tmp_path, quiet=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    points = [(point.step, point.value) for point in events.Scalars("fvu")]
+    wanted = [(line["vectors"], line["fvu"]) for line in run.metrics()]
+    assert [step for step, _ in points] == [vectors for vectors, _ in wanted]
+    assert [value for _, value in points] == pytest.approx([fvu for _, fvu in wanted])
+
+
+def test_a_missing_logger_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = dataclasses.replace(CONFIG, loggers=("wandb",))
+    with pytest.raises(UserError, match=r"pip install 'sparsight\[wandb\]'"):
+        train(sparse_mixtures(), config, out=tmp_path, quiet=True)
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    factors = [learning_rate_factor(step, 100, 0.1, 0.2) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert factors[10:80] == [1.0] * 70
+    assert factors[80:] == pytest.approx([1 - 0.05 * n for n in range(20)])
+    assert [learning_rate_factor(step, 3, 0, 0) for step in range(3)] == [1, 1, 1]
