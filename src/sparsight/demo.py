@@ -38,11 +38,11 @@ class DemoConfig:
     n_latents: int = 3072
     """Latents of each autoencoder."""
 
-    k: int = 16
+    k: int = 32
     """Active latents a vector, at most."""
 
-    n_vectors: int = 1_500_000
-    """Vectors to train on; every vector of the store is seen several times."""
+    n_vectors: int = 600_000
+    """Vectors to train on; each of the store is seen twice or so."""
 
     latents: int = 24
     """Latents of each autoencoder that the report shows."""
@@ -130,7 +130,10 @@ def _claim(out: Path, config: DemoConfig) -> None:
 
 def _train_config(config: DemoConfig) -> TrainConfig:
     sae = SAEConfig(n_latents=config.n_latents, sparsity=TopK(k=config.k))
-    return TrainConfig(sae=sae, n_vectors=config.n_vectors, seed=config.seed)
+    # Small batches and a brisk rate: a run of a minute needs its steps more than large averages.
+    return TrainConfig(
+        sae=sae, n_vectors=config.n_vectors, batch_size=1024, lr=1e-3, seed=config.seed
+    )
 
 
 def _measure(

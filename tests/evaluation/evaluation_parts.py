@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,8 @@ from transformers import (
     SiglipModel,
 )
 
-from sparsight.images import ImageInfo, ImageSource
+from sparsight.calibration import CalibrationWorld, RenderedScene, Scene
+from sparsight.images import CalibrationImages, ImageInfo, ImageSource
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 
 LABELS = ("cat", "dog", "sun", "anchor", "red_rose", "fish", "tree")
@@ -70,9 +72,7 @@ def save_model(family: str, folder: Path) -> Path:
         model.logit_scale.fill_(3.0)
     model.save_pretrained(folder)
     kind(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder)
-    tok = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
+    tok = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     tok.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", len(words) - 1)]
@@ -110,6 +110,21 @@ class Pictures(ImageSource):
 
     def fingerprint(self) -> str:
         return self.spec
+
+
+class Scenes(CalibrationImages):
+    """Scenes of the calibration world, each drawn once in the life of the process."""
+
+    def scene(self, index: int) -> Scene:
+        return _rendered(self.seed, self.number(index)).scene
+
+    def render(self, index: int) -> RenderedScene:
+        return _rendered(self.seed, self.number(index))
+
+
+@functools.cache
+def _rendered(seed: int, number: int) -> RenderedScene:
+    return CalibrationWorld(number + 1, seed).render(number)
 
 
 class TensorActivations:

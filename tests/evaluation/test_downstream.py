@@ -34,7 +34,9 @@ def standard(clip):
 @pytest.mark.parametrize("site", [SITE, "blocks.0.attn_out", "embedding", "final_norm"])
 def test_a_perfect_reconstruction_keeps_everything(clip, site):
     sae = perfect_sae(clip.d_in(site))
-    found = run(clip, {"reconstructed": lambda x: sae(x).x_hat, "zero": torch.zeros_like}, site=site)
+    found = run(
+        clip, {"reconstructed": lambda x: sae(x).x_hat, "zero": torch.zeros_like}, site=site
+    )
     original, same = found.zero_shot["original"], found.zero_shot["reconstructed"]
     assert (same["top1"], same["top5"], same["n"]) == (original["top1"], original["top5"], N)
     assert same["preserved"] == 1 and same["difference"] == 0 and same["kl"] < 1e-9

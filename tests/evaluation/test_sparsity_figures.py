@@ -99,7 +99,9 @@ def test_a_cluster_of_rare_latents_with_one_direction_is_seen():
     rows[:10] = torch.ones(64) + 0.1 * torch.randn(10, 64, generator=g)
     density = np.full(50, 1e-3)
     density[:10] = 2e-6
-    found = low_density_cluster(LatentCounts(density, density, density), rows)
+    found = low_density_cluster(
+        LatentCounts(density, density, (density * 1e6).astype(np.int64)), rows
+    )
     assert found["n"] == 10 and found["mean_cosine"] > 0.9
     assert abs(found["mean_cosine_others"]) < 0.1
 

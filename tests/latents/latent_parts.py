@@ -19,7 +19,7 @@ from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.vision import VisionModel
 
 SITE = "blocks.1.resid_post"
-LABELS = ("cat", "dog", "<script>alert(1)</script>")
+LABELS = ("cat", "dog", "<script>alert(1)")
 N_IMAGES = 36
 
 transformers.utils.logging.set_verbosity_error()
@@ -48,9 +48,8 @@ def save_pictures(folder: Path, n: int = N_IMAGES) -> Path:
     """Smooth noise in PNG, one sub-folder for each of three labels."""
     random = np.random.default_rng(0)
     for i in range(n):
-        name = LABELS[i % 3].replace("/", "∕")  # a slash cannot be in a file name
         small = random.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-        path = folder / name / f"{i:03d}.png"
+        path = folder / LABELS[i % 3] / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(small).resize((40, 32), Image.Resampling.BICUBIC).save(path)
     return folder

@@ -111,19 +111,23 @@ def test_the_sample_holds_every_active_image_while_there_is_room() -> None:
 
 
 def test_the_sample_is_fair_and_differs_between_seeds_and_latents() -> None:
-    latent = torch.arange(2000).repeat_interleave(50)
-    image = torch.arange(50).repeat(2000)
-    table = ExampleTable(2000, 5)
-    ones = torch.ones(len(latent))
-    table.offer(latent, lottery_rank(latent, image, 7), image, image, ones)
-    drawn = table.image.flatten().bincount(minlength=50).double()
-    # 10,000 draws without replacement of 5 of 50: 200 expected each, standard deviation 13.4.
-    assert drawn.sum() == 10_000
-    assert (drawn - 200).abs().max() < 5 * 13.4
-    assert len(table.image[:100].sort(1).values.unique(dim=0)) > 90
-    other = ExampleTable(2000, 5)
-    other.offer(latent, lottery_rank(latent, image, 8), image, image, ones)
-    assert not torch.equal(table.image, other.image)
+    n_latents, n_images, kept = 200, 50, 5
+    latent = torch.arange(n_latents).repeat_interleave(n_images)
+    image = torch.arange(n_images).repeat(n_latents)
+    chosen = []
+    for seed in range(20):
+        table = ExampleTable(n_latents, kept)
+        ones = torch.ones(len(latent))
+        table.offer(latent, lottery_rank(latent, image, seed), image, image, ones)
+        chosen.append(table.image)
+    drawn = torch.stack([table.flatten().bincount(minlength=n_images) for table in chosen]).double()
+    expected = n_latents * kept / n_images
+    variance = expected * (1 - kept / n_images)
+    # χ² over its degrees of freedom: mean 1, and over 20 seeds a standard deviation of 0.045.
+    statistic = (drawn - expected).square().sum(dim=1) / variance / n_images
+    assert abs(float(statistic.mean()) - 1) < 4 * 0.045
+    assert not torch.equal(chosen[0], chosen[1])
+    assert len(chosen[0].sort(1).values.unique(dim=0)) > 0.95 * n_latents
 
 
 def test_quantile_samples_lie_in_their_quarter_of_the_active_images() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 128 << 20
 """What a stream mixes at a time; it holds two of these, and the page cache the rest."""
 
-BLOCK_BYTES = 128 << 10
+BLOCK_BYTES = 256 << 10
 """What stays together on the way from a shard into a window."""
 
 Rows = npt.NDArray[np.int64]

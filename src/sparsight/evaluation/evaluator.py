@@ -30,7 +30,7 @@ from sparsight.evaluation.reconstruction import ReconstructionMeter
 from sparsight.evaluation.report import EvaluationReport, finite
 from sparsight.evaluation.scenes import TruthSource
 from sparsight.evaluation.sparsity import SparsityMeter, low_density_cluster
-from sparsight.evaluation.truth import MAX_SCENES, TruthTable, ask, finish, scenes_of
+from sparsight.evaluation.truth import MAX_SCENES, MIN_SCENES, TruthTable, ask, finish, scenes_of
 from sparsight.images import ImageSource, open_images
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder, SparseCode
@@ -169,7 +169,7 @@ class _Evaluation:
         """One pass over the activations."""
         passes, layout = self.passes, self.passes.layout
         first = not self.images
-        fresh = {name: self._meters(each) for name, each in decompositions.items()}
+        fresh = {name: self._meters(name, each) for name, each in decompositions.items()}
         n_seen = 0
         with progress(title, passes.n_images, "images", quiet=self.quiet) as line:
             for batch in passes:
@@ -195,6 +195,8 @@ class _Evaluation:
                 line.advance(len(batch.x))
         if not n_seen:
             raise UserError("There is not one image to evaluate on.")
+        for each in fresh.values():
+            each.raw.check_finite()
         self.measured |= fresh
 
     def baselines(self) -> dict[str, Decomposition]:
@@ -219,6 +221,9 @@ class _Evaluation:
             self.omitted["truth"] = "The images are not of the calibration world."
             return
         layout = self.passes.layout
+        if len(self.images) < MIN_SCENES:
+            self.omitted["truth"] = f"It needs {MIN_SCENES} scenes, there are {len(self.images)}."
+            return
         if not layout.grid:
             self.omitted["truth.iou"] = "One vector an image has no heatmap."
         question = ask(cast(TruthSource, images), self.images, layout, self.seed)
@@ -355,10 +360,11 @@ class _Evaluation:
     def _block(self, name: str) -> dict[str, Any]:
         return self.blocks.setdefault(name, {})
 
-    def _meters(self, decomposition: Decomposition) -> _Measured:
+    def _meters(self, name: str, decomposition: Decomposition) -> _Measured:
         passes, layout = self.passes, self.passes.layout
+        what = f"{passes.site}, {'SAE' if name == 'sae' else name}"
         raw, normalised = (
-            ReconstructionMeter(layout.n_tokens, passes.d_in, passes.device) for _ in range(2)
+            ReconstructionMeter(layout.n_tokens, passes.d_in, passes.device, what) for _ in range(2)
         )
         return _Measured(decomposition, raw, normalised, None, PooledFeatures(layout, MAX_SCENES))
 

@@ -71,6 +71,8 @@ class PooledFeatures:
         n_tokens, n_prefix = self.layout.n_tokens, self.layout.n_prefix or 0
         rows = code.rows
         kept = (rows % n_tokens >= n_prefix) & (rows < n_images * n_tokens)
+        if not bool(kept.any()):
+            return
         # By latent, then scene: one run of entries a pair.
         key = code.indices[kept] * n_images + rows[kept] // n_tokens
         key, order = key.sort(stable=True)

@@ -20,12 +20,20 @@ class ReconstructionMeter:
         n_tokens: positions of an image.
         d_in: width of the activations.
         device: where the sums are kept.
+        what: is measured, for messages.
     """
 
-    def __init__(self, n_tokens: int, d_in: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        n_tokens: int,
+        d_in: int,
+        device: torch.device | str = "cpu",
+        what: str = "reconstruction",
+    ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
+        self.what = what
         self.n_images = 0
         self._sum = zeros(n_tokens, d_in)
         self._squares, self._errors = zeros(n_tokens), zeros(n_tokens)
@@ -43,7 +51,7 @@ class ReconstructionMeter:
         """
         if x.shape != x_hat.shape or x.shape[1:] != self._sum.shape:
             raise UserError(
-                f"Reconstruction: x is {list(x.shape)} and x̂ {list(x_hat.shape)}; expected "
+                f"{self.what}: x is {list(x.shape)} and x̂ {list(x_hat.shape)}; expected "
                 f"[batch, {self._sum.shape[0]}, {self._sum.shape[1]}] twice."
             )
         x, x_hat = x.double(), x_hat.double()
@@ -66,9 +74,9 @@ class ReconstructionMeter:
         self._clipscope_ev += torch.where(varies, 1 - errors / spread, 0).sum()
         self._clipscope_n += varies.sum()
         variance = squares.sum() - total.sum(dim=0).square().sum() / squares.numel()
-        if squares.numel() > 1 and bool(variance > 1e-12 * squares.sum()):
-            self._batch_fvu += errors.sum() / variance
-            self._batches += 1
+        counts = variance > 1e-12 * squares.sum()
+        self._batch_fvu += torch.where(counts, errors.sum() / variance, 0)
+        self._batches += counts
 
     def result(self) -> dict[str, Any]:
         """The figures of `docs/design.md`, JSON-able; None where one is not defined.
@@ -80,9 +88,8 @@ class ReconstructionMeter:
         n_tokens, d_in = self._sum.shape
         n = self.n_images * n_tokens
         if n == 0:
-            raise UserError("Reconstruction: not one vector was measured.")
-        if not bool(torch.isfinite(self._errors).all() & torch.isfinite(self._squares).all()):
-            raise SparsightError("Reconstruction: activations or reconstructions are not finite.")
+            raise UserError(f"{self.what}: not one vector was measured.")
+        self.check_finite()
         squares, errors = self._squares.sum(), self._errors.sum()
         variance = squares - self._sum.sum(dim=0).square().sum() / n
         by_position = self._squares - self._sum.square().sum(dim=1) / self.n_images
@@ -101,6 +108,11 @@ class ReconstructionMeter:
             ],
             "mse_by_position": (self._errors / (self.n_images * d_in)).tolist(),
         }
+
+    def check_finite(self) -> None:
+        """Raise a `SparsightError` if an activation or a reconstruction was NaN or infinite."""
+        if not bool(torch.isfinite(self._errors).all() & torch.isfinite(self._squares).all()):
+            raise SparsightError(f"{self.what}: activations or reconstructions are not finite.")
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:

@@ -40,7 +40,7 @@ class SceneTruth:
     shows: Bool[Tensor, "scenes attributes"]
     scene: Int[Tensor, " shown"]
     attribute: Int[Tensor, " shown"]
-    masks: Bool[Tensor, "shown patches"]
+    masks: Bool[Tensor, "masked patches"]
 
     @classmethod
     def of(

@@ -37,6 +37,8 @@ from sparsight.evaluation.scenes import SceneTruth, TruthSource
 MAX_SCENES = 10_000
 """More scenes than that make no estimate better that matters."""
 
+MIN_SCENES = 4 * MIN_POSITIVES
+
 SCORES = ("auc", "f1", "iou")
 
 FeatureMap = Callable[[Tensor], Features]
@@ -147,9 +149,9 @@ def truth_table(
 
 def ask(images: TruthSource, indices: list[int], layout: Layout, seed: int) -> Question:
     """What the first `MAX_SCENES` of the images show."""
-    if len(indices) < 4 * MIN_POSITIVES:
+    if len(indices) < MIN_SCENES:
         raise UserError(
-            f"The truth table needs at least {4 * MIN_POSITIVES} scenes, there are {len(indices)}."
+            f"The truth table needs at least {MIN_SCENES} scenes, there are {len(indices)}."
         )
     return Question.about(SceneTruth.of(images, indices[:MAX_SCENES], layout.grid), seed)
 

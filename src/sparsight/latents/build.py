@@ -52,7 +52,7 @@ def build_index(
         model_or_activations: a vision model, to be run over `images`; or activations: a store, or
             live ones.
         images: the pictures (what `open_images` takes), with a model; nothing with activations.
-        out: folder of the index, by custom `index/` in the run's; an index there is replaced.
+        out: folder of the index, `index/` in the run's; an index there is replaced.
         site: where to read; default the site that the SAE was trained on.
         top_n: strongest images to keep a latent.
         quantiles: bands of equally many images into which those that activate a latent are cut,
@@ -76,6 +76,8 @@ def build_index(
     }.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more.")
+    if isinstance(model_or_activations, VisionModel) and site is not None:
+        site = model_or_activations.canonical_site(site)
     activations = _activations(sae, model_or_activations, images, site, workers)
     site = _site(sae, activations, site)
     n_tokens = activations.n_tokens[site]

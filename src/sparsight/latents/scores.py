@@ -124,9 +124,13 @@ def tiles(metrics: Metrics) -> list[Tile]:
     ]
     if shot:
         others = tuple(
-            Beside(REPLACEMENTS[name], percent(shot[name].get("top1")))
-            for name in ("original", "mean", "zero")
-            if name in shot
+            Beside(name, percent(found["top1"]))
+            for name, found in (
+                ("original", shot.get("original") or {}),
+                *((name, _variant(block, "reconstructed")[0]) for name, block in baselines(metrics)),
+                (REPLACEMENTS["zero"], shot.get("zero") or {}),
+            )
+            if found.get("top1") is not None
         )
         made.append(
             Tile(
@@ -258,9 +262,7 @@ def truth_table(metrics: Metrics) -> Table | None:
             rows.append(Row(title, title, tuple(cells), group=group))
             group = ""
     columns = [name for name, _ in found] + ([ALL_PATCHES] if everywhere else [])
-    note = (
-        "Means of the best single latents, chosen on one half of the images, scored on the other."
-    )
+    note = "Means of the best single latents: chosen on half of the images, scored on the rest."
     return Table("Known attributes", tuple(columns), tuple(rows), note)
 
 
@@ -326,7 +328,7 @@ def figure(value: Any) -> str:
     if value == 0 or abs(value) >= 1e4:
         return f"{value:,.0f}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    return f"{value:,.{digits}f}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def percent(value: Any) -> str:

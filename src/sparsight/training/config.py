@@ -9,6 +9,7 @@ from typing import Literal
 
 from sparsight.errors import UserError
 from sparsight.sae import AuxK, SAEConfig
+from sparsight.vision import Tokens
 
 LARGEST_DEAD_WINDOW = 10_000_000
 
@@ -121,7 +122,7 @@ class TrainRecipe:
     sites: tuple[str, ...] = ()
     """Where to read; empty means all sites of the store."""
 
-    tokens: Literal["all", "patches", "cls", "mean"] = "all"
+    tokens: Tokens = "all"
     """Which positions to train on; a store has its own."""
 
     out: Path = Path("runs/sae")

@@ -107,7 +107,7 @@ class SiteTraining:
             if auxiliary is not None:
                 total = loss + self.config.auxk.alpha * auxiliary
         self.optimiser.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         grad_norm = self._update(step, lr_factor)
         with torch.no_grad():
             self._count(values.detach(), indices)

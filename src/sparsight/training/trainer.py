@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from sparsight.training.loggers import Logger, open_loggers
 from sparsight.training.run import CONFIG, Run
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
-from sparsight.vision import VisionModel
+from sparsight.vision import Tokens, VisionModel
 
 Activations = ActivationSource | tuple[VisionModel, ImageSource]
 
@@ -36,7 +36,7 @@ def train(
     out: str | Path = "runs/sae",
     *,
     sites: Sequence[str] | None = None,
-    tokens: str = "all",
+    tokens: Tokens = "all",
     resume: bool = True,
     device: str | None = None,
     quiet: bool = False,
@@ -114,7 +114,7 @@ class _Loop:
             self.stream.load_state_dict(found.cursor)
             for site, training in self.sites.items():
                 training.load_state(found.saes[site], found.tensors[site], found.summed[site])
-        self.logged = (time.monotonic(), self.step)
+        self.logged = (time.monotonic(), self.step * self.config.batch_size)
         self.loggers: dict[str, list[Logger]] = {}
         for site in run.sites:
             write_toml(run.folder(site) / CONFIG, recipe)
@@ -170,10 +170,8 @@ class _Loop:
         notes = []
         vectors = self.step * self.config.batch_size
         now = time.monotonic()
-        rate = (
-            (self.step - self.logged[1]) * self.config.batch_size / max(now - self.logged[0], 1e-9)
-        )
-        self.logged = (now, self.step)
+        rate = (vectors - self.logged[1]) / max(now - self.logged[0], 1e-9)
+        self.logged = (now, vectors)
         for site, training in self.sites.items():
             figures = training.figures(self.config.batch_size)
             entry: dict[str, Any] = {
@@ -219,7 +217,7 @@ class _Loop:
 
 
 def _as_activations(
-    source: Activations, sites: Sequence[str] | None, tokens: str
+    source: Activations, sites: Sequence[str] | None, tokens: Tokens
 ) -> ActivationSource:
     if not isinstance(source, tuple):
         absent = [site for site in sites or () if site not in source.sites]
@@ -241,7 +239,7 @@ def _recipe(source: ActivationSource, run: Run, config: TrainConfig) -> TrainRec
         model=source.model_info.get("id"),
         images=source.model_info.get("images"),
         sites=run.sites,
-        tokens=source.tokens,
+        tokens=cast(Tokens, source.tokens),
         out=run.out,
         train=config,
     )

@@ -102,7 +102,7 @@ class VisionModel(ABC):
         self.sites = tuple(self._anatomy.sites)
 
     @abstractmethod
-    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
+    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "rows d"]:
         """Run the vision part whole and give its image embedding."""
 
     @abstractmethod
@@ -246,8 +246,10 @@ class VisionModel(ABC):
 
     def embed_images(
         self, pixels: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch d_embed"]:
+    ) -> Float[Tensor, "rows d_embed"]:
         """Embed pictures, float32, not normalised; edits that are active are seen.
+
+        A row a picture, unless an edit changes the number of rows.
 
         The joint embedding where the model has one (site `embedding`). Else the CLS vector after
         the final norm, or the mean over positions where there is no CLS either. Runs under

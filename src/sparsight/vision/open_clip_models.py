@@ -33,7 +33,7 @@ class OpenClipModel(VisionModel):
         self._name = name
         super().__init__(**rest)
 
-    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
+    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "rows d"]:
         return self.module.encode_image(pixels)  # type: ignore[operator, no-any-return]
 
     def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d_embed"]:

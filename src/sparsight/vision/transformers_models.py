@@ -55,7 +55,7 @@ class TransformersModel(VisionModel):
         self._head: nn.Module | None = getattr(rest["module"], "visual_projection", None)
         super().__init__(**rest)
 
-    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
+    def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "rows d"]:
         output = self._tower.module(pixel_values=pixels)
         if self._head is not None:
             return self._head(output.pooler_output)  # type: ignore[no-any-return]
