@@ -15,11 +15,13 @@ from sparsight.files import read_json
 from sparsight.images import ImageSource, open_images
 from sparsight.latents import LatentIndex, build_index, name_from_truth, write_report
 from sparsight.latents.run_files import find_runs
-from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import Run, TrainConfig, train
 from sparsight.vision import VisionModel, load_model
 
 CONFIG = "demo.toml"
+DEAD_AFTER = 40_000
+"""Vectors without an activation after which a latent counts as dead in training."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class DemoConfig:
     n_latents: int = 3072
     """Latents of each autoencoder."""
 
-    k: int = 32
+    k: int = 48
     """Active latents a vector, at most."""
 
-    n_vectors: int = 600_000
-    """Vectors to train on; each of the store is seen twice or so."""
+    n_vectors: int = 900_000
+    """Vectors to train on; each of the store is seen three times or so."""
 
     latents: int = 24
     """Latents of each autoencoder that the report shows."""
@@ -130,9 +132,14 @@ def _claim(out: Path, config: DemoConfig) -> None:
 
 def _train_config(config: DemoConfig) -> TrainConfig:
     sae = SAEConfig(n_latents=config.n_latents, sparsity=TopK(k=config.k))
-    # Small batches and a brisk rate: a run of a minute needs its steps more than large averages.
+    # A run of a minute needs its steps more than large batches, and dead latents found soon.
     return TrainConfig(
-        sae=sae, n_vectors=config.n_vectors, batch_size=1024, lr=1e-3, seed=config.seed
+        sae=sae,
+        n_vectors=config.n_vectors,
+        batch_size=1024,
+        lr=1e-3,
+        auxk=AuxK(alpha=1 / 8, dead_after=DEAD_AFTER),
+        seed=config.seed,
     )
 
 

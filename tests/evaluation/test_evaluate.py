@@ -172,7 +172,7 @@ def test_what_is_saved_is_what_was_measured(report, tmp_path):
     head, *rows = report.table()
     assert head == ("", "SAE", "untrained", "pca", "neurons")
     assert all(len(row) == 5 for row in rows)
-    assert dict((row[0], row[1]) for row in rows)["FVU"] == f"{report.metrics['fvu']:.4g}"
+    assert {row[0]: row[1] for row in rows}["FVU"] == f"{report.metrics['fvu']:.4g}"
 
 
 def test_numbers_that_are_not_finite_become_none_with_a_reason():

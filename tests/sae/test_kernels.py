@@ -66,3 +66,20 @@ def test_selection_in_bfloat16_chooses_what_exact_selection_does(massive: bool) 
     same = (exact[1].sort().values == low[1].sort().values).all(dim=1).double().mean()
     assert same >= (0.90 if massive else 0.99)
     torch.testing.assert_close(low[0].sum(), exact[0].sum(), rtol=1e-4, atol=0)
+
+
+def test_gradients_have_the_same_bits_each_time_on_two_threads() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, W_enc, W_dec = (torch.randn(n, 96, generator=generator) for n in (3000, 700, 700))
+    inputs = [x, W_enc, torch.zeros(700), W_dec, torch.zeros(96)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [
+            _gradients(encode_topk, decode_topk, [each.requires_grad_() for each in inputs])
+            for _ in range(3)
+        ]
+    finally:
+        torch.set_num_threads(before)
+    for first, second, third in zip(*runs, strict=True):
+        assert torch.equal(first, second) and torch.equal(second, third)

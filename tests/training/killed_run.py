@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+import torch
 from memory_activations import sparse_mixtures
 from test_resume import CONFIG, SITES
 
@@ -37,8 +38,8 @@ def main(out: str, where: str) -> None:
 
         checkpoint.write_json = write_or_die
     elif where == "while it finishes":
-        checkpoint.newest = None
         trainer._Loop._finish = die
+    torch.set_num_threads(1)
     train(sparse_mixtures(SITES), CONFIG, out=out, quiet=True)
 
 

@@ -127,7 +127,10 @@ def tiles(metrics: Metrics) -> list[Tile]:
             Beside(name, percent(found["top1"]))
             for name, found in (
                 ("original", shot.get("original") or {}),
-                *((name, _variant(block, "reconstructed")[0]) for name, block in baselines(metrics)),
+                *(
+                    (name, _variant(block, "reconstructed")[0])
+                    for name, block in baselines(metrics)
+                ),
                 (REPLACEMENTS["zero"], shot.get("zero") or {}),
             )
             if found.get("top1") is not None
