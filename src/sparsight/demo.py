@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsight.activations import LiveActivations, extract
+from sparsight.activations import ActivationStore, extract
 from sparsight.config import first_difference, load, to_dict, write_toml
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
 from sparsight.files import read_json
-from sparsight.images import ImageSource, open_images
+from sparsight.images import open_images
 from sparsight.latents import LatentIndex, build_index, name_from_truth, write_report
 from sparsight.latents.run_files import find_runs
-from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae import AuxK, SAEConfig, TopK
 from sparsight.training import Run, TrainConfig, train
 from sparsight.vision import VisionModel, load_model
 
@@ -79,7 +79,8 @@ def run_demo(
     """Render, extract, train, evaluate, index, name, report; continue what was interrupted.
 
     Args:
-        out: gets `report.html`, `store/` and `runs/SITE/`.
+        out: gets `report.html`, `store/` (to train on), `held-out/` (to measure on) and
+            `runs/SITE/`.
         config: sizes.
         quiet: no progress bars.
 
@@ -92,13 +93,17 @@ def run_demo(
     if report.exists():  # the last thing to be written
         return DemoResult(report, _metrics(out))
     model = load_model("calibration")
-    seen = open_images(f"calibration:{config.n_images}:{config.seed}")
-    unseen = open_images(f"calibration:{config.n_test}:{config.seed + 1}")
-    store = extract(model, seen, sites=config.sites, tokens="all", out=out / "store", quiet=quiet)
+    store, held_out = (
+        extract(model, open_images(images), sites=config.sites, out=out / name, quiet=quiet)
+        for name, images in {
+            "store": f"calibration:{config.n_images}:{config.seed}",
+            "held-out": f"calibration:{config.n_test}:{config.seed + 1}",
+        }.items()
+    )
     run = train(store, _train_config(config), out=out / "runs", quiet=quiet)
     for site in run.sites:
-        metrics = _measure(run, site, model, unseen, quiet)
-        _look(run, site, model, unseen, metrics, quiet)
+        metrics = _measure(run, site, model, held_out, quiet)
+        _look(run, site, held_out, metrics, quiet)
     write_report(
         [run.folder(site) for site in run.sites],
         report,
@@ -144,32 +149,25 @@ def _train_config(config: DemoConfig) -> TrainConfig:
 
 
 def _measure(
-    run: Run, site: str, model: VisionModel, images: ImageSource, quiet: bool
+    run: Run, site: str, model: VisionModel, held_out: ActivationStore, quiet: bool
 ) -> Mapping[str, Any]:
     """Evaluate on scenes that training did not see, unless that is done."""
     path = run.folder(site) / "metrics.json"
     if path.exists():
         return read_json(path)
-    activations = LiveActivations(model, images, [site], "all")
-    report = evaluate(run.sae(site), activations, model=model, images=images, quiet=quiet)
-    report.save(path)
+    evaluate(run.sae(site), held_out, model=model, quiet=quiet).save(path)
     return read_json(path)
 
 
 def _look(
-    run: Run,
-    site: str,
-    model: VisionModel,
-    images: ImageSource,
-    metrics: Mapping[str, Any],
-    quiet: bool,
+    run: Run, site: str, held_out: ActivationStore, metrics: Mapping[str, Any], quiet: bool
 ) -> None:
     """Build the index of a site and name its latents, unless that is done."""
     folder = run.folder(site) / "index"
-    sae: SparseAutoencoder = run.sae(site)
+    sae = run.sae(site)
     try:
         index = LatentIndex.open(folder, sae)
     except UserError:
-        index = build_index(sae, model, images, out=folder, quiet=quiet)
+        index = build_index(sae, held_out, out=folder, quiet=quiet)
     if index.table["name"].null_count == index.n_latents:
         name_from_truth(index, metrics)

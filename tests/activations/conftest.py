@@ -1,25 +1,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from activation_parts import BLOCK_0, BLOCK_1, save_clip, save_photos
 
+from one_thread import one_thread
 from sparsight.activations import ActivationStore, extract
 from sparsight.images import ImageSource, open_images
 from sparsight.vision import VisionModel, load_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower with more, and their bits depend on how many."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +41,9 @@ def kept_store(
     model: VisionModel, photos: ImageSource, tmp_path_factory: pytest.TempPathFactory
 ) -> ActivationStore:
     """Three shards of two sites in float32; not to be written to."""
-    return extract(
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests: bits may depend on it
+    store = extract(
         model,
         photos,
         sites=[BLOCK_0, BLOCK_1, "embedding"],
@@ -59,6 +54,8 @@ def kept_store(
         workers=0,
         quiet=True,
     )
+    torch.set_num_threads(threads)
+    return store
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from sparsight.evaluation.report import finite
 from sparsight.files import read_json
 from sparsight.sae import Normaliser, SAEConfig, SparseAutoencoder, TopK
 
+N_SCENES = 100
 HEADLINES = [
     "fvu",
     "explained_variance",
@@ -59,7 +60,7 @@ HEADLINES = [
 @pytest.fixture(scope="module")
 def scenes(calibration):
     """An SAE of the calibration model, and what it is measured on."""
-    images = Scenes(160, 3)
+    images = Scenes(N_SCENES, 3)
     site = "blocks.1.resid_post"
     live = LiveActivations(calibration, images, [site], "all", workers=0)
     statistics = live.stats(site)
@@ -110,7 +111,7 @@ def test_everything_is_there_and_beside_it_the_baselines(report):
         assert block["l0"] == pytest.approx(metrics["l0"], abs=0.5)
     entry = next(iter(metrics["truth"].values()))
     assert {"latent", "auc", "f1", "iou", "n_positive"} <= set(entry)
-    assert metrics["n_vectors"] == 160 * 65 and len(metrics["fvu_by_position"]) == 65
+    assert metrics["n_vectors"] == N_SCENES * 65 and len(metrics["fvu_by_position"]) == 65
 
 
 def test_figures_equal_those_over_the_whole_matrix_in_both_spaces(scenes, report):
@@ -202,7 +203,7 @@ def test_the_mean_over_patches_has_no_downstream_and_says_so(clip):
 
 
 def test_the_truth_of_one_vector_an_image_has_no_iou(calibration):
-    images = Scenes(160, 3)
+    images = Scenes(N_SCENES, 3)
     live = LiveActivations(calibration, images, ["blocks.2.resid_post"], "cls", workers=0)
     sae = make_sae(live.d_in(live.sites[0]), site=live.sites[0], tokens="cls")
     metrics = evaluate(sae, live, baselines=False, workers=0, quiet=True).metrics

@@ -43,7 +43,7 @@ def world():
         for i, pattern in enumerate(PATTERNS):
             mask = torch.from_numpy(images.render(scene).mask("pattern", pattern)).flatten()
             x[scene, 1:, 10 + i] += mask.float()
-        for i, colour in enumerate(sorted(shown.attributes()["object_colour"])[:1]):
+        for colour in sorted(shown.attributes()["object_colour"])[:1]:
             mask = torch.from_numpy(images.render(scene).mask("object_colour", colour)).flatten()
             if colour == "red":
                 x[scene, 1:, 20] += mask.float()

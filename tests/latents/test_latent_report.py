@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latent_parts import LABELS, TensorActivations, make_sae, model_facts, save_clip
+import torch
+from latent_parts import LABELS, SITE, TensorActivations, make_sae, model_facts, save_clip
 from PIL import Image
 
+from sparsight.activations import extract
 from sparsight.errors import SparsightError, UserError
+from sparsight.evaluation import evaluate
+from sparsight.images import ImageSource, open_images
 from sparsight.latents import LatentIndex, LatentName, build_index, set_names, write_report
 from sparsight.latents.cards import choose_latents, encode_picture
 from sparsight.latents.run_files import find_runs, run_names
-from sparsight.sae import SparseAutoencoder
+from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
+from sparsight.training import TrainConfig, train
 from sparsight.vision import VisionModel, load_model
 
 EVIL = "<script>alert('name')</script>"
@@ -184,8 +189,6 @@ def test_without_the_model_the_page_shows_pictures_and_says_why(
 
 
 def test_another_model_is_refused(run: Path, tmp_path: Path) -> None:
-    import torch
-
     folder = save_clip(tmp_path / "clip")
     other = load_model(str(folder), device="cpu")
     with torch.no_grad():
@@ -202,8 +205,6 @@ def test_a_picture_that_has_gone_is_counted_and_the_rest_is_shown(
     pictures: Path,
     tmp_path: Path,
 ) -> None:
-    from sparsight.images import open_images
-
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     moved = TensorActivations(activations.x, open_images(folder), model)
@@ -269,6 +270,31 @@ def test_an_sae_of_cls_vectors_gets_pictures_without_heatmaps(
     found = Page(page.read_text(encoding="utf-8"))
     assert "one vector an image" in found.words
     assert "heat" not in found.classes
+
+
+def test_the_whole_chain_ends_in_a_page(
+    model: VisionModel, source: ImageSource, tmp_path: Path
+) -> None:
+    """Extract, train, evaluate, index and report with the real parts, on a store on disk."""
+    config = TrainConfig(
+        sae=SAEConfig(n_latents=64, sparsity=TopK(k=4)), n_vectors=2048, batch_size=256
+    )
+    store = extract(model, source, sites=[SITE], tokens="all", out=tmp_path / "acts", quiet=True)
+    run = train(store, config, out=tmp_path / "run", quiet=True)
+    own = run.sae()
+    evaluate(own, store, quiet=True).save(run.folder())
+    index = build_index(own, store, out=run.folder() / "index", quiet=True)
+    live = build_index(own, model, source, out=tmp_path / "live", workers=0, quiet=True)
+    assert index.manifest["images"] == live.manifest["images"]
+    # The store is float16, so activations near the k-th differ now and then.
+    assert (index.examples.image[:, 0] == live.examples.image[:, 0]).float().mean() > 0.8
+
+    page = write_report(run.folder(), tmp_path / "r.html", latents=8, quiet=True)
+    found = Page(page.read_text(encoding="utf-8"))
+    assert found.classes.count("card") == 8
+    assert found.classes.count("heat") > 10
+    assert {"Training", "Error by position", "Density"} <= set(found.text)
+    assert "untrained SAE" in found.words
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

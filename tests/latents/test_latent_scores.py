@@ -83,10 +83,10 @@ def test_replacements_stand_beside_each_other_and_the_saes_stands_out() -> None:
     assert table is not None
     assert table.columns == ("top-1", "95 % interval", "top-5", "KL")
     assert {row.name: row.cells for row in table.rows} == {
-        "original": ("96.0 %", "94.0 – 98.0 %", "100.0 %", NOT_MEASURED),
-        "SAE": ("95.0 %", "93.0 – 97.0 %", "99.0 %", NOT_MEASURED),
+        "original": ("96.0 %", "94.0–98.0 %", "100.0 %", NOT_MEASURED),
+        "SAE": ("95.0 %", "93.0–97.0 %", "99.0 %", NOT_MEASURED),
         "PCA": ("50.0 %", NOT_MEASURED, NOT_MEASURED, "1.50"),
-        "zero instead": ("2.0 %", "1.0 – 3.0 %", "10.0 %", NOT_MEASURED),
+        "zero instead": ("2.0 %", "1.0–3.0 %", "10.0 %", NOT_MEASURED),
     }
     assert [row.name for row in table.rows if row.strong] == ["SAE"]
 

@@ -10,12 +10,7 @@ from typing import Any
 Metrics = Mapping[str, Any]
 
 BASELINES = {"untrained": "untrained SAE", "pca": "PCA", "neurons": "neurons", "kmeans": "k-means"}
-REPLACEMENTS = {
-    "original": "original",
-    "reconstructed": "reconstructed",
-    "mean": "mean instead",
-    "zero": "zero instead",
-}
+REPLACEMENTS = {"mean": "mean instead", "zero": "zero instead"}
 TRUTH_SCORES = {"auc": "AUC", "f1": "F1", "iou": "IoU"}
 EVERYWHERE = "iou_everywhere"
 ALL_PATCHES = "all patches"
@@ -44,6 +39,8 @@ GLOSSARY: dict[str, str] = {
     "all patches": "IoU of a heatmap that is lit everywhere: what an attribute scores for being "
     "large.",
     "KL": "Divergence of the classes' probabilities from the original's, in nats.",
+    "loss": "Contrastive loss of pictures and their captions, in nats: how well the model still "
+    "pairs them within a batch.",
     "untrained SAE": "An SAE of the same shape with its starting weights. What it scores comes "
     "from the architecture, not from learning.",
     "PCA": "Principal components, as many as the SAE has active latents.",
@@ -123,24 +120,17 @@ def tiles(metrics: Metrics) -> list[Tile]:
         ),
     ]
     if shot:
-        others = tuple(
-            Beside(name, percent(found["top1"]))
-            for name, found in (
-                ("original", shot.get("original") or {}),
-                *(
-                    (name, _variant(block, "reconstructed")[0])
-                    for name, block in baselines(metrics)
-                ),
-                (REPLACEMENTS["zero"], shot.get("zero") or {}),
-            )
-            if found.get("top1") is not None
-        )
+        others = [
+            ("original", shot.get("original") or {}),
+            *((name, _variant(block, "reconstructed")[0]) for name, block in baselines(metrics)),
+            (REPLACEMENTS["zero"], shot.get("zero") or {}),
+        ]
         made.append(
             Tile(
                 "Zero-shot top-1",
                 "zero-shot",
                 percent(dig(shot, "reconstructed.top1")),
-                others,
+                tuple(Beside(name, percent(of["top1"])) for name, of in others if "top1" in of),
                 interval(shot.get("reconstructed")),
             )
         )
@@ -201,8 +191,7 @@ def downstream_table(metrics: Metrics) -> Table | None:
     for key, name in (("original", "original"), ("reconstructed", "SAE")):
         lines.append((name, "", *_variant(metrics, key)))
     lines += [(name, name, *_variant(block, "reconstructed")) for name, block in baselines(metrics)]
-    for key in ("mean", "zero"):
-        lines.append((REPLACEMENTS[key], "", *_variant(metrics, key)))
+    lines += [(name, "", *_variant(metrics, key)) for key, name in REPLACEMENTS.items()]
     lines = [line for line in lines if line[2] or line[3]]
     if not lines:
         return None
@@ -211,7 +200,7 @@ def downstream_table(metrics: Metrics) -> Table | None:
         ("95 % interval", lambda shot, _: interval(shot)),
         ("top-5", lambda shot, _: percent(shot.get("top5"))),
         ("KL", lambda shot, _: figure(shot.get("kl"))),
-        ("contrastive loss", lambda _, contrastive: figure(contrastive.get("loss"))),
+        ("loss", lambda _, contrastive: figure(contrastive.get("loss"))),
     ]
     columns = [
         (name, show)
@@ -353,8 +342,8 @@ def interval(scores: Any, show: Callable[[Any], str] | None = None) -> str:
     if not bounds or len(bounds) != 2:
         return ""
     if show is not None:
-        return f"{show(bounds[0])} – {show(bounds[1])}"
-    return f"{100 * bounds[0]:.1f} – {100 * bounds[1]:.1f} %"
+        return f"{show(bounds[0])}–{show(bounds[1])}"
+    return f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f} %"
 
 
 def _beside(metrics: Metrics, key: str, show: Callable[[Any], str] = figure) -> tuple[Beside, ...]:
