@@ -24,8 +24,8 @@ from sparsight.vision import load_model
 
 SETTINGS: dict[str, Any] = {
     "sites": [BLOCK_0, BLOCK_1],
-    "batch_size": 4,
-    "shard_images": 12,
+    "batch_size": 3,
+    "shard_images": 6,
     "max_failed": 0.1,
     "quiet": True,
 }
@@ -89,7 +89,7 @@ def main(model_folder: str, photos: str, out: str) -> None:
         return os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else 0
 
     found: dict[str, Any] = {}
-    run(Path(out) / "whole")
+    extract(model, images, out=Path(out) / "whole", workers=0, **SETTINGS)  # here: forks start warm
     found["whole"] = {"signals": [], "files": digests(Path(out) / "whole")}
 
     def compare(name: str, cuts: list[Any], workers: int = 0) -> bool:

@@ -5,23 +5,34 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, save_photos
+from activation_parts import BLOCK_0, BLOCK_1, save_photos
 
 from sparsight.activations import ActivationStore
+
+N_IMAGES = 12
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
 
+@pytest.fixture
+def stores(tmp_path: Path) -> Iterator[Path]:
+    """In memory where there is such a folder: flushing to a disk thousands of times takes long."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
+        yield Path(folder)
+
+
 def test_an_extraction_cut_off_anywhere_ends_in_the_same_bytes(
-    clip_folder: Path, tmp_path: Path
+    clip_folder: Path, tmp_path: Path, stores: Path
 ) -> None:
     """SIGKILL at every rename, ends inside files, one after another; then the same call again."""
-    photos = save_photos(tmp_path / "photos", broken=(9,))
+    photos = save_photos(tmp_path / "photos", N_IMAGES, broken=(4,))
     here = Path(__file__).parent
-    stores = tmp_path / "stores"
     done = subprocess.run(
         [sys.executable, here / "cut_extractions.py", clip_folder, photos, stores],
         capture_output=True,

@@ -113,7 +113,6 @@ def build_index(
         "version": VERSION,
         "sae": {
             "hash": sae_hash(sae),
-            "folder": sae.metadata.get("folder"),
             "n_latents": sae.n_latents,
             "d_in": sae.d_in,
         },

@@ -211,12 +211,9 @@ class LatentIndex:
     def check_sae(self, sae: SparseAutoencoder) -> None:
         """Raise a `UserError` unless the index was built from these very parameters."""
         if sae_hash(sae) != self.manifest["sae"]["hash"]:
-            whose = self.manifest["sae"].get("folder")
             raise UserError(
-                f"{self.folder}: was built from another SAE"
-                + (f" (in {whose})" if whose else "")
-                + ", so its latents mean other things. Build an index of this one with "
-                "`sparsight index`."
+                f"{self.folder}: was built from another SAE, so its latents mean other things. "
+                "Build an index of this one with `sparsight index`."
             )
 
     @cached_property
