@@ -43,8 +43,8 @@ class DemoConfig:
     k: int = 48
     """Active latents a vector, at most."""
 
-    n_vectors: int = 900_000
-    """Vectors to train on; each of the store is seen three times or so."""
+    n_vectors: int = 1_100_000
+    """Vectors to train on; each of the store is seen four times or so."""
 
     latents: int = 24
     """Latents of each autoencoder that the report shows."""

@@ -162,7 +162,9 @@ def test_few_pictures_start_no_process_unless_asked_to(source: ImageSource) -> N
 def test_an_interrupt_ends_the_run_and_its_workers(tmp_path: Path, source: ImageSource) -> None:
     program = tmp_path / "endless.py"
     program.write_text(
-        "import sys, torch\n"
+        "import signal, sys, torch\n"
+        # A parent in the background may ignore interrupts, and its children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from sparsight.images import load_batches, open_images\n"
         "source = open_images(sys.argv[1])\n"
         "def transform(image): return torch.zeros(3)\n"

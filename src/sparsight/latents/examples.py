@@ -6,17 +6,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-EMPTY = torch.iinfo(torch.int64).max
-"""Rank of a place in the table that nothing has taken."""
+RANK_BITS = 40
+EMPTY = (1 << RANK_BITS) - 1
+"""Rank of a place in the table that nothing has taken; above all others."""
 
-_ONE = 0x7FFFFFFF
+_LARGEST_FLOAT = 0x7FFFFFFF
 
 
 class ExampleTable:
-    """At most `size` examples a latent: those of lowest rank; among equals, the earlier image.
+    """At most `size` examples a latent: those of lowest rank; among equals, what came first.
 
-    What the table holds in the end depends on what was offered, not on how it was cut into
-    batches. Only latents that an offer changes are touched, and memory stays at
+    What the table holds in the end depends on what was offered in which order, not on how it was
+    cut into batches. Only latents that an offer changes are touched, and memory stays at
     `n_latents × size`.
 
     Attributes:
@@ -42,8 +43,8 @@ class ExampleTable:
         token: Int[Tensor, " pairs"],
         activation: Float[Tensor, " pairs"],
     ) -> None:
-        """Take what ranks below the worst that is kept; a (latent, image) comes at most once."""
-        within = rank <= self.rank[latent, -1]
+        """Take what ranks below the worst that is kept; ranks lie from 0 to `EMPTY` − 1."""
+        within = rank < self.rank[latent, -1]
         latent, rank, image = latent[within], rank[within], image[within]
         token, activation = token[within].to(torch.int32), activation[within]
         touched = latent.unique()
@@ -59,9 +60,7 @@ class ExampleTable:
         tokens = torch.cat([self.token[touched].flatten(), token])
         activations = torch.cat([self.activation[touched].flatten(), activation])
 
-        order = images.argsort(stable=True)
-        order = order[ranks[order].argsort(stable=True)]
-        order = order[group[order].argsort(stable=True)]
+        order = ((group << RANK_BITS) + ranks).argsort(stable=True)
         ordered = group[order]
         place = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
         chosen = order[place < self.size].view(len(touched), self.size)
@@ -76,7 +75,7 @@ def strength_rank(activation: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
 
     The bits of positive float32 numbers, read as integers, are in the order of the numbers.
     """
-    return _ONE - activation.float().contiguous().view(torch.int32).to(torch.int64)
+    return _LARGEST_FLOAT - activation.float().contiguous().view(torch.int32).to(torch.int64)
 
 
 def lottery_rank(
@@ -90,7 +89,7 @@ def lottery_rank(
     x = x + _wrapped((seed + 1) * 0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _wrapped(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _wrapped(0x94D049BB133111EB)
-    return (x ^ _shifted(x, 31)) & (EMPTY - 1)
+    return _shifted(x ^ _shifted(x, 31), 65 - RANK_BITS)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
