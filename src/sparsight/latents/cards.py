@@ -88,7 +88,7 @@ def choose_latents(index: LatentIndex, n: int, seed: int) -> tuple[list[tuple[in
     random = sorted(rest[i] for i in drawn)
     how = (
         f"{len(random)} drawn at random (seed {seed}) from the "
-        f"{len(rest) if named else len(alive)} {'other ' if named else ''}latents that were ever "
+        f"{len(rest):,} {'other ' if named else ''}latents that were ever "
         "active"
     )
     if named:
@@ -217,10 +217,10 @@ def is_crisp(picture: Image.Image) -> bool:
 def encode_picture(picture: Image.Image, side: int) -> str:
     """Data URI: small pictures at their own pixels, others scaled to `side`; WebP."""
     if is_crisp(picture):
-        return _uri(picture, "WEBP", quality=92, method=6)
+        return _uri(picture, "WEBP", quality=92, method=4)
     picture = picture.copy()
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _uri(picture, "WEBP", quality=78, method=6)
+    return _uri(picture, "WEBP", quality=78, method=4)
 
 
 def _png(picture: Image.Image) -> str:

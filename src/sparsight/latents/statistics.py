@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.errors import SparsightError
-from sparsight.latents.examples import ExampleTable, lottery_rank, strength_rank
+from sparsight.latents.examples import EMPTY, ExampleTable, lottery_rank, strength_rank
 from sparsight.sae import SparseCode
 
 MIN_IMAGES_FOR_ENTROPY = 10
@@ -113,7 +113,7 @@ def quantile_samples(sample: ExampleTable, quantiles: int, per_quantile: int) ->
     n_latents, size = sample.image.shape
     device = sample.image.device
     here = sample.image >= 0
-    strength = torch.where(here, strength_rank(sample.activation.flatten()).view_as(here), EMPTY_32)
+    strength = torch.where(here, strength_rank(sample.activation.flatten()).view_as(here), EMPTY)
     order = sample.image.argsort(dim=1, stable=True)
     order = order.gather(1, strength.gather(1, order).argsort(dim=1, stable=True))
     count = here.sum(dim=1, keepdim=True)
@@ -138,10 +138,6 @@ def quantile_samples(sample: ExampleTable, quantiles: int, per_quantile: int) ->
         return values.gather(1, chosen).view(shape).masked_fill(~there, nothing)
 
     return Examples(taken(sample.image, -1), taken(sample.token, -1), taken(sample.activation, 0))
-
-
-EMPTY_32 = 1 << 32
-"""Above every rank of a float32."""
 
 
 @dataclass(frozen=True)
