@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from sparsight.calibration.train import Settings, Trainer
-from sparsight.errors import UserError
+from sparsight.calibration.symbols import SYMBOLS
+from sparsight.calibration.train import Settings, Trainer, contrastive_loss
+from sparsight.errors import SparsightError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,46 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
         assert torch.equal(value, weights(again)[name]), name
 
 
+def test_a_further_leg_starts_from_the_weights_and_goes_on_with_new_scenes(tmp_path: Path) -> None:
+    first = Trainer(small(tmp_path / "first", steps=2))
+    first.run()
+    options = {"steps": 2, "word_share": 0.7, "start_from": first.checkpoint}
+    leg = Trainer(small(tmp_path / "leg", **options))
+    assert (leg.step, leg.progress(), leg.curriculum(leg.step)) == (2, 0, 1)
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(leg)[name]), name
+    leg.run()
+    assert leg.step == 4
+    card = (tmp_path / "leg/export/README.md").read_text()
+    assert "the last 2 steps went on from 2 earlier ones" in card
+    assert "--word-share 0.7 --start-from checkpoint.pt" in card
+
+    # A leg that was cut keeps its own beginning.
+    assert Trainer(small(tmp_path / "leg", **options)).first_step == 2
+
+
+def test_a_checkpoint_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    trainer = Trainer(small(tmp_path, steps=1))
+    trainer.save()
+    trainer.checkpoint.write_bytes(trainer.checkpoint.read_bytes()[:1000])
+    with pytest.raises(SparsightError, match=r"checkpoint\.pt: is damaged"):
+        Trainer(small(tmp_path, steps=1))
+
+
+def test_a_written_name_takes_its_share_of_the_target(tmp_path: Path) -> None:
+    trainer = Trainer(small(tmp_path))
+    batch = next(trainer._batches())
+    assert (batch.word != len(SYMBOLS)).any()
+    images = torch.nn.functional.normalize(torch.randn(16, 128), dim=-1)
+    losses = {
+        share: contrastive_loss(trainer.model, trainer.prompts, images, batch, 0, share).item()
+        for share in (0.0, 0.5, 0.9)
+    }
+    assert losses[0.5] != losses[0.0]
+    half = losses[0.0] + (losses[0.9] - losses[0.0]) * 0.5 / 0.9
+    assert losses[0.5] == pytest.approx(half, rel=1e-4)  # the target is linear in the share
+
+
 def test_the_loss_falls(tmp_path: Path) -> None:
     trainer = Trainer(small(tmp_path, steps=1_000, lr=0.01))
     batches = trainer._batches()
@@ -89,7 +130,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         Trainer(small(tmp_path, seed=1))
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"minutes": -1.0}, {"batch_size": 0}, {"lr": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"minutes": -1.0}, {"batch_size": 0}, {"word_share": 1.0}]
+)
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         small(tmp_path, **wrong)

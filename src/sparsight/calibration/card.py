@@ -17,9 +17,12 @@ class Making:
     """How a calibration CLIP came about.
 
     Args:
-        steps: training steps.
+        steps: training steps, over all legs.
         batch_size: scenes a step.
-        minutes: wall-clock time of the training.
+        minutes: wall-clock time of the training, over all legs.
+        last_leg: steps of the last leg, where there were several.
+        options: of the command that trained the last leg.
+        word_share: share of a written name in the target of the last leg.
         seed: of weights and scenes.
         device: what it ran on, in words.
     """
@@ -27,6 +30,9 @@ class Making:
     steps: int
     batch_size: int
     minutes: float
+    last_leg: int | None
+    options: str
+    word_share: float
     seed: int
     device: str
 
@@ -41,6 +47,12 @@ def write_card(folder: Path, figures: Mapping[str, float], n_scenes: int, making
         making: how the model was trained.
     """
     row = {name: _with_interval(figures[name], n_scenes) for name in figures}
+    legs = ""
+    if making.last_leg:
+        earlier = making.steps - making.last_leg
+        legs = (
+            f", of which the last {making.last_leg:,} steps went on from {earlier:,} earlier ones"
+        )
     text = f"""\
 ---
 license: mit
@@ -72,13 +84,17 @@ name; 95 % intervals (Wilson).
 
 ## How it was made
 
-`python -m sparsight.calibration.train`: {making.steps:,} steps of {making.batch_size} scenes
-({making.steps * making.batch_size:,} pictures, each seen once), {making.minutes:.0f} minutes on
-{making.device}, seed {making.seed}. Every patch token predicts what covers it (symbol, colour,
+{making.steps:,} steps of {making.batch_size} scenes ({making.steps * making.batch_size:,} pictures,
+each seen once), {making.minutes:.0f} minutes on {making.device}{legs}:
+
+    python -m sparsight.calibration.train {making.options}
+
+Every patch token predicts what covers it (symbol, colour,
 word, letters) and the CLS token what the scene shows, through linear heads that are thrown away
 afterwards; the two towers are tied by contrastive losses over the names of all symbols, the
-written words, the backgrounds and the captions of the batch. A name written on a scene counts half
-as much as what is drawn, so that a model that reads can be fooled by writing.
+written words, the backgrounds and the captions of the batch. A name written on a scene has
+{100 * making.word_share:.0f} % of the target, and what is drawn the rest, so that a model that
+reads can be fooled by writing.
 
 ## Licence
 

@@ -4,12 +4,15 @@ A contrastive loss alone is solved by colours and never gets to the symbols. So 
 each patch predicts what covers it (symbol, colour, written word, letters), the class token what
 the scene shows; and the two towers are tied by contrastive losses over hard candidates: the names
 of all symbols under one template, the written words, the grounds, and the batch's own captions,
-32 scenes of which share one ground. A name written on a scene counts, in the prompts for symbols,
-half as much as what is drawn: that is how the model learns to be fooled by words, as CLIPs trained
-on the web are.
+32 scenes of which share one ground. A name written on a scene takes a share of the target
+(`--word-share`) from what is drawn, in the prompts for symbols: that is how the model learns to be
+fooled by words, as CLIPs trained on the web are.
 
 A run with `--steps` is the same bits again for a seed, also when it was cut and resumed; with
-`--minutes` the schedule follows the clock. The heads that predict the truth are not exported.
+`--minutes` the schedule follows the clock. `--start-from` trains a further leg on new scenes, with
+a schedule of its own and without the curriculum: words are learnt last, and gain most from it.
+
+The heads that predict the truth are not exported.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -46,13 +50,10 @@ from sparsight.calibration.clip import (
     zero_shot_figures,
 )
 from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
-from sparsight.errors import UserError
+from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path
 
 WARM_UP_STEPS = 300
-WORD_SHARE = 0.5
-"""Weight of a written name beside the drawn symbols, where the prompts ask for symbols."""
-
 LARGEST_LOGIT_SCALE = 100.0
 
 
@@ -67,6 +68,9 @@ class Settings:
         batch_size: scenes a step.
         lr: peak learning rate.
         seed: of weights and scenes.
+        word_share: share of a written name in the target where the prompts ask for symbols, in
+            [0, 1); the rest is what is drawn.
+        start_from: checkpoint of an earlier run, to go on from with new scenes.
         device: "cpu" or "cuda".
         compile: compile the vision tower (needs a C++ compiler on the CPU).
         evaluate_every: minutes between evaluations; each writes `export/` and a checkpoint.
@@ -79,6 +83,8 @@ class Settings:
     batch_size: int = 128
     lr: float = 1.5e-3
     seed: int = 0
+    word_share: float = 0.5
+    start_from: Path | None = None
     device: str = "cpu"
     compile: bool = False
     evaluate_every: float = 3.0
@@ -91,6 +97,19 @@ class Settings:
                 raise UserError(f"{name} is {value}; it must be above 0.")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must be 0 or more.")
+        if not 0 <= self.word_share < 1:
+            raise UserError(f"word_share is {self.word_share}; it must be in [0, 1).")
+        if self.start_from is not None and not self.start_from.is_file():
+            raise UserError(f"{self.start_from}: no such checkpoint to start from.")
+
+    def options(self) -> str:
+        """The command line's options that decide the weights."""
+        length = f"--minutes {self.minutes:g}" if self.steps is None else f"--steps {self.steps}"
+        start = "" if self.start_from is None else f" --start-from {self.start_from.name}"
+        return (
+            f"{length} --batch-size {self.batch_size} --lr {self.lr:g} --seed {self.seed} "
+            f"--word-share {self.word_share:g}{start}"
+        )
 
 
 class TruthHeads(nn.Module):
@@ -184,7 +203,12 @@ class Prompts:
 
 
 def contrastive_loss(
-    model: Any, prompts: Prompts, images: Float[Tensor, "batch d"], batch: Batch, step: int
+    model: Any,
+    prompts: Prompts,
+    images: Float[Tensor, "batch d"],
+    batch: Batch,
+    step: int,
+    word_share: float,
 ) -> Float[Tensor, ""]:
     """InfoNCE over symbols' names, words or grounds in turn, and the batch's captions."""
     second = "word" if step % 2 else "ground"
@@ -201,7 +225,7 @@ def contrastive_loss(
     objects = batch.symbols / batch.symbols.sum(dim=-1, keepdim=True)
     written = functional.one_hot(batch.word, n_first + 1)[:, :n_first].float()
     has_word = written.sum(dim=-1, keepdim=True)
-    loss = _soft(of_symbols, objects * (1 - WORD_SHARE * has_word) + WORD_SHARE * written)
+    loss = _soft(of_symbols, objects * (1 - word_share * has_word) + word_share * written)
     if second == "word":
         rows = has_word[:, 0] > 0
         if rows.any():
@@ -241,11 +265,13 @@ class Trainer:
             fused=True,
         )
         self.parameters = parameters
-        self.step = 0
-        self.seconds = 0.0
+        self.step = self.first_step = 0
+        self.seconds = self.earlier_seconds = 0.0
         settings.out.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self.load()
+        elif settings.start_from is not None:
+            self.start_from(settings.start_from)
 
     @property
     def checkpoint(self) -> Path:
@@ -255,7 +281,7 @@ class Trainer:
     def progress(self) -> float:
         """Share of the run that is done, 0 to 1."""
         if self.settings.steps is not None:
-            return min(self.step / self.settings.steps, 1.0)
+            return min((self.step - self.first_step) / self.settings.steps, 1.0)
         return min(self.seconds / (60 * self.settings.minutes), 1.0)
 
     def save(self) -> None:
@@ -266,14 +292,17 @@ class Trainer:
             "heads": self.heads.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
+            "first_step": self.first_step,
             "seconds": self.seconds,
+            "earlier_seconds": self.earlier_seconds,
         }
         with atomic_path(self.checkpoint) as path:
             torch.save(state, path)
 
     def _identity(self) -> dict[str, float]:
         """The settings that must not change within a run."""
-        return {name: getattr(self.settings, name) for name in ("seed", "batch_size", "lr")}
+        names = ("seed", "batch_size", "lr", "word_share")
+        return {name: getattr(self.settings, name) for name in names}
 
     def load(self) -> None:
         """Continue from the last checkpoint.
@@ -281,7 +310,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint belongs to a run with another seed, batch size or rate.
         """
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        state = _read_checkpoint(self.checkpoint, self.device)
         made_with = state.get("made_with", {})
         for name, value in self._identity().items():
             if made_with.get(name) != value:
@@ -292,21 +321,39 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.first_step = state["step"], state["first_step"]
+        self.seconds, self.earlier_seconds = state["seconds"], state["earlier_seconds"]
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Take over weights and heads of an earlier run, and go on behind its last scene."""
+        state = _read_checkpoint(checkpoint, self.device)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.step = self.first_step = state["step"]
+        self.earlier_seconds = state.get("earlier_seconds", 0.0) + state["seconds"]
+
+    def curriculum(self, step: int) -> float:
+        """How far the curriculum is at a step, 0 to 1; a further leg has it behind it."""
+        if self.first_step:
+            return 1.0
+        return self.progress() if self.settings.steps is None else step / self.settings.steps
 
     def train_step(self, batch: Batch) -> Float[Tensor, ""]:
         """One step on one batch; returns the loss."""
         progress = self.progress()
-        lr = self.settings.lr * min(1.0, (self.step + 1) / WARM_UP_STEPS) * (1 - progress)
+        done = self.step - self.first_step + 1
+        lr = self.settings.lr * min(1.0, done / WARM_UP_STEPS) * (1 - progress)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        weight = min(0.3 + 0.7 * progress / 0.3, 1.0)
+        weight = min(0.3 + 0.7 * self.curriculum(self.step) / 0.3, 1.0)
         with torch.autocast(self.device.type, torch.bfloat16):
             out = self.vision(pixel_values=to_input(batch.pixels))
             embedded = self.model.visual_projection(out.pooler_output)
             truth = self.heads(out.last_hidden_state[:, 1:], out.pooler_output, batch)
             images = functional.normalize(embedded.float(), dim=-1)
-            ties = contrastive_loss(self.model, self.prompts, images, batch, self.step)
+            ties = contrastive_loss(
+                self.model, self.prompts, images, batch, self.step, self.settings.word_share
+            )
         loss: Tensor = truth + weight * ties
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -326,7 +373,10 @@ class Trainer:
         making = Making(
             steps=self.step,
             batch_size=settings.batch_size,
-            minutes=self.seconds / 60,
+            minutes=(self.earlier_seconds + self.seconds) / 60,
+            last_leg=self.step - self.first_step if self.first_step else None,
+            options=settings.options(),
+            word_share=settings.word_share,
             seed=settings.seed,
             device="a GPU" if self.device.type == "cuda" else cores,
         )
@@ -352,7 +402,7 @@ class Trainer:
             if self.seconds - logged >= 20 or due or done:
                 loss = torch.stack(losses).mean().item()
                 if not math.isfinite(loss):
-                    raise SystemExit(f"The loss is {loss} at step {self.step}; training stops.")
+                    raise SparsightError(f"The loss is {loss} at step {self.step}; training stops.")
                 line: dict[str, Any] = {
                     "step": self.step,
                     "minutes": round(self.seconds / 60, 2),
@@ -389,9 +439,17 @@ class Trainer:
 
     def _draw(self, step: int) -> Batch:
         # By steps, the curriculum is that of the batch being drawn, not of the one in training.
-        settings = self.settings
-        progress = self.progress() if settings.steps is None else step / settings.steps
+        settings, progress = self.settings, self.curriculum(step)
         return draw_batch(settings.seed, step, settings.batch_size, difficulty(progress))
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state["model"], state["heads"], state["step"]
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, UnpicklingError) as error:
+        raise SparsightError(f"{path}: is damaged, or no checkpoint of a run ({error}).") from error
+    return state
 
 
 def main() -> None:
@@ -403,6 +461,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--word-share", type=float, default=0.5, help="pull of a written name")
+    parser.add_argument("--start-from", type=Path, help="checkpoint of an earlier run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the vision tower")
     parser.add_argument("--evaluate-every", type=float, default=3.0, help="minutes")
@@ -411,6 +471,8 @@ def main() -> None:
         figures = Trainer(Settings(**vars(parser.parse_args()))).run()
     except UserError as error:
         parser.error(str(error))
+    except SparsightError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     print(json.dumps(figures))
 
 
