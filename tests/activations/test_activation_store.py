@@ -200,3 +200,32 @@ def test_reading_keeps_no_file_open(kept_store: ActivationStore) -> None:
     next(stream)
     everything(store, BLOCK_0)
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_a_negative_block_counts_from_the_end(kept_store: ActivationStore) -> None:
+    assert kept_store.canonical_site("blocks.-1.resid_post") == BLOCK_1
+    assert kept_store.d_in("blocks.-2.resid_post") == kept_store.d_in(BLOCK_0)
+    with pytest.raises(UserError, match=r"no site 'blocks\.-9\.resid_post', only: "):
+        kept_store.d_in("blocks.-9.resid_post")
+
+
+def test_a_fingerprint_tells_other_vectors(
+    model: VisionModel, kept_store: ActivationStore, photos: ImageSource, tmp_path: Path
+) -> None:
+    def made(name: str, images: ImageSource, **options: Any) -> str:
+        out = tmp_path / name
+        options = {"sites": [BLOCK_0], "workers": 0, "quiet": True} | options
+        return extract(model, images, out=out, **options).fingerprint
+
+    first = made("first", photos)
+    assert made("again", photos) == first == ActivationStore(tmp_path / "first").fingerprint
+    others = [
+        made("type", photos, dtype="bfloat16"),
+        made("tokens", photos, tokens="cls"),
+        made("images", photos.subset(0, 7)),
+        ActivationStore(tmp_path / "first").select([1, 2]).fingerprint,
+        ActivationStore(tmp_path / "first").select([1, 3]).fingerprint,
+        LiveActivations(model, photos, [BLOCK_0]).fingerprint,
+        LiveActivations(model, photos.subset(0, 7), [BLOCK_0]).fingerprint,
+    ]
+    assert len({first, *others}) == 8

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from sparsight.activations import extract
 from sparsight.cli import main
 from sparsight.cli.main import VERBS
+from sparsight.images import open_images
+from sparsight.vision import load_model
 
+SITE = "blocks.3.resid_post"
+SHORT = ("--n-vectors", "512", "--batch-size", "128", "--sae.n-latents", "256")
 SOURCE = Path(__file__).parents[2] / "src"
 
 
@@ -40,6 +45,13 @@ def fails(capsys):
         return message
 
     return check
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A small store of the calibration model that a test may harm."""
+    model, images = load_model("calibration"), open_images("calibration:48:5")
+    return extract(model, images, sites=[SITE], out=tmp_path / "kept", workers=0, quiet=True).path
 
 
 def test_help_lists_every_verb_in_less_than_a_second():
@@ -145,3 +157,52 @@ def test_a_developer_may_ask_for_the_traceback(tmp_path):
     done = sparsight("report", str(tmp_path / "gone"), "--traceback")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "gone" in done.stderr
+
+
+def test_an_altered_shard_is_named_before_training_begins(store, fails, tmp_path):
+    shard = store / SITE / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    message = fails("train", "--store", store, "--out", tmp_path / "run", *SHORT, code=1)
+    assert "shard-00000.safetensors" in message and "altered" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_is_trained_on_with_its_own_tokens_and_says_what_it_leaves_out(
+    store, fails, capsys, tmp_path
+):
+    assert "tokens is 'cls', the activations are of 'all'" in fails(
+        "train", "--store", store, "--tokens", "cls", "--out", tmp_path / "run"
+    )
+    command = ["train", "--store", store, "--model", "other/clip", "--out", tmp_path / "run"]
+    command += ["--sites", "blocks.-1.resid_post", *SHORT]
+    assert main(list(map(str, command))) == 0
+    assert "model other/clip is not used" in capsys.readouterr().err
+    (config,) = tmp_path.rglob("config.toml")
+    assert f'store = "{store.resolve()}"' in config.read_text()
+
+
+def test_a_model_in_bfloat16_goes_through_all_verbs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = ("--images", "calibration:48:5")
+    model = ("--model", "calibration", "--model-dtype", "bfloat16")
+    verbs = (
+        ("extract", *model, *images, "--sites", SITE, "--out", "store"),
+        ("train", "--store", "store", "--out", "run", *SHORT),
+        ("evaluate", "run", *images, "--no-baselines"),
+        ("index", "run", *images),
+        ("report", "run", "--out", "report.html", "--latents", "2"),
+    )
+    for verb in verbs:
+        assert main(list(verb)) == 0, capsys.readouterr().err
+    assert "weights differ" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_is_evaluated_on_its_store_from_any_folder(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(store.parent)
+    assert main(["train", "--store", store.name, "--out", str(tmp_path / "run"), *SHORT]) == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--no-baselines", "--no-downstream"]) == 0
+    assert "is gone" not in capsys.readouterr().err

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from sparsight.calibration import CalibrationWorld, RenderedScene, Scene
+from sparsight.errors import UserError
 from sparsight.images import CalibrationImages, ImageInfo, ImageSource
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 
@@ -146,6 +147,11 @@ class TensorActivations:
         self.n_images, self.n_tokens = len(x), {site: x.shape[1]}
         self.indices = torch.tensor(indices) if indices is not None else torch.arange(len(x))
         self.model_info = {"patch_grid": grid, "n_prefix": n_prefix, **model_info}
+
+    def canonical_site(self, site: str) -> str:
+        if site not in self.sites:
+            raise UserError(f"holds no site {site!r}, only: {', '.join(self.sites)}")
+        return site
 
     def d_in(self, site: str) -> int:
         return self.x.shape[2]

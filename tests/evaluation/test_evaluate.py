@@ -222,6 +222,39 @@ def test_only_the_first_images_are_measured_if_so_asked(clip):
     assert metrics["fvu"] == pytest.approx(expected["fvu"], rel=1e-6)
 
 
+def test_a_selection_is_measured_on_its_own_images_everywhere(clip, tmp_path):
+    images = Pictures(30)
+    store = extract(clip, images, sites=[SITE], out=tmp_path, workers=0, quiet=True)
+    store.source = lambda: images  # made up, so that no spec opens them again
+    chosen = [3, 8, 20, 21, 29]
+    sae, view = make_sae(images=images.spec), store.select(chosen)
+    metrics = evaluate(sae, view, model=clip, workers=0, quiet=True).metrics
+    few = LiveActivations(clip, images.select(chosen), [SITE], "all", workers=0)
+    expected = evaluate(make_sae(), few, workers=0, quiet=True).metrics
+    assert metrics["n_images"] == 5 == metrics["zero_shot"]["original"]["n"]
+    assert metrics["zero_shot"]["original"] == expected["zero_shot"]["original"]
+    assert metrics["downstream_images"] == images.select(chosen).spec
+    assert metrics["trained_on_these"] is True
+
+
+def test_other_images_downstream_are_named(clip):
+    live = LiveActivations(clip, Pictures(30), [SITE], "all", workers=0)
+    metrics = evaluate(
+        make_sae(), live, images=Pictures(12), baselines=False, workers=0, quiet=True
+    ).metrics
+    assert metrics["images"] == Pictures(30).spec
+    assert metrics["downstream_images"] == Pictures(12).spec
+    assert metrics["zero_shot"]["original"]["n"] == 12
+    assert metrics["trained_on_these"] is None
+
+
+def test_a_wrong_template_is_told_before_anything_is_measured(clip, monkeypatch):
+    live = LiveActivations(clip, Pictures(30), [SITE], "all", workers=0)
+    monkeypatch.setattr(live, "ordered", None)
+    with pytest.raises(UserError, match="typo80"):
+        evaluate(make_sae(), live, templates="typo80", workers=0, quiet=True)
+
+
 def test_images_that_are_gone_leave_the_figures_of_the_activations():
     metrics = evaluate(make_sae(), TensorActivations(noise()), quiet=True).metrics
     assert metrics["fvu"] > 0 and metrics["omitted"]["truth"] == "the pictures are gone"

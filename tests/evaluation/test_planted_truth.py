@@ -29,6 +29,9 @@ class Planted:
     def _of(self, i):
         return self.images.scene(i).attributes()["background"]
 
+    def canonical_site(self, site):
+        return site
+
     def d_in(self, site):
         return self.x.shape[2]
 

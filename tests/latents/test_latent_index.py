@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +17,6 @@ from sparsight.latents import (
     LatentName,
     build_index,
     name_from_truth,
-    sae_hash,
     set_names,
 )
 from sparsight.sae import SparseAutoencoder
@@ -205,7 +206,7 @@ def test_an_index_of_another_sae_is_refused(index: LatentIndex, sae: SparseAutoe
 
 def test_the_hash_of_an_sae_survives_saving(sae: SparseAutoencoder, tmp_path: Path) -> None:
     sae.save_pretrained(tmp_path)
-    assert sae_hash(SparseAutoencoder.from_pretrained(tmp_path)) == sae_hash(sae)
+    assert SparseAutoencoder.from_pretrained(tmp_path).fingerprint() == sae.fingerprint()
 
 
 def test_names_are_kept_and_the_rest_is_untouched(index: LatentIndex) -> None:
@@ -335,7 +336,7 @@ def test_what_does_not_belong_together_is_refused(
     sae: SparseAutoencoder, activations: TensorActivations, source: ImageSource, tmp_path: Path
 ) -> None:
     out = tmp_path / "index"
-    with pytest.raises(UserError, match=r"blocks\.0\.resid_post is not among"):
+    with pytest.raises(UserError, match=r"Not read here: .blocks\.0\.resid_post"):
         build_index(sae, activations, out=out, site="blocks.0.resid_post")
     with pytest.raises(UserError, match="32 dimensions, the SAE takes 16"):
         build_index(make_sae(d_in=16), activations, out=out)
@@ -375,3 +376,18 @@ def test_a_model_and_images_give_the_index_that_stored_activations_give(
     assert live.table["n_active"].equals(built.table["n_active"])
     assert torch.equal(live.examples.image, built.examples.image)
     assert live.manifest["images"] == built.manifest["images"]
+
+
+def test_a_full_disk_leaves_the_index_that_was_there(
+    index: LatentIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {each.name: each.read_bytes() for each in index.folder.iterdir()}
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SparsightError, match="No space left"):
+            index.save()
+    assert {each.name: each.read_bytes() for each in index.folder.iterdir()} == before

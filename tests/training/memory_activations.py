@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsight.activations import OrderedBatch, SiteStatistics
+from sparsight.errors import UserError
 from sparsight.images import ImageSource
 
 
@@ -55,6 +57,18 @@ class MemoryActivations:
     def __init__(self, activations: Mapping[str, Tensor]) -> None:
         self.activations = dict(activations)
         self.sites = tuple(activations)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for site, x in self.activations.items():
+            digest.update(site.encode() + x.numpy().tobytes())
+        return digest.hexdigest()
+
+    def canonical_site(self, site: str) -> str:
+        if site not in self.sites:
+            raise UserError(f"holds no site {site!r}, only: {', '.join(self.sites)}")
+        return site
 
     @property
     def n_images(self) -> int:

@@ -219,3 +219,36 @@ def test_a_last_line_of_metrics_that_was_cut_off_is_dropped(
         file.write('{"step": 18, "fvu"')
     _assert_same(_resume(tmp_path), whole)
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
+
+
+def test_a_run_is_not_continued_nor_handed_back_on_other_activations(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = sparse_mixtures(SITES)
+    other.activations["there"] = other.activations["there"] + 1
+    with pytest.raises(UserError, match="holds a run on other activations"):
+        train(other, CONFIG, out=whole.out, quiet=True)
+    _interrupt(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="holds a run on other activations"):
+        train(other, CONFIG, out=tmp_path, quiet=True)
+    _assert_same(_resume(tmp_path), whole)
+
+
+@pytest.mark.parametrize(("first", "second"), [(SITES, SITES[:1]), (SITES[:1], SITES)])
+def test_a_folder_that_holds_a_run_of_other_sites_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: tuple[str], second: tuple[str]
+) -> None:
+    train(sparse_mixtures(SITES), CONFIG, out=tmp_path, sites=first, quiet=True)
+    with pytest.raises(UserError, match=f"belongs to a run of {', '.join(first)}"):
+        train(sparse_mixtures(SITES), CONFIG, out=tmp_path, sites=second, quiet=True)
+
+
+def test_runs_of_single_sites_may_lie_in_a_run_folder_s_parent(tmp_path: Path) -> None:
+    data = sparse_mixtures(SITES)
+    train(data, CONFIG, out=tmp_path / "a", sites=["here"], quiet=True)
+    train(data, CONFIG, out=tmp_path, sites=["there"], quiet=True)
+
+
+def test_other_tokens_than_those_of_the_activations_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokens is 'cls', the activations are of 'all'"):
+        train(sparse_mixtures(), CONFIG, out=tmp_path, tokens="cls", quiet=True)

@@ -18,6 +18,7 @@ from sparsight.activations.source import OrderedBatch, same_count
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.errors import SparsightError, UserError
+from sparsight.files import sha256_json
 from sparsight.images import ImageBatch, ImageSource, load_batches
 from sparsight.vision import VisionModel
 
@@ -91,6 +92,31 @@ class LiveActivations:
             "preprocessing": dict(model.preprocessing),
             "images": images.spec,
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest that two sources share when they give the same vectors in the same order."""
+        return sha256_json(
+            {
+                "model": {**describe_model(self.model), "id": None, "revision": None},
+                "preprocessing": self.model.preprocessing,
+                "images": self.images.fingerprint(),
+                "sites": self.sites,
+                "tokens": self.tokens,
+                "window_bytes": self.window_bytes,
+            }
+        )
+
+    def canonical_site(self, site: str) -> str:
+        """The site's one true name; negative block numbers count from the end.
+
+        Raises:
+            UserError: it is not among the sites.
+        """
+        name = self.model.canonical_site(site)
+        if name not in self.sites:
+            raise UserError(f"Not read here: {site!r}. The sites are: {', '.join(self.sites)}.")
+        return name
 
     @property
     def n_images(self) -> int:
@@ -222,10 +248,7 @@ class LiveActivations:
         self._tally.check()
 
     def _site(self, site: str) -> str:
-        name = self.model.canonical_site(site)
-        if name not in self.sites:
-            raise UserError(f"Not read here: {site!r}. The sites are: {', '.join(self.sites)}.")
-        return name
+        return self.canonical_site(site)
 
 
 class _Chain:

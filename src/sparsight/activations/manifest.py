@@ -162,6 +162,7 @@ def describe_model(model: VisionModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "patch_grid": list(model.patch_grid),
         "n_prefix": model.n_prefix,
+        "n_blocks": model.n_blocks,
     }
 
 

@@ -42,6 +42,17 @@ class ActivationSource(Protocol):
     """Id, revision, family, hash of the weights, preprocessing; `images` is the images' spec."""
 
     @property
+    def fingerprint(self) -> str:
+        """Hex digest that two sources share when they give the same vectors in the same order."""
+
+    def canonical_site(self, site: str) -> str:
+        """The site's one true name; negative block numbers count from the end.
+
+        Raises:
+            UserError: it is not among the sites.
+        """
+
+    @property
     def n_images(self) -> int:
         """Images that activations exist of."""
 

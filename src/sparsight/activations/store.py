@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -24,8 +25,9 @@ from sparsight.activations.source import OrderedBatch, same_count
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import sha256_file
+from sparsight.files import sha256_file, sha256_json
 from sparsight.images import ImageSource, open_images
+from sparsight.vision import count_from_start
 
 if TYPE_CHECKING:
     from sparsight.activations.extraction import ExtractionSummary
@@ -107,6 +109,29 @@ class ActivationStore:
             UserError: the store has no such site.
         """
         return self.manifest.d_in[self._site(site)]
+
+    def canonical_site(self, site: str) -> str:
+        """The site's one true name; negative block numbers count from the end.
+
+        Raises:
+            UserError: the store has no such site.
+        """
+        name = count_from_start(site, self.manifest.model.get("n_blocks", 0))
+        if name not in self.sites:
+            raise UserError(f"{self.path}: holds no site {site!r}, only: {', '.join(self.sites)}.")
+        return name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest that two stores share when they give the same vectors in the same order."""
+        return sha256_json(
+            {
+                **self.manifest.identity(),
+                "batch_size": self.manifest.batch_size,
+                "shards": [shard.sha256 for shard in self.manifest.shards],
+                "rows": hashlib.sha256(self._rows.tobytes()).hexdigest(),
+            }
+        )
 
     @cached_property
     def images(self) -> pa.Table:
@@ -256,9 +281,7 @@ class ActivationStore:
         )
 
     def _site(self, site: str) -> str:
-        if site not in self.sites:
-            raise UserError(f"{self.path}: holds no site {site!r}, only: {', '.join(self.sites)}.")
-        return site
+        return self.canonical_site(site)
 
     def _map(self, site: str, number: int) -> Float[Tensor, "images tokens d_in"]:
         shard = self.manifest.shards[number]

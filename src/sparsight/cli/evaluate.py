@@ -51,7 +51,7 @@ class EvaluateOptions(SubjectOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print the headlines and what was left out."""
     options = parse(EvaluateOptions, "evaluate", arguments)
-    saes = open_saes(options.runs)
+    saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes one file; {len(saes)} SAEs are given. Leave it out.")
     subjects = Subjects(options)

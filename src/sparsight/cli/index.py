@@ -44,7 +44,7 @@ class IndexOptions(SubjectOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, print how many latents are alive and named."""
     options = parse(IndexOptions, "index", arguments)
-    saes = open_saes(options.runs)
+    saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes one index; {len(saes)} SAEs are given. Leave it out.")
     subjects = Subjects(options)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
 from sparsight.cli.options import CommandOptions
 from sparsight.cli.printing import print_notes
@@ -37,6 +39,9 @@ class SubjectOptions(CommandOptions):
     workers: int | None = None
     """Processes that decode images; default one a processor but one."""
 
+    verify: bool = True
+    """Compare a store's checksums before it is read."""
+
 
 class Subjects:
     """Opens models and images for the SAEs of a run, each once.
@@ -49,6 +54,7 @@ class Subjects:
         self.options = options
         self._models: dict[str, VisionModel] = {}
         self._images: dict[str, ImageSource] = {}
+        self._stores: dict[Path, ActivationStore] = {}
 
     def activations(self, folder: Path, sae: SparseAutoencoder) -> ActivationSource:
         """The activations that an SAE is to be measured on.
@@ -61,7 +67,7 @@ class Subjects:
         """
         store = self.options.store or self._store_of(folder)
         if store is not None:
-            return ActivationStore(store)
+            return self._stores.get(store) or self._open_store(store)
         site, tokens = sae.metadata.get("site"), sae.metadata.get("tokens", "all")
         if site is None:
             raise UserError(f"{folder}: this SAE names no site. Give --store with its activations.")
@@ -79,9 +85,13 @@ class Subjects:
         if id is None:
             raise UserError(f"{folder}: this SAE names no model. Give one with --model.")
         revision = about.get("revision") if id == about.get("id") else None
-        if id not in self._models:
-            self._models[id] = load_model(id, device=self.options.device, revision=revision)
-        return self._models[id]
+        dtype = about.get("dtype")
+        key = f"{id} {revision} {dtype}"
+        if key not in self._models:
+            self._models[key] = load_model(
+                id, device=self.options.device, dtype=dtype, revision=revision
+            )
+        return self._models[key]
 
     def images(self, folder: Path, sae: SparseAutoencoder) -> ImageSource:
         """The images that were named, else those that the SAE was trained on.
@@ -102,13 +112,24 @@ class Subjects:
         if self.options.images or self.options.model or not path.exists():
             return None
         store = load(TrainRecipe, path).store
-        return Path(store) if store is not None and Path(store).is_dir() else None
+        if store is not None and not Path(store).is_dir():
+            print_notes([f"{store}, which {folder} was trained on, is gone; the model runs."])
+            return None
+        return None if store is None else Path(store)
+
+    def _open_store(self, path: Path) -> ActivationStore:
+        self._stores[path] = ActivationStore(path, verify=self.options.verify)
+        return self._stores[path]
 
 
-def open_saes(runs: Iterable[Path]) -> dict[Path, SparseAutoencoder]:
-    """The SAEs in some folders, by their own folder.
+def open_saes(runs: Iterable[Path], device: str | None = None) -> dict[Path, SparseAutoencoder]:
+    """The SAEs in some folders, by their own folder, on `device` (default a GPU if there is one).
 
     Raises:
         UserError: a folder is not there, or holds none.
     """
-    return {folder: SparseAutoencoder.from_pretrained(folder) for folder in find_runs(runs)}
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        folder: SparseAutoencoder.from_pretrained(folder, device=place)
+        for folder in find_runs(runs)
+    }

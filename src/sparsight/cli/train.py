@@ -25,6 +25,11 @@ class TrainOptions(TrainRecipe, CommandOptions):
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """How to train; [train] in a config file."""
 
+    activations: Annotated[str | None, tyro.conf.Suppress] = None
+
+    verify: bool = True
+    """Compare the store's checksums first."""
+
     no_auxk: tyro.conf.FlagCreatePairsOff[bool] = False
     """Train without a remedy for dead latents."""
 
@@ -66,7 +71,14 @@ def _data(
 ) -> tuple[ActivationStore | tuple[VisionModel, ImageSource], tuple[str, ...]]:
     """What to train on, and the sites of it; a store wins over model and images."""
     if options.store is not None:
-        return ActivationStore(options.store), options.sites
+        store = ActivationStore(options.store, verify=options.verify)
+        for name, asked, own in (
+            ("model", options.model, store.model_info["id"]),
+            ("images", options.images, store.model_info["images"]),
+        ):
+            if asked not in (None, own):
+                print_notes([f"{name} {asked} is not used: {options.store} is of {own}."])
+        return store, options.sites
     if options.model is None or options.images is None:
         raise UserError("Nothing to train on: give --store, or --model and --images.")
     if not options.sites:
@@ -74,4 +86,4 @@ def _data(
     images = open_images(options.images)
     print_notes(images.notes)
     model = load_model(options.model, device=options.device)
-    return (model, images), tuple(model.canonical_site(site) for site in options.sites)
+    return (model, images), options.sites

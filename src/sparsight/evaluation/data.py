@@ -141,10 +141,7 @@ def find_site(sae: SparseAutoencoder, source: ActivationSource, site: str | None
             "The SAE does not say which site it was trained on; give site=… out of: "
             f"{', '.join(source.sites)}."
         )
-    if wanted not in source.sites:
-        raise UserError(
-            f"The site {wanted!r} is not among those of the activations: {', '.join(source.sites)}."
-        )
+    wanted = source.canonical_site(str(wanted))
     if source.d_in(wanted) != sae.d_in:
         raise UserError(
             f"{wanted}: the activations have {source.d_in(wanted)} dimensions, the SAE takes "
@@ -162,4 +159,4 @@ def find_site(sae: SparseAutoencoder, source: ActivationSource, site: str | None
             f"The SAE was trained on {trained.get('id')}, these activations are of "
             f"{given.get('id')}, which has other weights."
         )
-    return str(wanted)
+    return wanted

@@ -34,7 +34,7 @@ from sparsight.evaluation.truth import MAX_SCENES, MIN_SCENES, TruthTable, ask, 
 from sparsight.images import ImageSource, open_images
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder, SparseCode
-from sparsight.vision import VisionModel
+from sparsight.vision import VisionModel, resolve_templates
 
 if TYPE_CHECKING:
     from sparsight.activations import ActivationSource
@@ -90,6 +90,7 @@ def evaluate(
     """
     if dead_window is not None and dead_window < 1:
         raise UserError(f"dead_window is {dead_window}; it must be 1 vector or more.")
+    resolve_templates(templates)  # a wrong name is told now, not after the whole evaluation
     site = find_site(sae, activations, site)
     model = model or getattr(activations, "model", None)
     _check_model(model, activations)
@@ -108,6 +109,8 @@ def evaluate(
     if baselines:
         evaluation.measure(evaluation.baselines(), "baselines")
     evaluation.tell_truth(own, no_images)
+    if images is None and own is not None and len(evaluation.images) < len(own):
+        pictures = own.select(evaluation.images)  # the ones that the rest was measured on
     evaluation.go_downstream(
         model,
         pictures,
@@ -164,6 +167,7 @@ class _Evaluation:
         self.truth: dict[str, TruthTable] = {}
         self.blocks: dict[str, dict[str, Any]] = {}
         self.omitted: dict[str, str] = {}
+        self.downstream_images: str | None = None
 
     def measure(self, decompositions: Mapping[str, Decomposition], title: str) -> None:
         """One pass over the activations."""
@@ -278,6 +282,7 @@ class _Evaluation:
             if not variants:
                 continue
             self._block("sae")[family] = {name: variants[name] for name in own}
+            self.downstream_images = images.spec
             for name in others:
                 self._block(name)[family] = {"reconstructed": variants[name]}
 
@@ -320,6 +325,9 @@ class _Evaluation:
                 key: source.model_info.get(key) for key in ("id", "revision", "weights_hash")
             },
             "images": source.model_info.get("images"),
+            "downstream_images": self.downstream_images,
+            "trained_on_these": self._trained_on_these(),
+            "sae": sae.fingerprint(),
             "fvu_batch_images": passes.batch_images,
             "seed": self.seed,
             "versions": {"sparsight": sparsight.__version__, "torch": torch.__version__},
@@ -356,6 +364,11 @@ class _Evaluation:
         if isinstance(each, Neurons):
             return {"l0": each.k}
         return {"seed": self.seed}
+
+    def _trained_on_these(self) -> bool | None:
+        """Whether these are the images that the SAE was trained on; None where it is not known."""
+        trained, own = self.sae.metadata.get("images"), self.passes.source.model_info.get("images")
+        return trained == own if trained and own else None
 
     def _block(self, name: str) -> dict[str, Any]:
         return self.blocks.setdefault(name, {})

@@ -14,7 +14,7 @@ from sparsight.latents.heatmaps import (
     patch_heatmaps,
     seen_pictures,
 )
-from sparsight.latents.index import Example, LatentIndex, sae_hash
+from sparsight.latents.index import Example, LatentIndex
 from sparsight.latents.names import LatentName, name_from_truth, set_names
 from sparsight.latents.report import write_report
 
@@ -28,7 +28,6 @@ __all__ = [
     "name_from_truth",
     "overlay",
     "patch_heatmaps",
-    "sae_hash",
     "seen_pictures",
     "set_names",
     "write_report",

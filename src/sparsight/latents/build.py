@@ -10,8 +10,9 @@ import torch
 
 from sparsight.activations import ActivationSource, LiveActivations
 from sparsight.errors import SparsightError, UserError
+from sparsight.evaluation.data import find_site
 from sparsight.images import ImageInfo, ImageSource, open_images
-from sparsight.latents.index import FORMAT, VERSION, LatentIndex, sae_hash
+from sparsight.latents.index import FORMAT, VERSION, LatentIndex
 from sparsight.latents.statistics import (
     Examples,
     LatentStatistics,
@@ -79,7 +80,7 @@ def build_index(
     if isinstance(model_or_activations, VisionModel) and site is not None:
         site = model_or_activations.canonical_site(site)
     activations = _activations(sae, model_or_activations, images, site, workers)
-    site = _site(sae, activations, site)
+    site = find_site(sae, activations, site)
     n_tokens = activations.n_tokens[site]
     device = sae.W_enc.device
     found = LatentStatistics(
@@ -112,7 +113,7 @@ def build_index(
         "format": FORMAT,
         "version": VERSION,
         "sae": {
-            "hash": sae_hash(sae),
+            "hash": sae.fingerprint(),
             "n_latents": sae.n_latents,
             "d_in": sae.d_in,
         },
@@ -159,37 +160,6 @@ def _activations(
         raise UserError("The SAE does not say which site it was trained on; give site=….")
     tokens = sae.metadata.get("tokens", "all")
     return LiveActivations(given, open_images(images), [wanted], tokens, workers=workers)
-
-
-def _site(sae: SparseAutoencoder, activations: ActivationSource, site: str | None) -> str:
-    """The site to read, after checking that the SAE belongs there."""
-    wanted = site or sae.metadata.get("site")
-    if wanted is None and len(activations.sites) == 1:
-        wanted = activations.sites[0]
-    if wanted not in activations.sites:
-        raise UserError(
-            f"The SAE's site {wanted} is not among the activations' sites: "
-            f"{', '.join(activations.sites)}."
-        )
-    if activations.d_in(wanted) != sae.d_in:
-        raise UserError(
-            f"{wanted}: activations have {activations.d_in(wanted)} dimensions, the SAE takes "
-            f"{sae.d_in}."
-        )
-    tokens = sae.metadata.get("tokens")
-    if tokens is not None and tokens != activations.tokens:
-        raise UserError(
-            f"The SAE was trained on tokens={tokens!r}, these activations are of "
-            f"{activations.tokens!r}."
-        )
-    trained = (sae.metadata.get("model") or {}).get("weights_hash")
-    given = activations.model_info.get("weights_hash")
-    if trained and given and trained != given:
-        raise UserError(
-            f"The SAE was trained on {sae.metadata['model'].get('id')}, these activations are of "
-            f"{activations.model_info.get('id')}, which has other weights."
-        )
-    return str(wanted)
 
 
 def _pictures(source: ImageSource, *examples: Examples) -> dict[int, ImageInfo]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +15,11 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
-import torch
 from PIL import Image
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, sha256_json, write_bytes, write_json
+from sparsight.files import atomic_path, read_json, sha256_json, write_bytes, write_json
 from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
 from sparsight.latents.statistics import Examples
 from sparsight.sae import SparseAutoencoder
@@ -103,8 +104,10 @@ class LatentIndex:
         return index
 
     def save(self) -> None:
-        """Write all files; the manifest last, so that a cut leaves no index rather than half."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        """Write all files; an index that was there stays until the new one is on the disk.
+
+        Killed between the last renames, the folder holds no index rather than half of one.
+        """
         tensors: dict[str, Tensor] = {}
         for kind, found in (("top", self.examples), ("samples", self.quantiles)):
             for part in ("image", "token", "activation"):
@@ -114,8 +117,14 @@ class LatentIndex:
             EXAMPLES: safetensors.torch.save(tensors),
             IMAGES: _parquet(self.images),
         }
-        for name, data in contents.items():
-            write_bytes(self.folder / name, data)
+        with ExitStack() as written:
+            for name, data in contents.items():
+                temporary = written.enter_context(atomic_path(self.folder / name))
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            (self.folder / MANIFEST).unlink(missing_ok=True)
         hashes = {name: [hashlib.sha256(data).hexdigest()] for name, data in contents.items()}
         _write_manifest(self.folder, {**self.manifest, "files": hashes})
 
@@ -210,7 +219,7 @@ class LatentIndex:
 
     def check_sae(self, sae: SparseAutoencoder) -> None:
         """Raise a `UserError` unless the index was built from these very parameters."""
-        if sae_hash(sae) != self.manifest["sae"]["hash"]:
+        if sae.fingerprint() != self.manifest["sae"]["hash"]:
             raise UserError(
                 f"{self.folder}: was built from another SAE, so its latents mean other things. "
                 "Build an index of this one with `sparsight index`."
@@ -243,16 +252,6 @@ class LatentIndex:
         columns = (found.image[place], found.token[place], found.activation[place])
         rows = zip(*(column.tolist() for column in columns), strict=True)
         return [Example(*row) for row in rows if row[0] >= 0]
-
-
-def sae_hash(sae: SparseAutoencoder) -> str:
-    """Hex SHA-256 over an SAE's parameters: the same in memory, saved, and loaded again."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(data.numpy().tobytes())
-    return digest.hexdigest()
 
 
 _AGAIN = "Build it again with `sparsight index`."

@@ -92,6 +92,11 @@ def name_from_truth(
             f"{index.folder}: no names, as the metrics hold no truth. Evaluate on calibration "
             "images first; only of them are the attributes known."
         )
+    if metrics.get("sae", index.manifest["sae"]["hash"]) != index.manifest["sae"]["hash"]:
+        raise UserError(
+            f"{index.folder}: the metrics are of another SAE. Evaluate this one with "
+            "`sparsight evaluate`."
+        )
     width = metrics.get("n_latents", index.n_latents)
     if width != index.n_latents:
         raise UserError(

@@ -15,7 +15,7 @@ import jinja2
 import torch
 from markupsafe import Markup
 
-from sparsight.errors import UserError
+from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_text
 from sparsight.latents import scores
 from sparsight.latents.cards import (
@@ -88,7 +88,7 @@ def write_report(
 
 
 class _Models:
-    """Loads each vision model once; remembers why one could not be loaded."""
+    """Loads each vision model once, as it was; remembers why one could not be loaded."""
 
     def __init__(self, given: VisionModel | str | None) -> None:
         self._given = load_model(given) if isinstance(given, str) else given
@@ -101,7 +101,7 @@ class _Models:
             UserError: the model that was given is another one.
         """
         wanted = run.model
-        model = self._given or self._load(str(wanted.get("id")))
+        model = self._given or self._load(wanted)
         if isinstance(model, str):
             return model
         if wanted.get("weights_hash") not in (None, model.weights_hash):
@@ -114,13 +114,15 @@ class _Models:
             return text
         return model
 
-    def _load(self, id: str) -> VisionModel | str:
-        if id not in self._found:
+    def _load(self, wanted: Mapping[str, Any]) -> VisionModel | str:
+        id, revision, dtype = str(wanted.get("id")), wanted.get("revision"), wanted.get("dtype")
+        key = f"{id} {revision} {dtype}"
+        if key not in self._found:
             try:
-                self._found[id] = load_model(id)
-            except UserError as error:
-                self._found[id] = str(error)
-        return self._found[id]
+                self._found[key] = load_model(id, revision=revision, dtype=dtype)
+            except SparsightError as error:
+                self._found[key] = str(error)
+        return self._found[key]
 
 
 def _page(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,15 @@ class SparseAutoencoder(nn.Module):
             folded.W_dec.copy_(self.W_dec * scale)
             folded.b_dec.copy_(self.b_dec * scale + mean)
         return folded
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the parameters: the same in memory, saved, and loaded again."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(data.numpy().data)
+        return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json`, `sae.safetensors` and a model card; see `sparsight.sae.files`."""

@@ -122,11 +122,14 @@ class TrainRecipe:
     sites: tuple[str, ...] = ()
     """Where to read; empty means all sites of the store."""
 
-    tokens: Tokens = "all"
-    """Which positions to train on; a store has its own."""
+    tokens: Tokens | None = None
+    """Which positions to train on: all by default; of a store, the ones that it holds."""
 
     out: Path = Path("runs/sae")
     """Folder of the run."""
+
+    activations: str | None = None
+    """Fingerprint of the activations, as `train` found it; a run goes on with the same alone."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
     """How to train."""

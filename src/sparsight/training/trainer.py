@@ -36,7 +36,7 @@ def train(
     out: str | Path = "runs/sae",
     *,
     sites: Sequence[str] | None = None,
-    tokens: Tokens = "all",
+    tokens: Tokens | None = None,
     resume: bool = True,
     device: str | None = None,
     quiet: bool = False,
@@ -49,7 +49,8 @@ def train(
         out: folder of the run. A finished run of the same configuration is returned as it is, a
             cut one goes on from its last checkpoint with the same bits.
         sites: which sites of the source; all by default.
-        tokens: which positions to extract where `source` is a model and images.
+        tokens: which positions; "all" by default where `source` is a model and images. A store has
+            its own, which must be these if they are given.
         resume: False refuses a folder that holds a run.
         device: "cpu", "cuda", …; a GPU if there is one.
         quiet: no progress line.
@@ -63,8 +64,7 @@ def train(
     """
     config = config or TrainConfig()
     activations = _as_activations(source, sites, tokens)
-    # Live activations have just the sites asked for, under their canonical names.
-    chosen = activations.sites if isinstance(source, tuple) or not sites else sites
+    chosen = [activations.canonical_site(site) for site in sites or activations.sites]
     run = Run(Path(out), tuple(dict.fromkeys(chosen)))
     for site in run.sites:
         config.sae.width(activations.d_in(site))
@@ -217,53 +217,79 @@ class _Loop:
 
 
 def _as_activations(
-    source: Activations, sites: Sequence[str] | None, tokens: Tokens
+    source: Activations, sites: Sequence[str] | None, tokens: Tokens | None
 ) -> ActivationSource:
     if not isinstance(source, tuple):
-        absent = [site for site in sites or () if site not in source.sites]
-        if absent:
+        if tokens not in (None, source.tokens):
             raise UserError(
-                f"The activations hold no site {absent[0]!r}; they have: {', '.join(source.sites)}."
+                f"tokens is {tokens!r}, the activations are of {source.tokens!r}. Leave it out, or "
+                f"extract with tokens={tokens!r}."
             )
         return source
     model, images = source
     if not sites:
         raise UserError("Name the sites to train on: sites=['blocks.-1.resid_post'], say.")
-    return LiveActivations(model, images, [model.canonical_site(s) for s in sites], tokens)
+    return LiveActivations(model, images, sites, tokens or "all")
 
 
 def _recipe(source: ActivationSource, run: Run, config: TrainConfig) -> TrainRecipe:
     store = getattr(source, "path", None)
     return TrainRecipe(
-        store=str(store) if store is not None else None,
+        store=str(Path(store).resolve()) if store is not None else None,
         model=source.model_info.get("id"),
         images=source.model_info.get("images"),
         sites=run.sites,
         tokens=cast(Tokens, source.tokens),
         out=run.out,
+        activations=source.fingerprint,
         train=config,
     )
 
 
 def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
     """Whether the run is finished; makes sure that what is there is a part of the same run."""
+    _refuse_other_sites(run)
     folders = [run.folder(site) for site in run.sites]
     present = [folder for folder in folders if (folder / CONFIG).exists()]
     if not present:
         return False
     if not resume:
         raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
-    # Where the folders lie may have changed; what is in them may not.
-    own = to_dict(dataclasses.replace(recipe, out=Path(), store=None))
+    own = _identity(recipe)
     for folder in present:
-        there = load(TrainRecipe, folder / CONFIG)
-        field = first_difference(to_dict(dataclasses.replace(there, out=Path(), store=None)), own)
+        there = _identity(load(TrainRecipe, folder / CONFIG))
+        field = first_difference(there, own)
+        if field == "activations":
+            raise UserError(
+                f"{folder / CONFIG}: holds a run on other activations: the model's weights, the "
+                "preprocessing, the images or the selection of them differ. Choose another "
+                "folder, or remove this one."
+            )
         if field is not None:
             raise UserError(
                 f"{folder / CONFIG}: holds a run that differs in {field!r}. Choose another folder, "
                 "or remove this one."
             )
     return all((folder / "sae.safetensors").exists() for folder in folders)
+
+
+def _identity(recipe: TrainRecipe) -> dict[str, Any]:
+    """What two parts of a run share. Folders may have moved; the fingerprint knows the contents."""
+    return to_dict(dataclasses.replace(recipe, out=Path(), store=None, model=None, images=None))
+
+
+def _refuse_other_sites(run: Run) -> None:
+    """Raise a `UserError` if the folder holds a run of other sites, whose checkpoints are there."""
+    for path in (run.out / CONFIG, *run.out.glob(f"*/{CONFIG}")):
+        if not path.exists():
+            continue
+        sites = load(TrainRecipe, path).sites
+        places = [run.out] if len(sites) == 1 else [run.out / site for site in sites]
+        if path.parent in places and set(sites) != set(run.sites):
+            raise UserError(
+                f"{path}: belongs to a run of {', '.join(sites)}. Choose another folder, or remove "
+                "this one."
+            )
 
 
 def _metadata(source: ActivationSource, site: str, config: TrainConfig) -> dict[str, Any]:

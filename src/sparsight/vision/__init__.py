@@ -7,7 +7,7 @@ with `load.py`, then `model.py`; `tower.py` and `probe.py` find the sites in any
 from __future__ import annotations
 
 from sparsight.vision.load import load_model
-from sparsight.vision.model import Transform, VisionModel
+from sparsight.vision.model import Transform, VisionModel, count_from_start
 from sparsight.vision.tokens import Tokens, select_tokens
 from sparsight.vision.zero_shot import (
     TEMPLATES,
@@ -16,6 +16,7 @@ from sparsight.vision.zero_shot import (
     classifier_weights,
     classify,
     contrastive_loss,
+    resolve_templates,
     zero_shot,
 )
 
@@ -29,7 +30,9 @@ __all__ = [
     "classifier_weights",
     "classify",
     "contrastive_loss",
+    "count_from_start",
     "load_model",
+    "resolve_templates",
     "select_tokens",
     "zero_shot",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from sparsight.errors import UserError
@@ -54,7 +56,9 @@ def load_model(
 
         _refuse_revision(id, revision)
         return load_transformers(str(CLIP_FOLDER), id=id, device=target, dtype=kind)
-    return load_transformers(id, id=id, device=target, dtype=kind, revision=revision)
+    # Runs and stores keep the id: a folder must be found from another working folder, too.
+    name = str(Path(id).resolve()) if Path(id).is_dir() else id
+    return load_transformers(id, id=name, device=target, dtype=kind, revision=revision)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -48,7 +48,7 @@ class VisionModel(ABC):
     pixels and edits without a graph for every weight.
 
     Attributes:
-        id: what `load_model` was called with.
+        id: what `load_model` was called with; the full path of a local folder.
         revision: the Hub commit, where it is known.
         family: the architecture's name: `clip`, `siglip`, `dinov2`, `vit`, ...
         module: the underlying torch module (text tower included).
@@ -93,6 +93,8 @@ class VisionModel(ABC):
         self._projection = tuple(projection)
         self.module.to(device=device, dtype=torch.float32)
         self._anatomy: Anatomy = probe(id, tower, embedding, self._embed, input_shape)
+        if dtype != torch.float32:
+            _ = self.weights_hash  # before the cast, which is no part of the model's identity
         self.module.to(dtype=dtype)
         self.n_blocks = self._anatomy.n_blocks
         self.n_tokens = self._anatomy.n_tokens
@@ -121,7 +123,7 @@ class VisionModel(ABC):
 
     @cached_property
     def weights_hash(self) -> str:
-        """Hex SHA-256 over the vision weights, in the dtype in which they were loaded.
+        """Hex SHA-256 over the vision weights in float32, whatever dtype the model runs in.
 
         Embeddings, blocks, final norm and projection; not poolers and mask tokens that no site
         sees, nor names, which differ between versions of a library.
@@ -139,11 +141,7 @@ class VisionModel(ABC):
         Raises:
             UserError: the model has no such site; the message lists what it has.
         """
-        name = re.sub(
-            r"^blocks\.(-\d+)\.",
-            lambda found: f"blocks.{self.n_blocks + int(found[1])}.",
-            site,
-        )
+        name = count_from_start(site, self.n_blocks)
         if name in self._anatomy.sites:
             return name
         close = difflib.get_close_matches(name, self.sites, n=3, cutoff=0.75)
@@ -345,6 +343,11 @@ class VisionModel(ABC):
             if id(weight) not in inside_blocks
         ]
         return groups
+
+
+def count_from_start(site: str, n_blocks: int) -> str:
+    """A site's name with a negative block number counted from the end: `blocks.-1.` of 12 → 11."""
+    return re.sub(r"^blocks\.(-\d+)\.", lambda found: f"blocks.{n_blocks + int(found[1])}.", site)
 
 
 def used_parameters(tower: Tower) -> Iterator[tuple[str, nn.Parameter]]:
