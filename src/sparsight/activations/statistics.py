@@ -51,11 +51,13 @@ class RunningSums:
     def add(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Count some vectors in."""
         rows = max(1, _CHUNK_BYTES // (8 * x.shape[1]))
-        ones = torch.ones(rows, dtype=torch.float64)
+        ones = torch.ones(1, rows, dtype=torch.float64)
+        room = torch.empty(rows, x.shape[1], dtype=torch.float64)
         for part in x.split(rows):
-            double = part.float().double()  # half to double in one step is slow
-            self.total.addmv_(double.T, ones[: len(part)])
-            self.squares.addmv_(double.square_().T, ones[: len(part)])
+            double = room[: len(part)]
+            double.copy_(part.float())  # half to double in one step is slow
+            self.total += (ones[:, : len(part)] @ double)[0]
+            self.squares += (ones[:, : len(part)] @ double.square_())[0]
         self.count += len(x)
 
     def merge(self, other: RunningSums) -> None:
