@@ -145,3 +145,16 @@ def test_a_developer_may_ask_for_the_traceback(tmp_path):
     done = sparsight("report", str(tmp_path / "gone"), "--traceback")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "gone" in done.stderr
+
+
+def test_what_the_system_refuses_is_one_message_and_exit_code_1(monkeypatch, fails):
+    import sparsight.cli.report as verb
+
+    def refused(arguments):
+        Path("/proc/no/such/file").read_bytes()
+
+    monkeypatch.setattr(verb, "main", refused)
+    message = fails("report", "runs/", code=1)
+    assert message == "sparsight: /proc/no/such/file: No such file or directory.\n"
+    with pytest.raises(FileNotFoundError):
+        main(["report", "runs/", "--traceback"])
