@@ -139,6 +139,34 @@ def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(
         _resume(tmp_path)
 
 
+def test_a_checkpoint_of_another_version_is_refused_and_nothing_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on from the one before would lose work that a newer Sparsight did."""
+    _interrupt(tmp_path, monkeypatch)
+    state = tmp_path / "checkpoints" / "000000016" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format_version": 2}))
+    with pytest.raises(UserError, match=r"000000016/state\.json: format_version is 2; .* reads 1"):
+        _resume(tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["000000008", "000000016"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, whole: Run) -> None:
+    script = Path(__file__).with_name("killed_run.py")
+    command = [sys.executable, script, tmp_path, "waits in a step"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"waits\n"
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(UserError, match="another process is training into it"):
+            _resume(tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        other.kill()
+    _assert_same(_resume(tmp_path), whole)
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
