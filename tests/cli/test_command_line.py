@@ -117,6 +117,23 @@ def test_a_run_folder_that_is_not_there_exits_with_2(verb, tmp_path, fails):
     assert "no-such-run" in fails(verb, tmp_path / "no-such-run")
 
 
+@pytest.mark.parametrize("verb", ["report", "evaluate", "index"])
+def test_a_negative_seed_exits_with_2_before_anything_is_read(verb, tmp_path, fails):
+    assert "seed is -1" in fails(verb, tmp_path / "no-such-run", "--seed", "-1")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--seed", "-1"), ("--betas", "2", "0.9"), ("--eps", "0"), ("--warmup", "nan")],
+)
+def test_a_setting_of_training_out_of_range_exits_with_2(flags, tmp_path, capsys):
+    name, *values = flags
+    assert main(["train", "--store", str(tmp_path / "gone"), *flags]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert name.removeprefix("--") in message and values[0] in message
+
+
 def test_a_store_that_is_not_there_exits_with_2(tmp_path, fails):
     message = fails("train", "--store", tmp_path / "no-store", "--out", tmp_path / "run")
     assert "no-store" in message

@@ -12,6 +12,7 @@ import tyro
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_scores
 from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.config import check_seed
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
 
@@ -51,6 +52,7 @@ class EvaluateOptions(SubjectOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print the headlines and what was left out."""
     options = parse(EvaluateOptions, "evaluate", arguments)
+    check_seed(options.seed)
     saes = open_saes(options.runs)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes one file; {len(saes)} SAEs are given. Leave it out.")

@@ -10,6 +10,7 @@ import tyro
 
 from sparsight.cli.options import parse
 from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.config import check_seed
 from sparsight.errors import UserError
 from sparsight.files import read_json
 from sparsight.latents import build_index, name_from_truth
@@ -44,6 +45,7 @@ class IndexOptions(SubjectOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, print how many latents are alive and named."""
     options = parse(IndexOptions, "index", arguments)
+    check_seed(options.seed)
     saes = open_saes(options.runs)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes one index; {len(saes)} SAEs are given. Leave it out.")

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from sparsight.cli.options import CommandOptions, parse
+from sparsight.config import check_seed
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ReportOptions(CommandOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, write, print where."""
     options = parse(ReportOptions, "report", arguments)
+    check_seed(options.seed)
     from sparsight.latents import write_report
 
     page = write_report(
