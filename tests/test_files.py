@@ -37,9 +37,11 @@ def test_a_folder_that_cannot_be_made_is_a_fault_that_names_the_file(tmp_path: P
     with pytest.raises(SparsightError, match=r"file/a\.txt: could not be written \(") as caught:
         write_text(tmp_path / "file" / "a.txt", "a")
     assert not isinstance(caught.value, UserError)
-    with pytest.raises(SparsightError, match=r"file/a: cannot be made or written \("):
-        with lock(tmp_path / "file" / "a" / ".lock", "held"):
-            pass
+    with (
+        pytest.raises(SparsightError, match=r"file/a: cannot be made or written \("),
+        lock(tmp_path / "file" / "a" / ".lock", "held"),
+    ):
+        pass
 
 
 def test_files_are_as_open_as_the_umask_allows(tmp_path: Path) -> None:
@@ -56,9 +58,8 @@ def test_files_are_as_open_as_the_umask_allows(tmp_path: Path) -> None:
 def test_a_lock_keeps_another_process_out_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "made" / ".lock"
     with holder(path) as other:
-        with pytest.raises(UserError, match="somebody is here"):
-            with lock(path, "somebody is here"):
-                pass
+        with pytest.raises(UserError, match="somebody is here"), lock(path, "somebody is here"):
+            pass
         assert path.exists()
         other.stdin.close()
         other.wait()
@@ -103,6 +104,8 @@ def test_a_file_system_without_locks_is_not_taken_for_another_process(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", none)
-    with pytest.warns(UserWarning, match="this file system has no locks"):
-        with lock(tmp_path / ".lock", "somebody is here"):
-            pass
+    with (
+        pytest.warns(UserWarning, match="this file system has no locks"),
+        lock(tmp_path / ".lock", "somebody is here"),
+    ):
+        pass
