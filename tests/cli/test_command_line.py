@@ -122,6 +122,12 @@ def test_a_negative_seed_exits_with_2_before_anything_is_read(verb, tmp_path, fa
     assert "seed is -1" in fails(verb, tmp_path / "no-such-run", "--seed", "-1")
 
 
+def test_a_demo_of_a_negative_seed_leaves_nothing_that_stands_in_the_way(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--seed", "-1"]) == 2
+    assert "seed is -1" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize(
     "flags",
     [("--seed", "-1"), ("--betas", "2", "0.9"), ("--eps", "0"), ("--warmup", "nan")],
