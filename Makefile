@@ -54,7 +54,10 @@ $(BIN)/python:
 		echo "There is no '$(PYTHON)' here. Install Python 3.11 or newer, or: make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$$($(PYTHON) --version) is too old: Sparsight needs 3.11 or newer. Try: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@# Without Debian's python3-venv this fails half-way: what it leaves would pass for an environment.
+	@echo "$(PYTHON) -m venv $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "'$(PYTHON) -m venv' failed: its venv package seems to be missing. On Debian and Ubuntu:" \
+			"apt install python3-venv. Then run make again."; exit 1; }
 
 $(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e .

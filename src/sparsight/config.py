@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -55,6 +56,32 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
         UserError: a key is unknown or missing, or a value has another type or is out of range.
     """
     return typing.cast(Config, _build(cls, values, where, ""))
+
+
+def check_types(config: Any, path: str = "") -> None:
+    """Bring a dataclass's fields to their types, as `from_dict` does; for its `__post_init__`.
+
+    Args:
+        config: the dataclass, frozen or not.
+        path: what stands before the names of its fields in messages, e.g. "auxk.".
+
+    Raises:
+        UserError: a value has another type, is no choice of its `Literal`, or is not finite.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = _convert(hints[field.name], getattr(config, field.name), "", path + field.name)
+        object.__setattr__(config, field.name, value)
+
+
+def check_seed(seed: int) -> None:
+    """Make sure that torch and numpy both take a seed.
+
+    Raises:
+        UserError: it is negative or beyond 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must be 0 or more, and below 2^64.")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -151,6 +178,8 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(typing.get_args(hint), value, where, path)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
         if isinstance(value, Mapping):
             given = value.get("kind", _kind(hint))
             if given != _kind(hint):
@@ -179,6 +208,8 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
         return {key: _convert(inside, each, where, f"{path}.{key}") for key, each in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise _wrong(where, path, value, "a finite number")
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
@@ -195,6 +226,8 @@ def _convert_union(choices: tuple[Any, ...], value: Any, where: str, path: str) 
         if isinstance(each, type) and dataclasses.is_dataclass(each)
     }
     others = [each for each in choices if each is not type(None) and each not in classes.values()]
+    if type(value) in classes.values():
+        return value
     if classes and isinstance(value, Mapping):
         if len(classes) == 1 and "kind" not in value:
             return _build(next(iter(classes.values())), value, where, f"{path}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.activations import ActivationStore, extract
-from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.config import check_seed, check_types, first_difference, load, to_dict, write_toml
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
 from sparsight.files import read_json
@@ -53,6 +53,8 @@ class DemoConfig:
     """Of the scenes, the weights and the order of training."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_seed(self.seed)
         for name in ("n_images", "n_test"):
             if getattr(self, name) < 100:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 100 or more.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         SparsightError: the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    temporary.chmod(0o666 & ~_umask())
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        temporary.chmod(0o666 & ~_UMASK)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -40,7 +43,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
             f"{path}: could not be written ({error.strerror or error})."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock that ends with the process, whatever ends it, and that workers do not share.
+
+    Args:
+        path: of the lock's file, which is there while the lock is held; its folder is made.
+        message: what to tell if another process holds it.
+
+    Raises:
+        UserError: another process holds it.
+        SparsightError: the folder cannot be made or written.
+    """
+    handle = _locked(Path(path), message)
+    try:
+        yield
+    finally:
+        # While it is held: whoever opened this file finds, once locked, that it is not `path`.
+        with suppress(OSError):
+            Path(path).unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -93,10 +121,57 @@ def remove_temporaries(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def _locked(path: Path, message: str) -> int | None:
+    """The handle of the locked file; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return None
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise SparsightError(
+                f"{path.parent}: cannot be made or written ({error.strerror or error})."
+            ) from error
+        held = False
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, the one who held it may have removed the file.
+            held = _is_at(handle, path)
+            if held:
+                return handle
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(message) from error
+            warnings.warn(
+                f"{path.parent}: this file system has no locks ({error.strerror}). Make sure that "
+                "no other process writes into the folder.",
+                stacklevel=4,
+            )
+            return None
+        finally:
+            if not held:
+                os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that `path` names now."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_UMASK = _read_umask()
+"""Read once: reading sets it for a moment, also for the files of other threads."""
 
 
 def _sync_folder(folder: Path) -> None:

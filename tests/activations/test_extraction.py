@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, digests, everything, save_photos
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from sparsight.activations import ActivationStore, extract
+from sparsight.activations.writer import StoreWriter
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, load_batches, open_images
 from sparsight.vision import VisionModel, load_model
@@ -242,6 +243,53 @@ def test_settings_out_of_range_are_refused(
     with pytest.raises(UserError, match=message):
         extract(model, photos, **{"out": tmp_path / "s", **SETTINGS, **change})
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed", "exchanged", "foreign"])
+@pytest.mark.parametrize("name", ["00000.parquet", "00001.safetensors"])
+def test_a_damaged_journal_of_a_half_written_store_is_named_before_the_model_runs(
+    model: VisionModel, tmp_path: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_images(str(save_photos(tmp_path / "photos", broken=(2, 3, 5))))
+    with pytest.raises(SparsightError, match="could not be read"):
+        extract(model, images, out=tmp_path / "s", max_failed=0.1, **SETTINGS)
+    file = tmp_path / "s" / "journal" / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-30])
+    elif damage == "emptied":
+        file.write_bytes(b"")
+    elif damage == "removed":
+        file.unlink()
+    elif damage == "exchanged":  # whole, but of another shard or store
+        rows = file.with_name("00002.parquet").read_bytes()
+        file.write_bytes(rows if file.suffix == ".parquet" else save({"a": torch.ones(1)}))
+    else:
+        file.write_bytes(b"no journal at all" * 100)
+    monkeypatch.setattr(model, "read", None)
+    message = rf"journal/{name}: is missing or damaged \(.*extract again"
+    with pytest.raises(SparsightError, match=message) as caught:
+        extract(model, images, out=tmp_path / "s", max_failed=0.2, **SETTINGS)
+    assert not isinstance(caught.value, UserError)
+    assert str(caught.value).count(name) == 1
+
+
+@pytest.mark.parametrize("name", ["00000.parquet", "00001.safetensors"])
+def test_a_journal_that_goes_while_the_store_is_closed_is_named(
+    model: VisionModel,
+    photos: ImageSource,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    close_store = StoreWriter.close_store
+
+    def close(writer: StoreWriter) -> None:
+        (writer.folder / "journal" / name).unlink()
+        close_store(writer)
+
+    monkeypatch.setattr(StoreWriter, "close_store", close)
+    with pytest.raises(SparsightError, match=rf"^[^:]*journal/{name}: is missing or damaged"):
+        extract(model, photos, out=tmp_path / "s", **SETTINGS)
 
 
 def test_a_folder_of_other_things_is_left_alone(

@@ -129,6 +129,24 @@ def test_a_run_folder_that_is_not_there_exits_with_2(verb, tmp_path, fails):
     assert "no-such-run" in fails(verb, tmp_path / "no-such-run")
 
 
+def test_a_demo_of_a_negative_seed_leaves_nothing_that_stands_in_the_way(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--seed", "-1"]) == 2
+    assert "seed is -1" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--seed", "-1"), ("--betas", "2", "0.9"), ("--eps", "0"), ("--warmup", "nan")],
+)
+def test_a_setting_of_training_out_of_range_exits_with_2(flags, tmp_path, capsys):
+    name, *values = flags
+    assert main(["train", "--store", str(tmp_path / "gone"), *flags]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert name.removeprefix("--") in message and values[0] in message
+
+
 def test_a_store_that_is_not_there_exits_with_2(tmp_path, fails):
     message = fails("train", "--store", tmp_path / "no-store", "--out", tmp_path / "run")
     assert "no-store" in message
@@ -183,7 +201,7 @@ def test_a_store_is_trained_on_with_its_own_tokens_and_says_what_it_leaves_out(
     assert f'store = "{store.resolve()}"' in config.read_text()
 
 
-def test_a_model_in_bfloat16_goes_through_all_verbs(tmp_path, capsys, monkeypatch):
+def test_a_model_in_bfloat16_goes_through_all_verbs(tmp_path, capsys, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = ("--images", "calibration:48:5")
     model = ("--model", "calibration", "--model-dtype", "bfloat16")
@@ -197,6 +215,8 @@ def test_a_model_in_bfloat16_goes_through_all_verbs(tmp_path, capsys, monkeypatc
     for verb in verbs:
         assert main(list(verb)) == 0, capsys.readouterr().err
     assert "weights differ" not in (tmp_path / "report.html").read_text()
+    for verb in ("evaluate", "index", "report"):
+        assert "seed is -1" in fails(verb, "run", "--seed", "-1")
 
 
 def test_a_run_is_evaluated_on_its_store_from_any_folder(store, tmp_path, monkeypatch, capsys):
@@ -206,3 +226,16 @@ def test_a_run_is_evaluated_on_its_store_from_any_folder(store, tmp_path, monkey
     capsys.readouterr()
     assert main(["evaluate", "run", "--no-baselines", "--no-downstream"]) == 0
     assert "is gone" not in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_message_and_exit_code_1(monkeypatch, fails):
+    import sparsight.cli.report as verb
+
+    def refused(arguments):
+        Path("/proc/no/such/file").read_bytes()
+
+    monkeypatch.setattr(verb, "main", refused)
+    message = fails("report", "runs/", code=1)
+    assert message == "sparsight: /proc/no/such/file: No such file or directory.\n"
+    with pytest.raises(FileNotFoundError):
+        main(["report", "runs/", "--traceback"])

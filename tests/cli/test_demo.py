@@ -30,10 +30,10 @@ def run(demo):
 
 @pytest.fixture
 def fails(capsys):
-    """Run a command that must end with exit code 2; gives its message."""
+    """Run a command that must end with an exit code; gives its message."""
 
-    def check(*arguments: object) -> str:
-        assert main(list(map(str, arguments))) == 2
+    def check(*arguments: object, code: int = 2) -> str:
+        assert main(list(map(str, arguments))) == code
         message = capsys.readouterr().err
         assert "Traceback" not in message
         # One message, ours or the parser's.
@@ -150,3 +150,25 @@ def test_a_store_of_another_width_is_refused(run, tmp_path, fails):
     assert main([*arguments, "--sites", "embedding", "--out", str(acts)]) == 0
     assert "embedding" in fails("index", run, "--store", acts)
     assert "embedding" in fails("evaluate", run, "--store", acts)
+
+
+def test_a_shard_that_was_cut_off_is_a_fault_and_exits_with_1(demo, tmp_path, fails):
+    store = tmp_path / "store"
+    shutil.copytree(demo / "store", store)
+    shard = next(store.glob("*/shard-00000.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    options = ["--n-vectors", "1024", "--batch-size", "512", "--sae.n-latents", "256"]
+    message = fails("train", "--store", store, "--out", tmp_path / "run", *options, code=1)
+    assert str(shard) in message and "cut off" in message
+
+
+def test_a_place_that_cannot_be_written_is_a_fault_and_exits_with_1(demo, run, tmp_path, fails):
+    (tmp_path / "file").write_text("no folder")
+    out = tmp_path / "file" / "run"
+    store = ["--store", demo / "store", "--sae.n-latents", "256"]
+    assert str(out) in fails("train", *store, "--out", out, code=1)
+    page = tmp_path / "file" / "page.html"
+    assert str(page) in fails("report", run, "--latents", "0", "--out", page, code=1)
+    figures = tmp_path / "file" / "metrics.json"
+    options = ["--no-baselines", "--no-downstream", "--max-images", "10", "--out", figures]
+    assert str(figures) in fails("evaluate", run, *options, code=1)

@@ -1,4 +1,7 @@
-"""Trains as `test_resume.py` does, and is killed (SIGKILL) on the way: OUT, and where."""
+"""Trains as `test_resume.py` does, and is killed (SIGKILL) on the way: OUT, and where.
+
+With "waits in a step" it first says so, and waits until its input ends.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,14 @@ def die(*_: object) -> None:
 
 
 def main(out: str, where: str) -> None:
-    if where == "in a step":
+    if where in ("in a step", "waits in a step"):
         step = trainer.SiteTraining.step
 
         def step_or_die(self, x, number, factor) -> None:
             if number == 21:
+                if where == "waits in a step":
+                    print("waits", flush=True)
+                    sys.stdin.read()
                 die()
             step(self, x, number, factor)
 

@@ -11,7 +11,7 @@ from sparsight.activations import extract
 from sparsight.config import load, to_dict, write_toml
 from sparsight.errors import UserError
 from sparsight.images import open_images
-from sparsight.sae import AuxK, SAEConfig
+from sparsight.sae import AuxK, SAEConfig, TopK
 from sparsight.training import TrainConfig, TrainRecipe, train
 from sparsight.vision import VisionModel, load_model
 
@@ -121,11 +121,67 @@ def test_a_training_configuration_survives_toml(config: TrainConfig, tmp_path: P
         ({"lr": float("nan")}, "lr is nan"),
         ({"warmup": 0.6, "decay": 0.6}, "at most 1 together"),
         ({"ema": 1.0}, "between 0 and 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "below 2\\^64"),
+        ({"betas": (2.0, 0.9)}, r"betas are \(2\.0, 0\.9\)"),
+        ({"betas": (0.9, 1.0)}, "below 1"),
+        ({"betas": (0.9,)}, "a list of 2"),
+        ({"eps": 0.0}, "eps is 0"),
+        ({"eps": float("inf")}, "eps is inf; expected a finite number"),
+        ({"warmup": float("nan")}, "warmup is nan; expected a finite number"),
+        ({"grad_clip": float("inf")}, "grad_clip is inf"),
+        ({"ema": float("nan")}, "ema is nan"),
+        ({"n_vectors": "5"}, "n_vectors is '5'; expected an int"),
+        ({"batch_size": 1.5}, "batch_size is 1.5; expected an int"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"checkpoint_every": 2.5}, "checkpoint_every is 2.5"),
+        ({"loggers": ("tensorbord",)}, r"loggers\[0\] is 'tensorbord'; expected 'tensorboard' or"),
+        ({"loggers": "wandb"}, "loggers is 'wandb'; expected a list"),
+        ({"precision": "bf16"}, "precision is 'bf16'; expected 'auto' or 'float32' or"),
+        ({"auxk": 3}, "auxk is 3"),
+        ({"sae": None}, "sae is None"),
     ],
 )
+@pytest.mark.unchecked
 def test_values_out_of_range_are_named(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainConfig(**changes)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (SAEConfig, {"normaliser": "foo"}, "normaliser is 'foo'; expected 'scale' or"),
+        (SAEConfig, {"b_dec_init": "x"}, "b_dec_init is 'x'; expected 'zero' or"),
+        (SAEConfig, {"n_latents": 64.0}, "n_latents is 64.0; expected an int"),
+        (SAEConfig, {"expansion": 0}, "expansion is 0"),
+        (SAEConfig, {"unit_norm_decoder": "yes"}, "unit_norm_decoder is 'yes'"),
+        (SAEConfig, {"sparsity": 32}, "sparsity is 32; expected a table"),
+        (TopK, {"k": 2.5}, "sparsity.k is 2.5; expected an int"),
+        (AuxK, {"alpha": float("nan")}, "auxk.alpha is nan; expected a finite number"),
+        (AuxK, {"alpha": float("inf")}, "auxk.alpha is inf"),
+        (AuxK, {"k": "8"}, "auxk.k is '8'; expected an int"),
+        (AuxK, {"dead_after": 0}, "auxk.dead_after is 0"),
+        (TrainRecipe, {"tokens": "heads"}, "tokens is 'heads'; expected 'all' or"),
+        (TrainRecipe, {"sites": "embedding"}, "sites is 'embedding'; expected a list"),
+    ],
+)
+def test_parts_of_a_recipe_refuse_what_they_do_not_know(
+    cls: type, changes: dict, message: str
+) -> None:
+    """In Python as in TOML: a misspelt choice must not pass for a default."""
+    with pytest.raises(UserError, match=message):
+        cls(**changes)
+
+
+@pytest.mark.unchecked
+def test_values_of_a_kindred_type_are_brought_to_the_type_of_the_field() -> None:
+    config = TrainConfig(warmup=0, betas=[0, 0.5], loggers=["wandb"])  # type: ignore[arg-type]
+    assert config == TrainConfig(warmup=0.0, betas=(0.0, 0.5), loggers=("wandb",))
+    assert hash(config.betas) and isinstance(config.warmup, float)
+    assert TrainRecipe(out="runs/a").out == Path("runs/a")  # type: ignore[arg-type]
 
 
 def test_a_misspelt_key_is_named_with_its_table(tmp_path: Path) -> None:

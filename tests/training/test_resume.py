@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +41,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(sparse_mixtures(SITES), CONFIG, out=tmp_path_factory.mktemp("whole"), quiet=True)
 
 
-def _interrupt(out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 21) -> None:
+def _interrupt(
+    out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 21, config: TrainConfig = CONFIG
+) -> None:
     """Train up to step `at`: two checkpoints are there then, of steps 8 and 16."""
     from sparsight.training import trainer
 
@@ -52,7 +57,7 @@ def _interrupt(out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 21) -> None
     with monkeypatch.context() as patch:
         patch.setattr(trainer.SiteTraining, "step", step_or_stop)
         with pytest.raises(Stopped):
-            train(sparse_mixtures(SITES), CONFIG, out=out, quiet=True)
+            train(sparse_mixtures(SITES), config, out=out, quiet=True)
 
 
 def _resume(out: Path) -> Run:
@@ -139,6 +144,34 @@ def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(
         _resume(tmp_path)
 
 
+def test_a_checkpoint_of_another_version_is_refused_and_nothing_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on from the one before would lose work that a newer Sparsight did."""
+    _interrupt(tmp_path, monkeypatch)
+    state = tmp_path / "checkpoints" / "000000016" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format_version": 2}))
+    with pytest.raises(UserError, match=r"000000016/state\.json: format_version is 2; .* reads 1"):
+        _resume(tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["000000008", "000000016"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, whole: Run) -> None:
+    script = Path(__file__).with_name("killed_run.py")
+    command = [sys.executable, script, tmp_path, "waits in a step"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"waits\n"
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(UserError, match="another process is training into it"):
+            _resume(tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        other.kill()
+    _assert_same(_resume(tmp_path), whole)
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +208,6 @@ def test_a_finished_run_is_returned_as_it_is(whole: Run) -> None:
 def test_a_folder_with_another_run_is_refused_and_the_difference_named(
     changes: dict, field: str, whole: Run
 ) -> None:
-    import dataclasses
-
     with pytest.raises(UserError, match=f"differs in '{field}'"):
         train(
             sparse_mixtures(SITES),
@@ -192,8 +223,6 @@ def test_without_resume_a_run_is_not_touched(whole: Run) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path: Path, whole: Run) -> None:
-    import dataclasses
-
     _assert_same(_resume(tmp_path / "again"), whole)
     other = train(
         sparse_mixtures(SITES),
@@ -208,6 +237,34 @@ def test_a_site_trains_the_same_alone_and_beside_another(tmp_path: Path, whole: 
     alone = train(sparse_mixtures(SITES), CONFIG, out=tmp_path, sites=["there"], quiet=True)
     for name, tensor in alone.sae().state_dict().items():
         assert torch.equal(tensor, whole.sae("there").state_dict()[name]), name
+
+
+class _Service:
+    """Stands in for the module `wandb`: keeps what each run of an id was told."""
+
+    def __init__(self) -> None:
+        self.settings: list[dict] = []
+        self.steps: dict[str, list[int]] = {}
+
+    def init(self, **settings: Any) -> SimpleNamespace:
+        self.settings.append(settings)
+        steps = self.steps.setdefault(settings["id"], [])
+        return SimpleNamespace(log=lambda _, step: steps.append(step), finish=lambda: None)
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = _Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    config = dataclasses.replace(CONFIG, loggers=("wandb",))
+    _interrupt(tmp_path, monkeypatch, config=config)
+    train(sparse_mixtures(SITES), config, out=tmp_path, quiet=True)
+    train(sparse_mixtures(), config, out=tmp_path / "another", quiet=True)
+    ids = [each["id"] for each in service.settings]
+    assert ids[:2] == ids[2:4] and len(set(ids)) == 3  # a run a site
+    assert {each["resume"] for each in service.settings} == {"allow"}
+    assert all(steps[-1] == config.n_vectors for steps in service.steps.values())
 
 
 def test_a_last_line_of_metrics_that_was_cut_off_is_dropped(

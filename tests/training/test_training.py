@@ -12,6 +12,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
 from sparsight.sae.kernels import Precision, using
 from sparsight.training import TrainConfig, train
+from sparsight.training.loggers import JsonLines
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
 
@@ -193,6 +194,15 @@ def test_the_saved_sae_says_where_it_belongs(tmp_path: Path) -> None:
     assert about["model"]["id"] == "made-up" and about["model"]["weights_hash"] == "0"
     assert (about["site"], about["tokens"], about["n_vectors"]) == ("here", "all", 128)
     assert "made-up" in (tmp_path / "README.md").read_text()
+
+
+def test_metrics_that_cannot_be_written_are_a_fault_that_names_the_file(tmp_path: Path) -> None:
+    logger = JsonLines(tmp_path, step=0)
+    logger.log({"step": 1})
+    logger.path.unlink()
+    logger.path.mkdir()
+    with pytest.raises(SparsightError, match=r"metrics\.jsonl: could not be written \(Is a dir"):
+        logger.log({"step": 2})
 
 
 def test_tensorboard_gets_each_curve_once_even_after_a_resume(tmp_path: Path) -> None:

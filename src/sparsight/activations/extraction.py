@@ -5,7 +5,6 @@ How shards are filled and committed stands in `writer`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -22,6 +21,7 @@ from sparsight.activations.store import ActivationStore
 from sparsight.activations.writer import JOURNAL, ShardBuffer, StoreWriter
 from sparsight.config import first_difference
 from sparsight.errors import SparsightError, UserError
+from sparsight.files import lock
 from sparsight.images import ImageBatch, ImageSource, load_batches
 from sparsight.progress import ProgressLine, progress
 from sparsight.vision import VisionModel
@@ -175,11 +175,7 @@ def _claimed(folder: Path, plan: Manifest) -> Iterator[Manifest]:
     if there is not None and there.state == "complete":
         yield there
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SparsightError(f"{folder}: cannot be made ({error.strerror}).") from error
-    with _lock(folder / ".lock"):
+    with lock(folder / ".lock", f"{folder}: another process is extracting into it."):
         there = _manifest_of(folder, plan)
         if there is None:
             plan.write(folder)
@@ -202,31 +198,6 @@ def _manifest_of(folder: Path, plan: Manifest) -> Manifest | None:
             f"for is {_at(plan.identity(), field)!r}. Choose another folder, or remove this one."
         )
     return there
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, whatever ends it, and that workers do not share."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise SparsightError(f"{path.parent}: cannot be written ({error.strerror}).") from error
-    try:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{path.parent}: another process is extracting into it.") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
 
 
 def _at(values: dict[str, Any], dotted: str) -> Any:

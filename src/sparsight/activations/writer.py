@@ -144,22 +144,29 @@ class StoreWriter:
         self._pending = self._threads.submit(self._commit, buffer)
 
     def failures(self) -> Iterator[tuple[str, str]]:
-        """Id and reason of each failed image of the shards so far."""
+        """Id and reason of each failed image of the shards so far.
+
+        Raises:
+            SparsightError: a file of the journal is damaged.
+        """
         if not self.manifest.failed:
             return
         for number in range(len(self.manifest.shards)):
-            for row in pq.read_table(self._journal(number, "parquet")).to_pylist():
+            for row in self._journal_rows(number).to_pylist():
                 if row["status"] == "failed":
                     yield row["id"], row["reason"]
 
     def close_store(self) -> None:
-        """Bring sums and rows together and declare the store complete."""
-        numbers = range(len(self.manifest.shards))
+        """Bring sums and rows together and declare the store complete.
+
+        Raises:
+            SparsightError: a file of the journal is damaged, or the disk is full.
+        """
         files = {}
         for position, site in enumerate(self.manifest.sites):
             running = RunningSums.nothing(self.manifest.d_in[site])
             for number, shard in enumerate(self.manifest.shards):
-                sums = read_tensors(self._journal(number, "safetensors"))
+                sums = self._journal_sums(number)
                 count = shard.n_images * self.manifest.n_tokens[site]
                 total, squares = sums[f"{position}.total"], sums[f"{position}.squares"]
                 running.merge(RunningSums(count, total, squares))
@@ -177,8 +184,8 @@ class StoreWriter:
             atomic_path(self.folder / IMAGES) as temporary,
             pq.ParquetWriter(temporary, IMAGE_ROWS) as writer,
         ):
-            for number in numbers:
-                writer.write_table(pq.read_table(self._journal(number, "parquet")))
+            for number in range(len(self.manifest.shards)):
+                writer.write_table(self._journal_rows(number))
         files[IMAGES] = sha256_file(self.folder / IMAGES)
         self.manifest = replace(self.manifest, state="complete", files=files)
         self.manifest.write(self.folder)
@@ -220,10 +227,10 @@ class StoreWriter:
                 check_size(shard_path(self.folder, site, number), shard.n_bytes[site])
             for ending in ("parquet", "safetensors"):
                 if not self._journal(number, ending).exists():
-                    raise SparsightError(
-                        f"{self._journal(number, ending)}: is missing, so the store cannot be "
-                        "continued. Remove it and extract again."
-                    )
+                    raise _damaged(self._journal(number, ending), "there is no such file")
+            # Before hours of work: what is in them is needed when the last shard is written.
+            self._journal_rows(number)
+            self._journal_sums(number)
 
     def _commit(self, buffer: ShardBuffer) -> None:
         """Write a shard of each site, its sums and rows, and last the manifest."""
@@ -246,6 +253,31 @@ class StoreWriter:
         manifest.write(self.folder)
         self.manifest = manifest
 
+    def _journal_rows(self, number: int) -> pa.Table:
+        """The rows about a shard's images."""
+        path, shard = self._journal(number, "parquet"), self.manifest.shards[number]
+        try:
+            with pq.ParquetFile(path) as file:
+                rows = file.read()
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, str(error)) from error
+        if not rows.schema.equals(IMAGE_ROWS) or len(rows) != shard.stop - shard.first:
+            raise _damaged(path, "it holds other rows than those of the shard's images")
+        return rows
+
+    def _journal_sums(self, number: int) -> dict[str, Tensor]:
+        """The sums of a shard of each site."""
+        path = self._journal(number, "safetensors")
+        try:
+            sums = read_tensors(path)
+        except SparsightError as error:
+            raise _damaged(path, str(error.__cause__)) from error
+        for position, site in enumerate(self.manifest.sites):
+            for name in (f"{position}.total", f"{position}.squares"):
+                if name not in sums or sums[name].shape != (self.manifest.d_in[site],):
+                    raise _damaged(path, f"it lacks {name} or holds it in another form")
+        return sums
+
     def _empty(self, site: str, images: int) -> Float[Tensor, "images tokens d_in"]:
         n_tokens, d_in = self.manifest.n_tokens[site], self.manifest.d_in[site]
         return torch.empty(images, n_tokens, d_in, dtype=DTYPES[self.manifest.dtype])
@@ -258,3 +290,10 @@ def _sums(x: Float[Tensor, "vectors d_in"]) -> RunningSums:
     running = RunningSums.nothing(x.shape[-1])
     running.add(x)
     return running
+
+
+def _damaged(path: Path, reason: str) -> SparsightError:
+    return SparsightError(
+        f"{path}: is missing or damaged ({reason}), so the store cannot be continued. Remove the "
+        "store and extract again."
+    )

@@ -21,6 +21,7 @@ VERBS = {
 }
 """Every verb, in the order of the work; the file of the same name in this folder runs it."""
 
+FAULT = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `sparsight … | head`: whoever read has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a file or folder that no one has put into words
+        if debug:
+            raise
+        return _complain(_of_system(error), FAULT)
     return 0
 
 
@@ -80,6 +85,12 @@ def _help() -> str:
 def _guess(verb: str) -> str:
     close = difflib.get_close_matches(verb, VERBS, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _of_system(error: OSError) -> str:
+    """What the system says, about which file."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}." if error.filename is not None else f"{reason}."
 
 
 def _complain(message: str, code: int = USAGE_ERROR) -> int:

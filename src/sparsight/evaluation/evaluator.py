@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sparsight
+from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation.baselines import (
     INIT_SAMPLE,
@@ -90,6 +91,7 @@ def evaluate(
     """
     if dead_window is not None and dead_window < 1:
         raise UserError(f"dead_window is {dead_window}; it must be 1 vector or more.")
+    check_seed(seed)
     resolve_templates(templates)  # a wrong name is told now, not after the whole evaluation
     site = find_site(sae, activations, site)
     model = model or getattr(activations, "model", None)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from sparsight.activations import ActivationSource, LiveActivations
+from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation.data import find_site
 from sparsight.images import ImageInfo, ImageSource, open_images
@@ -77,6 +78,7 @@ def build_index(
     }.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more.")
+    check_seed(seed)
     if isinstance(model_or_activations, VisionModel) and site is not None:
         site = model_or_activations.canonical_site(site)
     activations = _activations(sae, model_or_activations, images, site, workers)

@@ -15,6 +15,7 @@ import jinja2
 import torch
 from markupsafe import Markup
 
+from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_text
 from sparsight.latents import scores
@@ -67,6 +68,7 @@ def write_report(
         UserError: no run is there, or `model` is another one than the index was built with.
         SparsightError: a file of a run is damaged.
     """
+    check_seed(seed)
     if latents < 0:
         raise UserError(f"latents is {latents}; it must be 0 or more.")
     out = Path(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sparsight.config import check_types
 from sparsight.errors import UserError
 
 NormaliserKind = Literal["scale", "standardise", "none"]
@@ -22,6 +23,7 @@ class TopK:
     """Active latents per vector, at most."""
 
     def __post_init__(self) -> None:
+        check_types(self, "sparsity.")
         if self.k < 1:
             raise UserError(f"sparsity.k is {self.k}; it must be at least 1.")
 
@@ -41,6 +43,7 @@ class AuxK:
     tenth of the run, whichever is smaller."""
 
     def __post_init__(self) -> None:
+        check_types(self, "auxk.")
         if self.alpha <= 0:
             raise UserError(f"auxk.alpha is {self.alpha}; it must be positive (or auxk None).")
         if self.k is not None and self.k < 1:
@@ -74,6 +77,7 @@ class SAEConfig:
     estimated on a sample of the activations."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.n_latents is not None and self.n_latents < 1:
             raise UserError(f"n_latents is {self.n_latents}; it must be at least 1.")
         if self.expansion < 1:

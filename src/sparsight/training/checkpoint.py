@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, sha256_file, write_json
 from sparsight.sae.files import WEIGHTS, load_tensors, save_tensors
 from sparsight.training.site import SiteTraining
@@ -87,6 +87,7 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
     """The newest whole checkpoint, and what is wrong with newer ones.
 
     Raises:
+        UserError: one that is looked at is of another version of the format.
         SparsightError: there are checkpoints, and none is whole.
     """
     problems: list[str] = []
@@ -94,6 +95,8 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
     for path in reversed(candidates):
         try:
             return _read(path, sites), problems
+        except UserError:
+            raise  # it may be whole: to go on from an older one would lose work
         except SparsightError as error:
             problems.append(str(error))
     if candidates:
@@ -122,11 +125,15 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _read(path: Path, sites: tuple[str, ...]) -> Checkpoint:
-    state = read_json(path / _STATE)
-    if state.get("format_version") != FORMAT_VERSION:
-        raise SparsightError(
-            f"{path / _STATE}: format_version is {state.get('format_version')!r}; "
-            f"this Sparsight reads {FORMAT_VERSION}."
+    try:
+        state = read_json(path / _STATE)
+    except UserError as error:  # as a damaged file it is no one's mistake
+        raise SparsightError(str(error)) from error
+    version = state.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path / _STATE}: format_version is {version!r}; this Sparsight reads "
+            f"{FORMAT_VERSION}. Go on with the Sparsight that wrote it, or choose another folder."
         )
     try:
         for file, expected in state["sha256"].items():

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sparsight.config import check_seed, check_types
 from sparsight.errors import UserError
 from sparsight.sae import AuxK, SAEConfig
 from sparsight.vision import Tokens
 
 LARGEST_DEAD_WINDOW = 10_000_000
+
+# eps too: a latent that gets no gradient would be divided by 0.
+_POSITIVE = ("n_vectors", "batch_size", "lr", "eps", "grad_clip", "log_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,14 @@ class TrainConfig:
     """Where metrics go beside `metrics.jsonl`."""
 
     def __post_init__(self) -> None:
-        for name in ("n_vectors", "batch_size", "lr", "log_every", "checkpoint_every", "grad_clip"):
+        check_types(self)
+        check_seed(self.seed)
+        for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if value is not None and value <= 0:
                 raise UserError(f"{name} is {value}; it must be positive.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas are {self.betas}; each must be 0 or more, and below 1.")
         if self.n_vectors < self.batch_size:
             raise UserError(
                 f"n_vectors is {self.n_vectors}, less than one batch of {self.batch_size}."
@@ -133,3 +141,6 @@ class TrainRecipe:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     """How to train."""
+
+    def __post_init__(self) -> None:
+        check_types(self)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sparsight.errors import MissingExtra
+from sparsight.errors import MissingExtra, SparsightError
 from sparsight.files import write_text
 from sparsight.training.run import METRICS, read_metrics
+
+WANDB_ID = "wandb-id.txt"
 
 
 @runtime_checkable
@@ -32,9 +35,18 @@ class JsonLines:
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, figures: Mapping[str, Any]) -> None:
-        """Append a line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(figures)) + "\n")
+        """Append a line.
+
+        Raises:
+            SparsightError: the disk is full or the file cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(figures)) + "\n")
+        except OSError as error:
+            raise SparsightError(
+                f"{self.path}: could not be written ({error.strerror or error})."
+            ) from error
 
     def close(self) -> None:
         """Nothing is left."""
@@ -62,7 +74,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, named after the folder."""
+    """A run of Weights & Biases, named after the folder and continued by a run that resumes.
+
+    Its id lies in the folder. What a resumed run logs a second time has the steps and the values
+    that are there already; the service leaves it out.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         try:
@@ -75,6 +91,8 @@ class WeightsAndBiases:
             dir=str(folder),
             config=dict(config),
             reinit="create_new",
+            id=_wandb_id(folder),
+            resume="allow",
         )
 
     def log(self, figures: Mapping[str, Any]) -> None:
@@ -84,6 +102,14 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Finish the run."""
         self.run.finish()
+
+
+def _wandb_id(folder: Path) -> str:
+    """The id of the run in a folder, made and kept there before the service hears of it."""
+    path = folder / WANDB_ID
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:8] + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def open_loggers(

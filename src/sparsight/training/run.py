@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
+from sparsight.files import lock
 from sparsight.sae import SparseAutoencoder
 from sparsight.training.config import TrainConfig, TrainRecipe
 
@@ -44,6 +46,15 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.out / "checkpoints"
+
+    def claimed(self) -> AbstractContextManager[None]:
+        """While it lasts no other process may train into the folder.
+
+        Raises:
+            UserError: another process does.
+            SparsightError: the folder cannot be made or written.
+        """
+        return lock(self.out / ".lock", f"{self.out}: another process is training into it.")
 
     @property
     def recipe(self) -> TrainRecipe:

@@ -59,7 +59,8 @@ def train(
         The run.
 
     Raises:
-        UserError: `out` holds another run, or the configuration does not fit the activations.
+        UserError: `out` holds another run, another process trains into it, or the configuration
+            does not fit the activations.
         SparsightError: the loss or the activations are not finite; the last checkpoint stays.
     """
     config = config or TrainConfig()
@@ -71,10 +72,11 @@ def train(
     recipe = _recipe(activations, run, config)
     if _settled(run, recipe, resume):
         return run
-    loop = _Loop(activations, recipe, run, torch.device(device or _best_device()))
-    with progress("train", config.n_steps * config.batch_size, "vectors",
-                  done=loop.step * config.batch_size, quiet=quiet) as line:  # fmt: skip
-        loop.run_to_end(line)
+    with run.claimed():
+        loop = _Loop(activations, recipe, run, torch.device(device or _best_device()))
+        with progress("train", config.n_steps * config.batch_size, "vectors",
+                      done=loop.step * config.batch_size, quiet=quiet) as line:  # fmt: skip
+            loop.run_to_end(line)
     return run
 
 

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MAKEFILE = Path(__file__).parents[1] / "Makefile"
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32" or not shutil.which("make"), reason="there is no make here"
+)
+
+
+def test_an_environment_that_fails_half_way_is_removed_and_the_missing_package_named(
+    tmp_path: Path,
+) -> None:
+    """As on Debian without python3-venv: its python is there by then, its pip is not."""
+    python = tmp_path / "python-without-venv"
+    python.write_text(
+        '#!/bin/sh\nif [ "$1 $2" != "-m venv" ]; then exec ' + sys.executable + ' "$@"; fi\n'
+        'mkdir -p "$3/bin" && touch "$3/bin/python" && exit 1\n'
+    )
+    python.chmod(0o755)
+    shutil.copy(MAKEFILE, tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    for _ in range(2):
+        command = ["make", "demo", f"PYTHON={python}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "apt install python3-venv" in done.stdout
+        assert not (tmp_path / ".venv").exists()
