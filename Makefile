@@ -18,7 +18,7 @@ help:
 	@echo "make lint       style, types, import rules"
 	@echo "make format     put the code into the house style"
 	@echo "make docs       build the documentation into site/"
-	@echo "make bench      measure speed; tables go to benchmarks/"
+	@echo "make bench      measure speed; tables go to benchmarks/tables/"
 	@echo "make clean      remove the virtual environment and what was built"
 
 demo: $(VENV)/.user

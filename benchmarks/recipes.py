@@ -32,7 +32,7 @@ HEAD = ("", "site, tokens", "latents", "FVU", "FVU by batch", "L0", "dead", "sym
 class Options:
     """Train the recipes and our default; write the table to docs/recipes.md."""
 
-    n_images: int = 4000
+    n_images: int = 16_000
     """Scenes to train on."""
 
     n_test: int = 2000

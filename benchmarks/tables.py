@@ -1,4 +1,4 @@
-"""What benchmarks share: on what they ran, a Markdown table, a JSON file."""
+"""What benchmarks share: on what they ran, and a Markdown table that is printed and kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 import transformers
 
 import sparsight
-from sparsight.files import write_json
+from sparsight.files import write_text
+
+FOLDER = Path(__file__).parent / "tables"
 
 
 def machine() -> dict[str, Any]:
@@ -33,17 +35,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(title: str, rows: Sequence[dict[str, Any]], json: Path | None) -> None:
-    """Print the rows as a Markdown table under what they were measured on; keep them as JSON."""
-    where = machine()
-    print(f"### {title}\n")
-    print(" · ".join(f"{key} {value}" for key, value in where.items() if value is not None))
-    print()
+def show(title: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Print the rows as a Markdown table under what they were measured on; write it to `out`."""
+    where = " · ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
+    text = f"### {title}\n\n{where}\n\n{markdown(rows)}\n"
+    print(text, flush=True)
+    write_text(out, text)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table with the first row's keys as its head."""
     names = list(rows[0])
     lines = [names, ["---"] * len(names), *([_text(row[name]) for name in names] for row in rows)]
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines), flush=True)
-    if json is not None:
-        write_json(json, {"title": title, "machine": where, "rows": list(rows)})
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _text(value: Any) -> str:

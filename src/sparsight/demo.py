@@ -102,7 +102,7 @@ def run_demo(
             "held-out": f"calibration:{config.n_test}:{config.seed + 1}",
         }.items()
     )
-    run = train(store, _train_config(config), out=out / "runs", quiet=quiet)
+    run = train(store, train_config(config), out=out / "runs", quiet=quiet)
     for site in run.sites:
         metrics = _measure(run, site, model, held_out, quiet)
         _look(run, site, held_out, metrics, quiet)
@@ -137,7 +137,8 @@ def _claim(out: Path, config: DemoConfig) -> None:
         )
 
 
-def _train_config(config: DemoConfig) -> TrainConfig:
+def train_config(config: DemoConfig) -> TrainConfig:
+    """How the demo trains each autoencoder."""
     sae = SAEConfig(n_latents=config.n_latents, sparsity=TopK(k=config.k))
     # A run of a minute needs its steps more than large batches, and dead latents found soon.
     return TrainConfig(

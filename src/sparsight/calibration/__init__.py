@@ -17,7 +17,6 @@ from sparsight.calibration.world import (
     SceneObject,
     WorldConfig,
     Writing,
-    rendering_rate,
     write_on,
 )
 
@@ -36,6 +35,5 @@ __all__ = [
     "SceneObject",
     "WorldConfig",
     "Writing",
-    "rendering_rate",
     "write_on",
 ]

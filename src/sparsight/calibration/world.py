@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -274,17 +273,6 @@ def render(scene: Scene) -> RenderedScene:
         object_coverage=_per_patch(alphas),
         writing_coverage=_per_patch(covered[None])[0],
     )
-
-
-def rendering_rate(n_scenes: int = 2_000, seed: int = 0) -> float:
-    """Scenes drawn with their masks in a second of one core's time, once the glyphs are cached."""
-    world = CalibrationWorld(n_scenes, seed)
-    for index in range(n_scenes):
-        world.render(index)
-    before = time.process_time()
-    for index in range(n_scenes):
-        world.render(index)
-    return n_scenes / (time.process_time() - before)
 
 
 def letter_coverage(writing: Writing) -> dict[str, Float32[np.ndarray, "8 8"]]:
