@@ -43,6 +43,12 @@ class ProgressLine:
             self._printed = time.monotonic()
             print(self._line(note), file=sys.stderr, flush=True)
 
+    def expect(self, total: int) -> None:
+        """Tell how many units there are, where it was not known at the start."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], total=total)
+
     def finish(self, note: str = "") -> None:
         """Print the closing line where there is no bar."""
         if self._bar is None:

@@ -168,7 +168,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(verb, "main", interrupted)
     assert main(["report", "runs/"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_developer_may_ask_for_the_traceback(tmp_path):
@@ -239,3 +239,21 @@ def test_what_the_system_refuses_is_one_message_and_exit_code_1(monkeypatch, fai
     assert message == "sparsight: /proc/no/such/file: No such file or directory.\n"
     with pytest.raises(FileNotFoundError):
         main(["report", "runs/", "--traceback"])
+
+
+def test_broken_photos_beyond_max_failed_stop_a_live_run_and_the_option_lets_it_go_on(
+    tmp_path, fails, capsys
+):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    images = open_images("calibration:20:5")
+    for number in range(20):
+        images.load(number).save(photos / f"{number:02d}.png")
+    (photos / "07.png").write_bytes(b"no picture")
+    command = ["train", "--model", "calibration", "--images", str(photos), "--sites", SITE]
+    command += ["--out", str(tmp_path / "run"), "--workers", "0", *SHORT]
+    assert "max_failed" in fails(*command, code=1)
+    assert main([*command, "--max-failed", "0.1"]) == 0
+    assert "07.png: could not be read" in capsys.readouterr().err
+    assert "max_failed" in fails("evaluate", tmp_path / "run", "--workers", "0", code=1)
+    assert main(["evaluate", str(tmp_path / "run"), "--workers", "0", "--max-failed", "0.1"]) == 0

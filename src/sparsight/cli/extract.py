@@ -9,11 +9,11 @@ from typing import Literal
 
 import tyro
 
-from sparsight.cli.options import CommandOptions, parse
+from sparsight.cli.options import ModelOptions, parse
 
 
 @dataclass(frozen=True)
-class ExtractOptions(CommandOptions):
+class ExtractOptions(ModelOptions):
     """Run a vision model over images and keep its activations in a store."""
 
     model: str = tyro.MISSING
@@ -31,29 +31,11 @@ class ExtractOptions(CommandOptions):
     out: Path = tyro.MISSING
     """Folder of the store; one that was interrupted is continued."""
 
-    table: Path | None = None
-    """CSV, JSON-lines or Parquet with labels and captions of a folder's images."""
-
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the numbers on disk."""
 
     batch_size: int = 64
     """Images in one forward pass."""
-
-    workers: int | None = None
-    """Processes that decode images; default one a processor but one."""
-
-    max_failed: float = 0.01
-    """Share of images that may be broken before the run stops."""
-
-    device: str | None = None
-    """Default: a GPU if there is one."""
-
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model while it runs."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a model on the Hub."""
 
 
 def main(arguments: Sequence[str]) -> None:

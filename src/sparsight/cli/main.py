@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _complain(
-            "Interrupted. What was finished is kept; the same command continues from there.",
+            "Interrupted. What was finished is kept; the same command goes on.",
             INTERRUPTED,
         )
     except BrokenPipeError:  # `sparsight … | head`: whoever read has gone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -19,6 +19,29 @@ class CommandOptions:
 
     config: Path | None = None
     """TOML file with any of these options; what stands on the command line wins."""
+
+
+@dataclass(frozen=True)
+class ModelOptions(CommandOptions):
+    """How a vision model runs over images."""
+
+    table: Path | None = None
+    """CSV, JSON-lines or Parquet with labels and captions of a folder's images."""
+
+    workers: int | None = None
+    """Processes that decode images; default one a processor but one."""
+
+    max_failed: float = 0.01
+    """Share of images that may be broken before the run stops."""
+
+    device: str | None = None
+    """Default: a GPU if there is one."""
+
+    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the model while it runs; default float32, or that which an autoencoder was made with."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
 
 
 Options = TypeVar("Options", bound=CommandOptions)

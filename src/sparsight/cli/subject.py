@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
-from sparsight.cli.options import CommandOptions
+from sparsight.cli.options import ModelOptions
 from sparsight.cli.printing import print_notes
 from sparsight.config import load
 from sparsight.errors import UserError
@@ -21,7 +21,7 @@ from sparsight.vision import VisionModel, load_model
 
 
 @dataclass(frozen=True)
-class SubjectOptions(CommandOptions):
+class SubjectOptions(ModelOptions):
     """Which activations, model and images; by default those that the SAE was trained on."""
 
     store: Path | None = None
@@ -32,12 +32,6 @@ class SubjectOptions(CommandOptions):
 
     model: str | None = None
     """Vision model; default the one that the SAE names."""
-
-    device: str | None = None
-    """Default: a GPU if there is one."""
-
-    workers: int | None = None
-    """Processes that decode images; default one a processor but one."""
 
     verify: bool = True
     """Compare a store's checksums before it is read."""
@@ -72,7 +66,10 @@ class Subjects:
         if site is None:
             raise UserError(f"{folder}: this SAE names no site. Give --store with its activations.")
         model, images = self.model(folder, sae), self.images(folder, sae)
-        return LiveActivations(model, images, [site], tokens, workers=self.options.workers)
+        options = self.options
+        return LiveActivations(
+            model, images, [site], tokens, workers=options.workers, max_failed=options.max_failed
+        )
 
     def model(self, folder: Path, sae: SparseAutoencoder) -> VisionModel:
         """The model that the SAE belongs to.
@@ -84,8 +81,9 @@ class Subjects:
         id = self.options.model or about.get("id")
         if id is None:
             raise UserError(f"{folder}: this SAE names no model. Give one with --model.")
-        revision = about.get("revision") if id == about.get("id") else None
-        dtype = about.get("dtype")
+        own = about.get("revision") if id == about.get("id") else None
+        revision = self.options.revision or own
+        dtype = self.options.model_dtype or about.get("dtype")
         key = f"{id} {revision} {dtype}"
         if key not in self._models:
             self._models[key] = load_model(
@@ -103,7 +101,7 @@ class Subjects:
         if spec is None:
             raise UserError(f"{folder}: this SAE names no images. Give some with --images.")
         if spec not in self._images:
-            self._images[spec] = open_images(spec)
+            self._images[spec] = open_images(spec, table=self.options.table)
             print_notes(self._images[spec].notes)
         return self._images[spec]
 

@@ -9,17 +9,17 @@ from typing import Annotated
 
 import tyro
 
-from sparsight.activations import ActivationStore
-from sparsight.cli.options import CommandOptions, parse
+from sparsight.activations import ActivationStore, LiveActivations
+from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
-from sparsight.images import ImageSource, open_images
+from sparsight.images import open_images
 from sparsight.training import TrainConfig, TrainRecipe, train
-from sparsight.vision import VisionModel, load_model
+from sparsight.vision import load_model
 
 
 @dataclass(frozen=True)
-class TrainOptions(TrainRecipe, CommandOptions):
+class TrainOptions(TrainRecipe, ModelOptions):
     """Train a sparse autoencoder a site on a store, or on a model and images directly."""
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -36,9 +36,6 @@ class TrainOptions(TrainRecipe, CommandOptions):
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue a run that is there, rather than go on from its last checkpoint."""
 
-    device: str | None = None
-    """Default: a GPU if there is one."""
-
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, print where each autoencoder lies."""
@@ -46,12 +43,12 @@ def main(arguments: Sequence[str]) -> None:
     config = options.train
     if options.no_auxk:
         config = dataclasses.replace(config, auxk=None)
-    data, sites = _data(options)
+    data = _data(options)
     run = train(
         data,
         config,
         out=options.out,
-        sites=sites or None,
+        sites=options.sites or None,
         tokens=options.tokens,
         resume=not options.fresh,
         device=options.device,
@@ -66,10 +63,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{run.folder(site)} · {site} · {figures}")
 
 
-def _data(
-    options: TrainOptions,
-) -> tuple[ActivationStore | tuple[VisionModel, ImageSource], tuple[str, ...]]:
-    """What to train on, and the sites of it; a store wins over model and images."""
+def _data(options: TrainOptions) -> ActivationStore | LiveActivations:
+    """What to train on; a store wins over model and images."""
     if options.store is not None:
         store = ActivationStore(options.store, verify=options.verify)
         for name, asked, own in (
@@ -78,12 +73,24 @@ def _data(
         ):
             if asked not in (None, own):
                 print_notes([f"{name} {asked} is not used: {options.store} is of {own}."])
-        return store, options.sites
+        return store
     if options.model is None or options.images is None:
         raise UserError("Nothing to train on: give --store, or --model and --images.")
     if not options.sites:
         raise UserError("Which sites? Name one at least, e.g. --sites blocks.-1.resid_post.")
-    images = open_images(options.images)
+    images = open_images(options.images, table=options.table)
     print_notes(images.notes)
-    model = load_model(options.model, device=options.device)
-    return (model, images), options.sites
+    model = load_model(
+        options.model,
+        device=options.device,
+        dtype=options.model_dtype,
+        revision=options.revision,
+    )
+    return LiveActivations(
+        model,
+        images,
+        options.sites,
+        options.tokens or "all",
+        workers=options.workers,
+        max_failed=options.max_failed,
+    )

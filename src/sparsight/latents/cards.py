@@ -131,6 +131,7 @@ def make_gallery(
         )
     grids: dict[tuple[int, int], Heat] = {}
     images = sorted(wanted)
+    line.expect(len(images))
     for start in range(0, len(images), _BATCH):
         some = {image: wanted[image] for image in images[start : start + _BATCH]}
         _load(gallery, grids, some, index, sae, model, key)
