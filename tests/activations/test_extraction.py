@@ -15,6 +15,7 @@ import torch
 from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, digests, everything, save_photos
 from safetensors.torch import load_file, save
 
+from images.picture_files import with_damaged_labels
 from sparsight.activations import ActivationStore, extract
 from sparsight.activations.writer import StoreWriter
 from sparsight.errors import SparsightError, UserError
@@ -322,6 +323,38 @@ def test_two_processes_do_not_write_one_store(
             extract(model, photos, out=tmp_path / "s", **SETTINGS)
         other.kill()
     extract(model, photos, out=tmp_path / "s", **SETTINGS).verify()
+
+
+def test_a_picture_whose_label_cannot_be_read_is_recorded_as_failed(
+    model: VisionModel, tmp_path: Path
+) -> None:
+    with_damaged_labels(tmp_path / "x.parquet")
+    images = open_images(tmp_path / "x.parquet")
+    settings = SETTINGS | {"max_failed": 0.5}
+    store = extract(model, images, out=tmp_path / "s", **settings)
+    rows = store.images.to_pylist()
+    assert [row["status"] == "ok" for row in rows] == [True, True, False, False, True, True]
+    assert all("row group 1 is damaged" in row["reason"] for row in rows[2:4])
+    assert rows[2]["id"] == f"parquet:{tmp_path}/x.parquet[2]"
+    assert [rows[i]["label"] for i in (1, 4)] == ["class 1", "class 4"]
+    others = extract(model, images.select([0, 1, 4, 5]), out=tmp_path / "o", **SETTINGS)
+    for site in store.sites:
+        ours, theirs = everything(store, site), everything(others, site)
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+    with pytest.raises(SparsightError, match="2 of 6 images could not be read"):
+        extract(model, images, out=tmp_path / "strict", **SETTINGS)
+
+
+def test_an_edited_table_of_labels_does_not_continue_a_store(
+    model: VisionModel, tmp_path: Path
+) -> None:
+    folder = save_photos(tmp_path / "photos", n=4)
+    table = folder / "labels.csv"
+    table.write_text("file,label\n000.jpg,tom\n")
+    extract(model, open_images(folder), out=tmp_path / "s", **SETTINGS)
+    table.write_text("file,label\n000.jpg,tim\n")
+    with pytest.raises(UserError, match=r"images\.fingerprint"):
+        extract(model, open_images(folder), out=tmp_path / "s", **SETTINGS)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from malicious_pickle import Opens
 from sparsight.calibration.symbols import SYMBOLS
 from sparsight.calibration.train import Settings, Trainer, contrastive_loss
 from sparsight.errors import SparsightError, UserError
@@ -100,6 +101,17 @@ def test_a_checkpoint_that_is_cut_off_is_named(tmp_path: Path) -> None:
     trainer.checkpoint.write_bytes(trainer.checkpoint.read_bytes()[:1000])
     with pytest.raises(SparsightError, match=r"checkpoint\.pt: is damaged"):
         Trainer(small(tmp_path, steps=1))
+
+
+@pytest.mark.parametrize("as_start", [False, True])
+def test_code_in_a_checkpoint_is_not_run(as_start: bool, tmp_path: Path) -> None:
+    path, made = tmp_path / "checkpoint.pt", tmp_path / "made"
+    torch.save({"model": {}, "heads": {}, "step": Opens(made)}, path)
+    settings = small(tmp_path / "leg", start_from=path) if as_start else small(tmp_path)
+    with pytest.raises(SparsightError, match=r"checkpoint\.pt: .*code in it is not run") as told:
+        Trainer(settings)
+    assert not made.exists()
+    assert "weights_only" not in str(told.value)
 
 
 def test_a_written_name_takes_its_share_of_the_target(tmp_path: Path) -> None:

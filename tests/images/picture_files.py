@@ -8,6 +8,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 
@@ -26,6 +28,18 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def write_picture(path: Path, seed: int = 0, width: int = 32, height: int = 24) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(seed, width, height).save(path)
+
+
+def with_damaged_labels(path: Path, n: int = 6) -> None:
+    """A Parquet file with two pictures a row group; the labels of group 1 cannot be read."""
+    cells = [encoded(picture(i), "PNG") for i in range(n)]
+    table = pa.table({"image": cells, "label": [f"class {i}" for i in range(n)]})
+    pq.write_table(table, path, row_group_size=2, compression="zstd")
+    column = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(data)
 
 
 def png_that_declares(width: int, height: int) -> bytes:

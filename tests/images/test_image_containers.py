@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from picture_files import encoded, picture, pixels, write_picture
+from picture_files import encoded, picture, pixels, with_damaged_labels, write_picture
 
 from sparsight.errors import MissingExtra, UserError
-from sparsight.images import ImageError, ImageSource, open_images
+from sparsight.images import ImageError, ImageSource, decoding, open_images, parquet, tar_shards
 
 N = 6
 
@@ -190,6 +190,130 @@ def test_a_damaged_row_group_fails_its_pictures_alone(tmp_path: Path) -> None:
     reasons = list(outcomes(open_images(path)).values())
     assert reasons[:2] == ["ok", "ok"]
     assert all("row group 1 is damaged" in reason for reason in reasons[2:])
+
+
+def test_a_huge_row_group_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.parquet"
+    cells = [encoded(picture(i), "PNG") for i in range(20)]
+    pq.write_table(pa.table({"image": cells}), path)
+    monkeypatch.setattr(parquet, "PART_BYTES", sum(map(len, cells)) // 7)
+    source = open_images(path)
+    for i in [*range(20), 3, 19, 18, 0, 0, 7, 12, 11]:
+        assert (pixels(source.load(i)) == pixels(picture(i))).all()
+        assert all(len(part.cells) <= 3 for part in source._parts)
+        assert len(source._parts) <= parquet.CACHED_PARTS
+
+
+def test_in_order_each_part_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.parquet"
+    cells = [encoded(picture(i), "PNG") for i in range(20)]
+    pq.write_table(pa.table({"image": cells}), path, row_group_size=10)
+    monkeypatch.setattr(parquet, "PART_BYTES", 1)
+    source = open_images(path)
+    started = []
+    batches = source._batches
+    monkeypatch.setattr(source, "_batches", lambda group: started.append(group) or batches(group))
+    for i in range(20):
+        source.load(i)
+    assert started == [0, 1]
+
+
+def test_damage_inside_a_row_group_fails_what_lies_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.parquet"
+    cells = [encoded(picture(i), "PNG") for i in range(20)]
+    pq.write_table(
+        pa.table({"image": cells}), path, data_page_size=1, write_batch_size=1,
+        use_dictionary=False, compression="zstd",
+    )  # fmt: skip
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 3000] = bytes(3000)
+    path.write_bytes(data)
+    monkeypatch.setattr(parquet, "PART_BYTES", 1)
+    source = open_images(path)
+    reasons = list(outcomes(source).values())
+    n_good = reasons.count("ok")
+    assert 5 <= n_good < 15
+    assert reasons[:n_good] == ["ok"] * n_good
+    assert all("row group 0 is damaged" in reason for reason in reasons[n_good:])
+    assert (pixels(source.load(0)) == pixels(picture(0))).all()
+
+
+def test_damaged_labels_fail_their_pictures_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    with_damaged_labels(path)
+    source = open_images(path)
+    assert source.info(1).label == "class 1"
+    for index in (2, 3):
+        with pytest.raises(ImageError, match="row group 1 is damaged"):
+            source.info(index)
+    with pytest.raises(ImageError, match="row group 1 is damaged"):
+        source.labels()
+    assert source.info(4).label == "class 4"
+    assert same_pictures(source)
+
+
+def test_pictures_over_the_size_limit_fail_alone_in_every_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [encoded(picture(i), "PNG") for i in range(3)]
+    cells[1] += bytes(10_000)
+    pq.write_table(pa.table({"image": cells}), tmp_path / "x.parquet")
+    write_tar(tmp_path / "x.tar", [(f"{i}.png", cell) for i, cell in enumerate(cells)])
+    monkeypatch.setattr(decoding, "MAX_BYTES", 10_000)
+    for name in ("x.parquet", "x.tar"):
+        reasons = list(outcomes(open_images(tmp_path / name)).values())
+        assert reasons == ["ok", f"{len(cells[1]):,} bytes are over the limit of 10,000", "ok"]
+
+
+def test_a_member_over_the_limit_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.tar"
+    size = decoding.MAX_BYTES + 1
+    header = tarfile.TarInfo("a.png")
+    header.size = size
+    with path.open("wb") as file:  # sparse: takes no room
+        file.write(header.tobuf())
+        file.truncate(512 + -(-size // 512) * 512 + 1024)
+    source = open_images(path)
+    monkeypatch.setattr(source, "_read", lambda *_: pytest.fail("was read"))
+    with pytest.raises(ImageError, match="over the limit of 268,435,456"):
+        source.load(0)
+
+
+@pytest.mark.parametrize("ending", ["cls", "txt", "json"])
+def test_a_sidecar_over_the_limit_is_left_out_with_a_warning(tmp_path: Path, ending: str) -> None:
+    one = encoded(picture(), "PNG")
+    huge = b"x" * (tar_shards.MAX_SIDECAR_BYTES + 1)
+    members = [("a.png", one), (f"a.{ending}", huge), ("b.png", one), ("b.cls", b"7")]
+    write_tar(tmp_path / "x.tar", members)
+    source = open_images(tmp_path / "x.tar")
+    message = rf"x.tar/a: its .{ending} of 1,048,577 bytes is over the limit of 1,048,576"
+    with pytest.warns(UserWarning, match=message):
+        info = source.info(0)
+    assert (info.label, info.captions) == (None, ())
+    assert source.info(1).label == "7"
+    assert outcomes(source.select([1])) == {"x.tar/b": "ok"}
+    source.load(0)
+
+
+def test_large_members_that_are_no_sidecars_are_nothing_to_warn_of(tmp_path: Path) -> None:
+    members = [("a.png", encoded(picture(), "PNG")), ("a.npy", bytes(2**21)), ("a.cls", b"3")]
+    write_tar(tmp_path / "x.tar", members)
+    assert open_images(tmp_path / "x.tar").info(0).label == "3"
+
+
+def test_a_shard_that_goes_away_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded(picture(), "PNG")), ("a.cls", b"3")])
+    source = open_images(tmp_path / "x.tar")
+    (tmp_path / "x.tar").unlink()
+    for read in (source.load, source.info):
+        with pytest.raises(ImageError, match="its shard cannot be read"):
+            read(0)
 
 
 def test_parquet_files_that_hold_no_pictures_are_refused(tmp_path: Path) -> None:

@@ -167,6 +167,26 @@ def test_the_fingerprint_notices_added_changed_and_removed_files(animals: Path) 
     assert len(seen) == 4
 
 
+def test_the_fingerprint_notices_what_tables_say(animals: Path, tmp_path: Path) -> None:
+    seen = {open_images(animals).fingerprint()}
+    table = animals / "labels.csv"
+    for label in ("tom", "tim"):
+        table.write_text(f"file,label\ncat/a.png,{label}\n")
+        seen.add(open_images(animals).fingerprint())
+    captions = animals / "captions.csv"
+    for caption in ("a cat", "a dog"):
+        captions.write_text(f"file,caption\ncat/a.png,{caption}\n")
+        seen.add(open_images(animals).fingerprint())
+    assert len(seen) == 5
+    moved = tmp_path / "captions-elsewhere.csv"
+    captions.rename(moved)
+    table.unlink()
+    given = open_images(animals, table=moved).fingerprint()
+    assert given not in seen
+    moved.touch()
+    assert open_images(animals, table=moved).fingerprint() == given
+
+
 def test_a_selection_keeps_ids_and_its_spec_opens_it_again(animals: Path) -> None:
     source = open_images(animals)
     view = source.select([3, 0, 2]).select([2, 0])

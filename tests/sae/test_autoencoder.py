@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from malicious_pickle import Opens
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae import Normaliser, SAEConfig, SparseAutoencoder, TopK
 from sparsight.sae.config import BiasInit, NormaliserKind
@@ -207,6 +208,21 @@ def test_a_strange_configuration_is_named(tmp_path: Path, change: dict, message:
 def test_a_folder_without_an_sae_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no SAE"):
         SparseAutoencoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sae.pt", "sae.safetensors"])
+@pytest.mark.parametrize("with_config", [False, True])
+def test_pickles_are_not_opened(name: str, with_config: bool, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    if with_config:
+        _sae().save_pretrained(tmp_path)
+        (tmp_path / "sae.safetensors").unlink()
+    torch.save(_sae().state_dict() | {"extra": Opens(made)}, tmp_path / name)
+    damaged = with_config and name == "sae.safetensors"
+    with pytest.raises(SparsightError, match="damaged" if damaged else "holds no SAE") as told:
+        SparseAutoencoder.from_pretrained(tmp_path)
+    assert "\n" not in str(told.value)
+    assert not made.exists()
 
 
 def test_more_active_latents_than_latents_are_refused() -> None:

@@ -2,19 +2,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from memory_activations import MemoryActivations, sparse_mixtures
 
+from activations.activation_parts import BLOCK_0, BLOCK_1, save_clip, save_photos
+from sparsight.activations import ActivationStore, extract
 from sparsight.errors import SparsightError, UserError
+from sparsight.files import sha256_file
+from sparsight.images import open_images
 from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
 from sparsight.sae.kernels import Precision, using
 from sparsight.training import TrainConfig, train
 from sparsight.training.loggers import JsonLines
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
+from sparsight.vision import load_model
 
 SAE = SAEConfig(n_latents=64, sparsity=TopK(k=4))
 CONFIG = TrainConfig(sae=SAE, n_vectors=32 * 300, batch_size=32, lr=3e-3)
@@ -167,6 +173,38 @@ def test_activations_that_are_not_finite_stop_the_run_and_leave_no_broken_sae(
     assert [path.name for path in checkpoints] == (["000000010", "000000020"] if place else [])
     for path in checkpoints:
         assert torch.isfinite(SparseAutoencoder.from_pretrained(path / "here").W_dec).all()
+
+
+def test_one_message_names_the_shard_and_the_step_of_activations_that_are_not_finite(
+    tmp_path: Path,
+) -> None:
+    model = load_model(str(save_clip(tmp_path / "clip")), device="cpu")
+    images = open_images(save_photos(tmp_path / "photos"))
+    store = extract(
+        model, images, sites=[BLOCK_0, BLOCK_1], out=tmp_path / "store", dtype="float32",
+        batch_size=4, shard_images=8, workers=0, quiet=True,
+    ).path  # fmt: skip
+    _spoil(store, store / BLOCK_1 / "shard-00001.safetensors")
+    stream, step = ActivationStore(store).stream([BLOCK_0, BLOCK_1], 10), 0
+    with pytest.raises(SparsightError):
+        while True:
+            step += 1
+            next(stream)
+    config = dataclasses.replace(CONFIG, n_vectors=1000, batch_size=10)
+    place = r"blocks\.1\.resid_post/shard-00001\.safetensors"
+    with pytest.raises(SparsightError, match=rf"NaN .*{place}.* at step {step};") as told:
+        train(ActivationStore(store), config, out=tmp_path / "run", quiet=True)
+    assert "\n" not in str(told.value)
+
+
+def _spoil(store: Path, shard: Path) -> None:
+    """Put a NaN among the numbers of a shard, as its extraction might have written it."""
+    before, data = sha256_file(shard), bytearray(shard.read_bytes())
+    data[-400:-396] = struct.pack("<f", math.nan)
+    shard.write_bytes(data)
+    manifest = store / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(before, sha256_file(shard)))
+    assert sha256_file(shard) in manifest.read_text()
 
 
 def test_a_loss_that_blows_up_names_the_step(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ from transformers import (
     SwinModel,
 )
 
+from malicious_pickle import Opens
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.vision import load_model
 
@@ -224,6 +226,37 @@ def test_truncated_weights_are_a_fault(folder, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SparsightError, match="damaged"):
         load_model(str(tmp_path / "m"))
+
+
+def plain_pickle(value, path):
+    path.write_bytes(pickle.dumps(value, protocol=2))
+
+
+@pytest.mark.parametrize("write", [torch.save, plain_pickle])
+def test_weights_that_bring_code_are_refused_and_it_is_not_run(write, folder, tmp_path, capfd):
+    shutil.copytree(folder("clip"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    made = tmp_path / "made"
+    write({"logit_scale": Opens(made)}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(
+        SparsightError, match=r"Code in them is not run; use .* safetensors"
+    ) as told:
+        load_model(str(tmp_path / "m"))
+    assert not made.exists()
+    assert "weights_only" not in str(told.value) and "\n" not in str(told.value)
+    assert capfd.readouterr().err == ""
+    pickle.loads(pickle.dumps(Opens(made))).close()
+    assert made.exists()  # without care it would have been
+
+
+def test_pickled_weights_of_tensors_alone_are_read(folder, model, tmp_path):
+    from safetensors.torch import load_file
+
+    shutil.copytree(folder("clip"), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    torch.save(load_file(path), tmp_path / "m" / "pytorch_model.bin")
+    path.unlink()
+    assert load_model(str(tmp_path / "m")).weights_hash == model("clip").weights_hash
 
 
 def test_missing_weights_of_the_tower_are_refused_by_name(folder, tmp_path):

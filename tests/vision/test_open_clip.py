@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from malicious_pickle import Opens
 from sparsight.errors import SparsightError, UserError
 from sparsight.vision import load_model
 
@@ -111,3 +112,12 @@ def test_damaged_weights_are_refused(checkpoint, tmp_path):
     path.write_bytes(checkpoint.read_bytes()[:5000])
     with pytest.raises(SparsightError, match=r"could not load|damaged"):
         load_model(f"open_clip:ViT-tiny-test/{path}")
+
+
+def test_code_in_weights_is_not_run(checkpoint, tmp_path):
+    path, made = tmp_path / "weights.pt", tmp_path / "made"
+    torch.save({"logit_scale": Opens(made)}, path)
+    with pytest.raises(SparsightError, match="Code in them is not run") as told:
+        load_model(f"open_clip:ViT-tiny-test/{path}")
+    assert not made.exists()
+    assert "weights_only" not in str(told.value)

@@ -82,7 +82,7 @@ def _shake(model: torch.nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def _text(end: int = len(WORDS) + 3) -> dict[str, int]:
+def text_tower(end: int = len(WORDS) + 3) -> dict[str, int]:
     return {
         "hidden_size": 24,
         "intermediate_size": 48,
@@ -98,7 +98,7 @@ def _text(end: int = len(WORDS) + 3) -> dict[str, int]:
 
 def _clip() -> tuple[CLIPModel, CLIPImageProcessor]:
     config = CLIPConfig(
-        text_config=_text(),
+        text_config=text_tower(),
         vision_config={**TOWER, "intermediate_size": 64, "projection_dim": 20},
         projection_dim=20,
     )
@@ -109,7 +109,7 @@ def _clip() -> tuple[CLIPModel, CLIPImageProcessor]:
 
 def _siglip() -> tuple[SiglipModel, SiglipImageProcessor]:
     config = SiglipConfig(
-        text_config={**_text(), "projection_size": 32},
+        text_config={**text_tower(), "projection_size": 32},
         vision_config={**TOWER, "intermediate_size": 64},
     )
     return SiglipModel(config), SiglipImageProcessor(size={"height": 32, "width": 32})

@@ -22,7 +22,7 @@ from sparsight.activations.writer import JOURNAL, ShardBuffer, StoreWriter
 from sparsight.config import first_difference
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock
-from sparsight.images import ImageBatch, ImageSource, load_batches
+from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource, load_batches
 from sparsight.progress import ProgressLine, progress
 from sparsight.vision import VisionModel
 
@@ -267,8 +267,9 @@ class _Extraction:
         start: float,
     ) -> None:
         for batch in batches:
+            infos, batch = _described(self.images, batch)
             for index, size, reason in _outcomes(batch):
-                info = self.images.info(index)
+                info = infos[index]
                 buffer.add_row(index, info, size, reason)
                 if reason is not None:
                     self.tally.add(info.id, reason)
@@ -303,6 +304,28 @@ class _Extraction:
                 f"{site}: activations are NaN or infinite ({where}). What was stored before stays."
             )
         buffer.add(stored)
+
+
+def _described(images: ImageSource, batch: ImageBatch) -> tuple[dict[int, ImageInfo], ImageBatch]:
+    """What is known of each image of a batch; an image of which that cannot be read has failed."""
+    infos: dict[int, ImageInfo] = {}
+    failures = dict(batch.failures)
+    for index in (*batch.indices, *failures):
+        try:
+            infos[index] = images.info(index)
+        except ImageError as error:
+            place = f"{images.spec}[{index}]"
+            infos[index] = ImageInfo(id=place, uri=place)
+            failures.setdefault(index, error.reason)
+    kept = [row for row, index in enumerate(batch.indices) if index not in failures]
+    if len(kept) == len(batch.indices):
+        return infos, batch
+    return infos, ImageBatch(
+        [batch.indices[row] for row in kept],
+        batch.pixels[kept],
+        [batch.sizes[row] for row in kept],
+        sorted(failures.items()),
+    )
 
 
 def _outcomes(batch: ImageBatch) -> list[tuple[int, tuple[int, int] | None, str | None]]:

@@ -447,7 +447,11 @@ def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         state["model"], state["heads"], state["step"]
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, UnpicklingError) as error:
+    except UnpicklingError as error:  # torch's own text advises to run what the file brings
+        raise SparsightError(
+            f"{path}: is damaged, or holds more than tensors; code in it is not run."
+        ) from error
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError) as error:
         raise SparsightError(f"{path}: is damaged, or no checkpoint of a run ({error}).") from error
     return state
 

@@ -51,6 +51,7 @@ class FolderImages(ImageSource):
         self._labels = _folder_labels(self._ids)
         self._annotations: dict[str, Annotation] = {}
         tables = [self.table] if self.table else _tables_in(self.folder)
+        self._has_table = bool(tables)
         for path in tables:
             notes += self._annotate(read_table(path))
         self.notes = tuple(notes)
@@ -82,7 +83,7 @@ class FolderImages(ImageSource):
         return decode_image(read_picture(self.folder / self._paths[self._check_index(index)]))
 
     def fingerprint(self) -> str:
-        """Over ids, sizes and modification times; no file is opened."""
+        """Over ids, sizes, modification times, and what tables say; no picture is opened."""
         digest = hashlib.sha256()
         for id_, path in zip(self._ids, self._paths, strict=True):
             try:
@@ -90,6 +91,11 @@ class FolderImages(ImageSource):
                 digest.update(f"{id_}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
             except OSError:
                 digest.update(f"{id_}\0missing\n".encode())
+        if self._has_table:
+            for id_, label in zip(self._ids, self._labels, strict=True):
+                annotation = self._annotations.get(id_)
+                captions = annotation.captions if annotation else []
+                digest.update(f"{label!r}\0{captions!r}\n".encode())
         return digest.hexdigest()
 
     def labels(self) -> list[str]:

@@ -6,6 +6,8 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,27 @@ from sparsight.images.columns import (
 from sparsight.images.decoding import ImageError, decode_image
 from sparsight.images.source import ImageInfo, ImageSource
 
-CACHED_PICTURE_GROUPS = 2
+PART_BYTES = 32 * 2**20
+"""Pictures of a row group are read in parts of about this size."""
+
+CACHED_PARTS = 2
 CACHED_TEXT_GROUPS = 16
+
+# By default Arrow reads the whole column of a row group before it gives the first row.
+_STREAMED = {"pre_buffer": False, "buffer_size": 2**20}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some pictures of a row group that follow each other, from row `start` of the group on."""
+
+    group: int
+    start: int
+    cells: pa.Array
+
+    def __contains__(self, place: tuple[int, int]) -> bool:
+        group, row = place
+        return group == self.group and 0 <= row - self.start < len(self.cells)
 
 
 class ParquetImages(ImageSource):
@@ -35,8 +56,10 @@ class ParquetImages(ImageSource):
 
     The pictures stand in a column named as in `columns.IMAGE_COLUMNS`, as bytes or as a struct
     with a field `bytes`. Numbers in the label column become names where the file's schema has
-    them (`ClassLabel`). The id is `FILE/ROW`. Rows are read a row group at a time and the last
-    two groups are kept, so reading in order costs one pass over the file.
+    them (`ClassLabel`). The id is `FILE/ROW`. Pictures are read in parts of 32 MB or a row group,
+    whichever is less, and the last two parts are kept: reading in order costs one pass over the
+    file. Out of order, a picture may cost the reading of its row group up to its place. Memory
+    follows the parts and the pages of the file, not its row groups.
 
     Raises:
         UserError: no such file, no Parquet files in the folder, no rows, or no column of pictures.
@@ -74,7 +97,9 @@ class ParquetImages(ImageSource):
         self._caption_column = find_column(rest, CAPTION_COLUMNS)
         self._class_names = _class_names(schema, self._label_column)
         self._open: dict[int, pq.ParquetFile] = {}
-        self._pictures: OrderedDict[int, pa.Table] = OrderedDict()
+        self._parts: list[_Part] = []
+        self._ahead: tuple[int, int, Iterator[pa.RecordBatch]] | None = None
+        self._lost: dict[int, tuple[int, str]] = {}  # first row that cannot be read, and why
         self._texts: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __len__(self) -> int:
@@ -87,7 +112,7 @@ class ParquetImages(ImageSource):
         columns = [name for name in (self._label_column, self._caption_column) if name]
         cells: dict[str, Any] = {}
         if columns:
-            table = self._group(group, columns, self._texts, CACHED_TEXT_GROUPS)
+            table = self._text(group, columns)
             cells = {name: table.column(name)[row].as_py() for name in columns}
         row_in_file = self._group_row[group] + row
         return ImageInfo(
@@ -100,8 +125,8 @@ class ParquetImages(ImageSource):
     def load(self, index: int) -> Image.Image:
         """See `ImageSource.load`."""
         group, row = self._locate(index)
-        table = self._group(group, [self._image_column], self._pictures, CACHED_PICTURE_GROUPS)
-        return decode_image(picture_bytes(table.column(self._image_column)[row].as_py()))
+        part = self._part(group, row)
+        return decode_image(picture_bytes(part.cells[row - part.start].as_py()))
 
     def fingerprint(self) -> str:
         """Over the files' names, sizes and modification times."""
@@ -113,12 +138,16 @@ class ParquetImages(ImageSource):
         return digest.hexdigest()
 
     def labels(self) -> list[str]:
-        """See `ImageSource.labels`; reads the label column alone."""
+        """See `ImageSource.labels`; reads the label column alone.
+
+        Raises:
+            ImageError: it is damaged.
+        """
         if self._label_column is None:
             return []
         found: set[str | None] = set()
-        for number in range(len(self._files)):
-            column = self._file(number).read(columns=[self._label_column]).column(0)
+        for group in range(len(self._group_number)):
+            column = self._read(group, [self._label_column]).column(0)
             found |= {as_label(value, self._class_names) for value in column.unique().to_pylist()}
         return sorted(label for label in found if label is not None)
 
@@ -126,34 +155,76 @@ class ParquetImages(ImageSource):
         group = bisect_right(self._starts, self._check_index(index)) - 1
         return group, index - self._starts[group]
 
-    def _group(
-        self, group: int, columns: list[str], cache: OrderedDict[int, pa.Table], keep: int
-    ) -> pa.Table:
-        if group not in cache:
-            number, row_group = self._group_file[group], self._group_number[group]
-            try:
-                table = self._file(number).read_row_group(
-                    row_group, columns=columns, use_threads=False
-                )
-            except (OSError, pa.ArrowException) as error:
-                file = self._files[number].name
-                raise ImageError(f"{file}: row group {row_group} is damaged ({error})") from error
-            while len(cache) >= keep:
-                cache.popitem(last=False)
-            cache[group] = table
-        cache.move_to_end(group)
-        return cache[group]
+    def _text(self, group: int, columns: list[str]) -> pa.Table:
+        if group not in self._texts:
+            table = self._read(group, columns)
+            while len(self._texts) >= CACHED_TEXT_GROUPS:
+                self._texts.popitem(last=False)
+            self._texts[group] = table
+        self._texts.move_to_end(group)
+        return self._texts[group]
+
+    def _read(self, group: int, columns: list[str]) -> pa.Table:
+        try:
+            return self._file(self._group_file[group]).read_row_group(
+                self._group_number[group], columns=columns, use_threads=False
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(group, error) from error
+
+    def _part(self, group: int, row: int) -> _Part:
+        """The part that holds a row of a group; reads on from the last one where it can."""
+        for part in self._parts:
+            if (group, row) in part:
+                return part
+        if group in self._lost and row >= self._lost[group][0]:
+            raise self._damaged(group, self._lost[group][1])
+        if self._ahead is None or self._ahead[0] != group or self._ahead[1] > row:
+            self._ahead = (group, 0, self._batches(group))
+        _, start, batches = self._ahead
+        self._ahead = None
+        why: object = "it holds fewer rows than it says"
+        try:
+            for batch in batches:
+                part = _Part(group, start, batch.column(0))
+                start += len(part.cells)
+                if row < start:
+                    self._ahead = (group, start, batches)
+                    self._parts = [*self._parts[1 - CACHED_PARTS :], part]
+                    return part
+        except (OSError, pa.ArrowException) as error:
+            why = error
+        self._lost[group] = (start, str(why))  # or each picture behind would be looked for again
+        raise self._damaged(group, why)
+
+    def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        file, number = self._file(self._group_file[group]), self._group_number[group]
+        metadata, root = file.metadata.row_group(number), self._image_column
+        columns = [metadata.column(i) for i in range(metadata.num_columns)]
+        n_bytes = sum(
+            column.total_uncompressed_size
+            for column in columns
+            if column.path_in_schema == root or column.path_in_schema.startswith(f"{root}.")
+        )
+        rows = max(1, metadata.num_rows * PART_BYTES // max(n_bytes, PART_BYTES))
+        yield from file.iter_batches(rows, [number], columns=[root], use_threads=False)
+
+    def _damaged(self, group: int, why: object) -> ImageError:
+        file = self._files[self._group_file[group]].name
+        return ImageError(f"{file}: row group {self._group_number[group]} is damaged ({why})")
 
     def _file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
             self._open.clear()  # reading goes file by file: one handle is enough
-            self._open[number] = pq.ParquetFile(self._files[number])
+            self._open[number] = pq.ParquetFile(self._files[number], **_STREAMED)
         return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {
             "_open": {},
-            "_pictures": OrderedDict(),
+            "_parts": [],
+            "_ahead": None,
+            "_lost": {},
             "_texts": OrderedDict(),
         }
 

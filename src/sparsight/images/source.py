@@ -57,7 +57,11 @@ class ImageSource(ABC):
 
     @abstractmethod
     def info(self, index: int) -> ImageInfo:
-        """What is known about picture `index` (0 … len − 1), without decoding it."""
+        """What is known about picture `index` (0 … len − 1), without decoding it.
+
+        Raises:
+            ImageError: what the source says of it cannot be read; the reason is in `.reason`.
+        """
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:

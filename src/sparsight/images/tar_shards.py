@@ -29,7 +29,9 @@ from sparsight.images.decoding import SUFFIXES, ImageError, check_bytes, decode_
 from sparsight.images.source import ImageInfo, ImageSource
 
 MAX_SHARDS = 100_000
+SIDECARS = ("cls", "label", "txt", "caption", "json")
 MAX_SIDECAR_BYTES = 2**20
+"""From a larger one nothing is taken, with a warning."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _BLOCK = 512
@@ -109,10 +111,7 @@ class TarShardImages(ImageSource):
             raise ImageError(sample.damage or "no picture")
         offset, size = sample.picture
         check_bytes(size)
-        try:
-            return decode_image(self._read(sample.shard, offset, size))
-        except OSError as error:
-            raise ImageError(f"its shard cannot be read ({error.strerror or error})") from error
+        return decode_image(self._read(sample.shard, offset, size))
 
     def fingerprint(self) -> str:
         """Over the shards' names, sizes and modification times."""
@@ -125,12 +124,17 @@ class TarShardImages(ImageSource):
     def _annotations(self, sample: _Sample) -> tuple[str | None, tuple[str, ...]]:
         if sample.damage is not None:
             return None, ()
-        texts = {
-            ending: self._read(sample.shard, offset, min(size, MAX_SIDECAR_BYTES)).decode(
-                "utf-8", "replace"
-            )
-            for ending, (offset, size) in sample.sidecars.items()
-        }
+        texts = {}
+        for ending in SIDECARS:
+            offset, size = sample.sidecars.get(ending, (0, 0))
+            if size > MAX_SIDECAR_BYTES:
+                warnings.warn(
+                    f"{sample.id}: its .{ending} of {size:,} bytes is over the limit of "
+                    f"{MAX_SIDECAR_BYTES:,}; nothing is taken from it",
+                    stacklevel=3,
+                )
+            elif ending in sample.sidecars:
+                texts[ending] = self._read(sample.shard, offset, size).decode("utf-8", "replace")
         described = _json_object(sample.id, texts.get("json"))
         label_key = find_column(described, LABEL_COLUMNS)
         caption_key = find_column(described, CAPTION_COLUMNS)
@@ -142,12 +146,15 @@ class TarShardImages(ImageSource):
         )
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        if self._open is None or self._open[0] != shard:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (shard, self._shards[shard].open("rb"))
-        # pread moves no file position, which forked workers would share.
-        return os.pread(self._open[1].fileno(), size, offset)
+        try:
+            if self._open is None or self._open[0] != shard:
+                if self._open is not None:
+                    self._open[1].close()
+                self._open = (shard, self._shards[shard].open("rb"))
+            # pread moves no file position, which forked workers would share.
+            return os.pread(self._open[1].fileno(), size, offset)
+        except OSError as error:
+            raise ImageError(f"its shard cannot be read ({error.strerror or error})") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 
 
 def save(sae: SparseAutoencoder, folder: Path) -> Path:
-    """Write an SAE into a folder, each file whole or not at all, the weights last.
+    """Write an SAE into a folder, each file whole or not at all.
+
+    The weights are on the disk before anything is replaced, and take their place last: a disk that
+    they do not fit on leaves an SAE that is there as it was.
 
     Returns:
         The folder.
@@ -42,9 +46,9 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
         "config": to_dict(sae.config),
         "metadata": sae.metadata,
     }
-    write_json(folder / CONFIG, description)
-    write_text(folder / "README.md", model_card(sae))
-    save_tensors(tensors, folder / WEIGHTS)
+    with _written(tensors, folder / WEIGHTS):
+        write_json(folder / CONFIG, description)
+        write_text(folder / "README.md", model_card(sae))
     return folder
 
 
@@ -54,11 +58,19 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     Raises:
         SparsightError: the disk is full or the folder cannot be written.
     """
-    try:
-        with atomic_path(path) as temporary:
+    with _written(tensors, path):
+        pass
+
+
+@contextmanager
+def _written(tensors: Mapping[str, torch.Tensor], path: Path) -> Iterator[None]:
+    """Write a safetensors file under a temporary name; it is renamed when the block ends."""
+    with atomic_path(path) as temporary:
+        try:
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise SparsightError(f"{path}: could not be written ({error}).") from error
+        except SafetensorError as error:
+            raise SparsightError(f"{path}: could not be written ({error}).") from error
+        yield
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
         module = open_clip.create_model(name, pretrained=pretrained, device="cpu")
     except (SafetensorError, EOFError) as error:
         raise SparsightError(f"{id}: its weights are damaged ({error}).") from error
+    except UnpicklingError as error:  # torch's own text advises to run what the file brings
+        raise SparsightError(
+            f"{id}: its pickled weights are damaged or hold more than tensors. Code in them is not "
+            "run."
+        ) from error
     except Exception as error:
         raise UserError(f"{id}: open_clip could not load it ({error}).") from error
     tower = find_tower(module, id)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -207,6 +208,11 @@ def _load_module(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused by name in _check_weights
             )
+    except UnpicklingError as error:  # torch's own text advises to run what the file brings
+        raise SparsightError(
+            f"{id}: its pickled weights are damaged or hold more than tensors. Code in them is not "
+            "run; use weights in safetensors."
+        ) from error
     except (SafetensorError, EOFError, RuntimeError) as error:
         raise SparsightError(
             f"{id}: its weights are damaged or do not fit its config ({_first_line(error)})."
