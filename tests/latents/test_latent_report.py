@@ -343,3 +343,13 @@ def test_no_horizontal_scroll_and_no_request_in_a_browser(
     found = re.search(r'data-found="(\d+) (\d+)"', done.stdout)
     assert found is not None, done.stderr[-2000:]
     assert int(found[1]) <= int(found[2]) == width
+
+
+def test_a_page_that_cannot_be_as_small_as_asked_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = write_report(run, tmp_path / "large.html", latents=4)
+    assert "make it lighter" not in capsys.readouterr().err
+    small = write_report(run, tmp_path / "small.html", latents=4, max_bytes=1000)
+    assert "fewer latents make it lighter" in capsys.readouterr().err
+    assert 1000 < small.stat().st_size <= large.stat().st_size

@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -58,7 +59,8 @@ def write_report(
         latents: cards a run; half by the score of their names, the others by lot.
         seed: of the lot.
         title: heading; default the model's id.
-        max_bytes: pictures are made smaller until the page is.
+        max_bytes: pictures are made smaller until the page is; where that is not enough, a note
+            on stderr says so.
         quiet: no progress bar.
 
     Returns:
@@ -85,6 +87,10 @@ def write_report(
         page = _page(found, views, title, thumbnail)
         if len(page.encode()) <= max_bytes:
             break
+    else:
+        if not quiet:
+            size = f"{len(page.encode()) / 1e6:.1f} MB"
+            print(f"note: {out} has {size}; fewer latents make it lighter.", file=sys.stderr)
     write_text(out, page)
     return out
 
