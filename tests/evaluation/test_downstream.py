@@ -9,8 +9,7 @@ from evaluation_parts import LABELS, SITE, Pictures, make_sae, perfect_sae
 from sparsight.errors import UserError
 from sparsight.evaluation import downstream
 from sparsight.evaluation.downstream import CONTRASTIVE_BATCH, replacing, why_not
-from sparsight.evaluation.variants import embed_variants
-from sparsight.vision import contrastive_loss, zero_shot
+from sparsight.vision import contrastive_loss, embed_variants, zero_shot
 
 N = 40
 

@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import open_images
+from sparsight.intervals import wilson_interval
 from sparsight.vision.zero_shot import (
     TEMPLATES,
     ZeroShotTally,
@@ -21,7 +22,6 @@ from sparsight.vision.zero_shot import (
     classify,
     contrastive_loss,
     resolve_templates,
-    wilson_interval,
     zero_shot,
 )
 

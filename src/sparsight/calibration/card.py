@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from sparsight.calibration.captions import TEMPLATES, WORD_TEMPLATES
 from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
 from sparsight.files import write_text
+from sparsight.intervals import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,5 @@ is contained in this folder.
 
 
 def _with_interval(share: float, n: int) -> str:
-    z = 1.96
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    low, high = max(middle - reach, 0.0), min(middle + reach, 1.0)
+    low, high = wilson_interval(round(share * n), n)
     return f"{100 * share:.1f} % ({100 * low:.1f}–{100 * high:.1f})"

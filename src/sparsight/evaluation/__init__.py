@@ -10,11 +10,11 @@ from sparsight.evaluation.baselines import PCA, Moments, Neurons, untrained
 from sparsight.evaluation.data import Passes
 from sparsight.evaluation.downstream import Downstream, downstream
 from sparsight.evaluation.evaluator import evaluate
-from sparsight.evaluation.intervals import bootstrap_interval, paired_difference, wilson_interval
 from sparsight.evaluation.reconstruction import ReconstructionMeter
 from sparsight.evaluation.report import EvaluationReport
 from sparsight.evaluation.sparsity import LatentCounts, SparsityMeter
 from sparsight.evaluation.truth import TruthTable, truth_table
+from sparsight.intervals import bootstrap_interval, paired_difference, wilson_interval
 
 __all__ = [
     "PCA",

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.errors import UserError
-from sparsight.evaluation.intervals import paired_difference
-from sparsight.evaluation.variants import embed_variants
 from sparsight.images import ImageSource, load_batches
+from sparsight.intervals import paired_difference
 from sparsight.progress import progress
 from sparsight.vision import (
     VisionModel,
@@ -25,6 +24,8 @@ from sparsight.vision import (
     classifier_weights,
     classify,
     contrastive_loss,
+    embed_variants,
+    names_by_label,
 )
 
 CONTRASTIVE_BATCH = 256
@@ -97,7 +98,7 @@ def downstream(
     infos = [images.info(i) for i in range(total)]
     whole = total == len(images)
     labels = sorted({each.label for each in infos if each.label}) if whole else images.labels()
-    names = _class_names(labels, class_names)
+    names = names_by_label(labels, class_names)
     numbers = {label: i for i, label in enumerate(names)}
     omitted: dict[str, str] = {}
     if not names:
@@ -298,13 +299,3 @@ def _is_constant(
         return False
     unit = functional.normalize(embeddings, dim=1)
     return bool((unit - unit[:1]).abs().max() < 1e-4)
-
-
-def _class_names(
-    labels: Sequence[str], class_names: Sequence[str] | Mapping[str, str] | None
-) -> dict[str, str]:
-    if class_names is None:
-        return {label: label.replace("_", " ") for label in labels}
-    if isinstance(class_names, Mapping):
-        return dict(class_names)
-    return {name: name for name in class_names}

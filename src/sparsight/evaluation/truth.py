@@ -29,10 +29,10 @@ from sparsight.evaluation.choosing import (
     pooling_of,
 )
 from sparsight.evaluation.data import Batch, Layout, Passes
-from sparsight.evaluation.intervals import bootstrap_interval
 from sparsight.evaluation.localising import HeatCollector
 from sparsight.evaluation.pooling import PooledFeatures
 from sparsight.evaluation.scenes import SceneTruth, TruthSource
+from sparsight.intervals import bootstrap_interval
 
 MAX_SCENES = 10_000
 """More scenes than that make no estimate better that matters."""

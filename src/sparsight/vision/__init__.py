@@ -9,6 +9,7 @@ from __future__ import annotations
 from sparsight.vision.load import load_model
 from sparsight.vision.model import Transform, VisionModel, count_from_start
 from sparsight.vision.tokens import Tokens, select_tokens
+from sparsight.vision.variants import embed_variants
 from sparsight.vision.zero_shot import (
     TEMPLATES,
     ZeroShotResult,
@@ -16,6 +17,7 @@ from sparsight.vision.zero_shot import (
     classifier_weights,
     classify,
     contrastive_loss,
+    names_by_label,
     resolve_templates,
     zero_shot,
 )
@@ -31,7 +33,9 @@ __all__ = [
     "classify",
     "contrastive_loss",
     "count_from_start",
+    "embed_variants",
     "load_model",
+    "names_by_label",
     "resolve_templates",
     "select_tokens",
     "zero_shot",

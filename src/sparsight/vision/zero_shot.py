@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, load_batches
+from sparsight.intervals import wilson_interval
 from sparsight.progress import progress
 from sparsight.vision.model import VisionModel
 from sparsight.vision.templates import TEMPLATES, resolve_templates
@@ -26,7 +26,6 @@ __all__ = [
     "classify",
     "contrastive_loss",
     "resolve_templates",
-    "wilson_interval",
     "zero_shot",
 ]
 
@@ -231,7 +230,12 @@ def zero_shot(
     Raises:
         UserError: no classes, no labelled picture, or the model has no text tower.
     """
-    names = _names_by_label(source, class_names)
+    names = names_by_label(source.labels() if class_names is None else (), class_names)
+    if not names:
+        raise UserError(
+            f"{source.spec}: none of its pictures has a label, so there are no classes. Give "
+            "class_names, or a source with labels."
+        )
     numbers = {label: i for i, label in enumerate(names)}
     weights = classifier_weights(model, list(names.values()), templates)
     scale = model.logit_scale
@@ -258,29 +262,18 @@ def zero_shot(
     )
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share; `z` = 1.96 for 95 %."""
-    if n == 0:
-        return (0.0, 1.0)
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
-
-
-def _names_by_label(
-    source: ImageSource, class_names: Sequence[str] | Mapping[str, str] | None
+def names_by_label(
+    labels: Sequence[str], class_names: Sequence[str] | Mapping[str, str] | None
 ) -> dict[str, str]:
+    """The name that stands in the sentences, by label.
+
+    Args:
+        labels: of the images; underscores are read as spaces.
+        class_names: None: the labels' own; a mapping from label to name; or a list of names that
+            are the labels, too.
+    """
     if class_names is None:
-        names = {label: label.replace("_", " ") for label in source.labels()}
-    elif isinstance(class_names, Mapping):
-        names = dict(class_names)
-    else:
-        names = {name: name for name in class_names}
-    if not names:
-        raise UserError(
-            f"{source.spec}: none of its pictures has a label, so there are no classes. Give "
-            "class_names, or a source with labels."
-        )
-    return names
+        return {label: label.replace("_", " ") for label in labels}
+    if isinstance(class_names, Mapping):
+        return dict(class_names)
+    return {name: name for name in class_names}

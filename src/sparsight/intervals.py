@@ -8,12 +8,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsight.errors import UserError
-from sparsight.vision.zero_shot import wilson_interval
-
-__all__ = ["bootstrap_interval", "paired_difference", "wilson_interval"]
 
 Z_95 = 1.959964
 RESAMPLES = 2000
+
+
+def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval of a share; `z` = 1.96 for 95 %."""
+    if n == 0:
+        return (0.0, 1.0)
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
 
 
 def paired_difference(

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.errors import SparsightError
-from sparsight.vision import VisionModel
 from sparsight.vision.hooks import Edit, checked, touching
+from sparsight.vision.model import VisionModel
 
 _WHOLE_STATE = ("resid_pre", "resid_post", "final_norm", "embedding")
 """Sites that all that follows depends on, and on nothing else; not a block's attn_out, mlp_out."""
