@@ -42,7 +42,7 @@ class Options:
     images: Path | None = None
     """A folder of pictures; default: JPEGs of 500 × 375 made on the spot."""
 
-    n_images: int = 384
+    n_images: int = 640
     """How many pictures to read."""
 
     batch_size: int = 64
@@ -84,6 +84,8 @@ def main(options: Options) -> None:
 def measure(
     model_folder: Path, images: Path, sites: tuple[str, ...], out: Path, options: Options
 ) -> None:
+    # A spawned process would spawn its own workers, too: seconds that users do not wait for.
+    multiprocessing.set_start_method(None, force=True)
     model = load_model(str(model_folder), device=options.device)
     source = open_images(str(images))
     source = source.subset(0, options.n_images)
