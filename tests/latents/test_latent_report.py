@@ -19,7 +19,7 @@ from sparsight.evaluation import evaluate
 from sparsight.images import ImageSource, open_images
 from sparsight.latents import LatentIndex, LatentName, build_index, set_names, write_report
 from sparsight.latents.cards import choose_latents, encode_picture
-from sparsight.latents.run_files import find_runs, run_names
+from sparsight.latents.run_files import find_runs, run_names, without_folders
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import TrainConfig, train
 from sparsight.vision import VisionModel, load_model
@@ -353,3 +353,26 @@ def test_a_page_that_cannot_be_as_small_as_asked_says_so(
     small = write_report(run, tmp_path / "small.html", latents=4, max_bytes=1000)
     assert "fewer latents make it lighter" in capsys.readouterr().err
     assert 1000 < small.stat().st_size <= large.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('store = "/home/me/my work/acts"\nk = 3', 'store = "acts"\nk = 3'),
+        ('images = "webdataset:/data/x/{00..12}.tar"', 'images = "webdataset:{00..12}.tar"'),
+        (r'store = "C:\\Users\\me\\acts"', 'store = "acts"'),
+        ('model = "openai/clip-vit-base-patch32"', 'model = "openai/clip-vit-base-patch32"'),
+        ('out = "runs/b32"', 'out = "runs/b32"'),
+        ("calibration:2000:1", "calibration:2000:1"),
+    ],
+)
+def test_a_page_shows_no_folders_of_the_machine(text: str, shown: str) -> None:
+    assert without_folders(text) == shown
+
+
+def test_the_page_does_not_tell_where_the_run_lies(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    (moved / "config.toml").write_text(f'store = "{tmp_path}/secret/acts"\n')
+    page = write_report(moved, tmp_path / "r.html", latents=2, quiet=True).read_text()
+    assert "acts&#34;" in page and "secret" not in page and str(tmp_path) not in page

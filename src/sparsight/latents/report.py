@@ -27,7 +27,7 @@ from sparsight.latents.cards import (
     encode_picture,
     is_crisp,
 )
-from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names, without_folders
 from sparsight.latents.views import RunView, make_view
 from sparsight.vision import VisionModel, load_model
 
@@ -138,7 +138,9 @@ def _page(
     runs: Sequence[RunFiles], views: Sequence[RunView], title: str | None, thumbnail: int
 ) -> str:
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    ids = dict.fromkeys(_short_id(str(run.model["id"])) for run in runs if run.model.get("id"))
+    ids = dict.fromkeys(
+        without_folders(str(run.model["id"])) for run in runs if run.model.get("id")
+    )
     return _template().render(
         title=title or " · ".join(ids) or runs[0].name,
         facts=_facts(runs),
@@ -157,7 +159,7 @@ def _facts(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
     first = runs[0]
     images = dict.fromkeys(
         f"{scores.count(run.index.manifest['images']['n_images'])} of "
-        f"{run.index.manifest['images']['source']}"
+        f"{without_folders(run.index.manifest['images']['source'])}"
         for run in runs
         if run.index is not None
     )
@@ -176,12 +178,9 @@ def _facts(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
 
 def _model_name(run: RunFiles) -> str:
     revision = run.model.get("revision")
-    return f"{run.model.get('id', 'unknown')}" + (f" ({str(revision)[:10]})" if revision else "")
-
-
-def _short_id(id: str) -> str:
-    """A Hub id as it is, a local folder by its name."""
-    return Path(id).name if Path(id).is_absolute() else id
+    return without_folders(str(run.model.get("id", "unknown"))) + (
+        f" ({str(revision)[:10]})" if revision else ""
+    )
 
 
 def _picture_css(views: Sequence[RunView], thumbnail: int) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sparsight.latents import plots, scores
 from sparsight.latents.cards import Gallery, make_gallery
-from sparsight.latents.run_files import RunFiles
+from sparsight.latents.run_files import RunFiles, without_folders
 from sparsight.latents.style import to_svg
 from sparsight.progress import progress
 from sparsight.vision import VisionModel
@@ -97,7 +97,7 @@ def make_view(
         plots=_plots(run, key, model),
         tables=tables,
         attributes=scores.attribute_table(run.metrics),
-        config=run.config,
+        config=without_folders(run.config),
         gallery=gallery,
         named=any(card.chosen == "named" for card in cards),
         heatmaps=any(shot.heat for card in cards for shot in card.top),
