@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparsight.images import ImageInfo, ImageSource, load_batches, open_images
     from sparsight.latents import LatentIndex, build_index, write_report
     from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, SparseCode, TopK
-    from sparsight.training import Run, TrainConfig, train
+    from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
     from sparsight.vision import VisionModel, load_model, zero_shot
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _HOMES = {
     "sparsight.images": ("ImageInfo", "ImageSource", "load_batches", "open_images"),
     "sparsight.latents": ("LatentIndex", "build_index", "write_report"),
     "sparsight.sae": ("AuxK", "SAEConfig", "SparseAutoencoder", "SparseCode", "TopK"),
-    "sparsight.training": ("Run", "TrainConfig", "train"),
+    "sparsight.training": ("Run", "Sweep", "SweepConfig", "TrainConfig", "sweep", "train"),
     "sparsight.vision": ("VisionModel", "load_model", "zero_shot"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -62,6 +62,8 @@ __all__ = [
     "SparseAutoencoder",
     "SparseCode",
     "SparsightError",
+    "Sweep",
+    "SweepConfig",
     "TopK",
     "TrainConfig",
     "UserError",
@@ -74,6 +76,7 @@ __all__ = [
     "load_model",
     "open_images",
     "run_demo",
+    "sweep",
     "train",
     "write_report",
     "zero_shot",

@@ -74,14 +74,14 @@ def check_types(config: Any, path: str = "") -> None:
         object.__setattr__(config, field.name, value)
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, name: str = "seed") -> None:
     """Make sure that torch and numpy both take a seed.
 
     Raises:
         UserError: it is negative or beyond 64 bits.
     """
     if not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed}; it must be 0 or more, and below 2^64.")
+        raise UserError(f"{name} is {seed}; it must be 0 or more, and below 2^64.")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

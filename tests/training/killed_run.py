@@ -44,7 +44,7 @@ def main(out: str, where: str) -> None:
 
         checkpoint.write_json = write_or_die
     elif where == "while it finishes":
-        trainer._Loop._finish = die
+        trainer.Loop._finish = die
     torch.set_num_threads(1)
     train(sparse_mixtures(SITES), CONFIG, out=out, quiet=True)
 

@@ -18,6 +18,8 @@ from sparsight.images import ImageSource
 class MemoryStream:
     """Every vector once an epoch, in an order that follows from the seed and the epoch."""
 
+    prefetch = True
+
     def __init__(self, vectors: Mapping[str, Tensor], batch_size: int, seed: int) -> None:
         self.vectors = vectors
         self.batch_size = batch_size

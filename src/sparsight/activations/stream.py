@@ -90,7 +90,8 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         seed: of the order.
         vectors_per_epoch: how many vectors there are.
         where: names the place of a vector that is not finite, for the error.
-        prefetch: load the next window in a thread while this one is consumed.
+        prefetch: load the next window in a thread while this one is consumed; a `Prefetcher` then
+            makes batches ahead, too.
 
     Raises:
         UserError: a number is out of range.
@@ -117,6 +118,7 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         self.batch_size = batch_size
         self.seed = seed
         self.vectors_per_epoch = vectors_per_epoch
+        self.prefetch = prefetch
         self._load = load
         self._where = where
         self._pool = ThreadPoolExecutor(1) if prefetch and plan.n_windows > 1 else None

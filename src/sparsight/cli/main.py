@@ -15,6 +15,7 @@ VERBS = {
     "demo": "everything below at once, on rendered pictures: minutes, offline, no GPU",
     "extract": "run a vision model over images and keep its activations in a store",
     "train": "train sparse autoencoders on a store, or on a model and images directly",
+    "sweep": "train several at once: other k, width, seed, learning rate, site, one pass",
     "evaluate": "measure an SAE beside its baselines: error, sparsity, zero-shot, truth",
     "index": "find the images and patches that every latent responds to",
     "report": "write one HTML page about some runs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -55,6 +56,29 @@ def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> 
             if any(kind in truth_by_kind(block) for block in blocks):
                 row = (_mean_auc(block, kind) for block in blocks)
                 table.add_row(f"  {name}", *row, style="dim")
+    Console().print(table)
+
+
+def print_sweep(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line an autoencoder of a sweep.
+
+    Args:
+        out: folder of the sweep.
+        rows: what `Sweep.table` gives.
+    """
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("run")
+    table.add_column("site")
+    for name in ("FVU", "L0", "dead", "vectors/s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        folder = str(out / row["folder"])
+        if "diverged" in row:
+            table.add_row(folder, row["site"], "diverged", "", "", "")
+            continue
+        rate = row["vectors_per_second"]
+        figures = (figure(row["fvu"]), figure(row["l0"]), percent(row["dead"]))
+        table.add_row(folder, row["site"], *figures, "–" if rate is None else f"{rate:,.0f}")
     Console().print(table)
 
 

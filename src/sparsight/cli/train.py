@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     config = options.train
     if options.no_auxk:
         config = dataclasses.replace(config, auxk=None)
-    data = _data(options)
+    data = activations_of(options)
     run = train(
         data,
         config,
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{run.folder(site)} · {site} · {figures}")
 
 
-def _data(options: TrainOptions) -> ActivationStore | LiveActivations:
+def activations_of(options: TrainOptions) -> ActivationStore | LiveActivations:
     """What to train on; a store wins over model and images."""
     if options.store is not None:
         store = ActivationStore(options.store, verify=options.verify)

@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
 `checkpoints/STEP/state.json` holds the step, the position in the data and a checksum of each file;
-beside it, a folder a site with the SAE as `from_pretrained` reads it and `training.safetensors`:
+beside it, a folder a site (in a sweep, a member and site) with the SAE as `from_pretrained` reads it and `training.safetensors`:
 optimiser, dead-latent counters, running figures, the average of the weights. Random numbers are
 drawn from seeds alone, so that there are no random states to keep. A checkpoint is written under
 another name and renamed when it is whole.
@@ -105,6 +105,16 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
             "Remove the folder to train from the start."
         )
     return None, problems
+
+
+def members(folder: Path) -> frozenset[str]:
+    """What the newest checkpoint that can be read holds; nothing where there is none."""
+    for path in reversed(_found(folder)):
+        try:
+            return frozenset(read_json(path / _STATE)["summed"])
+        except (UserError, KeyError, TypeError):
+            continue  # `load_latest` tells of it
+    return frozenset()
 
 
 def newest(folder: Path) -> Path | None:

@@ -61,7 +61,10 @@ class TrainConfig:
     is bfloat16 on GPUs that have it."""
 
     seed: int = 0
-    """Of the initial weights and of the order of the data."""
+    """Of the initial weights; and of the order of the data, unless `data_seed` is given."""
+
+    data_seed: int | None = None
+    """Of the order of the data; None is `seed`."""
 
     log_every: int | None = None
     """Vectors between lines of `metrics.jsonl`; None is a hundredth of the run."""
@@ -75,6 +78,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_seed(self.seed)
+        if self.data_seed is not None:
+            check_seed(self.data_seed, "data_seed")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -97,6 +102,11 @@ class TrainConfig:
     def n_steps(self) -> int:
         """Steps of the run."""
         return math.ceil(self.n_vectors / self.batch_size)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def dead_after(self) -> int:

@@ -12,10 +12,15 @@ from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock
 from sparsight.sae import SparseAutoencoder
+from sparsight.sae.files import WEIGHTS
 from sparsight.training.config import TrainConfig, TrainRecipe
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+DIVERGED = "diverged.json"
+"""Of a member of a sweep whose loss ceased to be finite."""
+SWEEP = "sweep.toml"
+"""At the root of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Run:
         if site is not None and site not in self.sites:
             raise UserError(f"{self.out} has no site {site!r}, only: {', '.join(self.sites)}.")
         return self.out if len(self.sites) == 1 else self.out / str(site)
+
+    def is_finished(self, site: str) -> bool:
+        """Whether a site's SAE is there."""
+        return (self.folder(site) / WEIGHTS).exists()
 
     @property
     def checkpoints(self) -> Path:

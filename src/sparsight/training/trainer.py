@@ -1,4 +1,7 @@
-"""The training loop: one pass over the data for all sites, resumed exactly where it was cut."""
+"""The training loop: one pass over the data for all autoencoders, resumed exactly where it was cut.
+
+`train` is the case of one autoencoder a site; `sweep` trains several.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,20 +18,25 @@ from torch import Tensor
 
 import sparsight
 from sparsight.activations import ActivationSource, LiveActivations
+from sparsight.activations.prefetch import Prefetcher
 from sparsight.config import first_difference, load, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
+from sparsight.files import write_json
 from sparsight.images import ImageSource
 from sparsight.progress import ProgressLine, progress
 from sparsight.sae.kernels import Precision
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers
-from sparsight.training.run import CONFIG, Run
+from sparsight.training.run import CONFIG, DIVERGED, SWEEP, Run
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
 from sparsight.vision import Tokens, VisionModel
 
 Activations = ActivationSource | tuple[VisionModel, ImageSource]
+
+SHOWN_MEMBERS = 3
+"""Autoencoders whose figures fit into a line of progress."""
 
 
 def train(
@@ -64,94 +73,149 @@ def train(
         SparsightError: the loss or the activations are not finite; the last checkpoint stays.
     """
     config = config or TrainConfig()
-    activations = _as_activations(source, sites, tokens)
-    chosen = [activations.canonical_site(site) for site in sites or activations.sites]
-    run = Run(Path(out), tuple(dict.fromkeys(chosen)))
+    activations = as_activations(source, sites, tokens)
+    run = Run(Path(out), chosen_sites(activations, sites))
     for site in run.sites:
         config.sae.width(activations.d_in(site))
-    recipe = _recipe(activations, run, config)
+    recipe = recipe_of(activations, run, config)
     if _settled(run, recipe, resume):
         return run
     with run.claimed():
-        loop = _Loop(activations, recipe, run, torch.device(device or _best_device()))
-        with progress("train", config.n_steps * config.batch_size, "vectors",
-                      done=loop.step * config.batch_size, quiet=quiet) as line:  # fmt: skip
-            loop.run_to_end(line)
+        members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
+        Loop(activations, run.sites, members, run.checkpoints, device).run_to_end("train", quiet)
     return run
 
 
-class _Loop:
-    """The state of a run in this process."""
+@dataclass(frozen=True)
+class Member:
+    """One of the autoencoders that train in a pass.
+
+    Attributes:
+        name: its place in a checkpoint, and how messages call it.
+        site: where it reads.
+        folder: gets its `config.toml`, metrics and SAE.
+        recipe: all that repeats its run.
+    """
+
+    name: str
+    site: str
+    folder: Path
+    recipe: TrainRecipe
+
+    @property
+    def config(self) -> TrainConfig:
+        """How it trains."""
+        return self.recipe.train
+
+
+class Loop:
+    """One pass over the activations, and the state of everything that trains in it.
+
+    Args:
+        source: the activations.
+        sites: what is read; the order of the data depends on them.
+        members: what trains; of the same batches, length and order of the data.
+        checkpoints: folder of the checkpoints; the pass goes on from the last.
+        device: "cpu", "cuda", …; a GPU if there is one.
+        drop_diverged: go on without a member whose loss ceases to be finite, and say so in its
+            folder.
+    """
 
     def __init__(
-        self, source: ActivationSource, recipe: TrainRecipe, run: Run, device: torch.device
+        self,
+        source: ActivationSource,
+        sites: Sequence[str],
+        members: Sequence[Member],
+        checkpoints: Path,
+        device: str | None = None,
+        *,
+        drop_diverged: bool = False,
     ) -> None:
-        self.config = recipe.train
-        self.run = run
-        self.device = device
+        self.members = {member.name: member for member in members}
+        self.config = members[0].config  # for what all have in common
+        self.checkpoints = checkpoints
+        self.device = torch.device(device or _best_device())
+        self.drop_diverged = drop_diverged
         self.step = 0
-        self.stream = source.stream(run.sites, self.config.batch_size, seed=self.config.seed)
-        found, problems = checkpoint.load_latest(run.checkpoints, run.sites)
+        stream = source.stream(sites, self.config.batch_size, seed=self.config.order_seed)
+        needed = tuple(dict.fromkeys(member.site for member in members))
+        self.batches = Prefetcher(stream, needed, self.device)
+        found, problems = checkpoint.load_latest(checkpoints, tuple(self.members))
         for problem in problems:
-            warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=3)
+            warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
         self.first_batch: dict[str, Tensor] | None = None
         if found is None:
             self.first_batch = self._read()
-        samples = self.first_batch or {
-            site: torch.zeros(1, source.d_in(site)) for site in run.sites
-        }
-        self.sites = {
-            site: SiteTraining(
-                self.config,
-                source.stats(site),
-                samples[site],
-                _metadata(source, site, self.config),
-                device,
-                _precision(self.config, device),
+        samples = self.first_batch or {site: torch.zeros(1, source.d_in(site)) for site in needed}
+        self.trainings = {
+            name: SiteTraining(
+                member.config,
+                source.stats(member.site),
+                samples[member.site],
+                _metadata(source, member.site, member.config),
+                self.device,
+                _precision(member.config, self.device),
             )
-            for site in run.sites
+            for name, member in self.members.items()
         }
         if found is not None:
             self.step = found.step
-            self.stream.load_state_dict(found.cursor)
-            for site, training in self.sites.items():
-                training.load_state(found.saes[site], found.tensors[site], found.summed[site])
-        self.logged = (time.monotonic(), self.step * self.config.batch_size)
+            self.batches.load_state_dict(found.cursor)
+            for name, training in self.trainings.items():
+                training.load_state(found.saes[name], found.tensors[name], found.summed[name])
+        self.logged = (time.monotonic(), self.vectors)
         self.loggers: dict[str, list[Logger]] = {}
-        for site in run.sites:
-            write_toml(run.folder(site) / CONFIG, recipe)
-            self.loggers[site] = open_loggers(
-                run.folder(site),
-                self.config.loggers,
+        for name, member in self.members.items():
+            write_toml(member.folder / CONFIG, member.recipe)
+            self.loggers[name] = open_loggers(
+                member.folder,
+                member.config.loggers,
                 self.step,
-                self.step * self.config.batch_size,
-                to_dict(recipe),
+                self.vectors,
+                to_dict(member.recipe),
             )
 
-    def run_to_end(self, line: ProgressLine) -> None:
+    @property
+    def vectors(self) -> int:
+        """Vectors trained on so far."""
+        return self.step * self.config.batch_size
+
+    def run_to_end(self, title: str, quiet: bool) -> None:
         """Train, log and save until the configured number of vectors is reached."""
+        total = self.config.n_steps * self.config.batch_size
+        with (
+            self.batches,
+            progress(title, total, "vectors", done=self.vectors, quiet=quiet) as line,
+        ):
+            self._run(line)
+
+    def _run(self, line: ProgressLine) -> None:
         config = self.config
         log_steps = config.steps_every(config.log_every, 100)
         save_steps = config.steps_every(config.checkpoint_every, 10)
         note = ""
-        while self.step < config.n_steps:
+        while self.step < config.n_steps and self.trainings:
             batch = self._next_batch()
-            factor = learning_rate_factor(self.step, config.n_steps, config.warmup, config.decay)
-            for site, training in self.sites.items():
-                training.step(batch[site].to(self.device), self.step, factor)
+            for name, training in self.trainings.items():
+                factor = self._lr_factor(name, self.step)
+                training.step(batch[self.members[name].site], self.step, factor)
             self.step += 1
             last = self.step == config.n_steps
             if self.step % log_steps == 0 or last:
-                note = self._log(factor)
+                note = self._log()
             if self.step % save_steps == 0 and not last:
                 self._check_finite()
                 checkpoint.save(
-                    self.run.checkpoints, self.step, self.sites, self.stream.state_dict()
+                    self.checkpoints, self.step, self.trainings, self.batches.state_dict()
                 )
             line.advance(config.batch_size, note)
         self._finish()
 
-    def _next_batch(self) -> Mapping[str, Tensor]:
+    def _lr_factor(self, name: str, step: int) -> float:
+        config = self.members[name].config
+        return learning_rate_factor(step, config.n_steps, config.warmup, config.decay)
+
+    def _next_batch(self) -> dict[str, Tensor]:
         if self.first_batch is not None:
             batch, self.first_batch = self.first_batch, None
             return batch
@@ -159,7 +223,7 @@ class _Loop:
 
     def _read(self) -> dict[str, Tensor]:
         try:
-            return next(self.stream)
+            return next(self.batches)
         except UserError:
             raise
         except SparsightError as error:
@@ -167,60 +231,87 @@ class _Loop:
                 f"{error} Training stops at step {self.step + 1}; {self._what_stays()}."
             ) from error
 
-    def _log(self, factor: float) -> str:
+    def _log(self) -> str:
         self._check_finite()
-        notes = []
-        vectors = self.step * self.config.batch_size
         now = time.monotonic()
-        rate = (vectors - self.logged[1]) / max(now - self.logged[0], 1e-9)
-        self.logged = (now, vectors)
-        for site, training in self.sites.items():
+        rate = (self.vectors - self.logged[1]) / max(now - self.logged[0], 1e-9)
+        self.logged = (now, self.vectors)
+        found = {}
+        for name, training in self.trainings.items():
             figures = training.figures(self.config.batch_size)
             entry: dict[str, Any] = {
                 "step": self.step,
-                "vectors": vectors,
-                "epoch": vectors / self.stream.vectors_per_epoch,
+                "vectors": self.vectors,
+                "epoch": self.vectors / self.batches.vectors_per_epoch,
                 **figures,
-                "dead_window": self.config.dead_after,
-                "lr": training.lr * factor,
+                "dead_window": self.members[name].config.dead_after,
+                "lr": training.lr * self._lr_factor(name, self.step - 1),
                 "vectors_per_second": rate,
             }
-            for logger in self.loggers[site]:
+            for logger in self.loggers[name]:
                 logger.log(entry)
-            notes.append(
-                f"{site} FVU {figures['fvu']:.4f} L0 {figures['l0']:.1f} "
-                f"dead {100 * figures['dead']:.2f} %"
-            )
-        return " · ".join(notes)
+            found[name] = figures
+        return _note(found)
 
     def _check_finite(self) -> None:
-        for site, training in self.sites.items():
+        """Stop at what is not finite, or drop the member that it befell."""
+        for name, training in list(self.trainings.items()):
             bad = training.first_bad()
-            if bad is not None:
-                step, what = bad
-                size = self.config.batch_size
-                advice = "" if what == "activations" else " A lower lr may help."
-                raise SparsightError(
-                    f"The {what} at {site} ceased to be finite at step {step + 1} (vectors "
-                    f"{step * size:,} to {(step + 1) * size:,}). Training stops; "
-                    f"{self._what_stays()}.{advice}"
-                )
+            if bad is None:
+                continue
+            step, what = bad
+            size = self.config.batch_size
+            told = (
+                f"The {what} at {name} ceased to be finite at step {step + 1} (vectors "
+                f"{step * size:,} to {(step + 1) * size:,})."
+            )
+            advice = "" if what == "activations" else " A lower lr may help."
+            if what == "activations" or not self.drop_diverged:
+                raise SparsightError(f"{told} Training stops; {self._what_stays()}.{advice}")
+            write_json(self.members[name].folder / DIVERGED, {"step": step + 1, "reason": told})
+            warnings.warn(f"{told} The others go on without it.{advice}", stacklevel=2)
+            self._close(name)
+            del self.trainings[name]
 
     def _what_stays(self) -> str:
-        newest = checkpoint.newest(self.run.checkpoints)
+        newest = checkpoint.newest(self.checkpoints)
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def _finish(self) -> None:
         self._check_finite()
-        for site, training in self.sites.items():
-            training.finished().save_pretrained(self.run.folder(site))
-            for logger in self.loggers[site]:
-                logger.close()
+        for name, training in self.trainings.items():
+            training.finished().save_pretrained(self.members[name].folder)
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        for logger in self.loggers[name]:
+            logger.close()
 
 
-def _as_activations(
+def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """The latest figures in a line: of each member where they are few, else their range."""
+    if len(figures) <= SHOWN_MEMBERS:
+        return " · ".join(
+            f"{name} FVU {each['fvu']:.4f} L0 {each['l0']:.1f} dead {100 * each['dead']:.2f} %"
+            for name, each in figures.items()
+        )
+    fvus = [each["fvu"] for each in figures.values()]
+    return f"{len(fvus)} autoencoders, FVU {min(fvus):.4f} to {max(fvus):.4f}"
+
+
+def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple[str, ...]:
+    """The canonical names of some sites, each once; all of the source by default."""
+    return tuple(dict.fromkeys(source.canonical_site(site) for site in sites or source.sites))
+
+
+def as_activations(
     source: Activations, sites: Sequence[str] | None, tokens: Tokens | None
 ) -> ActivationSource:
+    """What `train` is given, as activations; a model and images are read on the fly.
+
+    Raises:
+        UserError: `tokens` are not those of the activations, or no site is named.
+    """
     if not isinstance(source, tuple):
         if tokens not in (None, source.tokens):
             raise UserError(
@@ -234,7 +325,8 @@ def _as_activations(
     return LiveActivations(model, images, sites, tokens or "all")
 
 
-def _recipe(source: ActivationSource, run: Run, config: TrainConfig) -> TrainRecipe:
+def recipe_of(source: ActivationSource, run: Run, config: TrainConfig) -> TrainRecipe:
+    """All that repeats a run."""
     store = getattr(source, "path", None)
     return TrainRecipe(
         store=str(Path(store).resolve()) if store is not None else None,
@@ -250,32 +342,42 @@ def _recipe(source: ActivationSource, run: Run, config: TrainConfig) -> TrainRec
 
 def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
     """Whether the run is finished; makes sure that what is there is a part of the same run."""
-    _refuse_other_sites(run)
-    folders = [run.folder(site) for site in run.sites]
-    present = [folder for folder in folders if (folder / CONFIG).exists()]
-    if not present:
+    if (run.out / SWEEP).exists():
+        raise UserError(f"{run.out} holds a sweep. Choose another folder for a single run.")
+    if not holds_part(run, recipe):
         return False
     if not resume:
         raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
-    own = _identity(recipe)
-    for folder in present:
-        there = _identity(load(TrainRecipe, folder / CONFIG))
-        field = first_difference(there, own)
+    return all(run.is_finished(site) for site in run.sites)
+
+
+def holds_part(run: Run, recipe: TrainRecipe) -> bool:
+    """Whether some of the run is there already.
+
+    Raises:
+        UserError: another run is there.
+    """
+    _refuse_other_sites(run)
+    paths = [run.folder(site) / CONFIG for site in run.sites]
+    present = [path for path in paths if path.exists()]
+    own = identity(recipe)
+    for path in present:
+        field = first_difference(identity(load(TrainRecipe, path)), own)
         if field == "activations":
             raise UserError(
-                f"{folder / CONFIG}: holds a run on other activations: the model's weights, the "
+                f"{path}: holds a run on other activations: the model's weights, the "
                 "preprocessing, the images or the selection of them differ. Choose another "
                 "folder, or remove this one."
             )
         if field is not None:
             raise UserError(
-                f"{folder / CONFIG}: holds a run that differs in {field!r}. Choose another folder, "
+                f"{path}: holds a run that differs in {field!r}. Choose another folder, "
                 "or remove this one."
             )
-    return all((folder / "sae.safetensors").exists() for folder in folders)
+    return bool(present)
 
 
-def _identity(recipe: TrainRecipe) -> dict[str, Any]:
+def identity(recipe: TrainRecipe) -> dict[str, Any]:
     """What two parts of a run share. Folders may have moved; the fingerprint knows the contents."""
     return to_dict(dataclasses.replace(recipe, out=Path(), store=None, model=None, images=None))
 
