@@ -1,5 +1,7 @@
 """Trains as `test_resume.py` does, and is killed (SIGKILL) on the way: OUT, and where.
 
+With "sweep" behind these it trains as `test_sweep.py` does.
+
 With "waits in a step" it first says so, and waits until its input ends.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from memory_activations import sparse_mixtures
@@ -21,7 +24,7 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(out: str, where: str) -> None:
+def main(out: str, where: str, what: str = "train") -> None:
     if where in ("in a step", "waits in a step"):
         step = trainer.SiteTraining.step
 
@@ -46,7 +49,12 @@ def main(out: str, where: str) -> None:
     elif where == "while it finishes":
         trainer.Loop._finish = die
     torch.set_num_threads(1)
-    train(sparse_mixtures(SITES), CONFIG, out=out, quiet=True)
+    if what == "sweep":
+        from test_sweep import _sweep
+
+        _sweep(Path(out))
+    else:
+        train(sparse_mixtures(SITES), CONFIG, out=out, quiet=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and `ActivationSource` is what training, evaluation and the index ask of either.
 
 from sparsight.activations.extraction import ExtractionSummary, extract
 from sparsight.activations.live import LiveActivations
+from sparsight.activations.prefetch import Prefetcher
 from sparsight.activations.source import ActivationSource, OrderedBatch
 from sparsight.activations.statistics import SiteStatistics
 from sparsight.activations.store import ActivationStore
@@ -17,6 +18,7 @@ __all__ = [
     "ExtractionSummary",
     "LiveActivations",
     "OrderedBatch",
+    "Prefetcher",
     "SiteStatistics",
     "VectorStream",
     "extract",

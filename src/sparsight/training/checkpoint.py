@@ -1,10 +1,10 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
 `checkpoints/STEP/state.json` holds the step, the position in the data and a checksum of each file;
-beside it, a folder a site (in a sweep, a member and site) with the SAE as `from_pretrained` reads it and `training.safetensors`:
-optimiser, dead-latent counters, running figures, the average of the weights. Random numbers are
-drawn from seeds alone, so that there are no random states to keep. A checkpoint is written under
-another name and renamed when it is whole.
+beside it, a folder a site (SITE; in a sweep NAME/SITE) with the SAE as `from_pretrained` reads it
+and `training.safetensors`: optimiser, dead-latent counters, running figures, the average of the
+weights. Random numbers are drawn from seeds alone, so that there are no random states to keep. A
+checkpoint is written under another name and renamed when it is whole.
 """
 
 from __future__ import annotations

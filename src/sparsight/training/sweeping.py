@@ -199,13 +199,11 @@ def sweep(
             each.sae.width(activations.d_in(site))
     _refuse_single_run(out, resume)
     recipes = _recipes(out, activations, names, config)
+    settings = [setting for setting, _ in config.members.values()]
     result = Sweep(
         out,
         {name: Run(out / name, names) for name in recipes},
-        {
-            name: setting
-            for name, (setting, _) in zip(recipes, config.members.values(), strict=True)
-        },
+        dict(zip(recipes, settings, strict=True)),
     )
     for name, run in result.runs.items():
         holds_part(run, recipes[name])

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import sparsight
-from sparsight.activations import ActivationSource, LiveActivations
-from sparsight.activations.prefetch import Prefetcher
+from sparsight.activations import ActivationSource, LiveActivations, Prefetcher
 from sparsight.config import first_difference, load, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_activations import MemoryActivations, sparse_mixtures
+from test_resume import CONFIG, SITES, WALL_CLOCK, Stopped
+
+from sparsight.config import load, write_toml
+from sparsight.errors import SparsightError, UserError
+from sparsight.latents.run_files import find_runs
+from sparsight.sae import SAEConfig, TopK
+from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
+from sparsight.training.sweeping import SweepRecipe
+from sparsight.training.trainer import SiteTraining
+
+BASE = dataclasses.replace(CONFIG, ema=None)
+GRID = {"k": [2, 4], "seed": [0, 1]}
+NAMES = ["k2-seed0", "k2-seed1", "k4-seed0", "k4-seed1"]
+
+
+def _sweep(out: Path, grid: dict[str, Any] = GRID, **options: Any) -> Sweep:
+    options = {"quiet": True, **options}
+    return sweep(sparse_mixtures(SITES), SweepConfig(BASE, grid), out, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """The sweep that nothing interrupted."""
+    return _sweep(tmp_path_factory.mktemp("whole") / "sweep")
+
+
+def _lines(run: Run, site: str) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in run.metrics(site)]
+
+
+def _assert_same(run: Run, other: Run) -> None:
+    for site in run.sites:
+        for name in ("sae.safetensors", "config.json"):
+            mine, theirs = run.folder(site) / name, other.folder(site) / name
+            assert mine.read_bytes() == theirs.read_bytes(), (run.out, site, name)
+        assert _lines(run, site) == _lines(other, site)
+
+
+def _written(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_members_are_the_product_of_the_grid_and_the_sites(whole: Sweep) -> None:
+    assert list(whole.runs) == NAMES
+    folders = [whole.out / name / site for name in NAMES for site in SITES]
+    assert find_runs(whole.out) == folders
+    for name, run in whole.runs.items():
+        for site in SITES:
+            sae = run.sae(site)
+            assert sae.config.sparsity.k == whole.settings[name]["sae.sparsity.k"]
+            assert (sae.metadata["site"], sae.metadata["seed"]) == (
+                site,
+                whole.settings[name]["seed"],
+            )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_member_has_the_bits_of_the_same_configuration_trained_alone(
+    name: str, whole: Sweep, tmp_path: Path
+) -> None:
+    member = whole.runs[name]
+    alone = train(sparse_mixtures(SITES), member.config, out=tmp_path, quiet=True)
+    _assert_same(member, alone)
+
+
+def test_members_of_other_seeds_start_apart_and_see_the_same_order(whole: Sweep) -> None:
+    configs = [whole.runs[name].config for name in NAMES]
+    assert [each.order_seed for each in configs] == [0] * 4
+    assert [each.seed for each in configs] == [0, 1, 0, 1]
+    # The configuration of the base's own seed is the one that a run alone would have.
+    sae = dataclasses.replace(BASE.sae, sparsity=TopK(k=2))
+    assert configs[0] == dataclasses.replace(BASE, sae=sae)
+    one, other = (whole.runs[name].sae("here").W_dec for name in NAMES[:2])
+    assert not torch.equal(one, other)
+
+
+def test_every_batch_is_read_once_whatever_the_number_of_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = sparse_mixtures(SITES), []
+    stream = data.stream(SITES, 32)
+    draw = type(stream).__next__
+    monkeypatch.setattr(type(stream), "__next__", lambda self: read.append(1) or draw(self))
+    sweep(data, SweepConfig(BASE, GRID), tmp_path, quiet=True)
+    assert BASE.n_steps <= len(read) <= BASE.n_steps + 3
+
+
+def test_a_finished_sweep_is_returned_as_it_is(whole: Sweep) -> None:
+    before = _written(whole.out)
+    assert _sweep(whole.out) == whole
+    assert _written(whole.out) == before
+
+
+@pytest.mark.parametrize("where", ["in a step", "in a checkpoint", "while it finishes"])
+def test_a_killed_sweep_ends_with_the_bits_of_one_that_was_not(
+    where: str, tmp_path: Path, whole: Sweep
+) -> None:
+    script = Path(__file__).with_name("killed_run.py")
+    command = [sys.executable, script, tmp_path, where, "sweep"]
+    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("k*/*/sae.safetensors"))
+    assert list((tmp_path / "checkpoints").iterdir())
+    again = _sweep(tmp_path)
+    for name in NAMES:
+        _assert_same(again.runs[name], whole.runs[name])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def _interrupt(out: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, Any] = GRID) -> None:
+    step = SiteTraining.step
+
+    def step_or_stop(self, x, number, factor) -> None:
+        if number == 21:
+            raise Stopped
+        step(self, x, number, factor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiteTraining, "step", step_or_stop)
+        with pytest.raises(Stopped):
+            _sweep(out, grid)
+
+
+def test_what_a_larger_grid_brings_trains_in_one_new_pass_beside_what_was_cut(
+    tmp_path: Path, whole: Sweep, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    _interrupt(tmp_path, monkeypatch, {"k": [4], "seed": [0]})
+    again = _sweep(tmp_path, quiet=False)
+    told = capsys.readouterr().err
+    assert "of 8 autoencoders 0 are done, 8 are missing, 2 of which go on from a" in told
+    assert "of 8 autoencoders 2 are done, 6 are missing." in told
+    for name in NAMES:
+        _assert_same(again.runs[name], whole.runs[name])
+
+
+def test_a_sweep_that_is_cut_while_it_finishes_trains_the_missing_alone(
+    tmp_path: Path, whole: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt(tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        finished, done = SiteTraining.finished, []
+
+        def finished_or_stop(self):
+            if len(done) == 3:
+                raise Stopped
+            done.append(1)
+            return finished(self)
+
+        patch.setattr(SiteTraining, "finished", finished_or_stop)
+        with pytest.raises(Stopped):
+            _sweep(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("sae.safetensors")
+              if "checkpoints" not in path.parts}  # fmt: skip
+    assert len(before) == 3
+    again = _sweep(tmp_path)
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    for name in NAMES:
+        _assert_same(again.runs[name], whole.runs[name])
+
+
+def test_a_member_keeps_its_folder_where_the_grid_gets_another_key(tmp_path: Path) -> None:
+    first = _sweep(tmp_path, {"k": [2, 4]}, sites=["here"])
+    before = {run.folder() / "sae.safetensors" for run in first.runs.values()}
+    stamps = {path: path.stat().st_mtime_ns for path in before}
+    second = _sweep(tmp_path, {"k": [2, 4], "lr": [3e-3, 1e-3]}, sites=["here"])
+    assert list(second.runs) == ["k2", "k2-lr0.001", "k4", "k4-lr0.001"]
+    assert {path: path.stat().st_mtime_ns for path in before} == stamps
+    assert all(run.sae() for run in second.runs.values())
+    row = json.loads((tmp_path / "sweep.json").read_text())["members"][1]
+    assert row["settings"] == {"sae.sparsity.k": 2, "lr": 0.001} and row["folder"] == "k2-lr0.001"
+
+
+def test_the_table_holds_the_last_figures_of_every_member(whole: Sweep) -> None:
+    rows = json.loads((whole.out / "sweep.json").read_text())["members"]
+    assert rows == whole.table() and len(rows) == 8
+    for row in rows:
+        (last,) = whole.runs[row["name"]].metrics(row["site"])[-1:]
+        assert row["fvu"] == last["fvu"] and row["vectors_per_second"] > 0
+        assert row["folder"] == f"{row['name']}/{row['site']}"
+
+
+def test_a_sweep_s_recipe_says_all_of_it(whole: Sweep) -> None:
+    recipe = load(SweepRecipe, whole.out / "sweep.toml")
+    assert SweepConfig(recipe.train, recipe.grid) == SweepConfig(BASE, GRID)
+    assert recipe.sites == SITES
+
+
+def test_a_member_that_diverges_is_dropped_and_the_others_go_on(tmp_path: Path) -> None:
+    data = sparse_mixtures()
+    config = SweepConfig(dataclasses.replace(BASE, warmup=0), {"lr": [3e-3, 1e30]})
+    with pytest.warns(UserWarning, match=r"lr1e\+30/here ceased to be finite .* others go on"):
+        found = sweep(data, config, tmp_path, quiet=True)
+    good, bad = found.table()
+    assert good["fvu"] < 1 and "ceased to be finite" in bad["diverged"]
+    assert not (tmp_path / "lr1e+30" / "sae.safetensors").exists()
+    before = _written(tmp_path)
+    assert sweep(data, config, tmp_path, quiet=True) == found  # nor is it tried again
+    assert _written(tmp_path) == before
+
+
+def test_a_sweep_of_nothing_but_divergence_is_a_fault(tmp_path: Path) -> None:
+    config = SweepConfig(dataclasses.replace(BASE, warmup=0), {"lr": [1e29, 1e30]})
+    for _ in range(2):
+        with pytest.raises(SparsightError, match="every autoencoder of the sweep diverged"):
+            sweep(sparse_mixtures(), config, tmp_path, quiet=True)
+
+
+def test_activations_that_are_not_finite_stop_the_sweep(tmp_path: Path) -> None:
+    data = sparse_mixtures()
+    data.activations["here"][3, 3, 3] = torch.nan
+    with pytest.raises(SparsightError, match="activations at k2-seed0/here ceased to be finite"):
+        sweep(data, SweepConfig(BASE, GRID), tmp_path, quiet=True)
+
+
+def test_schedules_and_remedies_may_vary(tmp_path: Path) -> None:
+    grid = {"warmup": [0.0, 0.5], "auxk": {"alpha": [0.1]}, "ema": [None, 0.9]}
+    found = _sweep(tmp_path, grid, sites=["here"])
+    assert list(found.runs)[:2] == ["warmup0.0-alpha0.1-ema_none", "warmup0.0-alpha0.1-ema0.9"]
+    for number, run in enumerate(found.runs.values()):
+        alone = train(sparse_mixtures(), run.config, out=tmp_path / f"alone{number}", quiet=True)
+        _assert_same(run, alone)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({}, "grid is empty"),
+        ({"k": []}, "k is an empty list"),
+        ({"k": 3}, "k is 3; expected a list"),
+        ({"k": [2, 2]}, "k lists 2 twice"),
+        ({"lr": [1, 1.0]}, r"lr lists 1\.0 twice"),
+        ({"k": [2], "sae": {"sparsity": {"k": [4]}}}, r"sae\.sparsity\.k is named twice"),
+        ({"sparsity": [2]}, r"unknown key 'sparsity'\. .*What may vary: auxk\.alpha, .*, k, lr, "),
+        ({"n_latent": [2]}, "unknown key 'n_latent'. Did you mean 'n_latents'"),
+        ({"batch_size": [2]}, "batch_size cannot vary .* the batches"),
+        ({"n_vectors": [2]}, "n_vectors cannot vary .* its length"),
+        ({"data_seed": [2]}, "data_seed cannot vary .* the order of the data"),
+        ({"checkpoint_every": [64]}, "checkpoint_every cannot vary"),
+        ({"sae.expansion": [2, 4]}, "no effect where n_latents is given"),
+        ({"k": ["many"]}, r"grid, k_many: sae\.sparsity\.k is 'many'; expected an int"),
+        ({"k": [65]}, "grid, k65: sparsity.k is 65, more than the 64 latents"),
+        ({"seed": [-1]}, "grid, seed-1: seed is -1"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused_with_the_reason(
+    grid: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        SweepConfig(BASE, grid)
+
+
+def test_a_key_of_what_is_switched_off_says_so() -> None:
+    with pytest.raises(UserError, match=r"auxk\.alpha cannot vary where auxk is none"):
+        SweepConfig(dataclasses.replace(BASE, auxk=None), {"auxk.alpha": [0.1]})
+
+
+def test_a_combination_fits_where_its_parts_alone_would_not() -> None:
+    config = SweepConfig(TrainConfig(sae=SAEConfig(n_latents=16, sparsity=TopK(k=8))),
+                         {"k": [64], "n_latents": [64, 128]})  # fmt: skip
+    assert list(config.members) == ["k64-n64", "k64-n128"]
+
+
+def test_other_configurations_and_single_runs_in_the_folder_are_refused(
+    whole: Sweep, tmp_path: Path
+) -> None:
+    data = sparse_mixtures(SITES)
+    other = SweepConfig(dataclasses.replace(BASE, warmup=0.1), GRID)
+    with pytest.raises(UserError, match=r"k2-seed0.* differs in 'train\.warmup'"):
+        sweep(data, other, whole.out, quiet=True)
+    with pytest.raises(UserError, match="belongs to a run of here, there"):
+        _sweep(whole.out, sites=["here"])
+    with pytest.raises(UserError, match="holds a sweep already"):
+        _sweep(whole.out, resume=False)
+    with pytest.raises(UserError, match="holds a sweep. Choose"):
+        train(data, BASE, out=whole.out, quiet=True)
+    train(data, BASE, out=tmp_path, quiet=True)
+    with pytest.raises(UserError, match="holds a single run"):
+        _sweep(tmp_path)
+
+
+def test_a_width_that_does_not_fit_is_told_of_before_anything_is_written(tmp_path: Path) -> None:
+    base = dataclasses.replace(BASE, sae=SAEConfig(expansion=2))
+    with pytest.raises(UserError, match="sparsity.k is 33, more than the 32 latents"):
+        sweep(sparse_mixtures(), SweepConfig(base, {"k": [4, 33]}), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_with_a_grid_is_read_from_toml(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        'store = "acts"\n[train]\nlr = 1e-3\n[train.auxk]\nalpha = 0.1\n'
+        '[grid]\nk = [16, 32]\nsae.expansion = [4, 8]\n"auxk.alpha" = [0.1, 0.5]\n'
+    )
+    recipe = load(SweepRecipe, path)
+    config = SweepConfig(recipe.train, recipe.grid)
+    assert len(config.members) == 8 and "k16-expansion4-alpha0.5" in config.members
+    write_toml(tmp_path / "again.toml", dataclasses.replace(recipe, grid=config.grid))
+    again = load(SweepRecipe, tmp_path / "again.toml")
+    assert SweepConfig(again.train, again.grid) == config
+
+
+def test_the_recipe_that_is_shipped_is_a_sweep() -> None:
+    recipe = load(SweepRecipe, Path(__file__).parents[2] / "recipes" / "sweep.toml")
+    config = SweepConfig(recipe.train, recipe.grid)
+    assert len(config.members) > 1
+
+
+def test_other_activations_are_refused(whole: Sweep) -> None:
+    other = MemoryActivations({s: x + 1 for s, x in sparse_mixtures(SITES).activations.items()})
+    with pytest.raises(UserError, match="holds a run on other activations"):
+        sweep(other, SweepConfig(BASE, GRID), whole.out, quiet=True)
