@@ -201,6 +201,53 @@ def test_a_store_is_trained_on_with_its_own_tokens_and_says_what_it_leaves_out(
     assert f'store = "{store.resolve()}"' in config.read_text()
 
 
+def test_a_sweep_from_a_file_leaves_runs_that_the_other_verbs_take(
+    store, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        f'store = "{store}"\n[train]\nn_vectors = 512\nbatch_size = 128\n'
+        "[train.sae]\nn_latents = 64\n[grid]\nk = [4, 8]\nseed = [0, 1]\n"
+    )
+    command = ["sweep", "--config", str(path), "--out", "swept"]
+    assert main(command) == 0
+    done = capsys.readouterr()
+    shown = [line.split() for line in done.out.splitlines()]
+    names = [f"swept/k{k}-seed{seed}" for k in (4, 8) for seed in (0, 1)]
+    assert [line[0] for line in shown] == ["run", *names]
+    assert shown[0] == ["run", "site", "FVU", "L0", "dead", "vectors/s"]
+    assert main([*command, "--vary", "seed=0", "n-latents=32,64", "lr=1e-3"]) == 2
+    assert "unknown key 'n-latents'. Did you mean 'n_latents'" in capsys.readouterr().err
+    assert main([*command, "--vary", "seed=0,1,2"]) == 0
+    done = capsys.readouterr()
+    assert "of 6 autoencoders 4 are done, 2 are missing." in done.err
+    assert "swept/k8-seed2" in done.out
+    assert main(["evaluate", "swept", "--no-baselines", "--no-downstream"]) == 0
+    assert main(["index", "swept/k4-seed1"]) == 0
+    assert main(["report", "swept", "--out", "report.html", "--latents", "2"]) == 0
+    assert "k8-seed2" in (tmp_path / "report.html").read_text()
+    assert main(["sweep", "--config", "swept/sweep.toml"]) == 0  # the sweep repeats itself
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ((), "grid is empty"),
+        (("k",), "--vary k: expected NAME=VALUE,VALUE"),
+        (("k=",), "k is an empty list"),
+        (("k=4", "k=8"), "--vary k is given twice"),
+        (("batch_size=1,2",), "batch_size cannot vary within a sweep"),
+        (("k=four",), "sae.sparsity.k is 'four'; expected an int"),
+    ],
+)
+def test_a_grid_that_cannot_be_exits_with_2(vary, message, fails, tmp_path):
+    given = ("--vary", *vary) if vary else ()
+    out = tmp_path / "out"
+    assert message in fails("sweep", "--store", tmp_path / "gone", "--out", out, *given)
+    assert not out.exists()
+
+
 def test_a_model_in_bfloat16_goes_through_all_verbs(tmp_path, capsys, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = ("--images", "calibration:48:5")

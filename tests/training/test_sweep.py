@@ -283,7 +283,7 @@ def test_other_configurations_and_single_runs_in_the_folder_are_refused(
         _sweep(whole.out, sites=["here"])
     with pytest.raises(UserError, match="holds a sweep already"):
         _sweep(whole.out, resume=False)
-    with pytest.raises(UserError, match="holds a sweep. Choose"):
+    with pytest.raises(UserError, match=r"holds a sweep\. Choose"):
         train(data, BASE, out=whole.out, quiet=True)
     train(data, BASE, out=tmp_path, quiet=True)
     with pytest.raises(UserError, match="holds a single run"):
@@ -292,7 +292,7 @@ def test_other_configurations_and_single_runs_in_the_folder_are_refused(
 
 def test_a_width_that_does_not_fit_is_told_of_before_anything_is_written(tmp_path: Path) -> None:
     base = dataclasses.replace(BASE, sae=SAEConfig(expansion=2))
-    with pytest.raises(UserError, match="sparsity.k is 33, more than the 32 latents"):
+    with pytest.raises(UserError, match=r"sparsity\.k is 33, more than the 32 latents"):
         sweep(sparse_mixtures(), SweepConfig(base, {"k": [4, 33]}), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
 

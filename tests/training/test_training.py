@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from memory_activations import MemoryActivations, sparse_mixtures
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from activations.activation_parts import BLOCK_0, BLOCK_1, save_clip, save_photos
 from sparsight.activations import ActivationStore, extract
@@ -151,6 +152,33 @@ def test_selection_in_bfloat16_and_the_dense_kernels_train_to_the_same_place(
     with using("dense"):
         dense = train(data, config, out=tmp_path / "dense", quiet=True).metrics()[-1]
     assert dense["fvu"] == pytest.approx(exact["fvu"], rel=0.05)
+
+
+class _Fetches(TorchDispatchMode):
+    """Counts the operations for which a GPU would have to be waited for, in this thread."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.OPERATIONS
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_fetched_from_the_device_between_lines_of_the_log(tmp_path: Path) -> None:
+    counts = []
+    for n_steps in (10, 40):
+        n = 32 * n_steps
+        config = dataclasses.replace(
+            CONFIG, n_vectors=n, log_every=n, checkpoint_every=n, auxk=None, ema=0.9
+        )
+        with _Fetches() as fetches:
+            train(sparse_mixtures(), config, out=tmp_path / f"{n_steps}", quiet=True)
+        counts.append(fetches.count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("place", [0, 700])
