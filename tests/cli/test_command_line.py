@@ -214,15 +214,15 @@ def test_a_sweep_from_a_file_leaves_runs_that_the_other_verbs_take(
     assert main(command) == 0
     done = capsys.readouterr()
     shown = [line.split() for line in done.out.splitlines()]
-    names = [f"swept/k{k}-seed{seed}" for k in (4, 8) for seed in (0, 1)]
-    assert [line[0] for line in shown] == ["run", *names]
-    assert shown[0] == ["run", "site", "FVU", "L0", "dead", "vectors/s"]
+    names = [f"k{k}-seed{seed}" for k in (4, 8) for seed in (0, 1)]
+    assert [line[0] for line in shown] == ["in", *names]
+    assert shown[0] == ["in", "swept", "site", "FVU", "L0", "dead", "vectors/s"]
     assert main([*command, "--vary", "seed=0", "n-latents=32,64", "lr=1e-3"]) == 2
     assert "unknown key 'n-latents'. Did you mean 'n_latents'" in capsys.readouterr().err
     assert main([*command, "--vary", "seed=0,1,2"]) == 0
     done = capsys.readouterr()
     assert "of 6 autoencoders 4 are done, 2 are missing." in done.err
-    assert "swept/k8-seed2" in done.out
+    assert "k8-seed2" in done.out
     assert main(["evaluate", "swept", "--no-baselines", "--no-downstream"]) == 0
     assert main(["index", "swept/k4-seed1"]) == 0
     assert main(["report", "swept", "--out", "report.html", "--latents", "2"]) == 0

@@ -119,6 +119,10 @@ def test_a_killed_sweep_ends_with_the_bits_of_one_that_was_not(
     assert not (tmp_path / "checkpoints").exists()
 
 
+def _stop(*_: object) -> None:
+    raise Stopped
+
+
 def _interrupt(out: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, Any] = GRID) -> None:
     step = SiteTraining.step
 
@@ -168,6 +172,35 @@ def test_a_sweep_that_is_cut_while_it_finishes_trains_the_missing_alone(
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     for name in NAMES:
         _assert_same(again.runs[name], whole.runs[name])
+
+
+@pytest.mark.parametrize("other", [{"k": [8]}, {"k": [4], "seed": [0, 1]}])
+def test_what_was_cut_does_not_lose_its_checkpoint_to_another_grid(
+    other: dict[str, Any], tmp_path: Path, whole: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt(tmp_path, monkeypatch)
+    before = _written(tmp_path)
+    with pytest.raises(UserError, match=r"was cut, with k2-seed0/here, .*Finish it first"):
+        _sweep(tmp_path, other)
+    assert _written(tmp_path).keys() == before.keys()
+    again = _sweep(tmp_path)
+    for name in NAMES:
+        _assert_same(again.runs[name], whole.runs[name])
+
+
+def test_checkpoints_of_what_is_finished_are_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsight.training import sweeping
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping.shutil, "rmtree", lambda path, ignore_errors=False: None)
+        with pytest.raises(Stopped), monkeypatch.context() as late:
+            late.setattr(sweeping, "_settled", _stop)
+            _sweep(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir())
+    _sweep(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_member_keeps_its_folder_where_the_grid_gets_another_key(tmp_path: Path) -> None:

@@ -67,18 +67,17 @@ def print_sweep(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         rows: what `Sweep.table` gives.
     """
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("run")
-    table.add_column("site")
+    table.add_column(f"in {out}", overflow="fold")
+    table.add_column("site", overflow="fold")
     for name in ("FVU", "L0", "dead", "vectors/s"):
         table.add_column(name, justify="right")
     for row in rows:
-        folder = str(out / row["folder"])
         if "diverged" in row:
-            table.add_row(folder, row["site"], "diverged", "", "", "")
+            table.add_row(row["name"], row["site"], "diverged", "", "", "")
             continue
         rate = row["vectors_per_second"]
         figures = (figure(row["fvu"]), figure(row["l0"]), percent(row["dead"]))
-        table.add_row(folder, row["site"], *figures, "–" if rate is None else f"{rate:,.0f}")
+        table.add_row(row["name"], row["site"], *figures, "–" if rate is None else f"{rate:,.0f}")
     Console().print(table)
 
 

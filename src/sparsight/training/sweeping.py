@@ -23,6 +23,7 @@ from sparsight.activations import ActivationSource
 from sparsight.config import NONE, from_dict, load, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock, read_json, write_json
+from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.run import CONFIG, DIVERGED, SWEEP, Run
@@ -132,6 +133,11 @@ class Sweep:
     runs: Mapping[str, Run]
     settings: Mapping[str, Setting]
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints of what trains together."""
+        return self.out / "checkpoints"
+
     def table(self) -> list[dict[str, Any]]:
         """A row an autoencoder: `name`, `site`, `folder` (in `out`), `settings`, and the last line
         of its metrics: `fvu`, `l0`, `dead` (shares and means over the vectors since the line
@@ -207,8 +213,9 @@ def sweep(
     )
     for name, run in result.runs.items():
         holds_part(run, recipes[name])
-    if list(_pending(result, recipes)):
+    if list(_pending(result, recipes)) or result.checkpoints.exists():
         with lock(out / ".lock", f"{out}: another process is training into it."):
+            _refuse_to_drop(result)
             _write_recipe(activations, names, config, out)
             while _train_together(activations, result, recipes, device, quiet):
                 pass
@@ -223,12 +230,11 @@ def _train_together(
     quiet: bool,
 ) -> bool:
     """Train what can share a pass; False if nothing is left to train."""
-    checkpoints = sweep.out / "checkpoints"
     pending = list(_pending(sweep, recipes))
-    held = checkpoint.members(checkpoints)
+    held = checkpoint.members(sweep.checkpoints)
     begun = [member for member in pending if member.name in held]
     if held and not begun:
-        shutil.rmtree(checkpoints)  # of a pass whose members are all finished
+        shutil.rmtree(sweep.checkpoints)  # of a pass whose members are all finished
     if not pending:
         return False
     sites = next(iter(sweep.runs.values())).sites
@@ -239,9 +245,9 @@ def _train_together(
             f"missing" + (f", {len(begun)} of which go on from a checkpoint." if begun else "."),
             file=sys.stderr,
         )
-    loop = Loop(source, sites, begun or pending, checkpoints, device, drop_diverged=True)
+    loop = Loop(source, sites, begun or pending, sweep.checkpoints, device, drop_diverged=True)
     loop.run_to_end("sweep", quiet)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.rmtree(sweep.checkpoints, ignore_errors=True)
     return True
 
 
@@ -295,6 +301,23 @@ def _refuse_single_run(out: Path, resume: bool) -> None:
             raise UserError(f"{out} holds a sweep already. Choose another folder, or resume it.")
     elif (out / CONFIG).exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a single run. Choose another folder for a sweep.")
+
+
+def _refuse_to_drop(sweep: Sweep) -> None:
+    """Raise a `UserError` if others than the members of this sweep would lose a checkpoint."""
+    own = {f"{name}/{site}" for name, run in sweep.runs.items() for site in run.sites}
+    cut = []
+    for member in sorted(checkpoint.members(sweep.checkpoints) - own):
+        name, _, site = member.partition("/")
+        folders = (sweep.out / name, sweep.out / name / site)
+        if not any((each / end).exists() for each in folders for end in (WEIGHTS, DIVERGED)):
+            cut.append(member)
+    if cut:
+        raise UserError(
+            f"{sweep.out}: holds a sweep that was cut, with {', '.join(cut[:3])}"
+            f"{', …' if len(cut) > 3 else ''}. Finish it first, or choose another folder; "
+            f"`sparsight sweep --config {sweep.out / SWEEP}` repeats it."
+        )
 
 
 def _write_recipe(
