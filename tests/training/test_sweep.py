@@ -243,6 +243,7 @@ def test_a_member_that_diverges_is_dropped_and_the_others_go_on(tmp_path: Path) 
     assert _written(tmp_path) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*ceased to be finite")
 def test_a_sweep_of_nothing_but_divergence_is_a_fault(tmp_path: Path) -> None:
     config = SweepConfig(dataclasses.replace(BASE, warmup=0), {"lr": [1e29, 1e30]})
     for _ in range(2):
