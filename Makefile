@@ -6,7 +6,8 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OPEN_CLIP := $(VENV)/open_clip
-CODE := src tests benchmarks
+NATIVE := hatch_build.py $(wildcard src/sparsight/sae/kernels/native/*.[ch] src/sparsight/sae/kernels/native/*.inc)
+CODE := src tests benchmarks hatch_build.py
 OFFLINE := HF_HUB_OFFLINE=1
 TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest tests/vision/test_open_clip.py
 
@@ -63,11 +64,11 @@ $(BIN)/python:
 		echo "'$(PYTHON) -m venv' failed: its venv package seems to be missing. On Debian and Ubuntu:" \
 			"apt install python3-venv. Then run make again."; exit 1; }
 
-$(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.user: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.developer: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.developer: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[test,docs]'
 	@touch $@ $(VENV)/.user
 

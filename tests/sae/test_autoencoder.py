@@ -89,8 +89,7 @@ def test_folding_the_normaliser_keeps_code_and_reconstruction(kind: NormaliserKi
 def test_the_first_reconstruction_has_the_norm_of_its_input() -> None:
     z = torch.randn(512, D_IN, generator=torch.Generator().manual_seed(5))
     sae = SparseAutoencoder(D_IN, SAEConfig(n_latents=64, sparsity=TopK(k=4)), sample=z)
-    values, indices = sae.encode_normalised(z)
-    ratio = sae.decode_normalised(values, indices).square().sum() / z.square().sum()
+    ratio = sae(z).x_hat.square().sum() / z.square().sum()
     assert ratio.item() == pytest.approx(1, rel=1e-4)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
 
@@ -121,33 +120,13 @@ def test_gradients_flow_through_the_public_module() -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
 
 
-def test_auxk_models_the_residual_without_the_bias_and_reaches_dead_encoders() -> None:
-    sae = _sae().double()
-    sae.normaliser = Normaliser.identity(D_IN)
-    z = _data(50).double() - _data(50).double().mean(0)
-    values, indices = sae.encode_normalised(z)
-    residual = z - sae.decode_normalised(values, indices)
-    dead = torch.zeros(64, dtype=torch.bool)
-    dead[10:30] = True
-    loss = auxk_loss(sae, z, residual, dead, 8)
-    assert loss is not None
-
-    pre = (z - sae.b_dec) @ sae.W_enc.T + sae.b_enc
-    top = pre.masked_fill(~dead, -torch.inf).topk(8)
-    dense = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
-    e = residual.detach()
-    true = (e - dense @ sae.W_dec).square().sum() / (e - e.mean(0)).square().sum()
-    torch.testing.assert_close(loss, true)
-    ours = torch.autograd.grad(loss, [sae.W_enc, sae.W_dec, sae.b_enc], retain_graph=True)
-    truth = torch.autograd.grad(true, [sae.W_enc, sae.W_dec, sae.b_enc])
-    for mine, reference in zip(ours, truth, strict=True):
-        torch.testing.assert_close(mine, reference)
-    assert ours[0][dead].abs().sum() > 0 and ours[0][~dead].abs().sum() == 0
-
-
-def test_auxk_is_nothing_when_no_latent_is_dead() -> None:
-    sae = _sae()
-    assert auxk_loss(sae, _data(), _data(), torch.zeros(64, dtype=torch.bool), 8) is None
+def test_auxk_is_nothing_when_nothing_is_left_over_and_one_when_nothing_is_modelled() -> None:
+    scores, W_dec = torch.randn(9, 20), torch.randn(20, 4)
+    dead = torch.arange(5, 15)
+    assert auxk_loss(scores, torch.ones(9, 4), W_dec, dead, 3) == 0
+    e = torch.randn(9, 4)
+    e -= e.mean(dim=0)
+    assert auxk_loss(-scores.abs(), e, W_dec, dead, 3).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("d_in", "k"), [(768, 512), (1024, 512), (192, 128), (80, 32), (2, 1)])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsight.sae.kernels import decode_topk, dense, encode_topk, sparse
+from sparsight.sae.kernels import decode_topk, dense, encode_topk, selection
 
 D_IN, N_LATENTS, K, BATCH = 12, 40, 5, 30
 
@@ -50,7 +50,7 @@ def test_the_gradients_pass_a_finite_difference_check() -> None:
 def test_tiles_of_rows_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W_enc, b_enc, _, b_dec = (each.detach() for each in _inputs())
     whole = encode_topk(x, W_enc, b_enc, b_dec, K)
-    monkeypatch.setitem(sparse._TILE_ELEMENTS, "cpu", 3 * N_LATENTS)
+    monkeypatch.setitem(selection.TILE_ELEMENTS, "cpu", 3 * N_LATENTS)
     tiled = encode_topk(x, W_enc, b_enc, b_dec, K)
     assert torch.equal(whole[1].sort().values, tiled[1].sort().values)
 

@@ -16,7 +16,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file
 from sparsight.images import open_images
 from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
-from sparsight.sae.kernels import Precision, using
+from sparsight.sae.kernels import choose
 from sparsight.training import TrainConfig, train
 from sparsight.training.loggers import JsonLines
 from sparsight.training.schedule import learning_rate_factor
@@ -27,11 +27,12 @@ SAE = SAEConfig(n_latents=64, sparsity=TopK(k=4))
 CONFIG = TrainConfig(sae=SAE, n_vectors=32 * 300, batch_size=32, lr=3e-3)
 
 
-def _site(
-    config: TrainConfig, data: MemoryActivations, precision: Precision = "float32"
-) -> SiteTraining:
+def _site(config: TrainConfig, data: MemoryActivations) -> SiteTraining:
+    kernels, precision = choose(config.kernels, config.precision, torch.device("cpu"))
     sample = data.activations["here"].flatten(0, 1)
-    return SiteTraining(config, data.stats("here"), sample, {}, torch.device("cpu"), precision)
+    return SiteTraining(
+        config, data.stats("here"), sample, {}, torch.device("cpu"), kernels, precision
+    )
 
 
 def _fvu(sae: SparseAutoencoder, x: torch.Tensor) -> float:
@@ -139,19 +140,22 @@ def test_auxk_trains_dead_latents_towards_what_the_living_ones_leave_over() -> N
     assert loss[1.0]["aux_loss"] < 0.9 * loss[1e-9]["aux_loss"]
 
 
-def test_selection_in_bfloat16_and_the_dense_kernels_train_to_the_same_place(
-    tmp_path: Path,
-) -> None:
+def test_all_kernels_train_to_the_same_place(tmp_path: Path) -> None:
     data = sparse_mixtures()
-    config = dataclasses.replace(CONFIG, n_vectors=3200)
-    exact = train(data, config, out=tmp_path / "exact", quiet=True).metrics()[-1]
-    low = dataclasses.replace(config, precision="bfloat16")
-    assert train(data, low, out=tmp_path / "low", quiet=True).metrics()[-1]["fvu"] == (
-        pytest.approx(exact["fvu"], rel=0.05)
-    )
-    with using("dense"):
-        dense = train(data, config, out=tmp_path / "dense", quiet=True).metrics()[-1]
-    assert dense["fvu"] == pytest.approx(exact["fvu"], rel=0.05)
+    fvus = {}
+    for kernels, precision in (
+        ("dense", "auto"),
+        ("torch", "float32"),
+        ("torch", "bfloat16"),
+        ("native", "int8"),
+        ("native", "bfloat16"),
+    ):
+        config = dataclasses.replace(CONFIG, n_vectors=3200, kernels=kernels, precision=precision)
+        run = train(data, config, out=tmp_path / f"{kernels}-{precision}", quiet=True)
+        fvus[run.metrics()[-1]["kernels"]] = run.metrics()[-1]["fvu"]
+    assert len(fvus) == 5
+    for fvu in fvus.values():
+        assert fvu == pytest.approx(fvus["dense-float32"], rel=1e-3)
 
 
 class _Fetches(TorchDispatchMode):
@@ -173,7 +177,13 @@ def test_nothing_is_fetched_from_the_device_between_lines_of_the_log(tmp_path: P
     for n_steps in (10, 40):
         n = 32 * n_steps
         config = dataclasses.replace(
-            CONFIG, n_vectors=n, log_every=n, checkpoint_every=n, auxk=None, ema=0.9
+            CONFIG,
+            n_vectors=n,
+            log_every=n,
+            checkpoint_every=n,
+            auxk=None,
+            ema=0.9,
+            kernels="torch",  # what runs on a GPU
         )
         with _Fetches() as fetches:
             train(sparse_mixtures(), config, out=tmp_path / f"{n_steps}", quiet=True)

@@ -6,11 +6,14 @@ the operations, `objectives` what training adds to them.
 
 from sparsight.sae.autoencoder import SAEOutput, SparseAutoencoder
 from sparsight.sae.code import SparseCode
-from sparsight.sae.config import AuxK, SAEConfig, TopK
+from sparsight.sae.config import AuxK, BatchTopK, Matryoshka, MultiTopK, SAEConfig, TopK
 from sparsight.sae.normaliser import Normaliser
 
 __all__ = [
     "AuxK",
+    "BatchTopK",
+    "Matryoshka",
+    "MultiTopK",
     "Normaliser",
     "SAEConfig",
     "SAEOutput",

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sparsight.errors import UserError
 from sparsight.sae.code import SparseCode
-from sparsight.sae.config import SAEConfig
+from sparsight.sae.config import BatchTopK, SAEConfig
 from sparsight.sae.initialisation import initial_parameters
-from sparsight.sae.kernels import Precision, decode_topk, encode_topk
+from sparsight.sae.kernels import backend
 from sparsight.sae.normaliser import Normaliser
 
 
@@ -35,7 +34,8 @@ class SparseAutoencoder(nn.Module):
 
     With z = normaliser(x): the code is TopK(W_enc (z − b_dec) + b_enc), its values at least 0; the
     reconstruction is normaliser⁻¹(Σ f_i W_dec[i] + b_dec) (Gao et al. 2024, section 2.3). Rows are
-    latents in both matrices.
+    latents in both matrices. With `BatchTopK` the k · batch largest of a batch are kept while
+    training (`train()`), and all from `threshold` on in use (`eval()`).
 
     Args:
         d_in: width of the activations.
@@ -70,6 +70,9 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(start["b_enc"])
         self.W_dec = nn.Parameter(start["W_dec"])
         self.b_dec = nn.Parameter(start["b_dec"])
+        self.threshold: Tensor | None
+        batch = isinstance(config.sparsity, BatchTopK)
+        self.register_buffer("threshold", torch.zeros(()) if batch else None)
         self.normaliser = normaliser or Normaliser.identity(d_in, config.normaliser)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
@@ -79,38 +82,29 @@ class SparseAutoencoder(nn.Module):
             UserError: the vectors have another width.
         """
         self._check(x)
-        values, indices = self.encode_normalised(self.normaliser(x))
-        return SparseCode.from_padded(values, indices, self.n_latents)
+        z = self.normaliser(x)
+        parameters = (self.W_enc, self.b_enc, self.b_dec)
+        k = self.config.sparsity.k
+        if self.threshold is None:
+            values, indices = backend().encode_topk(z, *parameters, k)
+            return SparseCode.from_padded(values, indices, self.n_latents)
+        if self.training:
+            found = backend().encode_batch_topk(z, *parameters, k)
+        else:
+            found = backend().encode_above(z, *parameters, float(self.threshold))
+        return SparseCode.from_ragged(*found, self.n_latents)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
         """The reconstruction of a code, in the units of x."""
-        z_hat = functional.embedding_bag(
-            code.indices,
-            self.W_dec,
-            code.offsets[:-1],
-            per_sample_weights=code.values.to(self.W_dec.dtype),
-            mode="sum",
-        )
-        out: Tensor = self.normaliser.invert(z_hat + self.b_dec)
+        values = code.values.to(self.W_dec.dtype)
+        z_hat = backend().decode(values, code.indices, code.offsets, self.W_dec, self.b_dec)
+        out: Tensor = self.normaliser.invert(z_hat)
         return out
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> SAEOutput:
         """Encode and decode."""
         code = self.encode(x)
         return SAEOutput(self.decode(code), code)
-
-    def encode_normalised(
-        self, z: Float[Tensor, "batch d_in"], precision: Precision = "float32"
-    ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-        """Values (some may be 0: not active) and latents, from normalised activations."""
-        k = self.config.sparsity.k
-        return encode_topk(z, self.W_enc, self.b_enc, self.b_dec, k, precision)
-
-    def decode_normalised(
-        self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]
-    ) -> Float[Tensor, "batch d_in"]:
-        """The reconstruction in normalised space."""
-        return decode_topk(values, indices, self.W_dec, self.b_dec)
 
     def fold(self) -> SparseAutoencoder:
         """The same function of x without a normaliser; the codes are the same, too.
@@ -129,6 +123,8 @@ class SparseAutoencoder(nn.Module):
             folded.b_enc.copy_(self.b_enc)
             folded.W_dec.copy_(self.W_dec * scale)
             folded.b_dec.copy_(self.b_dec * scale + mean)
+            if folded.threshold is not None and self.threshold is not None:
+                folded.threshold.copy_(self.threshold)
         return folded
 
     def fingerprint(self) -> str:

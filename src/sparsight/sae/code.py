@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,19 @@ class SparseCode:
         active = values > 0
         offsets = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
         torch.cumsum(active.sum(dim=1), dim=0, out=offsets[1:])
+        return cls(indices[active], values[active], offsets, n_latents)
+
+    @classmethod
+    def from_ragged(
+        cls,
+        values: Float[Tensor, " candidates"],
+        indices: Int[Tensor, " candidates"],
+        starts: Int[Tensor, " rows_plus_one"],
+        n_latents: int,
+    ) -> SparseCode:
+        """From any number of candidates a row, of which those with a positive value are active."""
+        active = values > 0
+        offsets = functional.pad(active.cumsum(0), (1, 0))[starts]
         return cls(indices[active], values[active], offsets, n_latents)
 
     def __len__(self) -> int:

@@ -29,6 +29,69 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class BatchTopK:
+    """Keep the k · batch largest pre-activations of a whole batch, and of those the positive ones.
+
+    Vectors may then use more or fewer latents than k. In use, where there is no batch to compare
+    with, a latent is active above a threshold that training estimates (Bussmann et al. 2024,
+    "BatchTopK sparse autoencoders").
+    """
+
+    k: int = 32
+    """Active latents per vector, on average."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "sparsity.")
+        if self.k < 1:
+            raise UserError(f"sparsity.k is {self.k}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class MultiTopK:
+    """Reconstruct a second time with more latents, so that few serve many values of k.
+
+    The loss is L(k) + weight · L(multiple · k) (Gao et al. 2024, section 6.2 and appendix B).
+    """
+
+    multiple: int = 4
+    """How many times k the second code has."""
+
+    weight: float = 1 / 8
+    """Of the second reconstruction's error."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "multi_topk.")
+        if self.multiple < 2:
+            raise UserError(f"multi_topk.multiple is {self.multiple}; it must be at least 2.")
+        if self.weight <= 0:
+            raise UserError(f"multi_topk.weight is {self.weight}; it must be positive.")
+
+
+@dataclass(frozen=True)
+class Matryoshka:
+    """Reconstruct from prefixes of the dictionary as well, so that early latents stay general.
+
+    The loss is the mean of the prefixes' errors (Bussmann et al. 2025, "Learning multi-level
+    features with Matryoshka sparse autoencoders").
+    """
+
+    shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Of the latents, in each prefix; rising, and the last is 1."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "matryoshka.")
+        rising = all(a < b for a, b in zip(self.shares, self.shares[1:], strict=False))
+        if not self.shares or not rising or self.shares[0] <= 0 or self.shares[-1] != 1:
+            raise UserError(
+                f"matryoshka.shares are {self.shares}; they must be positive, rise, and end with 1."
+            )
+
+    def widths(self, n_latents: int) -> tuple[int, ...]:
+        """Latents of each prefix, at least one; equal ones count once."""
+        return tuple(sorted({max(1, round(share * n_latents)) for share in self.shares}))
+
+
+@dataclass(frozen=True)
 class AuxK:
     """Let dead latents model what the living ones leave over (Gao et al. 2024, appendix A.2)."""
 
@@ -62,7 +125,7 @@ class SAEConfig:
     expansion: int = 16
     """Latents per dimension of the activations; used where `n_latents` is None."""
 
-    sparsity: TopK = field(default_factory=TopK)
+    sparsity: TopK | BatchTopK = field(default_factory=TopK)
     """How few latents a vector may use."""
 
     normaliser: NormaliserKind = "scale"

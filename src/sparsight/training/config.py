@@ -9,7 +9,9 @@ from typing import Literal
 
 from sparsight.config import check_seed, check_types
 from sparsight.errors import UserError
-from sparsight.sae import AuxK, SAEConfig
+from sparsight.sae import AuxK, BatchTopK, Matryoshka, MultiTopK, SAEConfig
+from sparsight.sae.kernels import Kernels, Objective
+from sparsight.sae.objectives import default_auxk
 from sparsight.vision import Tokens
 
 LARGEST_DEAD_WINDOW = 10_000_000
@@ -56,9 +58,20 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, e.g. 0.999; the run's SAE is then the
     average."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    multi_topk: MultiTopK | None = None
+    """A second reconstruction with more latents; only with TopK."""
+
+    matryoshka: Matryoshka | None = None
+    """Reconstructions from prefixes of the dictionary."""
+
+    kernels: Kernels = "auto"
+    """Who computes a step: "native" (compiled, CPU), "triton" (CUDA), "torch" (anywhere) or "dense"
+    (plain autograd, the slow truth); "auto" is the quickest that runs here. All train to the same
+    numbers, up to rounding."""
+
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Of the product that selects latents; the selected ones are always scored in float32. "auto"
-    is bfloat16 on GPUs that have it."""
+    is int8 with native kernels, else bfloat16 where the device is quick at it."""
 
     seed: int = 0
     """Of the initial weights; and of the order of the data, unless `data_seed` is given."""
@@ -95,6 +108,10 @@ class TrainConfig:
                 f"warmup {self.warmup} and decay {self.decay} are shares of the run: "
                 "neither negative, at most 1 together."
             )
+        if self.multi_topk is not None and self.matryoshka is not None:
+            raise UserError("multi_topk and matryoshka cannot be had together; leave one out.")
+        if self.multi_topk is not None and isinstance(self.sae.sparsity, BatchTopK):
+            raise UserError("multi_topk needs sparsity TopK; with BatchTopK leave it out.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must lie between 0 and 1 (or None).")
 
@@ -117,6 +134,37 @@ class TrainConfig:
     def learning_rate(self, n_latents: int) -> float:
         """The peak learning rate."""
         return self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)
+
+    def objective(self, d_in: int) -> Objective:
+        """What is minimised, for activations of width `d_in`.
+
+        Raises:
+            UserError: Multi-TopK asks for more latents than there are.
+        """
+        n_latents, sparsity = self.sae.width(d_in), self.sae.sparsity
+        weights: tuple[float, ...] = (1.0,)
+        larger_k: int | None = None
+        widths: tuple[int, ...] = ()
+        if self.multi_topk is not None:
+            larger_k = self.multi_topk.multiple * sparsity.k
+            weights = (1.0, self.multi_topk.weight)
+            if larger_k > n_latents:
+                raise UserError(
+                    f"multi_topk.multiple is {self.multi_topk.multiple}: {larger_k} latents, more "
+                    f"than the {n_latents} there are."
+                )
+        if self.matryoshka is not None:
+            widths = self.matryoshka.widths(n_latents)
+            weights = (1 / len(widths),) * len(widths)
+        return Objective(
+            sparsity.k,
+            isinstance(sparsity, BatchTopK),
+            larger_k,
+            widths,
+            weights,
+            (self.auxk.k or default_auxk(d_in)) if self.auxk else 0,
+            self.auxk.alpha if self.auxk else 0.0,
+        )
 
     def steps_every(self, n_vectors: int | None, share: int) -> int:
         """Steps in `n_vectors`, or in one of `share` equal parts of the run."""

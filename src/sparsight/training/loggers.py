@@ -65,7 +65,7 @@ class TensorBoard:
     def log(self, figures: Mapping[str, Any]) -> None:
         """Add a point to each curve."""
         for name, value in figures.items():
-            if name not in ("step", "vectors"):
+            if name not in ("step", "vectors") and not isinstance(value, str):
                 self.writer.add_scalar(name, value, figures["vectors"])
 
     def close(self) -> None:

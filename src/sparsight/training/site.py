@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from sparsight.activations import SiteStatistics
-from sparsight.sae import Normaliser, SparseAutoencoder
-from sparsight.sae.kernels import Precision
-from sparsight.sae.objectives import auxk_loss, default_auxk
+from sparsight.sae import BatchTopK, Normaliser, SparseAutoencoder
+from sparsight.sae.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
+from sparsight.sae.kernels.interface import least_positive
+from sparsight.sae.objectives import dense_loss
 from sparsight.training.config import TrainConfig
 
 NEVER = torch.iinfo(torch.int64).max
 
 SUMS = ("squared_error", "squared_spread", "l0", "loss", "aux_loss", "grad_norm")
+THRESHOLD_DECAY = 0.999
+"""Of the average that becomes the threshold of a BatchTopK SAE."""
+
 BAD = ("activations", "loss", "gradient")
 """What can cease to be finite, in the order of cause and effect."""
 
@@ -33,6 +36,7 @@ class SiteTraining:
         sample: some activations, for the scale of the initial encoder.
         metadata: of the SAE.
         device: where to train.
+        kernels: who computes a step; not "auto".
         precision: of the selection.
     """
 
@@ -43,10 +47,10 @@ class SiteTraining:
         sample: Float[Tensor, "batch d_in"],
         metadata: dict[str, Any],
         device: torch.device,
+        kernels: Kernels,
         precision: Precision,
     ) -> None:
         self.config = config
-        self.precision = precision
         normaliser = Normaliser.fit(
             config.sae.normaliser, statistics.mean, statistics.second_moment
         )
@@ -64,10 +68,16 @@ class SiteTraining:
         centre = (statistics.mean - normaliser.mean.double()) / scale
         self.centre: Float[Tensor, " d_in"] = centre.float().to(device)
         self.lr = config.learning_rate(self.sae.n_latents)
-        self.aux_k = (config.auxk.k if config.auxk else None) or default_auxk(self.sae.d_in)
+        self.objective = config.objective(self.sae.d_in)
         self.optimiser = torch.optim.Adam(
             self.sae.parameters(), lr=self.lr, betas=config.betas, eps=config.eps, fused=True
         )
+        for parameter in self.sae.parameters():
+            self.optimiser.state[parameter] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         self.since_fired: Int[Tensor, " n_latents"] = torch.zeros(
             self.sae.n_latents, dtype=torch.int64, device=device
         )
@@ -76,6 +86,20 @@ class SiteTraining:
             self.average = {
                 name: each.detach().clone() for name, each in self.sae.named_parameters()
             }
+        self.threshold = torch.zeros((), dtype=torch.float64, device=device)
+        self.fused: FusedStep | None = None
+        if kernels != "dense":
+            self.fused = fused_step(
+                kernels,
+                dict(self.sae.named_parameters()),
+                {name: self._moments(name) for name, _ in self.sae.named_parameters()},
+                self.since_fired,
+                self.objective,
+                Adam(config.betas, config.eps, config.grad_clip),
+                variance=self.variance,
+                unit_norm=config.sae.unit_norm_decoder,
+                precision=precision,
+            )
         self.first_bad_steps = torch.full((len(BAD),), NEVER, dtype=torch.int64, device=device)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.summed = 0
@@ -94,34 +118,34 @@ class SiteTraining:
             step: number of the step, from 0.
             lr_factor: share of the peak learning rate.
         """
-        sae = self.sae
-        z = sae.normaliser(x)
-        values, indices = sae.encode_normalised(z, self.precision)
-        z_hat = sae.decode_normalised(values, indices)
-        squared_error = functional.mse_loss(z_hat, z, reduction="sum")
-        loss = squared_error / (len(z) * self.variance)
-        auxiliary = None
-        total = loss
-        if self.config.auxk is not None and step * len(z) >= self.config.dead_after:
-            auxiliary = auxk_loss(sae, z, z - z_hat, self.dead, self.aux_k)
-            if auxiliary is not None:
-                total = loss + self.config.auxk.alpha * auxiliary
-        self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
-        grad_norm = self._update(step, lr_factor)
         with torch.no_grad():
-            self._count(values.detach(), indices)
+            z = self.sae.normaliser(x)
+            dead = None
+            if self.config.auxk is not None and step * len(z) >= self.config.dead_after:
+                dead = self.dead.nonzero()[:, 0]
+            lr = self.lr * lr_factor
+            if self.fused is not None:
+                found = self.fused.step(z, lr=lr, number=step + 1, dead=dead)
+                for state in self.optimiser.state.values():
+                    state["step"].fill_(step + 1)
+            else:
+                found = self._dense_step(z, lr, dead)
+            self._average(step)
             spread = (z - self.centre).square().sum()
-            self._watch(step, spread, total, grad_norm)
-            l0 = (values > 0).sum()
-            aux = torch.zeros_like(loss) if auxiliary is None else auxiliary
-            self.sums += torch.stack(
-                [
-                    each.detach().double()
-                    for each in (squared_error, spread, l0, total, aux, grad_norm)
-                ]
-            )
+            self._watch(step, spread, found.loss, found.grad_norm)
+            if isinstance(self.config.sae.sparsity, BatchTopK):
+                self._follow_threshold(found.least)
+            figures = (
+                found.squared_error, spread, found.active, found.loss, found.aux_loss,
+                found.grad_norm,
+            )  # fmt: skip
+            self.sums += torch.stack([each.detach().double() for each in figures])
             self.summed += len(z)
+
+    @property
+    def kernels(self) -> str:
+        """Who computes the steps, for the log."""
+        return "dense-float32" if self.fused is None else self.fused.name
 
     def figures(self, batch_size: int) -> dict[str, float]:
         """Averages since the last call, over the vectors trained on: FVU, L0, dead, losses."""
@@ -147,11 +171,13 @@ class SiteTraining:
 
     def finished(self) -> SparseAutoencoder:
         """The SAE of the run: the average of the weights, if there is one."""
-        if self.average:
-            with torch.no_grad():
+        with torch.no_grad():
+            if self.average:
                 for name, parameter in self.sae.named_parameters():
                     parameter.copy_(self.average[name])
                 self._renormalise()
+            if self.sae.threshold is not None:
+                self.sae.threshold.copy_(self.threshold)
         return self.sae
 
     def state(self) -> dict[str, Tensor]:
@@ -162,6 +188,7 @@ class SiteTraining:
                 found[f"optimiser.{name}.{key}"] = each
         found |= {f"average.{name}": each for name, each in self.average.items()}
         found["since_fired"] = self.since_fired
+        found["threshold"] = self.threshold
         found["sums"] = self.sums
         return {key: each.detach().cpu().contiguous() for key, each in found.items()}
 
@@ -171,39 +198,58 @@ class SiteTraining:
         """Continue from the tensors of the SAE, `state()` and `summed`."""
         self.sae.load_state_dict(sae)
         for name, parameter in self.sae.named_parameters():
-            prefix = f"optimiser.{name}."
-            self.optimiser.state[parameter] = {
-                key[len(prefix) :]: each.to(parameter.device)
-                for key, each in state.items()
-                if key.startswith(prefix)
-            }
+            for key, each in self.optimiser.state[parameter].items():
+                each.copy_(state[f"optimiser.{name}.{key}"])
+        # Absent in checkpoints from before there was BatchTopK.
+        self.threshold.copy_(state.get("threshold", self.threshold))
         for name in self.average:
             self.average[name].copy_(state[f"average.{name}"])
         self.since_fired.copy_(state["since_fired"])
         self.sums.copy_(state["sums"])
         self.summed = summed
 
-    def _update(self, step: int, lr_factor: float) -> Float[Tensor, ""]:
-        """One step of the optimiser; gives the norm of the gradient before it was clipped."""
+    def _moments(self, name: str) -> tuple[Tensor, Tensor]:
+        state = self.optimiser.state[self.sae.get_parameter(name)]
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def _dense_step(
+        self, z: Float[Tensor, "batch d_in"], lr: float, dead: Int[Tensor, " dead"] | None
+    ) -> StepFigures:
+        """A step of plain autograd."""
+        parameters: dict[str, Tensor] = dict(self.sae.named_parameters())
+        with torch.enable_grad():
+            found = dense_loss(parameters, z, self.objective, self.variance, dead)
+            self.optimiser.zero_grad(set_to_none=True)
+            found.loss.backward()
         W_dec = self.sae.W_dec
         if self.config.sae.unit_norm_decoder and W_dec.grad is not None:
-            with torch.no_grad():
-                along = (W_dec.grad * W_dec).sum(dim=1, keepdim=True)
-                W_dec.grad -= along * W_dec
+            along = (W_dec.grad * W_dec).sum(dim=1, keepdim=True)
+            W_dec.grad -= along * W_dec
         largest = self.config.grad_clip if self.config.grad_clip is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), largest)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.lr * lr_factor
+        self.optimiser.param_groups[0]["lr"] = lr
         self.optimiser.step()
-        with torch.no_grad():
-            if self.config.sae.unit_norm_decoder:
-                self._renormalise()
-            if self.config.ema is not None:
-                # Early on the average is over few steps, or else it would keep the first weights.
-                keep = min(self.config.ema, (step + 1) / (step + 10))
-                for name, parameter in self.sae.named_parameters():
-                    self.average[name].lerp_(parameter, 1 - keep)
-        return norm
+        self._renormalise()
+        fired = (found.code > 0).any(dim=0)
+        self.since_fired.add_(len(z))
+        self.since_fired[: len(fired)].masked_fill_(fired, 0)
+        return StepFigures(
+            found.squared_error, found.loss.detach(), found.aux_loss, (found.code > 0).sum(), norm,
+            least_positive(found.code),
+        )  # fmt: skip
+
+    def _average(self, step: int) -> None:
+        if self.config.ema is not None:
+            # Early on the average is over few steps, or else it would keep the first weights.
+            keep = min(self.config.ema, (step + 1) / (step + 10))
+            for name, parameter in self.sae.named_parameters():
+                self.average[name].lerp_(parameter, 1 - keep)
+
+    def _follow_threshold(self, least: Float[Tensor, ""]) -> None:
+        """Average the smallest active value of the batches, of the last thousand most of all."""
+        least = torch.where(torch.isfinite(least), least.double(), self.threshold)
+        rate = torch.where(self.threshold > 0, 1 - THRESHOLD_DECAY, 1.0)
+        self.threshold.lerp_(least, rate)
 
     def _renormalise(self) -> None:
         if self.config.sae.unit_norm_decoder:
@@ -214,11 +260,3 @@ class SiteTraining:
         finite = torch.isfinite(torch.stack([each.detach() for each in figures]))
         now = torch.full_like(self.first_bad_steps, step).masked_fill_(finite, NEVER)
         self.first_bad_steps.copy_(torch.minimum(self.first_bad_steps, now))
-
-    def _count(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> None:
-        self.since_fired += len(values)
-        # A latent that was picked with a value of 0 did not fire: it is sent to a spare place.
-        fired = torch.where(values > 0, indices, self.sae.n_latents).flatten()
-        mask = torch.zeros(self.sae.n_latents + 1, dtype=torch.bool, device=fired.device)
-        mask[fired] = True
-        self.since_fired.masked_fill_(mask[:-1], 0)

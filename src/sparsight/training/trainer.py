@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
 from sparsight.progress import ProgressLine, progress
-from sparsight.sae.kernels import Precision
+from sparsight.sae.kernels import choose
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers
@@ -153,7 +154,7 @@ class Loop:
                 samples[member.site],
                 _metadata(source, member.site, member.config),
                 self.device,
-                _precision(member.config, self.device),
+                *choose(member.config.kernels, member.config.precision, self.device),
             )
             for name, member in self.members.items()
         }
@@ -186,6 +187,9 @@ class Loop:
             self.batches,
             progress(title, total, "vectors", done=self.vectors, quiet=quiet) as line,
         ):
+            if not quiet:
+                used = dict.fromkeys(training.kernels for training in self.trainings.values())
+                print(f"kernels: {', '.join(used)}", file=sys.stderr)
             self._run(line)
 
     def _run(self, line: ProgressLine) -> None:
@@ -246,6 +250,7 @@ class Loop:
                 "dead_window": self.members[name].config.dead_after,
                 "lr": training.lr * self._lr_factor(name, self.step - 1),
                 "vectors_per_second": rate,
+                "kernels": training.kernels,
             }
             for logger in self.loggers[name]:
                 logger.log(entry)
@@ -406,13 +411,6 @@ def _metadata(source: ActivationSource, site: str, config: TrainConfig) -> dict[
         "seed": config.seed,
         "sparsight_version": sparsight.__version__,
     }
-
-
-def _precision(config: TrainConfig, device: torch.device) -> Precision:
-    if config.precision != "auto":
-        return config.precision
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bfloat16" if fast else "float32"
 
 
 def _best_device() -> str:

@@ -1,22 +1,54 @@
-"""The few operations that an SAE is made of, as differentiable functions of tensors.
+"""The few operations that an SAE is made of, in several back ends.
 
-`sparse` touches k rows per vector wherever it can; `dense` is the same in plain autograd, the truth
-that tests compare with. Start with `encode_topk` and `decode_topk`; `using` changes the back end.
+`encode_topk` and `decode_topk` are differentiable functions of tensors: `sparse` touches k rows per
+vector wherever it can, `dense` is plain autograd, the truth that tests compare with; `using`
+changes between them. `fused_step` is what a trainer with its own Adam takes: a whole step without
+autograd, in plain torch, in compiled code, or in Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.errors import UserError
 from sparsight.sae.kernels import dense, sparse
-from sparsight.sae.kernels.interface import Backend, Precision
+from sparsight.sae.kernels.interface import (
+    Adam,
+    Backend,
+    FusedStep,
+    Objective,
+    Precision,
+    StepFigures,
+)
+from sparsight.sae.kernels.native.library import load as load_native
+from sparsight.sae.kernels.native.step import NativeStep
+from sparsight.sae.kernels.torch_step import TorchStep
 
-__all__ = ["BACKENDS", "Backend", "Precision", "decode_topk", "encode_topk", "using"]
+__all__ = [
+    "BACKENDS",
+    "Adam",
+    "Backend",
+    "FusedStep",
+    "Kernels",
+    "Objective",
+    "Precision",
+    "StepFigures",
+    "backend",
+    "choose",
+    "decode_topk",
+    "encode_topk",
+    "fused_step",
+    "using",
+]
+
+Kernels = Literal["auto", "dense", "torch", "native", "triton"]
+"""Who computes a training step; "auto" is the quickest that runs here."""
 
 BACKENDS: dict[str, Backend] = {"sparse": sparse, "dense": dense}
 
@@ -25,7 +57,7 @@ _current: Backend = sparse
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Compute with another back end inside a `with`.
+    """Compute `encode_topk` and `decode_topk` with another back end inside a `with`.
 
     Raises:
         UserError: there is no such back end.
@@ -40,13 +72,82 @@ def using(name: str) -> Iterator[None]:
         _current = before
 
 
+def choose(
+    kernels: Kernels, precision: Precision | Literal["auto"], device: torch.device
+) -> tuple[Kernels, Precision]:
+    """Which back end and which precision of the selection a training run takes.
+
+    Args:
+        kernels: what was asked for.
+        precision: likewise.
+        device: where the parameters are.
+
+    Raises:
+        UserError: what was asked for does not run here.
+    """
+    if kernels == "auto":
+        kernels = _quickest(device)
+        if precision == "int8" and kernels != "native":
+            raise UserError(
+                "precision 'int8' needs the native kernels, which are not built or do not run on "
+                f"{device.type}. Leave precision out."
+            )
+    if kernels == "native" and device.type != "cpu":
+        raise UserError(f"kernels 'native' run on the CPU, not on {device.type}.")
+    if kernels == "native" and load_native() is None:
+        raise UserError(
+            "kernels 'native' are not built: no C compiler was there when Sparsight was installed. "
+            "Install one and run `python -m sparsight.sae.kernels.native.build`, or take 'torch'."
+        )
+    if kernels == "triton":
+        raise UserError("kernels 'triton' are not there yet; take 'torch'.")
+    if precision == "int8" and kernels != "native":
+        raise UserError(f"precision 'int8' is one of the native kernels, not of {kernels!r}.")
+    if precision == "auto":
+        if kernels == "native":
+            precision = "int8"
+        else:
+            precision = "bfloat16" if kernels == "torch" and _fast_bfloat16(device) else "float32"
+    return kernels, precision
+
+
+def _quickest(device: torch.device) -> Kernels:
+    return "native" if device.type == "cpu" and load_native() is not None else "torch"
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and supported is not None and bool(supported())
+
+
+def fused_step(
+    kernels: Kernels,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, tuple[Tensor, Tensor]],
+    since_fired: Int[Tensor, " n_latents"],
+    objective: Objective,
+    adam: Adam,
+    **settings: Any,
+) -> FusedStep:
+    """A fused step of a back end other than "dense"; see `FusedStep` for the arguments."""
+    kind = {"torch": TorchStep, "native": NativeStep}[kernels]
+    return kind(parameters, moments, since_fired, objective, adam, **settings)
+
+
+def backend() -> Backend:
+    """The back end of the differentiable functions at present."""
+    return _current
+
+
 def encode_topk(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "n_latents d_in"],
     b_enc: Float[Tensor, " n_latents"],
     b_dec: Float[Tensor, " d_in"],
     k: int,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k strongest latents of each vector; see `Backend.encode_topk`."""
     return _current.encode_topk(x, W_enc, b_enc, b_dec, k, precision)

@@ -1,19 +1,27 @@
-"""What a back end of the kernels offers."""
+"""What a back end of the kernels offers: functions with gradients, and a fused training step."""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, runtime_checkable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "int8"]
 """Of the product that selects latents; what was selected is scored in the precision of x."""
+
+MATRICES = ("W_enc", "W_dec")
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """Two differentiable functions; a module that has them is a back end."""
+    """Differentiable functions; a module that has them is a back end."""
 
     def encode_topk(
         self,
@@ -22,7 +30,7 @@ class Backend(Protocol):
         b_enc: Float[Tensor, " n_latents"],
         b_dec: Float[Tensor, " d_in"],
         k: int,
-        precision: Precision = "float32",
+        precision: Precision | None = None,
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
         """The k largest of `W_enc (x - b_dec) + b_enc`, at least 0, with gradients to all four.
 
@@ -32,8 +40,8 @@ class Backend(Protocol):
             b_enc: encoder bias.
             b_dec: decoder bias, subtracted first.
             k: how many.
-            precision: of the selection; with "bfloat16" some more than k are chosen and then
-                scored again in the precision of `x`.
+            precision: of the selection; below "float32" some more than k are chosen and then
+                scored again in the precision of `x`. None leaves it to the back end.
 
         Returns:
             Values, and the latents they belong to, in an order that the back end chooses.
@@ -47,3 +55,245 @@ class Backend(Protocol):
         b_dec: Float[Tensor, " d_in"],
     ) -> Float[Tensor, "batch d_in"]:
         """The sum of the chosen decoder rows, weighted by `values`, and the bias."""
+
+    def encode_batch_topk(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W_enc: Float[Tensor, "n_latents d_in"],
+        b_enc: Float[Tensor, " n_latents"],
+        b_dec: Float[Tensor, " d_in"],
+        k: int,
+    ) -> tuple[Float[Tensor, " active"], Int[Tensor, " active"], Int[Tensor, " batch_plus_one"]]:
+        """The k · batch largest of all, at least 0, with gradients.
+
+        Returns:
+            Values and latents, vector after vector, and where each vector's begin.
+        """
+
+    def encode_above(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W_enc: Float[Tensor, "n_latents d_in"],
+        b_enc: Float[Tensor, " n_latents"],
+        b_dec: Float[Tensor, " d_in"],
+        threshold: float,
+    ) -> tuple[Float[Tensor, " active"], Int[Tensor, " active"], Int[Tensor, " batch_plus_one"]]:
+        """All that reach a threshold, with gradients; the rest as `encode_batch_topk`."""
+
+    def decode(
+        self,
+        values: Float[Tensor, " active"],
+        indices: Int[Tensor, " active"],
+        starts: Int[Tensor, " batch_plus_one"],
+        W_dec: Float[Tensor, "n_latents d_in"],
+        b_dec: Float[Tensor, " d_in"],
+    ) -> Float[Tensor, "batch d_in"]:
+        """As `decode_topk`, of a code whose rows differ in length."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises: Σ_s weight_s · ‖z − ẑ_s‖² / (batch · variance) + alpha · auxiliary.
+
+    The reconstructions ẑ_s are nested: each uses a part of the code that the next one contains.
+    """
+
+    k: int
+    """Active latents per vector, of the SAE's own code."""
+
+    per_batch: bool = False
+    """The k · batch largest of the whole batch, instead of k of each vector."""
+
+    larger_k: int | None = None
+    """Of a second code, with the same latents and more (Multi-TopK)."""
+
+    widths: tuple[int, ...] = ()
+    """A reconstruction from the first so many latents each, rising; the last is all of them."""
+
+    weights: tuple[float, ...] = (1.0,)
+    """Of the reconstructions."""
+
+    aux_k: int = 0
+    """Dead latents per vector that model the residual; 0 is none."""
+
+    aux_alpha: float = 0.0
+    """Weight of their loss."""
+
+    @property
+    def n_stages(self) -> int:
+        """Number of reconstructions."""
+        return len(self.weights)
+
+    @property
+    def main_stage(self) -> int:
+        """Which of them is the SAE's own."""
+        return 0 if self.larger_k else self.n_stages - 1
+
+    @property
+    def selected(self) -> int:
+        """Latents per vector that take part."""
+        return self.larger_k or self.k
+
+
+class StepFigures(NamedTuple):
+    """What a step measures, as tensors that stay on the device."""
+
+    squared_error: Float[Tensor, ""]
+    """Σ ‖z − ẑ‖² of the SAE's own reconstruction."""
+
+    loss: Float[Tensor, ""]
+    """All of it."""
+
+    aux_loss: Float[Tensor, ""]
+    """The auxiliary loss, before its weight; 0 without one."""
+
+    active: Int[Tensor, ""]
+    """Entries of the code with a positive value."""
+
+    grad_norm: Float[Tensor, ""]
+    """Norm of the gradient, before it was clipped."""
+
+    least: Float[Tensor, ""]
+    """The smallest positive value in the code; infinity where all are 0."""
+
+
+def least_positive(values: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """The smallest positive one; infinity if there is none."""
+    return torch.where(values > 0, values, math.inf).amin()
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Settings of the optimiser (Kingma & Ba 2015), without weight decay."""
+
+    betas: tuple[float, float]
+    eps: float
+    max_norm: float | None
+    """The gradient is scaled down to this norm; None leaves it."""
+
+
+class FusedStep(ABC):
+    """A training step without autograd: select, differentiate by hand, update latent by latent.
+
+    The gradient of a weight matrix is never held as a whole. Parameters, moments and
+    `since_fired` are changed in place. Same numbers as autograd and `torch.optim.Adam`.
+
+    Args:
+        parameters: `W_enc`, `b_enc`, `W_dec`, `b_dec`.
+        moments: for each its first and second moment.
+        since_fired: vectors since a latent was last active.
+        objective: what is minimised.
+        adam: the optimiser.
+        variance: of the activations: Σ over dimensions; the unit of the loss.
+        unit_norm: keep decoder rows at norm 1, and take the gradient's part along them out.
+        precision: of the selection.
+    """
+
+    name: str
+    """Of the back end."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        moments: Mapping[str, tuple[Tensor, Tensor]],
+        since_fired: Int[Tensor, " n_latents"],
+        objective: Objective,
+        adam: Adam,
+        *,
+        variance: float,
+        unit_norm: bool,
+        precision: Precision,
+    ) -> None:
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
+            parameters[name].detach() for name in PARAMETERS
+        )
+        self.n_latents, self.d_in = self.W_enc.shape
+        self.moments = moments
+        self.since_fired = since_fired
+        self.objective = objective
+        self.adam = adam
+        self.variance = variance
+        self.unit_norm = unit_norm
+        self.precision: Precision = precision
+        self._versions: tuple[int, ...] = ()
+
+    @torch.no_grad()
+    def step(
+        self,
+        z: Float[Tensor, "batch d_in"],
+        *,
+        lr: float,
+        number: int,
+        dead: Int[Tensor, " dead"] | None = None,
+    ) -> StepFigures:
+        """Train on one batch.
+
+        Args:
+            z: normalised activations.
+            lr: learning rate.
+            number: of the step, from 1, for Adam's bias correction.
+            dead: latents that the auxiliary loss may use.
+        """
+        if self._versions != self._versions_now():
+            self._copy_encoder()  # somebody else changed it
+        figures = self._step(z, lr, number, dead)
+        self._versions = self._versions_now()
+        return figures
+
+    @abstractmethod
+    def _step(
+        self,
+        z: Float[Tensor, "batch d_in"],
+        lr: float,
+        number: int,
+        dead: Int[Tensor, " dead"] | None,
+    ) -> StepFigures:
+        """The back end's own part of `step`."""
+
+    @abstractmethod
+    def _copy_encoder(self) -> None:
+        """Make the copy of the encoder in low precision anew; a step keeps it up to date."""
+
+    def _versions_now(self) -> tuple[int, ...]:
+        return (self.W_enc._version, self.b_enc._version)
+
+    def own_values(self, values: Float[Tensor, " entries"], n: int) -> Float[Tensor, " own"]:
+        """The values of the SAE's own code, without those that a larger k adds."""
+        if self.objective.larger_k:
+            return values.view(n, -1)[:, : self.objective.k].flatten()
+        return values
+
+    def stage_weights(self, n_vectors: int) -> list[float]:
+        """Factors of x̂ − x in the gradient of the loss, stage by stage."""
+        return [2 * each / (n_vectors * self.variance) for each in self.objective.weights]
+
+    def stage_ends(
+        self, starts: Int[Tensor, " batch_plus_one"], latents: Int[Tensor, " entries"]
+    ) -> Int[Tensor, "batch stages"]:
+        """Where each stage of each vector's entries ends.
+
+        Args:
+            starts: where a vector's entries begin.
+            latents: of the entries: rising in each vector, or the k strongest first.
+        """
+        objective = self.objective
+        if objective.larger_k:
+            return torch.stack([starts[:-1] + objective.k, starts[1:]], dim=1)
+        if not objective.widths:
+            return starts[1:, None].contiguous()
+        rows = torch.arange(len(starts) - 1, device=starts.device)
+        of_entries = torch.repeat_interleave(rows, starts.diff(), output_size=len(latents))
+        keys = of_entries * self.n_latents + latents
+        limits = torch.tensor(objective.widths, device=starts.device)
+        return torch.searchsorted(keys, rows[:, None] * self.n_latents + limits)
+
+    def residual(
+        self, errors: Float[Tensor, "stages batch d_in"], weights: list[float]
+    ) -> Float[Tensor, "batch d_in"]:
+        """z − ẑ of the SAE's own reconstruction, from weighted errors with those of later stages
+        added."""
+        stage = self.objective.main_stage
+        own = errors[stage]
+        if stage + 1 < len(weights):
+            own = own - errors[stage + 1]
+        return own / -weights[stage]

@@ -1,0 +1,70 @@
+"""Selection for a whole call, by the quickest means at hand: compiled where it pays, else torch."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsight.sae.kernels import selection
+from sparsight.sae.kernels.interface import Precision
+from sparsight.sae.kernels.native import library
+
+FEWEST = 256
+"""Vectors of a call from which on copying the encoder into low precision pays."""
+
+
+def strongest_latents(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    precision: Precision | None = None,
+) -> Int[Tensor, "batch k"]:
+    """The latents of the k largest scores `W x + b` of each vector, in rising order.
+
+    Args:
+        x: vectors, the decoder's bias subtracted.
+        W: encoder rows.
+        b: encoder bias.
+        k: how many.
+        precision: of the selection; None is the quickest that gives the same latents.
+    """
+    if precision in (None, "int8") and _native_pays(x):
+        W, b = W.to(x.dtype).contiguous(), b.to(x.dtype).contiguous()
+        out = (x.new_empty(len(x), k), library.int32(len(x), k))
+        library.Dictionary(W, b, "int8").topk(x.contiguous(), W, b, k, out=out)
+        return out[1].long()
+    return selection.select_topk(x, W, b, k, precision or "float32")[1]
+
+
+def latents_above(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    threshold: float,
+) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
+    """All scores that reach a threshold, their latents, and how many each vector has."""
+    if _native_pays(x):
+        W, b = W.to(x.dtype).contiguous(), b.to(x.dtype).contiguous()
+        return library.Dictionary(W, b, "int8").above(x.contiguous(), W, b, threshold)
+    return selection.exact_above(x, W, b, threshold)
+
+
+def batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
+    """The k · batch largest scores of all, their latents, and how many each vector has."""
+    return selection.batch_topk(x, W, b, k, lambda x, k: selection.select_topk(x, W, b, k))
+
+
+def _native_pays(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and len(x) >= FEWEST
+        and library.load() is not None
+    )

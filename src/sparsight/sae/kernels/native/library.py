@@ -1,0 +1,349 @@
+"""The compiled kernels as functions of tensors; `load` says whether they run here."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int64, c_void_p
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsight.errors import SparsightError
+from sparsight.sae.kernels.native import build
+from sparsight.sae.kernels.selection import exact_above, exact_topk
+
+TILE_LATENTS = 64
+CHUNKS = 64
+"""Parts of the update whose sums are added in order, so that threads do not change the bits."""
+
+ROWS_OF_A_TASK = 16
+"""Vectors that `reconstruct` takes at a time, as in the source."""
+
+_KINDS = {"int8": 0, "bfloat16": 1}
+_SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
+
+
+class _Dictionary(Structure):
+    _fields_ = (
+        ("kind", c_int64),
+        ("n_latents", c_int64),
+        ("d_in", c_int64),
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("offset", c_void_p),
+        ("bias", c_void_p),
+        ("slack1", c_void_p),
+        ("slack2", c_void_p),
+    )
+
+
+class _Reconstruction(Structure):
+    _fields_ = (
+        ("target", c_void_p),
+        ("W_dec", c_void_p),
+        ("starts", c_void_p),
+        ("ends", c_void_p),
+        ("latents", c_void_p),
+        ("values", c_void_p),
+        ("grads", c_void_p),
+        ("error_rows", c_void_p),
+        ("errors", c_void_p),
+        ("weights", c_void_p),
+        ("losses", c_void_p),
+        ("target_norms", c_void_p),
+        ("error_norms", c_void_p),
+        ("error_sums", c_void_p),
+        ("n_vectors", c_int64),
+        ("n_stages", c_int64),
+        ("d", c_int64),
+        ("first_row", c_int64),
+    )
+
+
+class _Update(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("starts", "vectors", "errors_of", "values", "grads")),
+        *((name, c_void_p) for name in ("x", "errors")),
+        *((name, c_void_p) for name in ("W_enc", "W_enc_m", "W_enc_v")),
+        *((name, c_void_p) for name in ("b_enc", "b_enc_m", "b_enc_v")),
+        *((name, c_void_p) for name in ("W_dec", "W_dec_m", "W_dec_v")),
+        *((name, c_double) for name in ("step_size", "beta1", "beta2", "root_correction2")),
+        *((name, c_double) for name in ("eps", "clip")),
+        *((name, c_void_p) for name in ("since_fired", "partial_b_dec", "partial_square")),
+        ("dictionary", POINTER(_Dictionary)),
+        *((name, c_int64) for name in ("n", "d", "chunk", "n_main_errors", "n_vectors")),
+        *((name, c_int64) for name in ("unit_norm", "apply")),
+    )
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[ctypes.CDLL, str] | None:
+    """The quickest compiled variant that this processor runs, and its name; None without one."""
+    for variant in build.VARIANTS:
+        path = build.library(variant)
+        if not path.exists():
+            continue
+        try:
+            found = ctypes.CDLL(str(path))
+        except OSError:  # of another system
+            continue
+        if found.sparsight_runs_here():
+            return found, variant
+    return None
+
+
+def _function(name: str, dtype: torch.dtype) -> Any:
+    loaded = load()
+    if loaded is None:
+        raise SparsightError("The native kernels are not built, or do not run on this processor.")
+    return getattr(loaded[0], f"sparsight_{name}_{_SUFFIXES[dtype]}")
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+def _real(dtype: torch.dtype, value: float) -> c_float | c_double:
+    return c_float(value) if dtype == torch.float32 else c_double(value)
+
+
+class Dictionary:
+    """An encoder in low precision, from which latents are selected.
+
+    Args:
+        W: encoder rows, float32 or float64.
+        b: encoder bias.
+        precision: of the copy.
+        latents: which rows; all if None.
+    """
+
+    def __init__(
+        self,
+        W: Float[Tensor, "n_all d_in"],
+        b: Float[Tensor, " n_all"],
+        precision: Literal["int8", "bfloat16"],
+        latents: Int[Tensor, " n"] | None = None,
+    ) -> None:
+        self.latents = None if latents is None else latents.to(torch.int32).contiguous()
+        n, d = len(W) if latents is None else len(latents), W.shape[1]
+        padded = -(-n // TILE_LATENTS) * TILE_LATENTS
+        groups = -(-d // 4) if precision == "int8" else -(-d // 2)
+        self.tensors = (
+            torch.empty(padded * groups * 4, dtype=torch.uint8),
+            torch.empty(padded),
+            torch.empty(padded, dtype=torch.int32),
+            *(torch.empty(padded) for _ in range(3)),
+        )
+        self.struct = _Dictionary(_KINDS[precision], n, d, *(_at(each) for each in self.tensors))
+        self.refresh(W, b)
+
+    @property
+    def norms(self) -> Float[Tensor, " n"]:
+        """Norms of the encoder rows; of an int8 copy only."""
+        return self.tensors[4][: self.struct.n_latents]
+
+    def refresh(self, W: Float[Tensor, "n_all d_in"], b: Float[Tensor, " n_all"]) -> None:
+        """Copy the encoder anew."""
+        _function("pack", W.dtype)(
+            byref(self.struct), c_void_p(_at(W)), c_void_p(_at(b)), c_void_p(_at(self.latents)),
+            c_int(torch.get_num_threads()),
+        )  # fmt: skip
+
+    def select(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W: Float[Tensor, "n_all d_in"],
+        b: Float[Tensor, " n_all"],
+        *,
+        k: int = 0,
+        k_inner: int = 0,
+        threshold: float = 0.0,
+        out: tuple[Float[Tensor, "batch room"], Int[Tensor, "batch room"]],
+    ) -> Int[Tensor, " batch"]:
+        """The k largest of `W x + b` for each vector, or all from `threshold` on where k is 0.
+
+        Scores are exact; latents come in rising order, with `k_inner` the largest `k_inner` first.
+
+        Args:
+            x: vectors, the decoder's bias subtracted.
+            W: encoder rows, as they were copied.
+            b: encoder bias.
+            k: how many.
+            k_inner: how many of them come first.
+            threshold: the least score that is wanted, where k is 0.
+            out: scores and latents (int32) of each vector.
+
+        Returns:
+            How many were found; -1 where rounding left too many in question, more were found than
+            `out` has room for, or a score is not finite.
+        """
+        values, latents = out
+        counts = torch.empty(len(x), dtype=torch.int32)
+        _function("select", x.dtype)(
+            byref(self.struct), c_void_p(_at(x)), c_int64(len(x)), c_void_p(_at(W)),
+            c_void_p(_at(b)), c_void_p(_at(self.latents)), c_int64(k), c_int64(k_inner),
+            _real(x.dtype, threshold), c_int64(values.shape[1]), c_void_p(_at(values)),
+            c_void_p(_at(latents)), c_void_p(_at(counts)), c_int(torch.get_num_threads()),
+        )  # fmt: skip
+        return counts
+
+    def topk(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W: Float[Tensor, "n_all d_in"],
+        b: Float[Tensor, " n_all"],
+        k: int,
+        *,
+        k_inner: int = 0,
+        out: tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]],
+    ) -> None:
+        """As `select`, with vectors that it gives up scored in full."""
+        values, latents = out
+        counts = self.select(x, W, b, k=k, k_inner=k_inner, out=out)
+        failed = (counts < 0).nonzero()[:, 0]
+        if len(failed):
+            values[failed], found = exact_topk(x[failed], W, b, k, self.latents)
+            latents[failed] = found.to(torch.int32)
+
+    def above(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W: Float[Tensor, "n_all d_in"],
+        b: Float[Tensor, " n_all"],
+        threshold: float,
+        room: int = 512,
+    ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
+        """All scores from a threshold on, their latents, and how many each vector has.
+
+        Args:
+            x: vectors, the decoder's bias subtracted.
+            W: encoder rows, as they were copied.
+            b: encoder bias.
+            threshold: the least score that is wanted.
+            room: scores of a vector beyond which it is scored in full.
+        """
+        room = min(room, len(W))
+        values, latents = x.new_empty(len(x), room), int32(len(x), room)
+        counts = self.select(x, W, b, threshold=threshold, out=(values, latents)).long()
+        failed = (counts < 0).nonzero()[:, 0]
+        counts[failed] = 0
+        taken = torch.arange(room) < counts[:, None]
+        found, of = values[taken], latents[taken].long()
+        if len(failed):
+            extra = exact_above(x[failed], W, b, threshold)
+            return _merge(found, of, counts, failed, extra)
+        return found, of, counts
+
+
+def reconstruct(
+    target: Float[Tensor, "batch d_in"],
+    W_dec: Float[Tensor, "n_latents d_in"],
+    starts: Int[Tensor, " batch_plus_one"],
+    ends: Int[Tensor, "batch stages"],
+    latents: Int[Tensor, " entries"],
+    values: Float[Tensor, " entries"],
+    weights: list[float],
+    *,
+    grads: Float[Tensor, " entries"],
+    error_rows: Int[Tensor, " entries"],
+    errors: Float[Tensor, "rows d_in"],
+    target_norms: Float[Tensor, " batch"],
+    error_norms: Float[Tensor, " rows"],
+    error_sums: Float[Tensor, "tasks d_in"] | None = None,
+    first_row: int = 0,
+) -> Float[Tensor, "batch stages"]:
+    """Decode in stages, and give the gradients of Σ weight / 2 · ‖x̂ − target‖².
+
+    Args:
+        target: what is reconstructed.
+        W_dec: decoder rows.
+        starts: where a vector's entries begin.
+        ends: where each of its stages ends; a stage uses all entries up to its end.
+        latents: of the entries, int32.
+        values: in: pre-activations; out: activations.
+        weights: of the stages.
+        grads: out: gradients of the pre-activations.
+        error_rows: out: for each entry the row of `errors` that its decoder row's gradient needs.
+        errors: out: weighted errors, those of later stages added.
+        target_norms: out: norms of the targets, float64.
+        error_norms: out: norms of the rows of `errors`, float64.
+        error_sums: out: sums of the first stage's errors over `ROWS_OF_A_TASK` vectors each.
+        first_row: where they begin in `errors`.
+
+    Returns:
+        Squared errors, float64.
+    """
+    losses = torch.empty(ends.shape, dtype=torch.float64)
+    scaled = torch.tensor(weights, dtype=torch.float64)
+    struct = _Reconstruction(
+        *map(_at, (target, W_dec, starts, ends, latents, values, grads, error_rows, errors)),
+        *map(_at, (scaled, losses, target_norms, error_norms, error_sums)),
+        len(target), len(weights), target.shape[1], first_row,
+    )  # fmt: skip
+    _function("reconstruct", target.dtype)(byref(struct), c_int(torch.get_num_threads()))
+    return losses
+
+
+def by_latent(
+    latents: Int[Tensor, " entries"],
+    n_latents: int,
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    starts: Int[Tensor, " n_plus_one"],
+    vector_norms: Float[Tensor, " batch"],
+    error_norms: Float[Tensor, " rows"],
+) -> tuple[float, float]:
+    """Order vectors, error rows (int32), values and gradients of entries by their latents.
+
+    Returns:
+        What the squared norm of the gradients of all latents cannot exceed, and the sum of the
+        sizes of the code's gradients.
+    """
+    function = _function("by_latent", inputs[2].dtype)
+    function.restype = c_double
+    gradient_sum = c_double()
+    square = function(
+        c_void_p(_at(latents)), c_int64(len(latents)), c_int64(n_latents), c_void_p(_at(starts)),
+        *(c_void_p(_at(each)) for each in (*inputs, *outputs, vector_norms, error_norms)),
+        byref(gradient_sum),
+    )  # fmt: skip
+    return float(square), gradient_sum.value
+
+
+def update(
+    dtype: torch.dtype,
+    tensors: dict[str, Tensor],
+    numbers: dict[str, float],
+    dictionary: Dictionary | None,
+) -> None:
+    """One step of Adam for all latents; see `Update` in kernels.c for the names."""
+    fields = {name: _at(each) for name, each in tensors.items()} | numbers
+    if dictionary is not None:
+        fields["dictionary"] = ctypes.pointer(dictionary.struct)  # type: ignore[assignment]
+    struct = _Update(**fields)
+    _function("update", dtype)(byref(struct), c_int(torch.get_num_threads()))
+
+
+def int32(*shape: int) -> Tensor:
+    """An empty tensor of the type that the kernels count latents and rows in."""
+    return torch.empty(*shape, dtype=torch.int32)
+
+
+def _merge(
+    found: Tensor, of: Tensor, counts: Tensor, rows: Tensor, extra: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the entries of some rows, which have none yet, between those of the others."""
+    values, latents, extra_counts = extra
+    all_rows = torch.arange(len(counts))
+    order = torch.cat(
+        [torch.repeat_interleave(all_rows, counts), torch.repeat_interleave(rows, extra_counts)]
+    ).argsort(stable=True)
+    counts = counts.index_put((rows,), extra_counts)
+    merged = torch.cat([of, latents])[order]
+    return torch.cat([found, values])[order], merged, counts

@@ -1,0 +1,253 @@
+"""The training step in compiled code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
+from sparsight.sae.kernels.native import library
+from sparsight.sae.kernels.selection import exact_above, select_topk
+
+
+class NativeStep(FusedStep):
+    """See `FusedStep`; float32 or float64, on the CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dtype = self.W_enc.dtype
+        self.chunk = -(-self.n_latents // library.CHUNKS)
+        n_chunks = -(-self.n_latents // self.chunk)
+        self.partial_b_dec = torch.empty(n_chunks, self.d_in, dtype=self.dtype)
+        self.partial_square = torch.empty(n_chunks, dtype=torch.float64)
+        self.starts_by_latent = library.int32(self.n_latents + 1)
+        self.b_dec_square = torch.zeros(())
+        self.dictionary: library.Dictionary | None = None
+        self.buffers: dict[str, Tensor] = {}
+        loaded = library.load()
+        self.name = f"native-{self.precision}" + (f" ({loaded[1]})" if loaded else "")
+
+    def _copy_encoder(self) -> None:
+        if self.precision != "float32":
+            self.dictionary = library.Dictionary(self.W_enc, self.b_enc, self.precision)
+
+    def _step(
+        self,
+        z: Float[Tensor, "batch d_in"],
+        lr: float,
+        number: int,
+        dead: Int[Tensor, " dead"] | None,
+    ) -> StepFigures:
+        n, objective = len(z), self.objective
+        x = torch.sub(z, self.b_dec, out=self._buffer("x", n, self.d_in))
+        n_main = n * objective.selected
+        with_aux = dead is not None and len(dead) > 0
+        aux_k = min(objective.aux_k, len(dead)) if dead is not None else 0
+        room = n_main + (n * aux_k if with_aux else 0)
+        latents = self._buffer("latents", room, dtype=torch.int32)
+        values, grads = self._buffer("values", room), self._buffer("grads", room)
+        error_rows = self._buffer("error_rows", room, dtype=torch.int32)
+        vectors = self._buffer("vectors", room, dtype=torch.int32)
+        errors = self._buffer("errors", (objective.n_stages + with_aux) * n, self.d_in)
+
+        if objective.per_batch:
+            starts = self._select_of_batch(x, values, latents)
+        else:
+            of_vector = (n, objective.selected)
+            self._select(
+                x, objective.selected, objective.k if objective.larger_k else 0,
+                (values[:n_main].view(of_vector), latents[:n_main].view(of_vector)),
+            )  # fmt: skip
+            starts = torch.arange(0, n_main + 1, objective.selected)
+        used = int(starts[-1])
+        ends = self.stage_ends(starts, latents[:used])
+        rows = torch.arange(n, dtype=torch.int32)
+        vectors[:used] = torch.repeat_interleave(rows, starts.diff(), output_size=used)
+        weights = self.stage_weights(n)
+        squared = library.reconstruct(
+            x, self.W_dec, starts, ends, latents, values, weights,
+            grads=grads, error_rows=error_rows, errors=errors,
+            target_norms=self._buffer("x_norms", n, dtype=torch.float64),
+            error_norms=self._buffer("error_norms", len(errors), dtype=torch.float64),
+            error_sums=self._buffer("error_sums", -(-n // library.ROWS_OF_A_TASK), self.d_in),
+        )  # fmt: skip
+        sums = squared.sum(dim=0)
+        loss = (sums * torch.tensor(objective.weights, dtype=torch.float64)).sum()
+        loss = loss / (n * self.variance)
+        own = self.own_values(values[:used], n)
+        active, least = (own > 0).sum(), least_positive(own)
+        aux_loss = torch.zeros((), dtype=torch.float64)
+        if with_aux:
+            main = errors[: objective.n_stages * n].view(objective.n_stages, n, self.d_in)
+            target = self.residual(main, weights)
+            spread = (target - target.mean(dim=0)).square().sum(dtype=torch.float64).item()
+            if spread > 0:
+                aux_loss = self._auxiliary(x, target, cast(Tensor, dead), aux_k, spread, used)
+                vectors[used : used + n * aux_k] = rows.repeat_interleave(aux_k)
+                used += n * aux_k
+        loss = loss + objective.aux_alpha * aux_loss
+        norm = self._update(x, errors, vectors, used, lr, number)
+        return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
+
+    def _select(
+        self, x: Float[Tensor, "batch d_in"], k: int, k_inner: int, out: tuple[Tensor, Tensor]
+    ) -> None:
+        if self.dictionary is not None:
+            self.dictionary.topk(x, self.W_enc, self.b_enc, k, k_inner=k_inner, out=out)
+            return
+        values, latents = out
+        values[:], latents[:] = select_topk(x, self.W_enc, self.b_enc, k, "float32")
+        if k_inner:
+            order = values.argsort(dim=1, descending=True)
+            values[:], latents[:] = values.gather(1, order), latents.gather(1, order)
+
+    def _select_of_batch(
+        self, x: Float[Tensor, "batch d_in"], values: Tensor, latents: Tensor
+    ) -> Int[Tensor, " batch_plus_one"]:
+        """The k · batch largest of all; fills the entries and gives where each vector's begin."""
+        n, wanted = len(x), len(x) * self.objective.k
+        found, of, counts = self._from_threshold(x, wanted)
+        keep = torch.zeros_like(found, dtype=torch.bool)
+        keep[found.topk(wanted, sorted=False).indices] = True
+        values[:wanted], latents[:wanted] = found[keep], of[keep]
+        rows = torch.repeat_interleave(torch.arange(n), counts, output_size=len(found))[keep]
+        starts = torch.zeros(n + 1, dtype=torch.int64)
+        torch.cumsum(torch.bincount(rows, minlength=n), dim=0, out=starts[1:])
+        return starts
+
+    def _from_threshold(
+        self, x: Float[Tensor, "batch d_in"], wanted: int
+    ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
+        """At least the `wanted` largest scores, by a threshold that some vectors suggest."""
+        n = len(x)
+        some = x[:: max(1, n // 128)].contiguous()
+        k = min(self.n_latents, 4 * self.objective.k)
+        sample = (some.new_empty(len(some), k), library.int32(len(some), k))
+        self._select(some, k, 0, sample)
+        ordered = sample[0].flatten().sort(descending=True).values
+        excess = 1.2
+        while True:
+            rank = math.ceil(excess * wanted * len(some) / n)
+            threshold = ordered[rank - 1].item() if rank <= len(ordered) else -math.inf
+            found, of, counts = self._all_from(x, threshold)
+            if len(found) >= wanted or threshold == -math.inf:
+                return found, of, counts
+            excess *= 1.5
+
+    def _all_from(
+        self, x: Float[Tensor, "batch d_in"], threshold: float
+    ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
+        if self.dictionary is None or threshold == -math.inf:
+            return exact_above(x, self.W_enc, self.b_enc, threshold)
+        room = 8 * self.objective.k
+        return self.dictionary.above(x, self.W_enc, self.b_enc, threshold, room)
+
+    def _auxiliary(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_in"],
+        dead: Int[Tensor, " dead"],
+        k: int,
+        spread: float,
+        used: int,
+    ) -> Float[Tensor, ""]:
+        """Add the entries of the dead latents behind the others."""
+        n, stages = len(x), self.objective.n_stages
+        entries = slice(used, used + n * k)
+        values, latents = self.buffers["values"][entries], self.buffers["latents"][entries]
+        precision = "int8" if self.precision == "float32" else self.precision
+        dictionary = library.Dictionary(self.W_enc, self.b_enc, precision, dead)
+        dictionary.topk(x, self.W_enc, self.b_enc, k, out=(values.view(n, k), latents.view(n, k)))
+        starts = torch.arange(0, n * k + 1, k)
+        squared = library.reconstruct(
+            target, self.W_dec, starts, starts[1:, None].contiguous(), latents, values,
+            [2 * self.objective.aux_alpha / spread], grads=self.buffers["grads"][entries],
+            error_rows=self.buffers["error_rows"][entries], errors=self.buffers["errors"],
+            target_norms=torch.empty(n, dtype=torch.float64),
+            error_norms=self.buffers["error_norms"], first_row=stages * n,
+        )  # fmt: skip
+        return squared.sum() / spread
+
+    def _update(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        errors: Float[Tensor, "rows d_in"],
+        vectors: Int[Tensor, " room"],
+        used: int,
+        lr: float,
+        number: int,
+    ) -> Float[Tensor, ""]:
+        n, adam = len(x), self.adam
+        inputs = (
+            vectors,
+            self.buffers["error_rows"],
+            self.buffers["values"],
+            self.buffers["grads"],
+        )
+        ordered = tuple(
+            self._buffer(f"ordered_{i}", len(vectors), dtype=each.dtype)
+            for i, each in enumerate(inputs)
+        )
+        bound, grad_sum = library.by_latent(
+            self.buffers["latents"][:used], self.n_latents, inputs, ordered,
+            self.starts_by_latent, self.buffers["x_norms"], self.buffers["error_norms"],
+        )  # fmt: skip
+        of_vectors, of_errors, values, grads = ordered
+        tensors = {
+            "starts": self.starts_by_latent, "vectors": of_vectors, "errors_of": of_errors,
+            "values": values, "grads": grads, "x": x, "errors": errors,
+            "since_fired": self.since_fired, "partial_b_dec": self.partial_b_dec,
+            "partial_square": self.partial_square, "b_enc": self.b_enc,
+        }  # fmt: skip
+        for name in (*MATRICES, "b_enc"):
+            tensors[name] = getattr(self, name)
+            tensors[f"{name}_m"], tensors[f"{name}_v"] = self.moments[name]
+        numbers = {
+            "step_size": lr / (1 - adam.betas[0] ** number), "beta1": adam.betas[0],
+            "beta2": adam.betas[1], "root_correction2": math.sqrt(1 - adam.betas[1] ** number),
+            "eps": adam.eps, "clip": 1.0, "n": self.n_latents, "d": self.d_in,
+            "chunk": self.chunk, "n_main_errors": (self.objective.main_stage + 1) * n,
+            "n_vectors": n, "unit_norm": int(self.unit_norm), "apply": 1,
+        }  # fmt: skip
+        of_main = self.buffers["error_sums"].sum(dim=0)
+        # The norm is known when the update is done. Where it cannot reach the limit, which is so
+        # in all steps but the first few, that is no matter; elsewhere a pass finds it out first.
+        at_b_dec = float(of_main.norm()) + grad_sum * self._largest_encoder_norm()
+        if adam.max_norm is not None and bound + at_b_dec**2 > adam.max_norm**2:
+            library.update(self.dtype, tensors, numbers | {"apply": 0}, None)
+            numbers["clip"] = min(1.0, adam.max_norm / (self._norm(of_main)[0].item() + 1e-6))
+        library.update(self.dtype, tensors, numbers, self.dictionary)
+        norm, of_b_dec = self._norm(of_main)
+        of_b_dec *= numbers["clip"]
+        mean, square = self.moments["b_dec"]
+        mean.lerp_(of_b_dec, 1 - adam.betas[0])
+        square.mul_(adam.betas[1]).addcmul_(of_b_dec, of_b_dec, value=1 - adam.betas[1])
+        divisor = square.sqrt().div_(numbers["root_correction2"]).add_(adam.eps)
+        self.b_dec.addcdiv_(mean, divisor, value=-numbers["step_size"])
+        for each in (self.W_enc, self.b_enc, self.W_dec):
+            increment_version(each)  # so that autograd notices what it did not see
+        return norm
+
+    def _norm(self, of_main: Float[Tensor, " d_in"]) -> tuple[Tensor, Tensor]:
+        """Norm of the gradient, and its part at b_dec, from the sums that an update leaves."""
+        of_b_dec = of_main - self.partial_b_dec.sum(dim=0)
+        square = self.partial_square.sum() + of_b_dec.double().square().sum()
+        return square.sqrt(), of_b_dec
+
+    def _largest_encoder_norm(self) -> float:
+        if self.dictionary is not None and self.precision == "int8":
+            return float(self.dictionary.norms.max())
+        return float(torch.linalg.matrix_norm(self.W_enc))
+
+    def _buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor that is kept from step to step while its shape stays."""
+        kept = self.buffers.get(name)
+        if kept is None or kept.shape != shape:
+            kept = torch.empty(*shape, dtype=dtype or self.dtype)
+            self.buffers[name] = kept
+        return kept

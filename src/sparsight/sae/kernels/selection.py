@@ -1,0 +1,219 @@
+"""Which latents are strongest, without gradients, in plain torch and in tiles of vectors.
+
+In low precision some more than k are chosen and scored again exactly. Tiles bound the memory: never
+all pre-activations of a large batch at once.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from sparsight.sae.kernels.interface import Precision
+
+# Torch says once a process that its sparse tensors are "in beta state"; what is used is tested.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], (0, 1), check_invariants=False)
+
+TILE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Entries of the widest temporary: pre-activations of a tile, or gathered rows."""
+
+GROUP = 16
+"""Latents of which the strongest stands for all in the first round."""
+
+
+def tile_rows(x: Tensor, width: int) -> int:
+    """Vectors of a tile in which each has `width` entries."""
+    return max(1, TILE_ELEMENTS.get(x.device.type, 1 << 25) // width)
+
+
+def select_topk(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    precision: Precision = "float32",
+    low: tuple[Tensor, Tensor] | None = None,
+    buffer: Tensor | None = None,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """The k largest of `W x + b` for each vector, scored in the precision of x.
+
+    Args:
+        x: vectors, the decoder's bias subtracted.
+        W: encoder rows.
+        b: encoder bias.
+        k: how many.
+        precision: of the selection; "int8" counts as "bfloat16".
+        low: copies of W and b in bfloat16, if there are any.
+        buffer: room for the pre-activations of a tile.
+
+    Returns:
+        Scores, and latents in rising order.
+    """
+    if precision == "float32" or x.dtype != torch.float32:
+        return _select_exactly(x, W, b, k, buffer)
+    weights, bias = low or (W.bfloat16(), b.bfloat16())
+    n_latents = len(W)
+    # Rounding to bfloat16 moves a score by few ranks: half as many again hold the true k.
+    candidates = min(n_latents, k + max(k // 2, 8))
+    values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
+    latents = latents.to(x.device)
+    rows = tile_rows(x, n_latents)
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        tile = x[part]
+        scores = torch.addmm(
+            bias, tile.to(weights.dtype), weights.T, out=_room(buffer, tile, n_latents, weights)
+        )
+        chosen = strongest(scores, candidates)
+        exact = chosen_products(tile, W, chosen) + b[chosen]
+        kept = exact.topk(k, dim=1, sorted=False).indices
+        latents[part], order = chosen.gather(1, kept).sort(dim=1)
+        values[part] = exact.gather(1, kept).gather(1, order)
+    return values, latents
+
+
+def _select_exactly(
+    x: Tensor, W: Tensor, b: Tensor, k: int, buffer: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    values = x.new_empty(len(x), k)
+    latents = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    rows = tile_rows(x, len(W))
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        scores = torch.addmm(b, x[part], W.T, out=_room(buffer, x[part], len(W), W))
+        chosen = strongest(scores, k)
+        latents[part] = chosen.sort(dim=1).values
+        values[part] = scores.gather(1, latents[part])
+    return values, latents
+
+
+def _room(buffer: Tensor | None, tile: Tensor, width: int, like: Tensor) -> Tensor | None:
+    if buffer is None or buffer.dtype != like.dtype or buffer.numel() < len(tile) * width:
+        return None
+    return buffer[: len(tile) * width].view(len(tile), width)
+
+
+def exact_topk(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    among: Int[Tensor, " n"] | None = None,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """The k largest scores, strongest first, among some latents or all."""
+    if among is not None:
+        W, b = W[among], b[among]
+    values, latents = _select_exactly(x, W, b, k, None)
+    values, order = values.sort(dim=1, descending=True)
+    latents = latents.gather(1, order)
+    return values, latents if among is None else among.long()[latents]
+
+
+def exact_above(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    threshold: float,
+) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
+    """All scores that reach a threshold, their latents, and how many each vector has."""
+    values, latents, counts = [], [], []
+    rows = tile_rows(x, len(W))
+    for first in range(0, len(x), rows):
+        scores = torch.addmm(b, x[first : first + rows], W.T)
+        reached = scores >= threshold
+        values.append(scores[reached])
+        latents.append(reached.nonzero()[:, 1])
+        counts.append(reached.sum(dim=1))
+    return torch.cat(values), torch.cat(latents), torch.cat(counts)
+
+
+def batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
+    """The k · batch largest scores of all, their latents, and how many each vector has.
+
+    They are looked for among the strongest of each vector. Where all of a vector's are among the
+    largest, more may be: such vectors are looked at again. No sort of all pre-activations.
+
+    Args:
+        x: vectors, the decoder's bias subtracted.
+        W: encoder rows.
+        b: encoder bias.
+        k: how many for each vector, on average.
+        select: gives some strongest scores of each vector and their latents, rising.
+    """
+    wanted, width = len(x) * k, min(len(W), 4 * k)
+    values, latents = select(x, width)
+    while True:
+        kept = torch.zeros_like(values, dtype=torch.bool).flatten()
+        kept[values.flatten().topk(wanted, sorted=False).indices] = True
+        kept = kept.view_as(values)
+        full = kept.all(dim=1).nonzero()[:, 0] if width < len(W) else kept[:0, 0]
+        if len(full) == 0:
+            return values[kept], latents[kept], kept.sum(dim=1)
+        room = min(len(W), 4 * width) - width
+        width += room
+        values = functional.pad(values, (0, room), value=-math.inf)
+        latents = functional.pad(latents, (0, room))
+        found, of = exact_topk(x[full], W, b, width)
+        latents[full], order = of.to(latents.dtype).sort(dim=1)
+        values[full] = found.gather(1, order)
+
+
+def strongest(scores: Float[Tensor, "rows n"], k: int) -> Int[Tensor, "rows k"]:
+    """Places of the k largest of each row, in any order.
+
+    The k largest lie in the k groups with the largest maxima, so that only a 16th of the entries,
+    and the members of those groups, are ranked.
+    """
+    rows, n = scores.shape
+    n_groups = n // GROUP
+    if n % GROUP or n_groups < 4 * k:
+        return scores.topk(k, dim=1, sorted=False).indices
+    groups = scores.view(rows, GROUP, n_groups).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    members = (
+        groups[:, None] + n_groups * torch.arange(GROUP, device=scores.device)[:, None]
+    ).view(rows, GROUP * k)
+    return members.gather(1, scores.gather(1, members).topk(k, dim=1, sorted=False).indices)
+
+
+def chosen_products(
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "n d_in"], indices: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch k"]:
+    """Dot products of each vector with its own k rows."""
+    if x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.float64):
+        k = indices.shape[1]
+        starts = torch.arange(0, indices.numel() + 1, k, device=x.device)
+        return ragged_products(x, W, starts, indices.flatten()).view_as(indices)
+    out = x.new_empty(indices.shape)
+    rows = tile_rows(x, indices.shape[1] * x.shape[1])
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        out[part] = torch.bmm(W[indices[part]], x[part, :, None])[..., 0]
+    return out
+
+
+def ragged_products(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n d_in"],
+    starts: Int[Tensor, " batch_plus_one"],
+    indices: Int[Tensor, " entries"],
+) -> Float[Tensor, " entries"]:
+    """Dot products of each vector with its own rows, of which it may have any number."""
+    places = torch.sparse_csr_tensor(
+        starts, indices, x.new_zeros(len(indices)), (len(x), len(W)), check_invariants=False
+    )
+    products: Tensor = torch.sparse.sampled_addmm(places, x.contiguous(), W.T, beta=0.0)
+    return products.values()

@@ -1,0 +1,386 @@
+"""The training step in plain torch operations: on any device, without a compiler."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
+from sparsight.sae.kernels.selection import (
+    TILE_ELEMENTS,
+    batch_topk,
+    ragged_products,
+    select_topk,
+)
+
+CHUNK = 1024
+"""Latents whose gradients exist at one time, on a CPU."""
+
+
+class _Code(NamedTuple):
+    """Entries of all vectors, vector after vector, and where each vector's and stage's end."""
+
+    values: Float[Tensor, " entries"]
+    latents: Int[Tensor, " entries"]
+    starts: Int[Tensor, " batch_plus_one"]
+    ends: Int[Tensor, "batch stages"]
+
+
+class _Auxiliary(NamedTuple):
+    """Gradients at the dead latents alone."""
+
+    latents: Int[Tensor, " dead"]
+    W_enc: Float[Tensor, "dead d_in"]
+    b_enc: Float[Tensor, " dead"]
+    W_dec: Float[Tensor, "dead d_in"]
+
+
+class TorchStep(FusedStep):
+    """See `FusedStep`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.precision == "int8":
+            raise ValueError("Plain torch selects in float32 or bfloat16.")
+        if self.W_enc.dtype != torch.float32:
+            self.precision = "float32"
+        self.name = f"torch-{self.precision}"
+        # A GPU has room for all gradients; then their norm costs nothing.
+        size = CHUNK if self.W_enc.device.type == "cpu" else self.n_latents
+        self.chunks = [
+            _Chunk(self, first, min(first + size, self.n_latents))
+            for first in range(0, self.n_latents, size)
+        ]
+        self.of_b_dec = _Adam(self, ["b_dec"], slice(None))
+        self.low: tuple[Tensor, Tensor] | None = None
+        self.scores = torch.empty(0)
+
+    def _copy_encoder(self) -> None:
+        if self.precision == "bfloat16":
+            self.low = self.W_enc.bfloat16(), self.b_enc.bfloat16()
+
+    def _step(
+        self,
+        z: Float[Tensor, "batch d_in"],
+        lr: float,
+        number: int,
+        dead: Int[Tensor, " dead"] | None,
+    ) -> StepFigures:
+        n, objective = len(z), self.objective
+        x = z - self.b_dec
+        code = self._code(x)
+        weights = self.stage_weights(n)
+        errors, squared = self._errors(x, code, weights)
+        rows_of_errors, grads = self._code_gradients(code, errors)
+        loss = sum(w * s for w, s in zip(objective.weights, squared, strict=True))
+        loss = torch.as_tensor(loss) / (n * self.variance)
+        own = self.own_values(code.values, n)
+        active, least = (own > 0).sum(), least_positive(own)
+        aux, aux_loss = None, loss.new_zeros(())
+        if dead is not None and len(dead):
+            aux, aux_loss = self._auxiliary(x, self.residual(errors, weights), dead)
+        loss = loss + objective.aux_alpha * aux_loss
+        vectors = torch.repeat_interleave(
+            torch.arange(n, device=x.device), code.starts.diff(), output_size=len(code.latents)
+        )
+        fired = torch.zeros(self.n_latents + 1, dtype=torch.bool, device=x.device)
+        main = (code.values > 0) & (rows_of_errors < (objective.main_stage + 1) * n)
+        fired[torch.where(main, code.latents, self.n_latents)] = True
+        self.since_fired.add_(n).masked_fill_(fired[:-1], 0)
+
+        latents, order = code.latents.sort(stable=True)
+        every = torch.arange(self.n_latents, device=x.device)
+        entries = _Ordered(
+            vectors[order], rows_of_errors[order], code.values[order], grads[order],
+            torch.searchsorted(latents, every, right=True),
+        )  # fmt: skip
+        norm = self._update(x, errors.flatten(0, 1), entries, aux, lr, number)
+        return StepFigures(squared[objective.main_stage], loss, aux_loss, active, norm, least)
+
+    def _code(self, x: Float[Tensor, "batch d_in"]) -> _Code:
+        n, objective = len(x), self.objective
+        if objective.per_batch:
+            values, latents, counts = batch_topk(
+                x, self.W_enc, self.b_enc, objective.k, self._select
+            )
+            starts = torch.zeros(n + 1, dtype=torch.int64, device=x.device)
+            torch.cumsum(counts, dim=0, out=starts[1:])
+        else:
+            values, latents = self._select(x, objective.selected)
+            if objective.larger_k:
+                values, order = values.sort(dim=1, descending=True)
+                latents = latents.gather(1, order)
+            starts = torch.arange(0, values.numel() + 1, objective.selected, device=x.device)
+            values, latents = values.flatten(), latents.flatten()
+        return _Code(values.relu_(), latents, starts, self.stage_ends(starts, latents))
+
+    def _select(self, x: Float[Tensor, "batch d_in"], k: int) -> tuple[Tensor, Tensor]:
+        low = self.low
+        dtype = torch.bfloat16 if low else x.dtype
+        wanted = min(TILE_ELEMENTS.get(x.device.type, 1 << 25), len(x) * self.n_latents)
+        if self.scores.numel() < wanted or self.scores.dtype != dtype:
+            self.scores = torch.empty(wanted, dtype=dtype, device=x.device)
+        return select_topk(x, self.W_enc, self.b_enc, k, self.precision, low, self.scores)
+
+    def _errors(
+        self, x: Float[Tensor, "batch d_in"], code: _Code, weights: list[float]
+    ) -> tuple[Float[Tensor, "stages batch d_in"], list[Float[Tensor, ""]]]:
+        """Weighted errors of the stages, those of later ones added, and their squared sums."""
+        n, stages = len(x), len(weights)
+        errors = x.new_empty(stages, n, self.d_in)
+        squared = []
+        error = -x
+        if stages == 1:
+            bags = code.starts[:-1]
+            summed = _weighted_sums(code.latents, code.values, bags, self.W_dec)
+            error += summed
+            squared.append(error.double().square().sum())
+            torch.mul(error, weights[0], out=errors[0])
+            return errors, squared
+        # One bag a vector and stage: between the ends of two stages.
+        bags = torch.cat([code.starts[:-1, None], code.ends[:, :-1]], dim=1).flatten()
+        parts = _weighted_sums(code.latents, code.values, bags, self.W_dec).view(n, stages, -1)
+        for stage, weight in enumerate(weights):
+            error += parts[:, stage]
+            squared.append(error.double().square().sum())
+            torch.mul(error, weight, out=errors[stage])
+        for stage in reversed(range(stages - 1)):
+            errors[stage] += errors[stage + 1]
+        return errors, squared
+
+    def _code_gradients(
+        self, code: _Code, errors: Float[Tensor, "stages batch d_in"]
+    ) -> tuple[Int[Tensor, " entries"], Float[Tensor, " entries"]]:
+        """For each entry the row of errors that it answers to, and its gradient."""
+        stages, n, _ = errors.shape
+        device = errors.device
+        if stages == 1:
+            rows = torch.repeat_interleave(
+                torch.arange(n, device=device), code.starts.diff(), output_size=len(code.latents)
+            )
+            grads = ragged_products(errors[0], self.W_dec, code.starts, code.latents)
+            return rows, torch.where(code.values > 0, grads, 0)
+        lengths = torch.diff(code.ends, dim=1, prepend=code.starts[:-1, None])
+        row = torch.arange(n, device=device)[:, None] + n * torch.arange(stages, device=device)
+        rows = torch.repeat_interleave(
+            row.flatten(), lengths.flatten(), output_size=len(code.latents)
+        )
+        starts = functional.pad(lengths.flatten().cumsum(0), (1, 0))
+        by_vector = errors.transpose(0, 1).reshape(n * stages, -1)
+        grads = ragged_products(by_vector, self.W_dec, starts, code.latents)
+        return rows, torch.where(code.values > 0, grads, 0)
+
+    def _auxiliary(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_in"],
+        dead: Int[Tensor, " dead"],
+    ) -> tuple[_Auxiliary | None, Float[Tensor, ""]]:
+        """Dense products over the dead latents: of them a good part is in use."""
+        k = min(self.objective.aux_k, len(dead))
+        W_enc, W_dec, b_enc = self.W_enc[dead], self.W_dec[dead], self.b_enc[dead]
+        spread = (target - target.mean(dim=0)).double().square().sum()
+        scores = torch.addmm(b_enc, x, W_enc.T)
+        values, chosen = scores.topk(k, dim=1, sorted=False)
+        code = scores.zero_().scatter_(1, chosen, values.relu_())
+        error = torch.addmm(target, code, W_dec, beta=-1)
+        squared = error.double().square().sum()
+        # Nothing is left over where the spread is 0: then the loss and its gradient are 0.
+        factor = torch.where(spread > 0, 1 / spread, 0.0)
+        error *= (2 * self.objective.aux_alpha * factor).to(error.dtype)
+        of_W_dec = code.T @ error
+        of_code = (error @ W_dec.T).mul_(code > 0)
+        return (
+            _Auxiliary(dead, of_code.T @ x, of_code.sum(dim=0), of_W_dec),
+            squared * factor,
+        )
+
+    def _update(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        errors: Float[Tensor, "rows d_in"],
+        entries: _Ordered,
+        aux: _Auxiliary | None,
+        lr: float,
+        number: int,
+    ) -> Float[Tensor, ""]:
+        of_bias = _sums_by_latent(entries.grads, entries.ends)
+        if aux is not None:
+            of_bias.index_add_(0, aux.latents, aux.b_enc)
+        of_b_dec = errors[: len(x)].sum(dim=0) - of_bias @ self.W_enc
+        small = of_b_dec.double().square().sum() + of_bias.double().square().sum()
+        ends = [0, len(entries.vectors)]
+        if len(self.chunks) > 1:
+            ends = [0, *entries.ends[[chunk.last - 1 for chunk in self.chunks]].tolist()]
+        spans = list(zip(self.chunks, ends, ends[1:], strict=False))
+        if len(self.chunks) == 1:
+            self.chunks[0].differentiate(x, errors, entries, 0, ends[1], aux)
+            norm = (self.chunks[0].square() + small).sqrt()
+            clip = self._clip(norm)
+        else:
+            clip = None
+            if self._may_need_clipping(x, errors, entries, aux, small):
+                total = small
+                for chunk, first, last in spans:
+                    chunk.differentiate(x, errors, entries, first, last, aux)
+                    total = total + chunk.square()
+                clip = self._clip(total.sqrt())
+            norm = small
+        for chunk, first, last in spans:
+            if len(self.chunks) > 1:
+                chunk.differentiate(x, errors, entries, first, last, aux)
+                norm = norm + chunk.square()
+            chunk.update(of_bias, clip, lr, number, self.low)
+        if len(self.chunks) > 1:
+            norm = norm.sqrt()
+        self.of_b_dec.step(
+            {"b_dec": of_b_dec if clip is None else of_b_dec * clip.to(of_b_dec.dtype)}, lr, number
+        )
+        return norm
+
+    def _clip(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""] | None:
+        if self.adam.max_norm is None:
+            return None
+        return (self.adam.max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def _may_need_clipping(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        errors: Float[Tensor, "rows d_in"],
+        entries: _Ordered,
+        aux: _Auxiliary | None,
+        small: Float[Tensor, ""],
+    ) -> bool:
+        """Whether sums of norms, which norms of sums cannot exceed, reach the limit."""
+        if self.adam.max_norm is None:
+            return False
+        of_x = entries.grads.abs() * x.norm(dim=1)[entries.vectors]
+        of_errors = entries.values * errors.norm(dim=1)[entries.error_rows]
+        enc, dec = (_sums_by_latent(each, entries.ends) for each in (of_x, of_errors))
+        if aux is not None:
+            enc = enc.index_add(0, aux.latents, aux.W_enc.norm(dim=1))
+            dec = dec.index_add(0, aux.latents, aux.W_dec.norm(dim=1))
+        bound = enc.double().square().sum() + dec.double().square().sum() + small
+        return bool(bound > self.adam.max_norm**2)
+
+
+class _Ordered(NamedTuple):
+    """Entries in the order of their latents, and where each latent's end."""
+
+    vectors: Int[Tensor, " entries"]
+    error_rows: Int[Tensor, " entries"]
+    values: Float[Tensor, " entries"]
+    grads: Float[Tensor, " entries"]
+    ends: Int[Tensor, " n_latents"]
+
+
+class _Adam:
+    """`torch.optim.Adam` over parts of the parameters, with moments that lie elsewhere."""
+
+    def __init__(self, step: FusedStep, names: list[str], part: slice) -> None:
+        self.parts = {name: getattr(step, name)[part] for name in names}
+        self.optimiser = torch.optim.Adam(
+            list(self.parts.values()), betas=step.adam.betas, eps=step.adam.eps, fused=True
+        )
+        for name, each in self.parts.items():
+            mean, square = step.moments[name]
+            self.optimiser.state[each] = {
+                "step": torch.zeros((), dtype=torch.float32, device=each.device),
+                "exp_avg": mean[part],
+                "exp_avg_sq": square[part],
+            }
+
+    def step(self, gradients: dict[str, Tensor], lr: float, number: int) -> None:
+        """One step with these gradients."""
+        self.optimiser.param_groups[0]["lr"] = lr
+        for name, each in self.parts.items():
+            each.grad = gradients[name]
+            self.optimiser.state[each]["step"].fill_(number - 1)
+        self.optimiser.step()
+
+
+class _Chunk:
+    """Some latents: their gradients, and their share of the update."""
+
+    def __init__(self, step: FusedStep, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.whole = step
+        self.optimiser = _Adam(step, [*MATRICES, "b_enc"], slice(first, last))
+        self.of_enc = self.of_dec = torch.empty(0)
+
+    def differentiate(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        errors: Float[Tensor, "rows d_in"],
+        entries: _Ordered,
+        begin: int,
+        end: int,
+        aux: _Auxiliary | None,
+    ) -> None:
+        """Sum the gradients of these latents' rows, whose entries are `begin` to `end`."""
+        part = slice(begin, end)
+        ends = entries.ends[self.first : self.last]
+        starts = functional.pad(ends[:-1], (1, 0), value=begin) - begin
+        self.of_enc = _weighted_sums(entries.vectors[part], entries.grads[part], starts, x)
+        self.of_dec = _weighted_sums(entries.error_rows[part], entries.values[part], starts, errors)
+        if aux is not None:
+            inside = (aux.latents >= self.first) & (aux.latents < self.last)
+            _add(self.of_enc, aux.latents, aux.W_enc, inside, self.first)
+            _add(self.of_dec, aux.latents, aux.W_dec, inside, self.first)
+        if self.whole.unit_norm:
+            W_dec = self.optimiser.parts["W_dec"]
+            along = (self.of_dec * W_dec).sum(dim=1, keepdim=True)
+            self.of_dec.addcmul_(along, W_dec, value=-1)
+
+    def square(self) -> Float[Tensor, ""]:
+        """The squared norm of the gradients."""
+        return (self.of_enc.square().sum() + self.of_dec.square().sum()).double()
+
+    def update(
+        self,
+        of_bias: Float[Tensor, " n_latents"],
+        clip: Float[Tensor, ""] | None,
+        lr: float,
+        number: int,
+        low: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Adam, norms, and the copies in low precision."""
+        part = slice(self.first, self.last)
+        gradients = {"W_enc": self.of_enc, "W_dec": self.of_dec, "b_enc": of_bias[part]}
+        if clip is not None:
+            gradients = {name: each * clip.to(each.dtype) for name, each in gradients.items()}
+        self.optimiser.step(gradients, lr, number)
+        parts = self.optimiser.parts
+        if self.whole.unit_norm:
+            W_dec = parts["W_dec"]
+            W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_(min=1e-12))
+        if low is not None:
+            low[0][part].copy_(parts["W_enc"])
+            low[1][part].copy_(parts["b_enc"])
+
+
+def _add(
+    out: Tensor, latents: Tensor, rows: Tensor, inside: Bool[Tensor, " dead"], first: int
+) -> None:
+    out.index_add_(0, latents[inside] - first, rows[inside])
+
+
+def _weighted_sums(
+    indices: Int[Tensor, " entries"],
+    weights: Float[Tensor, " entries"],
+    starts: Int[Tensor, " bags"],
+    rows: Float[Tensor, "n d_in"],
+) -> Float[Tensor, "bags d_in"]:
+    """For each bag of entries the sum of the rows they name, weighted."""
+    return functional.embedding_bag(indices, rows, starts, per_sample_weights=weights, mode="sum")
+
+
+def _sums_by_latent(
+    values: Float[Tensor, " entries"], ends: Int[Tensor, " n_latents"]
+) -> Float[Tensor, " n_latents"]:
+    starts = functional.pad(ends[:-1], (1, 0))
+    return torch.segment_reduce(values, "sum", offsets=torch.cat([starts, ends[-1:]]), initial=0)
