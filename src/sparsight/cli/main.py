@@ -16,6 +16,7 @@ VERBS = {
     "extract": "run a vision model over images and keep its activations in a store",
     "train": "train sparse autoencoders on a store, or on a model and images directly",
     "evaluate": "measure an SAE beside its baselines: error, sparsity, zero-shot, truth",
+    "encode": "keep the active latents of every vector on disk",
     "index": "find the images and patches that every latent responds to",
     "report": "write one HTML page about some runs",
 }
