@@ -224,6 +224,7 @@ class LiveActivations:
             batch_size,
             indices=images.tolist(),
             workers=self.workers,
+            min_side=self.model.min_side,
         )
 
     def _read(self, batches: Iterator[ImageBatch], sites: Sequence[str]) -> Iterator[Read]:
