@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OPEN_CLIP := $(VENV)/open_clip
-NATIVE := hatch_build.py $(wildcard src/sparsight/sae/kernels/native/*.[ch] src/sparsight/sae/kernels/native/*.inc)
+NATIVE := $(wildcard hatch_build.py src/sparsight/sae/kernels/native/*.[ch] src/sparsight/sae/kernels/native/*.inc)
 CODE := src tests benchmarks hatch_build.py
 OFFLINE := HF_HUB_OFFLINE=1
 TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest tests/vision/test_open_clip.py

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparsight.errors import MissingExtra, SparsightError, UserError
     from sparsight.evaluation import EvaluationReport, evaluate
     from sparsight.images import ImageInfo, ImageSource, load_batches, open_images
-    from sparsight.latents import LatentIndex, build_index, write_report
+    from sparsight.latents import CodeStore, LatentIndex, build_index, encode, write_report
     from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, SparseCode, TopK
     from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
     from sparsight.vision import VisionModel, load_model, zero_shot
@@ -40,7 +40,7 @@ _HOMES = {
     "sparsight.errors": ("MissingExtra", "SparsightError", "UserError"),
     "sparsight.evaluation": ("EvaluationReport", "evaluate"),
     "sparsight.images": ("ImageInfo", "ImageSource", "load_batches", "open_images"),
-    "sparsight.latents": ("LatentIndex", "build_index", "write_report"),
+    "sparsight.latents": ("CodeStore", "LatentIndex", "build_index", "encode", "write_report"),
     "sparsight.sae": ("AuxK", "SAEConfig", "SparseAutoencoder", "SparseCode", "TopK"),
     "sparsight.training": ("Run", "Sweep", "SweepConfig", "TrainConfig", "sweep", "train"),
     "sparsight.vision": ("VisionModel", "load_model", "zero_shot"),
@@ -51,6 +51,7 @@ __all__ = [
     "ActivationSource",
     "ActivationStore",
     "AuxK",
+    "CodeStore",
     "EvaluationReport",
     "ImageInfo",
     "ImageSource",
@@ -70,6 +71,7 @@ __all__ = [
     "VectorStream",
     "VisionModel",
     "build_index",
+    "encode",
     "evaluate",
     "extract",
     "load_batches",

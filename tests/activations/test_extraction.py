@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, digests, everything, save_photos
+from PIL import Image
 from safetensors.torch import load_file, save
 
 from images.picture_files import with_damaged_labels
-from sparsight.activations import ActivationStore, extract
+from sparsight.activations import ActivationStore, LiveActivations, extract
 from sparsight.activations.writer import StoreWriter
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, load_batches, open_images
@@ -403,3 +405,55 @@ def test_a_full_disk_leaves_the_store_whole_and_more_room_continues_it(
         assert store.n_images == N_IMAGES
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_scaled_jpegs_are_part_of_a_stores_identity_and_their_whole_size_is_told(
+    clip_folder: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        small = np.random.default_rng(i).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        large = Image.fromarray(small).resize((1280, 960), Image.Resampling.BICUBIC)
+        large.save(photos / f"{i}.jpg", quality=95)
+    images = open_images(photos)
+    whole, scaled = (
+        load_model(str(clip_folder), device="cpu", scale_jpegs=each) for each in (False, True)
+    )
+    settings: dict[str, Any] = {"sites": [BLOCK_0], "dtype": "float32", "quiet": True}
+    stores = [
+        extract(model, images, out=tmp_path / name, **settings)
+        for name, model in (("whole", whole), ("scaled", scaled))
+    ]
+    assert "jpeg_min_side" not in stores[0].manifest.preprocessing
+    assert stores[1].manifest.preprocessing["jpeg_min_side"] == scaled.min_side
+    assert stores[0].fingerprint != stores[1].fingerprint
+    for store in stores:
+        assert store.images["width"].to_pylist() == [1280] * 3
+        assert store.images["height"].to_pylist() == [960] * 3
+    one, other = (everything(store, BLOCK_0) for store in stores)
+    assert not torch.equal(one, other)
+    assert torch.cosine_similarity(one, other, dim=-1).min() > 0.999
+    live = LiveActivations(scaled, images, [BLOCK_0], workers=0)
+    assert torch.allclose(everything(live, BLOCK_0), other, atol=1e-6)
+    with pytest.raises(UserError, match=r"preprocessing\.jpeg_min_side"):
+        extract(scaled, images, out=tmp_path / "whole", **settings)
+
+
+def test_a_short_last_batch_is_not_padded(
+    model: VisionModel, photos: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    read = type(model).read
+
+    def counted(self: VisionModel, pixels: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(pixels))
+        return read(self, pixels, *rest)
+
+    monkeypatch.setattr(type(model), "read", counted)
+    store = extract(
+        model, photos, sites=[BLOCK_0], out=tmp_path, batch_size=6, workers=0, quiet=True
+    )
+    assert sum(seen) == store.n_images
+    assert set(seen[:-1]) == {6}
+    assert seen[-1] == (store.n_images % 6 or 6)

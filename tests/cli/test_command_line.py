@@ -124,7 +124,7 @@ def test_the_command_line_wins_over_the_config_file(tmp_path):
     assert (options.latents, options.seed, options.runs) == (7, 5, (Path("a"),))
 
 
-@pytest.mark.parametrize("verb", ["report", "evaluate", "index"])
+@pytest.mark.parametrize("verb", ["report", "evaluate", "encode", "index"])
 def test_a_run_folder_that_is_not_there_exits_with_2(verb, tmp_path, fails):
     assert "no-such-run" in fails(verb, tmp_path / "no-such-run")
 
@@ -256,7 +256,8 @@ def test_a_model_in_bfloat16_goes_through_all_verbs(tmp_path, capsys, fails, mon
         ("extract", *model, *images, "--sites", SITE, "--out", "store"),
         ("train", "--store", "store", "--out", "run", *SHORT),
         ("evaluate", "run", *images, "--no-baselines"),
-        ("index", "run", *images),
+        ("encode", "run", *images),
+        ("index", "run", "--codes", "run/codes"),
         ("report", "run", "--out", "report.html", "--latents", "2"),
     )
     for verb in verbs:
@@ -273,6 +274,21 @@ def test_a_run_is_evaluated_on_its_store_from_any_folder(store, tmp_path, monkey
     capsys.readouterr()
     assert main(["evaluate", "run", "--no-baselines", "--no-downstream"]) == 0
     assert "is gone" not in capsys.readouterr().err
+
+
+def test_codes_are_made_once_and_indexed_alone(store, tmp_path, capsys, fails):
+    run, codes = tmp_path / "run", tmp_path / "codes"
+    assert main(["train", "--store", str(store), "--out", str(run), *SHORT]) == 0
+    capsys.readouterr()
+    for _ in range(2):
+        assert main(["encode", str(run), "--out", str(codes), "--dtype", "float16"]) == 0
+        assert f"{codes} · " in capsys.readouterr().out
+    assert "dtype differs" in fails("encode", run, "--out", codes)
+    assert "already know" in fails("index", run, "--codes", codes, "--store", store)
+    assert main(["index", str(run), "--codes", str(codes)]) == 0
+    shard = codes / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "shard-00000" in fails("index", run, "--codes", codes, code=1)
 
 
 def test_what_the_system_refuses_is_one_message_and_exit_code_1(monkeypatch, fails):

@@ -44,6 +44,49 @@ def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
         assert (pixels(decode_image(data)) == upright).all()
 
 
+@pytest.mark.parametrize(
+    ("size", "min_side", "expected"),
+    [
+        ((320, 160), None, (320, 160)),
+        ((320, 160), 20, (40, 20)),
+        ((320, 160), 21, (80, 40)),
+        ((320, 160), 80, (160, 80)),
+        ((320, 160), 81, (320, 160)),
+        ((324, 164), 10, (81, 41)),  # 8 does not divide them
+        ((321, 160), 10, (321, 160)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_least_size_that_is_enough_and_divides_it(
+    size: tuple[int, int], min_side: int | None, expected: tuple[int, int]
+) -> None:
+    large = picture().resize(size, Image.Resampling.BICUBIC)
+    data = encoded(large, "JPEG", quality=95)
+    found = decode_image(data, min_side)
+    assert found.size == expected
+    assert decoding.whole_size(found) == size
+    box = np.asarray(decode_image(data).resize(expected, Image.Resampling.BOX)).astype(float)
+    assert np.abs(pixels(found) - box).mean() < 1
+    lossless = decode_image(encoded(large, "PNG"), min_side)
+    assert lossless.size == decoding.whole_size(lossless) == size
+
+
+def test_a_scaled_jpeg_is_turned_upright_and_knows_its_whole_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = picture().resize((320, 160))
+    found = decode_image(encoded(stored, "JPEG", exif=exif.tobytes()), 20)
+    assert found.size == (20, 40)
+    assert decoding.whole_size(found) == (160, 320)
+    greyscale = decode_image(encoded(stored.convert("L"), "JPEG"), 20)
+    assert (greyscale.mode, decoding.whole_size(greyscale)) == ("RGB", (320, 160))
+
+
+def test_a_scaled_jpeg_that_is_cut_off_is_an_error_as_well() -> None:
+    data = encoded(picture().resize((320, 160)), "JPEG")
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode_image(data[: len(data) // 2], 20)
+
+
 def test_transparency_is_laid_over_white() -> None:
     layer = np.zeros((4, 4, 4), dtype=np.uint8)
     layer[..., 0] = 200

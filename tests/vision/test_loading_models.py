@@ -307,3 +307,27 @@ def test_open_clip_that_is_not_installed_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(MissingExtra, match=r"sparsight\[open-clip\]"):
         load_model("open_clip:ViT-B-32/openai")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)],
+)
+def test_auto_takes_bfloat16_where_the_processor_multiplies_in_it(
+    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    model = load_model("calibration", device="cpu", dtype="auto")
+    assert model.dtype == expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert load_model("calibration", device="cpu", dtype="auto").dtype == torch.float32
+
+
+def test_jpegs_may_be_scaled_to_twice_what_the_preprocessing_resizes_to() -> None:
+    assert load_model("calibration", device="cpu").min_side is None
+    model = load_model("calibration", device="cpu", scale_jpegs=True)
+    assert model.min_side == model.preprocessing["jpeg_min_side"] == 128
+    model.preprocessing = {"size": {"shortest_edge": 256}}
+    assert model.scale_jpegs().min_side == 512
+    model.preprocessing = {"size": 80}
+    assert model.scale_jpegs().min_side == 160

@@ -253,6 +253,7 @@ class _Extraction:
             manifest.batch_size,
             indices=range(self.done, len(self.images)),
             workers=self.workers,
+            min_side=self.model.min_side,
         )
         for first in range(self.done, len(self.images), manifest.shard_images):
             stop = min(first + manifest.shard_images, len(self.images))

@@ -200,10 +200,18 @@ class LiveActivations:
             prefetch=False,
         )
 
-    def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
-        """All images once, in order, float32; images that cannot be read are left out."""
+    def ordered(
+        self, sites: Sequence[str], batch_images: int = 64, *, after: int | None = None
+    ) -> Iterator[OrderedBatch]:
+        """All images once, in order, float32; images that cannot be read are left out.
+
+        See `ActivationSource.ordered` for `after`.
+        """
         names = [self._site(site) for site in sites]
-        batches = self._batches(np.arange(len(self.images)), batch_images)
+        if batch_images < 1:
+            raise UserError(f"batch_images is {batch_images}; it must be at least 1.")
+        start = 0 if after is None else (after // batch_images + 1) * batch_images
+        batches = self._batches(np.arange(start, len(self.images)), batch_images)
         return (
             OrderedBatch(torch.tensor(indices), {site: x.float() for site, x in found.items()})
             for indices, found in self._read(batches, names)
@@ -216,6 +224,7 @@ class LiveActivations:
             batch_size,
             indices=images.tolist(),
             workers=self.workers,
+            min_side=self.model.min_side,
         )
 
     def _read(self, batches: Iterator[ImageBatch], sites: Sequence[str]) -> Iterator[Read]:

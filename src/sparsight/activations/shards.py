@@ -20,11 +20,14 @@ from sparsight.files import atomic_path
 ACTIVATIONS = "activations"
 """The one key of a shard."""
 
+_AGAIN = "Remove the store and extract again."
 _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
+    torch.uint16: "U16",
+    torch.int32: "I32",
     torch.int64: "I64",
 }
 _PIECE = 1 << 20
@@ -74,8 +77,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise SparsightError(f"{path}: is missing or damaged ({error}).") from error
 
 
-def check_size(path: Path, n_bytes: int) -> None:
+def check_size(path: Path, n_bytes: int, again: str = _AGAIN) -> None:
     """Make sure that a file is as long as it was when it was written.
+
+    Args:
+        path: of the file.
+        n_bytes: that were written.
+        again: what to do if there are not as many.
 
     Raises:
         SparsightError: it is missing, or of another length.
@@ -87,38 +95,63 @@ def check_size(path: Path, n_bytes: int) -> None:
     if size != n_bytes:
         raise SparsightError(
             f"{path}: has {size:,} bytes, {n_bytes:,} were written: it is cut off or altered. "
-            "Remove the store and extract again."
+            f"{again}"
         )
 
 
 def map_shard(
     path: Path, shape: Sequence[int], dtype: torch.dtype, n_bytes: int
 ) -> Float[Tensor, "images tokens d_in"]:
-    """Map a shard into memory; nothing is read until it is looked at.
+    """Map a shard of activations into memory; see `map_tensors`."""
+    return map_tensors(path, {ACTIVATIONS: (tuple(shape), dtype)}, n_bytes)[ACTIVATIONS]
+
+
+def map_tensors(
+    path: Path,
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    n_bytes: int,
+    again: str = _AGAIN,
+) -> dict[str, Tensor]:
+    """Map a safetensors file into memory; nothing is read until it is looked at.
+
+    Args:
+        path: of the file.
+        layout: shape and type of each tensor, in the order in which they were written; types of
+            more bytes stand before those of fewer.
+        n_bytes: of the file.
+        again: what to do if it is damaged.
 
     Raises:
         SparsightError: it is missing or cut off, or its header is not what was written.
     """
-    check_size(path, n_bytes)
+    check_size(path, n_bytes, again)
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, _LONGEST_HEADER)))
-        entry = header[ACTIVATIONS]
-        found = (entry["dtype"], entry["shape"], entry["data_offsets"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        header.pop("__metadata__", None)
+        found = {
+            name: (entry["dtype"], entry["shape"], entry["data_offsets"])
+            for name, entry in header.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SparsightError(f"{path}: its header is damaged ({error}).") from error
-    size = math.prod(shape) * dtype.itemsize
-    expected = (_NAMES[dtype], list(shape), [0, size])
-    if found != expected or 8 + length + size != n_bytes:
+    expected, end = {}, 0
+    for name, (shape, dtype) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        expected[name] = (_NAMES[dtype], list(shape), [start, end])
+    if found != expected or 8 + length + end != n_bytes:
         raise SparsightError(
-            f"{path}: its header says {found}, expected {expected}: it has been altered. "
-            "Remove the store and extract again."
+            f"{path}: its header says {found}, expected {expected}: it has been altered. {again}"
         )
-    if size == 0:
-        return torch.zeros(*shape, dtype=dtype)
     whole = torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
-    return whole[8 + length :].view(dtype).view(*shape)
+    data = whole[8 + length :]
+    return {
+        name: data[slice(*expected[name][2])].view(dtype).view(*shape)
+        if math.prod(shape)
+        else torch.zeros(*shape, dtype=dtype)
+        for name, (shape, dtype) in layout.items()
+    }
 
 
 def _bytes(tensor: Tensor) -> memoryview:

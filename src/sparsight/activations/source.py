@@ -72,8 +72,14 @@ class ActivationSource(Protocol):
     def stream(self, sites: Sequence[str], batch_size: int, *, seed: int = 0) -> VectorStream:
         """Vectors without end, shuffled: the same ones at each site."""
 
-    def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
-        """All images once, in order."""
+    def ordered(
+        self, sites: Sequence[str], batch_images: int = 64, *, after: int | None = None
+    ) -> Iterator[OrderedBatch]:
+        """All images once, in order.
+
+        With `after`, the place of an image in the source: only the batches behind the one that
+        has it, each as it is in a whole pass.
+        """
 
 
 def same_count(sites: Sequence[str], n_tokens: Mapping[str, int]) -> int:

@@ -26,7 +26,7 @@ from sparsight.activations.statistics import RunningSums, SiteStatistics, all_fi
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file, sha256_json
-from sparsight.images import ImageSource, open_images
+from sparsight.images import ImageSource, reopen_images
 from sparsight.vision import count_from_start
 
 if TYPE_CHECKING:
@@ -161,10 +161,8 @@ class ActivationStore:
         Raises:
             UserError: they are not there any more, or have changed.
         """
-        images = open_images(self.manifest.images["spec"])
-        if images.fingerprint() != self.manifest.images["fingerprint"]:
-            raise UserError(f"{images.spec}: the images have changed since {self.path} was made.")
-        return images
+        about = self.manifest.images
+        return reopen_images(about["spec"], about["fingerprint"], str(self.path))
 
     def stats(self, site: str) -> SiteStatistics:
         """Exact statistics of a site, as written at extraction; of a selection, computed here."""
@@ -208,8 +206,10 @@ class ActivationStore:
                     "store and extract again."
                 )
 
-    def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
-        """All images once, in order, float32.
+    def ordered(
+        self, sites: Sequence[str], batch_images: int = 64, *, after: int | None = None
+    ) -> Iterator[OrderedBatch]:
+        """All images once, in order, float32; see `ActivationSource.ordered` for `after`.
 
         Raises:
             SparsightError: an activation is NaN or infinite; the shard is named.
@@ -217,10 +217,13 @@ class ActivationStore:
         names = [self._site(site) for site in sites]
         if batch_images < 1:
             raise UserError(f"batch_images is {batch_images}; it must be at least 1.")
-        return self._ordered(names, batch_images)
+        done = 0 if after is None else int(np.searchsorted(self.image_indices, after, side="right"))
+        return self._ordered(names, batch_images, -(-done // batch_images) * batch_images)
 
-    def _ordered(self, names: Sequence[str], batch_images: int) -> Iterator[OrderedBatch]:
-        for first in range(0, len(self._rows), batch_images):
+    def _ordered(
+        self, names: Sequence[str], batch_images: int, start: int
+    ) -> Iterator[OrderedBatch]:
+        for first in range(start, len(self._rows), batch_images):
             rows = self._rows[first : first + batch_images]
             indices = torch.from_numpy(self.image_indices[first : first + batch_images].copy())
             stored = {s: self._gather(s, rows, self._room(s, len(rows))) for s in names}

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         options.model,
         device=options.device,
         dtype=options.model_dtype,
+        scale_jpegs=options.scale_jpegs,
         revision=options.revision,
     )
     store = extract(

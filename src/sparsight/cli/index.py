@@ -12,7 +12,7 @@ from sparsight.cli.options import parse
 from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
 from sparsight.errors import UserError
 from sparsight.files import read_json
-from sparsight.latents import build_index, name_from_truth
+from sparsight.latents import CodeStore, build_index, name_from_truth
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class IndexOptions(SubjectOptions):
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
     """Run folders, or folders with runs in them."""
+
+    codes: Path | None = None
+    """Codes that `encode` made, to read instead of activations."""
 
     out: Path | None = None
     """Folder of the index; default index/ in each run's. An index there is replaced."""
@@ -47,11 +50,16 @@ def main(arguments: Sequence[str]) -> None:
     saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes one index; {len(saes)} SAEs are given. Leave it out.")
+    if options.codes is not None and len(saes) > 1:
+        raise UserError(f"--codes are of one SAE; {len(saes)} are given. Name its run alone.")
+    if options.codes is not None and (options.store or options.images or options.model):
+        raise UserError("--codes already know their images; leave out --store, --images, --model.")
     subjects = Subjects(options)
+    codes = None if options.codes is None else CodeStore(options.codes, verify=options.verify)
     for folder, sae in saes.items():
         index = build_index(
             sae,
-            subjects.activations(folder, sae),
+            subjects.activations(folder, sae) if codes is None else codes,
             out=options.out or folder / "index",
             top_n=options.top_n,
             quantiles=options.quantiles,

@@ -17,6 +17,7 @@ VERBS = {
     "train": "train sparse autoencoders on a store, or on a model and images directly",
     "sweep": "train several at once: other k, width, seed, learning rate, site, one pass",
     "evaluate": "measure an SAE beside its baselines: error, sparsity, zero-shot, truth",
+    "encode": "keep the active latents of every vector on disk",
     "index": "find the images and patches that every latent responds to",
     "report": "write one HTML page about some runs",
 }

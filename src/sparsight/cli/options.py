@@ -37,8 +37,13 @@ class ModelOptions(CommandOptions):
     device: str | None = None
     """Default: a GPU if there is one."""
 
-    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the model while it runs; default float32, or that which an autoencoder was made with."""
+    model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Of the model while it runs; default float32, or that which an autoencoder was made with.
+    auto: bfloat16 where the device multiplies in it, else float32."""
+
+    scale_jpegs: bool = False
+    """Decode JPEGs that are much larger than the model's input at a part of their size; also where
+    an autoencoder was made so."""
 
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""

@@ -84,10 +84,15 @@ class Subjects:
         own = about.get("revision") if id == about.get("id") else None
         revision = self.options.revision or own
         dtype = self.options.model_dtype or about.get("dtype")
-        key = f"{id} {revision} {dtype}"
+        scaled = self.options.scale_jpegs or "jpeg_min_side" in about.get("preprocessing", {})
+        key = f"{id} {revision} {dtype} {scaled}"
         if key not in self._models:
             self._models[key] = load_model(
-                id, device=self.options.device, dtype=dtype, revision=revision
+                id,
+                device=self.options.device,
+                dtype=dtype,
+                revision=revision,
+                scale_jpegs=scaled,
             )
         return self._models[key]
 

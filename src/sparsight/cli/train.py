@@ -84,6 +84,7 @@ def activations_of(options: TrainOptions) -> ActivationStore | LiveActivations:
         options.model,
         device=options.device,
         dtype=options.model_dtype,
+        scale_jpegs=options.scale_jpegs,
         revision=options.revision,
     )
     return LiveActivations(

@@ -126,7 +126,12 @@ def downstream(
     failed = 0
     with progress("downstream", len(wanted), "images", quiet=quiet) as line:
         for batch in load_batches(
-            images, model.transform, batch_images, indices=wanted, workers=workers
+            images,
+            model.transform,
+            batch_images,
+            indices=wanted,
+            workers=workers,
+            min_side=model.min_side,
         ):
             failed += len(batch.failures)
             line.advance(len(batch.indices) + len(batch.failures))

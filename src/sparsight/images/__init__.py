@@ -11,7 +11,7 @@ from sparsight.images.decoding import ImageError, decode_image
 from sparsight.images.folder import FolderImages
 from sparsight.images.huggingface import HuggingFaceImages
 from sparsight.images.loading import ImageBatch, load_batches
-from sparsight.images.opening import open_images
+from sparsight.images.opening import open_images, reopen_images
 from sparsight.images.parquet import ParquetImages
 from sparsight.images.source import ImageInfo, ImageSource, SelectedImages
 from sparsight.images.tar_shards import TarShardImages
@@ -30,4 +30,5 @@ __all__ = [
     "decode_image",
     "load_batches",
     "open_images",
+    "reopen_images",
 ]

@@ -76,7 +76,7 @@ class CalibrationImages(ImageSource):
             caption=scene.caption,
         )
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
         return Image.fromarray(np.asarray(self.render(index).image))
 

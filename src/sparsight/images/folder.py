@@ -78,9 +78,11 @@ class FolderImages(ImageSource):
             captions=tuple(annotation.captions) if annotation else (),
         )
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
-        return decode_image(read_picture(self.folder / self._paths[self._check_index(index)]))
+        return decode_image(
+            read_picture(self.folder / self._paths[self._check_index(index)]), min_side
+        )
 
     def fingerprint(self) -> str:
         """Over ids, sizes, modification times, and what tables say; no picture is opened."""

@@ -84,12 +84,12 @@ class HuggingFaceImages(ImageSource):
             captions=as_captions(cells.get(self._caption_column or "")),
         )
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
         cell = self._pictures[self._check_index(index)][self._image_column]
         if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-            return decode_image(read_picture(Path(cell["path"])))
-        return decode_image(picture_bytes(cell))
+            return decode_image(read_picture(Path(cell["path"])), min_side)
+        return decode_image(picture_bytes(cell), min_side)
 
     def fingerprint(self) -> str:
         """Of the fingerprint that `datasets` keeps, and the number of rows."""

@@ -17,7 +17,7 @@ from torch import Tensor, empty, get_num_threads, set_num_threads
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.images.decoding import ImageError
+from sparsight.images.decoding import ImageError, whole_size
 from sparsight.images.source import ImageSource
 
 MAX_DEFAULT_WORKERS = 8
@@ -55,6 +55,7 @@ def load_batches(
     *,
     indices: Sequence[int] | None = None,
     workers: int | None = None,
+    min_side: int | None = None,
     prefetch: int = 2,
     start_method: Literal["fork", "spawn", "forkserver"] | None = None,
 ) -> Iterator[ImageBatch]:
@@ -70,6 +71,8 @@ def load_batches(
         indices: places in the source, in the order wanted; all by default.
         workers: processes; 0 works in this one. By default `default_workers()`, and 0 where
             there are too few pictures to be worth the start of a process.
+        min_side: pixels that the shorter side of a JPEG may be scaled down to while it is decoded;
+            see `decode_image`. By default none is scaled.
         prefetch: batches that each worker prepares ahead.
         start_method: how workers start; Python's default for the platform by default.
 
@@ -87,7 +90,7 @@ def load_batches(
     for index in chosen if indices is not None else ():
         if not 0 <= index < len(source):
             raise UserError(f"{source.spec}: no image {index}; it has {len(source):,} (0 based).")
-    batches = _Batches(source, transform, batch_size, chosen)
+    batches = _Batches(source, transform, batch_size, chosen, min_side)
     if workers is None:
         workers = default_workers() if len(batches) > 1 and len(chosen) > 64 else 0
     workers = min(workers, len(batches))
@@ -121,6 +124,7 @@ class _Batches(Dataset[ImageBatch | _Fault]):
     transform: Transform
     batch_size: int
     indices: Sequence[int]
+    min_side: int | None = None
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)
@@ -140,8 +144,12 @@ class _Batches(Dataset[ImageBatch | _Fault]):
         failures: list[tuple[int, str]] = []
         for index in indices:
             try:
-                picture = self.source.load(index)
-                size = picture.size
+                picture = (
+                    self.source.load(index)
+                    if self.min_side is None
+                    else self.source.load(index, self.min_side)
+                )
+                size = whole_size(picture)
                 tensors.append(self._transformed(index, picture))
             except ImageError as error:
                 failures.append((index, error.reason))

@@ -59,6 +59,23 @@ def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = No
     return source if selection is None else source.select(selection)
 
 
+def reopen_images(spec: str, fingerprint: str, made: str) -> ImageSource:
+    """Open the pictures that something was made from.
+
+    Args:
+        spec: what `open_images` was called with.
+        fingerprint: of the source then.
+        made: what was made from it, for the message.
+
+    Raises:
+        UserError: they are not there any more, or have changed.
+    """
+    images = open_images(spec)
+    if images.fingerprint() != fingerprint:
+        raise UserError(f"{images.spec}: the images have changed since {made} was made.")
+    return images
+
+
 def _open_whole(text: str, table: str | Path | None) -> ImageSource:
     kind, _, rest = text.partition(":")
     if kind in RESERVED:

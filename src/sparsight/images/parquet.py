@@ -122,11 +122,11 @@ class ParquetImages(ImageSource):
             captions=as_captions(cells.get(self._caption_column or "")),
         )
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
         group, row = self._locate(index)
         part = self._part(group, row)
-        return decode_image(picture_bytes(part.cells[row - part.start].as_py()))
+        return decode_image(picture_bytes(part.cells[row - part.start].as_py()), min_side)
 
     def fingerprint(self) -> str:
         """Over the files' names, sizes and modification times."""

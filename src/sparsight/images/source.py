@@ -64,8 +64,13 @@ class ImageSource(ABC):
         """
 
     @abstractmethod
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """Picture `index` as upright 8-bit RGB.
+
+        Args:
+            index: 0 … len − 1.
+            min_side: the picture may be smaller than it is, see `decode_image`, as long as its
+                shorter side keeps so many pixels.
 
         Raises:
             ImageError: the picture is broken or too large; the reason is in `.reason`.
@@ -125,9 +130,10 @@ class SelectedImages(ImageSource):
         """See `ImageSource.info`."""
         return self.whole.info(int(self.indices[self._check_index(index)]))
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
-        return self.whole.load(int(self.indices[self._check_index(index)]))
+        place = int(self.indices[self._check_index(index)])
+        return self.whole.load(place) if min_side is None else self.whole.load(place, min_side)
 
     def fingerprint(self) -> str:
         """The whole source's fingerprint, tied to the selection."""

@@ -104,14 +104,14 @@ class TarShardImages(ImageSource):
         uri = f"{self._shards[sample.shard]}#{sample.key}"
         return ImageInfo(id=sample.id, uri=uri, label=label, captions=captions)
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
         sample = self._samples[self._check_index(index)]
         if sample.damage is not None or sample.picture is None:
             raise ImageError(sample.damage or "no picture")
         offset, size = sample.picture
         check_bytes(size)
-        return decode_image(self._read(sample.shard, offset, size))
+        return decode_image(self._read(sample.shard, offset, size), min_side)
 
     def fingerprint(self) -> str:
         """Over the shards' names, sizes and modification times."""

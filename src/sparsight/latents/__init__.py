@@ -1,12 +1,15 @@
 """What latents mean: the index of what each responds to, its name, its heatmaps, the report.
 
 Builds on `sae`, `activations`, `vision`, `images` and the truth table of `evaluation`.
-Start at `build_index` (build.py), then `LatentIndex` (index.py) and `write_report` (report.py).
+Start at `build_index` (build.py), then `LatentIndex` (index.py) and `write_report` (report.py);
+`encode` (encoding.py) keeps the codes themselves, `CodeStore` (codes.py) reads them back.
 """
 
 from __future__ import annotations
 
 from sparsight.latents.build import build_index
+from sparsight.latents.codes import CodeBatch, CodeStore
+from sparsight.latents.encoding import encode
 from sparsight.latents.heatmaps import (
     activation_heatmaps,
     heat_image,
@@ -19,11 +22,14 @@ from sparsight.latents.names import LatentName, name_from_truth, set_names
 from sparsight.latents.report import write_report
 
 __all__ = [
+    "CodeBatch",
+    "CodeStore",
     "Example",
     "LatentIndex",
     "LatentName",
     "activation_heatmaps",
     "build_index",
+    "encode",
     "heat_image",
     "name_from_truth",
     "overlay",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import torch
 
-from sparsight.activations import ActivationSource, LiveActivations
+from sparsight.activations import ActivationSource
 from sparsight.config import check_seed
-from sparsight.errors import SparsightError, UserError
-from sparsight.evaluation.data import find_site
-from sparsight.images import ImageInfo, ImageSource, open_images
+from sparsight.errors import UserError
+from sparsight.images import ImageInfo, ImageSource
+from sparsight.latents.codes import CodeBatch, CodeStore
+from sparsight.latents.encoding import encoded, find_activations
 from sparsight.latents.index import FORMAT, VERSION, LatentIndex
 from sparsight.latents.statistics import (
     Examples,
@@ -22,16 +23,19 @@ from sparsight.latents.statistics import (
 )
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
-from sparsight.vision import VisionModel
+from sparsight.vision import VisionModel, count_from_start
 
 SAMPLE_PER_PLACE = 4
 """Images of the fair sample for every one that is shown from it, so that quantiles are even."""
+
+VECTORS_AT_ONCE = 16_384
+"""Batches are counted together up to here: counting a few touches as many latents as many do."""
 
 
 @torch.no_grad()
 def build_index(
     sae: SparseAutoencoder,
-    model_or_activations: VisionModel | ActivationSource,
+    given: VisionModel | ActivationSource | CodeStore,
     images: ImageSource | str | Path | None = None,
     *,
     out: str | Path,
@@ -51,9 +55,10 @@ def build_index(
 
     Args:
         sae: the SAE.
-        model_or_activations: a vision model, to be run over `images`; or activations: a store, or
-            live ones.
-        images: the pictures (what `open_images` takes), with a model; nothing with activations.
+        given: a vision model, to be run over `images`; or activations: a store, or live ones; or
+            the codes that `encode` made of them, which give the same index (of float16 values, one
+            of rounded activations).
+        images: the pictures (what `open_images` takes), with a model; nothing with the others.
         out: folder of the index, `index/` in the run's; an index there is replaced.
         site: where to read; default the site that the SAE was trained on.
         top_n: strongest images to keep a latent.
@@ -68,7 +73,7 @@ def build_index(
 
     Raises:
         UserError: SAE, site and activations do not belong together, or a number below 1.
-        SparsightError: an activation is NaN or infinite.
+        SparsightError: an activation is NaN or infinite, or a file of the codes is damaged.
     """
     for name, value in {
         "top_n": top_n,
@@ -79,12 +84,9 @@ def build_index(
         if value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more.")
     check_seed(seed)
-    if isinstance(model_or_activations, VisionModel) and site is not None:
-        site = model_or_activations.canonical_site(site)
-    activations = _activations(sae, model_or_activations, images, site, workers)
-    site = find_site(sae, activations, site)
-    n_tokens = activations.n_tokens[site]
-    device = sae.W_enc.device
+    data, site, batches = _passed(sae, given, images, site, batch_images, workers)
+    device = "cpu" if isinstance(data, CodeStore) else sae.W_enc.device
+    n_tokens = 0
     found = LatentStatistics(
         sae.n_latents,
         top_n=top_n,
@@ -92,24 +94,17 @@ def build_index(
         seed=seed,
         device=device,
     )
-    with progress("index", activations.n_images, "images", quiet=quiet) as line:
-        for batch in activations.ordered([site], batch_images=batch_images):
-            x = batch.activations[site].to(device)
-            if not len(x):
-                continue
-            first, last = int(batch.image_indices[0]), int(batch.image_indices[-1])
-            if not bool(torch.isfinite(x).all()):
-                raise SparsightError(
-                    f"{site}: an activation is NaN or infinite in images {first} to {last}."
-                )
-            found.add(sae.encode(x.flatten(0, 1)), batch.image_indices, n_tokens)
-            line.advance(len(x))
+    with progress("index", data.n_images, "images", quiet=quiet) as line:
+        for batch in _grouped(batches):
+            n_tokens = batch.n_tokens
+            found.add(batch.code, batch.image_indices, n_tokens)
+            line.advance(len(batch.image_indices))
     if not found.n_images:
         raise UserError("There is not one image to build an index from.")
     top = Examples(found.top.image.cpu(), found.top.token.cpu(), found.top.activation.cpu())
     bands = quantile_samples(found.sample, quantiles, samples_per_quantile)
     samples = Examples(bands.image.cpu(), bands.token.cpu(), bands.activation.cpu())
-    source = activations.source()
+    source = data.source()
     pictures = _pictures(source, top, samples)
     manifest = {
         "format": FORMAT,
@@ -119,7 +114,7 @@ def build_index(
             "n_latents": sae.n_latents,
             "d_in": sae.d_in,
         },
-        "model": {k: v for k, v in activations.model_info.items() if k != "images"},
+        "model": {k: v for k, v in data.model_info.items() if k != "images"},
         "images": {
             "source": source.spec,
             "fingerprint": source.fingerprint(),
@@ -128,7 +123,7 @@ def build_index(
             "n_vectors": found.n_vectors,
         },
         "site": site,
-        "tokens": activations.tokens,
+        "tokens": data.tokens,
         "n_tokens": n_tokens,
         "settings": {
             "top_n": top_n,
@@ -144,24 +139,37 @@ def build_index(
     return LatentIndex.open(out)
 
 
-def _activations(
+def _passed(
     sae: SparseAutoencoder,
-    given: VisionModel | ActivationSource,
+    given: VisionModel | ActivationSource | CodeStore,
     images: ImageSource | str | Path | None,
     site: str | None,
+    batch_images: int,
     workers: int | None,
-) -> ActivationSource:
-    if not isinstance(given, VisionModel):
-        if images is not None:
-            raise UserError("Activations already know their images; leave `images` out.")
-        return given
-    if images is None:
-        raise UserError("A model needs images to look at: build_index(sae, model, images, out=…).")
-    wanted = site or sae.metadata.get("site")
-    if wanted is None:
-        raise UserError("The SAE does not say which site it was trained on; give site=….")
-    tokens = sae.metadata.get("tokens", "all")
-    return LiveActivations(given, open_images(images), [wanted], tokens, workers=workers)
+) -> tuple[ActivationSource | CodeStore, str, Iterator[CodeBatch]]:
+    """What a call means, the site in it, and its codes in order."""
+    if not isinstance(given, CodeStore):
+        activations, site = find_activations(sae, given, images, site, workers)
+        return activations, site, encoded(sae, activations, site, batch_images)
+    if images is not None:
+        raise UserError("Codes already know their images; leave `images` out.")
+    given.check_sae(sae)
+    n_blocks = given.model_info.get("n_blocks", 0)
+    if site is not None and count_from_start(site, n_blocks) != given.site:
+        raise UserError(f"{given.path}: the codes are of {given.site}, not of {site}.")
+    return given, given.site, given.ordered(batch_images)
+
+
+def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:
+    """The same codes in batches of `VECTORS_AT_ONCE` or a little more."""
+    waiting: list[CodeBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(each.code) for each in waiting) >= VECTORS_AT_ONCE:
+            yield CodeBatch.joined(waiting)
+            waiting = []
+    if waiting:
+        yield CodeBatch.joined(waiting)
 
 
 def _pictures(source: ImageSource, *examples: Examples) -> dict[int, ImageInfo]:

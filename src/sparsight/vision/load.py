@@ -22,6 +22,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    scale_jpegs: bool = False,
 ) -> VisionModel:
     """Load a vision transformer.
 
@@ -32,8 +33,12 @@ def load_model(
             `open_clip:hf-hub:OWNER/NAME` (extra `open-clip`); or `calibration`, the small CLIP
             that comes with Sparsight.
         device: default CUDA if there is one, else the CPU.
-        dtype: default float32; bfloat16 where memory or speed counts.
+        dtype: default float32; bfloat16 where memory or speed counts; "auto" for bfloat16 where
+            the device multiplies in it, float32 elsewhere. Activations of one dtype are not those
+            of another.
         revision: branch, tag or commit on the Hub; Hub ids only.
+        scale_jpegs: decode JPEGs that are much larger than the model's input at a part of their
+            size; see `VisionModel.scale_jpegs`. Several times faster, and not the same bits.
 
     Raises:
         UserError: nothing of that name is found, it is no vision transformer, or its image
@@ -42,7 +47,12 @@ def load_model(
         SparsightError: the weights are damaged.
     """
     target = _device(device)
-    kind = _dtype(dtype)
+    kind = _fast_dtype(target) if dtype == "auto" else _dtype(dtype)
+    model = _load(id, target, kind, revision)
+    return model.scale_jpegs() if scale_jpegs else model
+
+
+def _load(id: str, target: torch.device, kind: torch.dtype, revision: str | None) -> VisionModel:
     if id.startswith("open_clip:"):
         from sparsight.vision.open_clip_models import load_open_clip
 
@@ -75,6 +85,18 @@ def _device(device: str | torch.device | None) -> torch.device:
     return target
 
 
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions that multiply in it, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 or so
+        found = torch.cpu.get_capabilities()
+        fast = bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("arm_bf16"))
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
@@ -82,7 +104,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
         return DTYPES[dtype]
     if dtype in DTYPES.values():
         return dtype  # type: ignore[return-value]
-    raise UserError(f"dtype={dtype!r} is not known. Choose one of: {', '.join(DTYPES)}.")
+    raise UserError(f"dtype={dtype!r} is not known. Choose one of: {', '.join(DTYPES)}, auto.")
 
 
 def _refuse_revision(id: str, revision: str | None) -> None:

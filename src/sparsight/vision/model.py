@@ -25,6 +25,9 @@ from sparsight.vision.tower import Tower
 Transform = Callable[[Image.Image], Tensor]
 """A picklable function from a picture to float32 `[3, height, width]`."""
 
+JPEG_MARGIN = 2
+"""Least shorter side of a JPEG that is scaled while decoded, in sides of the model's input."""
+
 # Read by nothing that a site offers: untrained in many checkpoints, so not part of an identity.
 _UNUSED_WEIGHTS = ("mask_token",)
 
@@ -65,6 +68,10 @@ class VisionModel(ABC):
     """
 
     has_text: bool
+
+    min_side: int | None = None
+    """To how many pixels the shorter side of a JPEG may be scaled while it is decoded; None: none
+    is scaled. See `scale_jpegs`."""
 
     def __init__(
         self,
@@ -129,6 +136,20 @@ class VisionModel(ABC):
         sees, nor names, which differ between versions of a library.
         """
         return weights_hash(self._weight_groups())
+
+    def scale_jpegs(self) -> Self:
+        """Decode large JPEGs at a part of their size from now on, and give the model back.
+
+        Their shorter side keeps twice the pixels that the preprocessing resizes to, so that its
+        own filter still does the last reduction by two or more. `preprocessing` records it.
+        """
+        named = self.preprocessing.get("size")
+        given = named.values() if isinstance(named, dict) else named
+        sides = [given] if isinstance(given, int) else list(given or ())
+        target = max([*self.input_shape[1:], *(side for side in sides if isinstance(side, int))])
+        self.min_side = JPEG_MARGIN * target
+        self.preprocessing = {**self.preprocessing, "jpeg_min_side": self.min_side}
+        return self
 
     def to(self, device: str | torch.device) -> Self:
         """Move the model to `device`, and give it back."""

@@ -248,7 +248,12 @@ def zero_shot(
     failed = 0
     with progress("zero-shot", len(scored), "images", quiet=quiet) as line:
         for batch in load_batches(
-            source, model.transform, batch_size, indices=scored, workers=workers
+            source,
+            model.transform,
+            batch_size,
+            indices=scored,
+            workers=workers,
+            min_side=model.min_side,
         ):
             failed += len(batch.failures)
             if batch.indices:

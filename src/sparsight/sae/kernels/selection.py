@@ -89,10 +89,29 @@ def _select_exactly(
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
         scores = torch.addmm(b, x[part], W.T, out=_room(buffer, x[part], len(W), W))
-        chosen = strongest(scores, k)
-        latents[part] = chosen.sort(dim=1).values
+        latents[part] = _first_of_equal(scores, strongest(scores, k)).sort(dim=1).values
         values[part] = scores.gather(1, latents[part])
     return values, latents
+
+
+def _first_of_equal(
+    scores: Float[Tensor, "rows n"], chosen: Int[Tensor, "rows k"]
+) -> Int[Tensor, "rows k"]:
+    """The same choice, with the first latents among those that equal the k-th score.
+
+    On a CPU only, where compiled kernels have that rule: what is chosen must not depend on who does
+    it. Elsewhere it would cost a wait for the device.
+    """
+    if scores.device.type != "cpu":
+        return chosen
+    least = scores.gather(1, chosen).amin(dim=1, keepdim=True)
+    tied = ((scores >= least).sum(dim=1) > chosen.shape[1]).nonzero()[:, 0]
+    if len(tied):
+        above, equal = scores[tied] > least[tied], scores[tied] == least[tied]
+        wanted = chosen.shape[1] - above.sum(dim=1, keepdim=True)
+        kept = above | (equal & (equal.cumsum(dim=1) <= wanted))
+        chosen[tied] = kept.nonzero()[:, 1].view(len(tied), -1)
+    return chosen
 
 
 def _room(buffer: Tensor | None, tile: Tensor, width: int, like: Tensor) -> Tensor | None:

@@ -1,0 +1,53 @@
+"""`sparsight encode`: the sparse codes of all activations, kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from sparsight.cli.options import parse
+from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.errors import UserError
+from sparsight.latents import encode
+
+
+@dataclass(frozen=True)
+class EncodeOptions(SubjectOptions):
+    """Keep the active latents of every vector on disk."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
+    """Run folders, or folders with runs in them."""
+
+    out: Path | None = None
+    """Folder of the codes; default codes/ in each run's. What was interrupted is continued."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the values on disk."""
+
+    batch_images: int = 64
+    """Images at a time."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, encode, print what the codes hold."""
+    options = parse(EncodeOptions, "encode", arguments)
+    saes = open_saes(options.runs, options.device)
+    if options.out is not None and len(saes) > 1:
+        raise UserError(f"--out takes the codes of one SAE; {len(saes)} are given. Leave it out.")
+    subjects = Subjects(options)
+    for folder, sae in saes.items():
+        codes = encode(
+            sae,
+            subjects.activations(folder, sae),
+            out=options.out or folder / "codes",
+            dtype=options.dtype,
+            batch_images=options.batch_images,
+        )
+        print(
+            f"{codes.path} · {codes.n_vectors:,} vectors, {codes.n_active / codes.n_vectors:.1f} "
+            f"of {codes.n_latents:,} latents active"
+        )

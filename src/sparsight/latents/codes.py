@@ -1,0 +1,445 @@
+"""`CodeStore`: the sparse codes of all images on disk, read through memory maps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from sparsight.activations.shards import check_size, map_tensors, write_tensors
+from sparsight.config import from_dict, to_dict
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import read_json, sha256_file, write_json
+from sparsight.images import ImageSource, reopen_images
+from sparsight.sae import SparseAutoencoder, SparseCode
+
+FORMAT = "sparsight codes"
+VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+STATES = ("incomplete", "complete")
+AGAIN = "Remove the codes and encode again."
+SMALLEST_FLOAT16 = 2.0**-24
+
+_NOT_IDENTITY = ("batch_images", "shard_bytes", "state", "shards")
+_UINT16_LATENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class CodeBatch:
+    """Codes of some images, in order.
+
+    Attributes:
+        image_indices: places of the images in their source.
+        code: `len(image_indices) × n_tokens` rows, an image's tokens together; float32.
+        n_tokens: rows of an image.
+    """
+
+    image_indices: Int[Tensor, " batch"]
+    code: SparseCode
+    n_tokens: int
+
+    @classmethod
+    def joined(cls, batches: Sequence[CodeBatch]) -> CodeBatch:
+        """Batches that follow each other as one."""
+        codes = [batch.code for batch in batches]
+        l0 = torch.cat([code.l0 for code in codes])
+        code = SparseCode(
+            torch.cat([code.indices for code in codes]),
+            torch.cat([code.values for code in codes]),
+            torch.cat([l0.new_zeros(1), l0.cumsum(0)]),
+            codes[0].n_latents,
+        )
+        images = torch.cat([batch.image_indices for batch in batches])
+        return cls(images, code, batches[0].n_tokens)
+
+
+@dataclass(frozen=True)
+class CodeShard:
+    """One file of codes.
+
+    Attributes:
+        n_images: images in it.
+        last_image: place in the source of the last of them.
+        n_active: active latents of all its vectors together.
+        sha256: of the file, in hex.
+        n_bytes: of the file.
+    """
+
+    n_images: int
+    last_image: int
+    n_active: int
+    sha256: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class CodeManifest:
+    """Everything that identifies codes on disk, and their shards so far.
+
+    Attributes:
+        sae: `hash` of its parameters, `n_latents`, `d_in`.
+        activations: fingerprint of the activations that were encoded.
+        model: id, revision, hash of the weights, preprocessing, …, as the activations tell.
+        images: spec, fingerprint and number of the images, failed ones included.
+        site: where in the model.
+        tokens: which positions.
+        n_tokens: vectors of an image.
+        dtype: of the values on disk, "float32" or "float16".
+        batch_images: images that were encoded together; the last bits of values depend on it.
+        shard_bytes: a shard ends with the batch that brings it to this size.
+        state: "incomplete" until the last shard is written.
+        shards: in the order of the images.
+    """
+
+    sae: dict[str, Any]
+    activations: str
+    model: dict[str, Any]
+    images: dict[str, Any]
+    site: str
+    tokens: str
+    n_tokens: int
+    dtype: str
+    batch_images: int
+    shard_bytes: int
+    state: str = "incomplete"
+    shards: tuple[CodeShard, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, choices in {"dtype": DTYPES, "state": STATES}.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(choices)
+                raise UserError(f"{name} is {getattr(self, name)!r}; known: {known}.")
+        for name in ("n_tokens", "batch_images", "shard_bytes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if {"hash", "n_latents", "d_in"} - set(self.sae) or not _positive(self.sae["n_latents"]):
+            raise UserError("sae must give hash, n_latents and d_in.")
+        if {"spec", "fingerprint", "n_images"} - set(self.images):
+            raise UserError("images must give spec, fingerprint and n_images.")
+        last = -1
+        for number, shard in enumerate(self.shards):
+            if shard.n_images < 1 or shard.last_image < last + shard.n_images or shard.n_active < 0:
+                raise UserError(f"shards[{number}] does not follow the one before it.")
+            last = shard.last_image
+        if last >= self.images["n_images"]:
+            raise UserError(f"shards reach image {last} of {self.images['n_images']:,}.")
+
+    @property
+    def n_latents(self) -> int:
+        """Number of latents of the SAE."""
+        return int(self.sae["n_latents"])
+
+    @property
+    def n_images(self) -> int:
+        """Images whose codes are written."""
+        return sum(shard.n_images for shard in self.shards)
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """In which the active latents are written: uint16 where it holds them all, else int32."""
+        return torch.uint16 if self.n_latents <= _UINT16_LATENTS else torch.int32
+
+    def identity(self) -> dict[str, Any]:
+        """What two encodings must share to be parts of one."""
+        values = dataclasses.asdict(self)
+        for name in _NOT_IDENTITY:
+            del values[name]
+        # Folders may have been moved, and a model may go by another name.
+        values["model"] = {
+            key: value for key, value in self.model.items() if key not in ("id", "revision")
+        }
+        values["images"] = {k: v for k, v in self.images.items() if k != "spec"}
+        return values
+
+    def layout(self, shard: CodeShard) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each tensor of a shard, in the order of the file."""
+        entries = {
+            "values": ((shard.n_active,), DTYPES[self.dtype]),
+            "indices": ((shard.n_active,), self.index_dtype),
+        }
+        return {
+            "offsets": ((shard.n_images * self.n_tokens + 1,), torch.int64),
+            "image_indices": ((shard.n_images,), torch.int64),
+            "n_active": ((self.n_latents,), torch.int64),
+            # Wider types first, so that each tensor begins at a multiple of its width.
+            **dict(sorted(entries.items(), key=lambda entry: -entry[1][1].itemsize)),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`, whole or not at all."""
+        values = to_dict(self)
+        values["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
+        write_json(folder / MANIFEST, {"format": FORMAT, "format_version": VERSION, **values})
+
+    @classmethod
+    def read(cls, folder: Path) -> CodeManifest:
+        """Read and check `manifest.json`.
+
+        Raises:
+            UserError: there is none, or it is of another format, or contradicts itself.
+        """
+        path = folder / MANIFEST
+        if not path.exists():
+            raise UserError(f"{folder}: holds no codes (it has no {MANIFEST}).")
+        values = read_json(path)
+        if values.pop("format", None) != FORMAT:
+            raise UserError(f"{path}: is no manifest of codes. Make some with `sparsight encode`.")
+        version = values.pop("format_version", None)
+        if version != VERSION:
+            raise UserError(
+                f"{path}: format_version is {version!r}; this Sparsight reads {VERSION}."
+            )
+        return from_dict(cls, values, str(path))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+class ShardBuffer:
+    """Batches of codes that become the next shard, in the types of the file.
+
+    Args:
+        manifest: of the codes.
+
+    Attributes:
+        n_bytes: that they will take on disk, roughly.
+    """
+
+    def __init__(self, manifest: CodeManifest) -> None:
+        self.n_bytes = 0
+        self._dtypes = {"values": DTYPES[manifest.dtype], "indices": manifest.index_dtype}
+        self._n_active = torch.zeros(manifest.n_latents, dtype=torch.int64)
+        self._parts: dict[str, list[Tensor]] = {
+            name: [] for name in ("image_indices", "l0", "values", "indices")
+        }
+
+    def add(self, batch: CodeBatch) -> None:
+        """Put a batch behind the ones that are in.
+
+        Raises:
+            SparsightError: an activation is beyond the range of the values on disk.
+        """
+        code = batch.code
+        indices, values = code.indices.cpu(), code.values.cpu().to(self._dtypes["values"])
+        if values.dtype == torch.float16:
+            if not bool(values.isfinite().all()):
+                images = batch.image_indices
+                raise SparsightError(
+                    f"Activations up to {float(code.values.max()):.3g} do not fit float16 (images "
+                    f"{int(images[0])} to {int(images[-1])}). Encode with dtype float32."
+                )
+            values.clamp_(min=SMALLEST_FLOAT16)  # what is active stays active
+        self._n_active += torch.bincount(indices, minlength=len(self._n_active))
+        new = {
+            "image_indices": batch.image_indices.cpu().long(),
+            "l0": code.l0.cpu(),
+            "values": values,
+            "indices": indices.to(self._dtypes["indices"]),
+        }
+        for name, part in new.items():
+            self._parts[name].append(part)
+            self.n_bytes += part.numel() * part.element_size()
+
+    def write(self, folder: Path, manifest: CodeManifest) -> CodeManifest:
+        """Write the next shard, then the manifest that names it; the buffer is spent.
+
+        Returns:
+            The manifest with the shard in it.
+
+        Raises:
+            SparsightError: the disk is full.
+        """
+        tensors = {"n_active": self._n_active}
+        for name in list(self._parts):
+            tensors[name] = torch.cat(self._parts.pop(name))
+        counts = tensors.pop("l0").long()
+        tensors["offsets"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        images = tensors["image_indices"]
+        path = shard_path(folder, len(manifest.shards))
+        shard = CodeShard(len(images), int(images[-1]), len(tensors["values"]), "", 0)
+        sha256 = write_tensors(path, {name: tensors[name] for name in manifest.layout(shard)})
+        shard = dataclasses.replace(shard, sha256=sha256, n_bytes=path.stat().st_size)
+        manifest = dataclasses.replace(manifest, shards=(*manifest.shards, shard))
+        manifest.write(folder)
+        return manifest
+
+
+class CodeStore:
+    """What `encode` left in a folder.
+
+    Args:
+        path: the folder.
+        verify: read every file and compare its checksum; lengths are always compared.
+
+    Attributes:
+        path: the folder.
+        manifest: what the codes say of themselves.
+        site: where in the model the SAE reads.
+        tokens: "all", "patches", "cls" or "mean".
+        n_tokens: vectors of an image.
+        n_latents: number of latents of the SAE.
+        model_info: as in `ActivationStore`.
+
+    Raises:
+        UserError: the folder holds no codes, or unfinished ones.
+        SparsightError: a file is missing, cut off or altered.
+    """
+
+    def __init__(self, path: str | Path, *, verify: bool = False) -> None:
+        self.path = Path(path)
+        self.manifest = CodeManifest.read(self.path)
+        if self.manifest.state != "complete":
+            raise UserError(
+                f"{self.path}: the codes are unfinished ({self.manifest.n_images:,} of "
+                f"{self.manifest.images['n_images']:,} images). Encode the same again; it "
+                "continues."
+            )
+        self.site = self.manifest.site
+        self.tokens = self.manifest.tokens
+        self.n_tokens = self.manifest.n_tokens
+        self.n_latents = self.manifest.n_latents
+        self.model_info: Mapping[str, Any] = {
+            **self.manifest.model,
+            "images": self.manifest.images["spec"],
+        }
+        counts = [0, *(shard.n_images for shard in self.manifest.shards)]
+        self._starts: npt.NDArray[np.int64] = np.cumsum(counts)
+        for number, shard in enumerate(self.manifest.shards):
+            check_size(shard_path(self.path, number), shard.n_bytes, AGAIN)
+        if verify:
+            self.verify()
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Self:
+        """The same as `CodeStore(path)`."""
+        return cls(path, verify=verify)
+
+    @property
+    def n_images(self) -> int:
+        """Images whose codes are here."""
+        return int(self._starts[-1])
+
+    @property
+    def n_vectors(self) -> int:
+        """Vectors whose codes are here."""
+        return self.n_images * self.n_tokens
+
+    @property
+    def n_active(self) -> int:
+        """Active latents of all vectors together."""
+        return sum(shard.n_active for shard in self.manifest.shards)
+
+    @cached_property
+    def image_indices(self) -> Int64[np.ndarray, " images"]:
+        """The place in the source of each image here, in order."""
+        shards = range(len(self.manifest.shards))
+        found = [self._map(number)["image_indices"].numpy().copy() for number in shards]
+        places: npt.NDArray[np.int64] = np.concatenate(found)
+        return places
+
+    def density(self) -> Float[Tensor, " n_latents"]:
+        """Share of the vectors on which each latent is active, float64; reads no code."""
+        total = torch.zeros(self.n_latents, dtype=torch.int64)
+        for number in range(len(self.manifest.shards)):
+            total += self._map(number)["n_active"]
+        return total.double() / self.n_vectors
+
+    def ordered(self, batch_images: int = 64) -> Iterator[CodeBatch]:
+        """All images once, in order, so many at a time."""
+        if batch_images < 1:
+            raise UserError(f"batch_images is {batch_images}; it must be at least 1.")
+        return (
+            self._read(first, min(first + batch_images, self.n_images))
+            for first in range(0, self.n_images, batch_images)
+        )
+
+    def image(self, image: int) -> SparseCode:
+        """The code of one image, `n_tokens` rows.
+
+        Args:
+            image: its place in the source.
+
+        Raises:
+            UserError: there is no code of it here.
+        """
+        place = int(np.searchsorted(self.image_indices, image))
+        if place == self.n_images or self.image_indices[place] != image:
+            raise UserError(f"{self.path}: holds no code of image {image}.")
+        return self._read(place, place + 1).code
+
+    def source(self) -> ImageSource:
+        """The images, opened again; `image_indices` are places in it.
+
+        Raises:
+            UserError: they are not there any more, or have changed.
+        """
+        about = self.manifest.images
+        return reopen_images(about["spec"], about["fingerprint"], str(self.path))
+
+    def check_sae(self, sae: SparseAutoencoder) -> None:
+        """Raise a `UserError` unless the codes were made with these very parameters."""
+        if sae.fingerprint() != self.manifest.sae["hash"]:
+            raise UserError(
+                f"{self.path}: the codes are of another SAE. Encode with this one into another "
+                "folder."
+            )
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum.
+
+        Raises:
+            SparsightError: one differs; its name is given.
+        """
+        for number, shard in enumerate(self.manifest.shards):
+            path = shard_path(self.path, number)
+            if not path.exists() or sha256_file(path) != shard.sha256:
+                raise SparsightError(
+                    f"{path}: is missing or has been altered (its checksum differs). {AGAIN}"
+                )
+
+    def __repr__(self) -> str:
+        return (
+            f"CodeStore({str(self.path)!r}, {self.n_images:,} images, {self.tokens} tokens at "
+            f"{self.site}, {self.n_active / max(self.n_vectors, 1):.1f} of {self.n_latents:,} "
+            "latents active)"
+        )
+
+    def _map(self, number: int) -> dict[str, Tensor]:
+        shard = self.manifest.shards[number]
+        path = shard_path(self.path, number)
+        return map_tensors(path, self.manifest.layout(shard), shard.n_bytes, AGAIN)
+
+    def _read(self, first: int, stop: int) -> CodeBatch:
+        """The codes of some images that follow each other, by their places here."""
+        shards = np.searchsorted(self._starts, [first, stop - 1], side="right") - 1
+        parts = []
+        for number in range(int(shards[0]), int(shards[1]) + 1):
+            start, end = int(self._starts[number]), int(self._starts[number + 1])
+            own = slice(max(first - start, 0), min(stop, end) - start)
+            mapped = self._map(number)
+            offsets = mapped["offsets"][own.start * self.n_tokens : own.stop * self.n_tokens + 1]
+            entries = slice(int(offsets[0]), int(offsets[-1]))
+            code = SparseCode(
+                mapped["indices"][entries].to(torch.int64),
+                mapped["values"][entries].to(torch.float32, copy=True),
+                offsets - offsets[0],
+                self.n_latents,
+            )
+            parts.append(CodeBatch(mapped["image_indices"][own].clone(), code, self.n_tokens))
+        return parts[0] if len(parts) == 1 else CodeBatch.joined(parts)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
