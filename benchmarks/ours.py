@@ -26,7 +26,10 @@ class Ours(Contender):
         super().__init__(task)
         self.kernels = kernels
         config = SAEConfig(
-            n_latents=self.shape.n_latents, sparsity=TopK(self.shape.k), normaliser="none"
+            n_latents=self.shape.n_latents,
+            sparsity=TopK(self.shape.k),
+            normaliser="none",
+            b_dec_init="mean",  # most peers take a mean or median, too
         )
         if task.dictionary is not None:
             with using(kernels):

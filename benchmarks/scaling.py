@@ -88,7 +88,7 @@ def main(options: Options) -> None:
     text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
     write_text(options.out / "scaling.json", text + "\n")
     with atomic_path(options.out / "scaling.svg") as path:
-        draw(rows).savefig(path, format="svg")
+        draw(rows).savefig(path, format="svg", metadata={"Date": None})
 
 
 def points(options: Options) -> Iterator[tuple[str, Shape]]:
