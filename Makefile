@@ -7,22 +7,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 OPEN_CLIP := $(VENV)/open_clip
 NATIVE := $(wildcard hatch_build.py src/sparsight/sae/kernels/native/*.[ch] src/sparsight/sae/kernels/native/*.inc)
+PEERS := $(VENV)/peers
 CODE := src tests benchmarks hatch_build.py
 OFFLINE := HF_HUB_OFFLINE=1
 TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest tests/vision/test_open_clip.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench clean
+.PHONY: help demo test test-slow lint format docs bench bench-peers clean
 
 help:
-	@echo "make demo       train and look at sparse autoencoders of a small CLIP, in minutes"
-	@echo "make test       run the quick tests"
-	@echo "make test-slow  run all tests"
-	@echo "make lint       style, types, import rules"
-	@echo "make format     put the code into the house style"
-	@echo "make docs       build the documentation into site/"
-	@echo "make bench      measure speed; tables go to benchmarks/tables/"
-	@echo "make clean      remove the virtual environment and what was built"
+	@echo "make demo         train and look at sparse autoencoders of a small CLIP, in minutes"
+	@echo "make test         run the quick tests"
+	@echo "make test-slow    run all tests"
+	@echo "make lint         style, types, import rules"
+	@echo "make format       put the code into the house style"
+	@echo "make docs         build the documentation into site/"
+	@echo "make bench        measure world, store and extraction; tables go to benchmarks/RESULTS.md"
+	@echo "make bench-peers  measure training and encoding beside other packages, installed apart"
+	@echo "make clean        remove the virtual environment and what was built"
 
 demo: $(VENV)/.user
 	$(BIN)/sparsight demo
@@ -49,7 +51,11 @@ docs: $(VENV)/.developer
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.developer
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python "$$script"; done
+	@set -e; for name in world stream extract; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done
+
+bench-peers: $(VENV)/.developer $(PEERS)/.installed
+	@set -e; for name in train_step encode; do echo "== $$name"; \
+		$(OFFLINE) $(BIN)/python benchmarks/$$name.py --peers-folder $(PEERS); done
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
@@ -78,4 +84,10 @@ $(VENV)/.developer: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 $(OPEN_CLIP)/.installed: constraints.txt $(VENV)/.developer
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade \
 		--target $(OPEN_CLIP) open_clip_torch torchvision timm ftfy wcwidth
+	@touch $@
+
+# Other packages' dependencies would replace torch: benchmarks/peers.txt lists all that is needed.
+$(PEERS)/.installed: benchmarks/peers.txt $(VENV)/.developer
+	rm -rf $(PEERS)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --target $(PEERS) -r benchmarks/peers.txt
 	@touch $@

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from tables import FOLDER, show
+from tables import RESULTS, keep
 
 import sparsight as sp
 from sparsight.demo import DemoConfig, train_config
@@ -32,8 +32,8 @@ class Options:
     site: str = "blocks.-1.resid_post"
     """Where to read the calibration CLIP."""
 
-    out: Path = FOLDER / "quality.md"
-    """File for the table."""
+    out: Path = RESULTS
+    """File that keeps the table."""
 
 
 def main(options: Options) -> None:
@@ -60,7 +60,7 @@ def main(options: Options) -> None:
         f"Calibration CLIP, {options.site}, {demo.n_latents:,} latents, {demo.n_vectors:,} vectors "
         f"of {demo.n_images:,} scenes, measured on {demo.n_test:,} others"
     )
-    show(title, rows, options.out)
+    keep(title, rows, options.out, name="quality")
 
 
 def row(name: str, figures: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,16 @@
-"""What benchmarks share: on what they ran, and a Markdown table that is printed and kept."""
+"""What benchmarks share: on what they ran, and a Markdown table that is printed and kept.
+
+Tables are kept in `RESULTS.md`, each between two marks with its name, so that pages of the
+documentation can take one over by it.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,13 @@ import transformers
 import sparsight
 from sparsight.files import write_text
 
-FOLDER = Path(__file__).parent / "tables"
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+HEAD = """# Results
+
+Written by the benchmarks of this folder: each puts its table in the place of its last one. Rates
+depend on the machine; compare what stands in one table.
+"""
 
 
 def machine() -> dict[str, Any]:
@@ -24,7 +35,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_gib": round(pages * size / 2**30),
         "load": round(os.getloadavg()[0], 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -35,12 +46,40 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(title: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Print the rows as a Markdown table under what they were measured on; write it to `out`."""
-    where = " · ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep(
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    out: Path = RESULTS,
+    versions: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> None:
+    """Print the rows as a Markdown table under what they were measured on; keep it in `out`.
+
+    Args:
+        title: of the table.
+        rows: of the table.
+        out: the file; a table of the same name there is replaced, others stay.
+        versions: of further packages.
+        name: of the table; the title's words by default.
+    """
+    name = name or re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    facts = machine() | dict(versions or {})
+    where = " · ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
     text = f"### {title}\n\n{where}\n\n{markdown(rows)}\n"
     print(text, flush=True)
-    write_text(out, text)
+    before = out.read_text(encoding="utf-8") if out.exists() else HEAD
+    begin, end = (f"<!-- --8<-- [{side}:{name}] -->\n" for side in ("start", "end"))
+    section = f"{begin}{text}{end}"
+    if begin in before:
+        head, rest = before.split(begin, 1)
+        write_text(out, head + section + rest.split(end, 1)[1])
+    else:
+        write_text(out, f"{before}\n{section}")
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -126,9 +126,9 @@ class SiteTraining:
             lr = self.lr * lr_factor
             if self.fused is not None:
                 found = self.fused.step(z, lr=lr, number=step + 1, dead=dead)
-                for state in self.optimiser.state.values():
-                    state["step"].fill_(step + 1)
             else:
+                for state in self.optimiser.state.values():
+                    state["step"].fill_(step)
                 found = self._dense_step(z, lr, dead)
             self._average(step)
             spread = (z - self.centre).square().sum()

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.errors import UserError
-from sparsight.sae.kernels import dense, sparse
+from sparsight.sae.kernels import dense, inference, sparse
 from sparsight.sae.kernels.interface import (
     Adam,
     Backend,
@@ -50,9 +50,15 @@ __all__ = [
 Kernels = Literal["auto", "dense", "torch", "native", "triton"]
 """Who computes a training step; "auto" is the quickest that runs here."""
 
-BACKENDS: dict[str, Backend] = {"sparse": sparse, "dense": dense}
+BACKENDS: dict[str, Backend] = {
+    "auto": sparse,
+    "torch": sparse,
+    "native": sparse,
+    "dense": dense,
+}
+"""Of the differentiable functions; "auto" selects latents with compiled code where it pays."""
 
-_current: Backend = sparse
+_current = "auto"
 
 
 @contextmanager
@@ -65,11 +71,15 @@ def using(name: str) -> Iterator[None]:
     global _current
     if name not in BACKENDS:
         raise UserError(f"No kernels are called {name!r}; there are: {', '.join(BACKENDS)}.")
-    before, _current = _current, BACKENDS[name]
+    if name == "native":
+        choose("native", "auto", torch.device("cpu"))
+    before, _current = _current, name
+    inference.compiled = name != "torch"
     try:
         yield
     finally:
         _current = before
+        inference.compiled = before != "torch"
 
 
 def choose(
@@ -138,7 +148,7 @@ def fused_step(
 
 def backend() -> Backend:
     """The back end of the differentiable functions at present."""
-    return _current
+    return BACKENDS[_current]
 
 
 def encode_topk(
@@ -150,7 +160,7 @@ def encode_topk(
     precision: Precision | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k strongest latents of each vector; see `Backend.encode_topk`."""
-    return _current.encode_topk(x, W_enc, b_enc, b_dec, k, precision)
+    return backend().encode_topk(x, W_enc, b_enc, b_dec, k, precision)
 
 
 def decode_topk(
@@ -160,4 +170,4 @@ def decode_topk(
     b_dec: Float[Tensor, " d_in"],
 ) -> Float[Tensor, "batch d_in"]:
     """The reconstruction of a code; see `Backend.decode_topk`."""
-    return _current.decode_topk(values, indices, W_dec, b_dec)
+    return backend().decode_topk(values, indices, W_dec, b_dec)

@@ -10,6 +10,9 @@ from sparsight.sae.kernels import selection
 from sparsight.sae.kernels.interface import Precision
 from sparsight.sae.kernels.native import library
 
+compiled = True
+"""Whether compiled code may be used; `sparsight.sae.kernels.using` changes it."""
+
 FEWEST = 256
 """Vectors of a call from which on copying the encoder into low precision pays."""
 
@@ -63,7 +66,8 @@ def batch_topk(
 
 def _native_pays(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        compiled
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and len(x) >= FEWEST
         and library.load() is not None

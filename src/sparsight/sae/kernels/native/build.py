@@ -19,6 +19,7 @@ SOURCES = ("kernels.c", "pool.c")
 COMMON = [
     "-O3",
     "-std=c11",
+    "-ffp-contract=fast",
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",

@@ -48,6 +48,10 @@ API int sparsight_runs_here(void) {
 #endif
 }
 
+API void sparsight_use_large_pages(void *memory, int64_t bytes) {
+    use_large_pages(memory, bytes);
+}
+
 static int64_t groups(const Dictionary *w) { /* of dimensions: 4 bytes each */
     return w->kind == INT8 ? (w->d_in + 3) / 4 : (w->d_in + 1) / 2;
 }
@@ -298,14 +302,17 @@ static void drop_hopeless(Candidates *of, int64_t k, float *lower) {
 }
 
 #define REAL float
+#define INTEGER int32_t
 #define LANES 16
 #define NAME(name) sparsight_##name##_f32
 #include "real.inc"
 #undef REAL
+#undef INTEGER
 #undef LANES
 #undef NAME
 
 #define REAL double
+#define INTEGER int64_t
 #define LANES 8
 #define NAME(name) sparsight_##name##_f64
 #include "real.inc"

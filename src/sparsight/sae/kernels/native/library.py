@@ -140,6 +140,7 @@ class Dictionary:
             torch.empty(padded, dtype=torch.int32),
             *(torch.empty(padded) for _ in range(3)),
         )
+        use_large_pages(self.tensors[0])
         self.struct = _Dictionary(_KINDS[precision], n, d, *(_at(each) for each in self.tensors))
         self.refresh(W, b)
 
@@ -328,6 +329,17 @@ def update(
         fields["dictionary"] = ctypes.pointer(dictionary.struct)  # type: ignore[assignment]
     struct = _Update(**fields)
     _function("update", dtype)(byref(struct), c_int(torch.get_num_threads()))
+
+
+def use_large_pages(*tensors: Tensor) -> None:
+    """Ask the system for large pages under some tensors, where it has them to give."""
+    loaded = load()
+    if loaded is not None:
+        for each in tensors:
+            size = each.untyped_storage().nbytes()
+            loaded[0].sparsight_use_large_pages(
+                c_void_p(each.untyped_storage().data_ptr()), c_int64(size)
+            )
 
 
 def int32(*shape: int) -> Tensor:

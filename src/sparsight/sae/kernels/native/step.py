@@ -29,6 +29,10 @@ class NativeStep(FusedStep):
         self.b_dec_square = torch.zeros(())
         self.dictionary: library.Dictionary | None = None
         self.buffers: dict[str, Tensor] = {}
+        library.use_large_pages(
+            *(getattr(self, name) for name in MATRICES),
+            *(each for name in MATRICES for each in self.moments[name]),
+        )
         loaded = library.load()
         self.name = f"native-{self.precision}" + (f" ({loaded[1]})" if loaded else "")
 
@@ -249,5 +253,6 @@ class NativeStep(FusedStep):
         kept = self.buffers.get(name)
         if kept is None or kept.shape != shape:
             kept = torch.empty(*shape, dtype=dtype or self.dtype)
+            library.use_large_pages(kept)
             self.buffers[name] = kept
         return kept

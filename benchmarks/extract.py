@@ -1,6 +1,6 @@
 """Where the time of an extraction goes, and what an early site saves.
 
-    python benchmarks/bench_extract.py [--images FOLDER] [--n-images N] [--out FILE]
+    python benchmarks/extract.py [--images FOLDER] [--n-images N] [--out FILE]
 
 A CLIP of the shapes of ViT-B/32 with random weights, saved and loaded as any other, reads JPEGs of
 500 × 375. Each site is extracted in a process of its own, so that peak memory is its own, too.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from tables import FOLDER, show
+from tables import RESULTS, keep
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sparsight.activations import extract
@@ -54,8 +54,8 @@ class Options:
     device: str = "cpu"
     """Where the model runs."""
 
-    out: Path = FOLDER / "extract.md"
-    """File for the table."""
+    out: Path = RESULTS
+    """File that keeps the table."""
 
 
 def main(options: Options) -> None:
@@ -78,7 +78,7 @@ def main(options: Options) -> None:
         whole = next(row for row in rows if row["site"] == "late")["ms an image in forward"]
         for row in rows:
             row["of the late site's cost"] = row["ms an image in forward"] / whole
-        show("Extraction, ViT-B/32 shapes, all tokens", rows, options.out)
+        keep("Extraction, ViT-B/32 shapes, all tokens", rows, options.out, name="extract")
 
 
 def measure(

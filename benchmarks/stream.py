@@ -1,6 +1,6 @@
 """How fast an activation store is written, streamed back and checked, from the page cache.
 
-    python benchmarks/bench_stream.py [--gb 1] [--folder DIR] [--out FILE]
+    python benchmarks/stream.py [--gb 1] [--folder DIR] [--out FILE]
 
 Rates are gigabytes of stored activations a second: of processor time (all threads of the process
 together, so of one core) and of wall time. Writing includes SHA-256, the exact statistics and
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import tyro
-from tables import FOLDER, show
+from tables import RESULTS, keep
 
 from sparsight.activations import ActivationStore
 from sparsight.activations.extraction import SHARD_BYTES
@@ -45,8 +45,8 @@ class Options:
     folder: Path | None = None
     """Where the stores go, one at a time; default a temporary folder."""
 
-    out: Path = FOLDER / "stream.md"
-    """File for the table."""
+    out: Path = RESULTS
+    """File that keeps the table."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ def main(options: Options) -> None:
     ):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             rows += measure(Path(folder) / "store", dtype, tokens, n_tokens, options)
-    show(f"Activation store, {D_IN} wide, {options.gb:g} GB each", rows, options.out)
+    keep(f"Activation store, {D_IN} wide, {options.gb:g} GB each", rows, options.out, name="stream")
 
 
 def measure(

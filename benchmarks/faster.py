@@ -1,6 +1,6 @@
 """What settings that make extraction faster gain, and what they change in the activations.
 
-    python benchmarks/bench_faster.py [--compile]
+    python benchmarks/faster.py [--compile]
 
 Three tables: the forward pass of CLIP's ViT-B/32 and ViT-B/16 shapes (random weights) in several
 settings, timed in turns; how bfloat16 agrees with float32, at sites of these and of the trained
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from tables import FOLDER, show
+from tables import RESULTS, keep
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -56,8 +56,8 @@ class Options:
     compile: bool = False
     """Time torch.compile too, which takes minutes to compile."""
 
-    out: Path = FOLDER
-    """Folder for the tables."""
+    out: Path = RESULTS
+    """File that keeps the tables."""
 
 
 def main(options: Options) -> None:
@@ -66,10 +66,10 @@ def main(options: Options) -> None:
         ids = {**{label: str(folder) for label, folder in folders.items()}, TRAINED: TRAINED}
         if "forward" in options.tables:
             rows = [row for each in folders.items() for row in time_forward(*each, options)]
-            show("Forward pass", rows, options.out / "forward.md")
+            keep("Forward pass", rows, options.out, name="forward")
         if "bfloat16" in options.tables:
             rows = [row for each in ids.items() for row in compare_precisions(*each, options)]
-            show("bfloat16 against float32", rows, options.out / "bfloat16.md")
+            keep("bfloat16 against float32", rows, options.out, name="bfloat16")
         if "jpeg" in options.tables:
             files = {size: list(large_jpegs(size, options)) for size in JPEG_SIZES}
             rows = [
@@ -78,7 +78,7 @@ def main(options: Options) -> None:
                 for size in JPEG_SIZES
                 for row in compare_jpegs(label, ids[label], size, files[size])
             ]
-            show("JPEGs decoded at a part of their size", rows, options.out / "jpeg.md")
+            keep("JPEGs decoded at a part of their size", rows, options.out, name="jpeg")
 
 
 def save_model(folder: Path, patch_size: int) -> Path:

@@ -1,6 +1,6 @@
 """How fast the calibration world is drawn, with its masks, on one core.
 
-    python benchmarks/bench_world.py [--n-scenes N] [--out FILE]
+    python benchmarks/world.py [--n-scenes N] [--out FILE]
 
 Processor time of one thread; every scene is new, glyphs are cached as they are in use.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tables import FOLDER, show
+from tables import RESULTS, keep
 
 from sparsight.calibration import CalibrationWorld, WorldConfig
 
@@ -26,8 +26,8 @@ class Options:
     n_scenes: int = 4000
     """Scenes of each kind."""
 
-    out: Path = FOLDER / "world.md"
-    """File for the table."""
+    out: Path = RESULTS
+    """File that keeps the table."""
 
 
 def main(options: Options) -> None:
@@ -35,7 +35,7 @@ def main(options: Options) -> None:
         {"scenes": name, "scenes/s of a core": round(rate(config, options.n_scenes))}
         for name, config in WORLDS.items()
     ]
-    show("Calibration world, scenes with masks", rows, options.out)
+    keep("Calibration world, scenes with masks", rows, options.out, name="world")
 
 
 def rate(config: WorldConfig, n_scenes: int) -> float:
