@@ -76,6 +76,18 @@ static float from_bfloat16(uint16_t x) {
 }
 #endif
 
+/* Write the codes of 16 latents, latent after latent, into their panel, group after group. */
+static void write_panel(const Dictionary *w, int64_t panel, const int32_t *codes) {
+    const int64_t n_groups = groups(w);
+    int32_t *out = (int32_t *)w->codes + panel * n_groups * PANEL;
+    int64_t j = 0;
+    for (; j + 4 <= n_groups; j += 4)
+        for (int l = 0; l < PANEL; l++)
+            for (int t = 0; t < 4; t++) out[(j + t) * PANEL + l] = codes[l * n_groups + j + t];
+    for (; j < n_groups; j++)
+        for (int l = 0; l < PANEL; l++) out[j * PANEL + l] = codes[l * n_groups + j];
+}
+
 /* Candidates of one vector, in the order of the latents. */
 typedef struct {
     float *upper;   /* largest value that the score can have */

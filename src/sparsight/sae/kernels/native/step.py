@@ -21,7 +21,7 @@ class NativeStep(FusedStep):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dtype = self.W_enc.dtype
-        self.chunk = -(-self.n_latents // library.CHUNKS)
+        self.chunk = 16 * -(-self.n_latents // (16 * library.CHUNKS))
         n_chunks = -(-self.n_latents // self.chunk)
         self.partial_b_dec = torch.empty(n_chunks, self.d_in, dtype=self.dtype)
         self.partial_square = torch.empty(n_chunks, dtype=torch.float64)
