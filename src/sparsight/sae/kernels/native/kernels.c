@@ -302,8 +302,20 @@ static void drop_hopeless(Candidates *of, int64_t k, float *lower) {
     if (of->n < k) return;
     for (int64_t i = 0; i < of->n; i++) lower[i] = of->upper[i] - of->width[i];
     of->threshold = MAX(of->threshold, reached_by(lower, of->n, k, k / 16));
-    int64_t n = 0;
-    for (int64_t i = 0; i < of->n; i++) { /* without a branch: it could not be foreseen */
+    int64_t n = 0, i = 0;
+#if defined(WITH_AVX512)
+    for (; i + PANEL <= of->n; i += PANEL) {
+        const __m512 upper = _mm512_loadu_ps(of->upper + i), width = _mm512_loadu_ps(of->width + i);
+        const __m512i latent = _mm512_loadu_si512(of->latent + i);
+        const __mmask16 kept =
+            _mm512_cmp_ps_mask(upper, _mm512_set1_ps(of->threshold), _CMP_GE_OQ);
+        _mm512_storeu_ps(of->upper + n, _mm512_maskz_compress_ps(kept, upper));
+        _mm512_storeu_ps(of->width + n, _mm512_maskz_compress_ps(kept, width));
+        _mm512_storeu_si512(of->latent + n, _mm512_maskz_compress_epi32(kept, latent));
+        n += __builtin_popcount(kept);
+    }
+#endif
+    for (; i < of->n; i++) { /* without a branch: it could not be foreseen */
         const float upper = of->upper[i];
         of->upper[n] = upper;
         of->width[n] = of->width[i];

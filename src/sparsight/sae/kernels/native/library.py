@@ -312,7 +312,7 @@ def by_latent(
     square = function(
         c_void_p(_at(latents)), c_int64(len(latents)), c_int64(n_latents), c_void_p(_at(starts)),
         *(c_void_p(_at(each)) for each in (*inputs, *outputs, vector_norms, error_norms)),
-        byref(gradient_sum),
+        byref(gradient_sum), c_int(torch.get_num_threads()),
     )  # fmt: skip
     return float(square), gradient_sum.value
 

@@ -88,11 +88,10 @@ class NativeStep(FusedStep):
         aux_loss = torch.zeros((), dtype=torch.float64)
         if with_aux:
             main = errors[: objective.n_stages * n].view(objective.n_stages, n, self.d_in)
-            target = self.residual(main, weights)
-            spread = (target - target.mean(dim=0)).square().sum(dtype=torch.float64).item()
+            target, spread = self._left_over(main, weights, sums)
             if spread > 0:
                 aux_loss = self._auxiliary(x, target, cast(Tensor, dead), aux_k, spread, used)
-                vectors[used : used + n * aux_k] = rows.repeat_interleave(aux_k)
+                vectors[used : used + n * aux_k].view(n, aux_k).copy_(rows[:, None])
                 used += n * aux_k
         loss = loss + objective.aux_alpha * aux_loss
         norm = self._update(x, errors, vectors, used, lr, number)
@@ -150,6 +149,22 @@ class NativeStep(FusedStep):
             return exact_above(x, self.W_enc, self.b_enc, threshold)
         room = 8 * self.objective.k
         return self.dictionary.above(x, self.W_enc, self.b_enc, threshold, room)
+
+    def _left_over(
+        self,
+        errors: Float[Tensor, "stages batch d_in"],
+        weights: list[float],
+        squared: Float[Tensor, " stages"],
+    ) -> tuple[Float[Tensor, "batch d_in"], float]:
+        """z − ẑ, and its squared distance from its mean."""
+        if len(weights) > 1:
+            target = self.residual(errors, weights)
+            return target, (target - target.mean(dim=0)).double().square().sum().item()
+        target = self._buffer("target", *errors[0].shape)
+        torch.mul(errors[0], -1 / weights[0], out=target)
+        mean = self.buffers["error_sums"].sum(dim=0, dtype=torch.float64) / weights[0] / len(target)
+        spread = squared[0] - len(target) * mean.square().sum()
+        return target, max(spread.item(), 0.0)
 
     def _auxiliary(
         self,
