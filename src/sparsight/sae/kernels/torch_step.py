@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
+from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.selection import (
     TILE_ELEMENTS,
     batch_topk,
@@ -58,10 +59,17 @@ class TorchStep(FusedStep):
         self.of_b_dec = _Adam(self, ["b_dec"], slice(None))
         self.low: tuple[Tensor, Tensor] | None = None
         self.scores = torch.empty(0)
+        # Gradients of a chunk, and room to multiply in: fresh memory costs page faults.
+        self.sums = self.W_enc.new_empty(3, min(size, self.n_latents), self.d_in)
+        use_large_pages(
+            *(getattr(self, name) for name in MATRICES),
+            *(each for name in MATRICES for each in self.moments[name]),
+        )
 
     def _copy_encoder(self) -> None:
         if self.precision == "bfloat16":
             self.low = self.W_enc.bfloat16(), self.b_enc.bfloat16()
+            use_large_pages(self.low[0])
 
     def _step(
         self,
@@ -124,6 +132,7 @@ class TorchStep(FusedStep):
         wanted = min(TILE_ELEMENTS.get(x.device.type, 1 << 25), len(x) * self.n_latents)
         if self.scores.numel() < wanted or self.scores.dtype != dtype:
             self.scores = torch.empty(wanted, dtype=dtype, device=x.device)
+            use_large_pages(self.scores)
         return select_topk(x, self.W_enc, self.b_enc, k, self.precision, low, self.scores)
 
     def _errors(
@@ -138,7 +147,7 @@ class TorchStep(FusedStep):
             bags = code.starts[:-1]
             summed = _weighted_sums(code.latents, code.values, bags, self.W_dec)
             error += summed
-            squared.append(error.double().square().sum())
+            squared.append(_square(error))
             torch.mul(error, weights[0], out=errors[0])
             return errors, squared
         # One bag a vector and stage: between the ends of two stages.
@@ -146,7 +155,7 @@ class TorchStep(FusedStep):
         parts = _weighted_sums(code.latents, code.values, bags, self.W_dec).view(n, stages, -1)
         for stage, weight in enumerate(weights):
             error += parts[:, stage]
-            squared.append(error.double().square().sum())
+            squared.append(_square(error))
             torch.mul(error, weight, out=errors[stage])
         for stage in reversed(range(stages - 1)):
             errors[stage] += errors[stage + 1]
@@ -183,12 +192,12 @@ class TorchStep(FusedStep):
         """Dense products over the dead latents: of them a good part is in use."""
         k = min(self.objective.aux_k, len(dead))
         W_enc, W_dec, b_enc = self.W_enc[dead], self.W_dec[dead], self.b_enc[dead]
-        spread = (target - target.mean(dim=0)).double().square().sum()
+        spread = _square(target - target.mean(dim=0))
         scores = torch.addmm(b_enc, x, W_enc.T)
         values, chosen = scores.topk(k, dim=1, sorted=False)
         code = scores.zero_().scatter_(1, chosen, values.relu_())
         error = torch.addmm(target, code, W_dec, beta=-1)
-        squared = error.double().square().sum()
+        squared = _square(error)
         # Nothing is left over where the spread is 0: then the loss and its gradient are 0.
         factor = torch.where(spread > 0, 1 / spread, 0.0)
         error *= (2 * self.objective.aux_alpha * factor).to(error.dtype)
@@ -306,7 +315,7 @@ class _Adam:
 class _Chunk:
     """Some latents: their gradients, and their share of the update."""
 
-    def __init__(self, step: FusedStep, first: int, last: int) -> None:
+    def __init__(self, step: TorchStep, first: int, last: int) -> None:
         self.first, self.last = first, last
         self.whole = step
         self.optimiser = _Adam(step, [*MATRICES, "b_enc"], slice(first, last))
@@ -323,22 +332,22 @@ class _Chunk:
     ) -> None:
         """Sum the gradients of these latents' rows, whose entries are `begin` to `end`."""
         part = slice(begin, end)
-        ends = entries.ends[self.first : self.last]
-        starts = functional.pad(ends[:-1], (1, 0), value=begin) - begin
-        self.of_enc = _weighted_sums(entries.vectors[part], entries.grads[part], starts, x)
-        self.of_dec = _weighted_sums(entries.error_rows[part], entries.values[part], starts, errors)
+        starts = functional.pad(entries.ends[self.first : self.last], (1, 0), value=begin) - begin
+        self.of_enc, self.of_dec, spare = self.whole.sums[:, : self.last - self.first]
+        _sum_rows(entries.vectors[part], entries.grads[part], starts, x, self.of_enc)
+        _sum_rows(entries.error_rows[part], entries.values[part], starts, errors, self.of_dec)
         if aux is not None:
             inside = (aux.latents >= self.first) & (aux.latents < self.last)
             _add(self.of_enc, aux.latents, aux.W_enc, inside, self.first)
             _add(self.of_dec, aux.latents, aux.W_dec, inside, self.first)
         if self.whole.unit_norm:
             W_dec = self.optimiser.parts["W_dec"]
-            along = (self.of_dec * W_dec).sum(dim=1, keepdim=True)
+            along = torch.mul(self.of_dec, W_dec, out=spare).sum(dim=1, keepdim=True)
             self.of_dec.addcmul_(along, W_dec, value=-1)
 
     def square(self) -> Float[Tensor, ""]:
         """The squared norm of the gradients."""
-        return (self.of_enc.square().sum() + self.of_dec.square().sum()).double()
+        return _square(self.of_enc) + _square(self.of_dec)
 
     def update(
         self,
@@ -377,6 +386,27 @@ def _weighted_sums(
 ) -> Float[Tensor, "bags d_in"]:
     """For each bag of entries the sum of the rows they name, weighted."""
     return functional.embedding_bag(indices, rows, starts, per_sample_weights=weights, mode="sum")
+
+
+def _sum_rows(
+    indices: Int[Tensor, " entries"],
+    weights: Float[Tensor, " entries"],
+    starts: Int[Tensor, " bags_plus_one"],
+    rows: Float[Tensor, "n d_in"],
+    out: Float[Tensor, "bags d_in"],
+) -> None:
+    """As `_weighted_sums`, into memory that is there."""
+    if rows.device.type == "cpu" and torch.backends.mkl.is_available():
+        size = (len(out), len(rows))
+        bags = torch.sparse_csr_tensor(starts, indices, weights, size, check_invariants=False)
+        torch.addmm(out, bags, rows, beta=0, out=out)
+    else:
+        out.copy_(_weighted_sums(indices, weights, starts[:-1], rows))
+
+
+def _square(x: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:
+    """The sum of squares, of rows in their own precision, of all in float64."""
+    return torch.linalg.vector_norm(x, dim=1).double().square().sum()
 
 
 def _sums_by_latent(

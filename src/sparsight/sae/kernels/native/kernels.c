@@ -48,10 +48,6 @@ API int sparsight_runs_here(void) {
 #endif
 }
 
-API void sparsight_use_large_pages(void *memory, int64_t bytes) {
-    use_large_pages(memory, bytes);
-}
-
 static int64_t groups(const Dictionary *w) { /* of dimensions: 4 bytes each */
     return w->kind == INT8 ? (w->d_in + 3) / 4 : (w->d_in + 1) / 2;
 }

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.errors import SparsightError
+from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import build
 from sparsight.sae.kernels.selection import exact_above, exact_topk
 
@@ -329,17 +330,6 @@ def update(
         fields["dictionary"] = ctypes.pointer(dictionary.struct)  # type: ignore[assignment]
     struct = _Update(**fields)
     _function("update", dtype)(byref(struct), c_int(torch.get_num_threads()))
-
-
-def use_large_pages(*tensors: Tensor) -> None:
-    """Ask the system for large pages under some tensors, where it has them to give."""
-    loaded = load()
-    if loaded is not None:
-        for each in tensors:
-            size = each.untyped_storage().nbytes()
-            loaded[0].sparsight_use_large_pages(
-                c_void_p(each.untyped_storage().data_ptr()), c_int64(size)
-            )
 
 
 def int32(*shape: int) -> Tensor:

@@ -1,12 +1,8 @@
-#define _DEFAULT_SOURCE 1
 #include "pool.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #define LONGEST_POOL 256
 #define SCRATCH_SLOTS 4
@@ -111,22 +107,6 @@ void parallel_for(int64_t n, int threads, void (*body)(void *, int64_t), void *c
     while (loop.running > 0) pthread_cond_wait(&finished, &guard);
     pthread_mutex_unlock(&guard);
     pthread_mutex_unlock(&one_loop);
-}
-
-void use_large_pages(void *memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 4096, large = 2 << 20;
-    const uintptr_t from = ((uintptr_t)memory + page - 1) / page * page;
-    const uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) / page * page;
-    if (to < from + 2 * large) return;
-    /* Advice: where the system does not take it, all stays as it is. */
-    if (madvise((void *)from, to - from, MADV_HUGEPAGE) != 0) return;
-    const int collapse = 25; /* MADV_COLLAPSE, for pages in use already (Linux 6.1) */
-    (void)madvise((void *)from, to - from, collapse);
-#else
-    (void)memory;
-    (void)bytes;
-#endif
 }
 
 void *scratch(int slot, int64_t bytes) {

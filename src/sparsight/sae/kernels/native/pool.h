@@ -10,7 +10,4 @@ void parallel_for(int64_t n, int threads, void (*body)(void *context, int64_t i)
 /* Memory of the calling thread that is kept between calls; contents are lost when it grows. */
 void *scratch(int slot, int64_t bytes);
 
-/* Ask for large pages: with small ones much of the time goes into looking addresses up. */
-void use_large_pages(void *memory, int64_t bytes);
-
 #endif

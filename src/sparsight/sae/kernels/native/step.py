@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
+from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import library
 from sparsight.sae.kernels.selection import exact_above, select_topk
 
@@ -29,7 +30,7 @@ class NativeStep(FusedStep):
         self.b_dec_square = torch.zeros(())
         self.dictionary: library.Dictionary | None = None
         self.buffers: dict[str, Tensor] = {}
-        library.use_large_pages(
+        use_large_pages(
             *(getattr(self, name) for name in MATRICES),
             *(each for name in MATRICES for each in self.moments[name]),
         )
@@ -268,6 +269,6 @@ class NativeStep(FusedStep):
         kept = self.buffers.get(name)
         if kept is None or kept.shape != shape:
             kept = torch.empty(*shape, dtype=dtype or self.dtype)
-            library.use_large_pages(kept)
+            use_large_pages(kept)
             self.buffers[name] = kept
         return kept
