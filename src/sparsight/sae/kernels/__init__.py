@@ -8,8 +8,10 @@ autograd, in plain torch, in compiled code, or in Triton.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -100,19 +102,47 @@ def choose(
             "Install one and run `python -m sparsight.sae.kernels.native.build`, or take 'torch'."
         )
     if kernels == "triton":
-        raise UserError("kernels 'triton' are not there yet; take 'torch'.")
+        _check_triton(device)
     if precision == "int8" and kernels != "native":
         raise UserError(f"precision 'int8' is one of the native kernels, not of {kernels!r}.")
     if precision == "auto":
         if kernels == "native":
             precision = "int8"
         else:
-            precision = "bfloat16" if kernels == "torch" and _fast_bfloat16(device) else "float32"
+            in_bfloat16 = kernels in ("torch", "triton") and _fast_bfloat16(device)
+            precision = "bfloat16" if in_bfloat16 else "float32"
     return kernels, precision
 
 
 def _quickest(device: torch.device) -> Kernels:
-    return "native" if device.type == "cpu" and load_native() is not None else "torch"
+    if device.type == "cpu" and load_native() is not None:
+        return "native"
+    return "triton" if device.type == "cuda" and _load_triton() is not None else "torch"
+
+
+def _load_triton() -> ModuleType | None:
+    """The module of the step in Triton, where Triton is installed."""
+    try:
+        return importlib.import_module("sparsight.sae.kernels.triton_step")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        return None
+
+
+def _check_triton(device: torch.device) -> None:
+    """Raise a UserError unless Triton's kernels run here; its interpreter runs on any device."""
+    loaded = _load_triton()
+    if loaded is None:
+        raise UserError(
+            "kernels 'triton' need Triton, which is not installed. Run "
+            "`pip install 'sparsight[triton]'`, or take 'torch'."
+        )
+    if device.type != "cuda" and not loaded.INTERPRETED:
+        raise UserError(
+            f"kernels 'triton' run on CUDA, not on {device.type}. Take 'auto'; or, to try them "
+            "slowly, set TRITON_INTERPRET=1 in the environment."
+        )
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
@@ -132,7 +162,13 @@ def fused_step(
     **settings: Any,
 ) -> FusedStep:
     """A fused step of a back end other than "dense"; see `FusedStep` for the arguments."""
-    kind = {"torch": TorchStep, "native": NativeStep}[kernels]
+    kind: type[FusedStep]
+    if kernels == "triton":
+        from sparsight.sae.kernels.triton_step import TritonStep
+
+        kind = TritonStep
+    else:
+        kind = {"torch": TorchStep, "native": NativeStep}[kernels]
     return kind(parameters, moments, since_fired, objective, adam, **settings)
 
 
