@@ -6,17 +6,12 @@ The interpreter takes milliseconds for a latent, so that there are few latents a
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is imported: nobody has yet
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from step_parts import (
     BATCH,
     LR,
@@ -34,7 +29,14 @@ from step_parts import (
 from sparsight.errors import UserError
 from sparsight.sae import kernels
 from sparsight.sae.kernels import choose
-from sparsight.sae.kernels.triton_step import TritonStep
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is imported: nobody has yet
+triton_step = pytest.importorskip(
+    "sparsight.sae.kernels.triton_step", reason="Triton is not installed"
+)
+TritonStep = triton_step.TritonStep
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 N_LATENTS = 40
@@ -135,17 +137,33 @@ def test_vectors_that_are_not_finite_do_not_break_selection() -> None:
     assert not torch.isfinite(figures.loss)
 
 
+@pytest.mark.skipif(ON_GPU, reason="the other tests compile for this GPU")
+def test_kernels_compile_for_gpus() -> None:
+    pytest.importorskip("triton", minversion="3.4", reason="compiles in another way before 3.4")
+    environment = {name: each for name, each in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_triton_kernels.py"
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=300)
+
+
 def test_where_triton_does_not_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("triton", "bfloat16", torch.device(DEVICE)) == ("triton", "bfloat16")
     cpu = torch.device("cpu")
-    monkeypatch.setattr("sparsight.sae.kernels.triton_step.INTERPRETED", False)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(triton_step, "INTERPRETED", False)
     with pytest.raises(UserError, match="run on CUDA, not on cpu"):
         choose("triton", "auto", cpu)
     assert choose("auto", "float32", cpu)[0] != "triton"
-    assert choose("auto", "float32", torch.device("cuda")) == ("triton", "float32")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose("auto", "float32", cuda) == ("torch", "float32")
+    with pytest.raises(UserError, match=r"8\.0 or more; An old GPU has less"):
+        choose("triton", "float32", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose("auto", "float32", cuda) == choose("triton", "float32", cuda)
+    assert choose("auto", "float32", cuda) == ("triton", "float32")
     monkeypatch.delitem(sys.modules, "sparsight.sae.kernels.triton_step")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert kernels._load_triton() is None
     with pytest.raises(UserError, match="which is not installed"):
         choose("triton", "auto", cpu)
-    assert choose("auto", "float32", torch.device("cuda")) == ("torch", "float32")
+    assert choose("auto", "float32", cuda) == ("torch", "float32")

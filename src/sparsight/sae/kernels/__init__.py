@@ -9,7 +9,7 @@ autograd, in plain torch, in compiled code, or in Triton.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal
@@ -117,7 +117,14 @@ def choose(
 def _quickest(device: torch.device) -> Kernels:
     if device.type == "cpu" and load_native() is not None:
         return "native"
-    return "triton" if device.type == "cuda" and _load_triton() is not None else "torch"
+    if device.type == "cuda" and _load_triton() is not None and _new_enough(device):
+        return "triton"
+    return "torch"
+
+
+def _new_enough(device: torch.device) -> bool:
+    """Whether Triton supports this GPU, and the GPU multiplies in bfloat16."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _load_triton() -> ModuleType | None:
@@ -143,6 +150,11 @@ def _check_triton(device: torch.device) -> None:
             f"kernels 'triton' run on CUDA, not on {device.type}. Take 'auto'; or, to try them "
             "slowly, set TRITON_INTERPRET=1 in the environment."
         )
+    if device.type == "cuda" and not loaded.INTERPRETED and not _new_enough(device):
+        raise UserError(
+            "kernels 'triton' need a GPU of compute capability 8.0 or more; "
+            f"{torch.cuda.get_device_name(device)} has less. Take 'torch'."
+        )
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
@@ -162,7 +174,7 @@ def fused_step(
     **settings: Any,
 ) -> FusedStep:
     """A fused step of a back end other than "dense"; see `FusedStep` for the arguments."""
-    kind: type[FusedStep]
+    kind: Callable[..., FusedStep]
     if kernels == "triton":
         from sparsight.sae.kernels.triton_step import TritonStep
 

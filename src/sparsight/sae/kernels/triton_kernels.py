@@ -43,6 +43,10 @@ class Rows(NamedTuple):
     warps: int
 
 
+FP_FUSION = {"enable_fp_fusion": True}
+"""Given with each launch: multiply and add in one instruction, whatever Triton's default is."""
+
+
 def rows_of(d_in: int) -> Rows:
     """How rows of d_in numbers are divided: about 32 numbers a thread in each gathered block."""
     width = max(16, triton.next_power_of_2(d_in))
@@ -299,7 +303,9 @@ def update_latents(
             value = tl.load(values + places, mask=there, other=0.0)
             of_x = tl.load(x + vector[:, None] * d + columns[None, :], mask=block, other=0.0)
             of_enc += tl.sum(of_x * grad[:, None], axis=0)
-            error = tl.load(errors + error_row[:, None] * d + columns[None, :], mask=block, other=0.0)
+            error = tl.load(
+                errors + error_row[:, None] * d + columns[None, :], mask=block, other=0.0
+            )
             of_dec += tl.sum(error * value[:, None], axis=0)
             of_bias_parts += grad
             fired_parts |= ((value > 0) & (error_row < n_main_errors)).to(tl.int32)

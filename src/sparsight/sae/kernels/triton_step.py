@@ -20,9 +20,17 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional
 
 from sparsight.sae.kernels import triton_kernels
-from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
+from sparsight.sae.kernels.interface import FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.selection import batch_topk, select_topk, tile_rows
-from sparsight.sae.kernels.triton_kernels import GROUP, INTERPRETED, LATENTS_OF_A_PROGRAM
+from sparsight.sae.kernels.triton_kernels import (
+    FP_FUSION,
+    GROUP,
+    INTERPRETED,
+    LATENTS_OF_A_PROGRAM,
+    Tile,
+)
+
+TILE = Tile()
 
 
 class _Entries(NamedTuple):
@@ -53,16 +61,16 @@ class TritonStep(FusedStep):
             raise ValueError("Triton's kernels select in float32 or bfloat16.")
         self.device, self.dtype = self.W_enc.device, self.W_enc.dtype
         self.name = f"triton-{self.precision}"
-        self.rows = triton_kernels.rows_of(self.d_in)
-        self.tile = triton_kernels.Tile()
+        rows = triton_kernels.rows_of(self.d_in)
+        self.by_rows: dict[str, Any] = {
+            "WIDTH": rows.width, "ENTRIES": rows.entries, "num_warps": rows.warps, **FP_FUSION
+        }  # fmt: skip
         self.low: Tensor | None = None
         self.encoder_squares = self._new(self.n_latents)
         programs = triton.cdiv(self.n_latents, LATENTS_OF_A_PROGRAM)
         self.partial_b_dec = self._new(programs, self.d_in)
         self.partial_squares = self._new(programs, dtype=torch.float64)
-        self.weights = torch.tensor(
-            self.objective.weights, dtype=torch.float64, device=self.device
-        )
+        self.weights = torch.tensor(self.objective.weights, dtype=torch.float64, device=self.device)
         (beta1, beta2), eps = self.adam.betas, self.adam.eps
         self.settings = torch.tensor(
             [0.0, beta1, 1 - beta1, beta2, 1 - beta2, 1.0, eps],
@@ -120,7 +128,7 @@ class TritonStep(FusedStep):
             (self.weights * (2 / (n * self.variance))).to(self.dtype),
             entries.grads, entries.error_rows, errors, squares, *norms, n, self.d_in,
             N_STAGES=objective.n_stages, NORMS=self.adam.max_norm is not None,
-            WIDTH=self.rows.width, ENTRIES=self.rows.entries, num_warps=self.rows.warps,
+            **self.by_rows,
         )  # fmt: skip
         sums = squares.sum(dim=0, dtype=torch.float64)
         loss = (sums * self.weights).sum() / (n * self.variance)
@@ -136,11 +144,9 @@ class TritonStep(FusedStep):
 
     def _code(
         self, x: Float[Tensor, "batch d_in"]
-    ) -> tuple[
-        Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " batch_plus_one"]
-    ]:
+    ) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " batch_plus_one"]]:
         """Activations and latents, vector after vector, and where each vector's begin."""
-        n, objective = len(x), self.objective
+        objective = self.objective
         if objective.per_batch:
             values, latents, counts = batch_topk(
                 x, self.W_enc, self.b_enc, objective.k, self._select
@@ -178,14 +184,14 @@ class TritonStep(FusedStep):
         self, x: Float[Tensor, "rows d_in"], k: int, wanted: int, n_groups: int
     ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
         """`_select` for so many vectors that their scores have room."""
-        n, width, tile = len(x), n_groups * GROUP, self.tile
+        n, width, tile = len(x), n_groups * GROUP, TILE
         scores, maxima = self.scores[:n], self._new(n, n_groups, dtype=torch.bfloat16)
         tiles = triton.cdiv(n, tile.vectors) * triton.cdiv(width, tile.latents)
         triton_kernels.score_groups[(tiles,)](
             x.bfloat16(), self.low, self.b_enc, scores, maxima,
             n, self.n_latents, width, self.d_in, GROUP=GROUP, VECTORS=tile.vectors,
             LATENTS=tile.latents, DEPTH=tile.depth, TOGETHER=tile.together, AS_FLOAT=INTERPRETED,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **FP_FUSION,
         )  # fmt: skip
         if n_groups > wanted:
             # The largest scores lie in the groups with the largest maxima.
@@ -200,7 +206,7 @@ class TritonStep(FusedStep):
         exact = self._new(n, wanted)
         triton_kernels.score_candidates[(n,)](
             x, self.W_enc, self.b_enc, candidates, exact, wanted, self.d_in,
-            WIDTH=self.rows.width, ENTRIES=self.rows.entries, num_warps=self.rows.warps,
+            **self.by_rows,
         )  # fmt: skip
         values, kept = exact.topk(k, dim=1, sorted=False)
         latents = candidates.gather(1, kept)
@@ -298,8 +304,7 @@ class TritonStep(FusedStep):
             *of_aux, self.settings, clip, needed, self.partial_b_dec, self.partial_squares,
             self.n_latents, n, (self.objective.main_stage + 1) * n, self.d_in,
             UNIT_NORM=self.unit_norm, AUX=aux is not None, LOW=self.low is not None, APPLY=apply,
-            LATENTS=LATENTS_OF_A_PROGRAM, WIDTH=self.rows.width, ENTRIES=self.rows.entries,
-            num_warps=self.rows.warps,
+            LATENTS=LATENTS_OF_A_PROGRAM, **self.by_rows,
         )  # fmt: skip
 
     def _norm(
