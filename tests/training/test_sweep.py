@@ -276,10 +276,7 @@ def test_schedules_and_remedies_may_vary(tmp_path: Path) -> None:
         ({"k": [2, 2]}, "k lists 2 twice"),
         ({"lr": [1, 1.0]}, r"lr lists 1\.0 twice"),
         ({"k": [2], "sae": {"sparsity": {"k": [4]}}}, r"sae\.sparsity\.k is named twice"),
-        (
-            {"sparsity": [2]},
-            r"unknown key 'sparsity'\. .*What may vary: auxk\.alpha, .*, k, kernels, lr, ",
-        ),
+        ({"sparsity": [2]}, r"unknown key 'sparsity'\. .*What may vary: auxk\.alpha, .*, k, kernels, lr, "),
         ({"n_latent": [2]}, "unknown key 'n_latent'. Did you mean 'n_latents'"),
         ({"batch_size": [2]}, "batch_size cannot vary .* the batches"),
         ({"n_vectors": [2]}, "n_vectors cannot vary .* its length"),
