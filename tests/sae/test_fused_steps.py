@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from step_parts import (
+    BATCH,
+    LR,
+    N_LATENTS,
+    OBJECTIVES,
+    Ours,
+    Reference,
+    assert_same_gradients,
+    assert_same_steps,
+    dead_latents,
+    make_problem,
+    with_aux,
+)
 
 from sparsight.errors import UserError
-from sparsight.sae.kernels import Adam, FusedStep, Objective, choose, fused_step
+from sparsight.sae.kernels import choose
 from sparsight.sae.kernels.native import build, library
-from sparsight.sae.objectives import dense_loss
 
-D_IN, N_LATENTS, BATCH, K = 26, 200, 40, 5
-LR, EPS, BETAS = 1e-3, 1e-8, (0.9, 0.999)
-WIDTHS, SHARES = (50, 100, N_LATENTS), (0.2, 0.3, 0.5)
-OBJECTIVES = {
-    "topk": Objective(K),
-    "batch-topk": Objective(K, per_batch=True),
-    "multi-topk": Objective(K, larger_k=4 * K, weights=(1.0, 1 / 8)),
-    "matryoshka": Objective(K, widths=WIDTHS, weights=SHARES),
-    "batch-matryoshka": Objective(K, per_batch=True, widths=WIDTHS, weights=SHARES),
-}
 BACK_ENDS = [
     ("torch", "float32"),
     ("native", "float32"),
@@ -32,82 +32,7 @@ BACK_ENDS = [
 ]
 
 
-class Problem(NamedTuple):
-    parameters: dict[str, Tensor]
-    batches: list[Tensor]
-
-
-def _problem(dtype: torch.dtype, massive: bool = False) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    W = normal(N_LATENTS, D_IN)
-    W_dec = W / W.norm(dim=1, keepdim=True)
-    parameters = {"W_enc": 0.3 * W, "b_enc": 0.1 * normal(N_LATENTS), "W_dec": W_dec}
-    parameters["b_dec"] = 0.1 * normal(D_IN)
-    batches = [normal(BATCH, D_IN) for _ in range(10)]
-    if massive:
-        for z in batches:
-            z[:, :2] *= 100
-    return Problem(
-        {name: each.to(dtype).clone() for name, each in parameters.items()},
-        [z.to(dtype) for z in batches],
-    )
-
-
-def _with_aux(objective: Objective) -> Objective:
-    return objective.__class__(**{**vars(objective), "aux_k": 8, "aux_alpha": 1 / 32})
-
-
-DEAD = torch.arange(3, N_LATENTS, 6)
-
-
-class Ours:
-    def __init__(
-        self,
-        kernels: str,
-        precision: str,
-        objective: Objective,
-        problem: Problem,
-        clip: float | None = None,
-    ) -> None:
-        self.parameters = problem.parameters
-        self.moments = {
-            name: (torch.zeros_like(each), torch.zeros_like(each))
-            for name, each in self.parameters.items()
-        }
-        self.since_fired = torch.zeros(N_LATENTS, dtype=torch.int64)
-        self.fused: FusedStep = fused_step(
-            kernels, self.parameters, self.moments, self.since_fired, objective,
-            Adam(BETAS, EPS, clip), variance=float(D_IN), unit_norm=True, precision=precision,
-        )  # fmt: skip
-
-
-class Reference:
-    """The same in autograd."""
-
-    def __init__(self, objective: Objective, problem: Problem, clip: float | None = None) -> None:
-        self.parameters = {name: each.requires_grad_() for name, each in problem.parameters.items()}
-        self.adam = torch.optim.Adam(self.parameters.values(), lr=LR, betas=BETAS, eps=EPS)
-        self.objective, self.clip = objective, clip
-        self.norm = torch.zeros(())
-
-    def step(self, z: Tensor, dead: Tensor | None):
-        found = dense_loss(self.parameters, z, self.objective, float(D_IN), dead)
-        self.adam.zero_grad()
-        found.loss.backward()
-        W_dec = self.parameters["W_dec"]
-        with torch.no_grad():
-            W_dec.grad -= (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec
-        self.norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), math.inf if self.clip is None else self.clip
-        )
-        self.adam.step()
-        with torch.no_grad():
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-        return found
+DEAD = dead_latents()
 
 
 @pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
@@ -117,37 +42,21 @@ class Reference:
 def test_gradients_and_ten_steps_are_those_of_dense_autograd(
     kernels: str, precision: str, name: str, aux: bool, massive: bool
 ) -> None:
-    objective = _with_aux(OBJECTIVES[name]) if aux else OBJECTIVES[name]
+    objective = with_aux(OBJECTIVES[name]) if aux else OBJECTIVES[name]
     dead = DEAD if aux else None
-    ours = Ours(kernels, precision, objective, _problem(torch.float64, massive))
-    problem = _problem(torch.float64, massive)
+    ours = Ours(kernels, precision, objective, make_problem(torch.float64, massive))
+    problem = make_problem(torch.float64, massive)
     truth = Reference(objective, problem)
-    for number, z in enumerate(problem.batches, start=1):
-        mine = ours.fused.step(z, lr=LR, number=number, dead=dead)
-        found = truth.step(z, dead)
-        torch.testing.assert_close(mine.loss.double(), found.loss.detach(), rtol=1e-10, atol=0)
-        torch.testing.assert_close(mine.aux_loss, found.aux_loss, rtol=1e-10, atol=0)
-        torch.testing.assert_close(mine.squared_error, found.squared_error, rtol=1e-10, atol=0)
-        torch.testing.assert_close(mine.grad_norm, truth.norm, rtol=1e-10, atol=0)
-        assert mine.active == (found.code > 0).sum()
-        assert mine.least.double() == pytest.approx(found.code[found.code > 0].min().item())
-        for each, parameter in truth.parameters.items():
-            # The first moment after a step is a tenth of the gradient.
-            expected = truth.adam.state[parameter]["exp_avg"]
-            atol = 1e-12 * expected.abs().max().item()
-            torch.testing.assert_close(ours.moments[each][0], expected, rtol=1e-9, atol=atol)
-            torch.testing.assert_close(
-                ours.parameters[each], parameter.detach(), rtol=0, atol=1e-10
-            )
+    assert_same_steps(ours, truth, problem.batches, dead)
 
 
 @pytest.mark.parametrize(("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16")])
 def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
     kernels: str, precision: str
 ) -> None:
-    objective = _with_aux(OBJECTIVES["topk"])
-    ours = Ours(kernels, precision, objective, _problem(torch.float32))
-    problem = _problem(torch.float32)
+    objective = with_aux(OBJECTIVES["topk"])
+    ours = Ours(kernels, precision, objective, make_problem(torch.float32))
+    problem = make_problem(torch.float32)
     truth = Reference(objective, problem)
     for number, z in enumerate(problem.batches, start=1):
         mine = ours.fused.step(z, lr=LR, number=number, dead=DEAD)
@@ -157,25 +66,22 @@ def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
 @pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
 @pytest.mark.parametrize("clip", [1e-3, 0.05, 10.0])
 def test_clipping_is_that_of_the_whole_gradient(kernels: str, precision: str, clip: float) -> None:
-    objective = _with_aux(OBJECTIVES["topk"])
-    ours = Ours(kernels, precision, objective, _problem(torch.float64), clip)
-    problem = _problem(torch.float64)
+    objective = with_aux(OBJECTIVES["topk"])
+    ours = Ours(kernels, precision, objective, make_problem(torch.float64), clip)
+    problem = make_problem(torch.float64)
     truth = Reference(objective, problem, clip)
     for number, z in enumerate(problem.batches[:3], start=1):
         mine = ours.fused.step(z, lr=LR, number=number, dead=DEAD)
         truth.step(z, DEAD)
         torch.testing.assert_close(mine.grad_norm, truth.norm, rtol=1e-10, atol=0)
-        for each, parameter in truth.parameters.items():
-            expected = truth.adam.state[parameter]["exp_avg"]
-            atol = 1e-12 * expected.abs().max().item()
-            torch.testing.assert_close(ours.moments[each][0], expected, rtol=1e-9, atol=atol)
+        assert_same_gradients(ours, truth)
 
 
 @pytest.mark.parametrize(("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16")])
 def test_auxk_sends_gradient_to_the_encoder_of_dead_latents(kernels: str, precision: str) -> None:
-    problem = _problem(torch.float32)
+    problem = make_problem(torch.float32)
     problem.parameters["b_enc"][DEAD] -= 0.8  # the main code chooses few of them
-    ours = Ours(kernels, precision, _with_aux(OBJECTIVES["topk"]), problem)
+    ours = Ours(kernels, precision, with_aux(OBJECTIVES["topk"]), problem)
     figures = ours.fused.step(problem.batches[0], lr=LR, number=1, dead=DEAD)
     assert figures.aux_loss > 0
     untouched = [i for i in DEAD.tolist() if ours.since_fired[i] > 0]
@@ -188,8 +94,8 @@ def test_auxk_sends_gradient_to_the_encoder_of_dead_latents(kernels: str, precis
 @pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
 def test_a_step_counts_how_long_latents_have_been_silent(kernels: str, precision: str) -> None:
     objective = OBJECTIVES["multi-topk"]
-    ours = Ours(kernels, precision, objective, _problem(torch.float64))
-    problem = _problem(torch.float64)
+    ours = Ours(kernels, precision, objective, make_problem(torch.float64))
+    problem = make_problem(torch.float64)
     truth = Reference(objective, problem)
     expected = torch.zeros(N_LATENTS, dtype=torch.int64)
     for number, z in enumerate(problem.batches[:4], start=1):
@@ -201,7 +107,7 @@ def test_a_step_counts_how_long_latents_have_been_silent(kernels: str, precision
 
 @pytest.mark.parametrize(("kernels", "precision"), [("native", "int8"), ("torch", "bfloat16")])
 def test_a_step_notices_that_the_encoder_was_changed(kernels: str, precision: str) -> None:
-    problem = _problem(torch.float32)
+    problem = make_problem(torch.float32)
     ours = Ours(kernels, precision, OBJECTIVES["topk"], problem)
     ours.fused.step(problem.batches[0], lr=LR, number=1)
     with torch.no_grad():
@@ -217,8 +123,8 @@ def test_threads_do_not_change_the_bits_of_a_native_step() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            problem = _problem(torch.float32)
-            ours = Ours("native", "int8", _with_aux(OBJECTIVES["topk"]), problem)
+            problem = make_problem(torch.float32)
+            ours = Ours("native", "int8", with_aux(OBJECTIVES["topk"]), problem)
             for number, z in enumerate(problem.batches, start=1):
                 ours.fused.step(z, lr=LR, number=number, dead=DEAD)
             found.append(problem.parameters)
@@ -258,7 +164,7 @@ def test_native_selection_is_the_exact_one(
 
 
 def test_vectors_that_are_not_finite_do_not_break_native_selection() -> None:
-    problem = _problem(torch.float32)
+    problem = make_problem(torch.float32)
     z = problem.batches[0]
     z[3, 1], z[5, 2] = math.nan, math.inf
     ours = Ours("native", "int8", OBJECTIVES["topk"], problem)

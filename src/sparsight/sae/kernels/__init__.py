@@ -8,8 +8,10 @@ autograd, in plain torch, in compiled code, or in Triton.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -110,19 +112,59 @@ def choose(
             "Install one and run `python -m sparsight.sae.kernels.native.build`, or take 'torch'."
         )
     if kernels == "triton":
-        raise UserError("kernels 'triton' are not there yet; take 'torch'.")
+        _check_triton(device)
     if precision == "int8" and kernels != "native":
         raise UserError(f"precision 'int8' is one of the native kernels, not of {kernels!r}.")
     if precision == "auto":
         if kernels == "native":
             precision = "int8"
         else:
-            precision = "bfloat16" if kernels == "torch" and _fast_bfloat16(device) else "float32"
+            in_bfloat16 = kernels in ("torch", "triton") and _fast_bfloat16(device)
+            precision = "bfloat16" if in_bfloat16 else "float32"
     return kernels, precision
 
 
 def _quickest(device: torch.device) -> Kernels:
-    return "native" if device.type == "cpu" and load_native() is not None else "torch"
+    if device.type == "cpu" and load_native() is not None:
+        return "native"
+    if device.type == "cuda" and _load_triton() is not None and _new_enough(device):
+        return "triton"
+    return "torch"
+
+
+def _new_enough(device: torch.device) -> bool:
+    """Whether Triton supports this GPU, and the GPU multiplies in bfloat16."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _load_triton() -> ModuleType | None:
+    """The module of the step in Triton, where Triton is installed."""
+    try:
+        return importlib.import_module("sparsight.sae.kernels.triton_step")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        return None
+
+
+def _check_triton(device: torch.device) -> None:
+    """Raise a UserError unless Triton's kernels run here; its interpreter runs on any device."""
+    loaded = _load_triton()
+    if loaded is None:
+        raise UserError(
+            "kernels 'triton' need Triton, which is not installed. Run "
+            "`pip install 'sparsight[triton]'`, or take 'torch'."
+        )
+    if device.type != "cuda" and not loaded.INTERPRETED:
+        raise UserError(
+            f"kernels 'triton' run on CUDA, not on {device.type}. Take 'auto'; or, to try them "
+            "slowly, set TRITON_INTERPRET=1 in the environment."
+        )
+    if device.type == "cuda" and not loaded.INTERPRETED and not _new_enough(device):
+        raise UserError(
+            "kernels 'triton' need a GPU of compute capability 8.0 or more; "
+            f"{torch.cuda.get_device_name(device)} has less. Take 'torch'."
+        )
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
@@ -142,7 +184,13 @@ def fused_step(
     **settings: Any,
 ) -> FusedStep:
     """A fused step of a back end other than "dense"; see `FusedStep` for the arguments."""
-    kind = {"torch": TorchStep, "native": NativeStep}[kernels]
+    kind: Callable[..., FusedStep]
+    if kernels == "triton":
+        from sparsight.sae.kernels.triton_step import TritonStep
+
+        kind = TritonStep
+    else:
+        kind = {"torch": TorchStep, "native": NativeStep}[kernels]
     return kind(parameters, moments, since_fired, objective, adam, **settings)
 
 
