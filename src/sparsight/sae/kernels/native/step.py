@@ -232,6 +232,7 @@ class NativeStep(FusedStep):
             "beta2": adam.betas[1], "root_correction2": math.sqrt(1 - adam.betas[1] ** number),
             "eps": adam.eps, "clip": 1.0, "n": self.n_latents, "d": self.d_in,
             "chunk": self.chunk, "n_main_errors": (self.objective.main_stage + 1) * n,
+            "n_main_rows": self.objective.n_stages * n,
             "n_vectors": n, "unit_norm": int(self.unit_norm), "apply": 1,
         }  # fmt: skip
         of_main = self.buffers["error_sums"].sum(dim=0)
