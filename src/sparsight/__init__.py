@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from sparsight.evaluation import EvaluationReport, evaluate
     from sparsight.images import ImageInfo, ImageSource, load_batches, open_images
     from sparsight.latents import CodeStore, LatentIndex, build_index, encode, write_report
-    from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, SparseCode, TopK
+    from sparsight.sae import (
+        AuxK,
+        BatchTopK,
+        Matryoshka,
+        MultiTopK,
+        SAEConfig,
+        SparseAutoencoder,
+        SparseCode,
+        TopK,
+    )
     from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
     from sparsight.vision import VisionModel, load_model, zero_shot
 
@@ -41,7 +50,16 @@ _HOMES = {
     "sparsight.evaluation": ("EvaluationReport", "evaluate"),
     "sparsight.images": ("ImageInfo", "ImageSource", "load_batches", "open_images"),
     "sparsight.latents": ("CodeStore", "LatentIndex", "build_index", "encode", "write_report"),
-    "sparsight.sae": ("AuxK", "SAEConfig", "SparseAutoencoder", "SparseCode", "TopK"),
+    "sparsight.sae": (
+        "AuxK",
+        "BatchTopK",
+        "Matryoshka",
+        "MultiTopK",
+        "SAEConfig",
+        "SparseAutoencoder",
+        "SparseCode",
+        "TopK",
+    ),
     "sparsight.training": ("Run", "Sweep", "SweepConfig", "TrainConfig", "sweep", "train"),
     "sparsight.vision": ("VisionModel", "load_model", "zero_shot"),
 }
@@ -51,13 +69,16 @@ __all__ = [
     "ActivationSource",
     "ActivationStore",
     "AuxK",
+    "BatchTopK",
     "CodeStore",
     "EvaluationReport",
     "ImageInfo",
     "ImageSource",
     "LatentIndex",
     "LiveActivations",
+    "Matryoshka",
     "MissingExtra",
+    "MultiTopK",
     "Run",
     "SAEConfig",
     "SparseAutoencoder",

@@ -54,8 +54,7 @@ def test_where_triton_does_not_run_it_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"8\.0 or more; An old GPU has less"):
         choose("triton", "float32", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose("auto", "float32", cuda) == choose("triton", "float32", cuda)
-    assert choose("auto", "float32", cuda) == ("triton", "float32")
+    assert choose("triton", "float32", cuda) == ("triton", "float32")
     monkeypatch.delitem(sys.modules, "sparsight.sae.kernels.triton_step")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert kernels._load_triton() is None

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.selection import (
@@ -29,15 +30,6 @@ class _Code(NamedTuple):
     latents: Int[Tensor, " entries"]
     starts: Int[Tensor, " batch_plus_one"]
     ends: Int[Tensor, "batch stages"]
-
-
-class _Auxiliary(NamedTuple):
-    """Gradients at the dead latents alone."""
-
-    latents: Int[Tensor, " dead"]
-    W_enc: Float[Tensor, "dead d_in"]
-    b_enc: Float[Tensor, " dead"]
-    W_dec: Float[Tensor, "dead d_in"]
 
 
 class TorchStep(FusedStep):
@@ -90,7 +82,7 @@ class TorchStep(FusedStep):
         active, least = (own > 0).sum(), least_positive(own)
         aux, aux_loss = None, loss.new_zeros(())
         if dead is not None and len(dead):
-            aux, aux_loss = self._auxiliary(x, self.residual(errors, weights), dead)
+            aux, aux_loss = dense_auxiliary(self, x, self.residual(errors, weights), dead)
         loss = loss + objective.aux_alpha * aux_loss
         vectors = torch.repeat_interleave(
             torch.arange(n, device=x.device), code.starts.diff(), output_size=len(code.latents)
@@ -183,37 +175,12 @@ class TorchStep(FusedStep):
         grads = ragged_products(by_vector, self.W_dec, starts, code.latents)
         return rows, torch.where(code.values > 0, grads, 0)
 
-    def _auxiliary(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        target: Float[Tensor, "batch d_in"],
-        dead: Int[Tensor, " dead"],
-    ) -> tuple[_Auxiliary | None, Float[Tensor, ""]]:
-        """Dense products over the dead latents: of them a good part is in use."""
-        k = min(self.objective.aux_k, len(dead))
-        W_enc, W_dec, b_enc = self.W_enc[dead], self.W_dec[dead], self.b_enc[dead]
-        spread = _square(target - target.mean(dim=0))
-        scores = torch.addmm(b_enc, x, W_enc.T)
-        values, chosen = scores.topk(k, dim=1, sorted=False)
-        code = scores.zero_().scatter_(1, chosen, values.relu_())
-        error = torch.addmm(target, code, W_dec, beta=-1)
-        squared = _square(error)
-        # Nothing is left over where the spread is 0: then the loss and its gradient are 0.
-        factor = torch.where(spread > 0, 1 / spread, 0.0)
-        error *= (2 * self.objective.aux_alpha * factor).to(error.dtype)
-        of_W_dec = code.T @ error
-        of_code = (error @ W_dec.T).mul_(code > 0)
-        return (
-            _Auxiliary(dead, of_code.T @ x, of_code.sum(dim=0), of_W_dec),
-            squared * factor,
-        )
-
     def _update(
         self,
         x: Float[Tensor, "batch d_in"],
         errors: Float[Tensor, "rows d_in"],
         entries: _Ordered,
-        aux: _Auxiliary | None,
+        aux: Auxiliary | None,
         lr: float,
         number: int,
     ) -> Float[Tensor, ""]:
@@ -261,7 +228,7 @@ class TorchStep(FusedStep):
         x: Float[Tensor, "batch d_in"],
         errors: Float[Tensor, "rows d_in"],
         entries: _Ordered,
-        aux: _Auxiliary | None,
+        aux: Auxiliary | None,
         small: Float[Tensor, ""],
     ) -> bool:
         """Whether sums of norms, which norms of sums cannot exceed, reach the limit."""
@@ -328,7 +295,7 @@ class _Chunk:
         entries: _Ordered,
         begin: int,
         end: int,
-        aux: _Auxiliary | None,
+        aux: Auxiliary | None,
     ) -> None:
         """Sum the gradients of these latents' rows, whose entries are `begin` to `end`."""
         part = slice(begin, end)
@@ -406,7 +373,8 @@ def _sum_rows(
 
 def _square(x: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:
     """The sum of squares, of rows in their own precision, of all in float64."""
-    return torch.linalg.vector_norm(x, dim=1).double().square().sum()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norms.double().square().sum()
 
 
 def _sums_by_latent(

@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional
 
 from sparsight.sae.kernels import triton_kernels
+from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
 from sparsight.sae.kernels.interface import FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.selection import batch_topk, select_topk, tile_rows
 from sparsight.sae.kernels.triton_kernels import (
@@ -41,15 +42,6 @@ class _Entries(NamedTuple):
     error_rows: Int[Tensor, " entries"]
     values: Float[Tensor, " entries"]
     grads: Float[Tensor, " entries"]
-
-
-class _Auxiliary(NamedTuple):
-    """Gradients at the dead latents alone."""
-
-    latents: Int[Tensor, " dead"]
-    W_enc: Float[Tensor, "dead d_in"]
-    b_enc: Float[Tensor, " dead"]
-    W_dec: Float[Tensor, "dead d_in"]
 
 
 class TritonStep(FusedStep):
@@ -137,7 +129,7 @@ class TritonStep(FusedStep):
         aux, aux_loss = None, loss.new_zeros(())
         if dead is not None and len(dead):
             target = self.residual(errors, self.stage_weights(n))
-            aux, aux_loss = self._auxiliary(x, target, dead)
+            aux, aux_loss = dense_auxiliary(self, x, target, dead)
         loss = loss + objective.aux_alpha * aux_loss
         norm = self._update(x, errors.flatten(0, 1), entries, norms, aux, lr, number)
         return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
@@ -215,34 +207,13 @@ class TritonStep(FusedStep):
             values = values.gather(1, order)
         return values, latents
 
-    def _auxiliary(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        target: Float[Tensor, "batch d_in"],
-        dead: Int[Tensor, " dead"],
-    ) -> tuple[_Auxiliary, Float[Tensor, ""]]:
-        """Dense products over the dead latents: of them a good part is in use."""
-        W_enc, W_dec, b_enc = self.W_enc[dead], self.W_dec[dead], self.b_enc[dead]
-        scores = torch.addmm(b_enc, x, W_enc.T)
-        values, chosen = scores.topk(min(self.objective.aux_k, len(dead)), dim=1, sorted=False)
-        code = scores.zero_().scatter_(1, chosen, values.relu_())
-        error = torch.addmm(target, code, W_dec, beta=-1)
-        spread = (target - target.mean(dim=0)).square().sum(dtype=torch.float64)
-        # Nothing is left over where the spread is 0: then the loss and its gradient are 0.
-        factor = torch.where(spread > 0, 1 / spread, 0.0)
-        loss = error.square().sum(dtype=torch.float64) * factor
-        error *= (2 * self.objective.aux_alpha * factor).to(error.dtype)
-        of_code = (error @ W_dec.T).mul_(code > 0)
-        aux = _Auxiliary(dead, of_code.T @ x, of_code.sum(dim=0), code.T @ error)
-        return aux, loss
-
     def _update(
         self,
         x: Float[Tensor, "batch d_in"],
         errors: Float[Tensor, "rows d_in"],
         entries: _Entries,
         norms: tuple[Float[Tensor, " batch"], Float[Tensor, " rows"]],
-        aux: _Auxiliary | None,
+        aux: Auxiliary | None,
         lr: float,
         number: int,
     ) -> Float[Tensor, ""]:
@@ -282,7 +253,7 @@ class TritonStep(FusedStep):
         errors: Float[Tensor, "rows d_in"],
         entries: _Entries,
         starts: Int[Tensor, " n_latents_plus_one"],
-        aux: _Auxiliary | None,
+        aux: Auxiliary | None,
         clip: Float[Tensor, ""],
         needed: Tensor,
         *,
@@ -321,7 +292,7 @@ class TritonStep(FusedStep):
         starts: Int[Tensor, " n_latents_plus_one"],
         norms: tuple[Float[Tensor, " batch"], Float[Tensor, " rows"]],
         of_main: Float[Tensor, " d_in"],
-        aux: _Auxiliary | None,
+        aux: Auxiliary | None,
     ) -> Bool[Tensor, ""]:
         """Whether sums of norms, which norms of sums cannot exceed, reach the limit."""
         x_norms, error_norms = norms

@@ -75,6 +75,7 @@ class _Update(Structure):
         *((name, c_double) for name in ("eps", "clip")),
         *((name, c_void_p) for name in ("since_fired", "partial_b_dec", "partial_square")),
         ("dictionary", POINTER(_Dictionary)),
+        *((name, c_void_p) for name in ("extra_rows", "extra_enc", "extra_bias", "extra_dec")),
         *(
             (name, c_int64)
             for name in ("n", "d", "chunk", "n_main_errors", "n_main_rows", "n_vectors")

@@ -10,10 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import library
 from sparsight.sae.kernels.selection import exact_above, select_topk
+
+DENSE = 3
+"""AuxK takes dense products where it uses more than one in so many of the dead latents."""
 
 
 class NativeStep(FusedStep):
@@ -53,12 +57,14 @@ class NativeStep(FusedStep):
         n_main = n * objective.selected
         with_aux = dead is not None and len(dead) > 0
         aux_k = min(objective.aux_k, len(dead)) if dead is not None else 0
-        room = n_main + (n * aux_k if with_aux else 0)
+        dense_aux = dead is not None and DENSE * aux_k > len(dead)
+        with_entries = with_aux and not dense_aux
+        room = n_main + (n * aux_k if with_entries else 0)
         latents = self._buffer("latents", room, dtype=torch.int32)
         values, grads = self._buffer("values", room), self._buffer("grads", room)
         error_rows = self._buffer("error_rows", room, dtype=torch.int32)
         vectors = self._buffer("vectors", room, dtype=torch.int32)
-        errors = self._buffer("errors", (objective.n_stages + with_aux) * n, self.d_in)
+        errors = self._buffer("errors", (objective.n_stages + with_entries) * n, self.d_in)
 
         if objective.per_batch:
             starts = self._select_of_batch(x, values, latents)
@@ -87,15 +93,18 @@ class NativeStep(FusedStep):
         own = self.own_values(values[:used], n)
         active, least = (own > 0).sum(), least_positive(own)
         aux_loss = torch.zeros((), dtype=torch.float64)
+        extra: Auxiliary | None = None
         if with_aux:
             main = errors[: objective.n_stages * n].view(objective.n_stages, n, self.d_in)
             target, spread = self._left_over(main, weights, sums)
-            if spread > 0:
+            if spread > 0 and dense_aux:
+                extra, aux_loss = dense_auxiliary(self, x, target, cast(Tensor, dead))
+            elif spread > 0:
                 aux_loss = self._auxiliary(x, target, cast(Tensor, dead), aux_k, spread, used)
                 vectors[used : used + n * aux_k].view(n, aux_k).copy_(rows[:, None])
                 used += n * aux_k
         loss = loss + objective.aux_alpha * aux_loss
-        norm = self._update(x, errors, vectors, used, lr, number)
+        norm = self._update(x, errors, vectors, used, extra, lr, number)
         return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
 
     def _select(
@@ -199,6 +208,7 @@ class NativeStep(FusedStep):
         errors: Float[Tensor, "rows d_in"],
         vectors: Int[Tensor, " room"],
         used: int,
+        extra: Auxiliary | None,
         lr: float,
         number: int,
     ) -> Float[Tensor, ""]:
@@ -236,6 +246,16 @@ class NativeStep(FusedStep):
             "n_vectors": n, "unit_norm": int(self.unit_norm), "apply": 1,
         }  # fmt: skip
         of_main = self.buffers["error_sums"].sum(dim=0)
+        if extra is not None:
+            rows = torch.full((self.n_latents,), -1, dtype=torch.int32)
+            rows[extra.latents] = torch.arange(len(extra.latents), dtype=torch.int32)
+            tensors |= {
+                "extra_rows": rows, "extra_enc": extra.W_enc.contiguous(),
+                "extra_bias": extra.b_enc, "extra_dec": extra.W_dec.contiguous(),
+            }  # fmt: skip
+            # (a + b)² is at most 2 a² + 2 b².
+            bound = 2 * bound + 2 * sum(float(each.double().square().sum()) for each in extra[1:])
+            grad_sum += float(extra.b_enc.abs().sum())
         # The norm is known when the update is done. Where it cannot reach the limit, which is so
         # in all steps but the first few, that is no matter; elsewhere a pass finds it out first.
         at_b_dec = float(of_main.norm()) + grad_sum * self._largest_encoder_norm()
