@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from malicious_pickle import Opens
 from sparsight.errors import SparsightError, UserError
-from sparsight.sae import Normaliser, SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae import BatchTopK, Normaliser, SAEConfig, SparseAutoencoder, TopK
 from sparsight.sae.config import BiasInit, NormaliserKind
 from sparsight.sae.initialisation import geometric_median
 from sparsight.sae.objectives import auxk_loss, default_auxk
@@ -84,6 +84,22 @@ def test_folding_the_normaliser_keeps_code_and_reconstruction(kind: NormaliserKi
     assert folded.config.normaliser == "none"
     torch.testing.assert_close(folded.encode(x).dense(), sae.encode(x).dense())
     torch.testing.assert_close(folded(x).x_hat, sae(x).x_hat)
+
+
+def test_batchtopk_uses_its_threshold_and_keeps_it_when_folded_and_saved(tmp_path: Path) -> None:
+    config = SAEConfig(n_latents=64, sparsity=BatchTopK(k=4))
+    x = _data()
+    sae = SparseAutoencoder(D_IN, config)
+    assert sae.encode(x).l0.sum() == 4 * len(x)
+    assert sae.encode(x).l0.unique().numel() > 1
+    assert sae.threshold is not None
+    sae.threshold.fill_(0.7)
+    code = sae.eval().encode(x)
+    dense = ((sae.normaliser(x) - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    torch.testing.assert_close(code.dense(), torch.where(dense >= 0.7, dense, 0))
+    loaded = SparseAutoencoder.from_pretrained(sae.save_pretrained(tmp_path))
+    for other in (sae.fold(), loaded, loaded.fold()):
+        torch.testing.assert_close(other.encode(x).dense(), code.dense())
 
 
 def test_the_first_reconstruction_has_the_norm_of_its_input() -> None:

@@ -12,6 +12,7 @@ from step_parts import (
     N_LATENTS,
     OBJECTIVES,
     Ours,
+    Problem,
     Reference,
     assert_same_gradients,
     assert_same_steps,
@@ -207,3 +208,55 @@ def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         choose("native", "auto", cpu)
     with pytest.raises(UserError, match="needs the native kernels"):
         choose("auto", "int8", cpu)
+
+
+def test_latents_with_many_entries_are_summed_right() -> None:
+    """Long rows and many vectors a latent, which native kernels take in blocks."""
+    problems = []
+    for _ in range(2):
+        problem = make_problem(torch.float64, n_latents=120, d_in=203)
+        joined = [torch.cat(problem.batches[i : i + 5]) for i in (0, 5)]
+        problem.parameters["b_enc"][:3] += 50  # these fire always
+        problems.append(Problem(problem.parameters, joined))
+    objective = with_aux(OBJECTIVES["topk"])
+    ours = Ours("native", "int8", objective, problems[0])
+    truth = Reference(objective, problems[1])
+    assert_same_steps(ours, truth, problems[1].batches, torch.arange(20, 60))
+    assert (ours.fused.buffers["latents"][: 200 * objective.k] < 3).sum() == 600
+
+
+@pytest.mark.parametrize("ratio", [100, 600])
+def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, d_in, k = 1000, 256, 16
+    W = torch.nn.functional.normalize(torch.randn(n, d_in, generator=generator), dim=1)
+    W[:, 5] = 0.02 * torch.randn(n, generator=generator)
+    x = 16 * W[torch.randint(0, n, (400,), generator=generator)]
+    x += 0.3 * torch.randn(400, d_in, generator=generator)
+    x[:, 5] = ratio * x.std()
+    out = torch.empty(400, k), library.int32(400, k)
+    b = torch.zeros(n)
+    given_up = library.Dictionary(W, b, "int8").topk(x, W, b, k, out=out)
+    truth = (x.double() @ W.double().T).topk(k, dim=1).indices.sort(dim=1).values
+    assert torch.equal(out[1].long().sort(dim=1).values, truth)
+    assert given_up == (400 if ratio == 600 else 0)
+
+
+def test_int8_is_left_where_it_does_not_fit() -> None:
+    problem = make_problem(torch.float32, n_latents=3000)
+    for z in problem.batches:
+        z[:, 0] += 2000.0
+    problem.parameters["W_enc"][:, 0] *= 1e-3
+    ours = Ours("native", "int8", OBJECTIVES["topk"], problem)
+    assert ours.fused.name.startswith("native-int8")
+    ours.fused.step(problem.batches[0], lr=LR, number=1)
+    assert ours.fused.name.startswith("native-bfloat16")
+
+
+def test_a_library_of_other_sources_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load.cache_clear()
+    monkeypatch.setattr(build, "fingerprint", lambda: "0" * 16)
+    try:
+        assert library.load() is None
+    finally:
+        library.load.cache_clear()

@@ -15,8 +15,8 @@ from sparsight.activations import ActivationStore, extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file
 from sparsight.images import open_images
-from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
-from sparsight.sae.kernels import choose
+from sparsight.sae import AuxK, BatchTopK, SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae.kernels import Kernels, choose
 from sparsight.training import TrainConfig, train
 from sparsight.training.loggers import JsonLines
 from sparsight.training.schedule import learning_rate_factor
@@ -245,8 +245,13 @@ def _spoil(store: Path, shard: Path) -> None:
     assert sha256_file(shard) in manifest.read_text()
 
 
-def test_a_loss_that_blows_up_names_the_step(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, lr=1e30, warmup=0)
+@pytest.mark.parametrize("kernels", ["native", "torch", "dense"])
+@pytest.mark.parametrize("sparsity", [TopK(k=4), BatchTopK(k=4)])
+def test_a_loss_that_blows_up_names_the_step(
+    sparsity: TopK | BatchTopK, kernels: Kernels, tmp_path: Path
+) -> None:
+    sae = dataclasses.replace(SAE, sparsity=sparsity)
+    config = dataclasses.replace(CONFIG, sae=sae, lr=1e30, warmup=0, kernels=kernels)
     with pytest.raises(SparsightError, match=r"(loss|gradient) at here.* at step [2-9] .*lower lr"):
         train(sparse_mixtures(), config, out=tmp_path, quiet=True)
     assert not (tmp_path / "sae.safetensors").exists()

@@ -125,6 +125,7 @@ class SparseAutoencoder(nn.Module):
             folded.b_dec.copy_(self.b_dec * scale + mean)
             if folded.threshold is not None and self.threshold is not None:
                 folded.threshold.copy_(self.threshold)
+        folded.train(self.training)
         return folded
 
     def fingerprint(self) -> str:

@@ -158,12 +158,12 @@ class TrainConfig:
             weights = (1 / len(widths),) * len(widths)
         return Objective(
             sparsity.k,
-            isinstance(sparsity, BatchTopK),
-            larger_k,
-            widths,
-            weights,
-            (self.auxk.k or default_auxk(d_in)) if self.auxk else 0,
-            self.auxk.alpha if self.auxk else 0.0,
+            per_batch=isinstance(sparsity, BatchTopK),
+            larger_k=larger_k,
+            widths=widths,
+            weights=weights,
+            aux_k=(self.auxk.k or default_auxk(d_in)) if self.auxk else 0,
+            aux_alpha=self.auxk.alpha if self.auxk else 0.0,
         )
 
     def steps_every(self, n_vectors: int | None, share: int) -> int:

@@ -176,8 +176,6 @@ class SiteTraining:
                 for name, parameter in self.sae.named_parameters():
                     parameter.copy_(self.average[name])
                 self._renormalise()
-            if self.sae.threshold is not None:
-                self.sae.threshold.copy_(self.threshold)
         return self.sae
 
     def state(self) -> dict[str, Tensor]:
@@ -232,7 +230,7 @@ class SiteTraining:
         self._renormalise()
         fired = (found.code > 0).any(dim=0)
         self.since_fired.add_(len(z))
-        self.since_fired[: len(fired)].masked_fill_(fired, 0)
+        self.since_fired.masked_fill_(fired, 0)
         return StepFigures(
             found.squared_error, found.loss.detach(), found.aux_loss, (found.code > 0).sum(), norm,
             least_positive(found.code),
@@ -250,6 +248,8 @@ class SiteTraining:
         least = torch.where(torch.isfinite(least), least.double(), self.threshold)
         rate = torch.where(self.threshold > 0, 1 - THRESHOLD_DECAY, 1.0)
         self.threshold.lerp_(least, rate)
+        if self.sae.threshold is not None:  # for who reads a checkpoint
+            self.sae.threshold.copy_(self.threshold)
 
     def _renormalise(self) -> None:
         if self.config.sae.unit_norm_decoder:

@@ -113,6 +113,8 @@ def choose(
         )
     if kernels == "triton":
         _check_triton(device)
+    if kernels == "dense" and precision not in ("auto", "float32"):
+        raise UserError(f"kernels 'dense' select exactly; leave out precision {precision!r}.")
     if precision == "int8" and kernels != "native":
         raise UserError(f"precision 'int8' is one of the native kernels, not of {kernels!r}.")
     if precision == "auto":

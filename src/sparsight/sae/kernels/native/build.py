@@ -6,6 +6,7 @@ Needs nothing but the standard library, since it runs before the package is inst
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -40,6 +41,15 @@ def library(variant: str) -> Path:
     return FOLDER / f"kernels-{variant}.so"
 
 
+def fingerprint() -> str:
+    """Of the sources; a library that was compiled from others is not loaded."""
+    digest = hashlib.sha256()
+    for path in sorted(FOLDER.iterdir()):
+        if path.suffix in (".c", ".h", ".inc"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def build() -> str:
     """Compile all variants that this processor's family has.
 
@@ -66,9 +76,11 @@ def build() -> str:
 def _compile(compiler: list[str], variant: str, flags: list[str]) -> str | None:
     """Write the library whole or not at all; gives the first line of what went wrong."""
     target = library(variant)
+    target.unlink(missing_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.tmp")
     sources = [str(FOLDER / name) for name in SOURCES]
-    command = [*compiler, *COMMON, *flags, *sources, "-o", str(partial), "-lm"]
+    named = f'-DSOURCES="{fingerprint()}"'
+    command = [*compiler, *COMMON, named, *flags, *sources, "-o", str(partial), "-lm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -3,8 +3,10 @@
  * Latents stand in panels of 16. A panel holds, for each group of 4 (int8) or 2 (bfloat16)
  * dimensions, these dimensions of its 16 latents: what one vector instruction consumes.
  *
- * A selected latent must not be lost by rounding, so that each score comes with a bound:
- * |exact - approximate| <= slack1[i] * c1 + slack2[i] * c2, where c1 and c2 belong to the vector.
+ * A selected latent must not be lost by rounding, so that each score comes with a bound, slack1[i] * c1
+ * + slack2[i] * c2, where c1 and c2 belong to the vector: some standard deviations of an error that is
+ * independent of what is rounded. Where much of a vector or row is rounded to 0 (one entry is huge), the
+ * error is what was lost, and the bound that of Cauchy and Schwarz.
  */
 #ifndef SPARSIGHT_DICTIONARY_H
 #define SPARSIGHT_DICTIONARY_H

@@ -27,14 +27,22 @@
 #endif
 #define LARGEST_W 127
 
-/* Standard deviations of the rounding error that a bound allows for, on either side. */
+/* Standard deviations of the rounding error that a bound allows for, on either side: of an error in
+ * +-0.5 the deviation is 1 / sqrt(12). */
 #define DEVIATIONS 3.0f
+#define ALLOWED (DEVIATIONS * 0.28867513f)
+
+/* Share of the energy of all but the largest entries that may be rounded to 0 without a wider bound. */
+#define MOST_LOST 0.1f
+#define LARGE_CODE 16
 
 #define API __attribute__((visibility("default")))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
+
+API const char *sparsight_sources(void) { return SOURCES; }
 
 API int sparsight_runs_here(void) {
 #if defined(WITH_AVX512)
@@ -82,6 +90,11 @@ static void write_panel(const Dictionary *w, int64_t panel, const int32_t *codes
             for (int t = 0; t < 4; t++) out[(j + t) * PANEL + l] = codes[l * n_groups + j + t];
     for (; j < n_groups; j++)
         for (int l = 0; l < PANEL; l++) out[j * PANEL + l] = codes[l * n_groups + j];
+}
+
+/* How far a score can be off by what was rounded to 0, in units of the step; 0 where that is little. */
+static float lost(float in_zeros, float in_small) {
+    return in_zeros > MOST_LOST * in_small ? sqrtf(in_zeros) : 0;
 }
 
 /* Candidates of one vector, in the order of the latents. */

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -95,9 +95,17 @@ def load() -> tuple[ctypes.CDLL, str] | None:
             found = ctypes.CDLL(str(path))
         except OSError:  # of another system
             continue
-        if found.sparsight_runs_here():
+        if _of_these_sources(found) and found.sparsight_runs_here():
             return found, variant
     return None
+
+
+def _of_these_sources(found: ctypes.CDLL) -> bool:
+    """Whether a library was compiled from the sources beside it: others have other structures."""
+    if not hasattr(found, "sparsight_sources"):
+        return False
+    found.sparsight_sources.restype = c_char_p
+    return bool(found.sparsight_sources() == build.fingerprint().encode())
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
@@ -208,14 +216,15 @@ class Dictionary:
         *,
         k_inner: int = 0,
         out: tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]],
-    ) -> None:
-        """As `select`, with vectors that it gives up scored in full."""
+    ) -> int:
+        """As `select`, with vectors that it gives up scored in full; gives how many these were."""
         values, latents = out
         counts = self.select(x, W, b, k=k, k_inner=k_inner, out=out)
         failed = (counts < 0).nonzero()[:, 0]
         if len(failed):
             values[failed], found = exact_topk(x[failed], W, b, k, self.latents)
             latents[failed] = found.to(torch.int32)
+        return len(failed)
 
     def above(
         self,

@@ -27,6 +27,7 @@ static atomic_uint generation;
 static void forget_workers(void) { /* in the child of a fork there are none */
     n_workers = 0;
     loop.running = 0;
+    loop.wanted = 0;
     pthread_mutex_init(&one_loop, NULL);
     pthread_mutex_init(&guard, NULL);
     pthread_cond_init(&work, NULL);

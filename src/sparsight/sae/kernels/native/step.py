@@ -14,7 +14,10 @@ from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import library
-from sparsight.sae.kernels.selection import exact_above, select_topk
+from sparsight.sae.kernels.selection import batch_topk, exact_above, select_topk
+
+MOST_GIVEN_UP = 0.01
+"""Share of vectors that int8 selection may leave to be scored in full; beyond it is left."""
 
 DENSE = 3
 """AuxK takes dense products where it uses more than one in so many of the dead latents."""
@@ -31,7 +34,6 @@ class NativeStep(FusedStep):
         self.partial_b_dec = torch.empty(n_chunks, self.d_in, dtype=self.dtype)
         self.partial_square = torch.empty(n_chunks, dtype=torch.float64)
         self.starts_by_latent = library.int32(self.n_latents + 1)
-        self.b_dec_square = torch.zeros(())
         self.dictionary: library.Dictionary | None = None
         self.buffers: dict[str, Tensor] = {}
         use_large_pages(
@@ -107,11 +109,19 @@ class NativeStep(FusedStep):
         norm = self._update(x, errors, vectors, used, extra, lr, number)
         return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
 
+    def _take_bfloat16(self) -> None:
+        """Leave int8, which does not fit these activations: a few dimensions are huge in them."""
+        self.precision = "bfloat16"
+        self.name = self.name.replace("int8", "bfloat16")
+        self._copy_encoder()
+
     def _select(
         self, x: Float[Tensor, "batch d_in"], k: int, k_inner: int, out: tuple[Tensor, Tensor]
     ) -> None:
         if self.dictionary is not None:
-            self.dictionary.topk(x, self.W_enc, self.b_enc, k, k_inner=k_inner, out=out)
+            given_up = self.dictionary.topk(x, self.W_enc, self.b_enc, k, k_inner=k_inner, out=out)
+            if self.precision == "int8" and given_up > MOST_GIVEN_UP * len(x):
+                self._take_bfloat16()
             return
         values, latents = out
         values[:], latents[:] = select_topk(x, self.W_enc, self.b_enc, k, "float32")
@@ -147,15 +157,22 @@ class NativeStep(FusedStep):
         while True:
             rank = math.ceil(excess * wanted * len(some) / n)
             threshold = ordered[rank - 1].item() if rank <= len(ordered) else -math.inf
+            if not math.isfinite(threshold):
+                return batch_topk(x, self.W_enc, self.b_enc, self.objective.k, self._strongest)
             found, of, counts = self._all_from(x, threshold)
-            if len(found) >= wanted or threshold == -math.inf:
+            if len(found) >= wanted:
                 return found, of, counts
             excess *= 1.5
+
+    def _strongest(self, x: Float[Tensor, "batch d_in"], k: int) -> tuple[Tensor, Tensor]:
+        out = (x.new_empty(len(x), k), library.int32(len(x), k))
+        self._select(x, k, 0, out)
+        return out
 
     def _all_from(
         self, x: Float[Tensor, "batch d_in"], threshold: float
     ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
-        if self.dictionary is None or threshold == -math.inf:
+        if self.dictionary is None:
             return exact_above(x, self.W_enc, self.b_enc, threshold)
         room = 8 * self.objective.k
         return self.dictionary.above(x, self.W_enc, self.b_enc, threshold, room)
