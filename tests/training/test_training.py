@@ -158,6 +158,18 @@ def test_all_kernels_train_to_the_same_place(tmp_path: Path) -> None:
         assert fvu == pytest.approx(fvus["dense-float32"], rel=1e-3)
 
 
+def test_a_batchtopk_sae_is_as_sparse_in_use_as_in_training(tmp_path: Path) -> None:
+    data = sparse_mixtures()
+    for kernels in ("native", "torch", "dense"):
+        sae = dataclasses.replace(SAE, sparsity=BatchTopK(k=3))
+        config = dataclasses.replace(CONFIG, sae=sae, kernels=kernels)
+        run = train(data, config, out=tmp_path / kernels, quiet=True)
+        x = data.activations["here"].flatten(0, 1)
+        in_use = run.sae().encode(x).l0.double().mean().item()
+        assert in_use == pytest.approx(run.metrics()[-1]["l0"], rel=0.1)
+        assert run.sae().encode(x).l0.unique().numel() > 1
+
+
 class _Fetches(TorchDispatchMode):
     """Counts the operations for which a GPU would have to be waited for, in this thread."""
 

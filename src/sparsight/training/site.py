@@ -134,7 +134,7 @@ class SiteTraining:
             spread = (z - self.centre).square().sum()
             self._watch(step, spread, found.loss, found.grad_norm)
             if isinstance(self.config.sae.sparsity, BatchTopK):
-                self._follow_threshold(found.least)
+                self._follow_threshold(step, found.least)
             figures = (
                 found.squared_error, spread, found.active, found.loss, found.aux_loss,
                 found.grad_norm,
@@ -243,11 +243,12 @@ class SiteTraining:
             for name, parameter in self.sae.named_parameters():
                 self.average[name].lerp_(parameter, 1 - keep)
 
-    def _follow_threshold(self, least: Float[Tensor, ""]) -> None:
+    def _follow_threshold(self, step: int, least: Float[Tensor, ""]) -> None:
         """Average the smallest active value of the batches, of the last thousand most of all."""
         least = torch.where(torch.isfinite(least), least.double(), self.threshold)
-        rate = torch.where(self.threshold > 0, 1 - THRESHOLD_DECAY, 1.0)
-        self.threshold.lerp_(least, rate)
+        # Early on over few batches, or else it would keep the first one's.
+        keep = min(THRESHOLD_DECAY, step / (step + 10))
+        self.threshold.lerp_(least, 1 - keep)
         if self.sae.threshold is not None:  # for who reads a checkpoint
             self.sae.threshold.copy_(self.threshold)
 
