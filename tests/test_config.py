@@ -75,6 +75,12 @@ def test_a_wrong_value_is_named_with_its_place(values: dict, message: str) -> No
         from_dict(Drawing, values, "here")
 
 
+def test_a_table_without_a_kind_is_of_the_default_kind() -> None:
+    assert from_dict(Drawing, {"name": "a", "shape": {"radius": 3.0}}).shape == Circle(3.0)
+    with pytest.raises(UserError, match=r"unknown key 'shape\.side'"):
+        from_dict(Drawing, {"name": "a", "shape": {"side": 3}})
+
+
 def test_whole_numbers_stand_for_fractions() -> None:
     assert from_dict(Drawing, {"name": "a", "pair": [1, 2]}).pair == (1.0, 2.0)
 

@@ -160,6 +160,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(fields)}."
             raise UserError(f"{_at(where)}unknown key {dotted!r}.{hint}")
+        if isinstance(value, Mapping) and "kind" not in value:
+            value = {**_default_kind(fields[key]), **value}
         arguments[key] = _convert(hints[key], value, where, dotted)
     for name, field in fields.items():
         required = (
@@ -171,6 +173,13 @@ def _build(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
         return cls(**arguments)
     except UserError as error:
         raise UserError(f"{_at(where)}{error}") from error
+
+
+def _default_kind(field: dataclasses.Field[Any]) -> dict[str, str]:
+    """The kind of a table that names none: that of the field's default, if it is a dataclass."""
+    make = field.default_factory
+    default = field.default if make is dataclasses.MISSING else make()
+    return {"kind": _kind(type(default))} if dataclasses.is_dataclass(default) else {}
 
 
 def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
