@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -96,8 +97,19 @@ def load() -> tuple[ctypes.CDLL, str] | None:
         except OSError:  # of another system
             continue
         if _of_these_sources(found) and found.sparsight_runs_here():
+            _share_threads(found)
             return found, variant
     return None
+
+
+def _share_threads(found: ctypes.CDLL) -> None:
+    """Run on the threads of torch's OpenMP runtime, if it is one that speaks GNU's interface."""
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(torch_cpu)).GOMP_parallel  # of a library that it depends on
+    except (OSError, AttributeError):
+        return
+    found.sparsight_use_openmp(parallel)
 
 
 def _of_these_sources(found: ctypes.CDLL) -> bool:

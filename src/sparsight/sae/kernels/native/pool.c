@@ -4,6 +4,31 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+typedef void (*OpenMP)(void (*share)(void *), void *job, unsigned threads, unsigned flags);
+
+static OpenMP openmp = NULL;
+
+static void forget_openmp(void) { /* GNU's hangs in the child of a fork */
+    openmp = NULL;
+}
+
+__attribute__((visibility("default"))) void sparsight_use_openmp(OpenMP parallel) {
+    openmp = parallel;
+    pthread_atfork(NULL, NULL, forget_openmp);
+}
+
+typedef struct {
+    void (*body)(void *, int64_t);
+    void *context;
+    int64_t n;
+    atomic_llong next;
+} Job;
+
+static void share_job(void *context) {
+    Job *job = context;
+    for (int64_t i; (i = atomic_fetch_add(&job->next, 1)) < job->n;) job->body(job->context, i);
+}
+
 #define LONGEST_POOL 256
 #define SCRATCH_SLOTS 4
 #define SPINS 4000
@@ -89,6 +114,11 @@ void parallel_for(int64_t n, int threads, void (*body)(void *, int64_t), void *c
     if (threads > n) threads = (int)n;
     if (threads <= 1) {
         for (int64_t i = 0; i < n; i++) body(context, i);
+        return;
+    }
+    if (openmp) {
+        Job job = {body, context, n, 0};
+        openmp(share_job, &job, (unsigned)threads, 0);
         return;
     }
     pthread_mutex_lock(&one_loop);

@@ -1,4 +1,6 @@
-/* A pool of threads that run one loop at a time. */
+/* Loops on several threads: torch's own where its OpenMP runtime is at hand, since threads of another
+ * pool would have to share the processors with torch's, which spin for a while after each operation;
+ * else those of a small pool, which runs one loop at a time. */
 #ifndef SPARSIGHT_POOL_H
 #define SPARSIGHT_POOL_H
 
