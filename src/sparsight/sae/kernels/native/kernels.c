@@ -36,6 +36,13 @@
 #define MOST_LOST 0.1f
 #define LARGE_CODE 16
 
+/* Vectors of sums that are held in registers. */
+#if defined(WITH_AVX512)
+#define SLAB_VECTORS 16
+#else
+#define SLAB_VECTORS 6
+#endif
+
 #define API __attribute__((visibility("default")))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))

@@ -22,7 +22,16 @@ CHUNKS = 64
 """Parts of the update whose sums are added in order, so that threads do not change the bits."""
 
 ROWS_OF_A_TASK = 16
-"""Vectors that `reconstruct` takes at a time, as in the source."""
+"""Vectors whose errors `reconstruct` sums."""
+
+HEAVY = 96
+"""Entries from which on `update` sums a latent beside others, as in the source."""
+
+BLOCK = 128
+"""Latents whose decoder rows stay in a processor's cache while vectors go through them."""
+
+LAST = torch.iinfo(torch.int32).max
+"""Larger than any latent."""
 
 _KINDS = {"int8": 0, "bfloat16": 1}
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -58,10 +67,13 @@ class _Reconstruction(Structure):
         ("target_norms", c_void_p),
         ("error_norms", c_void_p),
         ("error_sums", c_void_p),
+        ("limits", c_void_p),
+        ("n_limits", c_int64),
         ("n_vectors", c_int64),
         ("n_stages", c_int64),
         ("d", c_int64),
         ("first_row", c_int64),
+        ("rows_of_a_task", c_int64),
     )
 
 
@@ -76,12 +88,13 @@ class _Update(Structure):
         *((name, c_double) for name in ("eps", "clip")),
         *((name, c_void_p) for name in ("since_fired", "partial_b_dec", "partial_square")),
         ("dictionary", POINTER(_Dictionary)),
-        *((name, c_void_p) for name in ("extra_rows", "extra_enc", "extra_bias", "extra_dec")),
+        ("heavy", c_void_p),
+        ("heavy_sums", c_void_p),
         *(
             (name, c_int64)
             for name in ("n", "d", "chunk", "n_main_errors", "n_main_rows", "n_vectors")
         ),
-        *((name, c_int64) for name in ("unit_norm", "apply")),
+        *((name, c_int64) for name in ("unit_norm", "apply", "n_heavy", "group")),
     )
 
 
@@ -284,6 +297,7 @@ def reconstruct(
     error_norms: Float[Tensor, " rows"],
     error_sums: Float[Tensor, "tasks d_in"] | None = None,
     first_row: int = 0,
+    limits: Int[Tensor, " blocks"] | None = None,
 ) -> Float[Tensor, "batch stages"]:
     """Decode in stages, and give the gradients of Σ weight / 2 · ‖x̂ − target‖².
 
@@ -302,16 +316,24 @@ def reconstruct(
         error_norms: out: norms of the rows of `errors`, float64.
         error_sums: out: sums of the first stage's errors over `ROWS_OF_A_TASK` vectors each.
         first_row: where they begin in `errors`.
+        limits: where a vector has many entries, latents (int32) before which blocks end that the
+            vectors go through together, the last of them larger than all; latents then rise.
 
     Returns:
         Squared errors, float64.
     """
+    rows_of_a_task = ROWS_OF_A_TASK
+    if limits is None:
+        limits = torch.tensor([LAST], dtype=torch.int32)
+    else:  # more vectors share a block, as far as there is work for all threads
+        rows_of_a_task = max(16, min(512, -(-len(target) // (2 * torch.get_num_threads()))))
     losses = torch.empty(ends.shape, dtype=torch.float64)
     scaled = torch.tensor(weights, dtype=torch.float64)
     struct = _Reconstruction(
         *map(_at, (target, W_dec, starts, ends, latents, values, grads, error_rows, errors)),
         *map(_at, (scaled, losses, target_norms, error_norms, error_sums)),
-        len(target), len(weights), target.shape[1], first_row,
+        _at(limits), len(limits), len(target), len(weights), target.shape[1], first_row,
+        rows_of_a_task,
     )  # fmt: skip
     _function("reconstruct", target.dtype)(byref(struct), c_int(torch.get_num_threads()))
     return losses

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import library
@@ -18,9 +17,6 @@ from sparsight.sae.kernels.selection import batch_topk, exact_above, select_topk
 
 MOST_GIVEN_UP = 0.01
 """Share of vectors that int8 selection may leave to be scored in full; beyond it is left."""
-
-DENSE = 3
-"""AuxK takes dense products where it uses more than one in so many of the dead latents."""
 
 
 class NativeStep(FusedStep):
@@ -59,14 +55,12 @@ class NativeStep(FusedStep):
         n_main = n * objective.selected
         with_aux = dead is not None and len(dead) > 0
         aux_k = min(objective.aux_k, len(dead)) if dead is not None else 0
-        dense_aux = dead is not None and DENSE * aux_k > len(dead)
-        with_entries = with_aux and not dense_aux
-        room = n_main + (n * aux_k if with_entries else 0)
+        room = n_main + (n * aux_k if with_aux else 0)
         latents = self._buffer("latents", room, dtype=torch.int32)
         values, grads = self._buffer("values", room), self._buffer("grads", room)
         error_rows = self._buffer("error_rows", room, dtype=torch.int32)
         vectors = self._buffer("vectors", room, dtype=torch.int32)
-        errors = self._buffer("errors", (objective.n_stages + with_entries) * n, self.d_in)
+        errors = self._buffer("errors", (objective.n_stages + with_aux) * n, self.d_in)
 
         if objective.per_batch:
             starts = self._select_of_batch(x, values, latents)
@@ -95,18 +89,15 @@ class NativeStep(FusedStep):
         own = self.own_values(values[:used], n)
         active, least = (own > 0).sum(), least_positive(own)
         aux_loss = torch.zeros((), dtype=torch.float64)
-        extra: Auxiliary | None = None
         if with_aux:
             main = errors[: objective.n_stages * n].view(objective.n_stages, n, self.d_in)
             target, spread = self._left_over(main, weights, sums)
-            if spread > 0 and dense_aux:
-                extra, aux_loss = dense_auxiliary(self, x, target, cast(Tensor, dead))
-            elif spread > 0:
+            if spread > 0:
                 aux_loss = self._auxiliary(x, target, cast(Tensor, dead), aux_k, spread, used)
                 vectors[used : used + n * aux_k].view(n, aux_k).copy_(rows[:, None])
                 used += n * aux_k
         loss = loss + objective.aux_alpha * aux_loss
-        norm = self._update(x, errors, vectors, used, extra, lr, number)
+        norm = self._update(x, errors, vectors, used, lr, number)
         return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
 
     def _take_bfloat16(self) -> None:
@@ -210,12 +201,13 @@ class NativeStep(FusedStep):
         dictionary = library.Dictionary(self.W_enc, self.b_enc, precision, dead)
         dictionary.topk(x, self.W_enc, self.b_enc, k, out=(values.view(n, k), latents.view(n, k)))
         starts = torch.arange(0, n * k + 1, k)
+        limits = torch.cat([dead[library.BLOCK :: library.BLOCK], dead.new_tensor([library.LAST])])
         squared = library.reconstruct(
             target, self.W_dec, starts, starts[1:, None].contiguous(), latents, values,
             [2 * self.objective.aux_alpha / spread], grads=self.buffers["grads"][entries],
             error_rows=self.buffers["error_rows"][entries], errors=self.buffers["errors"],
             target_norms=torch.empty(n, dtype=torch.float64),
-            error_norms=self.buffers["error_norms"], first_row=stages * n,
+            error_norms=self.buffers["error_norms"], first_row=stages * n, limits=limits.to(torch.int32),
         )  # fmt: skip
         return squared.sum() / spread
 
@@ -225,7 +217,6 @@ class NativeStep(FusedStep):
         errors: Float[Tensor, "rows d_in"],
         vectors: Int[Tensor, " room"],
         used: int,
-        extra: Auxiliary | None,
         lr: float,
         number: int,
     ) -> Float[Tensor, ""]:
@@ -251,6 +242,8 @@ class NativeStep(FusedStep):
             "since_fired": self.since_fired, "partial_b_dec": self.partial_b_dec,
             "partial_square": self.partial_square, "b_enc": self.b_enc,
         }  # fmt: skip
+        tensors["heavy"] = self._buffer("heavy", used // library.HEAVY, dtype=torch.int32)
+        tensors["heavy_sums"] = self._buffer("heavy_sums", used // library.HEAVY, 2 * self.d_in)
         for name in (*MATRICES, "b_enc"):
             tensors[name] = getattr(self, name)
             tensors[f"{name}_m"], tensors[f"{name}_v"] = self.moments[name]
@@ -263,16 +256,6 @@ class NativeStep(FusedStep):
             "n_vectors": n, "unit_norm": int(self.unit_norm), "apply": 1,
         }  # fmt: skip
         of_main = self.buffers["error_sums"].sum(dim=0)
-        if extra is not None:
-            rows = torch.full((self.n_latents,), -1, dtype=torch.int32)
-            rows[extra.latents] = torch.arange(len(extra.latents), dtype=torch.int32)
-            tensors |= {
-                "extra_rows": rows, "extra_enc": extra.W_enc.contiguous(),
-                "extra_bias": extra.b_enc, "extra_dec": extra.W_dec.contiguous(),
-            }  # fmt: skip
-            # (a + b)² is at most 2 a² + 2 b².
-            bound = 2 * bound + 2 * sum(float(each.double().square().sum()) for each in extra[1:])
-            grad_sum += float(extra.b_enc.abs().sum())
         # The norm is known when the update is done. Where it cannot reach the limit, which is so
         # in all steps but the first few, that is no matter; elsewhere a pass finds it out first.
         at_b_dec = float(of_main.norm()) + grad_sum * self._largest_encoder_norm()
