@@ -236,7 +236,7 @@ def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
     x[:, 5] = ratio * x.std()
     out = torch.empty(400, k), library.int32(400, k)
     b = torch.zeros(n)
-    given_up = library.Dictionary(W, b, "int8").topk(x, W, b, k, out=out)
+    _, given_up = library.Dictionary(W, b, "int8").topk(x, W, b, k, out=out)
     truth = (x.double() @ W.double().T).topk(k, dim=1).indices.sort(dim=1).values
     assert torch.equal(out[1].long().sort(dim=1).values, truth)
     assert given_up == (400 if ratio == 600 else 0)

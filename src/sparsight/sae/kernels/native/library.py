@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -202,10 +203,10 @@ class Dictionary:
         *,
         k: int = 0,
         k_inner: int = 0,
-        threshold: float = 0.0,
+        threshold: float = -math.inf,
         out: tuple[Float[Tensor, "batch room"], Int[Tensor, "batch room"]],
     ) -> Int[Tensor, " batch"]:
-        """The k largest of `W x + b` for each vector, or all from `threshold` on where k is 0.
+        """The k largest of `W x + b` for each vector, or all where k is 0, from `threshold` on.
 
         Scores are exact; latents come in rising order, with `k_inner` the largest `k_inner` first.
 
@@ -215,8 +216,8 @@ class Dictionary:
             b: encoder bias.
             k: how many.
             k_inner: how many of them come first.
-            threshold: the least score that is wanted, where k is 0.
-            out: scores and latents (int32) of each vector.
+            threshold: the least score that is wanted.
+            out: scores and latents (int32) of each vector; latents that are missing from k are -1.
 
         Returns:
             How many were found; -1 where rounding left too many in question, more were found than
@@ -240,16 +241,22 @@ class Dictionary:
         k: int,
         *,
         k_inner: int = 0,
+        threshold: float = -math.inf,
         out: tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]],
-    ) -> int:
-        """As `select`, with vectors that it gives up scored in full; gives how many these were."""
+    ) -> tuple[Int[Tensor, " batch"], int]:
+        """As `select`, with vectors that it gives up scored in full, whatever the threshold.
+
+        Returns:
+            How many each vector has, and how many vectors were scored in full.
+        """
         values, latents = out
-        counts = self.select(x, W, b, k=k, k_inner=k_inner, out=out)
+        counts = self.select(x, W, b, k=k, k_inner=k_inner, threshold=threshold, out=out)
         failed = (counts < 0).nonzero()[:, 0]
         if len(failed):
             values[failed], found = exact_topk(x[failed], W, b, k, self.latents)
             latents[failed] = found.to(torch.int32)
-        return len(failed)
+            counts[failed] = k
+        return counts, len(failed)
 
     def above(
         self,

@@ -110,7 +110,9 @@ class NativeStep(FusedStep):
         self, x: Float[Tensor, "batch d_in"], k: int, k_inner: int, out: tuple[Tensor, Tensor]
     ) -> None:
         if self.dictionary is not None:
-            given_up = self.dictionary.topk(x, self.W_enc, self.b_enc, k, k_inner=k_inner, out=out)
+            _, given_up = self.dictionary.topk(
+                x, self.W_enc, self.b_enc, k, k_inner=k_inner, out=out
+            )
             if self.precision == "int8" and given_up > MOST_GIVEN_UP * len(x):
                 self._take_bfloat16()
             return
@@ -199,15 +201,19 @@ class NativeStep(FusedStep):
         values, latents = self.buffers["values"][entries], self.buffers["latents"][entries]
         precision = "int8" if self.precision == "float32" else self.precision
         dictionary = library.Dictionary(self.W_enc, self.b_enc, precision, dead)
-        dictionary.topk(x, self.W_enc, self.b_enc, k, out=(values.view(n, k), latents.view(n, k)))
+        counts, _ = dictionary.topk(
+            x, self.W_enc, self.b_enc, k, threshold=0.0,
+            out=(values.view(n, k), latents.view(n, k)),
+        )  # fmt: skip
         starts = torch.arange(0, n * k + 1, k)
         limits = torch.cat([dead[library.BLOCK :: library.BLOCK], dead.new_tensor([library.LAST])])
         squared = library.reconstruct(
-            target, self.W_dec, starts, starts[1:, None].contiguous(), latents, values,
+            target, self.W_dec, starts, (starts[:-1] + counts)[:, None], latents, values,
             [2 * self.objective.aux_alpha / spread], grads=self.buffers["grads"][entries],
             error_rows=self.buffers["error_rows"][entries], errors=self.buffers["errors"],
             target_norms=torch.empty(n, dtype=torch.float64),
-            error_norms=self.buffers["error_norms"], first_row=stages * n, limits=limits.to(torch.int32),
+            error_norms=self.buffers["error_norms"], first_row=stages * n,
+            limits=limits.to(torch.int32),
         )  # fmt: skip
         return squared.sum() / spread
 
