@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -31,8 +32,8 @@ def objectives(n_latents: int = N_LATENTS) -> dict[str, Objective]:
 OBJECTIVES = objectives()
 
 
-def with_aux(objective: Objective) -> Objective:
-    return objective.__class__(**{**vars(objective), "aux_k": 8, "aux_alpha": 1 / 32})
+def with_aux(objective: Objective, aux_k: int = 8) -> Objective:
+    return replace(objective, aux_k=aux_k, aux_alpha=1 / 32)
 
 
 def dead_latents(n_latents: int = N_LATENTS) -> Tensor:
@@ -51,7 +52,11 @@ class Problem(NamedTuple):
 
 
 def make_problem(
-    dtype: torch.dtype, massive: bool = False, n_latents: int = N_LATENTS, d_in: int = D_IN
+    dtype: torch.dtype,
+    massive: bool = False,
+    n_latents: int = N_LATENTS,
+    d_in: int = D_IN,
+    batch: int = BATCH,
 ) -> Problem:
     generator = torch.Generator().manual_seed(0)
 
@@ -62,7 +67,7 @@ def make_problem(
     W_dec = W / W.norm(dim=1, keepdim=True)
     parameters = {"W_enc": 0.3 * W, "b_enc": 0.1 * normal(n_latents), "W_dec": W_dec}
     parameters["b_dec"] = 0.1 * normal(d_in)
-    batches = [normal(BATCH, d_in) for _ in range(10)]
+    batches = [normal(batch, d_in) for _ in range(10)]
     if massive:
         for z in batches:
             z[:, :2] *= 100

@@ -51,6 +51,22 @@ def test_gradients_and_ten_steps_are_those_of_dense_autograd(
     assert_same_steps(ours, truth, problem.batches, dead)
 
 
+@pytest.mark.parametrize("with_dead", [False, True], ids=["plain", "auxk"])
+@pytest.mark.parametrize("name", ["topk", "multi-topk"])
+@pytest.mark.parametrize(("kernels", "precision"), [("torch", "float32"), ("native", "int8")])
+def test_latents_with_many_entries_are_summed_as_others(
+    kernels: str, precision: str, name: str, with_dead: bool
+) -> None:
+    problems = [make_problem(torch.float64, n_latents=700, d_in=300, batch=200) for _ in "ab"]
+    for problem in problems:
+        problem.parameters["b_enc"][7] += 20.0  # active in each vector
+    dead = torch.arange(1, 700, 2) if with_dead else None
+    objective = with_aux(OBJECTIVES[name], 150) if with_dead else OBJECTIVES[name]
+    ours = Ours(kernels, precision, objective, problems[0])
+    truth = Reference(objective, problems[1])
+    assert_same_steps(ours, truth, problems[1].batches[:3], dead)
+
+
 @pytest.mark.parametrize(("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16")])
 def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
     kernels: str, precision: str
@@ -125,10 +141,10 @@ def test_threads_do_not_change_the_bits_of_a_native_step() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            problem = make_problem(torch.float32)
-            ours = Ours("native", "int8", with_aux(OBJECTIVES["topk"]), problem)
+            problem = make_problem(torch.float32, n_latents=700, d_in=100, batch=200)
+            ours = Ours("native", "int8", with_aux(OBJECTIVES["topk"], 100), problem)
             for number, z in enumerate(problem.batches, start=1):
-                ours.fused.step(z, lr=LR, number=number, dead=DEAD)
+                ours.fused.step(z, lr=LR, number=number, dead=torch.arange(1, 700, 3))
             found.append(problem.parameters)
     finally:
         torch.set_num_threads(before)

@@ -95,7 +95,7 @@ class _Update(Structure):
             (name, c_int64)
             for name in ("n", "d", "chunk", "n_main_errors", "n_main_rows", "n_vectors")
         ),
-        *((name, c_int64) for name in ("unit_norm", "apply", "n_heavy", "group")),
+        *((name, c_int64) for name in ("unit_norm", "apply", "has_auxiliary", "n_heavy", "group")),
     )
 
 

@@ -260,6 +260,7 @@ class NativeStep(FusedStep):
             "chunk": self.chunk, "n_main_errors": (self.objective.main_stage + 1) * n,
             "n_main_rows": self.objective.n_stages * n,
             "n_vectors": n, "unit_norm": int(self.unit_norm), "apply": 1,
+            "has_auxiliary": len(errors) > self.objective.n_stages * n,
         }  # fmt: skip
         of_main = self.buffers["error_sums"].sum(dim=0)
         # The norm is known when the update is done. Where it cannot reach the limit, which is so
