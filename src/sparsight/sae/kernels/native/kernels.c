@@ -48,6 +48,7 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
 
 API const char *sparsight_sources(void) { return SOURCES; }
 
@@ -292,13 +293,27 @@ static int32_t count_from(const float *values, int32_t n, float t) {
     return count;
 }
 
+/* The smallest and the largest of n values; in vectors, which compilers do not make of it. */
+static void range(const float *values, int64_t n, float *low, float *high) {
+    enum { WIDTH = sizeof(Floats) / sizeof(float) };
+    Floats least, most;
+    for (int l = 0; l < WIDTH; l++) least[l] = INFINITY, most[l] = -INFINITY;
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        const Floats v = *(const Floats *)(values + i);
+        const Ints less = v < least, more = v > most;
+        least = (Floats)((less & (Ints)v) | (~less & (Ints)least));
+        most = (Floats)((more & (Ints)v) | (~more & (Ints)most));
+    }
+    *low = INFINITY, *high = -INFINITY;
+    for (; i < n; i++) *low = MIN(*low, values[i]), *high = MAX(*high, values[i]);
+    for (int l = 0; l < WIDTH; l++) *low = MIN(*low, least[l]), *high = MAX(*high, most[l]);
+}
+
 /* A value that at least k of n reach, near the k-th largest; n >= k. */
 static float reached_by(const float *values, int64_t n, int64_t k, int64_t slack) {
-    float low = INFINITY, high = -INFINITY;
-    for (int64_t i = 0; i < n; i++) {
-        low = MIN(low, values[i]);
-        high = MAX(high, values[i]);
-    }
+    float low, high;
+    range(values, n, &low, &high);
     for (int step = 0; step < 24; step++) {
         const float middle = low + (high - low) * 0.5f;
         if (!(middle > low)) break;
