@@ -12,7 +12,6 @@ from step_parts import (
     N_LATENTS,
     OBJECTIVES,
     Ours,
-    Problem,
     Reference,
     assert_same_gradients,
     assert_same_steps,
@@ -224,21 +223,6 @@ def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         choose("native", "auto", cpu)
     with pytest.raises(UserError, match="needs the native kernels"):
         choose("auto", "int8", cpu)
-
-
-def test_latents_with_many_entries_are_summed_right() -> None:
-    """Long rows and many vectors a latent, which native kernels take in blocks."""
-    problems = []
-    for _ in range(2):
-        problem = make_problem(torch.float64, n_latents=120, d_in=203)
-        joined = [torch.cat(problem.batches[i : i + 5]) for i in (0, 5)]
-        problem.parameters["b_enc"][:3] += 50  # these fire always
-        problems.append(Problem(problem.parameters, joined))
-    objective = with_aux(OBJECTIVES["topk"])
-    ours = Ours("native", "int8", objective, problems[0])
-    truth = Reference(objective, problems[1])
-    assert_same_steps(ours, truth, problems[1].batches, torch.arange(20, 60))
-    assert (ours.fused.buffers["latents"][: 200 * objective.k] < 3).sum() == 600
 
 
 @pytest.mark.parametrize("ratio", [100, 600])

@@ -1,0 +1,90 @@
+"""Fused steps in float32 at the sizes of real training, against plain dense autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from step_parts import LR, Ours, Problem, Reference
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sparsight.sae.kernels import Objective
+from sparsight.sae.kernels.native import library
+from sparsight.sae.kernels.selection import select_topk
+
+K = 32
+SMALL, MEDIUM = (768, 6144, 512), (768, 24_576, 2048)
+SHAPES = [
+    pytest.param(*SMALL, id="small"),
+    pytest.param(*MEDIUM, id="medium", marks=pytest.mark.slow),
+]
+LOW_PRECISION = [("native", "int8"), ("native", "bfloat16"), ("torch", "bfloat16")]
+
+
+def mixture(n: int, d_in: int, massive: bool) -> Tensor:
+    """Vectors of 20 directions each, with some noise, as an encoder meets them."""
+    generator = torch.Generator().manual_seed(0)
+    directions = normalize(torch.randn(4096, d_in, generator=generator), dim=1)
+    chosen = torch.randint(0, 4096, (n, 20), generator=generator)
+    sizes = 3 * torch.rand(n, 20, generator=generator)
+    z = torch.zeros(n, 4096).scatter_(1, chosen, sizes) @ directions
+    z += 0.1 * torch.randn(n, d_in, generator=generator)
+    z /= z.square().mean().sqrt()
+    if massive:
+        z[:, :4] *= 100
+    return z
+
+
+def problem(d_in: int, n_latents: int, batches: list[Tensor]) -> Problem:
+    W = normalize(torch.randn(n_latents, d_in, generator=torch.Generator().manual_seed(1)), dim=1)
+    zeros = {"b_enc": torch.zeros(n_latents), "b_dec": torch.zeros(d_in)}
+    return Problem({"W_enc": W.clone(), "W_dec": W.clone(), **zeros}, batches)
+
+
+@pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
+@pytest.mark.parametrize(("d_in", "n_latents", "batch"), SHAPES)
+@pytest.mark.parametrize(("kernels", "precision"), LOW_PRECISION)
+def test_gradients_and_losses_in_float32_are_the_dense_ones(
+    kernels: str, precision: str, d_in: int, n_latents: int, batch: int, massive: bool
+) -> None:
+    batches = list(mixture(3 * batch, d_in, massive).split(batch))
+    ours = Ours(kernels, precision, Objective(K), problem(d_in, n_latents, batches))
+    truth = Reference(Objective(K), problem(d_in, n_latents, batches))
+    for number, z in enumerate(batches, start=1):
+        loss = truth.step(z, None).loss.item()
+        mine = ours.fused.step(z, lr=LR, number=number)
+        assert mine.loss.item() == pytest.approx(loss, abs=1e-6 * max(1.0, loss))
+        if number == 1:  # the first moments are a tenth of the gradients
+            for name, parameter in truth.parameters.items():
+                expected = 10 * truth.adam.state[parameter]["exp_avg"]
+                off = 10 * ours.moments[name][0] - expected
+                assert off.abs().max() <= 1e-6
+                assert off.norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
+@pytest.mark.parametrize(
+    ("d_in", "n_latents"),
+    [
+        pytest.param(*SMALL[:2], id="small"),
+        pytest.param(*MEDIUM[:2], id="medium", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(("kernels", "precision"), LOW_PRECISION)
+def test_selected_sets_are_those_of_dense_scores(
+    kernels: str, precision: str, d_in: int, n_latents: int, massive: bool
+) -> None:
+    n = 10_000
+    parameters = problem(d_in, n_latents, []).parameters
+    W, b, x = parameters["W_enc"], parameters["b_enc"], mixture(n, d_in, massive)
+    if kernels == "native":
+        latents = library.int32(n, K)
+        library.Dictionary(W, b, precision).topk(x, W, b, K, out=(torch.empty(n, K), latents))
+    else:
+        latents = select_topk(x, W, b, K, precision)[1]
+    same = 0
+    for first in range(0, n, 1000):
+        truth = (x[first : first + 1000] @ W.T).topk(K, dim=1).indices.sort(dim=1).values
+        found = latents[first : first + 1000].long().sort(dim=1).values
+        same += int((truth == found).all(dim=1).sum())
+    assert same >= 0.9999 * n
