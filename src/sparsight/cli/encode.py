@@ -28,8 +28,8 @@ class EncodeOptions(SubjectOptions):
     dtype: Literal["float32", "float16"] = "float32"
     """Of the values on disk."""
 
-    batch_images: int = 64
-    """Images at a time."""
+    batch_images: int | None = None
+    """Images at a time; default 64, of a store as many as it takes for some 16,000 vectors."""
 
 
 def main(arguments: Sequence[str]) -> None:

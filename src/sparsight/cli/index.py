@@ -37,8 +37,8 @@ class IndexOptions(SubjectOptions):
     samples_per_quantile: int = 4
     """Images to keep of each band."""
 
-    batch_images: int = 64
-    """Images at a time."""
+    batch_images: int | None = None
+    """Images at a time; default 64, of a store as many as it takes for some 16,000 vectors."""
 
     seed: int = 0
     """Of the samples."""

@@ -13,7 +13,13 @@ from sparsight.config import check_seed
 from sparsight.errors import UserError
 from sparsight.images import ImageInfo, ImageSource
 from sparsight.latents.codes import CodeBatch, CodeStore
-from sparsight.latents.encoding import encoded, find_activations
+from sparsight.latents.encoding import (
+    FEWEST_IMAGES,
+    VECTORS_AT_ONCE,
+    encoded,
+    find_activations,
+    usual_batch,
+)
 from sparsight.latents.index import FORMAT, VERSION, LatentIndex
 from sparsight.latents.statistics import (
     Examples,
@@ -28,9 +34,6 @@ from sparsight.vision import VisionModel, count_from_start
 SAMPLE_PER_PLACE = 4
 """Images of the fair sample for every one that is shown from it, so that quantiles are even."""
 
-VECTORS_AT_ONCE = 16_384
-"""Batches are counted together up to here: counting a few touches as many latents as many do."""
-
 
 @torch.no_grad()
 def build_index(
@@ -43,7 +46,7 @@ def build_index(
     top_n: int = 16,
     quantiles: int = 4,
     samples_per_quantile: int = 4,
-    batch_images: int = 64,
+    batch_images: int | None = None,
     seed: int = 0,
     workers: int | None = None,
     quiet: bool = False,
@@ -66,7 +69,7 @@ def build_index(
             by its strongest activation in each.
         samples_per_quantile: images to show from each band; taken from a fair sample of 4 ×
             `quantiles` × `samples_per_quantile` active images a latent.
-        batch_images: images at a time.
+        batch_images: images at a time; default see `usual_batch`.
         seed: of the samples.
         workers: processes that decode pictures, with a model.
         quiet: no progress bar.
@@ -81,7 +84,7 @@ def build_index(
         "samples_per_quantile": samples_per_quantile,
         "batch_images": batch_images,
     }.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more.")
     check_seed(seed)
     data, site, batches = _passed(sae, given, images, site, batch_images, workers)
@@ -144,24 +147,31 @@ def _passed(
     given: VisionModel | ActivationSource | CodeStore,
     images: ImageSource | str | Path | None,
     site: str | None,
-    batch_images: int,
+    batch_images: int | None,
     workers: int | None,
 ) -> tuple[ActivationSource | CodeStore, str, Iterator[CodeBatch]]:
     """What a call means, the site in it, and its codes in order."""
     if not isinstance(given, CodeStore):
         activations, site = find_activations(sae, given, images, site, workers)
-        return activations, site, encoded(sae, activations, site, batch_images)
+        return (
+            activations,
+            site,
+            encoded(sae, activations, site, batch_images or usual_batch(activations, site)),
+        )
     if images is not None:
         raise UserError("Codes already know their images; leave `images` out.")
     given.check_sae(sae)
     n_blocks = given.model_info.get("n_blocks", 0)
     if site is not None and count_from_start(site, n_blocks) != given.site:
         raise UserError(f"{given.path}: the codes are of {given.site}, not of {site}.")
-    return given, given.site, given.ordered(batch_images)
+    return given, given.site, given.ordered(batch_images or FEWEST_IMAGES)
 
 
 def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:
-    """The same codes in batches of `VECTORS_AT_ONCE` or a little more."""
+    """The same codes in batches of `VECTORS_AT_ONCE` or a little more.
+
+    Counting a few vectors touches as many latents as counting many.
+    """
     waiting: list[CodeBatch] = []
     for batch in batches:
         waiting.append(batch)

@@ -34,6 +34,9 @@ from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
 
+FEWEST_IMAGES = 64
+VECTORS_AT_ONCE = 16_384
+
 SHARD_BYTES = 64 << 20
 """Roughly how much a shard holds; twice that is in memory."""
 
@@ -47,7 +50,7 @@ def encode(
     out: str | Path,
     site: str | None = None,
     dtype: Literal["float32", "float16"] = "float32",
-    batch_images: int = 64,
+    batch_images: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     quiet: bool = False,
@@ -68,7 +71,7 @@ def encode(
         site: where to read; default the site that the SAE was trained on.
         dtype: of the values on disk; float16 keeps 3 digits and takes two thirds of the room. What
             is too small for it is kept at its smallest number, 2⁻²⁴.
-        batch_images: images at a time.
+        batch_images: images at a time; default see `usual_batch`.
         shard_bytes: a shard ends with the batch that brings it to so many bytes.
         workers: processes that decode pictures, with a model.
         quiet: no progress bar.
@@ -82,7 +85,7 @@ def encode(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
     for name, value in {"batch_images": batch_images, "shard_bytes": shard_bytes}.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more.")
     folder = Path(out)
     activations, site = find_activations(sae, given, images, site, workers)
@@ -100,7 +103,7 @@ def encode(
         tokens=activations.tokens,
         n_tokens=activations.n_tokens[site],
         dtype=dtype,
-        batch_images=batch_images,
+        batch_images=batch_images or usual_batch(activations, site),
         shard_bytes=shard_bytes,
     )
     with _claimed(folder, plan) as manifest:
@@ -138,6 +141,17 @@ def encoded(
                 "activations are damaged."
             )
         yield CodeBatch(batch.image_indices, code, x.shape[1])
+
+
+def usual_batch(activations: ActivationSource, site: str) -> int:
+    """Images to encode at a time: 64; of a store as many as it takes for some 16,000 vectors.
+
+    Few vectors would not pay for the encoder's copy in low precision, with which latents are
+    selected quickly.
+    """
+    if isinstance(activations, LiveActivations):
+        return FEWEST_IMAGES
+    return max(FEWEST_IMAGES, -(-VECTORS_AT_ONCE // activations.n_tokens[site]))
 
 
 def find_activations(
