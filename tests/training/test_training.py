@@ -51,6 +51,21 @@ def test_training_explains_sparse_mixtures(tmp_path: Path) -> None:
     assert last["l0"] <= 4 and last["vectors"] == 9600 and last["epoch"] == 9600 / 1024
 
 
+@pytest.mark.parametrize("asked", ["auto", "torch"])
+def test_a_slower_back_end_that_was_not_asked_for_is_told(
+    asked: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("sparsight.sae.kernels.load_native", lambda: None)
+    train(
+        sparse_mixtures(n_images=16),
+        TrainConfig(sae=SAE, n_vectors=64, batch_size=32, kernels=asked),
+        out=tmp_path,
+    )
+    told = capsys.readouterr().err
+    assert "kernels: torch-" in told
+    assert ("native kernels, which are quicker, are not built" in told) == (asked == "auto")
+
+
 def test_figures_of_a_window_are_those_of_float64_over_its_vectors(tmp_path: Path) -> None:
     data = sparse_mixtures(n_images=16)
     # With no learning to speak of, one epoch is one pass of the first weights over all vectors.

@@ -24,7 +24,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
 from sparsight.progress import ProgressLine, progress
-from sparsight.sae.kernels import choose
+from sparsight.sae.kernels import choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers
@@ -189,7 +189,11 @@ class Loop:
         ):
             if not quiet:
                 used = dict.fromkeys(training.kernels for training in self.trainings.values())
-                print(f"kernels: {', '.join(used)}", file=sys.stderr)
+                absent = native_is_absent(self.device) and all(
+                    each.config.kernels == "auto" for each in self.members.values()
+                )
+                hint = " (the native kernels, which are quicker, are not built)" if absent else ""
+                print(f"kernels: {', '.join(used)}{hint}", file=sys.stderr)
             self._run(line)
 
     def _run(self, line: ProgressLine) -> None:

@@ -46,6 +46,7 @@ __all__ = [
     "decode_topk",
     "encode_topk",
     "fused_step",
+    "native_is_absent",
     "using",
 ]
 
@@ -131,6 +132,11 @@ def _quickest(device: torch.device) -> Kernels:
         return "native"
     # Not Triton, whose kernels no GPU has run yet.
     return "torch"
+
+
+def native_is_absent(device: torch.device) -> bool:
+    """Whether the native kernels would be the quickest, were they built."""
+    return device.type == "cpu" and load_native() is None
 
 
 def _new_enough(device: torch.device) -> bool:
