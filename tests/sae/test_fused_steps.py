@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,12 +139,12 @@ def test_threads_do_not_change_the_bits_of_a_native_step() -> None:
     found = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            problem = make_problem(torch.float32, n_latents=700, d_in=100, batch=200)
-            ours = Ours("native", "int8", with_aux(OBJECTIVES["topk"], 100), problem)
-            for number, z in enumerate(problem.batches, start=1):
-                ours.fused.step(z, lr=LR, number=number, dead=torch.arange(1, 700, 3))
+            problem = make_problem(torch.float32, n_latents=1500, d_in=45, batch=1000)
+            ours = Ours("native", "int8", with_aux(OBJECTIVES["multi-topk"], 400), problem)
+            for number, z in enumerate(problem.batches[:4], start=1):
+                ours.fused.step(z, lr=LR, number=number, dead=torch.arange(0, 1500, 2))
             found.append(problem.parameters)
     finally:
         torch.set_num_threads(before)
@@ -207,6 +208,59 @@ def test_each_compiled_variant_gives_the_same_step(
             test_gradients_and_ten_steps_are_those_of_dense_autograd(
                 "native", precision, name, len(DEAD), False
             )
+    test_latents_with_many_entries_are_summed_as_others("native", "int8", "topk", True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
+def test_steps_on_many_threads_start_no_new_ones() -> None:
+    def largest() -> int:
+        return max(int(each.name) for each in Path("/proc/self/task").iterdir())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(12)
+    try:
+        problem = make_problem(torch.float32, n_latents=700, batch=200)
+        ours = Ours("native", "int8", with_aux(OBJECTIVES["topk"], 100), problem)
+        dead = torch.arange(1, 700, 3)
+        ours.fused.step(problem.batches[0], lr=LR, number=1, dead=dead)
+        after_one = largest()
+        for number, z in enumerate(problem.batches[1:], start=2):
+            ours.fused.step(z, lr=LR, number=number, dead=dead)
+        assert largest() == after_one
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("k_inner", [0, 3, 100])
+def test_native_selection_from_a_threshold(k_inner: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 40, generator=generator) for n in (50, 300))
+    b = torch.randn(300, generator=generator) - 12
+    x[3, 0], x[4, 1] = math.nan, math.inf
+    x[6] = 0.0
+    x[5] = 1e-42  # its scale has no inverse in float32
+    out = torch.full((50, 128), 7.0), library.int32(50, 128)
+    counts = library.Dictionary(W, b, "int8").select(
+        x, W, b, k=128, k_inner=k_inner, threshold=0.0, out=out
+    )
+    scores = torch.addmm(b.double(), x.double(), W.double().T)
+    assert counts[3:6].tolist() == [-1, -1, -1]
+    assert 0 in counts and (counts > 3).any()
+    for row in (row for row in range(50) if row not in (3, 4, 5)):
+        ranked = scores[row].argsort(descending=True)[: int((scores[row] >= 0).sum())].tolist()
+        found = out[1][row].tolist()
+        assert found[len(ranked) :] == [-1] * (128 - len(ranked)) and counts[row] == len(ranked)
+        assert found[: len(ranked)] == sorted(ranked[:k_inner]) + sorted(ranked[k_inner:])
+
+
+@pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
+def test_one_vector_leaves_nothing_for_the_auxiliary_loss(kernels: str, precision: str) -> None:
+    problem = make_problem(torch.float64, batch=1)
+    ours = Ours(kernels, precision, with_aux(OBJECTIVES["topk"]), problem)
+    figures = [
+        ours.fused.step(z, lr=LR, number=i + 1, dead=DEAD) for i, z in enumerate(problem.batches)
+    ]
+    assert all(each.aux_loss == 0 for each in figures)
 
 
 def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

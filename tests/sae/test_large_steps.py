@@ -43,16 +43,25 @@ def problem(d_in: int, n_latents: int, batches: list[Tensor]) -> Problem:
 
 @pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
 @pytest.mark.parametrize(("d_in", "n_latents", "batch"), SHAPES)
+@pytest.mark.parametrize("aux_k", [0, 384], ids=["plain", "auxk"])
 @pytest.mark.parametrize(("kernels", "precision"), LOW_PRECISION)
 def test_gradients_and_losses_in_float32_are_the_dense_ones(
-    kernels: str, precision: str, d_in: int, n_latents: int, batch: int, massive: bool
+    kernels: str,
+    precision: str,
+    aux_k: int,
+    d_in: int,
+    n_latents: int,
+    batch: int,
+    massive: bool,
 ) -> None:
-    batches = list(mixture(3 * batch, d_in, massive).split(batch))
-    ours = Ours(kernels, precision, Objective(K), problem(d_in, n_latents, batches))
-    truth = Reference(Objective(K), problem(d_in, n_latents, batches))
+    objective = Objective(K, aux_k=aux_k, aux_alpha=1 / 32)
+    dead = torch.arange(0, n_latents, 10) if aux_k else None
+    batches = list(mixture(2 * batch, d_in, massive).split(batch))
+    ours = Ours(kernels, precision, objective, problem(d_in, n_latents, batches))
+    truth = Reference(objective, problem(d_in, n_latents, batches))
     for number, z in enumerate(batches, start=1):
-        loss = truth.step(z, None).loss.item()
-        mine = ours.fused.step(z, lr=LR, number=number)
+        loss = truth.step(z, dead).loss.item()
+        mine = ours.fused.step(z, lr=LR, number=number, dead=dead)
         assert mine.loss.item() == pytest.approx(loss, abs=1e-6 * max(1.0, loss))
         if number == 1:  # the first moments are a tenth of the gradients
             for name, parameter in truth.parameters.items():

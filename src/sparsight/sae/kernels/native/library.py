@@ -26,7 +26,7 @@ ROWS_OF_A_TASK = 16
 """Vectors whose errors `reconstruct` sums."""
 
 HEAVY = 96
-"""Entries from which on `update` sums a latent beside others, as in the source."""
+"""Entries from which on `update` sums a latent beside others."""
 
 BLOCK = 128
 """Latents whose decoder rows stay in a processor's cache while vectors go through them."""
@@ -95,7 +95,8 @@ class _Update(Structure):
             (name, c_int64)
             for name in ("n", "d", "chunk", "n_main_errors", "n_main_rows", "n_vectors")
         ),
-        *((name, c_int64) for name in ("unit_norm", "apply", "has_auxiliary", "n_heavy", "group")),
+        *((name, c_int64) for name in ("unit_norm", "apply", "has_auxiliary", "heavy_from")),
+        *((name, c_int64) for name in ("n_heavy", "group")),
     )
 
 
@@ -324,11 +325,13 @@ def reconstruct(
         error_sums: out: sums of the first stage's errors over `ROWS_OF_A_TASK` vectors each.
         first_row: where they begin in `errors`.
         limits: where a vector has many entries, latents (int32) before which blocks end that the
-            vectors go through together, the last of them larger than all; latents then rise.
+            vectors go through together, the last of them larger than all; latents then rise. Not
+            with `error_sums`.
 
     Returns:
         Squared errors, float64.
     """
+    assert limits is None or error_sums is None
     rows_of_a_task = ROWS_OF_A_TASK
     if limits is None:
         limits = torch.tensor([LAST], dtype=torch.int32)
@@ -378,7 +381,7 @@ def update(
     numbers: dict[str, float],
     dictionary: Dictionary | None,
 ) -> None:
-    """One step of Adam for all latents; see `Update` in kernels.c for the names."""
+    """One step of Adam for all latents; see `Update` in real.inc for the names."""
     fields = {name: _at(each) for name, each in tensors.items()} | numbers
     if dictionary is not None:
         fields["dictionary"] = ctypes.pointer(dictionary.struct)  # type: ignore[assignment]

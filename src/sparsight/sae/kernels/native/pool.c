@@ -111,16 +111,16 @@ static void grow_to(int wanted) {
 }
 
 void parallel_for(int64_t n, int threads, void (*body)(void *, int64_t), void *context) {
-    if (threads > n) threads = (int)n;
-    if (threads <= 1) {
+    if (threads <= 1 || n <= 1) {
         for (int64_t i = 0; i < n; i++) body(context, i);
         return;
     }
     if (openmp) {
-        Job job = {body, context, n, 0};
+        Job job = {body, context, n, 0}; /* for all: GNU's ends threads that a loop has no use for */
         openmp(share_job, &job, (unsigned)threads, 0);
         return;
     }
+    if (threads > n) threads = (int)n;
     pthread_mutex_lock(&one_loop);
     grow_to(threads - 1);
     pthread_mutex_lock(&guard);
@@ -140,14 +140,36 @@ void parallel_for(int64_t n, int threads, void (*body)(void *, int64_t), void *c
     pthread_mutex_unlock(&one_loop);
 }
 
+typedef struct {
+    void *kept[SCRATCH_SLOTS];
+    int64_t sizes[SCRATCH_SLOTS];
+} Scratch;
+
+static pthread_key_t key;
+static pthread_once_t key_made = PTHREAD_ONCE_INIT;
+
+static void free_scratch(void *of_thread) {
+    Scratch *mine = of_thread;
+    for (int slot = 0; slot < SCRATCH_SLOTS; slot++) free(mine->kept[slot]);
+    free(mine);
+}
+
+static void make_key(void) {
+    if (pthread_key_create(&key, free_scratch) != 0) abort();
+}
+
 void *scratch(int slot, int64_t bytes) {
-    static _Thread_local void *kept[SCRATCH_SLOTS];
-    static _Thread_local int64_t sizes[SCRATCH_SLOTS];
-    if (sizes[slot] < bytes) {
-        free(kept[slot]);
-        sizes[slot] = (bytes + 4095) / 4096 * 4096;
-        kept[slot] = aligned_alloc(4096, (size_t)sizes[slot]);
-        if (kept[slot] == NULL) abort();
+    static _Thread_local Scratch *mine = NULL;
+    if (mine == NULL) {
+        pthread_once(&key_made, make_key);
+        mine = calloc(1, sizeof *mine);
+        if (mine == NULL || pthread_setspecific(key, mine) != 0) abort();
     }
-    return kept[slot];
+    if (mine->sizes[slot] < bytes) {
+        free(mine->kept[slot]);
+        mine->sizes[slot] = (bytes + 4095) / 4096 * 4096;
+        mine->kept[slot] = aligned_alloc(4096, (size_t)mine->sizes[slot]);
+        if (mine->kept[slot] == NULL) abort();
+    }
+    return mine->kept[slot];
 }

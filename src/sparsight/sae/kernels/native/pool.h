@@ -9,7 +9,8 @@
 /* Call body(context, i) for each i in [0, n), on at most `threads` threads, in any order. */
 void parallel_for(int64_t n, int threads, void (*body)(void *context, int64_t i), void *context);
 
-/* Memory of the calling thread that is kept between calls; contents are lost when it grows. */
+/* Memory of the calling thread that is kept between calls, until the thread ends; contents are lost
+ * when it grows. */
 void *scratch(int slot, int64_t bytes);
 
 #endif

@@ -183,8 +183,9 @@ class NativeStep(FusedStep):
         target = self._buffer("target", *errors[0].shape)
         torch.mul(errors[0], -1 / weights[0], out=target)
         mean = self.buffers["error_sums"].sum(dim=0, dtype=torch.float64) / weights[0] / len(target)
-        spread = squared[0] - len(target) * mean.square().sum()
-        return target, max(spread.item(), 0.0)
+        spread = (squared[0] - len(target) * mean.square().sum()).item()
+        noise = 64 * torch.finfo(self.dtype).eps * float(squared[0])
+        return target, spread if spread > noise else 0.0
 
     def _auxiliary(
         self,
@@ -260,7 +261,7 @@ class NativeStep(FusedStep):
             "chunk": self.chunk, "n_main_errors": (self.objective.main_stage + 1) * n,
             "n_main_rows": self.objective.n_stages * n,
             "n_vectors": n, "unit_norm": int(self.unit_norm), "apply": 1,
-            "has_auxiliary": len(errors) > self.objective.n_stages * n,
+            "has_auxiliary": len(errors) > self.objective.n_stages * n, "heavy_from": library.HEAVY,
         }  # fmt: skip
         of_main = self.buffers["error_sums"].sum(dim=0)
         # The norm is known when the update is done. Where it cannot reach the limit, which is so
