@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--ours torch native] [--largest-latents 65536]
 
 Latents 2¹³ … 2¹⁸ at a batch of 2,048, and batches of 256 … 16,384 at 24,576 latents; d 768, k 32.
-Every point has a process of its own, one at a time. Writes plots/scaling.json, and .svg;
+Every point has a process of its own, one at a time. Writes docs/plots/scaling.json, and .svg;
 a point that failed is left out of the plot, and the file says why.
 """
 
@@ -24,7 +24,7 @@ from tables import cores, machine
 
 from sparsight.files import atomic_path, write_text
 
-PLOTS = Path(__file__).parent / "plots"
+PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 D_IN, BATCH, LATENTS = 768, 2048, 24576
 SWEEPS = {
     "n_latents": tuple(2**power for power in range(13, 19)),
