@@ -83,6 +83,7 @@ def test_gradients_and_losses_in_float32_are_the_dense_ones(
 def test_selected_sets_are_those_of_dense_scores(
     kernels: str, precision: str, d_in: int, n_latents: int, massive: bool
 ) -> None:
+    """But for scores that float32 itself cannot tell apart, whose order is that of their sums."""
     n = 10_000
     parameters = problem(d_in, n_latents, []).parameters
     W, b, x = parameters["W_enc"], parameters["b_enc"], mixture(n, d_in, massive)
@@ -95,5 +96,10 @@ def test_selected_sets_are_those_of_dense_scores(
     for first in range(0, n, 1000):
         truth = (x[first : first + 1000] @ W.T).topk(K, dim=1).indices.sort(dim=1).values
         found = latents[first : first + 1000].long().sort(dim=1).values
-        same += int((truth == found).all(dim=1).sum())
+        equal = (truth == found).all(dim=1)
+        for row in (~equal).nonzero().flatten().tolist():
+            exact = W.double() @ x[first + row].double()
+            rounding = 4 * torch.finfo(torch.float32).eps * x[first + row].norm()
+            equal[row] = exact[found[row]].min() >= exact[truth[row]].min() - rounding
+        same += int(equal.sum())
     assert same >= 0.9999 * n
