@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.sae.kernels.interface import Precision
+from sparsight.sae.kernels.interface import Objective, Precision
 
 # Torch says once a process that its sparse tensors are "in beta state"; what is used is tested.
 with warnings.catch_warnings():
@@ -61,8 +61,7 @@ def select_topk(
         return _select_exactly(x, W, b, k, buffer)
     weights, bias = low or (W.bfloat16(), b.bfloat16())
     n_latents = len(W)
-    # Rounding to bfloat16 moves a score by few ranks: half as many again hold the true k.
-    candidates = min(n_latents, k + max(k // 2, 8))
+    candidates = enough_candidates(k, n_latents)
     values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
     latents = latents.to(x.device)
     rows = tile_rows(x, n_latents)
@@ -78,6 +77,40 @@ def select_topk(
         latents[part], order = chosen.gather(1, kept).sort(dim=1)
         values[part] = exact.gather(1, kept).gather(1, order)
     return values, latents
+
+
+def enough_candidates(k: int, n_latents: int) -> int:
+    """How many of the largest scores in bfloat16 hold the true k: rounding moves few ranks."""
+    return min(n_latents, k + max(k // 2, 8))
+
+
+def select_code(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    objective: Objective,
+    select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " batch_plus_one"]]:
+    """The code that an objective takes: activations, latents, and where each vector's begin.
+
+    Entries come vector after vector; with Multi-TopK a vector's strongest come first.
+
+    Args:
+        x: vectors, the decoder's bias subtracted.
+        W: encoder rows.
+        b: encoder bias.
+        objective: says how many are chosen, of each vector or of all.
+        select: gives so many strongest scores of each vector and their latents.
+    """
+    if objective.per_batch:
+        values, latents, counts = batch_topk(x, W, b, objective.k, select)
+        return values.relu_(), latents, functional.pad(counts.cumsum(0), (1, 0))
+    values, latents = select(x, objective.selected)
+    if objective.larger_k:
+        values, order = values.sort(dim=1, descending=True)
+        latents = latents.gather(1, order)
+    starts = torch.arange(0, values.numel() + 1, objective.selected, device=x.device)
+    return values.flatten().relu_(), latents.flatten(), starts
 
 
 def _select_exactly(

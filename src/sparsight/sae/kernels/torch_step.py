@@ -14,8 +14,8 @@ from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, le
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.selection import (
     TILE_ELEMENTS,
-    batch_topk,
     ragged_products,
+    select_code,
     select_topk,
 )
 
@@ -102,21 +102,10 @@ class TorchStep(FusedStep):
         return StepFigures(squared[objective.main_stage], loss, aux_loss, active, norm, least)
 
     def _code(self, x: Float[Tensor, "batch d_in"]) -> _Code:
-        n, objective = len(x), self.objective
-        if objective.per_batch:
-            values, latents, counts = batch_topk(
-                x, self.W_enc, self.b_enc, objective.k, self._select
-            )
-            starts = torch.zeros(n + 1, dtype=torch.int64, device=x.device)
-            torch.cumsum(counts, dim=0, out=starts[1:])
-        else:
-            values, latents = self._select(x, objective.selected)
-            if objective.larger_k:
-                values, order = values.sort(dim=1, descending=True)
-                latents = latents.gather(1, order)
-            starts = torch.arange(0, values.numel() + 1, objective.selected, device=x.device)
-            values, latents = values.flatten(), latents.flatten()
-        return _Code(values.relu_(), latents, starts, self.stage_ends(starts, latents))
+        values, latents, starts = select_code(
+            x, self.W_enc, self.b_enc, self.objective, self._select
+        )
+        return _Code(values, latents, starts, self.stage_ends(starts, latents))
 
     def _select(self, x: Float[Tensor, "batch d_in"], k: int) -> tuple[Tensor, Tensor]:
         low = self.low

@@ -17,12 +17,11 @@ import triton
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import functional
 
 from sparsight.sae.kernels import triton_kernels
 from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
 from sparsight.sae.kernels.interface import FusedStep, StepFigures, least_positive
-from sparsight.sae.kernels.selection import batch_topk, select_topk, tile_rows
+from sparsight.sae.kernels.selection import enough_candidates, select_code, select_topk, tile_rows
 from sparsight.sae.kernels.triton_kernels import (
     FP_FUSION,
     GROUP,
@@ -103,7 +102,7 @@ class TritonStep(FusedStep):
     ) -> StepFigures:
         n, objective = len(z), self.objective
         x = (z - self.b_dec).contiguous()
-        values, latents, starts = self._code(x)
+        values, latents, starts = select_code(x, self.W_enc, self.b_enc, objective, self._select)
         bounds = torch.cat([starts[:-1, None], self.stage_ends(starts, latents)], dim=1)
         vectors = torch.repeat_interleave(
             torch.arange(n, device=self.device), starts.diff(), output_size=len(latents)
@@ -134,23 +133,6 @@ class TritonStep(FusedStep):
         norm = self._update(x, errors.flatten(0, 1), entries, norms, aux, lr, number)
         return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
 
-    def _code(
-        self, x: Float[Tensor, "batch d_in"]
-    ) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " batch_plus_one"]]:
-        """Activations and latents, vector after vector, and where each vector's begin."""
-        objective = self.objective
-        if objective.per_batch:
-            values, latents, counts = batch_topk(
-                x, self.W_enc, self.b_enc, objective.k, self._select
-            )
-            return values.relu_(), latents, functional.pad(counts.cumsum(0), (1, 0))
-        values, latents = self._select(x, objective.selected)
-        if objective.larger_k:
-            values, order = values.sort(dim=1, descending=True)
-            latents = latents.gather(1, order)
-        starts = torch.arange(0, values.numel() + 1, objective.selected, device=self.device)
-        return values.flatten().relu_(), latents.flatten(), starts
-
     def _select(
         self, x: Float[Tensor, "batch d_in"], k: int
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
@@ -158,8 +140,7 @@ class TritonStep(FusedStep):
         if self.low is None:
             return select_topk(x, self.W_enc, self.b_enc, k, "float32")
         n_groups = triton.cdiv(self.n_latents, GROUP)
-        # Rounding to bfloat16 moves a score by few ranks: half as many again hold the true k.
-        wanted = min(self.n_latents, k + max(k // 2, 8))
+        wanted = enough_candidates(k, self.n_latents)
         rows = min(len(x), tile_rows(x, n_groups * GROUP))
         if self.scores.shape != (rows, n_groups * GROUP):
             self.scores = self._new(rows, n_groups * GROUP, dtype=torch.bfloat16)
