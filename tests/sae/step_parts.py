@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsight.sae.kernels import Adam, FusedStep, Objective, fused_step
-from sparsight.sae.objectives import dense_loss
+from sparsight.sae.objectives import Plan, dense_loss
+from sparsight.sae.sparsity import Weights
 
 D_IN, N_LATENTS, BATCH, K = 26, 200, 40, 5
 LR, EPS, BETAS = 1e-3, 1e-8, (0.9, 0.999)
@@ -110,7 +111,9 @@ class Reference:
         self.norm = torch.zeros(())
 
     def step(self, z: Tensor, dead: Tensor | None):
-        found = dense_loss(self.parameters, z, self.objective, self.variance, dead)
+        weights = Weights(**self.parameters, centre=self.parameters["b_dec"])
+        plan = Plan.of(self.objective)
+        found = dense_loss(weights, z, plan, self.variance, dead)
         self.adam.zero_grad()
         found.loss.backward()
         W_dec = self.parameters["W_dec"]

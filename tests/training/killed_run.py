@@ -28,13 +28,13 @@ def main(out: str, where: str, what: str = "train") -> None:
     if where in ("in a step", "waits in a step"):
         step = trainer.SiteTraining.step
 
-        def step_or_die(self, x, number, factor) -> None:
+        def step_or_die(self, x, number, factor, target) -> None:
             if number == 21:
                 if where == "waits in a step":
                     print("waits", flush=True)
                     sys.stdin.read()
                 die()
-            step(self, x, number, factor)
+            step(self, x, number, factor, target)
 
         trainer.SiteTraining.step = step_or_die
     elif where == "in a checkpoint":

@@ -49,10 +49,10 @@ def _interrupt(
 
     step = trainer.SiteTraining.step
 
-    def step_or_stop(self, x, number, factor) -> None:
+    def step_or_stop(self, x, number, factor, target) -> None:
         if number == at:
             raise Stopped
-        step(self, x, number, factor)
+        step(self, x, number, factor, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.SiteTraining, "step", step_or_stop)

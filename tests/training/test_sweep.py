@@ -126,10 +126,10 @@ def _stop(*_: object) -> None:
 def _interrupt(out: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, Any] = GRID) -> None:
     step = SiteTraining.step
 
-    def step_or_stop(self, x, number, factor) -> None:
+    def step_or_stop(self, x, number, factor, target) -> None:
         if number == 21:
             raise Stopped
-        step(self, x, number, factor)
+        step(self, x, number, factor, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(SiteTraining, "step", step_or_stop)

@@ -6,15 +6,46 @@ the operations, `objectives` what training adds to them.
 
 from sparsight.sae.autoencoder import SAEOutput, SparseAutoencoder
 from sparsight.sae.code import SparseCode
-from sparsight.sae.config import AuxK, BatchTopK, Matryoshka, MultiTopK, SAEConfig, TopK
+from sparsight.sae.config import (
+    Archetypal,
+    AuxK,
+    Free,
+    GhostGradients,
+    Matryoshka,
+    MatryoshkaK,
+    MultiTopK,
+    Resampling,
+    SAEConfig,
+)
 from sparsight.sae.normaliser import Normaliser
+from sparsight.sae.sparsity import (
+    AbsTopK,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    MatchingPursuit,
+    ReLU,
+    TopK,
+)
 
 __all__ = [
+    "AbsTopK",
+    "Archetypal",
     "AuxK",
     "BatchTopK",
+    "Free",
+    "Gated",
+    "GhostGradients",
+    "GroupMax",
+    "JumpReLU",
+    "MatchingPursuit",
     "Matryoshka",
+    "MatryoshkaK",
     "MultiTopK",
     "Normaliser",
+    "ReLU",
+    "Resampling",
     "SAEConfig",
     "SAEOutput",
     "SparseAutoencoder",

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from sparsight.errors import UserError
 from sparsight.sae.code import SparseCode
-from sparsight.sae.config import BatchTopK, SAEConfig
+from sparsight.sae.config import Archetypal, SAEConfig
+from sparsight.sae.dictionary import archetypal_rows, keep_archetypal
 from sparsight.sae.initialisation import initial_parameters
 from sparsight.sae.kernels import backend
 from sparsight.sae.normaliser import Normaliser
+from sparsight.sae.sparsity import MatchingPursuit, Weights
 
 
 class SAEOutput(NamedTuple):
     """What a forward pass gives."""
 
-    x_hat: Float[Tensor, "batch d_in"]
-    """The reconstruction, in the units of x."""
+    x_hat: Float[Tensor, "batch d_out"]
+    """The reconstruction, in the units of x; of a transcoder, the prediction of its target."""
 
     code: SparseCode
     """The active latents."""
@@ -32,21 +34,26 @@ class SAEOutput(NamedTuple):
 class SparseAutoencoder(nn.Module):
     """Activations in and out in the model's own units; the normaliser is inside.
 
-    With z = normaliser(x): the code is TopK(W_enc (z − b_dec) + b_enc), its values at least 0; the
-    reconstruction is normaliser⁻¹(Σ f_i W_dec[i] + b_dec) (Gao et al. 2024, section 2.3). Rows are
-    latents in both matrices. With `BatchTopK` the k · batch largest of a batch are kept while
-    training (`train()`), and all from `threshold` on in use (`eval()`).
+    With z = normaliser(x): scores are W_enc (z − b_dec) + b_enc, the sparsity turns them into the
+    code f, and the reconstruction is normaliser⁻¹(Σ f_i W_dec[i] + b_dec) (Gao et al. 2024, section
+    2.3). Rows are latents in both matrices. `train()` and `eval()` matter to sparsities that look
+    at the whole batch while training.
+
+    A transcoder has another site's activations as its target: `d_out` is their width and
+    `target_normaliser` their normaliser; with `skip` W_skip z is added.
 
     Args:
         d_in: width of the activations.
         config: the parts.
+        d_out: width of a transcoder's target; None is an autoencoder.
         normaliser: fitted to the activations; the identity if None.
+        target_normaliser: of a transcoder, fitted to its target; the identity if None.
         sample: some activations in normalised space, for the scale of the initial encoder.
         seed: of the initial parameters.
         metadata: where the SAE belongs: model, site, tokens, images, …; JSON-able.
 
     Raises:
-        UserError: k is more than the number of latents.
+        UserError: the parts do not fit each other, or the number of latents.
     """
 
     def __init__(
@@ -54,26 +61,64 @@ class SparseAutoencoder(nn.Module):
         d_in: int,
         config: SAEConfig | None = None,
         *,
+        d_out: int | None = None,
         normaliser: Normaliser | None = None,
+        target_normaliser: Normaliser | None = None,
         sample: Float[Tensor, "batch d_in"] | None = None,
         seed: int = 0,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         config = config or SAEConfig()
+        _check_parts(config, d_out)
         self.d_in = d_in
+        self.d_out = d_out or d_in
+        self.is_transcoder = d_out is not None
         self.n_latents = config.width(d_in)
         self.config = dataclasses.replace(config, n_latents=self.n_latents)
         self.metadata: dict[str, Any] = dict(metadata or {})
-        start = initial_parameters(d_in, self.config, seed, sample)
-        self.W_enc = nn.Parameter(start["W_enc"])
-        self.b_enc = nn.Parameter(start["b_enc"])
-        self.W_dec = nn.Parameter(start["W_dec"])
-        self.b_dec = nn.Parameter(start["b_dec"])
-        self.threshold: Tensor | None
-        batch = isinstance(config.sparsity, BatchTopK)
-        self.register_buffer("threshold", torch.zeros(()) if batch else None)
+        start = initial_parameters(d_in, self.config, seed, sample, d_out)
+        buffers = set(config.sparsity.buffers)
+        if isinstance(config.dictionary, Archetypal):
+            # Rows follow from the mixture; they are kept for who only uses the SAE.
+            buffers |= {"W_dec", "anchors"}
+            dictionary = dataclasses.replace(config.dictionary, n_anchors=len(start["anchors"]))
+            self.config = dataclasses.replace(self.config, dictionary=dictionary)
+        self._extra = tuple(name for name in start if name not in _WEIGHTS)
+        for name, each in start.items():
+            if config.tied and name == "W_dec":
+                continue
+            if name in buffers:
+                self.register_buffer(name, each)
+            else:
+                self.register_parameter(name, nn.Parameter(each))
+        if config.tied:
+            self.register_parameter("W_dec", self.W_enc)
+            self.register_state_dict_post_hook(_drop_tied)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(_add_tied)  # type: ignore[no-untyped-call]
         self.normaliser = normaliser or Normaliser.identity(d_in, config.normaliser)
+        self.target_normaliser: Normaliser | None = None
+        if self.is_transcoder:
+            self.target_normaliser = target_normaliser or Normaliser.identity(
+                self.d_out, config.normaliser
+            )
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: Tensor
+    b_dec: nn.Parameter
+    W_skip: nn.Parameter
+    threshold: Tensor
+
+    def weights(self) -> Weights:
+        """The tensors that codes are computed from, with gradients to the parameters."""
+        b_dec: Tensor = self.b_dec
+        extra = {name: getattr(self, name) for name in self._extra}
+        W_dec = self.W_dec
+        if "mixture" in extra and torch.is_grad_enabled() and extra["mixture"].requires_grad:
+            W_dec = archetypal_rows(extra)
+        centre = b_dec if self.config.subtract_b_dec else self.b_enc.new_zeros(self.d_in)
+        return Weights(self.W_enc, self.b_enc, W_dec, b_dec, centre, extra)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         """The active latents of each vector.
@@ -83,48 +128,92 @@ class SparseAutoencoder(nn.Module):
         """
         self._check(x)
         z = self.normaliser(x)
-        parameters = (self.W_enc, self.b_enc, self.b_dec)
-        k = self.config.sparsity.k
-        if self.threshold is None:
-            values, indices = backend().encode_topk(z, *parameters, k)
-            return SparseCode.from_padded(values, indices, self.n_latents)
-        if self.training:
-            found = backend().encode_batch_topk(z, *parameters, k)
-        else:
-            found = backend().encode_above(z, *parameters, float(self.threshold))
-        return SparseCode.from_ragged(*found, self.n_latents)
+        code = self.config.sparsity.encode(self.weights(), z, training=self.training)
+        cap = self.config.soft_cap
+        if cap is not None:
+            code = dataclasses.replace(code, values=cap * (code.values / cap).tanh())
+        frame = self.normaliser.frame(x)
+        return code if frame is None else dataclasses.replace(code, frame=frame)
 
-    def decode(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
-        """The reconstruction of a code, in the units of x."""
-        values = code.values.to(self.W_dec.dtype)
-        z_hat = backend().decode(values, code.indices, code.offsets, self.W_dec, self.b_dec)
-        out: Tensor = self.normaliser.invert(z_hat)
-        return out
+    def decode(self, code: SparseCode) -> Float[Tensor, "batch d_out"]:
+        """The reconstruction of a code, in the units of x; without a transcoder's skip connection,
+        which needs x.
+
+        Raises:
+            UserError: the normaliser measures each vector, and the code does not say how.
+        """
+        return self._undo(self._decode(code), code)
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> SAEOutput:
         """Encode and decode."""
         code = self.encode(x)
-        return SAEOutput(self.decode(code), code)
+        z_hat = self._decode(code)
+        if self.config.skip:
+            z_hat = z_hat + self.normaliser(x) @ self.W_skip.T
+        return SAEOutput(self._undo(z_hat, code), code)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Bring the parameters back to where the configuration wants them, after a step of an
+        optimiser: decoder rows to norm 1 or near the hull of the anchors, thresholds above 0."""
+        weights = self.weights()
+        if "mixture" in weights.extra:
+            assert isinstance(self.config.dictionary, Archetypal)
+            keep_archetypal(weights.extra, self.config.dictionary.delta)
+            self.W_dec.copy_(archetypal_rows(weights.extra))
+        elif self.config.unit_norm_decoder:
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        self.config.sparsity.constrain(weights)
 
     def fold(self) -> SparseAutoencoder:
         """The same function of x without a normaliser; the codes are the same, too.
 
         With x̂ = s ⊙ (f W_dec + b_dec) + m: W_enc ← W_enc / s, W_dec ← s ⊙ W_dec and
-        b_dec ← s ⊙ b_dec + m. Decoder rows no longer have norm 1.
+        b_dec ← s ⊙ b_dec + m; an encoder that does not subtract b_dec gets b_enc ← b_enc − W_enc m.
+        Of a transcoder s and m on the side of the decoder are the target's, and
+        W_skip ← s_out ⊙ W_skip / s, b_dec ← b_dec − W_skip m. Decoder rows no longer have norm 1.
+
+        Raises:
+            UserError: the normaliser measures every vector by itself, or the encoder has no
+                weights of its own, so that there is no such SAE.
         """
+        if self.normaliser.per_vector:
+            raise UserError(
+                f"The normaliser {self.normaliser.kind!r} depends on each vector: it cannot be "
+                "folded into the weights."
+            )
+        if isinstance(self.config.sparsity, MatchingPursuit) and self.config.normaliser != "none":
+            raise UserError(
+                "MatchingPursuit encodes with its decoder rows, so a normaliser cannot be folded "
+                "into the weights. Train with normaliser 'none' for an SAE that can."
+            )
+        without = dataclasses.replace(
+            self.config,
+            normaliser="none",
+            unit_norm_decoder=False,
+            tied=self.config.tied and self.config.normaliser == "none",
+            dictionary=SAEConfig().dictionary,
+        )
         folded = SparseAutoencoder(
             self.d_in,
-            dataclasses.replace(self.config, normaliser="none", unit_norm_decoder=False),
+            without,
+            d_out=self.d_out if self.is_transcoder else None,
             metadata=self.metadata,
         ).to(self.W_enc.device, self.W_enc.dtype)
         mean, scale = self.normaliser.mean, self.normaliser.scale
+        out = self.target_normaliser or self.normaliser
         with torch.no_grad():
+            for name in without.sparsity.start(1):
+                getattr(folded, name).copy_(getattr(self, name))
             folded.W_enc.copy_(self.W_enc / scale)
             folded.b_enc.copy_(self.b_enc)
-            folded.W_dec.copy_(self.W_dec * scale)
-            folded.b_dec.copy_(self.b_dec * scale + mean)
-            if folded.threshold is not None and self.threshold is not None:
-                folded.threshold.copy_(self.threshold)
+            if not self.config.subtract_b_dec:
+                folded.b_enc.sub_(folded.W_enc @ mean)
+            folded.W_dec.copy_(self.W_dec * out.scale)
+            folded.b_dec.copy_(self.b_dec * out.scale + out.mean)
+            if self.config.skip:
+                folded.W_skip.copy_(out.scale[:, None] * self.W_skip / scale)
+                folded.b_dec.sub_(folded.W_skip @ mean)
         folded.train(self.training)
         return folded
 
@@ -157,9 +246,52 @@ class SparseAutoencoder(nn.Module):
 
         return load(name, revision=revision, device=device)
 
+    def _decode(self, code: SparseCode) -> Float[Tensor, "batch d_out"]:
+        weights = self.weights()
+        values = code.values.to(weights.W_dec.dtype)
+        return backend().decode(values, code.indices, code.offsets, weights.W_dec, weights.b_dec)
+
+    def _undo(
+        self, z_hat: Float[Tensor, "batch d_out"], code: SparseCode
+    ) -> Float[Tensor, "batch d_out"]:
+        out: Tensor = (self.target_normaliser or self.normaliser).invert(z_hat, code.frame)
+        return out
+
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise UserError(
                 f"The SAE takes vectors of width {self.d_in} as [batch, {self.d_in}]; "
                 f"got a tensor of shape {list(x.shape)}."
             )
+
+
+_WEIGHTS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"})
+
+
+def _check_parts(config: SAEConfig, d_out: int | None) -> None:
+    if d_out is None:
+        if config.skip:
+            raise UserError("skip is for transcoders: of an autoencoder it would be the identity.")
+        return
+    for name, bad in {
+        "subtract_b_dec": config.subtract_b_dec,
+        "tied": config.tied,
+        "sparsity MatchingPursuit": isinstance(config.sparsity, MatchingPursuit),
+        "an archetypal dictionary": isinstance(config.dictionary, Archetypal),
+        f"normaliser {config.normaliser!r}": config.normaliser in ("layer_norm", "constant_norm"),
+    }.items():
+        if bad:
+            raise UserError(
+                f"A transcoder cannot be had with {name}: input and target are different spaces."
+            )
+
+
+def _drop_tied(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    state.pop(f"{prefix}W_dec", None)
+
+
+def _add_tied(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    if f"{prefix}W_enc" in state:
+        state.setdefault(f"{prefix}W_dec", state[f"{prefix}W_enc"])

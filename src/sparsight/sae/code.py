@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+
+class Frame(NamedTuple):
+    """The units of vectors that are normalised one by one: x = z · scale + mean."""
+
+    mean: Float[Tensor, "rows 1"]
+    scale: Float[Tensor, "rows 1"]
 
 
 @dataclass(frozen=True)
@@ -16,22 +24,30 @@ class SparseCode:
 
     Attributes:
         indices: the active latents, row after row.
-        values: their activations, all positive.
+        values: their activations: positive, or of either sign where the sparsity is such.
         offsets: where each row begins in `indices`; the last entry is its length.
         n_latents: width of the dictionary.
+        frame: the units of each row, where the normaliser has none that all share.
     """
 
     indices: Int[Tensor, " active"]
     values: Float[Tensor, " active"]
     offsets: Int[Tensor, " rows_plus_one"]
     n_latents: int
+    frame: Frame | None = None
 
     @classmethod
     def from_padded(
-        cls, values: Float[Tensor, "rows k"], indices: Int[Tensor, "rows k"], n_latents: int
+        cls,
+        values: Float[Tensor, "rows k"],
+        indices: Int[Tensor, "rows k"],
+        n_latents: int,
+        *,
+        signed: bool = False,
     ) -> SparseCode:
-        """From k candidates a row, of which those with a positive value are active."""
-        active = values > 0
+        """From k candidates a row, of which those with a positive value are active; with `signed`
+        those that are not 0."""
+        active = values != 0 if signed else values > 0
         offsets = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
         torch.cumsum(active.sum(dim=1), dim=0, out=offsets[1:])
         return cls(indices[active], values[active], offsets, n_latents)

@@ -1,4 +1,4 @@
-"""What an SAE is made of: its width, sparsity, normaliser and remedy for dead latents."""
+"""What an SAE is made of, and what training may add: more reconstructions, remedies."""
 
 from __future__ import annotations
 
@@ -7,43 +7,11 @@ from typing import Literal
 
 from sparsight.config import check_types
 from sparsight.errors import UserError
+from sparsight.sae.sparsity import AnySparsity, MatchingPursuit, TopK
 
-NormaliserKind = Literal["scale", "standardise", "none"]
+NormaliserKind = Literal["scale", "standardise", "none", "layer_norm", "constant_norm"]
 BiasInit = Literal["zero", "mean", "geometric_median"]
-
-
-@dataclass(frozen=True)
-class TopK:
-    """Keep the k largest pre-activations of a vector, and of those the positive ones.
-
-    Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
-    """
-
-    k: int = 32
-    """Active latents per vector, at most."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "sparsity.")
-        if self.k < 1:
-            raise UserError(f"sparsity.k is {self.k}; it must be at least 1.")
-
-
-@dataclass(frozen=True)
-class BatchTopK:
-    """Keep the k · batch largest pre-activations of a whole batch, and of those the positive ones.
-
-    Vectors may then use more or fewer latents than k. In use, where there is no batch to compare
-    with, a latent is active above a threshold that training estimates (Bussmann et al. 2024,
-    "BatchTopK sparse autoencoders").
-    """
-
-    k: int = 32
-    """Active latents per vector, on average."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "sparsity.")
-        if self.k < 1:
-            raise UserError(f"sparsity.k is {self.k}; it must be at least 1.")
+DecoderInit = Literal["random", "data"]
 
 
 @dataclass(frozen=True)
@@ -72,11 +40,16 @@ class Matryoshka:
     """Reconstruct from prefixes of the dictionary as well, so that early latents stay general.
 
     The loss is the mean of the prefixes' errors (Bussmann et al. 2025, "Learning multi-level
-    features with Matryoshka sparse autoencoders").
+    features with Matryoshka sparse autoencoders"), of fixed prefixes or of some that are drawn
+    anew for every step.
     """
 
     shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-    """Of the latents, in each prefix; rising, and the last is 1."""
+    """Of the latents, in each prefix; rising, and the last is 1. Not used with `random`."""
+
+    random: int | None = None
+    """Number of prefixes that are drawn for a step, the whole dictionary among them; a width w has
+    a probability in proportion to 1 / w. None takes `shares`."""
 
     def __post_init__(self) -> None:
         check_types(self, "matryoshka.")
@@ -85,10 +58,52 @@ class Matryoshka:
             raise UserError(
                 f"matryoshka.shares are {self.shares}; they must be positive, rise, and end with 1."
             )
+        if self.random is not None and self.random < 2:
+            raise UserError(f"matryoshka.random is {self.random}; it must be at least 2.")
 
     def widths(self, n_latents: int) -> tuple[int, ...]:
         """Latents of each prefix, at least one; equal ones count once."""
         return tuple(sorted({max(1, round(share * n_latents)) for share in self.shares}))
+
+
+@dataclass(frozen=True)
+class MatryoshkaK:
+    """Reconstruct with several k at once, so that one SAE serves every sparsity; only with TopK.
+
+    The loss is Σ weight_j · error(k_j) / Σ weight_j (Zaigrajew et al. 2025, "Interpreting CLIP with
+    hierarchical sparse autoencoders").
+    """
+
+    ks: tuple[int, ...] | None = None
+    """Active latents of each reconstruction, rising; None doubles from `sparsity.k` to all."""
+
+    weights: Literal["uniform", "reverse"] = "uniform"
+    """"uniform", or "reverse": with m reconstructions m for the smallest k, down to 1."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "matryoshka.")
+        if self.ks is not None and (
+            not self.ks
+            or self.ks[0] < 1
+            or any(a >= b for a, b in zip(self.ks, self.ks[1:], strict=False))
+        ):
+            raise UserError(f"matryoshka.ks are {self.ks}; they must be at least 1, and rise.")
+
+    def stages(self, k: int, n_latents: int) -> tuple[int, ...]:
+        """Every k, that of the SAE among them.
+
+        Raises:
+            UserError: one is larger than the number of latents.
+        """
+        ks = self.ks
+        if ks is None:
+            doubled = [k]
+            while doubled[-1] < n_latents:
+                doubled.append(min(2 * doubled[-1], n_latents))
+            ks = tuple(doubled)
+        if ks[-1] > n_latents:
+            raise UserError(f"matryoshka.ks go up to {ks[-1]}, more than the {n_latents} latents.")
+        return tuple(sorted({k, *ks}))
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,86 @@ class AuxK:
 
 
 @dataclass(frozen=True)
+class GhostGradients:
+    """Let dead latents, with exponential activations, model what the living ones leave over.
+
+    For latents without an activation in the last `dead_after` vectors: g = Σ exp(s_i) W_dec[i],
+    scaled to half the norm of the residual e; the loss is ‖g − e‖², rescaled to be as large as the
+    reconstruction's (Jermyn & Templeton 2024, "Ghost grads", Anthropic's circuits update of
+    January). The scales and e get no gradient.
+    """
+
+    dead_after: int | None = None
+    """As in `AuxK`."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "ghost.")
+        if self.dead_after is not None and self.dead_after < 1:
+            raise UserError(f"ghost.dead_after is {self.dead_after}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Begin anew with dead latents, at vectors that are reconstructed badly.
+
+    A vector is drawn with probability in proportion to the square of its loss; its direction from
+    b_dec becomes the decoder row with norm 1, and the encoder row with `scale` times the mean norm
+    of the living ones; the bias and the moments of Adam become 0 (Bricken et al. 2023, "Towards
+    monosemanticity", appendix "Neuron resampling"). Vectors come from the batch at hand, each once:
+    where more latents are dead than a batch has vectors, the rest follows with the next batches.
+    """
+
+    every: int | None = None
+    """Vectors between resamplings; None is a tenth of the run."""
+
+    times: int = 4
+    """How often, at most."""
+
+    dead_after: int | None = None
+    """Vectors without an activation after which a latent counts as dead; None is half of
+    `every`."""
+
+    scale: float | None = None
+    """Norm of the encoder row, in that of the living ones; None is 0.2, and 1 where latents compete
+    for k places."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "resampling.")
+        for name in ("every", "times", "dead_after", "scale"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"resampling.{name} is {value}; it must be positive.")
+
+
+@dataclass(frozen=True)
+class Free:
+    """Decoder rows are parameters."""
+
+
+@dataclass(frozen=True)
+class Archetypal:
+    """Decoder rows stay near the convex hull of data points, so that runs agree.
+
+    D = exp(m) (W A + R): A are anchors drawn from the data, rows of W are not negative and sum to
+    1, those of R have at most the norm `delta` (Fel et al. 2025, "Archetypal SAE", section 4).
+    `unit_norm_decoder` has no effect.
+    """
+
+    n_anchors: int = 1024
+    """Data points, at most as many as the first batch has."""
+
+    delta: float = 1.0
+    """Largest distance of a row from the hull, in normalised space."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "dictionary.")
+        if self.n_anchors < 1:
+            raise UserError(f"dictionary.n_anchors is {self.n_anchors}; it must be at least 1.")
+        if self.delta < 0:
+            raise UserError(f"dictionary.delta is {self.delta}; it must not be negative.")
+
+
+@dataclass(frozen=True)
 class SAEConfig:
     """The parts of a `SparseAutoencoder`."""
 
@@ -125,19 +220,40 @@ class SAEConfig:
     expansion: int = 16
     """Latents per dimension of the activations; used where `n_latents` is None."""
 
-    sparsity: TopK | BatchTopK = field(default_factory=TopK)
+    sparsity: AnySparsity = field(default_factory=TopK)
     """How few latents a vector may use."""
 
     normaliser: NormaliserKind = "scale"
     """"scale": subtract the mean, divide by one number so that E‖x‖² = d_in; "standardise": mean
-    and deviation of each dimension; "none"."""
+    and deviation of each dimension; "layer_norm": mean and deviation of each vector's entries;
+    "constant_norm": every vector to norm √d_in; "none"."""
 
     unit_norm_decoder: bool = True
     """Keep each latent's decoder row at norm 1."""
 
+    subtract_b_dec: bool = True
+    """The encoder reads z − b_dec; False: z."""
+
+    tied: bool = False
+    """Encoder and decoder are one matrix."""
+
+    dictionary: Free | Archetypal = field(default_factory=Free)
+    """What decoder rows may be."""
+
+    skip: bool = False
+    """Transcoders: add a linear map of the input (Paulo et al. 2025, "Transcoders beat sparse
+    autoencoders for interpretability")."""
+
+    soft_cap: float | None = None
+    """Bend activations f to cap · tanh(f / cap)."""
+
     b_dec_init: BiasInit = "zero"
     """Where the decoder's bias starts, in normalised space; "mean" and "geometric_median" are
     estimated on a sample of the activations."""
+
+    decoder_init: DecoderInit = "random"
+    """Where decoder rows start: random directions, or those of data points, mixed with random ones
+    4 : 1, so that fewer latents are dead from the start."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -145,19 +261,21 @@ class SAEConfig:
             raise UserError(f"n_latents is {self.n_latents}; it must be at least 1.")
         if self.expansion < 1:
             raise UserError(f"expansion is {self.expansion}; it must be at least 1.")
-        if self.n_latents is not None and self.sparsity.k > self.n_latents:
-            raise UserError(
-                f"sparsity.k is {self.sparsity.k}, more than the {self.n_latents} latents; "
-                "lower k or raise n_latents."
-            )
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise UserError(f"soft_cap is {self.soft_cap}; it must be positive (or None).")
+        if self.tied and isinstance(self.dictionary, Archetypal):
+            raise UserError("tied weights and an archetypal dictionary exclude each other.")
+        if self.tied and isinstance(self.sparsity, MatchingPursuit):
+            raise UserError("MatchingPursuit has no encoder that could be tied; leave tied out.")
+        if self.n_latents is not None:
+            self.sparsity.check_width(self.n_latents)
 
     def width(self, d_in: int) -> int:
         """Number of latents for activations of width `d_in`.
 
         Raises:
-            UserError: k is more than that.
+            UserError: the sparsity cannot be had with so many.
         """
         n_latents = self.n_latents or self.expansion * d_in
-        if self.sparsity.k > n_latents:
-            raise UserError(f"sparsity.k is {self.sparsity.k}, more than the {n_latents} latents.")
+        self.sparsity.check_width(n_latents)
         return n_latents

@@ -15,13 +15,15 @@ from sparsight.config import from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, write_json, write_text
 from sparsight.sae.autoencoder import SparseAutoencoder
-from sparsight.sae.config import SAEConfig
-from sparsight.sae.normaliser import Normaliser
+from sparsight.sae.config import Archetypal, SAEConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""Version 1 had no transcoders, and no other sparsities than those of the k largest."""
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
+_OPTIONAL = {"d_out"}
 
 
 def save(sae: SparseAutoencoder, folder: Path) -> Path:
@@ -43,6 +45,7 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
         "format": "sparsight-sae",
         "format_version": FORMAT_VERSION,
         "d_in": sae.d_in,
+        **({"d_out": sae.d_out} if sae.is_transcoder else {}),
         "config": to_dict(sae.config),
         "metadata": sae.metadata,
     }
@@ -102,8 +105,16 @@ def load(
     description = _description(folder / CONFIG)
     d_in = description["d_in"]
     config = from_dict(SAEConfig, description["config"], str(folder / CONFIG))
-    sae = SparseAutoencoder(d_in, config, metadata=description["metadata"])
-    sae.normaliser = Normaliser.identity(d_in, config.normaliser)
+    anchors = torch.ones(1, d_in)
+    if isinstance(config.dictionary, Archetypal):
+        anchors = anchors.expand(config.dictionary.n_anchors, d_in)
+    sae = SparseAutoencoder(
+        d_in,
+        config,
+        d_out=description.get("d_out"),
+        sample=anchors,
+        metadata=description["metadata"],
+    )
     sae.load_state_dict(_tensors(folder / WEIGHTS, sae))
     sae.requires_grad_(False).eval()
     return sae.to(device) if device is not None else sae
@@ -114,15 +125,18 @@ def _description(path: Path) -> dict[str, Any]:
     version = found.get("format_version")
     if found.get("format") != "sparsight-sae":
         raise UserError(f"{path}: is not the configuration of a Sparsight SAE (no such format).")
-    if version != FORMAT_VERSION:
+    if version not in READ_VERSIONS:
         raise UserError(
-            f"{path}: format_version is {version!r}; this Sparsight reads {FORMAT_VERSION}."
+            f"{path}: format_version is {version!r}; this Sparsight reads "
+            f"{' and '.join(map(str, READ_VERSIONS))}."
         )
-    strange, absent = sorted(set(found) - _KEYS), sorted(_KEYS - set(found))
+    strange, absent = sorted(set(found) - _KEYS - _OPTIONAL), sorted(_KEYS - set(found))
     if strange or absent:
         raise UserError(f"{path}: unknown keys {strange}, missing keys {absent}.")
     if not isinstance(found["d_in"], int) or found["d_in"] < 1:
         raise UserError(f"{path}: d_in is {found['d_in']!r}; expected a positive number.")
+    if not isinstance(found.get("d_out", 1), int) or found.get("d_out", 1) < 1:
+        raise UserError(f"{path}: d_out is {found['d_out']!r}; expected a positive number.")
     for key in ("config", "metadata"):
         if not isinstance(found[key], dict):
             raise UserError(f"{path}: {key} is {found[key]!r}; expected an object.")
@@ -189,7 +203,7 @@ tags:
 | images | {about.get("images", "not recorded")} |
 | width of the activations | {sae.d_in:,} |
 | latents | {sae.n_latents:,} |
-| sparsity | {type(sae.config.sparsity).__name__}, k = {sae.config.sparsity.k} |
+| sparsity | {sae.config.sparsity.describe()} |
 | normaliser | {sae.config.normaliser} |
 | vectors trained on | {about.get("n_vectors", "not recorded")} |
 

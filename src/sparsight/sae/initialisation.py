@@ -6,10 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsight.sae.config import SAEConfig
-from sparsight.sae.kernels import decode_topk, encode_topk
+from sparsight.sae.config import Archetypal, SAEConfig
+from sparsight.sae.dictionary import archetypal_rows, archetypal_start, unit_rows
+from sparsight.sae.kernels import backend
+from sparsight.sae.sparsity import Weights
 
 WEISZFELD_STEPS = 100
+MEASURED = 4096
+"""Vectors of the sample that the encoder's scale is measured on."""
+DATA_SHARE = 0.8
+"""Of a data point's direction, where decoder rows start from data."""
 
 
 def initial_parameters(
@@ -17,37 +23,59 @@ def initial_parameters(
     config: SAEConfig,
     seed: int,
     sample: Float[Tensor, "batch d_in"] | None = None,
+    d_out: int | None = None,
 ) -> dict[str, Tensor]:
-    """Decoder rows random with norm 1, the encoder their multiple, biases as configured.
+    """Decoder rows with norm 1, the encoder their multiple, biases as configured.
 
     The multiple is such that the reconstruction has the mean squared norm of x, as in the code
-    beside Gao et al. 2024.
+    beside Gao et al. 2024. Rows of a transcoder's encoder are random, as those of its decoder.
 
     Args:
         d_in: width of the activations.
         config: of the SAE.
         seed: of the decoder rows.
         sample: some activations in normalised space; without them standard normal ones stand in.
+        d_out: width of a transcoder's target.
 
     Returns:
-        `W_enc`, `b_enc`, `W_dec`, `b_dec`.
+        `W_enc`, `b_enc`, `W_dec`, `b_dec`, and what the parts have beside these.
     """
     generator = torch.Generator().manual_seed(seed)
     n_latents = config.width(d_in)
-    W_dec = torch.randn(n_latents, d_in, generator=generator)
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    rows = _directions(n_latents, d_in, generator)
     if sample is None:
         sample = torch.randn(256, d_in, generator=generator)
-    b_dec = torch.zeros(d_in)
-    if config.b_dec_init == "mean":
+    W_dec = rows if d_out is None else _directions(n_latents, d_out, generator)
+    b_dec = torch.zeros(d_out or d_in)
+    if d_out is None and config.b_dec_init == "mean":
         b_dec = sample.double().mean(dim=0).float()
-    elif config.b_dec_init == "geometric_median":
+    elif d_out is None and config.b_dec_init == "geometric_median":
         b_dec = geometric_median(sample)
+    if config.decoder_init == "data":
+        centre = b_dec if d_out is None else 0
+        rows = _from_data(rows, sample - centre, generator)
+        W_dec = rows if d_out is None else W_dec
+    extra = config.sparsity.start(n_latents)
+    if isinstance(config.dictionary, Archetypal):
+        extra |= archetypal_start(config.dictionary, n_latents, sample, generator)
+        W_dec = archetypal_rows(extra)
+        rows = unit_rows(W_dec)
     b_enc = torch.zeros(n_latents)
-    values, indices = encode_topk(sample, W_dec, b_enc, b_dec, config.sparsity.k)
-    x_hat = decode_topk(values, indices, W_dec, torch.zeros(d_in))
-    ratio = (sample - b_dec).square().sum() / x_hat.square().sum().clamp(min=1e-12)
-    return {"W_enc": W_dec * ratio.sqrt(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    start = {"W_enc": rows, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, **extra}
+    if config.skip:
+        start["W_skip"] = torch.zeros(d_out or d_in, d_in)
+    if config.tied:
+        return start
+    measured = sample[:MEASURED]
+    centre = b_dec if config.subtract_b_dec else torch.zeros(d_in)
+    weights = Weights(rows, b_enc, W_dec, torch.zeros_like(b_dec), centre, extra)
+    code = config.sparsity.encode(weights, measured, training=True)
+    none = torch.zeros_like(b_dec)
+    x_hat = backend().decode(code.values, code.indices, code.offsets, W_dec, none)
+    target = measured - b_dec if d_out is None else measured
+    ratio = target.square().sum() / x_hat.square().sum().clamp(min=1e-12)
+    start["W_enc"] = rows * ratio.sqrt()
+    return start
 
 
 def geometric_median(
@@ -64,3 +92,17 @@ def geometric_median(
             break
         point = moved
     return point.float()
+
+
+def _directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    return unit_rows(torch.randn(n, d, generator=generator))
+
+
+def _from_data(
+    rows: Float[Tensor, "n d"], x: Float[Tensor, "batch d"], generator: torch.Generator
+) -> Float[Tensor, "n d"]:
+    """Mix random directions with those of data points, each of these used as seldom as can be."""
+    rounds = -(-len(rows) // len(x))
+    order = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(rounds)])
+    chosen = unit_rows(x[order[: len(rows)]])
+    return unit_rows(DATA_SHARE * chosen + (1 - DATA_SHARE) * rows)

@@ -2,13 +2,93 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.sae.kernels.interface import Objective
+from sparsight.sae.sparsity import BatchTopK, Dense, Sparsity, TopK, Weights
+from sparsight.sae.sparsity.base import largest
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of several reconstructions from a code."""
+
+    weight: float = 1.0
+    """Of its error."""
+
+    width: int | None = None
+    """Latents of the dictionary that it may use, from the first on; None is all."""
+
+    k: int | None = None
+    """Of a code that has another k than the SAE's own; only with TopK."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training minimises: Σ_s weight_s ‖z − ẑ_s‖² / (batch · variance), the sparsity's penalty
+    in the same unit, and what is for the dead latents."""
+
+    sparsity: Sparsity
+    """Of the SAE."""
+
+    stages: tuple[Stage, ...] = (Stage(),)
+    """Its reconstructions."""
+
+    main: int = 0
+    """Which of them is the SAE's own."""
+
+    random_widths: int | None = None
+    """Prefixes that are drawn anew for each step, instead of `stages`."""
+
+    soft_cap: float | None = None
+    """As in `SAEConfig`."""
+
+    aux_k: int = 0
+    """Dead latents per vector that model the residual; 0 is none."""
+
+    aux_alpha: float = 0.0
+    """Weight of their loss."""
+
+    ghost: bool = False
+    """Ghost gradients for dead latents."""
+
+    @classmethod
+    def of(cls, objective: Objective) -> Plan:
+        """The same as an `Objective` of the kernels."""
+        k = objective.k
+        stages: tuple[Stage, ...] = (Stage(objective.weights[0]),)
+        if objective.larger_k:
+            stages = (*stages, Stage(objective.weights[1], k=objective.larger_k))
+        elif objective.widths:
+            pairs = zip(objective.weights, objective.widths, strict=True)
+            stages = tuple(Stage(weight, width=width) for weight, width in pairs)
+        return cls(
+            BatchTopK(k) if objective.per_batch else TopK(k),
+            stages,
+            objective.main_stage,
+            aux_k=objective.aux_k,
+            aux_alpha=objective.aux_alpha,
+        )
+
+    def at(self, step: int, n_latents: int, seed: int) -> Plan:
+        """The plan of a step: with prefixes drawn, where they are drawn.
+
+        Widths w < n have probabilities in proportion to 1 / w.
+        """
+        if self.random_widths is None:
+            return self
+        generator = torch.Generator().manual_seed(hash((seed, step)) % 2**63)
+        drawn = torch.rand(self.random_widths - 1, generator=generator, dtype=torch.float64)
+        widths = sorted({*(drawn * math.log(n_latents)).exp().long().tolist(), n_latents})
+        stages = tuple(Stage(1 / len(widths), width=width) for width in widths)
+        return dataclasses.replace(self, stages=stages, main=len(stages) - 1, random_widths=None)
 
 
 class DenseLoss(NamedTuple):
@@ -21,61 +101,77 @@ class DenseLoss(NamedTuple):
     """Σ ‖z − ẑ‖² of the SAE's own reconstruction."""
 
     aux_loss: Float[Tensor, ""]
-    """The auxiliary loss, before its weight; 0 where no latent is dead or nothing is left over."""
+    """What is for the dead latents, before its weight; 0 where none is dead or nothing is left."""
 
     code: Float[Tensor, "batch n_latents"]
     """The SAE's own code."""
 
+    penalty: Float[Tensor, ""]
+    """The sparsity's, as it is in the loss."""
+
 
 def dense_loss(
-    parameters: dict[str, Tensor],
+    weights: Weights,
     z: Float[Tensor, "batch d_in"],
-    objective: Objective,
+    plan: Plan,
     variance: float,
     dead: Int[Tensor, " dead"] | None = None,
+    *,
+    target: Float[Tensor, "batch d_out"] | None = None,
+    price: float = 1.0,
 ) -> DenseLoss:
-    """The loss of `Objective` with a dense code, differentiable.
+    """The loss of a `Plan` with a dense code, differentiable.
 
-    Reconstruction: Gao et al. 2024, section 2.3; Multi-TopK: section 6.2 and appendix B; BatchTopK:
-    Bussmann et al. 2024; prefixes: Bussmann et al. 2025, "Learning multi-level features with
-    Matryoshka SAEs".
+    Reconstruction: Gao et al. 2024, section 2.3; Multi-TopK: section 6.2 and appendix B; prefixes:
+    Bussmann et al. 2025, "Learning multi-level features with Matryoshka SAEs".
 
     Args:
-        parameters: `W_enc`, `b_enc`, `W_dec`, `b_dec`.
+        weights: of the SAE.
         z: activations in normalised space.
-        objective: what is minimised.
-        variance: of the activations: Σ over dimensions.
-        dead: latents that the auxiliary loss may use.
+        plan: what is minimised.
+        variance: of the target: Σ over dimensions.
+        dead: latents that may learn from the residual.
+        target: what the reconstructions are compared with; None is `z`. Of a transcoder with a skip
+            connection: without that connection's part.
+        price: factor of the sparsity's penalty.
     """
-    W_dec, b_dec = parameters["W_dec"], parameters["b_dec"]
-    scores = (z - b_dec) @ parameters["W_enc"].T + parameters["b_enc"]
-    kept = _largest_of_batch(scores, objective.k) if objective.per_batch else None
-    codes = []
-    for stage in range(objective.n_stages):
-        if objective.larger_k:
-            kept = _largest(scores, (objective.k, objective.larger_k)[stage])
-        elif kept is None:
-            kept = _largest(scores, objective.k)
-        code = torch.where(kept, scores, 0).relu()
-        if objective.widths:
-            code = code[:, : objective.widths[stage]]
-        codes.append(code)
-    errors = [code @ W_dec[: code.shape[1]] + b_dec - z for code in codes]
+    target = z if target is None else target
+    W_dec, b_dec = weights.W_dec, weights.b_dec
+    found = plan.sparsity.dense(weights, z, training=True)
+    codes = [_code(plan, stage, weights, found) for stage in plan.stages]
+    errors = [code @ W_dec[: code.shape[1]] + b_dec - target for code in codes]
     squared = [error.square().sum() for error in errors]
-    total = sum(w * s for w, s in zip(objective.weights, squared, strict=True))
-    loss = torch.as_tensor(total) / (len(z) * variance)
+    total = sum(stage.weight * s for stage, s in zip(plan.stages, squared, strict=True))
+    penalty = price * plan.sparsity.penalty(weights, found, target) / variance
+    loss = torch.as_tensor(total) / (len(z) * variance) + penalty
     aux_loss = loss.new_zeros(())
-    main = objective.main_stage
     if dead is not None and len(dead):
-        aux_loss = auxk_loss(scores, -errors[main], W_dec, dead, objective.aux_k)
-        loss = loss + objective.aux_alpha * aux_loss
-    return DenseLoss(loss, squared[main].detach(), aux_loss.detach(), codes[main].detach())
+        residual = -errors[plan.main]
+        if plan.aux_k:
+            aux_loss = auxk_loss(found.scores, residual, W_dec, dead, plan.aux_k)
+            loss = loss + plan.aux_alpha * aux_loss
+        if plan.ghost:
+            aux_loss = ghost_loss(found.scores, residual, W_dec, dead) / (len(z) * variance)
+            loss = loss + aux_loss
+    code = codes[plan.main].detach()
+    return DenseLoss(loss, squared[plan.main].detach(), aux_loss.detach(), code, penalty.detach())
+
+
+def _code(plan: Plan, stage: Stage, weights: Weights, found: Dense) -> Float[Tensor, "batch width"]:
+    code = found.code
+    if stage.k is not None:
+        assert isinstance(plan.sparsity, TopK)
+        other = dataclasses.replace(plan.sparsity, k=stage.k)
+        code = other.activate(weights, found.scores, training=True)
+    if plan.soft_cap is not None:
+        code = plan.soft_cap * (code / plan.soft_cap).tanh()
+    return code if stage.width is None else code[:, : stage.width]
 
 
 def auxk_loss(
     scores: Float[Tensor, "batch n_latents"],
-    residual: Float[Tensor, "batch d_in"],
-    W_dec: Float[Tensor, "n_latents d_in"],
+    residual: Float[Tensor, "batch d_out"],
+    W_dec: Float[Tensor, "n_latents d_out"],
     dead: Int[Tensor, " dead"],
     k: int,
 ) -> Float[Tensor, ""]:
@@ -100,8 +196,36 @@ def auxk_loss(
     if spread == 0:
         return spread
     of_dead = scores[:, dead]
-    code = torch.where(_largest(of_dead, min(k, len(dead))), of_dead, 0).relu()
+    code = torch.where(largest(of_dead, min(k, len(dead))), of_dead, 0).relu()
     return (target - code @ W_dec[dead]).square().sum() / spread
+
+
+def ghost_loss(
+    scores: Float[Tensor, "batch n_latents"],
+    residual: Float[Tensor, "batch d_out"],
+    W_dec: Float[Tensor, "n_latents d_out"],
+    dead: Int[Tensor, " dead"],
+) -> Float[Tensor, ""]:
+    """Σ‖g − e‖² of ghost gradients, rescaled to Σ‖e‖²; see `GhostGradients`.
+
+    Args:
+        scores: pre-activations.
+        residual: e = z − ẑ; its gradient is not used.
+        W_dec: decoder rows.
+        dead: which latents count as dead.
+
+    Returns:
+        The loss: its value is Σ‖e‖², its gradient that of the ghosts.
+    """
+    target = residual.detach()
+    # A factor for each vector is scaled away below; without it the exponential could overflow.
+    of_dead = scores[:, dead]
+    ghosts = (of_dead - of_dead.detach().amax(dim=1, keepdim=True)).exp() @ W_dec[dead]
+    norms = target.norm(dim=1, keepdim=True)
+    scale = norms / (2 * ghosts.detach().norm(dim=1, keepdim=True)).clamp(min=1e-30)
+    error = (ghosts * scale - target).square().sum()
+    rescaled: Tensor = error * (target.square().sum() / error.detach().clamp(min=1e-30))
+    return rescaled
 
 
 def default_auxk(d_in: int) -> int:
@@ -109,14 +233,3 @@ def default_auxk(d_in: int) -> int:
     half = max(d_in / 2, 1)
     below = 1 << (int(half).bit_length() - 1)
     return below if half - below < 2 * below - half else 2 * below
-
-
-def _largest(scores: Tensor, k: int) -> Bool[Tensor, "batch n"]:
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    return kept.scatter_(1, scores.topk(k, dim=1).indices, True)
-
-
-def _largest_of_batch(scores: Tensor, k: int) -> Bool[Tensor, "batch n"]:
-    kept = torch.zeros_like(scores, dtype=torch.bool).flatten()
-    kept[scores.flatten().topk(k * len(scores)).indices] = True
-    return kept.view_as(scores)

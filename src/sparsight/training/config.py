@@ -9,9 +9,20 @@ from typing import Literal
 
 from sparsight.config import check_seed, check_types
 from sparsight.errors import UserError
-from sparsight.sae import AuxK, BatchTopK, Matryoshka, MultiTopK, SAEConfig
+from sparsight.sae import (
+    AuxK,
+    BatchTopK,
+    Free,
+    GhostGradients,
+    Matryoshka,
+    MatryoshkaK,
+    MultiTopK,
+    Resampling,
+    SAEConfig,
+    TopK,
+)
 from sparsight.sae.kernels import Kernels, Objective
-from sparsight.sae.objectives import default_auxk
+from sparsight.sae.objectives import Plan, Stage, default_auxk
 from sparsight.vision import Tokens
 
 LARGEST_DEAD_WINDOW = 10_000_000
@@ -54,6 +65,18 @@ class TrainConfig:
     auxk: AuxK | None = field(default_factory=AuxK)
     """Remedy for dead latents; None trains without."""
 
+    ghost: GhostGradients | None = None
+    """Another remedy for dead latents."""
+
+    resampling: Resampling | None = None
+    """A third one."""
+
+    sparsity_warmup: float = 0.05
+    """Share of the run in which the sparsity's penalty rises from 0, where it has one."""
+
+    target_site: str | None = None
+    """Train a transcoder: from the site's activations predict those of this one."""
+
     ema: float | None = None
     """Decay of an exponential moving average of the weights, e.g. 0.999; the run's SAE is then the
     average."""
@@ -61,13 +84,13 @@ class TrainConfig:
     multi_topk: MultiTopK | None = None
     """A second reconstruction with more latents; only with TopK."""
 
-    matryoshka: Matryoshka | None = None
-    """Reconstructions from prefixes of the dictionary."""
+    matryoshka: Matryoshka | MatryoshkaK | None = None
+    """Reconstructions from prefixes of the dictionary, or with several k."""
 
     kernels: Kernels = "auto"
     """Who computes a step: "native" (compiled, CPU), "triton" (CUDA), "torch" (anywhere) or "dense"
     (plain autograd, the slow truth); "auto" is the quickest that runs here. All train to the same
-    numbers, up to rounding."""
+    numbers, up to rounding. What is neither TopK nor BatchTopK of the usual form is "dense"."""
 
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Of the product that selects latents; the selected ones are always scored in float32. "auto"
@@ -110,8 +133,17 @@ class TrainConfig:
             )
         if self.multi_topk is not None and self.matryoshka is not None:
             raise UserError("multi_topk and matryoshka cannot be had together; leave one out.")
-        if self.multi_topk is not None and isinstance(self.sae.sparsity, BatchTopK):
-            raise UserError("multi_topk needs sparsity TopK; with BatchTopK leave it out.")
+        for name, part in {
+            "multi_topk": self.multi_topk,
+            "matryoshka with several k": isinstance(self.matryoshka, MatryoshkaK) or None,
+        }.items():
+            if part is not None and not isinstance(self.sae.sparsity, TopK):
+                kind = type(self.sae.sparsity).__name__
+                raise UserError(f"{name} needs sparsity TopK; with {kind} leave it out.")
+        if not 0 <= self.sparsity_warmup <= 1:
+            raise UserError(f"sparsity_warmup is {self.sparsity_warmup}; it is a share of the run.")
+        if self.sae.skip and self.target_site is None:
+            raise UserError("skip is for transcoders; give a target_site, or leave it out.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must lie between 0 and 1 (or None).")
 
@@ -128,42 +160,96 @@ class TrainConfig:
     @property
     def dead_after(self) -> int:
         """Vectors without an activation after which a latent counts as dead."""
-        stated = self.auxk.dead_after if self.auxk else None
+        stated = (self.auxk and self.auxk.dead_after) or (self.ghost and self.ghost.dead_after)
         return stated or max(1, min(LARGEST_DEAD_WINDOW, self.n_vectors // 10))
+
+    @property
+    def resample_every(self) -> int:
+        """Vectors between resamplings, where there are any."""
+        stated = self.resampling.every if self.resampling else None
+        return stated or max(1, self.n_vectors // 10)
+
+    @property
+    def resample_after(self) -> int:
+        """Vectors without an activation after which a latent is resampled."""
+        stated = self.resampling.dead_after if self.resampling else None
+        return stated or max(1, self.resample_every // 2)
 
     def learning_rate(self, n_latents: int) -> float:
         """The peak learning rate."""
         return self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)
 
-    def objective(self, d_in: int) -> Objective:
+    def plan(self, d_in: int) -> Plan:
         """What is minimised, for activations of width `d_in`.
 
         Raises:
-            UserError: Multi-TopK asks for more latents than there are.
+            UserError: more latents are asked for than there are.
         """
         n_latents, sparsity = self.sae.width(d_in), self.sae.sparsity
-        weights: tuple[float, ...] = (1.0,)
-        larger_k: int | None = None
-        widths: tuple[int, ...] = ()
+        stages: tuple[Stage, ...] = (Stage(),)
+        main = 0
+        random: int | None = None
         if self.multi_topk is not None:
-            larger_k = self.multi_topk.multiple * sparsity.k
-            weights = (1.0, self.multi_topk.weight)
-            if larger_k > n_latents:
+            assert isinstance(sparsity, TopK)
+            larger = self.multi_topk.multiple * sparsity.k
+            if larger > n_latents:
                 raise UserError(
-                    f"multi_topk.multiple is {self.multi_topk.multiple}: {larger_k} latents, more "
+                    f"multi_topk.multiple is {self.multi_topk.multiple}: {larger} latents, more "
                     f"than the {n_latents} there are."
                 )
-        if self.matryoshka is not None:
+            stages = (Stage(), Stage(self.multi_topk.weight, k=larger))
+        elif isinstance(self.matryoshka, MatryoshkaK):
+            assert isinstance(sparsity, TopK)
+            ks = self.matryoshka.stages(sparsity.k, n_latents)
+            rising = range(len(ks), 0, -1)
+            raw = rising if self.matryoshka.weights == "reverse" else [1] * len(ks)
+            stages = tuple(Stage(w / sum(raw), k=k) for w, k in zip(raw, ks, strict=True))
+            main = ks.index(sparsity.k)
+        elif isinstance(self.matryoshka, Matryoshka):
+            random = self.matryoshka.random
             widths = self.matryoshka.widths(n_latents)
-            weights = (1 / len(widths),) * len(widths)
+            stages = tuple(Stage(1 / len(widths), width=width) for width in widths)
+            main = len(stages) - 1
+        return Plan(
+            sparsity,
+            stages,
+            main,
+            random_widths=random,
+            soft_cap=self.sae.soft_cap,
+            aux_k=(self.auxk.k or default_auxk(d_in)) if self.auxk else 0,
+            aux_alpha=self.auxk.alpha if self.auxk else 0.0,
+            ghost=self.ghost is not None,
+        )
+
+    def objective(self, d_in: int) -> Objective | None:
+        """The same for the fused kernels; None where they do not compute it.
+
+        Raises:
+            UserError: more latents are asked for than there are.
+        """
+        plan, sae = self.plan(d_in), self.sae
+        sparsity = sae.sparsity
+        usual = sae.subtract_b_dec and not sae.tied and isinstance(sae.dictionary, Free)
+        if (
+            not isinstance(sparsity, TopK | BatchTopK)
+            or (isinstance(sparsity, TopK) and not sparsity.rectify)
+            or not usual
+            or self.target_site is not None
+            or plan.random_widths is not None
+            or plan.soft_cap is not None
+            or plan.ghost
+            or isinstance(self.matryoshka, MatryoshkaK)
+        ):
+            return None
+        widths = tuple(stage.width for stage in plan.stages if stage.width is not None)
         return Objective(
             sparsity.k,
             per_batch=isinstance(sparsity, BatchTopK),
-            larger_k=larger_k,
+            larger_k=plan.stages[-1].k,
             widths=widths,
-            weights=weights,
-            aux_k=(self.auxk.k or default_auxk(d_in)) if self.auxk else 0,
-            aux_alpha=self.auxk.alpha if self.auxk else 0.0,
+            weights=tuple(stage.weight for stage in plan.stages),
+            aux_k=plan.aux_k,
+            aux_alpha=plan.aux_alpha,
         )
 
     def steps_every(self, n_vectors: int | None, share: int) -> int:

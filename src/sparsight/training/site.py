@@ -14,12 +14,18 @@ from sparsight.activations import SiteStatistics
 from sparsight.sae import BatchTopK, Normaliser, SparseAutoencoder
 from sparsight.sae.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
 from sparsight.sae.kernels.interface import least_positive
-from sparsight.sae.objectives import dense_loss
+from sparsight.sae.objectives import DenseLoss, Plan, dense_loss
 from sparsight.training.config import TrainConfig
+from sparsight.training.resampling import PER_LATENT, resample
 
 NEVER = torch.iinfo(torch.int64).max
 
-SUMS = ("squared_error", "squared_spread", "l0", "loss", "aux_loss", "grad_norm")
+SUMS = (
+    "squared_error", "squared_spread", "l0", "loss", "aux_loss", "grad_norm", "penalty", "revived",
+    "resampled",
+)  # fmt: skip
+DENSE_ENTRIES = 2**27
+"""Of a code that plain autograd holds at a time, where a batch can be taken in parts."""
 THRESHOLD_DECAY = 0.999
 """Of the average that becomes the threshold of a BatchTopK SAE."""
 
@@ -38,6 +44,8 @@ class SiteTraining:
         device: where to train.
         kernels: who computes a step; not "auto".
         precision: of the selection.
+        target: of a transcoder, the statistics of the site that it predicts.
+        target_sample: some activations of that site.
     """
 
     def __init__(
@@ -49,25 +57,32 @@ class SiteTraining:
         device: torch.device,
         kernels: Kernels,
         precision: Precision,
+        target: SiteStatistics | None = None,
+        target_sample: Float[Tensor, "batch d_out"] | None = None,
     ) -> None:
         self.config = config
-        normaliser = Normaliser.fit(
-            config.sae.normaliser, statistics.mean, statistics.second_moment
-        )
+        kind = config.sae.normaliser
+        normaliser = Normaliser.fit(kind, statistics.mean, statistics.second_moment)
+        target_normaliser = None
+        if target is not None:
+            target_normaliser = Normaliser.fit(kind, target.mean, target.second_moment)
         self.sae = SparseAutoencoder(
             len(statistics.mean),
             config.sae,
+            d_out=None if target is None else len(target.mean),
             normaliser=normaliser,
+            target_normaliser=target_normaliser,
             sample=normaliser(sample.cpu().float()),
             seed=config.seed,
             metadata=metadata,
         ).to(device)
-        spread = statistics.second_moment - statistics.mean**2
-        scale = normaliser.scale.double()
-        self.variance = float((spread.clamp(min=0) / scale**2).sum())
-        centre = (statistics.mean - normaliser.mean.double()) / scale
-        self.centre: Float[Tensor, " d_in"] = centre.float().to(device)
+        fitted, own = target_normaliser or normaliser, target or statistics
+        seen = sample if target_sample is None else target_sample
+        variance, centre = _spread(own, fitted, seen.cpu().float())
+        self.variance = variance
+        self.centre: Float[Tensor, " d_out"] = centre.float().to(device)
         self.lr = config.learning_rate(self.sae.n_latents)
+        self.plan = config.plan(self.sae.d_in)
         self.objective = config.objective(self.sae.d_in)
         self.optimiser = torch.optim.Adam(
             self.sae.parameters(), lr=self.lr, betas=config.betas, eps=config.eps, fused=True
@@ -88,7 +103,7 @@ class SiteTraining:
             }
         self.threshold = torch.zeros((), dtype=torch.float64, device=device)
         self.fused: FusedStep | None = None
-        if kernels != "dense":
+        if kernels != "dense" and self.objective is not None:
             self.fused = fused_step(
                 kernels,
                 dict(self.sae.named_parameters()),
@@ -109,35 +124,52 @@ class SiteTraining:
         """Latents without an activation in the last `dead_after` vectors."""
         return self.since_fired >= self.config.dead_after
 
-    def step(self, x: Float[Tensor, "batch d_in"], step: int, lr_factor: float) -> None:
-        """Train on one batch. Nothing is fetched from the device, but for AuxK the list of the dead
-        latents, as soon as there can be any.
+    def step(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        step: int,
+        lr_factor: float,
+        target: Float[Tensor, "batch d_out"] | None = None,
+    ) -> None:
+        """Train on one batch. Nothing is fetched from the device, but for the remedies the list of
+        the dead latents, as soon as there can be any.
 
         Args:
             x: activations in the units of the model.
             step: number of the step, from 0.
             lr_factor: share of the peak learning rate.
+            target: of a transcoder, the activations that it predicts.
         """
         with torch.no_grad():
             z = self.sae.normaliser(x)
+            y = z
+            if self.sae.target_normaliser is not None:
+                assert target is not None
+                y = self.sae.target_normaliser(target)
+            resampled = self._resample(z, y, step)
+            before = self.dead if step * len(z) >= self.config.dead_after else None
             dead = None
-            if self.config.auxk is not None and step * len(z) >= self.config.dead_after:
-                dead = self.dead.nonzero()[:, 0]
+            if before is not None and (self.config.auxk or self.config.ghost):
+                dead = before.nonzero()[:, 0]
             lr = self.lr * lr_factor
+            penalty = self.sums.new_zeros(())
             if self.fused is not None:
                 found = self.fused.step(z, lr=lr, number=step + 1, dead=dead)
             else:
                 for state in self.optimiser.state.values():
                     state["step"].fill_(step)
-                found = self._dense_step(z, lr, dead)
+                found, penalty = self._dense_step(z, y, step, lr, dead)
             self._average(step)
-            spread = (z - self.centre).square().sum()
+            spread = (y - self.centre).square().sum()
             self._watch(step, spread, found.loss, found.grad_norm)
             if isinstance(self.config.sae.sparsity, BatchTopK):
                 self._follow_threshold(step, found.least)
+            revived = penalty.new_zeros(())
+            if before is not None:
+                revived = (before & ~self.dead).sum()
             figures = (
                 found.squared_error, spread, found.active, found.loss, found.aux_loss,
-                found.grad_norm,
+                found.grad_norm, penalty, revived, resampled,
             )  # fmt: skip
             self.sums += torch.stack([each.detach().double() for each in figures])
             self.summed += len(z)
@@ -148,7 +180,8 @@ class SiteTraining:
         return "dense-float32" if self.fused is None else self.fused.name
 
     def figures(self, batch_size: int) -> dict[str, float]:
-        """Averages since the last call, over the vectors trained on: FVU, L0, dead, losses."""
+        """Averages since the last call, over the vectors trained on: FVU, L0, dead, losses; and how
+        many dead latents fired again, or were resampled."""
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
         n_batches = max(self.summed / batch_size, 1e-9)
         found = {
@@ -158,6 +191,9 @@ class SiteTraining:
             "loss": sums["loss"] / n_batches,
             "aux_loss": sums["aux_loss"] / n_batches,
             "grad_norm": sums["grad_norm"] / n_batches,
+            "penalty": sums["penalty"] / n_batches,
+            "revived": int(sums["revived"]),
+            "resampled": int(sums["resampled"]),
         }
         self.sums.zero_()
         self.summed = 0
@@ -175,7 +211,7 @@ class SiteTraining:
             if self.average:
                 for name, parameter in self.sae.named_parameters():
                     parameter.copy_(self.average[name])
-                self._renormalise()
+                self.sae.constrain()
         return self.sae
 
     def state(self) -> dict[str, Tensor]:
@@ -188,6 +224,8 @@ class SiteTraining:
         found["since_fired"] = self.since_fired
         found["threshold"] = self.threshold
         found["sums"] = self.sums
+        found["variance"] = torch.tensor(self.variance, dtype=torch.float64)
+        found["centre"] = self.centre
         return {key: each.detach().cpu().contiguous() for key, each in found.items()}
 
     def load_state(
@@ -203,7 +241,11 @@ class SiteTraining:
         for name in self.average:
             self.average[name].copy_(state[f"average.{name}"])
         self.since_fired.copy_(state["since_fired"])
-        self.sums.copy_(state["sums"])
+        # Checkpoints from before there were penalties and resampling have fewer sums.
+        self.sums.zero_()[: len(state["sums"])] = state["sums"].to(self.sums)
+        if self.sae.normaliser.per_vector:  # measured on the first batch
+            self.variance = float(state["variance"])
+            self.centre.copy_(state["centre"])
         self.summed = summed
 
     def _moments(self, name: str) -> tuple[Tensor, Tensor]:
@@ -211,14 +253,35 @@ class SiteTraining:
         return state["exp_avg"], state["exp_avg_sq"]
 
     def _dense_step(
-        self, z: Float[Tensor, "batch d_in"], lr: float, dead: Int[Tensor, " dead"] | None
-    ) -> StepFigures:
-        """A step of plain autograd."""
-        parameters: dict[str, Tensor] = dict(self.sae.named_parameters())
-        with torch.enable_grad():
-            found = dense_loss(parameters, z, self.objective, self.variance, dead)
-            self.optimiser.zero_grad(set_to_none=True)
-            found.loss.backward()
+        self,
+        z: Float[Tensor, "batch d_in"],
+        y: Float[Tensor, "batch d_out"],
+        step: int,
+        lr: float,
+        dead: Int[Tensor, " dead"] | None,
+    ) -> tuple[StepFigures, Float[Tensor, ""]]:
+        """A step of plain autograd; a large batch in parts, where its loss is their mean."""
+        plan = self.plan.at(step, self.sae.n_latents, self.config.seed)
+        price = min((step + 1) / max(self.config.sparsity_warmup * self.config.n_steps, 1), 1.0)
+        self.optimiser.zero_grad(set_to_none=True)
+        size = len(z)
+        if plan.sparsity.separable and (dead is None or not len(dead)):
+            size = max(1, DENSE_ENTRIES // self.sae.n_latents)
+        fired = torch.zeros(self.sae.n_latents, dtype=torch.bool, device=z.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=z.device)
+        least = torch.full((), math.inf, device=z.device)
+        for inputs, targets in zip(z.split(size), y.split(size), strict=True):
+            with torch.enable_grad():
+                found = self._loss(plan, inputs, targets, dead, price)
+                share = len(inputs) / len(z)
+                (share * found.loss).backward()
+            fired |= (found.code != 0).any(dim=0)
+            least = torch.minimum(least, least_positive(found.code))
+            parts = (
+                found.squared_error, share * found.loss.detach(), share * found.aux_loss,
+                (found.code != 0).sum(), share * found.penalty,
+            )  # fmt: skip
+            sums += torch.stack([each.double() for each in parts])
         W_dec = self.sae.W_dec
         if self.config.sae.unit_norm_decoder and W_dec.grad is not None:
             along = (W_dec.grad * W_dec).sum(dim=1, keepdim=True)
@@ -227,14 +290,48 @@ class SiteTraining:
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), largest)
         self.optimiser.param_groups[0]["lr"] = lr
         self.optimiser.step()
-        self._renormalise()
-        fired = (found.code > 0).any(dim=0)
+        self.sae.constrain()
         self.since_fired.add_(len(z))
         self.since_fired.masked_fill_(fired, 0)
-        return StepFigures(
-            found.squared_error, found.loss.detach(), found.aux_loss, (found.code > 0).sum(), norm,
-            least_positive(found.code),
-        )  # fmt: skip
+        squared_error, loss, aux_loss, active, penalty = sums
+        return StepFigures(squared_error, loss, aux_loss, active.long(), norm, least), penalty
+
+    def _loss(
+        self,
+        plan: Plan,
+        z: Float[Tensor, "batch d_in"],
+        y: Float[Tensor, "batch d_out"],
+        dead: Int[Tensor, " dead"] | None,
+        price: float,
+    ) -> DenseLoss:
+        if self.config.sae.skip:
+            y = y - z @ self.sae.W_skip.T
+        weights = self.sae.weights()
+        return dense_loss(weights, z, plan, self.variance, dead, target=y, price=price)
+
+    def _resample(
+        self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], step: int
+    ) -> Float[Tensor, ""]:
+        """Begin anew with dead latents if it is time to; how many."""
+        none = self.sums.new_zeros(())
+        settings = self.config.resampling
+        if settings is None:
+            return none
+        every = max(1, round(self.config.resample_every / len(z)))
+        instalments = math.ceil(self.sae.n_latents / len(z))
+        if not 1 <= step // every <= settings.times or step % every >= instalments:
+            return none
+        dead = (self.since_fired >= self.config.resample_after).nonzero()[:, 0]
+        if len(dead) == 0:
+            return none
+        moments = {name: self._moments(name) for name, _ in self.sae.named_parameters()}
+        renewed = resample(
+            self.sae, z, y, dead, moments, scale=settings.scale, seed=(self.config.seed, step)
+        )
+        self.since_fired[renewed] = 0
+        for name in (each for each in self.average if each in PER_LATENT):
+            self.average[name][renewed] = self.sae.get_parameter(name)[renewed]
+        return none + len(renewed)
 
     def _average(self, step: int) -> None:
         if self.config.ema is not None:
@@ -249,15 +346,23 @@ class SiteTraining:
         # Early on over few batches, or else it would keep the first one's.
         keep = min(THRESHOLD_DECAY, step / (step + 10))
         self.threshold.lerp_(least, 1 - keep)
-        if self.sae.threshold is not None:  # for who reads a checkpoint
-            self.sae.threshold.copy_(self.threshold)
-
-    def _renormalise(self) -> None:
-        if self.config.sae.unit_norm_decoder:
-            W_dec = self.sae.W_dec
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        self.sae.threshold.copy_(self.threshold)  # for who reads a checkpoint
 
     def _watch(self, step: int, *figures: Float[Tensor, ""]) -> None:
         finite = torch.isfinite(torch.stack([each.detach() for each in figures]))
         now = torch.full_like(self.first_bad_steps, step).masked_fill_(finite, NEVER)
         self.first_bad_steps.copy_(torch.minimum(self.first_bad_steps, now))
+
+
+def _spread(
+    statistics: SiteStatistics, normaliser: Normaliser, sample: Float[Tensor, "batch d_in"]
+) -> tuple[float, Float[Tensor, " d_in"]]:
+    """Variance (Σ over dimensions) and mean in normalised space: of the data set, or of a sample
+    where every vector is measured by itself."""
+    if normaliser.per_vector:
+        z = normaliser(sample).double()
+        return float(z.var(dim=0, correction=0).sum()), z.mean(dim=0)
+    spread = statistics.second_moment - statistics.mean**2
+    scale = normaliser.scale.double()
+    centre = (statistics.mean - normaliser.mean.double()) / scale
+    return float((spread.clamp(min=0) / scale**2).sum()), centre

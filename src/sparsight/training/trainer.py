@@ -18,13 +18,18 @@ import torch
 from torch import Tensor
 
 import sparsight
-from sparsight.activations import ActivationSource, LiveActivations, Prefetcher
+from sparsight.activations import (
+    ActivationSource,
+    LiveActivations,
+    Prefetcher,
+    SiteStatistics,
+)
 from sparsight.config import first_difference, load, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
 from sparsight.progress import ProgressLine, progress
-from sparsight.sae.kernels import choose, native_is_absent
+from sparsight.sae.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers
@@ -73,8 +78,8 @@ def train(
         SparsightError: the loss or the activations are not finite; the last checkpoint stays.
     """
     config = config or TrainConfig()
-    activations = as_activations(source, sites, tokens)
-    run = Run(Path(out), chosen_sites(activations, sites))
+    activations, names, config = resolve(source, config, sites, tokens)
+    run = Run(Path(out), names)
     for site in run.sites:
         config.sae.width(activations.d_in(site))
     recipe = recipe_of(activations, run, config)
@@ -82,7 +87,8 @@ def train(
         return run
     with run.claimed():
         members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
-        Loop(activations, run.sites, members, run.checkpoints, device).run_to_end("train", quiet)
+        read = with_target(run.sites, config)
+        Loop(activations, read, members, run.checkpoints, device).run_to_end("train", quiet)
     return run
 
 
@@ -106,6 +112,11 @@ class Member:
     def config(self) -> TrainConfig:
         """How it trains."""
         return self.recipe.train
+
+    @property
+    def target(self) -> str | None:
+        """The site that a transcoder predicts."""
+        return self.config.target_site
 
 
 class Loop:
@@ -138,7 +149,11 @@ class Loop:
         self.drop_diverged = drop_diverged
         self.step = 0
         stream = source.stream(sites, self.config.batch_size, seed=self.config.order_seed)
-        needed = tuple(dict.fromkeys(member.site for member in members))
+        needed = tuple(
+            dict.fromkeys(
+                site for member in members for site in (member.site, member.target) if site
+            )
+        )
         self.batches = Prefetcher(stream, needed, self.device)
         found, problems = checkpoint.load_latest(checkpoints, tuple(self.members))
         for problem in problems:
@@ -154,7 +169,8 @@ class Loop:
                 samples[member.site],
                 _metadata(source, member.site, member.config),
                 self.device,
-                *choose(member.config.kernels, member.config.precision, self.device),
+                *self._kernels(member, source.d_in(member.site)),
+                *self._target(source, member, samples),
             )
             for name, member in self.members.items()
         }
@@ -175,6 +191,26 @@ class Loop:
                 to_dict(member.recipe),
             )
 
+    def _kernels(self, member: Member, d_in: int) -> tuple[Kernels, Precision]:
+        """Who computes the steps of a member: autograd where no fused step can."""
+        config = member.config
+        if config.objective(d_in) is not None:
+            return choose(config.kernels, config.precision, self.device)
+        if config.kernels not in ("auto", "dense"):
+            raise UserError(
+                f"kernels {config.kernels!r} do not compute this architecture: they train TopK and "
+                "BatchTopK, untied, with fixed prefixes at most. Take 'auto' or 'dense'."
+            )
+        return choose("dense", "auto", self.device)
+
+    @staticmethod
+    def _target(
+        source: ActivationSource, member: Member, samples: Mapping[str, Tensor]
+    ) -> tuple[SiteStatistics, Tensor] | tuple[()]:
+        if member.target is None:
+            return ()
+        return source.stats(member.target), samples[member.target]
+
     @property
     def vectors(self) -> int:
         """Vectors trained on so far."""
@@ -189,12 +225,22 @@ class Loop:
         ):
             if not quiet:
                 used = dict.fromkeys(training.kernels for training in self.trainings.values())
-                absent = native_is_absent(self.device) and all(
-                    each.config.kernels == "auto" for each in self.members.values()
+                absent = native_is_absent(self.device) and any(
+                    self.members[name].config.kernels == "auto" and training.fused is not None
+                    for name, training in self.trainings.items()
                 )
                 hint = " (the native kernels, which are quicker, are not built)" if absent else ""
                 print(f"kernels: {', '.join(used)}{hint}", file=sys.stderr)
+                for site, ratio in self._ratios().items():
+                    print(f"{site}: mean to spread {ratio:.2f}", file=sys.stderr)
             self._run(line)
+
+    def _ratios(self) -> dict[str, float]:
+        """How far the activations of each site lie from 0, in their own spread."""
+        return {
+            self.members[name].site: training.sae.metadata["mean_to_spread"]
+            for name, training in self.trainings.items()
+        }
 
     def _run(self, line: ProgressLine) -> None:
         config = self.config
@@ -205,7 +251,9 @@ class Loop:
             batch = self._next_batch()
             for name, training in self.trainings.items():
                 factor = self._lr_factor(name, self.step)
-                training.step(batch[self.members[name].site], self.step, factor)
+                member = self.members[name]
+                target = batch[member.target] if member.target else None
+                training.step(batch[member.site], self.step, factor, target)
             self.step += 1
             last = self.step == config.n_steps
             if self.step % log_steps == 0 or last:
@@ -312,6 +360,34 @@ def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple
     return tuple(dict.fromkeys(source.canonical_site(site) for site in sites or source.sites))
 
 
+def resolve(
+    source: Activations,
+    config: TrainConfig,
+    sites: Sequence[str] | None,
+    tokens: Tokens | None,
+) -> tuple[ActivationSource, tuple[str, ...], TrainConfig]:
+    """The activations, the sites to train on, and the configuration with its target's full name.
+
+    Raises:
+        UserError: see `as_activations`; or nothing but a transcoder's target is to be trained on.
+    """
+    target = config.target_site
+    activations = as_activations(source, (*sites, target) if sites and target else sites, tokens)
+    names = chosen_sites(activations, sites)
+    if target is not None:
+        target = activations.canonical_site(target)
+        config = dataclasses.replace(config, target_site=target)
+        names = tuple(name for name in names if name != target)
+        if not names:
+            raise UserError(f"target_site is {target!r}, the only site: name one to predict from.")
+    return activations, names, config
+
+
+def with_target(sites: tuple[str, ...], config: TrainConfig) -> tuple[str, ...]:
+    """The sites that are read: a transcoder's target after those that are trained on."""
+    return sites if config.target_site is None else (*sites, config.target_site)
+
+
 def as_activations(
     source: Activations, sites: Sequence[str] | None, tokens: Tokens | None
 ) -> ActivationSource:
@@ -406,15 +482,28 @@ def _refuse_other_sites(run: Run) -> None:
 
 def _metadata(source: ActivationSource, site: str, config: TrainConfig) -> dict[str, Any]:
     model = {key: value for key, value in source.model_info.items() if key != "images"}
+    target = {} if config.target_site is None else {"target_site": config.target_site}
     return {
         "model": model,
         "images": source.model_info.get("images"),
         "site": site,
+        **target,
         "tokens": source.tokens,
         "n_vectors": config.n_steps * config.batch_size,
         "seed": config.seed,
+        "mean_to_spread": mean_to_spread(source.stats(site)),
         "sparsight_version": sparsight.__version__,
     }
+
+
+def mean_to_spread(statistics: SiteStatistics) -> float:
+    """‖mean‖ / √(Σ variances) of a site's activations.
+
+    Where it is large, and the mean is not subtracted, many latents die: all of them see the same
+    large vector first.
+    """
+    variance = (statistics.second_moment - statistics.mean**2).clamp(min=0).sum()
+    return float(statistics.mean.norm() / variance.sqrt().clamp(min=1e-300))
 
 
 def _best_device() -> str:

@@ -213,9 +213,11 @@ def encode_topk(
     b_dec: Float[Tensor, " d_in"],
     k: int,
     precision: Precision | None = None,
+    *,
+    rectify: bool = True,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k strongest latents of each vector; see `Backend.encode_topk`."""
-    return backend().encode_topk(x, W_enc, b_enc, b_dec, k, precision)
+    return backend().encode_topk(x, W_enc, b_enc, b_dec, k, precision, rectify=rectify)
 
 
 def decode_topk(

@@ -17,10 +17,12 @@ def encode_topk(
     b_dec: Float[Tensor, " d_in"],
     k: int,
     precision: Precision | None = None,
+    *,
+    rectify: bool = True,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """See `Backend.encode_topk`; always in the precision of `x`."""
     top = ((x - b_dec) @ W_enc.T + b_enc).topk(k, dim=-1)
-    return top.values.relu(), top.indices
+    return top.values.relu() if rectify else top.values, top.indices
 
 
 def decode_topk(

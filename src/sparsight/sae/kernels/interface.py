@@ -31,6 +31,8 @@ class Backend(Protocol):
         b_dec: Float[Tensor, " d_in"],
         k: int,
         precision: Precision | None = None,
+        *,
+        rectify: bool = True,
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
         """The k largest of `W_enc (x - b_dec) + b_enc`, at least 0, with gradients to all four.
 
@@ -42,6 +44,7 @@ class Backend(Protocol):
             k: how many.
             precision: of the selection; below "float32" some more than k are chosen and then
                 scored again in the precision of `x`. None leaves it to the back end.
+            rectify: False leaves negative ones as they are.
 
         Returns:
             Values, and the latents they belong to, in an order that the back end chooses.

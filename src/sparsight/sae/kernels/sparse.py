@@ -28,12 +28,15 @@ def encode_topk(
     b_dec: Float[Tensor, " d_in"],
     k: int,
     precision: Precision | None = None,
+    *,
+    rectify: bool = True,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """See `Backend.encode_topk`; latents come in rising order."""
     with torch.no_grad():
         indices = strongest_latents(x - b_dec, W_enc, b_enc, k, precision)
     starts = torch.arange(0, indices.numel() + 1, k, device=x.device)
-    return _scores(x, W_enc, b_enc, b_dec, indices.flatten(), starts).view_as(indices), indices
+    scores = _scores(x, W_enc, b_enc, b_dec, indices.flatten(), starts).view_as(indices)
+    return scores.relu() if rectify else scores, indices
 
 
 def encode_batch_topk(
@@ -47,7 +50,7 @@ def encode_batch_topk(
     with torch.no_grad():
         _, indices, counts = batch_topk(x - b_dec, W_enc, b_enc, k)
         starts = functional.pad(counts.cumsum(0), (1, 0))
-    return _scores(x, W_enc, b_enc, b_dec, indices, starts), indices, starts
+    return _scores(x, W_enc, b_enc, b_dec, indices, starts).relu(), indices, starts
 
 
 def encode_above(
@@ -61,7 +64,7 @@ def encode_above(
     with torch.no_grad():
         _, indices, counts = latents_above(x - b_dec, W_enc, b_enc, threshold)
         starts = functional.pad(counts.cumsum(0), (1, 0))
-    return _scores(x, W_enc, b_enc, b_dec, indices, starts), indices, starts
+    return _scores(x, W_enc, b_enc, b_dec, indices, starts).relu(), indices, starts
 
 
 def decode_topk(
@@ -91,7 +94,7 @@ def _scores(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, indices: Tensor, starts: Tensor
 ) -> Float[Tensor, " active"]:
     chosen: Tensor = _ScoreChosen.apply(x, W_enc, b_enc, b_dec, indices, starts)  # type: ignore[no-untyped-call]
-    return chosen.relu()
+    return chosen
 
 
 def _weighted_rows(

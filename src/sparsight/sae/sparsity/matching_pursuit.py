@@ -1,0 +1,96 @@
+"""Latents one after another, each for what those before it left over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from sparsight.config import check_types
+from sparsight.errors import UserError
+from sparsight.sae.code import SparseCode
+from sparsight.sae.sparsity.base import Dense, Sparsity, Weights, check_at_least
+
+TILE = 1024
+"""Vectors that are encoded at a time; the correlations of a tile are dense."""
+
+
+@dataclass(frozen=True)
+class MatchingPursuit(Sparsity):
+    """Choose k times the decoder row that agrees best with the residual, and subtract its part.
+
+    r ← z − centre; k times: i = argmax_j W_dec[j] · r, a = ReLU(W_dec[i] · r), f_i += a,
+    r ← r − a W_dec[i] (Mallat & Zhang 1993; as an SAE: Costa et al. 2025, "From flat to
+    hierarchical: extracting sparse representations with matching pursuit"). There is no encoder:
+    `W_enc` and `b_enc` are not used. Meant for decoder rows of norm 1.
+    """
+
+    k: int = 32
+    """Choices per vector, hence active latents at most."""
+
+    tolerance: float = 0.0
+    """A vector whose residual has a smaller norm is done."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "sparsity.")
+        check_at_least(self.k, 1, "sparsity.k")
+        check_at_least(self.tolerance, 0, "sparsity.tolerance")
+
+    def encode(
+        self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
+    ) -> SparseCode:
+        """See `Sparsity.encode`."""
+        indices, values, counts = [], [], []
+        for tile in z.split(TILE):
+            code = self._pursue(weights, tile)
+            kept = code > 0
+            indices.append(kept.nonzero()[:, 1])
+            values.append(code[kept])
+            counts.append(kept.sum(dim=1))
+        if not counts:
+            empty = torch.zeros(0, dtype=torch.int64, device=z.device)
+            indices, values, counts = [empty], [z.new_zeros(0)], [empty]
+        starts = functional.pad(torch.cat(counts).cumsum(0), (1, 0))
+        return SparseCode(torch.cat(indices), torch.cat(values), starts, len(weights.W_dec))
+
+    def activate(
+        self,
+        weights: Weights,
+        scores: Float[Tensor, "batch n_latents"],
+        *,
+        training: bool = False,
+    ) -> Float[Tensor, "batch n_latents"]:
+        """Not to be had from scores alone.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("MatchingPursuit has no code of another k, or of pre-activations alone.")
+
+    def dense(
+        self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
+    ) -> Dense:
+        """See `Sparsity.dense`; the scores are the first correlations."""
+        scores = (z - weights.centre) @ weights.W_dec.T
+        return Dense(scores, self._pursue(weights, z))
+
+    def _pursue(
+        self, weights: Weights, z: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch n_latents"]:
+        W = weights.W_dec
+        residual = z - weights.centre
+        chosen, amounts = [], []
+        for _ in range(self.k):
+            with torch.no_grad():
+                best = (residual @ W.T).argmax(dim=1)
+                going = residual.norm(dim=1) >= self.tolerance
+            rows = W[best]
+            amount = (residual * rows).sum(dim=1).relu() * going
+            residual = residual - amount[:, None] * rows
+            chosen.append(best)
+            amounts.append(amount)
+        code = z.new_zeros(len(z), len(W))
+        return code.scatter_add(1, torch.stack(chosen, dim=1), torch.stack(amounts, dim=1))

@@ -1,0 +1,112 @@
+"""The k strongest latents: of each vector, or on average over a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsight.config import check_types
+from sparsight.sae.code import SparseCode
+from sparsight.sae.kernels import backend
+from sparsight.sae.sparsity.base import (
+    Sparsity,
+    Weights,
+    check_at_least,
+    largest,
+    largest_of_batch,
+)
+
+
+@dataclass(frozen=True)
+class TopK(Sparsity):
+    """Keep the k largest pre-activations of a vector, and of those the positive ones.
+
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
+    """
+
+    k: int = 32
+    """Active latents per vector, at most."""
+
+    rectify: bool = True
+    """Drop what is negative; False keeps it, as Makhzani & Frey 2013, "k-sparse autoencoders"."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "sparsity.")
+        check_at_least(self.k, 1, "sparsity.k")
+
+    def encode(
+        self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
+    ) -> SparseCode:
+        """See `Sparsity.encode`."""
+        values, indices = backend().encode_topk(
+            z, weights.W_enc, weights.b_enc, weights.centre, self.k, rectify=self.rectify
+        )
+        return SparseCode.from_padded(values, indices, len(weights.W_enc), signed=not self.rectify)
+
+    def activate(
+        self,
+        weights: Weights,
+        scores: Float[Tensor, "batch n_latents"],
+        *,
+        training: bool = False,
+    ) -> Float[Tensor, "batch n_latents"]:
+        """See `Sparsity.activate`."""
+        kept = torch.where(largest(scores, self.k), scores, 0)
+        return kept.relu() if self.rectify else kept
+
+
+@dataclass(frozen=True)
+class BatchTopK(Sparsity):
+    """Keep the k · batch largest pre-activations of a whole batch, and of those the positive ones.
+
+    Vectors may then use more or fewer latents than k. In use, where there is no batch to compare
+    with, a latent is active from a threshold on, which training estimates as the mean of the
+    batches' smallest activations (Bussmann et al. 2024, "BatchTopK sparse autoencoders").
+    """
+
+    buffers: ClassVar[frozenset[str]] = frozenset({"threshold"})
+
+    k: int = 32
+    """Active latents per vector, on average."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "sparsity.")
+        check_at_least(self.k, 1, "sparsity.k")
+
+    @property
+    def separable(self) -> bool:
+        """See `Sparsity.separable`."""
+        return False
+
+    def start(self, n_latents: int) -> dict[str, Tensor]:
+        """The threshold: a number."""
+        return {"threshold": torch.zeros(())}
+
+    def encode(
+        self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
+    ) -> SparseCode:
+        """See `Sparsity.encode`."""
+        parts = (weights.W_enc, weights.b_enc, weights.centre)
+        if training:
+            found = backend().encode_batch_topk(z, *parts, self.k)
+        else:
+            found = backend().encode_above(z, *parts, float(weights.extra["threshold"]))
+        return SparseCode.from_ragged(*found, len(weights.W_enc))
+
+    def activate(
+        self,
+        weights: Weights,
+        scores: Float[Tensor, "batch n_latents"],
+        *,
+        training: bool = False,
+    ) -> Float[Tensor, "batch n_latents"]:
+        """See `Sparsity.activate`."""
+        if training:
+            kept = largest_of_batch(scores, self.k)
+        else:
+            kept = scores >= weights.extra["threshold"]
+        return torch.where(kept, scores, 0).relu()
