@@ -320,3 +320,25 @@ def test_broken_photos_beyond_max_failed_stop_a_live_run_and_the_option_lets_it_
     assert "07.png: could not be read" in capsys.readouterr().err
     assert "max_failed" in fails("evaluate", tmp_path / "run", "--workers", "0", code=1)
     assert main(["evaluate", str(tmp_path / "run"), "--workers", "0", "--max-failed", "0.1"]) == 0
+
+
+def test_kinds_of_parts_are_chosen_by_name_and_bring_their_own_flags(capsys) -> None:
+    assert main(["train", "--sparsity", "jumprelu", "--remedy", "resampling", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--sae.sparsity.bandwidth" in shown and "--resampling.times" in shown
+    assert "--auxk.alpha" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "jumprel"], "only: topk, batchtopk"),
+        (["--sparsity"], "--sparsity needs a value"),
+        (["--remedy", "prayer"], "only: auxk, ghost"),
+    ],
+)
+def test_an_unknown_kind_of_part_is_told_with_those_there_are(
+    arguments: list[str], message: str, capsys
+) -> None:
+    assert main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -7,7 +7,15 @@ from evaluation_parts import make_sae
 
 from sparsight.errors import UserError
 from sparsight.evaluation import PCA, Moments, Neurons, untrained
-from sparsight.sae import Normaliser
+from sparsight.sae import (
+    Gated,
+    JumpReLU,
+    Normaliser,
+    ReLU,
+    SAEConfig,
+    SparseAutoencoder,
+    TopK,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +83,22 @@ def test_an_untrained_sae_has_the_shape_and_normaliser_but_not_the_weights(x):
     normaliser = Normaliser(x.mean(dim=0), x.std()[None])
     sae = make_sae(12, 30, normaliser=normaliser)
     before = sae.W_enc.clone()
-    fresh = untrained(sae, x, seed=7)
+    fresh = untrained(sae, x, seed=7, k=4)
     assert fresh.config == sae.config and fresh.W_enc.shape == sae.W_enc.shape
     torch.testing.assert_close(fresh.normaliser.mean, normaliser.mean)
     assert not torch.equal(fresh.W_dec, sae.W_dec)
-    assert torch.equal(fresh.W_dec, untrained(sae, x, seed=7).W_dec)
+    assert torch.equal(fresh.W_dec, untrained(sae, x, seed=7, k=4).W_dec)
     assert torch.equal(sae.W_enc, before)
     # Its encoder is scaled to these activations: reconstructions have their norm.
     z_hat = normaliser(fresh(x).x_hat)
     ratio = z_hat.square().sum() / normaliser(x).square().sum()
     assert float(ratio) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("sparsity", [ReLU(), JumpReLU(), Gated()])
+def test_an_untrained_sae_whose_sparsity_is_learnt_takes_as_many_latents_as_the_trained(
+    sparsity: ReLU | JumpReLU | Gated,
+) -> None:
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    sae = SparseAutoencoder(8, SAEConfig(32, sparsity=sparsity))
+    assert untrained(sae, x, seed=0, k=5).config.sparsity == TopK(5)

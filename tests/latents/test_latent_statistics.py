@@ -196,3 +196,9 @@ def test_label_entropy_is_not_given_under_ten_labelled_images() -> None:
     assert mixture.entropy is None
     assert (mixture.label, mixture.share) == ("x", 1.0)
     assert label_mixture([9], [1.0], {9: None}).label is None
+
+
+def test_ranks_follow_activations_of_either_sign() -> None:
+    values = torch.tensor([0.5, -0.25, 3.0, -7.0, 1e-30, -1e-30, 65504.0])
+    assert torch.equal(values[strength_rank(values).argsort()], values.sort(descending=True).values)
+    assert int(strength_rank(values).min()) >= 0 and int(strength_rank(values).max()) < 1 << 32

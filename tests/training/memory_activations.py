@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsight.activations import OrderedBatch, SiteStatistics
-from sparsight.errors import UserError
+from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource
 
 
@@ -89,7 +89,7 @@ class MemoryActivations:
         return SiteStatistics(len(x), x.mean(dim=0), x.square().mean(dim=0))
 
     def source(self) -> ImageSource:
-        raise AssertionError("these activations are of no images")
+        raise SparsightError("These activations are of no images.")
 
     def stream(self, sites: Sequence[str], batch_size: int, *, seed: int = 0) -> MemoryStream:
         vectors = {site: self.activations[site].flatten(0, 1) for site in sites}

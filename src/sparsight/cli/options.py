@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -52,39 +52,52 @@ class ModelOptions(CommandOptions):
 Options = TypeVar("Options", bound=CommandOptions)
 
 
-def parse(cls: type[Options], verb: str, arguments: Sequence[str]) -> Options:
+def parse(
+    cls: type[Options],
+    verb: str,
+    arguments: Sequence[str],
+    adapt: Callable[[Options, Sequence[str]], Options] | None = None,
+) -> Options:
     """Read the flags of a verb.
 
     Args:
         cls: its options; each field has a default, `tyro.MISSING` where one must be given.
         verb: its name.
         arguments: what follows the name.
+        adapt: makes the options' defaults from themselves and the command line, where flags
+            decide which other flags there are.
 
     Raises:
         UserError: the `--config` file is missing, no TOML, or has a key or value that `cls` lacks.
         SystemExit: `--help` (code 0), or a flag that is unknown or wrong (code 2).
     """
-    path = _config_path(arguments)
+    path = flag(arguments, "--config")
+    default = cls() if path is None else load(cls, Path(path))
     return tyro.cli(
         cls,
         prog=f"sparsight {verb}",
         args=list(arguments),
-        default=cls() if path is None else load(cls, path),
+        default=default if adapt is None else adapt(default, arguments),
         # A union such as `AuxK | None` becomes the flags of its default, not a sub-command.
         config=(tyro.conf.AvoidSubcommands,),
     )
 
 
-def _config_path(arguments: Sequence[str]) -> Path | None:
-    """The file behind `--config`, which must be read before the flags are."""
-    found: Path | None = None
+def flag(arguments: Sequence[str], name: str) -> str | None:
+    """The last value of a flag that must be known before the others are read.
+
+    Raises:
+        UserError: it stands last, without a value.
+    """
+    found: str | None = None
     for place, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name != "--config":
+        given, equals, value = argument.partition("=")
+        if given != name:
             continue
         if not equals:
             if place + 1 == len(arguments):
-                raise UserError("--config needs the path of a TOML file.")
+                what = "the path of a TOML file" if name == "--config" else "a value"
+                raise UserError(f"{name} needs {what}.")
             value = arguments[place + 1]
-        found = Path(value)
+        found = value
     return found

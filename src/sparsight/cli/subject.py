@@ -67,8 +67,9 @@ class Subjects:
             raise UserError(f"{folder}: this SAE names no site. Give --store with its activations.")
         model, images = self.model(folder, sae), self.images(folder, sae)
         options = self.options
+        sites = [site, *filter(None, [sae.metadata.get("target_site")])]
         return LiveActivations(
-            model, images, [site], tokens, workers=options.workers, max_failed=options.max_failed
+            model, images, sites, tokens, workers=options.workers, max_failed=options.max_failed
         )
 
     def model(self, folder: Path, sae: SparseAutoencoder) -> VisionModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import tyro
 
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_sweep
-from sparsight.cli.train import TrainOptions, activations_of
+from sparsight.cli.train import TrainOptions, activations_of, choose_parts
 from sparsight.errors import UserError
 from sparsight.training import SweepConfig, sweep
 
@@ -40,11 +39,8 @@ class SweepOptions(TrainOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, print a line an autoencoder."""
-    options = parse(SweepOptions, "sweep", arguments)
-    base = options.train
-    if options.no_auxk:
-        base = dataclasses.replace(base, auxk=None)
-    config = SweepConfig(base, {**options.grid, **_varied(options.vary)})
+    options = parse(SweepOptions, "sweep", arguments, adapt=choose_parts)
+    config = SweepConfig(options.train, {**options.grid, **_varied(options.vary)})
     found = sweep(
         activations_of(options),
         config,

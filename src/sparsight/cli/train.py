@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from sparsight.activations import ActivationStore, LiveActivations
+from sparsight.cli.architecture import ArchitectureOptions, with_choices
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
@@ -19,7 +20,7 @@ from sparsight.vision import load_model
 
 
 @dataclass(frozen=True)
-class TrainOptions(TrainRecipe, ModelOptions):
+class TrainOptions(TrainRecipe, ArchitectureOptions, ModelOptions):
     """Train a sparse autoencoder a site on a store, or on a model and images directly."""
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -30,23 +31,20 @@ class TrainOptions(TrainRecipe, ModelOptions):
     verify: bool = True
     """Compare the store's checksums first."""
 
-    no_auxk: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Train without a remedy for dead latents."""
-
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue a run that is there, rather than go on from its last checkpoint."""
 
 
+Options = TypeVar("Options", bound=TrainOptions)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, print where each autoencoder lies."""
-    options = parse(TrainOptions, "train", arguments)
-    config = options.train
-    if options.no_auxk:
-        config = dataclasses.replace(config, auxk=None)
+    options = parse(TrainOptions, "train", arguments, adapt=choose_parts)
     data = activations_of(options)
     run = train(
         data,
-        config,
+        options.train,
         out=options.out,
         sites=options.sites or None,
         tokens=options.tokens,
@@ -61,6 +59,12 @@ def main(arguments: Sequence[str]) -> None:
             if key in last
         )
         print(f"{run.folder(site)} · {site} · {figures}")
+
+
+def choose_parts(options: Options, arguments: Sequence[str]) -> Options:
+    """Make the kinds of parts that are chosen the defaults of `options.train`."""
+    train = with_choices(options.train, options, arguments)
+    return dataclasses.replace(options, train=train)
 
 
 def activations_of(options: TrainOptions) -> ActivationStore | LiveActivations:

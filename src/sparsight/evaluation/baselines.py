@@ -6,6 +6,8 @@ so that the same code measures them all.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.errors import UserError
-from sparsight.sae import Normaliser, SparseAutoencoder, SparseCode
+from sparsight.sae import SparseAutoencoder, SparseCode, TopK
 
 Features = SparseCode | Tensor
 """Of vectors: a sparse code, or `[vectors, n]` where all features are there, of either sign."""
@@ -27,20 +29,28 @@ INIT_SAMPLE = 4096
 
 
 def untrained(
-    sae: SparseAutoencoder, sample: Float[Tensor, "vectors d_in"], seed: int
+    sae: SparseAutoencoder, sample: Float[Tensor, "vectors d_in"], seed: int, k: int
 ) -> SparseAutoencoder:
     """An SAE of the same configuration and normaliser with the weights that training starts from.
+
+    A sparsity that training has to find, by prices and thresholds, is none at the start: k latents
+    a vector take its place.
 
     Args:
         sae: the trained one.
         sample: activations, for the scale of the encoder.
         seed: of the weights.
+        k: active latents per vector, where the sparsity has no such number.
     """
-    own = sae.normaliser
+    own, config = copy.deepcopy(sae.normaliser), sae.config
+    if not hasattr(config.sparsity, "k"):
+        config = dataclasses.replace(config, sparsity=TopK(min(k, sae.n_latents)))
     fresh = SparseAutoencoder(
         sae.d_in,
-        sae.config,
-        normaliser=Normaliser(own.mean.clone(), own.scale.clone()),
+        config,
+        d_out=sae.d_out if sae.is_transcoder else None,
+        normaliser=own,
+        target_normaliser=copy.deepcopy(sae.target_normaliser),
         sample=own(sample.to(own.mean)).cpu(),
         seed=seed,
         metadata=sae.metadata,

@@ -30,6 +30,9 @@ class Batch(NamedTuple):
     x: Float[Tensor, "batch tokens d_in"]
     """In the units of the model, float32."""
 
+    y: Float[Tensor, "batch tokens d_out"]
+    """What is to be reconstructed: `x`, or of a transcoder the activations of its target site."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -66,6 +69,7 @@ class Passes:
     Args:
         source: the activations.
         site: which.
+        target: of a transcoder, the site that it predicts.
         max_images: only the first so many images.
         batch_images: images at a time.
         device: where batches are to be.
@@ -77,6 +81,7 @@ class Passes:
         source: ActivationSource,
         site: str,
         *,
+        target: str | None = None,
         max_images: int | None = None,
         batch_images: int = 64,
         device: torch.device | str = "cpu",
@@ -87,34 +92,47 @@ class Passes:
                 raise UserError(f"{name} is {value}; it must be 1 or more.")
         self.source = source
         self.site = site
+        self.target = target or site
         self.layout = Layout.of(source, site)
         self.d_in = source.d_in(site)
+        self.d_out = source.d_in(self.target)
+        if source.n_tokens[self.target] != source.n_tokens[site]:
+            raise UserError(
+                f"{site} has {source.n_tokens[site]} vectors an image, {target} "
+                f"{source.n_tokens[self.target]}: a transcoder needs as many at both."
+            )
         self.batch_images = batch_images
         self.device = torch.device(device)
         self.n_images = source.n_images if max_images is None else min(max_images, source.n_images)
-        size = 4 * self.n_images * self.layout.n_tokens * self.d_in
+        width = self.d_in if self.target == site else self.d_in + self.d_out
+        size = 4 * self.n_images * self.layout.n_tokens * width
         self._keep = size <= cache_bytes
         self._kept: list[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         if self._kept is not None:
-            for batch in self._kept:
-                yield Batch(batch.images, batch.x.to(self.device))
+            yield from map(self._placed, self._kept)
             return
         kept: list[Batch] = []
         left = self.n_images
-        for read in self.source.ordered([self.site], batch_images=self.batch_images):
-            batch = Batch(read.image_indices[:left], read.activations[self.site][:left])
+        sites = list(dict.fromkeys((self.site, self.target)))
+        for read in self.source.ordered(sites, batch_images=self.batch_images):
+            x, y = (read.activations[site][:left] for site in (self.site, self.target))
+            batch = Batch(read.image_indices[:left], x, y)
             left -= len(batch.images)
             if self._keep:
                 kept.append(batch)
-            yield Batch(batch.images, batch.x.to(self.device))
+            yield self._placed(batch)
             if left <= 0:
                 break
         # Images may fail while they are read for the first time.
         self.n_images -= max(left, 0)
         if self._keep:
             self._kept = kept
+
+    def _placed(self, batch: Batch) -> Batch:
+        x = batch.x.to(self.device)
+        return Batch(batch.images, x, x if batch.y is batch.x else batch.y.to(self.device))
 
     def first_vectors(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
         """The first `n` vectors, however they are batched."""
@@ -160,3 +178,23 @@ def find_site(sae: SparseAutoencoder, source: ActivationSource, site: str | None
             f"{given.get('id')}, which has other weights."
         )
     return wanted
+
+
+def find_target(sae: SparseAutoencoder, source: ActivationSource) -> str | None:
+    """The site that a transcoder predicts; None for an autoencoder.
+
+    Raises:
+        UserError: it is not known, not among the activations, or of another width.
+    """
+    if not sae.is_transcoder:
+        return None
+    named = sae.metadata.get("target_site")
+    if named is None:
+        raise UserError("The transcoder does not say which site it predicts (no target_site).")
+    target = source.canonical_site(str(named))
+    if source.d_in(target) != sae.d_out:
+        raise UserError(
+            f"{target}: the activations have {source.d_in(target)} dimensions, the transcoder "
+            f"gives {sae.d_out}."
+        )
+    return target

@@ -23,7 +23,7 @@ from sparsight.evaluation.baselines import (
     untrained,
 )
 from sparsight.evaluation.choosing import choose_features
-from sparsight.evaluation.data import Passes, find_site
+from sparsight.evaluation.data import Passes, find_site, find_target
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
 from sparsight.evaluation.localising import HeatCollector
 from sparsight.evaluation.pooling import PooledFeatures
@@ -99,6 +99,7 @@ def evaluate(
     passes = Passes(
         activations,
         site,
+        target=find_target(sae, activations),
         max_images=max_images,
         batch_images=batch_images,
         device=sae.W_enc.device,
@@ -179,13 +180,15 @@ class _Evaluation:
         n_seen = 0
         with progress(title, passes.n_images, "images", quiet=self.quiet) as line:
             for batch in passes:
-                x = batch.x.flatten(0, 1)
-                z = self.sae.normaliser(x)
+                x, y = batch.x.flatten(0, 1), batch.y.flatten(0, 1)
+                normaliser = self.sae.target_normaliser or self.sae.normaliser
+                frame = normaliser.frame(y)
+                z = normaliser(y, frame)
                 for each in fresh.values():
-                    x_hat, features = each.decomposition(x)
-                    each.raw.add(batch.x, x_hat.view_as(batch.x))
-                    z_hat = self.sae.normaliser(x_hat)
-                    each.normalised.add(z.view_as(batch.x), z_hat.view_as(batch.x))
+                    y_hat, features = each.decomposition(x)
+                    each.raw.add(batch.y, y_hat.view_as(batch.y))
+                    z_hat = normaliser(y_hat, frame)
+                    each.normalised.add(z.view_as(batch.y), z_hat.view_as(batch.y))
                     each.pooled.add(features)
                     if isinstance(features, SparseCode):
                         each.sparsity = each.sparsity or SparsityMeter(
@@ -211,9 +214,12 @@ class _Evaluation:
         assert sparsity is not None
         k = min(max(1, round(sparsity.l0())), self.sae.d_in)
         sample = self.passes.first_vectors(INIT_SAMPLE)
+        fresh = untrained(self.sae, sample, self.seed, k)
+        if self.sae.is_transcoder:  # the others reconstruct their input
+            return {"untrained": fresh}
         mean = self.measured["sae"].raw.mean.float()
         return {
-            "untrained": untrained(self.sae, sample, self.seed),
+            "untrained": fresh,
             "pca": PCA.fit(self.fit, k),
             "neurons": Neurons(mean, k),
         }
@@ -260,6 +266,8 @@ class _Evaluation:
         """Zero-shot accuracy and contrastive loss with the site replaced."""
         passes, tokens = self.passes, self.passes.source.tokens
         reason = why_not(model, images, tokens)
+        if self.sae.is_transcoder:
+            reason = "A transcoder's output takes the place of another site than its input's."
         if reason is not None or model is None or images is None:
             reason = no_images if images is None and no_images and model else reason
             self.omitted |= {"zero_shot": str(reason), "contrastive": str(reason)}
@@ -298,6 +306,7 @@ class _Evaluation:
         metrics: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "site": passes.site,
+            **({"target_site": passes.target} if sae.is_transcoder else {}),
             "tokens": source.tokens,
             "space": "raw",
             "n_images": len(self.images),
@@ -379,7 +388,8 @@ class _Evaluation:
         passes, layout = self.passes, self.passes.layout
         what = f"{passes.site}, {'SAE' if name == 'sae' else name}"
         raw, normalised = (
-            ReconstructionMeter(layout.n_tokens, passes.d_in, passes.device, what) for _ in range(2)
+            ReconstructionMeter(layout.n_tokens, passes.d_out, passes.device, what)
+            for _ in range(2)
         )
         return _Measured(decomposition, raw, normalised, None, PooledFeatures(layout, MAX_SCENES))
 

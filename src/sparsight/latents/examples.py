@@ -71,11 +71,13 @@ class ExampleTable:
 
 
 def strength_rank(activation: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Rank by which the strongest of positive activations comes first, exactly.
+    """Rank, below 2^32, by which the largest activation comes first, exactly.
 
-    The bits of positive float32 numbers, read as integers, are in the order of the numbers.
+    The bits of positive float32 numbers, read as integers, are in the order of the numbers; those
+    of negative ones without their sign, in the reverse order.
     """
-    return _LARGEST_FLOAT - activation.float().contiguous().view(torch.int32).to(torch.int64)
+    bits = activation.float().contiguous().view(torch.int32).to(torch.int64)
+    return _LARGEST_FLOAT - torch.where(bits < 0, -(bits & _LARGEST_FLOAT), bits)
 
 
 def lottery_rank(

@@ -72,7 +72,7 @@ class LatentStatistics:
         token = code.rows % n_tokens
 
         # By latent, then image, then strength; of equals the first token, as the sort is stable.
-        order = ((pair << 31) + strength_rank(values)).argsort(stable=True)
+        order = ((pair << 32) + strength_rank(values)).argsort(stable=True)
         pair, values, token = pair[order], values[order], token[order]
         latent = pair // len(images)
         active, counts = latent.unique_consecutive(return_counts=True)
@@ -165,7 +165,8 @@ def label_mixture(
     for image, activation in zip(images, activations, strict=True):
         label = labels.get(image) if image >= 0 else None
         if label is not None:
-            weight[label] = weight.get(label, 0.0) + activation
+            # Of either sign where the sparsity is such: what is negative speaks for no label.
+            weight[label] = weight.get(label, 0.0) + max(activation, 0.0)
             n += 1
     total = math.fsum(weight.values())
     if not total:

@@ -96,9 +96,17 @@ class Normaliser(nn.Module):
             return Frame(torch.zeros_like(scale), scale.clamp(min=1e-12))
         return None
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """Into normalised space."""
-        frame = self.frame(x)
+    def forward(
+        self, x: Float[Tensor, "batch d_in"], frame: Frame | None = None
+    ) -> Float[Tensor, "batch d_in"]:
+        """Into normalised space.
+
+        Args:
+            x: in the units of the model.
+            frame: the units of each vector, where they are not to be measured on `x` itself.
+        """
+        if frame is None:
+            frame = self.frame(x)
         if frame is not None:
             return (x - frame.mean) / frame.scale
         return (x - self.mean) / self.scale
