@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from sparsight.latents import plots, scores
 from sparsight.latents.cards import Gallery, make_gallery
+from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
 from sparsight.latents.run_files import RunFiles, without_folders
 from sparsight.latents.style import to_svg
 from sparsight.progress import progress
@@ -86,6 +88,9 @@ def make_view(
         for make in (scores.reconstruction_table, scores.downstream_table, scores.truth_table)
         if measured and (table := make(run.metrics)) is not None
     ]
+    dead = dead_latents_table(run.log, _remedies(run), run.sae.metadata.get("mean_to_spread"))
+    if dead is not None:
+        tables.append(dead)
     cards = gallery.cards if gallery else []
     return RunView(
         key=key,
@@ -102,6 +107,15 @@ def make_view(
         named=any(card.chosen == "named" for card in cards),
         heatmaps=any(shot.heat for card in cards for shot in card.top),
     )
+
+
+def _remedies(run: RunFiles) -> list[str]:
+    """What the run did for dead latents, from its configuration."""
+    try:
+        train = tomllib.loads(run.config).get("train", {})
+    except tomllib.TOMLDecodeError:
+        return []
+    return [name for name in REMEDIES if isinstance(train.get(name), dict)]
 
 
 def _not_measured(metrics: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,49 @@
+"""What training says of dead latents: how many, what was done for them, what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from sparsight.latents.scores import Row, Table, figure, percent
+
+REMEDIES = {"auxk": "AuxK", "ghost": "ghost gradients", "resampling": "resampling"}
+
+
+def dead_latents_table(
+    log: Sequence[Mapping[str, Any]], remedies: Sequence[str], mean_to_spread: float | None
+) -> Table | None:
+    """A table of a run's log; None where the log does not tell.
+
+    Args:
+        log: lines of `metrics.jsonl`.
+        remedies: which of `REMEDIES` the run had.
+        mean_to_spread: of the activations; see `sparsight.training.trainer.mean_to_spread`.
+    """
+    lines = [line for line in log if "revived" in line and "dead" in line]
+    if not lines:
+        return None
+    last = lines[-1]
+    window = last["dead_window"]
+    rows = [
+        ("remedy", ", ".join(REMEDIES[each] for each in remedies) or "none"),
+        (f"dead at the end, in the last {window:,} vectors", percent(last["dead"])),
+        ("dead at most", percent(max(line["dead"] for line in lines))),
+        ("dead latents that fired again", f"{sum(line['revived'] for line in lines):,}"),
+    ]
+    if "resampling" in remedies:
+        rows.append(("resampled", f"{sum(line['resampled'] for line in lines):,}"))
+    before = [line["vectors_per_second"] for line in lines if line["vectors"] <= window]
+    after = [line["vectors_per_second"] for line in lines if line["vectors"] > window]
+    if remedies and before and after:
+        share = median(after) / max(median(before), 1e-9)
+        rows.append(("speed once latents can be dead, of that before", percent(share)))
+    if mean_to_spread is not None:
+        rows.append(("distance of the mean from 0, in spreads", figure(mean_to_spread)))
+    return Table(
+        "Dead latents in training",
+        ("value",),
+        tuple(Row(name, "", (value,)) for name, value in rows),
+        note="A latent is revived when it was dead and is active again.",
+    )
