@@ -1,0 +1,73 @@
+"""Checkpoints of other projects, one file each: how they are told apart, read and written.
+
+Start at `base`: what a `Format` is. `read` finds the format of some files by their content;
+`reading` and `pickles` read files that nobody vouches for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsight.errors import UserError
+from sparsight.sae.formats.base import Candidate, Foreign, Format
+
+FORMATS: tuple[Format, ...] = ()
+"""In the order in which they are asked whether they recognise some files."""
+
+
+def find(name: str) -> Format:
+    """The format of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for each in FORMATS:
+        if each.name == name:
+            return each
+    raise UserError(f"{name!r} is no format; there are {', '.join(e.name for e in FORMATS)}.")
+
+
+def recognise(found: Candidate) -> Format:
+    """The format of some files.
+
+    Raises:
+        UserError: it is none of them; the message lists what was found.
+        SparsightError: a file is damaged.
+    """
+    for each in FORMATS:
+        if each.recognises(found):
+            return each
+    raise UserError(
+        f"{found.name}: holds no SAE in a format that Sparsight reads "
+        f"({', '.join(each.title for each in FORMATS)}). {_inventory(found)}"
+    )
+
+
+def read(path: Path, name: str | None = None) -> Foreign:
+    """Read a checkpoint of another project.
+
+    Args:
+        path: a folder or a file.
+        name: what the user called it, for messages.
+
+    Raises:
+        UserError: the format is unknown, or the SAE has a part that Sparsight has no equal of.
+        SparsightError: a file is damaged.
+    """
+    found = Candidate(path, name)
+    return recognise(found).load(found)
+
+
+def _inventory(found: Candidate) -> str:
+    if not found.weights:
+        files = ", ".join(found.files[:12]) + (", …" if len(found.files) > 12 else "")
+        return f"Found no file with tensors; there is: {files or 'nothing'}."
+    parts = []
+    for file in found.weights[:4]:
+        keys = sorted(found.keys(file))
+        kept = ", ".join(each[:60] for each in keys[:12]) + (", …" if len(keys) > 12 else "")
+        parts.append(f"{file} has {kept or 'no names at its top'}")
+    return f"Found: {'; '.join(parts)}."
+
+
+__all__ = ["FORMATS", "Candidate", "Foreign", "Format", "find", "read", "recognise"]

@@ -1,0 +1,277 @@
+"""What a format is: `Candidate` in, `Foreign` out, and `Foreign.build` makes the SAE."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.sae.autoencoder import SparseAutoencoder
+from sparsight.sae.config import SAEConfig
+from sparsight.sae.formats import reading
+from sparsight.sae.normaliser import Normaliser
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pkl.gz")
+"""How the names of files end that can hold tensors."""
+
+CONFIGS = (".json", ".yaml", ".yml")
+"""How the names of files end that can hold a configuration."""
+
+_DEEPEST, _MOST = 2, 2_000
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint of another project, in our terms."""
+
+    format: str
+    """The format's name."""
+
+    d_in: int
+    """Width of the activations."""
+
+    config: SAEConfig
+    """The parts; `n_latents` is taken from `W_enc`."""
+
+    tensors: dict[str, Tensor]
+    """By the names that `SparseAutoencoder.state_dict` has; rows are latents."""
+
+    d_out: int | None = None
+    """Width of a transcoder's output."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Where the SAE belongs, as far as the checkpoint says: model, site, tokens."""
+
+    unknown: tuple[str, ...] = ()
+    """Keys of the configuration, and tensors, that were not understood."""
+
+    notes: tuple[str, ...] = ()
+    """What a user must know of the way that it was read."""
+
+    def build(self) -> SparseAutoencoder:
+        """The SAE, frozen and in evaluation mode; its tensors are float32.
+
+        Raises:
+            SparsightError: tensors are missing, do not fit one another, or are not finite.
+        """
+        if "W_enc" not in self.tensors or self.tensors["W_enc"].ndim != 2:
+            raise SparsightError(f"{self._where}: there is no encoder matrix.")
+        shape = tuple(self.tensors["W_enc"].shape)
+        if shape[1] != self.d_in or 0 in shape:
+            raise SparsightError(
+                f"{self._where}: the encoder is {list(shape)}, for vectors of width {self.d_in}."
+            )
+        try:
+            config = dataclasses.replace(self.config, n_latents=shape[0])
+            sae = self._empty(config)
+        except UserError as error:
+            raise SparsightError(f"{self._where}: {error}") from error
+        wanted = sae.state_dict()
+        given = {**{k: v for k, v in wanted.items() if k.startswith("normaliser.")}, **self.tensors}
+        wrong = sorted(
+            key
+            for key in {*wanted, *given}
+            if key not in wanted or key not in given or wanted[key].shape != given[key].shape
+        )
+        if wrong:
+            raise SparsightError(
+                f"{self._where}: tensors do not fit one another: "
+                + "; ".join(
+                    f"{key} is {_shape(given.get(key), 'missing')}, "
+                    f"expected {_shape(wanted.get(key), 'nothing')}"
+                    for key in wrong
+                )
+                + "."
+            )
+        for key, tensor in given.items():
+            if not torch.isfinite(tensor).all():
+                raise SparsightError(f"{self._where}: {key} holds values that are not finite.")
+        sae.load_state_dict({key: tensor.to(torch.float32) for key, tensor in given.items()})
+        sae.requires_grad_(False).eval()
+        return sae
+
+    def _empty(self, config: SAEConfig) -> SparseAutoencoder:
+        found: Mapping[str, Any] = self.metadata
+        mean, scale = (self.tensors.get(f"normaliser.{name}") for name in ("mean", "scale"))
+        normaliser = None
+        if mean is not None and scale is not None:
+            normaliser = Normaliser(mean.to(torch.float32), scale.to(torch.float32))
+        extras: dict[str, Any] = {} if self.d_out is None else {"d_out": self.d_out}
+        return SparseAutoencoder(
+            self.d_in, config, normaliser=normaliser, metadata=dict(found), **extras
+        )
+
+    @property
+    def _where(self) -> str:
+        path = self.metadata.get("source", {}).get("path")
+        return f"{path} ({self.format})" if path else self.format
+
+
+class Candidate:
+    """The files that a user points at: a folder, or one file and what lies beside it.
+
+    What is read is kept: several formats look at the same file to tell whether it is theirs.
+
+    Args:
+        path: the folder or the file.
+        name: what the user called it, for messages; the path if None.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or str(path)
+        self.folder = self.path if self.path.is_dir() else self.path.parent
+        self.chosen = None if self.path.is_dir() else self.path.name
+        self._configs: dict[str, dict[str, Any]] = {}
+        self._payloads: dict[str, Any] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """Names, relative to the folder, of the files in it and up to two folders below."""
+        found: list[str] = []
+        folders = [(self.folder, 0)]
+        while folders and len(found) < _MOST:
+            folder, depth = folders.pop(0)
+            for each in sorted(folder.iterdir()):
+                if each.is_file():
+                    found.append(each.relative_to(self.folder).as_posix())
+                elif each.is_dir() and depth < _DEEPEST and not each.name.startswith("."):
+                    folders.append((each, depth + 1))
+        return tuple(found[:_MOST])
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """Files that can hold tensors: the one that the user named, or those in the folder."""
+        if self.chosen is not None:
+            return (self.chosen,)
+        return tuple(each for each in self.files if each.endswith(WEIGHTS) and "/" not in each)
+
+    def has(self, file: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.folder / file).is_file()
+
+    def config(self, *files: str) -> dict[str, Any]:
+        """The first of these JSON or YAML files that is there; empty if none is.
+
+        Raises:
+            SparsightError: it is damaged.
+        """
+        for file in files:
+            if file not in self._configs and self.has(file):
+                self._configs[file] = reading.read_config(self.folder / file)
+            if file in self._configs:
+                return self._configs[file]
+        return {}
+
+    def payload(self, file: str) -> Any:
+        """What a file holds, as plain data; of safetensors a dictionary of tensors.
+
+        Raises:
+            SparsightError: it is damaged.
+        """
+        if file not in self._payloads:
+            path = self.folder / file
+            if file.endswith(".safetensors"):
+                self._payloads[file] = reading.read_safetensors(path)
+            elif file.endswith(".gz"):
+                self._payloads[file] = reading.read_gzipped_pickle(path)
+            else:
+                self._payloads[file] = reading.read_torch(path)
+        return self._payloads[file]
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """The tensors at the top of a file, by name; empty if it holds something else.
+
+        Raises:
+            SparsightError: it is damaged.
+        """
+        if file not in self._tensors:
+            found = self.payload(file)
+            items = found.items() if isinstance(found, dict) else ()
+            self._tensors[file] = {k: v for k, v in items if isinstance(v, Tensor)}
+        return self._tensors[file]
+
+    def keys(self, file: str) -> frozenset[str]:
+        """What stands at the top of a file, tensors and other things.
+
+        Raises:
+            SparsightError: it is damaged.
+        """
+        if file.endswith(".safetensors") and file not in self._payloads:
+            return frozenset(reading.safetensors_keys(self.folder / file))
+        found = self.payload(file)
+        return frozenset(map(str, found)) if isinstance(found, dict) else frozenset()
+
+    def find(self, *keys: str) -> str | None:
+        """The first of the `weights` that has all of these keys at its top."""
+        wanted = set(keys)
+        return next((file for file in self.weights if wanted <= self.keys(file)), None)
+
+    def source(self, format: str, file: str) -> dict[str, Any]:
+        """For `Foreign.metadata["source"]`."""
+        return {"format": format, "path": f"{self.name}: {file}" if file else self.name}
+
+
+class Format(ABC):
+    """How one project stores its SAEs; one instance a format, in `FORMATS`."""
+
+    name: ClassVar[str]
+    """For `--format` and messages."""
+
+    title: ClassVar[str]
+    """The project, for readers."""
+
+    can_save: ClassVar[bool] = False
+    """Whether `save` writes it."""
+
+    @abstractmethod
+    def recognises(self, found: Candidate) -> bool:
+        """Whether the files are of this format, by what is in them."""
+
+    @abstractmethod
+    def load(self, found: Candidate) -> Foreign:
+        """Read it.
+
+        Raises:
+            UserError: it has a part that Sparsight has no equal of.
+            SparsightError: a file is damaged.
+        """
+
+    def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
+        """Write an SAE so that the project's own code loads it, with the same function of x.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: the format cannot express the SAE, or Sparsight does not write it.
+        """
+        raise UserError(f"{self.title}: Sparsight reads this format but does not write it.")
+
+
+def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> list[Tensor]:
+    """Tensors by name.
+
+    Raises:
+        SparsightError: one is missing.
+    """
+    wanted = list(keys)
+    missing = [key for key in wanted if key not in tensors]
+    if missing:
+        raise SparsightError(
+            f"{where}: {', '.join(missing)} is missing; there is {', '.join(sorted(tensors))}."
+        )
+    return [tensors[key] for key in wanted]
+
+
+def _shape(tensor: Tensor | None, otherwise: str) -> str:
+    return otherwise if tensor is None else str(list(tensor.shape))

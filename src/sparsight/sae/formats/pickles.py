@@ -1,0 +1,525 @@
+"""Pickles read as plain data: nothing that they name is imported or called.
+
+A pickle is a program for a small stack machine that can call anything. This is such a machine
+without calls: it knows a handful of names (`_KNOWN`), from which it makes tensors, arrays and
+containers itself; an object of any other class becomes a dictionary of its state, with the name of
+the class under `"__class__"`. The opcodes are those of the standard library's `pickletools`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CLASS = "__class__"
+"""The key under which an object's dictionary holds the name of its class."""
+
+ARGUMENTS = "__args__"
+"""The key of what an object's constructor would have been given."""
+
+STATE = "__state__"
+"""The key of a state that is no dictionary."""
+
+ITEMS = "__items__"
+"""The key of the elements of an object that is a list or a set."""
+
+_SPREAD = 2**24
+"""A tensor may have this many elements more than its storage: one that was `expand`ed."""
+
+_DEEPEST = 8
+"""Pickles within pickles."""
+
+
+class PickleError(Exception):
+    """The bytes are no pickle, are cut off, or hold what cannot be plain data."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a pickle refers to by name: a class, a function, a dtype; never imported."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The bytes behind tensors, one-dimensional."""
+
+    data: Tensor
+
+
+class _Mark:
+    pass
+
+
+_MARK = _Mark()
+
+
+@dataclass
+class Reader:
+    """Reads the pickles of one file.
+
+    Attributes:
+        storage: gives the storage that a persistent id names.
+        budget: elements that may be copied, so that a small file cannot fill the memory.
+        depth: how many pickles this one is within.
+    """
+
+    storage: Callable[[tuple[Any, ...]], Any] | None = None
+    budget: int = 2**24
+    depth: int = 0
+    _stack: list[Any] = field(default_factory=list)
+    _memo: dict[int, Any] = field(default_factory=dict)
+
+    def load(self, file: io.BufferedIOBase) -> Any:
+        """The next pickle of a file, as plain data; the file then stands behind it.
+
+        Raises:
+            PickleError: the bytes are none, are cut off or do not fit together.
+        """
+        self._stack, self._memo = [], {}
+        try:
+            for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]
+                if opcode.name == "STOP":
+                    return self._stack.pop()
+                self._step(opcode.name, argument)
+        except PickleError:
+            raise
+        except RecursionError as error:
+            raise PickleError("nested too deep") from error
+        except MemoryError as error:
+            raise PickleError("does not fit into memory") from error
+        except Exception as error:
+            # The stack machine has as many ways to trip as there are wrong programs.
+            raise PickleError(f"{type(error).__name__}: {error}") from error
+        raise PickleError("it ends before its last opcode")
+
+    def _step(self, opcode: str, argument: Any) -> None:
+        stack = self._stack
+        if opcode in _CONSTANTS:
+            stack.append(_CONSTANTS[opcode]())
+        elif opcode in _LITERALS:
+            stack.append(argument)
+        elif opcode in _IGNORED:
+            pass
+        elif opcode == "BYTEARRAY8":
+            stack.append(bytes(argument))
+        elif opcode == "MARK":
+            stack.append(_MARK)
+        elif opcode == "POP":
+            stack.pop()
+        elif opcode == "POP_MARK":
+            self._above_mark()
+        elif opcode == "DUP":
+            stack.append(stack[-1])
+        elif opcode in ("PUT", "BINPUT", "LONG_BINPUT"):
+            self._memo[int(argument)] = stack[-1]
+        elif opcode == "MEMOIZE":
+            self._memo[len(self._memo)] = stack[-1]
+        elif opcode in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self._memo[int(argument)])
+        elif opcode in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            size = int(opcode[-1])
+            if len(stack) < size:
+                raise PickleError("a tuple is cut off")
+            stack[-size:] = [tuple(stack[-size:])]
+        elif opcode == "TUPLE":
+            stack.append(tuple(self._above_mark()))
+        elif opcode == "LIST":
+            stack.append(self._above_mark())
+        elif opcode == "FROZENSET":
+            stack.append(frozenset(map(_key, self._above_mark())))
+        elif opcode == "DICT":
+            stack.append(_pairs(self._above_mark()))
+        elif opcode in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = [stack.pop()] if opcode == "APPEND" else self._above_mark()
+            _add(stack[-1], items)
+        elif opcode in ("SETITEM", "SETITEMS"):
+            items = [stack.pop() for _ in range(2)][::-1]
+            if opcode == "SETITEMS":
+                stack.extend(items)
+                items = self._above_mark()
+            if not isinstance(stack[-1], dict):
+                raise PickleError(f"keys are set on a {type(stack[-1]).__name__}")
+            stack[-1].update(_pairs(items))
+        elif opcode == "GLOBAL":
+            stack.append(Name(argument.replace(" ", ".", 1)))
+        elif opcode == "STACK_GLOBAL":
+            name, module = stack.pop(), stack.pop()
+            stack.append(Name(f"{_text(module)}.{_text(name)}"))
+        elif opcode in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
+            extras = stack.pop() if opcode == "NEWOBJ_EX" else {}
+            arguments, function = stack.pop(), stack.pop()
+            made = self._call(function, arguments)
+            if extras and isinstance(made, dict):
+                made["__kwargs__"] = extras
+            stack.append(made)
+        elif opcode in ("INST", "OBJ"):
+            found = self._above_mark()
+            function = Name(argument.replace(" ", ".", 1)) if opcode == "INST" else found.pop(0)
+            stack.append(self._call(function, tuple(found)))
+        elif opcode == "BUILD":
+            state = stack.pop()
+            stack[-1] = self._build(stack[-1], state)
+        elif opcode == "BINPERSID":
+            if self.storage is None:
+                raise PickleError("it refers to data outside of it")
+            stack.append(self.storage(stack.pop()))
+        else:
+            raise PickleError(f"the opcode {opcode} has no place in a checkpoint")
+
+    def _above_mark(self) -> list[Any]:
+        place = len(self._stack) - 1
+        while place >= 0 and self._stack[place] is not _MARK:
+            place -= 1
+        if place < 0:
+            raise PickleError("a mark is missing")
+        found = self._stack[place + 1 :]
+        del self._stack[place:]
+        return found
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """What a call that the pickle asks for stands for; nothing is called that it names."""
+        arguments = tuple(arguments)
+        name = function.name if isinstance(function, Name) else None
+        if name == "torch._utils._rebuild_tensor_v3":
+            storage, dtype = arguments[0], _DTYPES[arguments[6].name]
+            return self._tensor(Storage(storage.data.view(dtype)), *arguments[1:4])
+        if name == "torch._utils._rebuild_tensor_v2":
+            return self._tensor(*arguments[:4])
+        if name == "torch._utils._rebuild_tensor":
+            return self._tensor(*arguments)
+        if name in (
+            "torch._utils._rebuild_parameter",
+            "torch._utils._rebuild_parameter_with_state",
+        ):
+            return arguments[0]
+        if name == "torch._tensor._rebuild_from_type_v2":
+            return self._call(arguments[0], arguments[2])
+        if name == "torch.storage._load_from_bytes":
+            return self._nested(arguments[0])
+        if name in ("torch.storage.TypedStorage", "torch.storage._TypedStorage") and arguments:
+            return arguments[0]
+        if name in _KNOWN:
+            self.budget -= sum(len(each) for each in arguments if hasattr(each, "__len__"))
+            if self.budget < 0:
+                raise PickleError("it copies the same values again and again")
+            return _KNOWN[name](*arguments)
+        if name == "copyreg._reconstructor":
+            kind, _, content = arguments
+            made = {CLASS: str(kind)}
+            return made if content is None else _with_items(made, content)
+        if name == "copyreg.__newobj__":
+            return self._call(arguments[0], arguments[1:])
+        made = {CLASS: str(function) if isinstance(function, Name) else "unknown"}
+        return {**made, ARGUMENTS: arguments} if arguments else made
+
+    def _build(self, made: Any, state: Any) -> Any:
+        if isinstance(made, _Array):
+            return made.filled(state)
+        if isinstance(made, _Dtype):
+            made.order = state[1]
+            return made
+        if not isinstance(made, dict) or CLASS not in made:
+            return made  # attributes of a tensor or a container: no data of a checkpoint
+        halves = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+        if all(half is None or isinstance(half, dict) for half in halves):
+            for half in halves:
+                # An attribute cannot pass for the name of the class.
+                made.update({k: v for k, v in (half or {}).items() if k != CLASS})
+        else:
+            made[STATE] = state
+        return made
+
+    def _tensor(self, storage: Any, offset: int, size: Iterable[int], stride: Iterable[int]) -> Any:
+        if not isinstance(storage, Storage):
+            raise PickleError("a tensor has no storage")
+        size, stride = tuple(size), tuple(stride)
+        if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
+            raise PickleError(f"a tensor has size {list(size)} and stride {list(stride)}")
+        data, elements, last = storage.data, 1, offset
+        for length, step in zip(size, stride, strict=True):
+            elements *= length
+            last += (length - 1) * step
+        if elements == 0:
+            return data.new_zeros(size)
+        if last >= len(data) or elements > len(data) + _SPREAD:
+            raise PickleError(
+                f"a tensor of size {list(size)} is larger than its {len(data)} values"
+            )
+        return data.as_strided(size, stride, offset)
+
+    def _nested(self, data: Any) -> Any:
+        if self.depth >= _DEEPEST:
+            raise PickleError("pickles within pickles within pickles")
+        return read_legacy(io.BytesIO(data), len(data), depth=self.depth + 1)
+
+
+def read_legacy(file: io.BufferedIOBase, size: int, *, depth: int = 0) -> Any:
+    """What `torch.save` wrote before it wrote zip archives: pickles, and then the storages.
+
+    Args:
+        file: at its beginning.
+        size: of the file, in bytes.
+        depth: how many pickles this is within.
+
+    Raises:
+        PickleError: it is not that, or is cut off.
+    """
+    storages: dict[str, Storage] = {}
+    total = 0
+
+    def storage(identity: tuple[Any, ...]) -> Any:
+        nonlocal total
+        if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+            return identity[1]  # a class, with its source code
+        if not isinstance(identity, tuple) or len(identity) not in (5, 6):
+            raise PickleError("a storage has no name")
+        _, kind, key, _, elements, *_ = identity
+        if key not in storages:
+            dtype = storage_dtype(kind)
+            total += elements * dtype.itemsize
+            if elements < 0 or total > size:
+                raise PickleError(f"its tensors take {total:,} bytes, the file {size:,}")
+            storages[key] = Storage(torch.zeros(elements, dtype=dtype))
+        view = identity[5] if len(identity) == 6 else None
+        if view is None:
+            return storages[key]
+        _, start, length = view
+        if not 0 <= start <= start + length <= len(storages[key].data):
+            raise PickleError("a view is larger than its storage")
+        return Storage(storages[key].data[start : start + length])
+
+    plain = Reader(depth=depth)
+    if plain.load(file) != LEGACY_MAGIC:
+        raise PickleError("it is not a file that torch.save wrote")
+    plain.load(file), plain.load(file)  # the protocol and the system
+    found = Reader(storage, depth=depth).load(file)
+    for key in plain.load(file):
+        count = int.from_bytes(file.read(8), "little")
+        if key not in storages or count != len(storages[key].data):
+            raise PickleError(f"the storage {key!r} has not the size that was announced")
+        fill(file, storages[key].data)
+    return found
+
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+def fill(file: io.BufferedIOBase, data: Tensor) -> None:
+    """Read a tensor's bytes from a file.
+
+    Raises:
+        PickleError: the file ends before.
+    """
+    if data.numel() == 0:
+        return
+    into: Any = memoryview(data.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    done = 0
+    while done < len(into):
+        count = file.readinto(into[done : done + 2**24])
+        if not count:
+            raise PickleError("it is cut off within its tensors")
+        done += count
+
+
+def storage_dtype(kind: Any) -> torch.dtype:
+    """Of a storage class's name: `torch.FloatStorage`, or bytes for an untyped one.
+
+    Raises:
+        PickleError: there is no such class.
+    """
+    name = str(kind).rpartition(".")[2]
+    if name not in _STORAGES:
+        raise PickleError(f"tensors of the kind {name!r} are not read")
+    return _STORAGES[name]
+
+
+def tensors_of(module: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """The state dictionary of an `nn.Module` that was pickled whole, as far as it holds tensors.
+
+    Args:
+        module: the module's dictionary, as `Reader` gives it.
+        prefix: of the names.
+        depth: how deep the module lies.
+
+    Raises:
+        PickleError: modules contain themselves.
+    """
+    if depth > 32:
+        raise PickleError("its modules are nested too deep")
+    if not isinstance(module, dict):
+        return {}
+    found: dict[str, Tensor] = {}
+    for group in ("_parameters", "_buffers"):
+        for name, each in dict(module.get(group) or {}).items():
+            if isinstance(each, Tensor):
+                found[f"{prefix}{name}"] = each
+    for name, each in dict(module.get("_modules") or {}).items():
+        found.update(tensors_of(each, f"{prefix}{name}.", depth + 1))
+        if len(found) > 10_000:
+            raise PickleError("it has more than 10,000 tensors")
+    return found
+
+
+@dataclass
+class _Dtype:
+    code: str
+    order: str = "<"
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        if len(self.code) < 2 or self.code[0] not in "biuf" or not self.code[1:].isdigit():
+            raise PickleError(f"arrays of the kind {self.code!r} are not read")
+        return np.dtype(f"{'>' if self.order == '>' else '<'}{self.code}")
+
+
+@dataclass
+class _Array:
+    """A numpy array before it has its state: (version, shape, dtype, columns first, bytes)."""
+
+    def filled(self, state: Any) -> Any:
+        _, shape, dtype, fortran, data = state
+        if isinstance(data, str):
+            data = data.encode("latin1")
+        flat = np.frombuffer(data, dtype.numpy)
+        return flat.reshape(shape, order="F" if fortran else "C").copy()
+
+
+def _scalar(dtype: _Dtype, data: Any) -> Any:
+    return np.frombuffer(data if isinstance(data, bytes) else b"", dtype.numpy)[0].item()
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "utf-8", "utf8", "ascii"):
+        raise PickleError(f"text is encoded as {encoding!r}")
+    return text.encode(encoding)
+
+
+def _dictionary(content: Any = ()) -> dict[Any, Any]:
+    pairs = content.items() if isinstance(content, dict) else content
+    return {_key(key): value for key, value in pairs}
+
+
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    return {_key(k): value for k, value in zip(items[::2], items[1::2], strict=True)}
+
+
+def _key(value: Any) -> Any:
+    """A key of a dictionary; the hash of tuples nested without end would end the process."""
+    plain = isinstance(value, str | bytes | int | float | Name | None)
+    if plain or (isinstance(value, tuple) and all(isinstance(v, str | int) for v in value)):
+        return value
+    raise PickleError(f"a key is a {type(value).__name__}")
+
+
+def _path(*parts: str) -> str:
+    return PurePosixPath(*map(_text, parts)).as_posix()
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise PickleError(f"a name is {type(value).__name__}")
+    return value
+
+
+def _add(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, set):
+        target.update(map(_key, items))
+    elif isinstance(target, dict):
+        target.setdefault(ITEMS, []).extend(items)
+    else:
+        raise PickleError(f"elements are added to a {type(target).__name__}")
+
+
+def _with_items(made: dict[str, Any], content: Any) -> dict[str, Any]:
+    if isinstance(content, dict):
+        return {**content, **made}
+    return {**made, ITEMS: list(content) if isinstance(content, list | tuple | set) else [content]}
+
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+}
+
+_IGNORED = {"PROTO", "FRAME"}
+
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _dictionary,
+    "collections.defaultdict": lambda *_: {},
+    "builtins.dict": _dictionary,
+    "builtins.list": lambda content=(): list(content),
+    "builtins.tuple": lambda content=(): tuple(content),
+    "builtins.set": lambda content=(): set(map(_key, content)),
+    "builtins.frozenset": lambda content=(): frozenset(map(_key, content)),
+    "builtins.bytes": lambda content=b"", *_: _encode(content) if content else b"",
+    "__builtin__.set": lambda content=(): set(map(_key, content)),
+    "_codecs.encode": _encode,
+    "pathlib.PosixPath": _path,
+    "pathlib.WindowsPath": _path,
+    "pathlib.PurePosixPath": _path,
+    "pathlib._local.PosixPath": _path,
+    "pathlib._local.WindowsPath": _path,
+    "torch.Size": lambda content=(): tuple(content),
+    "torch.device": lambda kind="cpu", index=None: kind if index is None else f"{kind}:{index}",
+    "numpy.dtype": lambda code, *_: _Dtype(code.lstrip("<>=|")),
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+}
+
+_DTYPES = {
+    f"torch.{name}": getattr(torch, name)
+    for name in [
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    ]
+}
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}

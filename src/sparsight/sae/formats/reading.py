@@ -1,0 +1,273 @@
+"""Reading files that nobody vouches for: no code is run, no size is believed.
+
+`read_safetensors`, `read_torch` (zip archives and what came before), `read_gzipped_pickle`,
+`read_config` (JSON, YAML). Whatever is wrong with a file is a `SparsightError` that names it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsight.errors import SparsightError
+from sparsight.sae.formats import pickles
+from sparsight.sae.formats.pickles import PickleError, Storage
+
+LONGEST_HEADER = 100 * 2**20
+"""Bytes of a safetensors header: the limit of the format."""
+
+LONGEST_CONFIG = 16 * 2**20
+"""Bytes of a JSON or YAML file."""
+
+LARGEST_UNZIPPED = 8 * 2**30
+"""Bytes that a gzipped pickle may unfold to."""
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        SparsightError: it is missing, damaged or cut off.
+    """
+    check_header(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise damaged(path, error) from error
+
+
+def safetensors_keys(path: Path) -> tuple[str, ...]:
+    """The names of a safetensors file's tensors, without reading them.
+
+    Raises:
+        SparsightError: it is missing, damaged or cut off.
+    """
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.keys())
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise damaged(path, error) from error
+
+
+def check_header(path: Path) -> None:
+    """Make sure that a safetensors header ends within the file before it is read.
+
+    Raises:
+        SparsightError: it does not, or there is no such file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise damaged(path, error) from error
+    if size < 8 or length > min(LONGEST_HEADER, size - 8):
+        raise damaged(path, f"its header says {length:,} bytes, the file has {size:,}")
+
+
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, as plain data: tensors, containers, numbers and text.
+
+    An object of any class is a dictionary of its state, with the class's name under
+    `"__class__"`; see `sparsight.sae.formats.pickles`.
+
+    Raises:
+        SparsightError: it is missing, damaged or cut off, or is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return read_torch_stream(file, path.stat().st_size, path)
+    except OSError as error:
+        raise damaged(path, error) from error
+
+
+def read_torch_stream(file: io.BufferedIOBase, size: int, path: Path) -> Any:
+    """As `read_torch`, from where an open file stands.
+
+    Args:
+        file: seekable; what comes before the place where it stands is not looked at.
+        size: bytes from there to the end.
+        path: for messages.
+
+    Raises:
+        SparsightError: it is damaged or cut off, or torch.save did not write it.
+    """
+    start = file.tell()
+    zipped = file.read(4) == b"PK\x03\x04"
+    file.seek(start)
+    try:
+        if zipped:
+            return _read_zip(file, size)
+        return pickles.read_legacy(_Clamped(file, size), size)
+    except Exception as error:
+        # zipfile and torch have many kinds for archives that no writer makes.
+        raise damaged(path, error) from error
+
+
+def read_gzipped_pickle(path: Path, limit: int = LARGEST_UNZIPPED) -> Any:
+    """A pickle within gzip, as plain data.
+
+    Args:
+        path: of the file.
+        limit: bytes that it may unfold to.
+
+    Raises:
+        SparsightError: it is missing, damaged, cut off, or unfolds to more than the limit.
+    """
+    content = bytearray()
+    try:
+        with gzip.open(path, "rb") as file:
+            while block := file.read(2**24):
+                content += block
+                if len(content) > limit:
+                    raise damaged(path, f"it unfolds to more than {limit:,} bytes")
+        return pickles.Reader().load(io.BytesIO(content))
+    except (PickleError, zlib.error, EOFError, OSError, MemoryError) as error:
+        raise damaged(path, error) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file that holds an object.
+
+    Raises:
+        SparsightError: it is missing, too long, cut off, or holds something else.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LONGEST_CONFIG:
+            raise damaged(path, f"a configuration of {size:,} bytes")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise damaged(path, error) from error
+    found = parse_yaml(text, path) if path.suffix in (".yaml", ".yml") else parse_json(text, path)
+    if not isinstance(found, dict):
+        raise damaged(path, f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """A JSON value.
+
+    Raises:
+        SparsightError: the text is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def parse_yaml(text: str, path: Path) -> Any:
+    """A YAML value of plain data; aliases, which can unfold without end, are refused.
+
+    Raises:
+        SparsightError: the text is none.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        if any(isinstance(each, yaml.AliasEvent) for each in yaml.parse(text, yaml.SafeLoader)):
+            raise damaged(path, "YAML with aliases is not read")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: object) -> SparsightError:
+    """The error of a file that cannot be read."""
+    return SparsightError(f"{path}: is missing, damaged or cut off ({error}).")
+
+
+def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
+    # torch stores and does not compress, so the parts are no larger than the whole: a zip bomb is.
+    part = _Part(file, size)
+    with zipfile.ZipFile(io.BufferedReader(part)) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
+            raise PickleError("its entries are compressed, which torch.save does not do")
+        total = sum(entry.file_size for entry in entries.values())
+        if total > size:
+            raise PickleError(f"its entries take {total:,} bytes, the file {size:,}")
+        roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
+        if len(roots) != 1 or roots[0].count("/") != 1:
+            raise PickleError("it is no archive of torch.save: it has no data.pkl")
+        root = roots[0]
+        if f"{root}constants.pkl" in entries:
+            raise PickleError("it is a TorchScript program, not a checkpoint")
+        order = f"{root}byteorder"
+        if order in entries and archive.read(order).strip() != b"little":
+            raise PickleError("it is of a machine with the other byte order")
+        storages: dict[str, Storage] = {}
+
+        def storage(identity: Any) -> Storage:
+            if not isinstance(identity, tuple) or len(identity) != 5:
+                raise PickleError("a storage has no name")
+            _, kind, key, _, elements = identity
+            if key not in storages:
+                entry = entries.get(f"{root}data/{key}")
+                dtype = pickles.storage_dtype(kind)
+                if entry is None or entry.file_size != elements * dtype.itemsize:
+                    raise PickleError(f"the storage {key!r} is missing or of another size")
+                data = torch.zeros(elements, dtype=dtype)
+                with archive.open(entry) as source:
+                    pickles.fill(source, data)  # type: ignore[arg-type]
+                    source.read(1)  # at its end the checksum is compared
+                storages[key] = Storage(data)
+            return storages[key]
+
+        return pickles.Reader(storage).load(io.BytesIO(archive.read(f"{root}data.pkl")))
+
+
+class _Part(io.RawIOBase):
+    """The rest of a file from where it stands, as a file of its own."""
+
+    def __init__(self, file: io.BufferedIOBase, size: int) -> None:
+        self.file, self.start, self.size, self.place = file, file.tell(), size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        if base + offset < 0:
+            raise OSError("a place before the beginning")
+        self.place = base + offset
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, into: Any) -> int:
+        count = max(0, min(len(into), self.size - self.place))
+        self.file.seek(self.start + self.place)
+        data = self.file.read(count)
+        into[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
+class _Clamped(io.BufferedReader):
+    """A file of which no more is asked than it has: lengths in a pickle are not believed."""
+
+    def __init__(self, file: io.BufferedIOBase, size: int) -> None:
+        super().__init__(_Part(file, size))
+        self.length = size
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size > 2**16:
+            size = min(self.length if size is None else size, self.length - self.tell())
+        return super().read(size)

@@ -1,0 +1,42 @@
+"""Names of places in a model, of other projects and ours: `blocks.9.resid_post`."""
+
+from __future__ import annotations
+
+import re
+
+_PARTS = {
+    "resid_pre": "resid_pre",
+    "resid_post": "resid_post",
+    "resid": "resid_post",
+    "mlp_out": "mlp_out",
+    "attn_out": "attn_out",
+    "mlp": "mlp_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "self_attn": "attn_out",
+}
+
+_HOOK = re.compile(r"^blocks\.(\d+)\.hook_(\w+)$")
+_MODULE = re.compile(r"^(?:.*\.)?(?:layers?|h|blocks|resblocks)\.(\d+)(?:\.(\w+))?$")
+
+
+def site_of_hook(name: object) -> str | None:
+    """Of a TransformerLens hook: `blocks.9.hook_resid_post` → `blocks.9.resid_post`."""
+    found = _HOOK.match(name) if isinstance(name, str) else None
+    part = _PARTS.get(found[2]) if found else None
+    return f"blocks.{int(found[1])}.{part}" if found and part else None
+
+
+def site_of_module(name: object) -> str | None:
+    """Of a module whose output is read: `vision_model.encoder.layers.9` → `blocks.9.resid_post`."""
+    found = _MODULE.match(name) if isinstance(name, str) else None
+    if not found:
+        return None
+    part = _PARTS.get(found[2]) if found[2] else "resid_post"
+    return f"blocks.{int(found[1])}.{part}" if part else None
+
+
+def hook_of_site(site: object) -> str | None:
+    """The TransformerLens name of a site; the inverse of `site_of_hook`."""
+    found = re.match(r"^blocks\.(\d+)\.(\w+)$", site) if isinstance(site, str) else None
+    return f"blocks.{found[1]}.hook_{found[2]}" if found else None
