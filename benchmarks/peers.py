@@ -5,61 +5,24 @@ and saev's wants shards, so their modules are called in the order of their train
 `peers.txt` lists what is installed; the dead-latent counters are the peers' own.
 
 Some packages import, on the way to their SAE, libraries for what is not run here (loading models,
-plotting, logging). Where such a library is absent an empty module stands in for it; see `stub`.
+plotting, logging). Where such a library is absent an empty module stands in for it; see `stubs`.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import math
 import sys
-import types
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from contenders import Contender, ContenderError, Task
+from stubs import stub
 from torch import Tensor
 
 AUXK_ALPHA = 1 / 32
 LONG_DEAD = 1 << 40
-
-
-def stub(*names: str, replace: Sequence[str] = ()) -> None:
-    """Let `import NAME` succeed for those of the libraries that are absent, and do nothing.
-
-    Args:
-        names: the libraries.
-        replace: modules to keep out even though they are there.
-    """
-    absent = {name for name in names if importlib.util.find_spec(name) is None}
-    sys.meta_path.insert(0, _Stubs(absent | set(replace)))
-
-
-class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, names: set[str]) -> None:
-        self.names = names
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if not any(name == each or name.startswith(f"{each}.") for each in self.names):
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Empty(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        module.__path__ = []
-
-
-class _Empty(types.ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
 
 
 class Sparsify(Contender):

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsight.errors import UserError
+from sparsight.errors import SparsightError, UserError
 from sparsight.sae.formats.base import Candidate, Foreign, Format
+from sparsight.sae.formats.dictionary_learning import DictionaryLearning
+from sparsight.sae.formats.overcomplete import Overcomplete
+from sparsight.sae.formats.saelens import SAELens
+from sparsight.sae.formats.sparsify import Sparsify
+from sparsight.sae.formats.visaebench import VisAEBench
 
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (
+    Sparsify(),
+    SAELens(),
+    VisAEBench(),
+    Overcomplete(),
+    DictionaryLearning(),
+)
 """In the order in which they are asked whether they recognise some files."""
 
 
@@ -34,9 +45,15 @@ def recognise(found: Candidate) -> Format:
         UserError: it is none of them; the message lists what was found.
         SparsightError: a file is damaged.
     """
+    first: SparsightError | None = None
     for each in FORMATS:
-        if each.recognises(found):
-            return each
+        try:
+            if each.recognises(found):
+                return each
+        except SparsightError as error:
+            first = first or error
+    if first is not None:
+        raise first
     raise UserError(
         f"{found.name}: holds no SAE in a format that Sparsight reads "
         f"({', '.join(each.title for each in FORMATS)}). {_inventory(found)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats import reading
-from sparsight.sae.normaliser import Normaliser
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pkl.gz")
 """How the names of files end that can hold tensors."""
@@ -26,6 +26,13 @@ CONFIGS = (".json", ".yaml", ".yml")
 """How the names of files end that can hold a configuration."""
 
 _DEEPEST, _MOST = 2, 2_000
+
+_TRAINING = re.compile(
+    r"^(optimizer|optimiser|optim|lr_scheduler|scheduler|rank_\d+_state|state|trainer|trainer_state"
+    r"|training_args|activations_store_state|sparsity|activation_whitening)\b[^/]*$|"
+    r"log_feature_sparsity|rank_\d+_state|optimizer_\d+|lr_scheduler_\d+"
+)
+"""Files beside the weights that training resumes from, or of how often latents fire."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,12 @@ class Foreign:
             )
         try:
             config = dataclasses.replace(self.config, n_latents=shape[0])
-            sae = self._empty(config)
+            extras: dict[str, Any] = {} if self.d_out is None else {"d_out": self.d_out}
+            sae = SparseAutoencoder(self.d_in, config, metadata=dict(self.metadata), **extras)
         except UserError as error:
             raise SparsightError(f"{self._where}: {error}") from error
         wanted = sae.state_dict()
-        given = {**{k: v for k, v in wanted.items() if k.startswith("normaliser.")}, **self.tensors}
+        given = {**{k: v for k, v in wanted.items() if "normaliser." in k}, **self.tensors}
         wrong = sorted(
             key
             for key in {*wanted, *given}
@@ -91,23 +99,13 @@ class Foreign:
                 )
                 + "."
             )
+        given = {key: tensor.to(torch.float32) for key, tensor in given.items()}
         for key, tensor in given.items():
             if not torch.isfinite(tensor).all():
                 raise SparsightError(f"{self._where}: {key} holds values that are not finite.")
-        sae.load_state_dict({key: tensor.to(torch.float32) for key, tensor in given.items()})
+        sae.load_state_dict(given)
         sae.requires_grad_(False).eval()
         return sae
-
-    def _empty(self, config: SAEConfig) -> SparseAutoencoder:
-        found: Mapping[str, Any] = self.metadata
-        mean, scale = (self.tensors.get(f"normaliser.{name}") for name in ("mean", "scale"))
-        normaliser = None
-        if mean is not None and scale is not None:
-            normaliser = Normaliser(mean.to(torch.float32), scale.to(torch.float32))
-        extras: dict[str, Any] = {} if self.d_out is None else {"d_out": self.d_out}
-        return SparseAutoencoder(
-            self.d_in, config, normaliser=normaliser, metadata=dict(found), **extras
-        )
 
     @property
     def _where(self) -> str:
@@ -153,7 +151,10 @@ class Candidate:
         """Files that can hold tensors: the one that the user named, or those in the folder."""
         if self.chosen is not None:
             return (self.chosen,)
-        return tuple(each for each in self.files if each.endswith(WEIGHTS) and "/" not in each)
+        found = [each for each in self.files if each.endswith(WEIGHTS) and "/" not in each]
+        kept = [each for each in found if not _TRAINING.search(each)]
+        # Of the same weights in several kinds of files the safetensors are read most quickly.
+        return tuple(sorted(kept, key=lambda each: (not each.endswith(".safetensors"), each)))
 
     def has(self, file: str) -> bool:
         """Whether there is a file of this name."""
@@ -212,9 +213,20 @@ class Candidate:
         return frozenset(map(str, found)) if isinstance(found, dict) else frozenset()
 
     def find(self, *keys: str) -> str | None:
-        """The first of the `weights` that has all of these keys at its top."""
+        """The first of the `weights` that has all of these keys at its top.
+
+        Raises:
+            SparsightError: the only file is damaged.
+        """
         wanted = set(keys)
-        return next((file for file in self.weights if wanted <= self.keys(file)), None)
+        for file in self.weights:
+            try:
+                if wanted <= self.keys(file):
+                    return file
+            except SparsightError:
+                if len(self.weights) == 1:
+                    raise
+        return None
 
     def source(self, format: str, file: str) -> dict[str, Any]:
         """For `Foreign.metadata["source"]`."""

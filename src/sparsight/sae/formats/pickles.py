@@ -401,6 +401,10 @@ def _scalar(dtype: _Dtype, data: Any) -> Any:
     return np.frombuffer(data if isinstance(data, bytes) else b"", dtype.numpy)[0].item()
 
 
+def _from_buffer(data: Any, dtype: _Dtype, shape: Any, order: str = "C") -> Any:
+    return _Array().filled((1, shape, dtype, order == "F", data))
+
+
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding not in ("latin1", "utf-8", "utf8", "ascii"):
         raise PickleError(f"text is encoded as {encoding!r}")
@@ -490,6 +494,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "numpy.dtype": lambda code, *_: _Dtype(code.lstrip("<>=|")),
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
     "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "numpy._core.numeric._frombuffer": _from_buffer,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
 }

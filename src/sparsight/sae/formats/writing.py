@@ -1,0 +1,132 @@
+"""An SAE as other projects can hold it: plain tensors, the normaliser folded in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsight.errors import UserError
+from sparsight.sae.autoencoder import SparseAutoencoder
+from sparsight.sae.sparsity import Gated
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The parameters of an SAE without a normaliser, on the CPU, float32, contiguous."""
+
+    d_in: int
+    d_out: int | None
+    sparsity: Any
+    subtracts: bool
+    """Whether the encoder reads x − b_dec."""
+
+    normaliser: str
+    """"none", or one that works on each vector by itself and is left to the format."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None
+    r_mag: Tensor | None
+    b_mag: Tensor | None
+    W_skip: Tensor | None
+
+    def biases(self, *, subtracts: bool) -> tuple[Tensor, Tensor | None]:
+        """Biases of the encoder (and of the magnitudes, if gated) where it reads x or x − b_dec.
+
+        W (x − b_dec) + b = W x + (b − W b_dec), which is computed in float64.
+        """
+        if subtracts == self.subtracts:
+            return self.b_enc, self.b_mag
+        sign = 1 if subtracts else -1
+        shift = sign * (self.W_enc.double() @ self.b_dec.double())
+        b_mag = None
+        if self.b_mag is not None and self.r_mag is not None:
+            b_mag = (self.b_mag.double() + self.r_mag.double().exp() * shift).float()
+        return (self.b_enc.double() + shift).float(), b_mag
+
+    def only(self, *kinds: type, title: str) -> None:
+        """Make sure that the sparsity is one of those that a format has.
+
+        Raises:
+            UserError: it is another.
+        """
+        if not isinstance(self.sparsity, kinds):
+            names = ", ".join(each.__name__ for each in kinds)
+            raise UserError(
+                f"{title} has no {type(self.sparsity).__name__}; Sparsight writes {names} for it."
+            )
+        if getattr(self.sparsity, "rectify", True) is False:
+            raise UserError(f"{title} has no TopK with negative values (rectify=False).")
+
+    def autoencoder_only(self, title: str) -> None:
+        """Make sure that it reads what it writes, and has no way around the latents.
+
+        Raises:
+            UserError: it is a transcoder, or has a skip connection.
+        """
+        if self.d_out is not None:
+            raise UserError(f"{title} has no transcoders.")
+        if self.W_skip is not None:
+            raise UserError(f"{title} has no skip connections.")
+
+
+def plain(sae: SparseAutoencoder, title: str, *, per_vector: tuple[str, ...] = ()) -> Plain:
+    """Take an SAE apart for a format.
+
+    Args:
+        sae: any; it is not changed.
+        title: of the format, for messages.
+        per_vector: normalisers that work on each vector by itself and that the format knows.
+
+    Raises:
+        UserError: it has a part that no other format has, or a normaliser that cannot be folded.
+    """
+    config = sae.config
+    if config.soft_cap is not None:
+        raise UserError(f"{title} has no soft cap of the activations (soft_cap).")
+    kind = config.normaliser
+    if kind in ("layer_norm", "constant_norm") and kind not in per_vector:
+        raise UserError(
+            f"{title} has no normaliser {kind!r}, which depends on each vector and so cannot be "
+            "folded into the weights."
+        )
+    folded = sae if kind in per_vector else sae.fold()
+    tensors = {
+        name: (each.detach().to("cpu", torch.float32).contiguous().clone())
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "r_mag", "b_mag", "W_skip")
+        if (each := getattr(folded, name, None)) is not None
+    }
+    gated = isinstance(config.sparsity, Gated)
+    return Plain(
+        d_in=sae.d_in,
+        d_out=sae.d_out if sae.is_transcoder else None,
+        sparsity=config.sparsity,
+        subtracts=config.subtract_b_dec,
+        normaliser=kind if kind in per_vector else "none",
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        threshold=tensors.get("threshold"),
+        r_mag=tensors["r_mag"] if gated else None,
+        b_mag=tensors["b_mag"] if gated else None,
+        W_skip=tensors.get("W_skip"),
+    )
+
+
+def above(threshold: Tensor) -> Tensor:
+    """The t' with which p ≥ t is p > t', for p > 0."""
+    low = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
+    return torch.where(threshold > 0, low, torch.zeros_like(threshold))
+
+
+def at_least(threshold: Tensor) -> Tensor:
+    """The t' with which p > t is p ≥ t', for p > 0."""
+    high = torch.nextafter(threshold, torch.full_like(threshold, math.inf))
+    return torch.where(threshold >= 0, high, torch.zeros_like(threshold))
