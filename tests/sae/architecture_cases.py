@@ -37,6 +37,7 @@ ARCHITECTURES: dict[str, SAEConfig] = {
     "jumprelu with tanh": SAEConfig(WIDTH, sparsity=JumpReLU(penalty_kind="tanh")),
     "jumprelu with target": SAEConfig(WIDTH, sparsity=JumpReLU(target_l0=8)),
     "gated": SAEConfig(WIDTH, sparsity=Gated(l1=0.5)),
+    "gated without b_dec": SAEConfig(WIDTH, sparsity=Gated(l1=0.5), subtract_b_dec=False),
     "matching pursuit": SAEConfig(WIDTH, sparsity=MatchingPursuit(8)),
     "archetypal": SAEConfig(WIDTH, sparsity=TopK(8), dictionary=Archetypal(n_anchors=32)),
 }

@@ -18,7 +18,7 @@ from sparsight.sae.dictionary import archetypal_rows, keep_archetypal
 from sparsight.sae.initialisation import initial_parameters
 from sparsight.sae.kernels import backend
 from sparsight.sae.normaliser import Normaliser
-from sparsight.sae.sparsity import MatchingPursuit, Weights
+from sparsight.sae.sparsity import Gated, MatchingPursuit, Weights
 
 
 class SAEOutput(NamedTuple):
@@ -109,6 +109,8 @@ class SparseAutoencoder(nn.Module):
     b_dec: nn.Parameter
     W_skip: nn.Parameter
     threshold: Tensor
+    r_mag: nn.Parameter
+    b_mag: nn.Parameter
 
     def weights(self) -> Weights:
         """The tensors that codes are computed from, with gradients to the parameters."""
@@ -169,7 +171,8 @@ class SparseAutoencoder(nn.Module):
         """The same function of x without a normaliser; the codes are the same, too.
 
         With x̂ = s ⊙ (f W_dec + b_dec) + m: W_enc ← W_enc / s, W_dec ← s ⊙ W_dec and
-        b_dec ← s ⊙ b_dec + m; an encoder that does not subtract b_dec gets b_enc ← b_enc − W_enc m.
+        b_dec ← s ⊙ b_dec + m; an encoder that does not subtract b_dec gets b_enc ← b_enc − W_enc m
+        (and, if gated, b_mag ← b_mag − exp(r_mag) ⊙ W_enc m).
         Of a transcoder s and m on the side of the decoder are the target's, and
         W_skip ← s_out ⊙ W_skip / s, b_dec ← b_dec − W_skip m. Decoder rows no longer have norm 1.
 
@@ -208,7 +211,10 @@ class SparseAutoencoder(nn.Module):
             folded.W_enc.copy_(self.W_enc / scale)
             folded.b_enc.copy_(self.b_enc)
             if not self.config.subtract_b_dec:
-                folded.b_enc.sub_(folded.W_enc @ mean)
+                shift = folded.W_enc @ mean
+                folded.b_enc.sub_(shift)
+                if isinstance(without.sparsity, Gated):
+                    folded.b_mag.sub_(folded.r_mag.exp() * shift)
             folded.W_dec.copy_(self.W_dec * out.scale)
             folded.b_dec.copy_(self.b_dec * out.scale + out.mean)
             if self.config.skip:
@@ -234,17 +240,30 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, revision: str | None = None, device: str | None = None
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        filename: str | None = None,
+        device: str | None = None,
     ) -> SparseAutoencoder:
-        """Load from a folder or a Hub id; see `sparsight.sae.files`.
+        """Load from a folder, a file or the Hub, ours or another project's.
+
+        Args:
+            name: a path, or a place on the Hub: "org/repo", "org/repo/folder", "org/repo/file.pt".
+            revision: on the Hub.
+            subfolder: in the folder or repository.
+            filename: in that.
+            device: where the SAE is to be.
 
         Raises:
-            UserError: there is no SAE at that place.
+            UserError: there is no SAE at that place, or none that can be read.
             SparsightError: its files are damaged.
         """
         from sparsight.sae.files import load
 
-        return load(name, revision=revision, device=device)
+        return load(name, revision=revision, subfolder=subfolder, filename=filename, device=device)
 
     def _decode(self, code: SparseCode) -> Float[Tensor, "batch d_out"]:
         weights = self.weights()

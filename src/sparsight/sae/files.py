@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, write_json, write_text
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import Archetypal, SAEConfig
+from sparsight.sae.places import find
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
@@ -24,6 +26,7 @@ CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
+_LOG = logging.getLogger("sparsight")
 
 
 def save(sae: SparseAutoencoder, folder: Path) -> Path:
@@ -89,19 +92,64 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load(
-    name: str | Path, *, revision: str | None = None, device: str | None = None
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    filename: str | None = None,
+    device: str | None = None,
 ) -> SparseAutoencoder:
-    """Read an SAE from a folder, or from the Hub where no such folder exists.
+    """Read an SAE, ours or one of another project, from a folder, a file or the Hub.
+
+    The format is recognised by what is in the files; see `sparsight.sae.formats`. What was read of
+    another project's is told to the logger "sparsight", and kept in `metadata["source"]`.
+
+    Args:
+        name: a path, or a place on the Hub: "org/repo", "org/repo/folder", "org/repo/file.pt".
+        revision: on the Hub.
+        subfolder: in the folder or repository.
+        filename: in that.
+        device: where the SAE is to be.
 
     Raises:
-        UserError: there is no SAE there, or it is of an unknown format.
+        UserError: there is no SAE there, it is of an unknown format, or has a part that Sparsight
+            has no equal of.
         SparsightError: a file is damaged.
     """
-    folder = Path(name) if Path(name).is_dir() else _from_hub(str(name), revision)
+    place = find(name, revision=revision, subfolder=subfolder, filename=filename)
+    folder = place if place.is_dir() else place.parent
+    if place in (folder, folder / CONFIG, folder / WEIGHTS) and _is_own(folder):
+        sae = _own(folder)
+    else:
+        sae = _foreign(place, str(name))
+    return sae.to(device) if device is not None else sae
+
+
+def _is_own(folder: Path) -> bool:
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
-        raise UserError(
-            f"{name}: holds no SAE ({CONFIG} and {WEIGHTS}). Give the folder of a finished run."
-        )
+        return False
+    return "format" in read_json(folder / CONFIG)
+
+
+def _foreign(place: Path, name: str) -> SparseAutoencoder:
+    # Formats build SAEs and write with what is here.
+    from sparsight.sae.formats import read
+
+    found = read(place, name)
+    sae = found.build()
+    sparsity = sae.config.sparsity.describe()
+    told = "; ".join(found.notes)
+    _LOG.info(
+        "%s: read as %s: %s latents of width %s, %s%s",
+        *(name, found.format, f"{sae.n_latents:,}", f"{sae.d_in:,}", sparsity),
+        f" ({told})" if told else "",
+    )
+    if found.unknown:
+        _LOG.warning("%s: not understood, and not used: %s", name, ", ".join(found.unknown))
+    return sae
+
+
+def _own(folder: Path) -> SparseAutoencoder:
     description = _description(folder / CONFIG)
     d_in = description["d_in"]
     config = from_dict(SAEConfig, description["config"], str(folder / CONFIG))
@@ -116,8 +164,7 @@ def load(
         metadata=description["metadata"],
     )
     sae.load_state_dict(_tensors(folder / WEIGHTS, sae))
-    sae.requires_grad_(False).eval()
-    return sae.to(device) if device is not None else sae
+    return sae.requires_grad_(False).eval()
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -163,24 +210,6 @@ def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
         if not torch.isfinite(tensor).all():
             raise SparsightError(f"{path}: {key} holds values that are not finite.")
     return tensors
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder.")
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, "metrics.json"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name}: no such folder, and the Hub gave no SAE of that name ({error})."
-        ) from error
 
 
 def model_card(sae: SparseAutoencoder) -> str:

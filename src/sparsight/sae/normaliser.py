@@ -19,8 +19,8 @@ class Normaliser(nn.Module):
     """x ↦ (x − mean) / scale; both are buffers, so they are saved with the SAE.
 
     Of the kinds in `PER_VECTOR` mean and scale are those of the vector: "layer_norm" takes the
-    mean of its entries and their deviation (unbiased, plus 1e-5), "constant_norm" 0 and
-    ‖x‖ / √d; the buffers are not used.
+    mean of its entries and their deviation (unbiased; plus 1e-5 where it divides), "constant_norm"
+    0 and ‖x‖ / √d; the buffers are not used.
 
     Args:
         mean: what is subtracted.
@@ -89,8 +89,7 @@ class Normaliser(nn.Module):
     def frame(self, x: Float[Tensor, "batch d_in"]) -> Frame | None:
         """The units of each vector; None where they are the same for all."""
         if self.kind == "layer_norm":
-            deviation = x.std(dim=1, keepdim=True) + LAYER_NORM_EPS
-            return Frame(x.mean(dim=1, keepdim=True), deviation)
+            return Frame(x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True))
         if self.kind == "constant_norm":
             scale = x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5
             return Frame(torch.zeros_like(scale), scale.clamp(min=1e-12))
@@ -108,7 +107,9 @@ class Normaliser(nn.Module):
         if frame is None:
             frame = self.frame(x)
         if frame is not None:
-            return (x - frame.mean) / frame.scale
+            # Undone without it, as in ViT-Prisma, SAELens and OpenAI's SAEs.
+            guard = LAYER_NORM_EPS if self.kind == "layer_norm" else 0.0
+            return (x - frame.mean) / (frame.scale + guard)
         return (x - self.mean) / self.scale
 
     def invert(

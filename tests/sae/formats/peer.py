@@ -116,7 +116,10 @@ def saelens(folder: Path, x: Tensor) -> None:
         "transcoder": ("transcoder", {"d_out": D, "apply_b_dec_to_input": False}),
         "skip transcoder": ("skip_transcoder", {"d_out": D, "apply_b_dec_to_input": False}),
         "jumprelu transcoder": ("jumprelu_transcoder", {"d_out": D, "apply_b_dec_to_input": False}),
-        "jumprelu skip transcoder": ("jumprelu_skip_transcoder", {"d_out": D, "apply_b_dec_to_input": False}),
+        "jumprelu skip transcoder": (
+            "jumprelu_skip_transcoder",
+            {"d_out": D, "apply_b_dec_to_input": False},
+        ),
     }
     for seed, (name, (architecture, settings)) in enumerate(cases.items()):
         kind, configuration = get_sae_class(architecture)
@@ -298,7 +301,10 @@ def visaebench(folder: Path, x: Tensor) -> None:
     cases: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
         "topk": ({"activation": "topk", "k": K}, simple),
         "batchtopk": ({"sae_type": "BatchTopK", "k": K, "threshold": 1.5}, layers),
-        "running": ({"activation": "batchtopk", "k": K}, {**layers, "_running_threshold": torch.tensor(2.0)}),
+        "running": (
+            {"activation": "batchtopk", "k": K},
+            {**layers, "_running_threshold": torch.tensor(2.0)},
+        ),
         "jumprelu": ({"activation": "jumprelu"}, {**simple, "jump_thresholds": normal(N).abs()}),
     }
     for name, (config, tensors) in cases.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,21 +17,9 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats import reading
-
-WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pkl.gz")
-"""How the names of files end that can hold tensors."""
-
-CONFIGS = (".json", ".yaml", ".yml")
-"""How the names of files end that can hold a configuration."""
+from sparsight.sae.places import is_weights
 
 _DEEPEST, _MOST = 2, 2_000
-
-_TRAINING = re.compile(
-    r"^(optimizer|optimiser|optim|lr_scheduler|scheduler|rank_\d+_state|state|trainer|trainer_state"
-    r"|training_args|activations_store_state|sparsity|activation_whitening)\b[^/]*$|"
-    r"log_feature_sparsity|rank_\d+_state|optimizer_\d+|lr_scheduler_\d+"
-)
-"""Files beside the weights that training resumes from, or of how often latents fire."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,7 @@ class Foreign:
         try:
             config = dataclasses.replace(self.config, n_latents=shape[0])
             extras: dict[str, Any] = {} if self.d_out is None else {"d_out": self.d_out}
-            sae = SparseAutoencoder(self.d_in, config, metadata=dict(self.metadata), **extras)
+            sae = SparseAutoencoder(self.d_in, config, metadata=self._told(), **extras)
         except UserError as error:
             raise SparsightError(f"{self._where}: {error}") from error
         wanted = sae.state_dict()
@@ -106,6 +93,15 @@ class Foreign:
         sae.load_state_dict(given)
         sae.requires_grad_(False).eval()
         return sae
+
+    def _told(self) -> dict[str, Any]:
+        """The metadata, its source with what was noted."""
+        source: dict[str, Any] = {"format": self.format, **self.metadata.get("source", {})}
+        if self.notes:
+            source["notes"] = list(self.notes)
+        if self.unknown:
+            source["unknown"] = list(self.unknown)
+        return {**self.metadata, "source": source}
 
     @property
     def _where(self) -> str:
@@ -151,8 +147,7 @@ class Candidate:
         """Files that can hold tensors: the one that the user named, or those in the folder."""
         if self.chosen is not None:
             return (self.chosen,)
-        found = [each for each in self.files if each.endswith(WEIGHTS) and "/" not in each]
-        kept = [each for each in found if not _TRAINING.search(each)]
+        kept = [each for each in self.files if is_weights(each) and "/" not in each]
         # Of the same weights in several kinds of files the safetensors are read most quickly.
         return tuple(sorted(kept, key=lambda each: (not each.endswith(".safetensors"), each)))
 

@@ -154,7 +154,7 @@ def _dictionary(
     layer = (module.get("_modules") or {}).get("dictionary") or {}
     fused = layer.get("_fused_dictionary")
     if isinstance(fused, Tensor) and layer.get("training") is False:
-        return fused.to(torch.float32)
+        return fused.float()
     multiplier = tensors.get("dictionary.multiplier", torch.tensor(0.0)).exp()
     if "dictionary.C" in tensors:
         missing = [key for key in ("W", "Relax") if f"dictionary.{key}" not in tensors]
@@ -172,7 +172,7 @@ def _dictionary(
         radius = relaxation.norm(dim=-1, keepdim=True)
         relaxation = relaxation * (float(delta) / radius).clamp(max=1)
         return (weights @ tensors["dictionary.C"] + relaxation) * multiplier
-    rows = tensors["dictionary._weights"]
+    rows: Tensor = tensors["dictionary._weights"]
     given = layer.get("normalization", (config.get("dictionary_params") or {}).get("normalization"))
     kind = "l2" if given is None else str(given).rpartition(".")[2].removeprefix("normalize_")
     if given is None and not module:

@@ -169,8 +169,8 @@ class SAELens(Format):
         transcodes = architecture in _TRANSCODERS
         if transcodes and settings["normaliser"] != "none":
             raise UserError(
-                f"{found.name}: a transcoder whose input is normalised by {kind!r} and whose output "
-                "is not has no equal in Sparsight."
+                f"{found.name}: a transcoder whose input alone is normalised by {kind!r} has no "
+                "equal in Sparsight."
             )
         if transcodes and "W_skip" in tensors:
             used.add("W_skip")
@@ -259,7 +259,7 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
 def _scaling(
     found: Candidate, d_in: int, settings: dict[str, Any], notes: list[str]
 ) -> dict[str, Tensor]:
-    """The scale that a training checkpoint keeps beside its weights; exported ones have it inside."""
+    """The scale that a training checkpoint has beside its weights, and an exported one in them."""
     factor = found.config("activation_scaler.json").get("scaling_factor")
     if isinstance(factor, int | float) and factor > 0:
         settings["normaliser"] = "scale"

@@ -1,0 +1,125 @@
+"""Where an SAE lies: a folder, a file, or a place on the Hub, from which it alone is fetched.
+
+Other projects keep many SAEs in one repository, so a name may go on behind the repository's:
+`org/repo/sub/folder`, `org/repo/file.pt`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from sparsight.errors import UserError
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pkl.gz")
+"""How the names of files end that can hold tensors."""
+
+CONFIGS = (".json", ".yaml", ".yml")
+"""How the names of files end that can hold a configuration."""
+
+_BESIDE = re.compile(
+    r"(^|/)(optim\w*|(lr_)?scheduler|rank_\d+_state|state|trainer(_state)?|training_args"
+    r"|activations_store_state|activation_whitening|sparsity|(optimizer|lr_scheduler)_\d+"
+    r"|\w*log_feature_sparsity)\.[^/]*$"
+)
+
+
+def is_weights(file: str) -> bool:
+    """Whether a file may hold an SAE, by its name: not what training resumes from, nor counts."""
+    return file.endswith(WEIGHTS) and not _BESIDE.search(file)
+
+
+def find(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    filename: str | None = None,
+) -> Path:
+    """The folder or file that a name means, fetched from the Hub where it is not here.
+
+    Args:
+        name: a path, or a repository on the Hub, which may go on with a folder or file in it.
+        revision: of the repository.
+        subfolder: in the folder or repository.
+        filename: in that.
+
+    Raises:
+        UserError: there is nothing of this name, or it holds several SAEs.
+    """
+    inside = [each for each in (subfolder, filename) if each]
+    local = Path(name).expanduser().joinpath(*inside)
+    if local.exists():
+        return local
+    parts = [*str(name).split("/"), *"/".join(inside).split("/")]
+    if str(name).startswith((".", "/", "~")) or Path(name).exists() or ".." in parts:
+        raise UserError(f"{local}: no such folder or file.")
+    parts = [each for each in parts if each]
+    inner = "/".join(parts[2:])
+    return _fetched("/".join(parts[:2]), inner, revision, str(name)) / inner
+
+
+def choose(files: Sequence[str], inner: str, name: str) -> list[str]:
+    """Which files of a repository one SAE needs.
+
+    Args:
+        files: of the repository.
+        inner: the folder or file in it, "" for its root.
+        name: for messages.
+
+    Raises:
+        UserError: there is no SAE, or more than one.
+    """
+    if inner in files:
+        above = [PurePosixPath(inner).parent, PurePosixPath(inner).parent.parent]
+        return [inner, *(each for each in _configs(files) if PurePosixPath(each).parent in above)]
+    folder = f"{inner}/" if inner else ""
+    below = [each for each in files if each.startswith(folder)]
+    weights = [each for each in below if is_weights(each)]
+    here = [each for each in weights if "/" not in each[len(folder) :]]
+    safe = [each for each in here if each.endswith(".safetensors")]
+    if len(here) > 1 and len(safe) == 1:
+        here = safe
+    if not here and len(weights) == 1:
+        here = weights
+    if len(here) == 1:
+        return [*here, *(each for each in _configs(below) if each.count("/") <= here[0].count("/"))]
+    if not weights:
+        raise UserError(f"{name}: holds no file with tensors on the Hub.")
+    choices = here or sorted({str(PurePosixPath(each).parent) for each in weights})
+    shown = ", ".join(choices[:12]) + (", …" if len(choices) > 12 else "")
+    raise UserError(
+        f"{name}: holds {len(choices)} SAEs on the Hub. Name one behind the repository: {shown}."
+    )
+
+
+def _configs(files: Sequence[str]) -> list[str]:
+    return [each for each in files if each.endswith(CONFIGS)]
+
+
+def _fetched(repository: str, inner: str, revision: str | None, name: str) -> Path:
+    """The root of the repository, with what one SAE needs."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        try:
+            files = HfApi().list_repo_files(repository, revision=revision)
+        except (OfflineModeIsEnabled, ConnectionError):
+            # What was fetched before is still there.
+            root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+            here = [each.relative_to(root).as_posix() for each in root.rglob("*") if each.is_file()]
+            choose(sorted(here), inner, name)
+            return root
+        wanted = choose(files, inner, name)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name}: no such folder, and the Hub gave no SAE of that name ({error})."
+        ) from error
