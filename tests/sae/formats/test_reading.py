@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from malicious_pickle import Opens
 from safetensors.torch import save_file
 
+from malicious_pickle import Opens
 from sparsight.errors import SparsightError
 from sparsight.sae.formats import pickles, reading
 
@@ -113,7 +113,8 @@ def test_a_hostile_pickle_does_nothing(tmp_path: Path, zipped: bool) -> None:
     value = {"a": Opens(made), "b": torch.ones(2)}
     found = reading.read_torch(_save(value, tmp_path / "x.pt", zipped=zipped))
     assert not made.exists()
-    assert found["a"] == {pickles.CLASS: "_io.open", pickles.ARGUMENTS: (str(made), "w")}
+    assert found["a"][pickles.CLASS].endswith("io.open")
+    assert found["a"][pickles.ARGUMENTS] == (str(made), "w")
     with gzip.open(tmp_path / "x.pkl.gz", "wb") as file:
         pickle.dump(value, file)
     reading.read_gzipped_pickle(tmp_path / "x.pkl.gz")

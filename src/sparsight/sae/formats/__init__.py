@@ -52,6 +52,8 @@ def recognise(found: Candidate) -> Format:
                 return each
         except SparsightError as error:
             first = first or error
+        except Exception as error:
+            first = first or _misfit(found, each, error)
     if first is not None:
         raise first
     raise UserError(
@@ -72,7 +74,25 @@ def read(path: Path, name: str | None = None) -> Foreign:
         SparsightError: a file is damaged.
     """
     found = Candidate(path, name)
-    return recognise(found).load(found)
+    format = recognise(found)
+    try:
+        return format.load(found)
+    except SparsightError as error:
+        if found.name in str(error) or str(found.folder) in str(error):
+            raise
+        kind = UserError if isinstance(error, UserError) else SparsightError
+        raise kind(f"{found.name}: {error}") from error
+    except Exception as error:
+        raise _misfit(found, format, error) from error
+
+
+def _misfit(found: Candidate, format: Format, error: Exception) -> SparsightError:
+    """For files nobody vouches for: a wrong type or shape may come up at any place."""
+    told = str(error).strip().partition("\n")[0]
+    return SparsightError(
+        f"{found.name}: looks like a checkpoint of {format.title}, but is damaged or of another "
+        f"kind ({type(error).__name__}: {told})."
+    )
 
 
 def _inventory(found: Candidate) -> str:

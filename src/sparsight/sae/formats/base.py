@@ -280,5 +280,17 @@ def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> l
     return [tensors[key] for key in wanted]
 
 
+def whole_number(config: Mapping[str, Any], key: str, where: object) -> int:
+    """A setting that is a number from 1 on.
+
+    Raises:
+        SparsightError: it is missing, or is something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SparsightError(f"{where}: {key} is {value!r}; expected a number from 1 on.")
+    return value
+
+
 def _shape(tensor: Tensor | None, otherwise: str) -> str:
     return otherwise if tensor is None else str(list(tensor.shape))

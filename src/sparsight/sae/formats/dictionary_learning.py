@@ -13,7 +13,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_bytes, write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, need, whole_number
 from sparsight.sae.formats.writing import above, at_least, plain
 from sparsight.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
@@ -30,6 +30,8 @@ _CLASSES = {
     "MatryoshkaBatchTopKSAE": (*sorted(_BARE), "k", "group_sizes"),
 }
 """The tensors of each class; two of them have the same."""
+
+_NONE = torch.zeros(0)
 
 _SPELT = {
     "MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE",
@@ -78,10 +80,10 @@ class DictionaryLearning(Format):
         sparsity: ReLU | Gated | JumpReLU | TopK | BatchTopK
         if "W_enc" in given:
             read |= {key: given[key] for key in ("b_enc", "W_dec", "b_dec")}
-            read["W_enc"] = given["W_enc"].T
+            read["W_enc"] = given["W_enc"].mT
         else:
             bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(name, "b_dec")
-            read = {"W_enc": given["encoder.weight"], "W_dec": given["decoder.weight"].T}
+            read = {"W_enc": given["encoder.weight"], "W_dec": given["decoder.weight"].mT}
             if name == "GatedAutoEncoder":
                 read |= {"r_mag": given["r_mag"], "b_mag": given["mag_bias"]}
                 read |= {"b_enc": given["gate_bias"], "b_dec": given["decoder_bias"]}
@@ -103,7 +105,8 @@ class DictionaryLearning(Format):
             sparsity, subtracts = JumpReLU(), False
             read["threshold"] = given["threshold"]
         else:
-            k = _k(config, tensors, found.name)
+            inside = {"k": int(tensors["k"])} if tensors.get("k", _NONE).numel() == 1 else {}
+            k = whole_number({**config, **inside}, "k", found.name)
             sparsity = TopK(k) if name == "AutoEncoderTopK" else BatchTopK(k)
             if name != "AutoEncoderTopK":
                 (threshold,) = need(tensors, ("threshold",), found.name)
@@ -226,13 +229,6 @@ def _class(config: dict[str, Any], possible: list[str], where: str) -> str:
     raise UserError(
         f"{where}: dict_class is {name!r}, but the tensors are those of {' or '.join(possible)}."
     )
-
-
-def _k(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> int:
-    k = int(tensors["k"]) if "k" in tensors and tensors["k"].numel() == 1 else config.get("k")
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise SparsightError(f"{where}: k is {k!r}; expected a number from 1 on.")
-    return k
 
 
 def _unit_rows(read: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:

@@ -13,7 +13,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_bytes, write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format
+from sparsight.sae.formats.base import Candidate, Foreign, Format, whole_number
 from sparsight.sae.formats.pickles import CLASS, tensors_of
 from sparsight.sae.formats.writing import above, plain
 from sparsight.sae.sparsity import BatchTopK, JumpReLU, MatchingPursuit, ReLU, TopK
@@ -171,8 +171,9 @@ def _dictionary(
         relaxation = tensors["dictionary.Relax"]
         radius = relaxation.norm(dim=-1, keepdim=True)
         relaxation = relaxation * (float(delta) / radius).clamp(max=1)
-        return (weights @ tensors["dictionary.C"] + relaxation) * multiplier
-    rows: Tensor = tensors["dictionary._weights"]
+        mixed: Tensor = (weights @ tensors["dictionary.C"] + relaxation) * multiplier
+        return mixed
+    rows = tensors["dictionary._weights"]
     given = layer.get("normalization", (config.get("dictionary_params") or {}).get("normalization"))
     kind = "l2" if given is None else str(given).rpartition(".")[2].removeprefix("normalize_")
     if given is None and not module:
@@ -243,9 +244,9 @@ def _sparsity(
     if name == "SAE":
         return ReLU(), {}
     if name == "MpSAE":
-        return MatchingPursuit(_number(about, "k", where)), {}
+        return MatchingPursuit(whole_number(about, "k", where)), {}
     if name in ("TopKSAE", "RATopKSAE"):
-        return TopK(min(_number(about, "top_k", where), n)), {}
+        return TopK(min(whole_number(about, "top_k", where), n)), {}
     if name == "BatchTopKSAE":
         threshold = about.get("running_threshold")
         if not isinstance(threshold, Tensor | float | int):
@@ -266,10 +267,3 @@ def _sparsity(
 def _tied(module: dict[str, Any]) -> bool:
     encoder = (module.get("_modules") or {}).get("encoder") or {}
     return "tied_to" in (encoder.get("_modules") or {})
-
-
-def _number(about: dict[str, Any], key: str, where: str) -> int:
-    value = about.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SparsightError(f"{where}: {key} is {value!r}; expected a number from 1 on.")
-    return value

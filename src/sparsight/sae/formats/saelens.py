@@ -119,7 +119,7 @@ class SAELens(Format):
         W_dec, b_dec = need(tensors, ("W_dec", "b_dec"), found.name)
         n = W_dec.shape[0]
         if architecture == "matching_pursuit":
-            W_enc, b_enc = W_dec.T, torch.zeros(n)
+            W_enc, b_enc = W_dec.mT, torch.zeros(n)
             if not config.get("apply_b_dec_to_input", True):
                 b_dec = torch.zeros_like(b_dec)
             settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config, found.name)}
@@ -180,7 +180,7 @@ class SAELens(Format):
         if config.get("reshape_activations", "none") == "hook_z":
             notes.append("it reads the heads' outputs side by side: [batch, heads · width]")
 
-        read |= {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        read |= {"W_enc": W_enc.mT, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
         return Foreign(
             self.name,
             d_in,
@@ -252,7 +252,7 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(kind, bool):
         found["normalize_activations"] = "expected_average_only_in" if kind else "none"
     if not isinstance(found["d_in"], int):
-        raise SparsightError(f"cfg.json: d_in is {found['d_in']!r}; expected a number.")
+        raise SparsightError(f"d_in is {found['d_in']!r}; expected a number.")
     return found
 
 

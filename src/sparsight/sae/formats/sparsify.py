@@ -12,7 +12,7 @@ from sparsight.files import write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.files import save_tensors
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, need, whole_number
 from sparsight.sae.formats.sites import site_of_module
 from sparsight.sae.formats.writing import plain
 from sparsight.sae.sparsity import AbsTopK, GroupMax, TopK
@@ -114,7 +114,7 @@ class Sparsify(Format):
 
 
 def _sparsity(config: dict[str, Any], where: str) -> TopK | AbsTopK | GroupMax:
-    activation, k = config.get("activation", "topk"), config["k"]
+    activation, k = config.get("activation", "topk"), whole_number(config, "k", where)
     if activation == "groupmax":
         return GroupMax(k)
     if activation != "topk":

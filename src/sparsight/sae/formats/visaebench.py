@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsight.errors import SparsightError, UserError
+from sparsight.errors import SparsightError
 from sparsight.files import write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.files import save_tensors
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, need, whole_number
 from sparsight.sae.formats.writing import plain
 from sparsight.sae.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 
@@ -66,10 +66,11 @@ class VisAEBench(Format):
             sparsity, read["threshold"] = JumpReLU(), cut
         elif kind == "batchtopk":
             used.add("_running_threshold")
-            sparsity = BatchTopK(min(_k(config, found.name, n), n))
+            k = whole_number({"k": n, **config}, "k", found.name)
+            sparsity = BatchTopK(min(k, n))
             read["threshold"] = _threshold(config, tensors, found.name)
         else:
-            sparsity = TopK(_k(config, found.name))
+            sparsity = TopK(whole_number(config, "k", found.name))
         metadata: dict[str, Any] = {"source": found.source(self.name, file)}
         model = config.get("model_name") or config.get("model") or config.get("backbone")
         if isinstance(model, str):
@@ -133,13 +134,6 @@ class VisAEBench(Format):
 def _kind(config: dict[str, Any]) -> str:
     found = config.get("activation") or config.get("sae_type") or config.get("architecture")
     return str(found).lower()
-
-
-def _k(config: dict[str, Any], where: str, otherwise: int | None = None) -> int:
-    k = config.get("k", otherwise)
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise UserError(f"{where}: k is {k!r} in its configuration; expected a number from 1 on.")
-    return k
 
 
 def _threshold(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Tensor:

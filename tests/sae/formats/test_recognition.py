@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from exchange import D, K, N, trained_like, vectors
+from safetensors.torch import save_file
+
+from malicious_pickle import Opens
+from sparsight.errors import SparsightError, UserError
+from sparsight.sae import Gated, JumpReLU, SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae.formats import FORMATS, find, read
+from sparsight.sae.formats.base import Candidate
+
+WRITTEN = [each.name for each in FORMATS if each.can_save]
+
+
+def _write(name: str, folder: Path, sparsity: TopK | JumpReLU | Gated | None = None) -> Path:
+    config = SAEConfig(N, sparsity=sparsity or TopK(K), normaliser="none")
+    sae = trained_like(config, 0)
+    if name == "overcomplete":
+        sae.b_dec.zero_()
+    return find(name).save(sae, folder)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_format_alone_recognises_its_own(name: str, tmp_path: Path) -> None:
+    _write(name, tmp_path)
+    found = [each.name for each in FORMATS if each.recognises(Candidate(tmp_path))]
+    assert found == [name]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_one_call_reads_every_format_and_tells_what_it_found(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(name, tmp_path)
+    with caplog.at_level(logging.INFO, logger="sparsight"):
+        sae = SparseAutoencoder.from_pretrained(tmp_path)
+    (told,) = caplog.messages
+    assert f"read as {name}: 64 latents of width 16, TopK" in told
+    assert sae.metadata["source"]["format"] == name
+    assert not sae.training and not any(each.requires_grad for each in sae.parameters())
+    again = SparseAutoencoder.from_pretrained(sae.save_pretrained(tmp_path / "ours"))
+    assert torch.equal(again(vectors()).x_hat, sae(vectors()).x_hat)
+    assert again.metadata == sae.metadata
+
+
+def test_a_file_can_be_named_and_strange_keys_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _write("sparsify", tmp_path / "a") / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"wings": 2}))
+    (tmp_path / "a" / "other.pt").write_bytes(b"nothing")
+    sae = SparseAutoencoder.from_pretrained(tmp_path, subfolder="a", filename="sae.safetensors")
+    assert sae.n_latents == N
+    assert "not understood, and not used: wings" in caplog.text
+    with pytest.raises(SparsightError, match=r"other\.pt.*damaged"):
+        SparseAutoencoder.from_pretrained(tmp_path / "a" / "other.pt")
+
+
+def test_what_is_in_an_unknown_file_is_listed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Found no file with tensors; there is: nothing"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+    save_file({"wings": torch.ones(1), "beak": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"SAELens.*x\.safetensors has beak, wings"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is no format; there are"):
+        find("wings")
+
+
+def test_hostile_pickles_are_read_as_data_and_named(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"cfg": Opens(made), "wings": torch.ones(1)}, folder / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt has cfg, wings"):
+        SparseAutoencoder.from_pretrained(folder)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_numbers_that_are_not_finite_are_named(name: str, tmp_path: Path) -> None:
+    config = SAEConfig(N, sparsity=TopK(K), normaliser="none")
+    sae = trained_like(config, 0)
+    sae.b_dec.zero_()
+    sae.W_dec[3, 5] = torch.nan
+    find(name).save(sae, tmp_path)
+    with pytest.raises(SparsightError, match="W_dec holds values that are not finite"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def _odd(config: dict) -> Iterator[dict]:
+    """Copies, each with one value replaced or left out."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from ({**config, key: each} for each in _odd(value))
+        for odd in (None, -1, 0, 3, 1e300, "x", "", [], {}, [1], {"a": 1}, True):
+            yield {**config, key: odd}
+        yield {each: kept for each, kept in config.items() if each != key}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_odd_configurations_are_errors_or_harmless(name: str, tmp_path: Path) -> None:
+    for sparsity in (TopK(K), JumpReLU()):
+        if name == "sparsify" and isinstance(sparsity, JumpReLU):
+            continue
+        folder = _write(name, tmp_path / type(sparsity).__name__, sparsity)
+        (path,) = folder.glob("*.json")
+        for config in _odd(json.loads(path.read_text())):
+            path.write_text(json.dumps(config))
+            try:
+                read(folder).build()
+            except SparsightError as error:
+                assert str(folder) in str(error), config
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_damaged_checkpoints_are_errors_or_harmless(name: str, tmp_path: Path) -> None:
+    folder, chance = _write(name, tmp_path), random.Random(1)
+    for path in list(folder.iterdir()):
+        data = path.read_bytes()
+        for turn in range(40):
+            at = chance.randrange(len(data)) if turn % 2 else chance.randrange(min(1500, len(data)))
+            turned = bytes([data[at] ^ 1 << chance.randrange(8)])
+            path.write_bytes(data[:at] + (turned + data[at + 1 :] if turn % 4 else b""))
+            try:
+                read(folder).build()
+            except SparsightError as error:
+                assert "\n" not in str(error)
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_tensors_of_other_shapes_are_errors(name: str, tmp_path: Path) -> None:
+    folder = _write(name, tmp_path)
+    found = Candidate(folder)
+    (file,) = found.weights
+    tensors = dict(found.tensors(file))
+    for key, each in tensors.items():
+        for odd in (each[None], each.flatten()[:1], torch.zeros(0), each.int(), torch.ones(3, 3)):
+            changed = {**tensors, key: odd.contiguous()}
+            if file.endswith(".safetensors"):
+                save_file(changed, folder / file)
+            else:
+                torch.save(changed, folder / file)
+            try:
+                sae = read(folder).build()
+            except SparsightError:
+                continue
+            assert sae(vectors()).x_hat.shape == (len(vectors()), D)
