@@ -10,6 +10,7 @@ NATIVE := $(wildcard hatch_build.py src/sparsight/sae/kernels/native/*.[ch] src/
 PEERS := $(VENV)/peers
 CODE := src tests benchmarks hatch_build.py
 OFFLINE := HF_HUB_OFFLINE=1
+WITH_PEERS := SPARSIGHT_PEERS=$(PEERS)
 TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest tests/vision/test_open_clip.py
 
 .DEFAULT_GOAL := help
@@ -29,13 +30,13 @@ help:
 demo: $(VENV)/.user
 	$(BIN)/sparsight demo
 
-test: $(VENV)/.developer $(OPEN_CLIP)/.installed
+test: $(VENV)/.developer $(OPEN_CLIP)/.installed $(PEERS)/.installed
 	$(TEST_OPEN_CLIP) --cov --cov-report=
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" --cov --cov-append --cov-report=term:skip-covered
+	$(OFFLINE) $(WITH_PEERS) $(BIN)/python -m pytest -m "not slow" --cov --cov-append --cov-report=term:skip-covered
 
-test-slow: $(VENV)/.developer $(OPEN_CLIP)/.installed
+test-slow: $(VENV)/.developer $(OPEN_CLIP)/.installed $(PEERS)/.installed
 	$(TEST_OPEN_CLIP)
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(WITH_PEERS) $(BIN)/python -m pytest
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check $(CODE)

@@ -232,8 +232,22 @@ class SparseAutoencoder(nn.Module):
             digest.update(data.numpy().data)
         return digest.hexdigest()
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `config.json`, `sae.safetensors` and a model card; see `sparsight.sae.files`."""
+    def save_pretrained(self, folder: str | Path, *, format: str | None = None) -> Path:
+        """Write it into a folder.
+
+        Args:
+            folder: is made if it is not there.
+            format: another project's, such as "saelens" (see `sparsight.sae.formats`); None is
+                ours: `config.json`, `sae.safetensors` and a model card.
+
+        Raises:
+            UserError: there is no such format, or it cannot hold this SAE.
+            SparsightError: the disk is full or the folder cannot be written.
+        """
+        if format is not None:
+            from sparsight.sae.formats import find
+
+            return find(format).save(self, Path(folder))
         from sparsight.sae.files import save
 
         return save(self, Path(folder))

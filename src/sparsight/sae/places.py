@@ -101,25 +101,36 @@ def _configs(files: Sequence[str]) -> list[str]:
 def _fetched(repository: str, inner: str, revision: str | None, name: str) -> Path:
     """The root of the repository, with what one SAE needs."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    wanted: list[str] | None = None
+    unreachable: Exception | None = None
     try:
         try:
-            files = HfApi().list_repo_files(repository, revision=revision)
-        except (OfflineModeIsEnabled, ConnectionError):
-            # What was fetched before is still there.
-            root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-            here = [each.relative_to(root).as_posix() for each in root.rglob("*") if each.is_file()]
-            choose(sorted(here), inner, name)
-            return root
-        wanted = choose(files, inner, name)
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            found = HfApi().model_info(repository, revision=revision, timeout=30)
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except Exception as error:
+            # There is no way to the Hub, which has many names; what was fetched before is here.
+            unreachable = error
+        else:
+            wanted = choose([each.rfilename for each in found.siblings or ()], inner, name)
+        root = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=wanted,
+                local_files_only=wanted is None,
+            )
+        )
+    except UserError:
+        raise
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        told = str(unreachable or error).strip().partition("\n")[0]
         raise UserError(
-            f"{name}: no such folder, and the Hub gave no SAE of that name ({error})."
+            f"{name}: no such folder, and the Hub gave no SAE of that name ({told})."
         ) from error
+    if wanted is None:
+        here = [each.relative_to(root).as_posix() for each in root.rglob("*") if each.is_file()]
+        choose(sorted(here), inner, name)
+    return root
