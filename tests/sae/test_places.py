@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -101,14 +102,13 @@ def test_a_folder_of_this_name_comes_before_the_hub(
 def test_only_the_chosen_files_are_asked_for(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, asked = hub, []
 
-    class Info:
-        siblings = [type("File", (), {"rfilename": each}) for each in SPARSIFY]
+    listing = SimpleNamespace(siblings=[SimpleNamespace(rfilename=each) for each in SPARSIFY])
 
     def fetch(repository: str, **options: object) -> str:
         asked.append((repository, options["allow_patterns"], options["revision"]))
         return str(root)
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: Info())
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: listing)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     SparseAutoencoder.from_pretrained("org/repo/layers.9", revision="v1")
     assert asked == [("org/repo", ["layers.9/sae.safetensors", "layers.9/cfg.json"], "v1")]

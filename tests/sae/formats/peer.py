@@ -109,7 +109,8 @@ def saelens(folder: Path, x: Tensor) -> None:
         "gated, bias apart": ("gated", {"apply_b_dec_to_input": False}),
         "layer norm": ("standard", {"normalize_activations": "layer_norm"}),
         "constant norm": ("topk", {"k": K, "normalize_activations": "constant_norm_rescale"}),
-        "matching pursuit": (
+        "matching pursuit": ("matching_pursuit", {"max_iterations": 4 * K}),
+        "pursuit to the end": (
             "matching_pursuit",
             {"max_iterations": K, "stop_on_duplicate_support": False, "residual_threshold": 0.5},
         ),

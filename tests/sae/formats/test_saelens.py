@@ -27,7 +27,7 @@ CASES = {
     *("standard", "bias apart", "topk", "rescaled", "abstopk", "jumprelu", "gated", "layer norm"),
     *("gated, bias apart", "constant norm", "matching pursuit", "transcoder", "skip transcoder"),
     *("jumprelu transcoder", "jumprelu skip transcoder", "batchtopk", "batchtopk, training"),
-    *("rescaled batchtopk", "rescaled batchtopk, training", "flat"),
+    *("rescaled batchtopk", "rescaled batchtopk, training", "flat", "pursuit to the end"),
 }
 
 
@@ -42,6 +42,9 @@ def test_saelens_and_we_read_each_other_alike(tmp_path: Path) -> None:
         "gated": SAEConfig(N, sparsity=Gated()),
         "gated, bias apart": SAEConfig(N, sparsity=Gated(), **apart),
         "pursuit": SAEConfig(N, sparsity=MatchingPursuit(K), normaliser="none"),
+        "pursuit that stops": SAEConfig(
+            N, sparsity=MatchingPursuit(4 * K, 0.1, stop_on_repeat=True), normaliser="none"
+        ),
         "layer norm": SAEConfig(N, sparsity=TopK(K), normaliser="layer_norm"),
         "constant norm": SAEConfig(N, sparsity=JumpReLU(), normaliser="constant_norm"),
     }
@@ -98,7 +101,6 @@ def test_a_fine_tuned_decoder_is_scaled(tmp_path: Path) -> None:
         ({"normalize_activations": "covariance_whitening"}, "cannot undo"),
         ({"architecture": "topk", "k": None}, "k is None"),
         ({"activation_fn": "tanh-relu"}, "tanh-relu"),
-        ({"architecture": "matching_pursuit"}, "stop_on_duplicate_support"),
         ({"architecture": "jumprelu"}, "threshold is missing"),
         ({"d_in": 17}, "width 17"),
     ],

@@ -113,6 +113,8 @@ class Overcomplete(Format):
         if isinstance(sparsity, TopK):
             config |= {"class": "TopKSAE", "top_k": sparsity.k}
         elif isinstance(sparsity, MatchingPursuit):
+            if sparsity.tolerance > 0 or sparsity.stop_on_repeat:
+                raise UserError(f"{self.title}'s matching pursuit takes all of its steps.")
             config |= {"class": "MpSAE", "k": sparsity.k}
         elif parts.threshold is not None:
             config["class"] = "JumpSAE"

@@ -122,7 +122,7 @@ class SAELens(Format):
             W_enc, b_enc = W_dec.mT, torch.zeros(n)
             if not config.get("apply_b_dec_to_input", True):
                 b_dec = torch.zeros_like(b_dec)
-            settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config, found.name)}
+            settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config)}
         elif architecture == "gated":
             W_enc, b_enc, r_mag, b_mag = need(
                 tensors, ("W_enc", "b_gate", "r_mag", "b_mag"), found.name
@@ -279,15 +279,14 @@ def _rescaled(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tens
     return W_enc * norms, b_enc * norms, W_dec / norms.clamp(min=1e-30)[:, None]
 
 
-def _pursuit(config: dict[str, Any], where: str) -> MatchingPursuit:
+def _pursuit(config: dict[str, Any]) -> MatchingPursuit:
     steps = config.get("max_iterations") or config["d_in"]
-    if config.get("stop_on_duplicate_support", True):
-        raise UserError(
-            f"{where}: this matching pursuit stops where a latent comes up again "
-            "(stop_on_duplicate_support), which Sparsight's does not."
-        )
     tolerance = config.get("residual_threshold", 0.01)
-    return MatchingPursuit(min(steps, config["d_sae"]), tolerance=max(0.0, float(tolerance)))
+    return MatchingPursuit(
+        min(steps, config["d_sae"]),
+        tolerance=max(0.0, float(tolerance)),
+        stop_on_repeat=bool(config.get("stop_on_duplicate_support", True)),
+    )
 
 
 def _about(about: dict[str, Any]) -> dict[str, Any]:
@@ -338,6 +337,6 @@ def _parts(parts: Plain) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "apply_b_dec_to_input": True,
             "residual_threshold": sparsity.tolerance,
             "max_iterations": sparsity.k,
-            "stop_on_duplicate_support": False,
+            "stop_on_duplicate_support": sparsity.stop_on_repeat,
         }, {"W_dec": parts.W_dec, "b_dec": parts.b_dec}
     return {"architecture": ending or "standard"}, tensors

@@ -34,6 +34,9 @@ class MatchingPursuit(Sparsity):
     tolerance: float = 0.0
     """A vector whose residual has a smaller norm is done."""
 
+    stop_on_repeat: bool = False
+    """A vector that chooses a latent again is done, with that choice, as in SAELens."""
+
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
         check_at_least(self.k, 1, "sparsity.k")
@@ -82,13 +85,17 @@ class MatchingPursuit(Sparsity):
     ) -> Float[Tensor, "batch n_latents"]:
         W = weights.W_dec
         residual = z - weights.centre
-        chosen, amounts = [], []
+        chosen: list[Tensor] = []
+        amounts: list[Tensor] = []
+        going = torch.ones(len(z), dtype=torch.bool, device=z.device)
         for _ in range(self.k):
             with torch.no_grad():
                 best = (residual @ W.T).argmax(dim=1)
-                going = residual.norm(dim=1) >= self.tolerance
+                going = going & (residual.norm(dim=1) >= self.tolerance)
             rows = W[best]
             amount = (residual * rows).sum(dim=1).relu() * going
+            if self.stop_on_repeat and chosen:
+                going = going & (torch.stack(chosen) != best).all(dim=0)
             residual = residual - amount[:, None] * rows
             chosen.append(best)
             amounts.append(amount)
