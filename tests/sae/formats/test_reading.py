@@ -121,6 +121,13 @@ def test_a_hostile_pickle_does_nothing(tmp_path: Path, zipped: bool) -> None:
     assert not made.exists()
 
 
+def test_modules_that_hold_themselves_are_refused() -> None:
+    module: dict[str, Any] = {"_modules": {}}
+    module["_modules"] = {"a": module, "b": module}
+    with pytest.raises(pickles.PickleError, match="hold themselves"):
+        pickles.tensors_of(module)
+
+
 def _pickle(body: bytes) -> bytes:
     return b"\x80\x04" + body + b"."
 

@@ -135,7 +135,11 @@ class Candidate:
         folders = [(self.folder, 0)]
         while folders and len(found) < _MOST:
             folder, depth = folders.pop(0)
-            for each in sorted(folder.iterdir()):
+            try:
+                inside = sorted(folder.iterdir())
+            except OSError as error:
+                raise SparsightError(f"{folder}: cannot be listed ({error}).") from error
+            for each in inside:
                 if each.is_file():
                     found.append(each.relative_to(self.folder).as_posix())
                 elif each.is_dir() and depth < _DEEPEST and not each.name.startswith("."):

@@ -34,6 +34,8 @@ ITEMS = "__items__"
 _SPREAD = 2**24
 """A tensor may have this many elements more than its storage: one that was `expand`ed."""
 
+_MOST_MODULES = 10_000
+
 _DEEPEST = 8
 """Pickles within pickles."""
 
@@ -346,31 +348,30 @@ def storage_dtype(kind: Any) -> torch.dtype:
     return _STORAGES[name]
 
 
-def tensors_of(module: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+def tensors_of(module: Any) -> dict[str, Tensor]:
     """The state dictionary of an `nn.Module` that was pickled whole, as far as it holds tensors.
 
     Args:
         module: the module's dictionary, as `Reader` gives it.
-        prefix: of the names.
-        depth: how deep the module lies.
 
     Raises:
-        PickleError: modules contain themselves.
+        PickleError: there are more modules than a checkpoint has, as where they hold themselves.
     """
-    if depth > 32:
-        raise PickleError("its modules are nested too deep")
-    if not isinstance(module, dict):
-        return {}
     found: dict[str, Tensor] = {}
-    for group in ("_parameters", "_buffers"):
-        for name, each in dict(module.get(group) or {}).items():
-            if isinstance(each, Tensor):
-                found[f"{prefix}{name}"] = each
-    for name, each in dict(module.get("_modules") or {}).items():
-        found.update(tensors_of(each, f"{prefix}{name}.", depth + 1))
-        if len(found) > 10_000:
-            raise PickleError("it has more than 10,000 tensors")
-    return found
+    waiting = [("", module)]
+    for _ in range(_MOST_MODULES):
+        if not waiting:
+            return found
+        prefix, each = waiting.pop()
+        if not isinstance(each, dict):
+            continue
+        for group in ("_parameters", "_buffers"):
+            for name, tensor in dict(each.get(group) or {}).items():
+                if isinstance(tensor, Tensor):
+                    found[f"{prefix}{name}"] = tensor
+        inner = dict(each.get("_modules") or {})
+        waiting += [(f"{prefix}{name}.", child) for name, child in reversed(inner.items())]
+    raise PickleError(f"it has more than {_MOST_MODULES:,} modules, or they hold themselves")
 
 
 @dataclass
