@@ -14,6 +14,7 @@ from sparsight.activations import extract
 from sparsight.cli import main
 from sparsight.cli.main import VERBS
 from sparsight.images import open_images
+from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.vision import load_model
 
 SITE = "blocks.3.resid_post"
@@ -342,3 +343,15 @@ def test_an_unknown_kind_of_part_is_told_with_those_there_are(
 ) -> None:
     assert main(["train", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_convert_writes_another_projects_format_and_reads_it_back(tmp_path: Path, capsys) -> None:
+    sae = SparseAutoencoder(8, SAEConfig(32, sparsity=TopK(4)))
+    sae.save_pretrained(tmp_path / "ours")
+    there, back = str(tmp_path / "theirs"), str(tmp_path / "back")
+    assert main(["convert", str(tmp_path / "ours"), "--to", "saelens", "--out", there]) == 0
+    assert main(["convert", there, "--out", back]) == 0
+    assert "saelens → sparsight" in capsys.readouterr().out
+    assert main(["convert", there, "--out", back]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "nothing"), "--out", str(tmp_path / "x")]) == 2

@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "measure an SAE beside its baselines: error, sparsity, zero-shot, truth",
     "encode": "keep the active latents of every vector on disk",
     "index": "find the images and patches that every latent responds to",
+    "convert": "write an SAE in another project's format, or another project's in ours",
     "report": "write one HTML page about some runs",
 }
 """Every verb, in the order of the work; the file of the same name in this folder runs it."""

@@ -1,0 +1,50 @@
+"""`sparsight convert`: an SAE in another project's format, or another project's in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sparsight.cli.options import CommandOptions, parse
+from sparsight.errors import UserError
+from sparsight.sae import SparseAutoencoder
+from sparsight.sae.formats.converting import convert
+
+
+@dataclass(frozen=True)
+class ConvertOptions(CommandOptions):
+    """Write an SAE in another format, read it back, and compare the two.
+
+    SAE is a run, a file or folder of any project that Sparsight reads, or a place on the Hub.
+    """
+
+    sae: tyro.conf.Positional[str] = ""
+    """Folder, file, or place on the Hub: org/repo, org/repo/folder, org/repo/file.pt."""
+
+    to: str = "sparsight"
+    """Format: sparsight, sparsify, saelens, dictionary_learning, …; an unknown one is answered
+    with those there are."""
+
+    out: Path | None = None
+    """Folder to write into; empty or new. Must be given."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, convert, print where and how exactly."""
+    options = parse(ConvertOptions, "convert", arguments)
+    if not options.sae:
+        raise UserError("Which SAE? Name a folder, a file, or a place on the Hub.")
+    if options.out is None:
+        raise UserError("Where to? Give --out with a new folder.")
+    sae = SparseAutoencoder.from_pretrained(options.sae, revision=options.revision)
+    done = convert(sae, options.to, options.out)
+    source = sae.metadata.get("source", {}).get("format", "sparsight")
+    shape = f"{sae.n_latents:,} latents of width {sae.d_in:,}, {sae.config.sparsity.describe()}"
+    print(f"{done.path} · {source} → {options.to} · {shape}")
+    print(f"read back: x̂ differs by {done.difference:.1e} of its norm")

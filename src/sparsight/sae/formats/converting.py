@@ -1,0 +1,74 @@
+"""From one format into another, and proof that nothing was lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.sae.autoencoder import SparseAutoencoder
+from sparsight.sae.files import load, save
+
+OWN = "sparsight"
+COMPARED = 256
+"""Vectors that the written SAE is compared on."""
+TOLERANCE = 1e-4
+"""Largest relative difference of reconstructions; float32 rounds what is folded into weights."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        path: the folder.
+        difference: ‖x̂ − x̂'‖ / ‖x̂‖ between the SAE and what was read back.
+    """
+
+    path: Path
+    difference: float
+
+
+def convert(sae: SparseAutoencoder, to: str, out: str | Path) -> Conversion:
+    """Write an SAE in a format, read it back, and compare the two.
+
+    Args:
+        sae: any.
+        to: name of the format; "sparsight" is our own.
+        out: folder, which must not hold an SAE yet.
+
+    Raises:
+        UserError: there is no such format, it cannot express the SAE, or `out` is not empty.
+        SparsightError: it could not be written, or what was read back differs.
+    """
+    from sparsight.sae.formats import FORMATS, find
+
+    out = Path(out)
+    writers = [OWN, *(each.name for each in FORMATS if each.can_save)]
+    if to not in writers:
+        raise UserError(f"{to!r} is no format that can be written, only: {', '.join(writers)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and not empty. Choose another folder.")
+    path = save(sae, out) if to == OWN else find(to).save(sae, out)
+    again = load(path)
+    x = _typical_vectors(sae)
+    with torch.no_grad():
+        expected, found = sae.eval()(x).x_hat, again(x).x_hat
+    difference = float((expected - found).norm() / expected.norm().clamp(min=1e-30))
+    if not difference <= TOLERANCE:
+        raise SparsightError(
+            f"{path}: what was read back differs by {difference:.1e} from the SAE that was "
+            "written. Please report this; do not use the files."
+        )
+    return Conversion(path, difference)
+
+
+def _typical_vectors(sae: SparseAutoencoder) -> Float[Tensor, "vectors d_in"]:
+    """Normal vectors around the mean and in the scale that the SAE was trained in."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(COMPARED, sae.d_in, generator=generator).to(sae.W_enc)
+    return z * sae.normaliser.scale + sae.normaliser.mean
