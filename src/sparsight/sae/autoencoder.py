@@ -15,7 +15,7 @@ from sparsight.errors import UserError
 from sparsight.sae.code import SparseCode
 from sparsight.sae.config import Archetypal, SAEConfig
 from sparsight.sae.dictionary import archetypal_rows, keep_archetypal
-from sparsight.sae.initialisation import initial_parameters
+from sparsight.sae.initialisation import blank_parameters, initial_parameters
 from sparsight.sae.kernels import backend
 from sparsight.sae.normaliser import Normaliser
 from sparsight.sae.sparsity import Gated, MatchingPursuit, Weights
@@ -50,6 +50,7 @@ class SparseAutoencoder(nn.Module):
         target_normaliser: of a transcoder, fitted to its target; the identity if None.
         sample: some activations in normalised space, for the scale of the initial encoder.
         seed: of the initial parameters.
+        blank: leave the parameters without values, for who loads them.
         metadata: where the SAE belongs: model, site, tokens, images, …; JSON-able.
 
     Raises:
@@ -66,6 +67,7 @@ class SparseAutoencoder(nn.Module):
         target_normaliser: Normaliser | None = None,
         sample: Float[Tensor, "batch d_in"] | None = None,
         seed: int = 0,
+        blank: bool = False,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -77,7 +79,10 @@ class SparseAutoencoder(nn.Module):
         self.n_latents = config.width(d_in)
         self.config = dataclasses.replace(config, n_latents=self.n_latents)
         self.metadata: dict[str, Any] = dict(metadata or {})
-        start = initial_parameters(d_in, self.config, seed, sample, d_out)
+        if blank:
+            start = blank_parameters(d_in, self.config, d_out)
+        else:
+            start = initial_parameters(d_in, self.config, seed, sample, d_out)
         buffers = set(config.sparsity.buffers)
         if isinstance(config.dictionary, Archetypal):
             # Rows follow from the mixture; they are kept for who only uses the SAE.
@@ -201,6 +206,7 @@ class SparseAutoencoder(nn.Module):
             self.d_in,
             without,
             d_out=self.d_out if self.is_transcoder else None,
+            blank=True,
             metadata=self.metadata,
         ).to(self.W_enc.device, self.W_enc.dtype)
         mean, scale = self.normaliser.mean, self.normaliser.scale

@@ -16,7 +16,7 @@ from sparsight.config import from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, write_json, write_text
 from sparsight.sae.autoencoder import SparseAutoencoder
-from sparsight.sae.config import Archetypal, SAEConfig
+from sparsight.sae.config import SAEConfig
 from sparsight.sae.places import find
 
 FORMAT_VERSION = 2
@@ -153,14 +153,11 @@ def _own(folder: Path) -> SparseAutoencoder:
     description = _description(folder / CONFIG)
     d_in = description["d_in"]
     config = from_dict(SAEConfig, description["config"], str(folder / CONFIG))
-    anchors = torch.ones(1, d_in)
-    if isinstance(config.dictionary, Archetypal):
-        anchors = anchors.expand(config.dictionary.n_anchors, d_in)
     sae = SparseAutoencoder(
         d_in,
         config,
         d_out=description.get("d_out"),
-        sample=anchors,
+        blank=True,
         metadata=description["metadata"],
     )
     sae.load_state_dict(_tensors(folder / WEIGHTS, sae))

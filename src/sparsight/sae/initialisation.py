@@ -78,6 +78,27 @@ def initial_parameters(
     return start
 
 
+def blank_parameters(d_in: int, config: SAEConfig, d_out: int | None = None) -> dict[str, Tensor]:
+    """The same tensors without values, for who loads them: random ones take seconds to draw."""
+    n_latents, width = config.width(d_in), d_out or d_in
+    start = {
+        "W_enc": torch.empty(n_latents, d_in),
+        "b_enc": torch.empty(n_latents),
+        "W_dec": torch.empty(n_latents, width),
+        "b_dec": torch.empty(width),
+        **config.sparsity.start(n_latents),
+    }
+    if isinstance(config.dictionary, Archetypal):
+        n_anchors = config.dictionary.n_anchors
+        start["anchors"] = torch.empty(n_anchors, d_in)
+        start["mixture"] = torch.empty(n_latents, n_anchors)
+        start["relaxation"] = torch.empty(n_latents, d_in)
+        start["log_multiplier"] = torch.empty(())
+    if config.skip:
+        start["W_skip"] = torch.empty(width, d_in)
+    return start
+
+
 def geometric_median(
     x: Float[Tensor, "batch d_in"], tolerance: float = 1e-6
 ) -> Float[Tensor, " d_in"]:

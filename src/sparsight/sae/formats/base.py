@@ -66,7 +66,7 @@ class Foreign:
         try:
             config = dataclasses.replace(self.config, n_latents=shape[0])
             extras: dict[str, Any] = {} if self.d_out is None else {"d_out": self.d_out}
-            sae = SparseAutoencoder(self.d_in, config, metadata=self._told(), **extras)
+            sae = SparseAutoencoder(self.d_in, config, blank=True, metadata=self._told(), **extras)
         except UserError as error:
             raise SparsightError(f"{self._where}: {error}") from error
         wanted = sae.state_dict()
