@@ -1,0 +1,172 @@
+"""What CLIP-Scope's autoencoders need and their files lack: mean and deviation of the activations.
+
+They were trained on activations standardised batch by batch, x_n = (x − mean) / (deviation + 1e-6),
+and their published figures are of that space; the statistics were not kept. So they are estimated
+anew, on activations of all tokens, and stand in a JSON file beside the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import read_json, write_json
+
+EPSILON = 1e-6
+FORMAT = "sparsight-clipscope-calibration"
+FORMAT_VERSION = 1
+_KEYS = {"format", "format_version", "n_vectors", "about", "mean", "deviation"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Mean and deviation of each dimension of the activations that an SAE reads."""
+
+    mean: Float[Tensor, " d_in"]
+    """Of each dimension."""
+
+    deviation: Float[Tensor, " d_in"]
+    """Standard deviation of each dimension, with n − 1."""
+
+    n_vectors: int
+    """On how many vectors both were estimated."""
+
+    about: dict[str, Any] = field(default_factory=dict)
+    """Model, site, images: whatever is known; JSON-able."""
+
+    @classmethod
+    def estimate(
+        cls, batches: Iterable[Tensor], about: dict[str, Any] | None = None
+    ) -> Calibration:
+        """From activations `[…, d_in]`, batch by batch; the sums run in float64.
+
+        Raises:
+            UserError: there are fewer than two vectors, or batches of several widths.
+            SparsightError: an activation is not finite.
+        """
+        n, mean, squares = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0)
+        for batch in batches:
+            x = batch.detach().flatten(0, -2).to("cpu", torch.float64)
+            if n and x.shape[1] != len(mean):
+                raise UserError(
+                    f"The activations are {len(mean)} wide in one batch, {x.shape[1]} in another."
+                )
+            if not len(x):
+                continue
+            # Means and squared distances of two samples are joined: no great numbers are subtracted.
+            own = x.mean(dim=0)
+            own_squares = (x - own).square().sum(dim=0)
+            if n == 0:
+                n, mean, squares = len(x), own, own_squares
+                continue
+            both = n + len(x)
+            step = own - mean
+            mean = mean + step * (len(x) / both)
+            squares = squares + own_squares + step.square() * (n * len(x) / both)
+            n = both
+        if n < 2:
+            raise UserError(f"A calibration needs two activation vectors or more; there are {n}.")
+        deviation = (squares / (n - 1)).sqrt()
+        if not (torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
+            raise SparsightError("The activations to calibrate on are not finite.")
+        return cls(mean.float(), deviation.float(), n, dict(about or {}))
+
+    @property
+    def scale(self) -> Float[Tensor, " d_in"]:
+        """What activations are divided by: deviation + 1e-6."""
+        return self.deviation + EPSILON
+
+    def standardise(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Into the space that the SAE was trained in."""
+        return (x - self.mean.to(x)) / self.scale.to(x)
+
+    def restore(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Back into the units of the model."""
+        return x * self.scale.to(x) + self.mean.to(x)
+
+    def save(self, path: Path) -> Path:
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            SparsightError: the disk is full or the folder cannot be written.
+        """
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "n_vectors": self.n_vectors,
+                "about": self.about,
+                "mean": self.mean.tolist(),
+                "deviation": self.deviation.tolist(),
+            },
+        )
+        return path
+
+    @classmethod
+    def open(cls, path: Path) -> Calibration:
+        """Read it.
+
+        Raises:
+            UserError: the file is missing, no JSON, or of another format.
+            SparsightError: what it holds is damaged.
+        """
+        found = read_json(path)
+        if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format is {found.get('format')!r}, version "
+                f"{found.get('format_version')!r}; expected {FORMAT!r}, {FORMAT_VERSION}."
+            )
+        if set(found) != _KEYS:
+            raise SparsightError(f"{path}: holds {sorted(found)}, expected {sorted(_KEYS)}.")
+        rows = [found["mean"], found["deviation"]]
+        plain = all(isinstance(row, list) and all(map(_is_number, row)) for row in rows)
+        if not plain or len(rows[0]) != len(rows[1]) or not rows[0] or min(rows[1]) < 0:
+            raise SparsightError(
+                f"{path}: mean and deviation are not two lists of as many numbers, deviations 0 "
+                "or more. Make the calibration anew."
+            )
+        if not isinstance(found["n_vectors"], int) or not isinstance(found["about"], dict):
+            raise SparsightError(f"{path}: n_vectors is no number, or about no object.")
+        return cls(
+            torch.tensor(rows[0], dtype=torch.float32),
+            torch.tensor(rows[1], dtype=torch.float32),
+            found["n_vectors"],
+            found["about"],
+        )
+
+    @staticmethod
+    def beside(checkpoint: Path) -> Path:
+        """Where the calibration of a checkpoint lies: `1200013184.pt` →
+        `1200013184.calibration.json`."""
+        return checkpoint.with_name(f"{checkpoint.stem}.calibration.json")
+
+    @classmethod
+    def of(cls, checkpoint: Path, d_in: int) -> Calibration | None:
+        """The calibration that lies beside a checkpoint; None if there is none.
+
+        Raises:
+            SparsightError: there is one, and it is damaged, or of activations of another width.
+        """
+        path = cls.beside(checkpoint)
+        if not path.is_file():
+            return None
+        found = cls.open(path)
+        if len(found.mean) != d_in:
+            raise SparsightError(
+                f"{path}: is of activations {len(found.mean)} wide; the autoencoder's are {d_in}. "
+                "Delete it, or make it anew."
+            )
+        return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
