@@ -6,12 +6,12 @@ from pathlib import Path
 # The small models are those of the tests of `vision`.
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
 
-import cpu_torchvision  # noqa: E402,F401 - before transformers
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import cpu_torchvision  # noqa: F401 - before transformers
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 

@@ -171,7 +171,7 @@ def test_mistakes_are_told_in_one_sentence(vit, clip, checkpoint, tmp_path):
         sae.calibrate([])
     with pytest.raises(SparsightError, match="not finite"):
         sae.calibrate([torch.full((3, D), float("nan"))])
-    with pytest.raises(UserError, match="blocks.0.resid_pre|no site"):
+    with pytest.raises(UserError, match="no site"):
         ConfiguredViT([(9, "resid")], str(clip), device="cpu")
     with pytest.raises(UserError, match="'resid'"):
         ConfiguredViT([(1, "mlp")], str(clip), device="cpu")
@@ -197,7 +197,7 @@ def test_a_damaged_calibration_is_named(checkpoint, activations):
         {"n_vectors": None},
     ):
         path.write_text(json.dumps({**whole, **damage}))
-        with pytest.raises(SparsightError, match="calibration.json"):
+        with pytest.raises(SparsightError, match="calibration"):
             TopKSAE.from_pretrained(str(checkpoint), device="cpu")
 
 

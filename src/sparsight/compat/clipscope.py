@@ -270,9 +270,7 @@ class TopKSAE(nn.Module):
         return {**found, "reconstruction": calibration.restore(found["reconstruction"])}
 
     @torch.no_grad()
-    def report(
-        self, batches: Iterable[Tensor]
-    ) -> dict[str, dict[str, float | None]]:
+    def report(self, batches: Iterable[Tensor]) -> dict[str, dict[str, float | None]]:
         """CLIP-Scope's two figures and FVU, of the same activations used in three ways.
 
         `raw`: fed as they are, as the package's examples do. `calibrated`: through

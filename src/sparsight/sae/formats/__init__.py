@@ -10,13 +10,29 @@ from pathlib import Path
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.formats.base import Candidate, Foreign, Format
+from sparsight.sae.formats.clipscope import CLIPScope
 from sparsight.sae.formats.dictionary_learning import DictionaryLearning
+from sparsight.sae.formats.dncbm import DNCBM
+from sparsight.sae.formats.llamascopium import Llamascopium
+from sparsight.sae.formats.msae import MSAE
+from sparsight.sae.formats.openai import OpenAI
 from sparsight.sae.formats.overcomplete import Overcomplete
+from sparsight.sae.formats.patchsae import PatchSAE
+from sparsight.sae.formats.prisma import Prisma
 from sparsight.sae.formats.saelens import SAELens
+from sparsight.sae.formats.saev import Saev
 from sparsight.sae.formats.sparsify import Sparsify
 from sparsight.sae.formats.visaebench import VisAEBench
 
 FORMATS: tuple[Format, ...] = (
+    Saev(),  # its file begins with JSON, and is damaged to whoever takes it for one of torch.save
+    CLIPScope(),
+    OpenAI(),
+    MSAE(),
+    DNCBM(),
+    PatchSAE(),
+    Prisma(),
+    Llamascopium(),
     Sparsify(),
     SAELens(),
     VisAEBench(),

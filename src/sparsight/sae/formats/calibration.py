@@ -61,7 +61,7 @@ class Calibration:
                 )
             if not len(x):
                 continue
-            # Means and squared distances of two samples are joined: no great numbers are subtracted.
+            # Two samples' means and squares are joined without subtracting great numbers.
             own = x.mean(dim=0)
             own_squares = (x - own).square().sum(dim=0)
             if n == 0:

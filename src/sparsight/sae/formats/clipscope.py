@@ -17,10 +17,11 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.autoencoder import SparseAutoencoder
-from sparsight.sae.config import SAEConfig, TopK
+from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format
 from sparsight.sae.formats.calibration import Calibration
-from sparsight.sae.formats.exporting import plain, write_torch
+from sparsight.sae.formats.exporting import drops_negatives, plain, write_torch
+from sparsight.sae.sparsity import TopK
 
 MODEL = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
 """What the published ones read; they do not say so themselves."""
@@ -104,11 +105,12 @@ class CLIPScope(Format):
         """Write `sae.pt`, the normaliser folded in; the format has no bias of latents.
 
         Raises:
-            UserError: the SAE is no TopK with signed values, or the latents have biases.
+            UserError: the SAE is no TopK, or its latents have biases.
         """
         sparsity = sae.config.sparsity
-        if not isinstance(sparsity, TopK) or sparsity.rectify:
-            raise UserError("CLIP-Scope's format holds TopK with signed values (rectify=False).")
+        if not isinstance(sparsity, TopK):
+            raise UserError(f"CLIP-Scope's format holds TopK, not {type(sparsity).__name__}.")
+        drops_negatives(sparsity, self.title)
         sae = plain(sae, self.title, subtract_b_dec=True)
         if sae.b_enc.abs().max() > 0:
             raise UserError("CLIP-Scope's format has no biases of latents; b_enc must be 0.")
@@ -160,8 +162,10 @@ def unpack(payload: Any, path: Path) -> Checkpoint | None:
     strange += [f"model_state_dict.{key}" for key in state if key not in _TENSORS]
     log_id = payload.get("log_id")
     return Checkpoint(
-        k,
-        *(state[key].float() for key in ("pre_b", "enc", "dec")),
+        k=k,
+        pre_b=state["pre_b"].float(),
+        enc=state["enc"].float(),
+        dec=state["dec"].float(),
         unknown=tuple(sorted(strange)),
         log_id=log_id if isinstance(log_id, str) else "",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from sparsight.errors import UserError
 from sparsight.files import atomic_path
 from sparsight.sae.autoencoder import SparseAutoencoder
-from sparsight.sae.config import TopK as Gated
+from sparsight.sae.sparsity import Gated, TopK
 
 
 def plain(
@@ -23,12 +24,13 @@ def plain(
     subtract_b_dec: bool,
     normalisers: Collection[str] = ("none",),
     skip: bool = False,
+    cap: bool = False,
 ) -> SparseAutoencoder:
     """The same function of x in the parts that a format knows.
 
-    On the CPU in float32. The normaliser is folded into the weights unless the format has it, and the encoder's bias is
-    that of an encoder which does, or does not, subtract `b_dec`: the pre-activations
-    W_enc (z − b_dec) + b and W_enc z + (b − W_enc b_dec) are the same.
+    On the CPU in float32. The normaliser is folded into the weights unless the format has it, and
+    the encoder's bias is that of an encoder which does, or does not, subtract `b_dec`: the
+    pre-activations W_enc (z − b_dec) + b and W_enc z + (b − W_enc b_dec) are the same.
 
     Args:
         sae: the SAE.
@@ -36,13 +38,14 @@ def plain(
         subtract_b_dec: whether the format's encoder does.
         normalisers: the kinds that it has.
         skip: whether it has transcoders.
+        cap: whether it has the SAE's soft cap.
 
     Raises:
         UserError: the format has no equal of a part.
     """
-    if sae.config.soft_cap is not None:
+    if sae.config.soft_cap is not None and not cap:
         raise UserError(f"{title}: its format has no soft cap of latents.")
-    transcoder = sae.d_out is not None
+    transcoder = sae.is_transcoder
     if transcoder and not skip:
         raise UserError(f"{title}: its format holds no transcoders.")
     if sae.config.normaliser not in normalisers:
@@ -55,8 +58,33 @@ def plain(
         shift = found.W_enc @ found.b_dec * (1 if subtract_b_dec else -1)
         found.b_enc.add_(shift)
         if isinstance(sae.config.sparsity, Gated):
-            found.b_mag.add_(found.r_mag.exp() * shift)
+            extra = found.weights().extra
+            extra["b_mag"].add_(extra["r_mag"].exp() * shift)
     return found
+
+
+def drops_negatives(sparsity: TopK, title: str) -> None:
+    """Warn who writes a TopK with a ReLU into a format whose TopK has none."""
+    if sparsity.rectify:
+        logging.getLogger("sparsight").warning(
+            "%s keeps negative values among the %d greatest, this SAE drops them: vectors with "
+            "fewer positive latents than that will have other codes there.",
+            title,
+            sparsity.k,
+        )
+
+
+def belongs(
+    *,
+    model: str | None = None,
+    site: str | None = None,
+    target: str | None = None,
+    tokens: str | None = None,
+) -> dict[str, Any]:
+    """An SAE's metadata, as far as they are known."""
+    found: dict[str, Any] = {"model": {"id": model}} if model else {}
+    given = {"site": site, "target": target, "tokens": tokens}
+    return found | {key: value for key, value in given.items() if value is not None}
 
 
 def write_torch(payload: Any, path: Path, header: bytes = b"") -> None:
