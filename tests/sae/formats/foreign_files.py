@@ -568,6 +568,8 @@ def llamascopium_of_the_first_files(folder: Path) -> tuple[Path, Function]:
     W_E, b_E, W_D, b_D = parts()
     state = {"encoder.weight": W_E.T, "encoder.bias": b_E}
     state |= {"decoder.weight": W_D.T, "decoder.bias": b_D}
-    state |= {f"dataset_average_activation_norm.{side}": torch.tensor(7.0) for side in ("in", "out")}
+    state |= {
+        f"dataset_average_activation_norm.{side}": torch.tensor(7.0) for side in ("in", "out")
+    }
     path = llamascopium_folder(folder, state, act_fn="jumprelu", jump_relu_threshold=0.4)
     return path, llamascopium_function(lambda h: h > 0.4, 7 / D**0.5)
