@@ -20,7 +20,7 @@ from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format
 from sparsight.sae.formats.calibration import Calibration
-from sparsight.sae.formats.exporting import drops_negatives, plain, write_torch
+from sparsight.sae.formats.writing import drops_negatives, plain, write_torch
 from sparsight.sae.sparsity import TopK
 
 MODEL = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
@@ -111,17 +111,18 @@ class CLIPScope(Format):
         if not isinstance(sparsity, TopK):
             raise UserError(f"CLIP-Scope's format holds TopK, not {type(sparsity).__name__}.")
         drops_negatives(sparsity, self.title)
-        sae = plain(sae, self.title, subtract_b_dec=True)
-        if sae.b_enc.abs().max() > 0:
+        parts = plain(sae, self.title)
+        parts.autoencoder_only(self.title)
+        if bool((parts.biases(subtracts=True)[0] != 0).any()):
             raise UserError("CLIP-Scope's format has no biases of latents; b_enc must be 0.")
         payload = {
             "n_features": sae.n_latents,
             "d_in": sae.d_in,
             "k": sparsity.k,
             "model_state_dict": {
-                "pre_b": sae.b_dec.detach(),
-                "enc": sae.W_enc.detach().T.contiguous(),
-                "dec": sae.W_dec.detach(),
+                "pre_b": parts.b_dec,
+                "enc": parts.W_enc.T.contiguous(),
+                "dec": parts.W_dec,
             },
         }
         write_torch(payload, folder / "sae.pt")

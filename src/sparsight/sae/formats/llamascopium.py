@@ -16,8 +16,7 @@ from torch import Tensor
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.config import NormaliserKind, SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
-from sparsight.sae.formats.exporting import belongs
-from sparsight.sae.formats.sites import site_of_hook
+from sparsight.sae.formats.sites import belongs, site_of_hook
 from sparsight.sae.sparsity import AnySparsity, JumpReLU, ReLU, TopK
 
 CONFIG = "config.json"

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
-from sparsight.sae.formats.exporting import belongs
+from sparsight.sae.formats.sites import belongs
 from sparsight.sae.sparsity import ReLU
 
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -18,16 +18,16 @@ from sparsight.files import write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import NormaliserKind, SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
-from sparsight.sae.formats.exporting import belongs, plain, write_torch
-from sparsight.sae.formats.sites import hook_of_site, site_of_hook
+from sparsight.sae.formats.sites import belongs, hook_of_site, site_of_hook
+from sparsight.sae.formats.writing import plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, Gated, ReLU, TopK
 
 WEIGHTS = "weights.pt"
 CONFIG = "config.json"
 
 _MATRICES = {"W_enc", "W_dec"}
-_MARKS = {"layer_subtype", "hook_point_layer", "activation_fn_str", "normalize_activations"}
-"""A configuration with two of these is Prisma's."""
+_MARK = "layer_subtype"
+"""A configuration with this is Prisma's."""
 
 _NORMALISERS: dict[str | None, NormaliserKind] = {
     None: "none",
@@ -36,12 +36,6 @@ _NORMALISERS: dict[str | None, NormaliserKind] = {
     "constant_norm_rescale": "constant_norm",
 }
 _USED = {"b_enc", "W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag", "b_dec_out", "W_skip"}
-_FUNCTION = {
-    *("d_in", "d_sae", "d_out", "expansion_factor", "architecture", "is_transcoder"),
-    *("activation_fn_str", "activation_fn_kwargs", "normalize_activations"),
-    *("transcoder_with_skip_connection", "hook_point_head_index"),
-}
-"""What the function of x depends on; all else in a configuration is of the training."""
 
 
 class Prisma(Format):
@@ -114,53 +108,41 @@ class Prisma(Format):
             UserError: the sparsity is none of ReLU, TopK and Gated, or the number of latents no
                 multiple of the width.
         """
-        sparsity, cap = sae.config.sparsity, sae.config.soft_cap
-        kinds = {kind: name for name, kind in _NORMALISERS.items() if name is not None}
-        sae = plain(
-            sae, self.title, subtract_b_dec=True, normalisers=(*kinds,), skip=True, cap=(cap == 1)
-        )
-        expansion, rest = divmod(sae.n_latents, sae.d_in)
+        kinds: dict[str, str] = {kind: name for name, kind in _NORMALISERS.items() if name}
+        parts = plain(sae, self.title, per_vector=("layer_norm", "constant_norm"))
+        parts.only(ReLU, TopK, Gated, title=self.title)
+        sparsity, transcoder = parts.sparsity, parts.d_out is not None
+        expansion, rest = divmod(len(parts.W_enc), parts.d_in)
         if rest:
             raise UserError(
-                f"ViT-Prisma's latents are a multiple of the width; {sae.n_latents} is none of "
-                f"{sae.d_in}."
+                f"ViT-Prisma's latents are a multiple of the width; {len(parts.W_enc)} is none of "
+                f"{parts.d_in}."
             )
-        activation, kwargs = "relu" if cap is None else "tanh-relu", dict[str, int]()
-        state: dict[str, Tensor] = {
-            "W_dec": sae.W_dec.detach(),
-            "W_enc": sae.W_enc.detach().T.contiguous(),
-            "b_enc": sae.b_enc.detach(),
-            "b_dec": sae.b_dec.detach(),
-        }
-        if isinstance(sparsity, TopK) and sparsity.rectify and cap is None:
-            activation, kwargs = "topk", {"k": sparsity.k}
-        elif isinstance(sparsity, Gated) and cap is None:
-            extra = {name: each.detach() for name, each in sae.weights().extra.items()}
-            state |= {"b_gate": state["b_enc"], "b_enc": torch.zeros(sae.n_latents), **extra}
-        elif not isinstance(sparsity, ReLU):
-            raise UserError(
-                "ViT-Prisma has ReLU, TopK with values of 0 and more, and Gated; not "
-                f"{type(sparsity).__name__}{'' if cap is None else ' with a soft cap'}."
-            )
-        if sae.is_transcoder:
+        b_enc, b_mag = parts.biases(subtracts=not transcoder)
+        state = {"W_dec": parts.W_dec, "W_enc": parts.W_enc.T.contiguous(), "b_enc": b_enc}
+        state["b_dec"] = parts.b_dec
+        if b_mag is not None and parts.r_mag is not None:
+            extra = {"r_mag": parts.r_mag, "b_mag": b_mag}
+            state |= {"b_gate": b_enc, "b_enc": torch.zeros_like(b_enc), **extra}
+        if transcoder:
             if isinstance(sparsity, Gated):
                 raise UserError("ViT-Prisma has no gated transcoders.")
-            state |= {"b_dec_out": state["b_dec"], "b_dec": torch.zeros(sae.d_in)}
-            if sae.config.skip:
-                if sae.d_out != sae.d_in:
+            state |= {"b_dec_out": parts.b_dec, "b_dec": torch.zeros(parts.d_in)}
+            if parts.W_skip is not None:
+                if parts.d_out != parts.d_in:
                     raise UserError("ViT-Prisma's skip connections keep the width.")
-                state["W_skip"] = sae.W_skip.detach()
+                state["W_skip"] = parts.W_skip
         config = {
             **_place(sae.metadata),
             "d_in": sae.d_in,
             "d_out": sae.d_out,
             "expansion_factor": expansion,
             "architecture": "gated" if isinstance(sparsity, Gated) else "standard",
-            "activation_fn_str": activation,
-            "activation_fn_kwargs": kwargs,
-            "normalize_activations": kinds[sae.config.normaliser],
-            "is_transcoder": sae.is_transcoder,
-            "transcoder_with_skip_connection": sae.config.skip,
+            "activation_fn_str": "topk" if isinstance(sparsity, TopK) else "relu",
+            "activation_fn_kwargs": {"k": sparsity.k} if isinstance(sparsity, TopK) else {},
+            "normalize_activations": kinds[parts.normaliser],
+            "is_transcoder": transcoder,
+            "transcoder_with_skip_connection": parts.W_skip is not None,
             "initialization_method": "independent",
             "use_ghost_grads": False,
             "_dtype": "torch.float32",
@@ -191,7 +173,7 @@ class Prisma(Format):
                 continue
             if not isinstance(state, Mapping) or not set(state) >= _MATRICES:
                 continue
-            if len(_MARKS & set(config)) >= 2 or "vit_prisma" in str(config.get("__class__")):
+            if _MARK in config or "vit_prisma" in str(config.get("__class__")):
                 return file, config, state
         return None
 

@@ -21,8 +21,8 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
-from sparsight.sae.formats.exporting import drops_negatives, plain, write_torch
 from sparsight.sae.formats.reading import damaged, parse_json, read_torch_stream
+from sparsight.sae.formats.writing import above, at_least, drops_negatives, plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, BatchTopK, ReLU, TopK
 
 LONGEST_HEADER = 1 << 20
@@ -85,7 +85,7 @@ class Saev(Format):
         tensors["W_enc"] = tensors["W_enc"].T
         sparsity, notes = _sparsity(header, state, path)
         if isinstance(sparsity, BatchTopK):
-            tensors["threshold"] = state[_THRESHOLD].clamp(min=0)
+            tensors["threshold"] = at_least(state[_THRESHOLD])
         if header.subtract_b_dec:
             notes.append(
                 "it was trained by a version of saev whose encoder subtracts b_dec, and is read "
@@ -117,15 +117,16 @@ class Saev(Format):
         Raises:
             UserError: the sparsity is none of ReLU, TopK and BatchTopK.
         """
-        sae = plain(sae, self.title, subtract_b_dec=False)
+        parts = plain(sae, self.title)
+        parts.autoencoder_only(self.title)
         none = _part("NoSparsity", key="no-sparsity")
         aux = _part("NoAux", key="no-aux")
-        sparsity = sae.config.sparsity
+        sparsity = parts.sparsity
         state: dict[str, Tensor] = {
-            "W_dec": sae.W_dec.detach(),
-            "b_dec": sae.b_dec.detach(),
-            "W_enc": sae.W_enc.detach().T.contiguous(),
-            "b_enc": sae.b_enc.detach(),
+            "W_dec": parts.W_dec,
+            "b_dec": parts.b_dec,
+            "W_enc": parts.W_enc.T.contiguous(),
+            "b_enc": parts.biases(subtracts=False)[0],
         }
         if isinstance(sparsity, ReLU):
             activation = _part("Relu", key="relu", sparsity=none, aux=aux)
@@ -139,7 +140,8 @@ class Saev(Format):
                 **{"key": "batch-top-k", "top_k": sparsity.k, "sparsity": none},
                 **{"momentum": 0.1, "aux": aux},
             )
-            state[_THRESHOLD] = sae.threshold.detach()
+            assert parts.threshold is not None
+            state[_THRESHOLD] = above(parts.threshold)
         else:
             raise UserError(f"saev has ReLU, TopK and BatchTopK; not {type(sparsity).__name__}.")
         header = {

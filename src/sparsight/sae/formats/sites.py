@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 _PARTS = {
     "resid_pre": "resid_pre",
@@ -40,3 +41,16 @@ def hook_of_site(site: object) -> str | None:
     """The TransformerLens name of a site; the inverse of `site_of_hook`."""
     found = re.match(r"^blocks\.(\d+)\.(\w+)$", site) if isinstance(site, str) else None
     return f"blocks.{found[1]}.hook_{found[2]}" if found else None
+
+
+def belongs(
+    *,
+    model: str | None = None,
+    site: str | None = None,
+    target: str | None = None,
+    tokens: str | None = None,
+) -> dict[str, Any]:
+    """An SAE's metadata, as far as they are known."""
+    found: dict[str, Any] = {"model": {"id": model}} if model else {}
+    given = {"site": site, "target": target, "tokens": tokens}
+    return found | {key: value for key, value in given.items() if value is not None}

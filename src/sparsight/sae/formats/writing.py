@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsight.errors import UserError
+from sparsight.files import atomic_path
 from sparsight.sae.autoencoder import SparseAutoencoder
-from sparsight.sae.sparsity import Gated
+from sparsight.sae.sparsity import Gated, TopK
 
 
 @dataclass(frozen=True)
@@ -130,3 +133,30 @@ def at_least(threshold: Tensor) -> Tensor:
     """The t' with which p > t is p ≥ t', for p > 0."""
     high = torch.nextafter(threshold, torch.full_like(threshold, math.inf))
     return torch.where(threshold >= 0, high, torch.zeros_like(threshold))
+
+
+def drops_negatives(sparsity: TopK, title: str) -> None:
+    """Warn who writes a TopK with a ReLU into a format whose TopK has none."""
+    if sparsity.rectify:
+        logging.getLogger("sparsight").warning(
+            "%s keeps negative values among the %d greatest, this SAE drops them: vectors with "
+            "fewer positive latents than that will have other codes there.",
+            title,
+            sparsity.k,
+        )
+
+
+def write_torch(payload: Any, path: Path, header: bytes = b"") -> None:
+    """Write with `torch.save`, whole or not at all.
+
+    Args:
+        payload: what to write.
+        path: the file.
+        header: bytes that come before.
+
+    Raises:
+        SparsightError: the disk is full or the folder cannot be written.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        torch.save(payload, file)

@@ -1,0 +1,179 @@
+"""Files that nobody vouches for: cut, altered, of wrong shapes, hostile."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from foreign_files import CASES, D, N, known_as, msae_state, prisma_state
+
+from malicious_pickle import Opens
+from sparsight.errors import SparsightError
+from sparsight.sae.formats import read
+from sparsight.sae.formats.calibration import Calibration
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(
+        each for each in folder.rglob("*") if each.is_file() and "sparsity" not in each.name
+    )
+
+
+def tried(path: Path) -> None:
+    """Read and build; whatever is wrong must be one of our errors."""
+    try:
+        read(path).build()
+    except SparsightError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_that_is_cut_off_anywhere_is_a_clear_error(name, tmp_path):
+    path, _ = CASES[name](tmp_path)
+    for file in files(tmp_path):
+        whole = file.read_bytes()
+        for share in (0, 0.01, 0.3, 0.6, 0.9, 0.999):
+            file.write_bytes(whole[: int(len(whole) * share)])
+            if file.suffix in (".json",) or file.name == "sae.pt":
+                tried(path)
+            else:
+                with pytest.raises(SparsightError):
+                    read(path).build()
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flipped_bits_are_a_clear_error_or_harmless(name, tmp_path):
+    path, _ = CASES[name](tmp_path)
+    generator = torch.Generator().manual_seed(5)
+    for file in files(tmp_path):
+        whole = file.read_bytes()
+        places = torch.randint(len(whole), (60,), generator=generator).tolist()
+        for place in [*range(0, 40, 3), *places]:
+            altered = bytearray(whole)
+            altered[place % len(whole)] ^= 1 << (place % 8)
+            file.write_bytes(altered)
+            tried(path)
+        file.write_bytes(whole)
+
+
+def wrong(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor[:-1], tensor[None], tensor.new_zeros(0), torch.full_like(tensor, float("nan"))]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name not in ("saev_batch_topk", "prisma_gzipped")]
+)
+def test_wrong_shapes_and_nan_are_clear_errors(name, tmp_path):
+    path, _ = CASES[name](tmp_path)
+    (file,) = (each for each in files(tmp_path) if each.suffix in (".pt", ".pth", ".safetensors"))
+    for key, replace in _tensors(file):
+        for index in range(4):
+            replace(key, index)
+            with pytest.raises(SparsightError):
+                read(path).build()
+        replace(key, None)
+    read(path).build()
+
+
+def _tensors(file: Path):
+    """Names of the tensors that the function of x needs, and a way to put wrong ones there."""
+    needed = {"W_enc", "b_enc", "W_dec", "b_dec", "pre_b", "enc", "dec", "encoder", "latent_bias"}
+    needed |= {"pre_bias", "decoder", "encoder.weight", "decoder.weight", "W_E", "b_E", "W_D"}
+    needed |= {"b_D", "encoder._weight", "encoder._bias", "decoder._weight", "tied_bias"}
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(file)
+
+        def replace(key, index):
+            new = state[key] if index is None else wrong(state[key])[index]
+            save_file({**state, key: new.contiguous()}, file)
+    else:
+        from sparsight.sae.formats.reading import read_torch, read_torch_stream
+
+        header = b""
+        with file.open("rb") as opened:
+            if opened.read(1) == b"{":
+                opened.seek(0)
+                header = opened.readline()
+                whole = read_torch_stream(opened, file.stat().st_size - len(header), file)
+            else:
+                whole = read_torch(file)
+        if isinstance(whole.get("cfg"), dict):
+            whole["cfg"] = {key: each for key, each in whole["cfg"].items() if key != "dtype"}
+            whole["cfg"].pop("device", None)
+        state = whole
+        while not any(isinstance(each, torch.Tensor) for each in state.values()):
+            inner = ("state_dict", "model_state_dict", "model", "autoencoder")
+            state = next(state[key] for key in inner if key in state)
+        if "model" in whole:
+            state = whole["model"]
+        elif "model_state_dict" in whole:
+            state = whole["model_state_dict"]
+        kept = dict(state)
+
+        def replace(key, index):
+            state[key] = kept[key] if index is None else wrong(kept[key])[index]
+            buffer = io.BytesIO()
+            torch.save(whole, buffer)
+            file.write_bytes(header + buffer.getvalue())
+
+    return [(key, replace) for key in sorted(needed & set(state))]
+
+
+@pytest.mark.parametrize("key", ["cfg", "config", "state_dict", "model", "activation"])
+def test_code_in_a_pickle_is_not_run(key, tmp_path):
+    mark = tmp_path / "ran"
+    payload = {"cfg": {"layer_subtype": "x"}, "state_dict": prisma_state(), "model": msae_state()}
+    payload[key] = Opens(mark)
+    for write in ("zip", "legacy", "pickle"):
+        path = tmp_path / f"{write}.pt"
+        if write == "pickle":
+            path.write_bytes(pickle.dumps(payload))
+        else:
+            torch.save(payload, path, _use_new_zipfile_serialization=write == "zip")
+        tried(path)
+    header = json.dumps({"d_vit": D, "d_sae": N}).encode() + b"\n"
+    (tmp_path / "sae.pt").write_bytes(header + pickle.dumps(payload))
+    tried(tmp_path / "sae.pt")
+    assert not mark.exists()
+
+
+def test_a_configuration_that_runs_code_when_it_is_unpickled_stays_plain_data(tmp_path):
+    mark = tmp_path / "ran"
+    with known_as("vit_prisma.sae.config.VisionModelSAERunnerConfig") as cls:
+        made = cls()
+        made.__dict__.update({"layer_subtype": "hook_resid_post", "model_name": Opens(mark)})
+        torch.save({"cfg": made, "state_dict": prisma_state()}, tmp_path / "weights.pt")
+    tried(tmp_path / "weights.pt")
+    assert not mark.exists()
+
+
+def test_a_header_line_without_an_end_is_refused_early(tmp_path):
+    path = tmp_path / "sae.pt"
+    path.write_bytes(b'{"d_vit": ' + b" " * (2 << 20))
+    with pytest.raises(SparsightError, match="line does not end"):
+        read(path)
+
+
+def test_a_zip_bomb_behind_a_header_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * (64 << 20))
+    header = json.dumps({"d_vit": D, "d_sae": N}).encode() + b"\n"
+    (tmp_path / "sae.pt").write_bytes(header + buffer.getvalue())
+    with pytest.raises(SparsightError, match="compressed"):
+        read(tmp_path / "sae.pt")
+
+
+def test_a_damaged_calibration_stops_the_loading_of_its_checkpoint(tmp_path):
+    path, _ = CASES["clipscope_calibrated"](tmp_path)
+    Calibration.beside(path).write_text('{"format": "sparsight-clipscope-calibration"')
+    with pytest.raises(SparsightError, match=r"calibration\.json"):
+        read(path)
