@@ -34,11 +34,15 @@ def saev_writes(given: dict[str, Any]) -> dict[str, Any]:
 def clipscope_encodes(given: dict[str, Any]) -> dict[str, Any]:
     from clipscope import TopKSAE
 
-    checkpoint = torch.load(given["path"], weights_only=True)
-    shape = {key: checkpoint[key] for key in ("k", "n_features", "d_in")}
-    sae = TopKSAE(**shape, device="cpu")
-    sae.load_state_dict(checkpoint["model_state_dict"])
-    return sae.forward_verbose(given["x"])
+    found = {}
+    for path, suffix in ((given["path"], ""), (given["written"], " written")):
+        checkpoint = torch.load(path, weights_only=True)
+        shape = {key: checkpoint[key] for key in ("k", "n_features", "d_in")}
+        sae = TopKSAE(**shape, device="cpu")
+        sae.load_state_dict(checkpoint["model_state_dict"])
+        for kind in ("normal", "massive"):
+            found[kind + suffix] = sae.forward_verbose(given[kind])
+    return found
 
 
 def clipscope_sees(given: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,10 @@ class Llamascopium(Format):
         (n, d_in), d_out = W_enc.shape, W_dec.shape[1]
         if len(W_dec) != n or b_enc.shape != (n,):
             raise SparsightError(f"{path}: encoder, decoder and bias are of different sizes.")
+        if config.get("d_model", d_in) != d_in or config.get("d_model", d_out) != d_out:
+            raise SparsightError(
+                f"{path}: reads {d_in} numbers and gives {d_out}; d_model is {config['d_model']!r}."
+            )
         b_dec = tensors.get("decoder.bias" if old else "b_D")
         if b_dec is None:
             if config.get("use_decoder_bias", True):
@@ -85,7 +89,7 @@ class Llamascopium(Format):
             W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
             W_dec = W_dec / norms[:, None]
             notes.append("codes are those of the file times the norms of its decoder rows")
-        transcoder = config.get("hook_point_in") != config.get("hook_point_out") or d_in != d_out
+        transcoder = config.get("hook_point_in") != config.get("hook_point_out")
         if transcoder:
             W_dec, b_dec = W_dec * out_scale, b_dec * out_scale
         elif normaliser == "scale" and out_scale != scale:

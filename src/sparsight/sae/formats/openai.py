@@ -46,10 +46,10 @@ class OpenAI(Format):
         path = found.folder / file
         payload, tensors = found.payload(file), found.tensors(file)
         pre_bias, encoder, latent_bias = need(tensors, _TENSORS, path)
-        if encoder.ndim != 2:
-            raise SparsightError(f"{path}: encoder.weight is no matrix.")
-        n, d_in = encoder.shape
         tied = "decoder.weight" not in tensors
+        if encoder.ndim != 2 or (not tied and tensors["decoder.weight"].ndim != 2):
+            raise SparsightError(f"{path}: encoder.weight or decoder.weight is no matrix.")
+        n, d_in = encoder.shape
         ours = {"W_enc": encoder, "b_enc": latent_bias, "b_dec": pre_bias}
         if not tied:
             ours["W_dec"] = tensors["decoder.weight"].T

@@ -292,7 +292,7 @@ def _their_name(id: str) -> str:
 
 def _place(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Prisma's names for where an SAE belongs, as far as that is known."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"hook_point_layer": None, "layer_subtype": None}
     model = (metadata.get("model") or {}).get("id")
     if isinstance(model, str):
         found["model_name"] = _their_name(model)
