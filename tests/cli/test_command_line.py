@@ -68,7 +68,8 @@ def test_every_verb_explains_its_options(verb, capsys):
     assert main([verb, "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"usage: sparsight {verb}" in shown
-    assert "--config" in shown and "--out" in shown
+    assert "--config" in shown
+    assert "--out" in shown or verb == "pretrained"  # which leaves nothing behind
 
 
 def test_an_unknown_verb_exits_with_2_and_suggests_one():

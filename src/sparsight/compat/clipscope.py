@@ -23,6 +23,7 @@ from sparsight.evaluation import ReconstructionMeter
 from sparsight.sae.formats.calibration import Calibration
 from sparsight.sae.formats.clipscope import Checkpoint, unpack
 from sparsight.sae.formats.reading import read_torch
+from sparsight.sae.places import find
 from sparsight.vision import VisionModel, load_model
 
 MODEL = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
@@ -188,7 +189,7 @@ class TopKSAE(nn.Module):
         name = checkpoint if checkpoint is not None else filename
         if name is None:
             raise UserError("from_pretrained takes a checkpoint: '22_resid/1200013184.pt'.")
-        path = Path(name) if Path(name).is_file() else _download(str(name), repo_id)
+        path = Path(name) if Path(name).is_file() else find(repo_id, filename=str(name))
         found = _read(path)
         d_in, n_features = found.enc.shape
         sae = cls(found.k, n_features, d_in, device)
@@ -341,18 +342,6 @@ def _location(given: Any) -> Location:
 
 def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _download(name: str, repo_id: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo_id, name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name}: no such file, and the Hub's {repo_id} gave none of that name ({error})."
-        ) from error
 
 
 def _read(path: Path) -> Checkpoint:

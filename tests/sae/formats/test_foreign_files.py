@@ -204,7 +204,7 @@ def test_orientations_and_biases_hold_against_vectors_that_were_computed_by_hand
     folder = tmp_path / "llama"
     folder.mkdir()
     tensors = {"W_E": W_enc, "b_E": b_enc, "W_D": W_dec, "b_D": b_dec}
-    check(llamascopium_folder(folder, tensors, norm_activation="inference"), *plain)
+    check(llamascopium_folder(folder, tensors, norm_activation="inference", d_model=2), *plain)
 
 
 @pytest.mark.parametrize(

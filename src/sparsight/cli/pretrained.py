@@ -1,0 +1,67 @@
+"""`sparsight pretrained`: which SAEs others have published, and under which names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.padding import Padding
+
+from sparsight.cli.options import CommandOptions, parse
+from sparsight.sae.pretrained import OTHER, Published, look_up
+
+
+@dataclass(frozen=True)
+class PretrainedOptions(CommandOptions):
+    """List published SAEs of CLIP and its kin, out of a table that comes with Sparsight."""
+
+    model: str | None = None
+    """Only models with this in their name."""
+
+    site: str | None = None
+    """Only sites with this in their name: embedding, blocks.9., resid_post."""
+
+    format: str | None = None
+    """Only this format."""
+
+    json: bool = False
+    """Print JSON, with where each row is from."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, look up, print."""
+    options = parse(PretrainedOptions, "pretrained", arguments)
+    rows = look_up(model=options.model, site=options.site, format=options.format)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    for model in dict.fromkeys(row.model for row in rows):
+        console.print(model, style="bold", soft_wrap=True)
+        for row in (row for row in rows if row.model == model):
+            # On a line of its own and never broken: it is there to be copied.
+            console.print(f"  {row.id}", soft_wrap=True)
+            console.print(Padding(_about(row), (0, 0, 0, 6)), style="dim")
+    unread = sum(row.format == OTHER for row in rows)
+    console.print(
+        f"{len(rows)} entries"
+        + (f", {unread} in formats that Sparsight does not read (other)" if unread else "")
+        + ". Load one: SparseAutoencoder.from_pretrained(id). --json tells where each is from."
+    )
+
+
+def _about(row: Published) -> str:
+    """All but model and id, as far as it is known."""
+    known = (
+        row.site,
+        row.tokens,
+        None if row.latents is None else f"{row.latents:,} latents",
+        None if row.k is None else f"k = {row.k}",
+        row.format,
+        row.licence,
+        row.note,
+    )
+    return " · ".join(each for each in known if each)
