@@ -7,12 +7,14 @@ import pickle
 
 import pytest
 import torch
+from foreign_files import peer
 from transformers import CLIPImageProcessor, CLIPModel
 
 from malicious_pickle import Opens
 from sparsight.compat.clipscope import ConfiguredViT, TopKSAE
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import ReconstructionMeter
+from sparsight.sae import SparseAutoencoder
 from sparsight.sae.formats.calibration import Calibration
 
 D, N, K = 32, 96, 5
@@ -49,6 +51,31 @@ def test_activations_are_those_of_every_picture_of_a_batch(vit, clip, pictures):
         assert not found[(layer, "resid")].requires_grad
     cls = vit.cls_activations(pictures)
     assert torch.equal(cls[(2, "resid")], found[(2, "resid")][:, 0])
+
+
+def test_the_package_itself_sees_the_same_in_the_first_picture_and_no_other(
+    vit, clip, pictures, tmp_path
+):
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path, picture in zip(paths, pictures, strict=False):
+        picture.save(path)
+    given = {"locations": LOCATIONS, "model": str(clip), "pictures": paths}
+    theirs = peer("clipscope", "clipscope_sees", given, tmp_path)["activations"]
+    ours = vit.all_activations(pictures[:2])
+    for place in LOCATIONS:
+        # Since transformers 5 it hands out the first picture alone; before, all of them.
+        first = theirs[place] if theirs[place].ndim == 2 else theirs[place][0]
+        torch.testing.assert_close(ours[place][0], first, rtol=1e-4, atol=1e-4)
+
+
+def test_the_calibration_serves_whoever_loads_the_checkpoint(activations, checkpoint):
+    ported = TopKSAE.from_pretrained(str(checkpoint), device="cpu")
+    ported.calibrate(activations)
+    sae = SparseAutoencoder.from_pretrained(checkpoint)
+    assert sae.config.normaliser == "standardise"
+    x = activations[0].flatten(0, 1)
+    expected = ported.forward_calibrated(x)["reconstruction"].detach()
+    torch.testing.assert_close(sae(x).x_hat, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_one_picture_alone_is_a_batch_of_one(vit, pictures):

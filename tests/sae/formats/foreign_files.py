@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from exchange import peers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -573,3 +576,18 @@ def llamascopium_of_the_first_files(folder: Path) -> tuple[Path, Function]:
     }
     path = llamascopium_folder(folder, state, act_fn="jumprelu", jump_relu_threshold=0.4)
     return path, llamascopium_function(lambda h: h > 0.4, 7 / D**0.5)
+
+
+# What other packages make of it
+
+
+def peer(package: str, task: str, given: dict, folder: Path) -> dict:
+    """What another package gives, in a process of its own."""
+    if not (peers() / package).is_dir():
+        pytest.skip(f"{package} is not in {peers()}")
+    torch.save(given, folder / "given.pt")
+    script = Path(__file__).parent / "foreign_peers.py"
+    command = [sys.executable, script, peers(), task, folder / "given.pt", folder / "made.pt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "made.pt", weights_only=True)

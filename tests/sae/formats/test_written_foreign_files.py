@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from foreign_files import CASES, D, N, numbers, parts
+from foreign_files import CASES, D, N, numbers, parts, peer
 
 from sparsight.compat.clipscope import TopKSAE
 from sparsight.errors import UserError
@@ -27,20 +23,6 @@ from sparsight.sae import (
 )
 from sparsight.sae.formats import find, read
 from sparsight.sae.normaliser import Normaliser
-
-PEERS = os.environ.get("SPARSIGHT_PEERS", "")
-
-
-def peer(package: str, task: str, given: dict, folder: Path) -> dict:
-    """What another package gives, in a process of its own."""
-    if not (Path(PEERS) / package).is_dir():
-        pytest.skip(f"{package} is not in the folder that SPARSIGHT_PEERS names")
-    torch.save(given, folder / "given.pt")
-    script = Path(__file__).parent / "foreign_peers.py"
-    command = [sys.executable, str(script), PEERS, task, folder / "given.pt", folder / "made.pt"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "made.pt", weights_only=True)
 
 
 def sae(sparsity, normaliser="scale", **settings) -> SparseAutoencoder:
