@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from malicious_pickle import Opens
 from sparsight.errors import SparsightError
 from sparsight.sae.formats import read
 from sparsight.sae.formats.calibration import Calibration
+from sparsight.sae.formats.reading import read_torch, read_torch_stream
 
 
 def files(folder: Path) -> list[Path]:
@@ -97,8 +99,6 @@ def _tensors(file: Path):
             new = state[key] if index is None else wrong(state[key])[index]
             save_file({**state, key: new.contiguous()}, file)
     else:
-        from sparsight.sae.formats.reading import read_torch, read_torch_stream
-
         header = b""
         with file.open("rb") as opened:
             if opened.read(1) == b"{":
@@ -155,6 +155,55 @@ def test_a_configuration_that_runs_code_when_it_is_unpickled_stays_plain_data(tm
         torch.save({"cfg": made, "state_dict": prisma_state()}, tmp_path / "weights.pt")
     tried(tmp_path / "weights.pt")
     assert not mark.exists()
+
+
+def odd(config: dict) -> Iterator[dict]:
+    """Copies, each with one value replaced or left out."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from ({**config, key: each} for each in odd(value))
+        for strange in (None, -1, 0, 1e300, "x", [], {}, {"a": 1}, True):
+            yield {**config, key: strange}
+        yield {each: kept for each, kept in config.items() if each != key}
+
+
+@pytest.mark.parametrize("name", ["saev_schema_5", "saev_without_schema", "saev_batch_topk"])
+def test_odd_headers_are_errors_or_harmless(name, tmp_path):
+    CASES[name](tmp_path)
+    path = tmp_path / "sae.pt"
+    header, _, rest = path.read_bytes().partition(b"\n")
+    for config in odd(json.loads(header)):
+        path.write_bytes(json.dumps(config).encode() + b"\n" + rest)
+        tried(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["prisma_layer_norm_topk", "prisma_transcoder", "llamascopium_transcoder"]
+)
+def test_odd_configurations_are_errors_or_harmless(name, tmp_path):
+    CASES[name](tmp_path)
+    path = tmp_path / "config.json"
+    for config in odd(json.loads(path.read_text())):
+        path.write_text(json.dumps(config))
+        tried(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clipscope", "openai_topk", "msae_of_newer_files", "patchsae"])
+def test_odd_values_beside_the_tensors_are_errors_or_harmless(name, tmp_path):
+    path, _ = CASES[name](tmp_path)
+    whole = read_torch(path)
+    for changed in odd(whole):
+        torch.save(_plain(changed), path)
+        tried(path)
+
+
+def _plain(value):
+    """Without what cannot be pickled again: names of classes and dtypes."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return (
+        value if isinstance(value, torch.Tensor | str | int | float | list | None) else str(value)
+    )
 
 
 def test_a_header_line_without_an_end_is_refused_early(tmp_path):

@@ -25,7 +25,7 @@ from sparsight.sae.formats.sparsify import Sparsify
 from sparsight.sae.formats.visaebench import VisAEBench
 
 FORMATS: tuple[Format, ...] = (
-    Saev(),  # its file begins with JSON, and is damaged to whoever takes it for one of torch.save
+    Saev(),
     CLIPScope(),
     OpenAI(),
     MSAE(),

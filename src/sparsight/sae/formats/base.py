@@ -184,6 +184,8 @@ class Candidate:
                 self._payloads[file] = reading.read_safetensors(path)
             elif file.endswith(".gz"):
                 self._payloads[file] = reading.read_gzipped_pickle(path)
+            elif reading.begins_with_json(path):
+                self._payloads[file] = {}  # saev's, whose reader looks for itself
             else:
                 self._payloads[file] = reading.read_torch(path)
         return self._payloads[file]

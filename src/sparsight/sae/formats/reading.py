@@ -76,6 +76,19 @@ def check_header(path: Path) -> None:
         raise damaged(path, f"its header says {length:,} bytes, the file has {size:,}")
 
 
+def begins_with_json(path: Path) -> bool:
+    """Whether the first byte opens a JSON object; no file of `torch.save` has it, nor gzip's.
+
+    Raises:
+        SparsightError: there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"{"
+    except OSError as error:
+        raise damaged(path, error) from error
+
+
 def read_torch(path: Path) -> Any:
     """What `torch.save` wrote, as plain data: tensors, containers, numbers and text.
 
