@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -102,3 +103,14 @@ class _Silent(ProgressLine):
 
     def finish(self, note: str = "") -> None:
         return
+
+
+def logger() -> logging.Logger:
+    """The logger "sparsight"; where nobody has set up logging, it writes to stderr from INFO on."""
+    found = logging.getLogger("sparsight")
+    if not found.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        found.addHandler(handler)
+        found.setLevel(logging.INFO)
+    return found

@@ -31,6 +31,9 @@ class ConvertOptions(CommandOptions):
     out: Path | None = None
     """Folder to write into; empty or new. Must be given."""
 
+    approximate: bool = False
+    """Write a TopK with a ReLU for formats whose TopK has none, too, and tell the difference."""
+
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
 
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.out is None:
         raise UserError("Where to? Give --out with a new folder.")
     sae = SparseAutoencoder.from_pretrained(options.sae, revision=options.revision)
-    done = convert(sae, options.to, options.out)
+    done = convert(sae, options.to, options.out, approximate=options.approximate)
     source = sae.metadata.get("source", {}).get("format", "sparsight")
     shape = f"{sae.n_latents:,} latents of width {sae.d_in:,}, {sae.config.sparsity.describe()}"
     print(f"{done.path} · {source} → {options.to} · {shape}")

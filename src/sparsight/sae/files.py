@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparsight.config import from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, write_json, write_text
+from sparsight.progress import logger
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.places import find
@@ -26,7 +26,6 @@ CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
-_LOG = logging.getLogger("sparsight")
 
 
 def save(sae: SparseAutoencoder, folder: Path) -> Path:
@@ -139,13 +138,13 @@ def _foreign(place: Path, name: str) -> SparseAutoencoder:
     sae = found.build()
     sparsity = sae.config.sparsity.describe()
     told = "; ".join(found.notes)
-    _LOG.info(
+    logger().info(
         "%s: read as %s: %s latents of width %s, %s%s",
         *(name, found.format, f"{sae.n_latents:,}", f"{sae.d_in:,}", sparsity),
         f" ({told})" if told else "",
     )
     if found.unknown:
-        _LOG.warning("%s: not understood, and not used: %s", name, ", ".join(found.unknown))
+        logger().warning("%s: not understood, and not used: %s", name, ", ".join(found.unknown))
     return sae
 
 

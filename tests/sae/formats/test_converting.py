@@ -112,4 +112,14 @@ def test_what_reads_back_differently_is_told(
     wrong = SparseAutoencoder(D, other).eval()
     monkeypatch.setattr("sparsight.sae.formats.converting.load", lambda path: wrong)
     with pytest.raises(SparsightError, match="differs by"):
-        convert(sae, "sparsify", tmp_path / "out")
+        convert(sae, "sparsight", tmp_path / "out")
+
+
+def test_a_rectified_topk_goes_where_there_is_none_only_when_asked_to(tmp_path: Path) -> None:
+    sae = _sae(SAEConfig(48, sparsity=TopK(40)))
+    with pytest.raises(UserError, match="negative values"):
+        convert(sae, "saev", tmp_path / "out")
+    done = convert(sae, "saev", tmp_path / "out", approximate=True)
+    assert done.difference > 1e-3
+    few = convert(_sae(SAEConfig(48, sparsity=TopK(2))), "saev", tmp_path / "few", approximate=True)
+    assert few.difference < 1e-6

@@ -24,7 +24,7 @@ PLAIN = ["dictionary_learning", "overcomplete", "saelens", "sparsify", "visaeben
 
 def _sae(name: str) -> SparseAutoencoder:
     """One that the format can hold: not all have both biases, or drop negative values."""
-    signed = name == "clipscope"
+    signed = name in ("clipscope", "saev")
     sae = trained_like(SAEConfig(N, sparsity=TopK(K, rectify=not signed), normaliser="none"), 0)
     if name == "overcomplete":
         sae.b_dec.zero_()

@@ -20,7 +20,7 @@ from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format
 from sparsight.sae.formats.calibration import Calibration
-from sparsight.sae.formats.writing import drops_negatives, plain, write_torch
+from sparsight.sae.formats.writing import keeps_negatives, plain, write_torch
 from sparsight.sae.sparsity import TopK
 
 MODEL = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
@@ -110,7 +110,7 @@ class CLIPScope(Format):
         sparsity = sae.config.sparsity
         if not isinstance(sparsity, TopK):
             raise UserError(f"CLIP-Scope's format holds TopK, not {type(sparsity).__name__}.")
-        drops_negatives(sparsity, self.title)
+        keeps_negatives(sparsity, self.title)
         parts = plain(sae, self.title)
         parts.autoencoder_only(self.title)
         if bool((parts.biases(subtracts=True)[0] != 0).any()):

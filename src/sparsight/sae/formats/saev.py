@@ -22,7 +22,7 @@ from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
 from sparsight.sae.formats.reading import damaged, parse_json, read_torch_stream
-from sparsight.sae.formats.writing import above, at_least, drops_negatives, plain, write_torch
+from sparsight.sae.formats.writing import above, at_least, keeps_negatives, plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, BatchTopK, ReLU, TopK
 
 LONGEST_HEADER = 1 << 20
@@ -131,7 +131,7 @@ class Saev(Format):
         if isinstance(sparsity, ReLU):
             activation = _part("Relu", key="relu", sparsity=none, aux=aux)
         elif isinstance(sparsity, TopK):
-            drops_negatives(sparsity, self.title)
+            keeps_negatives(sparsity, self.title)
             activation = _part("TopK", key="top-k", top_k=sparsity.k, sparsity=none, aux=aux)
         elif isinstance(sparsity, BatchTopK):
             aux = _part("AuxK", key="auxk", k_aux=512, alpha=1 / 32)

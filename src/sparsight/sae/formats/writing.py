@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,14 +134,17 @@ def at_least(threshold: Tensor) -> Tensor:
     return torch.where(threshold >= 0, high, torch.zeros_like(threshold))
 
 
-def drops_negatives(sparsity: TopK, title: str) -> None:
-    """Warn who writes a TopK with a ReLU into a format whose TopK has none."""
+def keeps_negatives(sparsity: TopK, title: str) -> None:
+    """Make sure that a TopK has no ReLU, for a format whose TopK has none.
+
+    Raises:
+        UserError: it has.
+    """
     if sparsity.rectify:
-        logging.getLogger("sparsight").warning(
-            "%s keeps negative values among the %d greatest, this SAE drops them: vectors with "
-            "fewer positive latents than that will have other codes there.",
-            title,
-            sparsity.k,
+        raise UserError(
+            f"{title} keeps negative values among the {sparsity.k} greatest, this SAE drops them "
+            "(rectify=True): a vector with fewer positive latents would have another code. Train "
+            "with rectify=False, or convert with `approximate`, which measures the difference."
         )
 
 
