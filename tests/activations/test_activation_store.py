@@ -229,3 +229,35 @@ def test_a_fingerprint_tells_other_vectors(
         LiveActivations(model, photos.subset(0, 7), [BLOCK_0]).fingerprint,
     ]
     assert len({first, *others}) == 8
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [("cls", 1), ("patches", 4), ("mean", 1)])
+def test_a_store_of_all_positions_gives_views_of_some(
+    tokens: str, expected: int, kept_store: ActivationStore, model: VisionModel, photos: ImageSource
+) -> None:
+    view = kept_store.with_tokens(tokens)
+    live = LiveActivations(model, photos, kept_store.sites, tokens)
+    assert view.tokens == tokens and view.n_tokens == live.n_tokens
+    assert view.n_tokens[BLOCK_0] == expected and view.n_tokens["embedding"] == 1
+    x = everything(view, BLOCK_1)
+    torch.testing.assert_close(x, everything(live, BLOCK_1), rtol=2e-3, atol=2e-3)
+    mean = x.flatten(0, 1).double().mean(dim=0)
+    torch.testing.assert_close(view.stats(BLOCK_1).mean, mean)
+    assert view.stats(BLOCK_1).count == len(x) * expected
+    batch = next(view.stream([BLOCK_0], len(x) * expected))[BLOCK_0]
+    every = everything(view, BLOCK_0).flatten(0, 1)
+    assert torch.equal(batch.sort(dim=0).values, every.sort(dim=0).values)
+    assert len({view.fingerprint, kept_store.fingerprint, kept_store.fingerprint}) == 2
+    chosen = view.select([3, 9])
+    assert torch.equal(everything(chosen, BLOCK_1), x[[3, 9]])
+
+
+def test_a_view_of_positions_that_a_store_does_not_hold_is_refused(
+    kept_store: ActivationStore,
+) -> None:
+    assert kept_store.with_tokens("all") is kept_store
+    assert kept_store.with_tokens("cls").with_tokens("cls").tokens == "cls"
+    with pytest.raises(UserError, match=r"tokens is 'all', the activations are of 'cls'"):
+        kept_store.with_tokens("cls").with_tokens("all")
+    with pytest.raises(UserError, match="tokens='heads' is not known|tokens is 'heads'"):
+        kept_store.with_tokens("heads")

@@ -7,7 +7,7 @@ and `ActivationSource` is what training, evaluation and the index ask of either.
 from sparsight.activations.extraction import ExtractionSummary, extract
 from sparsight.activations.live import LiveActivations
 from sparsight.activations.prefetch import Prefetcher
-from sparsight.activations.source import ActivationSource, OrderedBatch
+from sparsight.activations.source import ActivationSource, OrderedBatch, with_tokens
 from sparsight.activations.statistics import SiteStatistics
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.stream import VectorStream
@@ -22,4 +22,5 @@ __all__ = [
     "SiteStatistics",
     "VectorStream",
     "extract",
+    "with_tokens",
 ]

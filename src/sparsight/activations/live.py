@@ -136,6 +136,20 @@ class LiveActivations:
         """The images."""
         return self.images
 
+    def with_tokens(self, tokens: str) -> LiveActivations:
+        """The same of other positions."""
+        return LiveActivations(
+            self.model,
+            self.images,
+            self.sites,
+            tokens,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            window_bytes=self.window_bytes,
+            statistics_images=self.statistics_images,
+            max_failed=self._tally.max_failed,
+        )
+
     def stats(self, site: str) -> SiteStatistics:
         """Statistics on `statistics_images` random images (a fixed sample), all sites at once.
 

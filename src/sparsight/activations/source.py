@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from sparsight.activations.statistics import SiteStatistics
 from sparsight.activations.stream import VectorStream
 from sparsight.errors import UserError
 from sparsight.images import ImageSource
+from sparsight.vision import Tokens
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,25 @@ def same_count(sites: Sequence[str], n_tokens: Mapping[str, int]) -> int:
             "together. Take them one by one."
         )
     return next(iter(counts.values()))
+
+
+def with_tokens(source: ActivationSource, tokens: Tokens | None) -> ActivationSource:
+    """The activations of some positions: the source itself, or a view of one that has more.
+
+    Raises:
+        UserError: the source does not have these positions, or gives no views.
+    """
+    if tokens in (None, source.tokens):
+        return source
+    view: Callable[[str], ActivationSource] | None = getattr(source, "with_tokens", None)
+    if view is None:
+        raise UserError(other_tokens(str(tokens), source.tokens))
+    return view(str(tokens))
+
+
+def other_tokens(asked: str, own: str) -> str:
+    """What is said to who asks for positions that are not there."""
+    return (
+        f"tokens is {asked!r}, the activations are of {own!r}. Leave it out, or extract with "
+        f"tokens={asked!r}."
+    )

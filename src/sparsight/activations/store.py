@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from sparsight.activations.manifest import DTYPES, IMAGES, Manifest, shard_path, stats_path
 from sparsight.activations.shards import check_size, map_shard, read_tensors
-from sparsight.activations.source import OrderedBatch, same_count
+from sparsight.activations.source import OrderedBatch, other_tokens, same_count
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file, sha256_json
 from sparsight.images import ImageSource, reopen_images
-from sparsight.vision import count_from_start
+from sparsight.vision import Tokens, count_from_start, select_tokens
+from sparsight.vision.tokens import check_tokens
 
 if TYPE_CHECKING:
     from sparsight.activations.extraction import ExtractionSummary
@@ -39,6 +41,9 @@ BLOCK_BYTES = 256 << 10
 """What stays together on the way from a shard into a window."""
 
 Rows = npt.NDArray[np.int64]
+
+_HELD = {"all": ("patches", "cls", "mean"), "patches": ("mean",)}
+"""Which positions can be made of those that a store holds."""
 
 
 class ActivationStore:
@@ -82,6 +87,7 @@ class ActivationStore:
         self._starts: Rows = np.cumsum([0, *(s.n_images for s in self.manifest.shards)])
         self._rows: Rows = np.arange(self._starts[-1])
         self._stats: dict[str, SiteStatistics] = {}
+        self._n_tokens: Mapping[str, int] = self.manifest.n_tokens
         for site in self.sites:
             for number, shard in enumerate(self.manifest.shards):
                 check_size(shard_path(self.path, site, number), shard.n_bytes[site])
@@ -96,7 +102,7 @@ class ActivationStore:
     @property
     def n_tokens(self) -> Mapping[str, int]:
         """Vectors an image gives at each site."""
-        return self.manifest.n_tokens
+        return self._n_tokens
 
     def n_vectors(self, site: str) -> int:
         """Vectors of a site."""
@@ -130,6 +136,7 @@ class ActivationStore:
                 "batch_size": self.manifest.batch_size,
                 "shards": [shard.sha256 for shard in self.manifest.shards],
                 "rows": hashlib.sha256(self._rows.tobytes()).hexdigest(),
+                **({} if self._is_whole else {"positions": self.tokens}),
             }
         )
 
@@ -168,7 +175,7 @@ class ActivationStore:
         """Exact statistics of a site, as written at extraction; of a selection, computed here."""
         site = self._site(site)
         if site not in self._stats:
-            whole = self.n_images == self._starts[-1]
+            whole = self.n_images == self._starts[-1] and self._is_whole
             self._stats[site] = self._read_stats(site) if whole else self._compute_stats(site)
         return self._stats[site]
 
@@ -186,6 +193,30 @@ class ActivationStore:
         view = copy.copy(self)
         view._rows = self._rows[chosen]
         view.__dict__["image_indices"] = self.image_indices[chosen]
+        view._stats = {}
+        return view
+
+    def with_tokens(self, tokens: str) -> Self:
+        """A view of some positions of a store that holds all, or of the mean over its patches.
+
+        Raises:
+            UserError: the store does not hold these positions.
+        """
+        if tokens == self.tokens:
+            return self
+        if not self._is_whole or tokens not in _HELD.get(self.tokens, ()):
+            raise UserError(other_tokens(tokens, self.tokens))
+        n_patches = math.prod(self.manifest.model.get("patch_grid") or (0,))
+        n_prefix = self._n_prefix
+        check_tokens(tokens, has_cls=self.tokens == "all" and n_prefix > 0)
+        counts = {"patches": n_patches, "cls": 1, "mean": 1}
+        view = copy.copy(self)
+        view.tokens = tokens
+        view._n_tokens = {site: 1 if self._has_one(site) else counts[tokens] for site in self.sites}
+        if tokens != "cls":  # a final_norm of the CLS position alone has no patches
+            view.sites = tuple(
+                site for site in self.sites if not (self._has_one(site) and site == "final_norm")
+            )
         view._stats = {}
         return view
 
@@ -286,14 +317,36 @@ class ActivationStore:
     def _site(self, site: str) -> str:
         return self.canonical_site(site)
 
-    def _map(self, site: str, number: int) -> Float[Tensor, "images tokens d_in"]:
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all positions that are stored are read."""
+        return self.tokens == self.manifest.tokens
+
+    @property
+    def _n_prefix(self) -> int:
+        """Positions before the first patch among those stored."""
+        return int(self.manifest.model.get("n_prefix") or 0) if self.manifest.tokens == "all" else 0
+
+    def _has_one(self, site: str) -> bool:
+        """Whether a site has one position an image, whatever the tokens."""
+        return self.manifest.n_tokens[site] == 1
+
+    def _chosen(
+        self, x: Float[Tensor, "images stored d_in"], site: str
+    ) -> Float[Tensor, "images tokens d_in"]:
+        """The positions of this view."""
+        if self._is_whole or self._has_one(site):
+            return x
+        return select_tokens(x, cast(Tokens, self.tokens), self._n_prefix, self._n_prefix > 0)
+
+    def _map(self, site: str, number: int) -> Float[Tensor, "images stored d_in"]:
         shard = self.manifest.shards[number]
         shape = (shard.n_images, self.manifest.n_tokens[site], self.manifest.d_in[site])
         path = shard_path(self.path, site, number)
         return map_shard(path, shape, DTYPES[self.manifest.dtype], shard.n_bytes[site])
 
     def _room(self, site: str, n_images: int) -> Float[Tensor, "images tokens d_in"]:
-        n_tokens, d_in = self.manifest.n_tokens[site], self.manifest.d_in[site]
+        n_tokens, d_in = self.n_tokens[site], self.manifest.d_in[site]
         return torch.empty(n_images, n_tokens, d_in, dtype=DTYPES[self.manifest.dtype])
 
     def _gather(
@@ -315,7 +368,7 @@ class ActivationStore:
             if number not in maps:
                 maps[number] = self._map(site, number)
             start = int(rows[first] - self._starts[number])
-            out[first:stop].copy_(maps[number][start : start + stop - first])
+            out[first:stop].copy_(self._chosen(maps[number][start : start + stop - first], site))
         return out[: len(rows)]
 
     def _shards_of(self, rows: Rows) -> Rows:

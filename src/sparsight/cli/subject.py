@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
+from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
 from sparsight.cli.options import ModelOptions
 from sparsight.cli.printing import print_notes
 from sparsight.config import load
@@ -61,7 +61,8 @@ class Subjects:
         """
         store = self.options.store or self._store_of(folder)
         if store is not None:
-            return self._stores.get(store) or self._open_store(store)
+            found = self._stores.get(store) or self._open_store(store)
+            return with_tokens(found, sae.metadata.get("tokens"))
         site, tokens = sae.metadata.get("site"), sae.metadata.get("tokens", "all")
         if site is None:
             raise UserError(f"{folder}: this SAE names no site. Give --store with its activations.")

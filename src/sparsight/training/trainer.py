@@ -23,6 +23,7 @@ from sparsight.activations import (
     LiveActivations,
     Prefetcher,
     SiteStatistics,
+    with_tokens,
 )
 from sparsight.config import first_difference, load, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
@@ -397,12 +398,7 @@ def as_activations(
         UserError: `tokens` are not those of the activations, or no site is named.
     """
     if not isinstance(source, tuple):
-        if tokens not in (None, source.tokens):
-            raise UserError(
-                f"tokens is {tokens!r}, the activations are of {source.tokens!r}. Leave it out, or "
-                f"extract with tokens={tokens!r}."
-            )
-        return source
+        return with_tokens(source, tokens)
     model, images = source
     if not sites:
         raise UserError("Name the sites to train on: sites=['blocks.-1.resid_post'], say.")
