@@ -58,6 +58,26 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
     return typing.cast(Config, _build(cls, values, where, ""))
 
 
+def convert(hint: Any, value: Any, where: str, path: str) -> Any:
+    """Bring a plain value to a type, as `from_dict` does with the fields of a dataclass.
+
+    Args:
+        hint: the type.
+        value: e.g. a table for a dataclass.
+        where: what error messages name first, e.g. the file.
+        path: the value's own name.
+
+    Raises:
+        UserError: it has another type or is out of range.
+    """
+    return _convert(hint, value, where, path)
+
+
+def kind_of(cls: type) -> str:
+    """What a table says that stands for one of several dataclasses."""
+    return _kind(cls)
+
+
 def check_types(config: Any, path: str = "") -> None:
     """Bring a dataclass's fields to their types, as `from_dict` does; for its `__post_init__`.
 

@@ -245,7 +245,7 @@ def test_a_sweep_from_a_file_leaves_runs_that_the_other_verbs_take(
         (("k",), "--vary k: expected NAME=VALUE,VALUE"),
         (("k=",), "k is an empty list"),
         (("k=4", "k=8"), "--vary k is given twice"),
-        (("batch_size=1,2",), "batch_size cannot vary within a sweep"),
+        (("log_every=1,2",), "log_every cannot vary within a sweep"),
         (("k=four",), "sae.sparsity.k is 'four'; expected an int"),
     ],
 )

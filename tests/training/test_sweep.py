@@ -16,7 +16,7 @@ from test_resume import CONFIG, SITES, WALL_CLOCK, Stopped
 from sparsight.config import load, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.latents.run_files import find_runs
-from sparsight.sae import SAEConfig, TopK
+from sparsight.sae import AuxK, BatchTopK, SAEConfig, TopK
 from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
 from sparsight.training.sweeping import SweepRecipe
 from sparsight.training.trainer import SiteTraining
@@ -267,6 +267,102 @@ def test_schedules_and_remedies_may_vary(tmp_path: Path) -> None:
         _assert_same(run, alone)
 
 
+def test_whole_parts_may_vary_and_name_the_members() -> None:
+    grid = {
+        "architecture": ["topk", {"kind": "batchtopk", "k": 4}, TopK(k=3)],
+        "auxk": ["none", {"alpha": 0.1}, AuxK(alpha=0.5, k=7)],
+    }
+    config = SweepConfig(BASE, grid)
+    assert list(config.members) == [
+        "topk-auxk_none", "topk-auxk_alpha0.1", "topk-auxk_alpha0.5_k7",
+        "batchtopk_k4-auxk_none", "batchtopk_k4-auxk_alpha0.1", "batchtopk_k4-auxk_alpha0.5_k7",
+        "topk_k3-auxk_none", "topk_k3-auxk_alpha0.1", "topk_k3-auxk_alpha0.5_k7",
+    ]  # fmt: skip
+    setting, train_config = config.members["batchtopk_k4-auxk_alpha0.1"]
+    assert setting["sae.sparsity"] == {"kind": "batchtopk", "k": 4}
+    assert train_config.sae.sparsity == BatchTopK(k=4) and train_config.auxk == AuxK(alpha=0.1)
+    assert config.members["topk_k3-auxk_none"][1].auxk is None
+
+
+def test_a_key_inside_of_a_part_counts_for_the_members_that_have_it() -> None:
+    grid = {"auxk": ["none", {}], "auxk.alpha": [0.1, 0.2], "k": [2, 4]}
+    names = list(SweepConfig(BASE, grid).members)
+    assert names == [
+        "auxk_none-k2", "auxk_none-k4",
+        "auxk-alpha0.1-k2", "auxk-alpha0.1-k4", "auxk-alpha0.2-k2", "auxk-alpha0.2-k4",
+    ]  # fmt: skip
+    of_kinds = SweepConfig(BASE, {"architecture": ["topk", "batchtopk"], "k": [2, 4]})
+    sparsity = {name: each.sae.sparsity for name, (_, each) in of_kinds.members.items()}
+    assert sparsity["batchtopk-k4"] == BatchTopK(k=4) and sparsity["topk-k2"] == TopK(k=2)
+
+
+def test_a_member_has_one_remedy_at_most() -> None:
+    config = SweepConfig(BASE, {"remedy": ["none", "auxk", {"kind": "auxk", "alpha": 0.1}]})
+    assert list(config.members) == ["remedy_none", "auxk", "auxk_alpha0.1"]
+    assert [each.auxk for _, each in config.members.values()] == [None, AuxK(), AuxK(alpha=0.1)]
+
+
+def test_members_that_are_parts_survive_toml_and_train_to_the_bits_of_each_alone(
+    tmp_path: Path,
+) -> None:
+    grid = {"architecture": [{"kind": "topk", "k": 2}, BatchTopK(k=4)], "remedy": ["none", "auxk"]}
+    found = _sweep(tmp_path, grid, sites=["here"])
+    recipe = load(SweepRecipe, tmp_path / "sweep.toml")
+    assert SweepConfig(recipe.train, recipe.grid) == SweepConfig(BASE, grid)
+    for number, run in enumerate(found.runs.values()):
+        alone = train(sparse_mixtures(), run.config, out=tmp_path / f"alone{number}", quiet=True)
+        _assert_same(run, alone)
+
+
+class Positions(MemoryActivations):
+    """Activations that give views of some of their positions."""
+
+    def with_tokens(self, tokens: str) -> MemoryActivations:
+        chosen = {"cls": slice(0, 1), "patches": slice(1, None)}[tokens]
+        view = MemoryActivations({site: x[:, chosen] for site, x in self.activations.items()})
+        view.tokens = tokens
+        return view
+
+
+def test_positions_and_batch_sizes_vary_in_a_pass_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    data = Positions(sparse_mixtures().activations)
+    grid = {"tokens": ["cls", "patches"], "batch_size": [32, 64], "k": [2, 4]}
+    config = SweepConfig(BASE, grid)
+    names = ["cls-batch_size32-k2", "cls-batch_size32-k4", "cls-batch_size64-k2"]
+    assert list(config.members)[:3] == names and len(config.members) == 8
+    with pytest.raises(UserError, match="tokens vary in the grid"):
+        sweep(data, config, tmp_path, tokens="cls", quiet=True)
+    step, calls = SiteTraining.step, []
+
+    def step_or_stop(self, x, number, factor) -> None:
+        calls.append(number)
+        if len(calls) == 3 * BASE.n_steps:
+            raise Stopped
+        step(self, x, number, factor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiteTraining, "step", step_or_stop)
+        with pytest.raises(Stopped):
+            sweep(data, config, tmp_path, quiet=True)
+    capsys.readouterr()
+    found = sweep(data, config, tmp_path)
+    assert "of 8 autoencoders 2 are done, 6 are missing" in capsys.readouterr().err
+    for number, (name, run) in enumerate(found.runs.items()):
+        view = data.with_tokens(name.partition("-")[0])
+        alone = train(view, run.config, out=tmp_path / f"alone{number}", quiet=True)
+        _assert_same(run, alone)
+        assert run.recipe.tokens == view.tokens == run.sae().metadata["tokens"]
+    recipe = load(SweepRecipe, tmp_path / "sweep.toml")
+    assert recipe.tokens is None and SweepConfig(recipe.train, recipe.grid) == config
+
+
+def test_positions_that_the_activations_do_not_have_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tokens is 'cls', the activations are of 'all'"):
+        _sweep(tmp_path, {"tokens": ["all", "cls"]})
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
@@ -276,9 +372,20 @@ def test_schedules_and_remedies_may_vary(tmp_path: Path) -> None:
         ({"k": [2, 2]}, "k lists 2 twice"),
         ({"lr": [1, 1.0]}, r"lr lists 1\.0 twice"),
         ({"k": [2], "sae": {"sparsity": {"k": [4]}}}, r"sae\.sparsity\.k is named twice"),
-        ({"sparsity": [2]}, r"unknown key .sparsity.\. .*What may vary: auxk\.alpha, .*, kernels,"),
+        (
+            {"sparsity": [2]},
+            r"unknown key .sparsity.\. .*What may vary: architecture, .*, kernels,",
+        ),
         ({"n_latent": [2]}, "unknown key 'n_latent'. Did you mean 'n_latents'"),
-        ({"batch_size": [2]}, "batch_size cannot vary .* the batches"),
+        ({"sae": [{}]}, "unknown key 'sae'"),
+        ({"architecture": ["topkk"]}, r"sae\.sparsity\.kind is 'topkk'; expected 'topk' or"),
+        ({"architecture": ["topk", {"k": 32}]}, r"architecture lists {'k': 32} twice"),
+        ({"architecture": [{"k": "x"}]}, r"sae\.sparsity\.k is 'x'; expected an int"),
+        ({"architecture": "topk"}, "architecture is 'topk'; expected a list"),
+        ({"auxk": [None, "none"]}, "auxk lists 'none' twice"),
+        ({"remedy": ["none", "ax"]}, r"remedy\.kind is 'ax'; expected 'none' or 'auxk'"),
+        ({"remedy": ["none"], "auxk": ["none"]}, "remedy names one of auxk"),
+        ({"tokens": ["cls", "heads"]}, "tokens is 'heads'; expected 'all' or"),
         ({"n_vectors": [2]}, "n_vectors cannot vary .* its length"),
         ({"data_seed": [2]}, "data_seed cannot vary .* the order of the data"),
         ({"checkpoint_every": [64]}, "checkpoint_every cannot vary"),

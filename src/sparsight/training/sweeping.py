@@ -7,12 +7,9 @@ A sweep is a folder of ordinary runs. While they train their checkpoints lie tog
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import itertools
 import json
 import shutil
 import sys
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.activations import ActivationSource
-from sparsight.config import NONE, from_dict, load, to_dict, write_toml
+from sparsight.config import load, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock, read_json, write_json
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
+from sparsight.training.grid import TOKENS, Setting, checked, combinations, configuration
 from sparsight.training.run import CONFIG, DIVERGED, SWEEP, Run
 from sparsight.training.trainer import (
     Activations,
@@ -43,24 +41,6 @@ TABLE = "sweep.json"
 FORMAT_VERSION = 1
 FIGURES = ("fvu", "l0", "dead", "vectors_per_second")
 
-SHORT_NAMES = {"k": "sae.sparsity.k", "n_latents": "sae.n_latents"}
-"""What may be written instead of a path; `seed` and `lr` are paths already."""
-
-_LABELS = {"sae.sparsity.k": "k", "sae.n_latents": "n"}
-_PASS = "the members share one pass, and with it"
-_SHARED = {
-    "batch_size": f"{_PASS} the batches",
-    "n_vectors": f"{_PASS} its length",
-    "data_seed": f"{_PASS} the order of the data; `seed` varies the initial weights alone",
-    "log_every": f"{_PASS} the steps at which figures are logged",
-    "checkpoint_every": f"{_PASS} the checkpoints",
-    "loggers": "it changes nothing about what is learnt",
-}
-"""Why some keys cannot vary."""
-
-Setting = dict[str, Any]
-"""A value for each key of a grid."""
-
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -71,41 +51,21 @@ class SweepConfig:
 
     grid: dict[str, Any] = field(default_factory=dict)
     """Lists of values by dotted path into `train`, e.g. `sae.sparsity.k`, `auxk.alpha`, `seed`;
-    `k`, `n_latents`, `seed` and `lr` will do for these. In TOML, `[grid]`."""
+    `k`, `n_latents`, `expansion` and `architecture` will do for the fields of `sae`. A whole part
+    is a table, a name or a dataclass: `architecture = ["topk", {kind = "relu", l1 = 1e-3}]`.
+    `tokens` varies the positions, `remedy` what is done about dead latents. In TOML, `[grid]`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", _checked_grid(self.grid, self.train))
+        object.__setattr__(self, "grid", checked(self.grid, self.train))
         self.members  # noqa: B018  # so that a combination that does not fit is told of at once
 
     @cached_property
     def members(self) -> dict[str, tuple[Setting, TrainConfig]]:
         """By name, e.g. `k32-n2048-seed1`: the values, and the configuration that they make."""
-        found = {}
-        for values in itertools.product(*self.grid.values()):
-            setting = dict(zip(self.grid, values, strict=True))
-            name = "-".join(f"{self._label(key)}{_shown(each)}" for key, each in setting.items())
-            found[name] = (setting, self._configuration(name, setting))
-        return found
-
-    def _configuration(self, name: str, setting: Setting) -> TrainConfig:
-        values = to_dict(self.train)
-        for key, value in setting.items():
-            *tables, last = key.split(".")
-            inside = values
-            for table in tables:
-                inside = inside[table]
-            inside[last] = value
-        config = from_dict(TrainConfig, values, f"grid, {name}")
-        # The order of the data is that of the base; a configuration has one way to say so.
-        order = self.train.order_seed
-        return dataclasses.replace(config, data_seed=None if config.seed == order else order)
-
-    def _label(self, key: str) -> str:
-        if key in _LABELS:
-            return _LABELS[key]
-        last = key.rpartition(".")[2]
-        others = [each.rpartition(".")[2] for each in _leaves(self.train) if each != key]
-        return key if last in others else last
+        return {
+            each.name: (each.setting, configuration(each, self.train))
+            for each in combinations(self.grid, self.train)
+        }
 
 
 @dataclass(frozen=True)
@@ -172,9 +132,10 @@ def sweep(
 ) -> Sweep:
     """Train an SAE for every combination in a grid on each site, all in one pass.
 
-    Each ends with the bits that it would have if it were trained alone on the same sites, and as
-    an ordinary run in `out/NAME` (`out/NAME/SITE` where there are several sites). A member whose
-    loss ceases to be finite is dropped with a warning, and the others go on.
+    Where `tokens` or `batch_size` vary there is a pass for each of their values. Every member ends
+    with the bits that it would have if it were trained alone on the same sites, and as an ordinary
+    run in `out/NAME` (`out/NAME/SITE` where there are several sites). One whose loss ceases to be
+    finite is dropped with a warning, and the others go on.
 
     Args:
         source: an activation store, live activations, or a model and its images.
@@ -198,13 +159,16 @@ def sweep(
             the last checkpoint stays.
     """
     out = Path(out)
-    activations = as_activations(source, sites, tokens)
-    names = chosen_sites(activations, sites)
-    for site in names:
-        for _, each in config.members.values():
-            each.sae.width(activations.d_in(site))
+    sources = _sources(source, sites, tokens, config)
+    first = next(iter(sources.values()))
+    names = chosen_sites(first, sites)
+    for each in sources.values():
+        for site in names:
+            each.canonical_site(site)
+            for _, train in config.members.values():
+                train.sae.width(each.d_in(site))
     _refuse_single_run(out, resume)
-    recipes = _recipes(out, activations, names, config)
+    recipes = _recipes(out, sources, names, config)
     settings = [setting for setting, _ in config.members.values()]
     result = Sweep(
         out,
@@ -216,14 +180,27 @@ def sweep(
     if list(_pending(result, recipes)) or result.checkpoints.exists():
         with lock(out / ".lock", f"{out}: another process is training into it."):
             _refuse_to_drop(result)
-            _write_recipe(activations, names, config, out)
-            while _train_together(activations, result, recipes, device, quiet):
+            _write_recipe(first, names, config, out)
+            while _train_together(sources, result, recipes, device, quiet):
                 pass
     return _settled(result)
 
 
+def _sources(
+    source: Activations, sites: Sequence[str] | None, tokens: Tokens | None, config: SweepConfig
+) -> dict[str, ActivationSource]:
+    """The activations of each of the positions that the members train on."""
+    modes = config.grid.get(TOKENS)
+    if modes is None:
+        found = as_activations(source, sites, tokens)
+        return {found.tokens: found}
+    if tokens is not None:
+        raise UserError("tokens vary in the grid; leave them out elsewhere.")
+    return {mode: as_activations(source, sites, mode) for mode in modes}
+
+
 def _train_together(
-    source: ActivationSource,
+    sources: Mapping[str, ActivationSource],
     sweep: Sweep,
     recipes: Mapping[str, TrainRecipe],
     device: str | None,
@@ -233,6 +210,8 @@ def _train_together(
     pending = list(_pending(sweep, recipes))
     held = checkpoint.members(sweep.checkpoints)
     begun = [member for member in pending if member.name in held]
+    together = begun or pending
+    together = [member for member in together if _pass(member) == _pass(together[0])]
     if held and not begun:
         shutil.rmtree(sweep.checkpoints)  # of a pass whose members are all finished
     if not pending:
@@ -245,10 +224,16 @@ def _train_together(
             f"missing" + (f", {len(begun)} of which go on from a checkpoint." if begun else "."),
             file=sys.stderr,
         )
-    loop = Loop(source, sites, begun or pending, sweep.checkpoints, device, drop_diverged=True)
+    source = sources[_pass(together[0])[0]]
+    loop = Loop(source, sites, together, sweep.checkpoints, device, drop_diverged=True)
     loop.run_to_end("sweep", quiet)
     shutil.rmtree(sweep.checkpoints, ignore_errors=True)
     return True
+
+
+def _pass(member: Member) -> tuple[str, int]:
+    """What the members of one pass have in common: their positions, and how many a batch has."""
+    return str(member.recipe.tokens), member.config.batch_size
 
 
 def _pending(sweep: Sweep, recipes: Mapping[str, TrainRecipe]) -> Iterator[Member]:
@@ -261,7 +246,10 @@ def _pending(sweep: Sweep, recipes: Mapping[str, TrainRecipe]) -> Iterator[Membe
 
 
 def _recipes(
-    out: Path, source: ActivationSource, sites: tuple[str, ...], config: SweepConfig
+    out: Path,
+    sources: Mapping[str, ActivationSource],
+    sites: tuple[str, ...],
+    config: SweepConfig,
 ) -> dict[str, TrainRecipe]:
     """The recipes of the members, by name: a run that is there keeps the name that it has.
 
@@ -272,7 +260,8 @@ def _recipes(
         name = path.relative_to(out).parts[0]
         there[json.dumps(identity(load(TrainRecipe, path)), sort_keys=True)] = name
     found = {}
-    for name, (_, train) in config.members.items():
+    for name, (setting, train) in config.members.items():
+        source = sources[setting[TOKENS]] if TOKENS in setting else next(iter(sources.values()))
         recipe = recipe_of(source, Run(out / name, sites), train)
         kept = there.get(json.dumps(identity(recipe), sort_keys=True), name)
         found[kept] = dataclasses.replace(recipe, out=out / kept)
@@ -325,80 +314,6 @@ def _write_recipe(
 ) -> None:
     recipe = recipe_of(source, Run(out, sites), config.train)
     own = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
+    if TOKENS in config.grid:
+        own |= {"tokens": None, "activations": None}
     write_toml(out / SWEEP, SweepRecipe(**own, grid=config.grid))
-
-
-def _checked_grid(grid: Mapping[str, Any], base: TrainConfig) -> dict[str, tuple[Any, ...]]:
-    """The grid with whole paths as keys.
-
-    Raises:
-        UserError: a key is unknown, shared or named twice, or its list is empty, none, or has a
-            value twice.
-    """
-    if not grid:
-        raise UserError(
-            "grid is empty: name what varies, e.g. k = [16, 32]; [grid] in a TOML file."
-        )
-    allowed = _leaves(base)
-    found: dict[str, tuple[Any, ...]] = {}
-    for given, values in _flat(grid):
-        key = SHORT_NAMES.get(given, given)
-        if key in _SHARED:
-            raise UserError(f"grid: {given} cannot vary within a sweep: {_SHARED[key]}.")
-        if key not in allowed:
-            raise UserError(_unknown(given, key, allowed, base))
-        if key in found:
-            raise UserError(f"grid: {given} is named twice; {key} is the same.")
-        if not isinstance(values, list | tuple):
-            raise UserError(f"grid: {given} is {values!r}; expected a list of values.")
-        if not values:
-            raise UserError(f"grid: {given} is an empty list; give it a value at least.")
-        plain = [NONE if each is None else each for each in values]
-        twice = [each for place, each in enumerate(plain) if each in plain[:place]]
-        if twice:
-            raise UserError(f"grid: {given} lists {twice[0]!r} twice.")
-        found[key] = tuple(plain)
-    if "sae.expansion" in found and ("sae.n_latents" in found or base.sae.n_latents is not None):
-        raise UserError(
-            "grid: sae.expansion has no effect where n_latents is given. Leave one out."
-        )
-    return found
-
-
-def _unknown(given: str, key: str, allowed: Sequence[str], base: TrainConfig) -> str:
-    names = sorted({*allowed, *SHORT_NAMES} - set(_SHARED))
-    table = key.partition(".")[0]
-    if "." in key and table in allowed and getattr(base, table) is None:
-        return f"grid: {given} cannot vary where {table} is none. Give the base one, in [train]."
-    close = difflib.get_close_matches(given, names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"grid: unknown key {given!r}.{hint} What may vary: {', '.join(names)}."
-
-
-def _flat(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The lists of a table and of those in it, by dotted path."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def _leaves(config: Any, path: str = "") -> list[str]:
-    """Dotted paths of the fields that hold plain values."""
-    found = []
-    for each in dataclasses.fields(config):
-        value = getattr(config, each.name)
-        if dataclasses.is_dataclass(value):
-            found += _leaves(value, f"{path}{each.name}.")
-        else:
-            found.append(path + each.name)
-    return found
-
-
-def _shown(value: Any) -> str:
-    """A value as a part of a folder's name."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return repr(value)
-    parts = value if isinstance(value, list | tuple) else [value]
-    return "".join(f"_{part}" for part in typing.cast(Sequence[Any], parts))
