@@ -13,6 +13,7 @@ from sparsight.evaluation.evaluator import evaluate
 from sparsight.evaluation.reconstruction import ReconstructionMeter
 from sparsight.evaluation.report import EvaluationReport
 from sparsight.evaluation.sparsity import LatentCounts, SparsityMeter
+from sparsight.evaluation.stability import Matching, match_latents, stability
 from sparsight.evaluation.truth import TruthTable, truth_table
 from sparsight.intervals import bootstrap_interval, paired_difference, wilson_interval
 
@@ -21,6 +22,7 @@ __all__ = [
     "Downstream",
     "EvaluationReport",
     "LatentCounts",
+    "Matching",
     "Moments",
     "Neurons",
     "Passes",
@@ -30,7 +32,9 @@ __all__ = [
     "bootstrap_interval",
     "downstream",
     "evaluate",
+    "match_latents",
     "paired_difference",
+    "stability",
     "truth_table",
     "untrained",
     "wilson_interval",
