@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from sparsight.errors import UserError
 from sparsight.evaluation import bootstrap_interval, paired_difference, wilson_interval
+from sparsight.intervals import t_interval
 
 
 def test_wilson_interval_solves_its_equation():
@@ -43,3 +46,17 @@ def test_bootstrap_interval_of_a_mean_is_close_to_that_of_theory():
     assert high == pytest.approx(np.mean(values) + spread, abs=0.02)
     assert bootstrap_interval(values, seed=0) == (low, high)
     assert bootstrap_interval(values[:1]) is None
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 11, 12, 40])
+def test_the_interval_over_seeds_is_student_s(n: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(n).normal(5, 2, n)
+    spread = values.std(ddof=1) / math.sqrt(n)
+    expected = stats.t.interval(0.95, n - 1, values.mean(), spread)
+    assert t_interval(values.tolist()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_seed_has_no_interval_and_equal_ones_have_none_to_speak_of() -> None:
+    assert t_interval([0.3]) is None
+    assert t_interval([0.25, 0.25]) == (0.25, 0.25)

@@ -19,9 +19,16 @@ if TYPE_CHECKING:
     )
     from sparsight.demo import run_demo
     from sparsight.errors import MissingExtra, SparsightError, UserError
-    from sparsight.evaluation import EvaluationReport, evaluate
+    from sparsight.evaluation import EvaluationReport, SweepMeasures, evaluate
     from sparsight.images import ImageInfo, ImageSource, load_batches, open_images
-    from sparsight.latents import CodeStore, LatentIndex, build_index, encode, write_report
+    from sparsight.latents import (
+        CodeStore,
+        LatentIndex,
+        build_index,
+        compare,
+        encode,
+        write_report,
+    )
     from sparsight.sae import (
         AbsTopK,
         Archetypal,
@@ -57,9 +64,16 @@ _HOMES = {
     ),
     "sparsight.demo": ("run_demo",),
     "sparsight.errors": ("MissingExtra", "SparsightError", "UserError"),
-    "sparsight.evaluation": ("EvaluationReport", "evaluate"),
+    "sparsight.evaluation": ("EvaluationReport", "SweepMeasures", "evaluate"),
     "sparsight.images": ("ImageInfo", "ImageSource", "load_batches", "open_images"),
-    "sparsight.latents": ("CodeStore", "LatentIndex", "build_index", "encode", "write_report"),
+    "sparsight.latents": (
+        "CodeStore",
+        "LatentIndex",
+        "build_index",
+        "compare",
+        "encode",
+        "write_report",
+    ),
     "sparsight.sae": (
         "AbsTopK",
         "Archetypal",
@@ -116,12 +130,14 @@ __all__ = [
     "SparsightError",
     "Sweep",
     "SweepConfig",
+    "SweepMeasures",
     "TopK",
     "TrainConfig",
     "UserError",
     "VectorStream",
     "VisionModel",
     "build_index",
+    "compare",
     "encode",
     "evaluate",
     "extract",

@@ -64,3 +64,32 @@ def bootstrap_interval(
     drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
     low, high = np.quantile(array[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean of a few values, e.g. over seeds; None for fewer than 2.
+
+    Two values give one 9 times as wide as they are apart, on either side: that is how little two
+    seeds tell.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    mean = math.fsum(values) / n
+    deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in values) / (n - 1))
+    half = _t_95(n - 1) * deviation / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def _t_95(df: int) -> float:
+    """The 97.5 % quantile of Student's t; beyond the table Fisher's expansion, exact to 1e-4."""
+    if df <= len(_T_95):
+        return _T_95[df - 1]
+    z = Z_95
+    first = (z**3 + z) / (4 * df)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    return z + first + second + third
+
+
+_T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)

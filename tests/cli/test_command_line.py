@@ -224,10 +224,14 @@ def test_a_sweep_from_a_file_leaves_runs_that_the_other_verbs_take(
     shown = [line.split() for line in done.out.splitlines()]
     names = [f"k{k}-seed{seed}" for k in (4, 8) for seed in (0, 1)]
     assert [line[0] for line in shown] == ["in", *names]
-    assert shown[0] == ["in", "swept", "site", "FVU", "L0", "dead", "vectors/s"]
+    assert shown[0] == ["in", "swept", "site", "FVU", "L0", "dead", "zero-shot", "vectors/s"]
+    assert "| 4 | 64 | 2 |" in (tmp_path / "swept" / "table.md").read_text()
+    assert len((tmp_path / "swept" / "table.csv").read_text().splitlines()) == 5
+    for name in ("fvu-l0", "accuracy-l0"):
+        assert (tmp_path / "swept" / "plots" / f"{name}.svg").exists()
     assert main([*command, "--vary", "seed=0", "n-latents=32,64", "lr=1e-3"]) == 2
     assert "unknown key 'n-latents'. Did you mean 'n_latents'" in capsys.readouterr().err
-    assert main([*command, "--vary", "seed=0,1,2"]) == 0
+    assert main([*command, "--vary", "seed=0,1,2", "--no-evaluate"]) == 0
     done = capsys.readouterr()
     assert "of 6 autoencoders 4 are done, 2 are missing." in done.err
     assert "k8-seed2" in done.out

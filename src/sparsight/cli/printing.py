@@ -64,19 +64,22 @@ def print_sweep(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         out: folder of the sweep.
-        rows: what `Sweep.table` gives.
+        rows: what `Sweep.table` gives, or the members of `compare`.
     """
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(f"in {out}", overflow="fold")
     table.add_column("site", overflow="fold")
-    for name in ("FVU", "L0", "dead", "vectors/s"):
+    accurate = any(row.get("accuracy") is not None for row in rows)
+    for name in ("FVU", "L0", "dead", *(["zero-shot"] * accurate), "vectors/s"):
         table.add_column(name, justify="right")
     for row in rows:
         if "diverged" in row:
-            table.add_row(row["name"], row["site"], "diverged", "", "", "")
+            table.add_row(row["name"], row["site"], "diverged")
             continue
         rate = row["vectors_per_second"]
-        figures = (figure(row["fvu"]), figure(row["l0"]), percent(row["dead"]))
+        figures = [figure(row["fvu"]), figure(row["l0"]), percent(row["dead"])]
+        if accurate:
+            figures.append(percent(row.get("accuracy")))
         table.add_row(row["name"], row["site"], *figures, "–" if rate is None else f"{rate:,.0f}")
     Console().print(table)
 

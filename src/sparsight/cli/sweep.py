@@ -5,23 +5,30 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
 from sparsight.cli.options import parse
-from sparsight.cli.printing import print_sweep
+from sparsight.cli.printing import print_notes, print_sweep
 from sparsight.cli.train import TrainOptions, activations_of, choose_parts
 from sparsight.errors import UserError
+from sparsight.evaluation import SweepMeasures
+from sparsight.evaluation.comparing import ACCURACY_IMAGES
+from sparsight.latents.comparison import compare
 from sparsight.training import SweepConfig, sweep
+from sparsight.vision import VisionModel, load_model
 
 
 @dataclass(frozen=True)
 class SweepOptions(TrainOptions):
     """Train a sparse autoencoder for every combination of settings, at every site, in one pass.
 
-    What varies stands under [grid] of the config file, or behind --vary.
+    What varies stands under [grid] of the config file, or behind --vary. At the end every member is
+    measured on the same vectors: table.md, table.csv and plots/ are in the sweep's folder.
     """
 
     out: Path = Path("runs/sweep")
@@ -33,6 +40,21 @@ class SweepOptions(TrainOptions):
     """What varies, e.g. k=16,32 n_latents=1024,2048 seed=0,1 lr=3e-4,1e-3; any option of training
     by its dotted name. Beside [grid], and in place of the same name there."""
 
+    evaluate: bool = True
+    """Measure every member on the same vectors, and write the table and the plots."""
+
+    held_out: Path | None = None
+    """Store to measure on; default what was trained on."""
+
+    max_images: int | None = None
+    """Images to measure on, spread over all; default all of a store, 2,000 where the model runs."""
+
+    accuracy_images: int = ACCURACY_IMAGES
+    """Labelled images for zero-shot accuracy; 0 leaves it out, and no model is loaded."""
+
+    templates: str = "simple"
+    """Sentences for it: simple, openai80, or one with {} in it."""
+
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue a sweep that is there, rather than train what is missing."""
 
@@ -41,8 +63,16 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, train, print a line an autoencoder."""
     options = parse(SweepOptions, "sweep", arguments, adapt=choose_parts)
     config = SweepConfig(options.train, {**options.grid, **_varied(options.vary)})
+    measures = SweepMeasures(
+        max_images=options.max_images,
+        accuracy_images=options.accuracy_images,
+        templates=options.templates,
+        workers=options.workers,
+    )
+    held_out = options.held_out and ActivationStore(options.held_out, verify=options.verify)
+    source = activations_of(options)
     found = sweep(
-        activations_of(options),
+        source,
         config,
         out=options.out,
         sites=options.sites or None,
@@ -50,7 +80,28 @@ def main(arguments: Sequence[str]) -> None:
         resume=not options.fresh,
         device=options.device,
     )
-    print_sweep(found.out, found.table())
+    rows = found.table()
+    if options.evaluate:
+        measured = held_out or source
+        model = partial(_model_of, measured, options)
+        table = compare(found, measured, measures, model=model, device=options.device)
+        rows = table["members"]
+        print_notes(f"no {what}: {why}" for what, why in table["omitted"].items())
+    print_sweep(found.out, rows)
+
+
+def _model_of(source: ActivationSource, options: SweepOptions) -> VisionModel:
+    """The model that activations are of, as it was."""
+    if isinstance(source, LiveActivations):
+        return source.model
+    about = source.model_info
+    return load_model(
+        about["id"],
+        device=options.device,
+        dtype=about.get("dtype"),
+        revision=about.get("revision"),
+        scale_jpegs="jpeg_min_side" in (about.get("preprocessing") or {}),
+    )
 
 
 def _varied(given: Sequence[str]) -> Mapping[str, list[Any]]:

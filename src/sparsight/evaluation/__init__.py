@@ -7,6 +7,7 @@ definitions stand in reconstruction.py, sparsity.py, downstream.py and truth.py.
 from __future__ import annotations
 
 from sparsight.evaluation.baselines import PCA, Moments, Neurons, untrained
+from sparsight.evaluation.comparing import SweepMeasures, measure_sweep
 from sparsight.evaluation.data import Passes
 from sparsight.evaluation.downstream import Downstream, downstream
 from sparsight.evaluation.evaluator import evaluate
@@ -15,7 +16,7 @@ from sparsight.evaluation.report import EvaluationReport
 from sparsight.evaluation.sparsity import LatentCounts, SparsityMeter
 from sparsight.evaluation.stability import Matching, match_latents, stability
 from sparsight.evaluation.truth import TruthTable, truth_table
-from sparsight.intervals import bootstrap_interval, paired_difference, wilson_interval
+from sparsight.intervals import bootstrap_interval, paired_difference, t_interval, wilson_interval
 
 __all__ = [
     "PCA",
@@ -28,13 +29,16 @@ __all__ = [
     "Passes",
     "ReconstructionMeter",
     "SparsityMeter",
+    "SweepMeasures",
     "TruthTable",
     "bootstrap_interval",
     "downstream",
     "evaluate",
     "match_latents",
+    "measure_sweep",
     "paired_difference",
     "stability",
+    "t_interval",
     "truth_table",
     "untrained",
     "wilson_interval",

@@ -3,12 +3,14 @@
 Builds on `sae`, `activations`, `vision`, `images` and the truth table of `evaluation`.
 Start at `build_index` (build.py), then `LatentIndex` (index.py) and `write_report` (report.py);
 `encode` (encoding.py) keeps the codes themselves, `CodeStore` (codes.py) reads them back.
+`compare` (comparison.py) sets the members of a sweep side by side.
 """
 
 from __future__ import annotations
 
 from sparsight.latents.build import build_index
 from sparsight.latents.codes import CodeBatch, CodeStore
+from sparsight.latents.comparison import compare
 from sparsight.latents.encoding import encode
 from sparsight.latents.heatmaps import (
     activation_heatmaps,
@@ -29,6 +31,7 @@ __all__ = [
     "LatentName",
     "activation_heatmaps",
     "build_index",
+    "compare",
     "encode",
     "heat_image",
     "name_from_truth",

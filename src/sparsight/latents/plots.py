@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from sparsight.latents.style import PALETTE, SEQUENTIAL, figure, plot_style
 
 Floats = npt.NDArray[np.float64]
+
+MARKERS = ("o", "s", "^", "D")
+LEGEND_COLUMNS = 2
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
@@ -147,6 +151,109 @@ def error_by_position(fvu: Floats, patch_grid: tuple[int, int] | None, n_prefix:
         bar.set_label("FVU")
         bar.outline.set_visible(False)
         return drawn
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A point of a Pareto plot.
+
+    Attributes:
+        x: mean, lower end and upper end.
+        y: the same.
+        series: what it shares with the points that it is joined to.
+    """
+
+    x: tuple[float, float, float]
+    y: tuple[float, float, float]
+    series: str
+
+
+def pareto(
+    spots: Sequence[Spot],
+    y_label: str,
+    *,
+    higher_is_better: bool,
+    reference: tuple[str, float] | None = None,
+) -> Figure:
+    """A figure of merit over L0, with intervals; what nothing else beats in both is filled.
+
+    Args:
+        spots: the points; those of a series are joined in the order of L0.
+        y_label: of the axis.
+        higher_is_better: of the figure of merit; a low L0 always is.
+        reference: name and height of a line to compare with.
+    """
+    best = front([(spot.x[0], spot.y[0]) for spot in spots], higher_is_better)
+    names = list(dict.fromkeys(spot.series for spot in spots))
+    shown = len(names) > 1 or bool(names and names[0])
+    with plot_style():
+        rows = -(-len(names) // LEGEND_COLUMNS) if shown else 0
+        drawn = figure(2.9 + 0.19 * rows, 5.2)
+        ax = drawn.subplots()
+        for i, name in enumerate(names):
+            colour = PALETTE[i % len(PALETTE)]
+            marker = MARKERS[i // len(PALETTE) % len(MARKERS)]
+            mine = sorted((s.x[0], j) for j, s in enumerate(spots) if s.series == name)
+            order = [j for _, j in mine]
+            x, y = ([getattr(spots[j], axis)[0] for j in order] for axis in "xy")
+            ax.plot(x, y, color=colour, linewidth=1, alpha=0.6, zorder=2)
+            for j in order:
+                spot, filled = spots[j], j in best
+                ax.errorbar(
+                    spot.x[0],
+                    spot.y[0],
+                    xerr=[[spot.x[0] - spot.x[1]], [spot.x[2] - spot.x[0]]],
+                    yerr=[[spot.y[0] - spot.y[1]], [spot.y[2] - spot.y[0]]],
+                    color=colour,
+                    marker=marker,
+                    markersize=5,
+                    markerfacecolor=colour if filled else "#ffffff",
+                    elinewidth=1,
+                    capsize=2,
+                    zorder=3,
+                )
+            ax.plot([], [], color=colour, marker=marker, markersize=5, label=name)
+        if reference is not None:
+            ax.axhline(reference[1], color=PALETTE[5], linewidth=1, linestyle="--")
+            ax.annotate(
+                reference[0], (1, reference[1]), xycoords=("axes fraction", "data"),
+                xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8,
+                color=PALETTE[5],
+            )  # fmt: skip
+        _log_if_wide(ax, "x", [spot.x[0] for spot in spots], 4)
+        if not higher_is_better:
+            _log_if_wide(ax, "y", [spot.y[0] for spot in spots], 8)
+        ax.set_xlabel("L0 (latents per vector)")
+        ax.set_ylabel(y_label)
+        if shown:
+            drawn.legend(loc="outside lower center", ncols=min(LEGEND_COLUMNS, len(names)))
+        return drawn
+
+
+def front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> set[int]:
+    """The points that no other equals in one of both coordinates and beats in the other.
+
+    Args:
+        points: x and y; a low x is better.
+        higher_is_better: whether a high y is.
+    """
+    sign = -1 if higher_is_better else 1
+    costs = [(x, sign * y) for x, y in points]
+    return {
+        i
+        for i, (x, y) in enumerate(costs)
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in costs)
+    }
+
+
+def _log_if_wide(ax: Any, axis: str, values: Sequence[float], ratio: float) -> None:
+    low, high = min(values, default=0), max(values, default=0)
+    if low <= 0 or high / low < ratio:
+        return
+    getattr(ax, f"set_{axis}scale")("log")
+    which = getattr(ax, f"{axis}axis")
+    which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    which.set_minor_formatter(FuncFormatter(_minor))
 
 
 def short(value: float) -> str:

@@ -7,10 +7,13 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from sparsight.files import write_text
 
 PALETTE = ("#2f6f8f", "#d1793a", "#6d8f3c", "#8a5a9e", "#a63d40", "#5f6b76")
 """Series, in order; their lightness differs."""
@@ -27,6 +30,7 @@ WIDTH = 4.4
 # Stand-ins that become CSS variables, so that a plot follows the page into the dark.
 _INK, _FAINT, _GRID = "#010203", "#040506", "#070809"
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--muted)", _GRID: "var(--line)"}
+_ON_WHITE = {_INK: "#1d2329", _FAINT: "#5f6b76", _GRID: "#dfe3e6"}
 
 SETTINGS: Any = {
     "font.family": "sans-serif",
@@ -102,3 +106,15 @@ def to_svg(drawn: Figure, name: str, label: str) -> str:
     )
     text = re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)
     return re.sub(r"\s*\n\s*", "\n", text).strip()
+
+
+def save_svg(drawn: Figure, path: Path) -> None:
+    """Write a plot as a file of its own, on white; the same plot gives the same bytes."""
+    out = io.StringIO()
+    settings: Any = {**SETTINGS, "svg.hashsalt": path.stem, "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings):
+        drawn.savefig(out, format="svg", facecolor="#ffffff", metadata={"Date": None})
+    text = out.getvalue()
+    for stand_in, colour in _ON_WHITE.items():
+        text = text.replace(stand_in, colour)
+    write_text(path, text)

@@ -1,0 +1,464 @@
+"""`measure_sweep`: the members of a sweep on the same vectors, by groups of seeds.
+
+FVU, L0 and dead latents come from one pass over the activations for all members of a site,
+zero-shot accuracy from one pass of the model over some pictures, stability from matching the
+dictionaries of the seeds. The definitions are those of `evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
+from sparsight.errors import MissingExtra, SparsightError, UserError
+from sparsight.evaluation.data import Passes
+from sparsight.evaluation.downstream import Replacement, downstream, why_not
+from sparsight.evaluation.reconstruction import ReconstructionMeter
+from sparsight.evaluation.report import finite
+from sparsight.evaluation.sparsity import SparsityMeter
+from sparsight.evaluation.stability import stability
+from sparsight.images import ImageSource
+from sparsight.intervals import t_interval
+from sparsight.progress import progress
+from sparsight.sae import SparseAutoencoder
+from sparsight.sae.files import WEIGHTS
+from sparsight.training import Run, Sweep
+from sparsight.vision import VisionModel
+
+FORMAT_VERSION = 1
+FIGURES = ("fvu", "l0", "dead", "cosine", "accuracy")
+"""What has a mean and an interval over seeds."""
+
+LIVE_IMAGES = 2000
+"""Images that are measured on where the model must run for them."""
+
+ACCURACY_IMAGES = 2000
+TOGETHER_BYTES = 4 << 30
+"""Weights of the members that are measured in one pass; more take several."""
+
+SEED = "seed"
+STABILITY = "stability"
+
+
+@dataclass(frozen=True)
+class SweepMeasures:
+    """What the members of a sweep are measured by.
+
+    Attributes:
+        max_images: images whose vectors are measured, spread over all; None is all of a store, and
+            2,000 where the model must run.
+        accuracy_images: labelled images for zero-shot accuracy, spread over all; 0 leaves it out.
+        templates: sentences for it: `simple`, `openai80`, or one with {} in it.
+        batch_images: images at a time.
+        workers: processes that decode images.
+    """
+
+    max_images: int | None = None
+    accuracy_images: int = ACCURACY_IMAGES
+    templates: str = "simple"
+    batch_images: int = 64
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_images is not None and self.max_images < 1:
+            raise UserError(f"max_images is {self.max_images}; it must be 1 or more.")
+        if self.accuracy_images < 0:
+            raise UserError(f"accuracy_images is {self.accuracy_images}; it must be 0 or more.")
+
+
+@dataclass
+class _Member:
+    """An autoencoder of a sweep that is to be measured."""
+
+    row: dict[str, Any]
+    run: Run
+    alive: Tensor | None = None
+    group: str = field(default="")
+
+    @property
+    def site(self) -> str:
+        return str(self.row["site"])
+
+    @property
+    def n_bytes(self) -> int:
+        return (self.run.folder(self.site) / WEIGHTS).stat().st_size
+
+    def sae(self, device: str) -> SparseAutoencoder:
+        return SparseAutoencoder.from_pretrained(self.run.folder(self.site), device=device)
+
+
+def measure_sweep(
+    sweep: Sweep,
+    source: ActivationSource,
+    measures: SweepMeasures | None = None,
+    *,
+    model: VisionModel | Callable[[], VisionModel] | None = None,
+    images: ImageSource | None = None,
+    previous: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure every member of a sweep on the same vectors; JSON-able.
+
+    Args:
+        sweep: the sweep.
+        source: what is measured on: a store or live activations, with the positions of the members
+            or all.
+        measures: how much.
+        model: for zero-shot accuracy, or what loads it; default the one of live activations.
+        images: for zero-shot accuracy; default those that the activations are of.
+        previous: what an earlier call gave; members that it holds are not measured again.
+        device: "cpu", "cuda", …; a GPU if there is one.
+        quiet: no progress bars.
+
+    Returns:
+        `members`: a row an autoencoder, as in `Sweep.table`, with the figures measured;
+        `groups`: a row for each setting but for the seed: `n` seeds, for each figure `mean`,
+        `interval` (Student's, 95 %; None for one seed), `lowest` and `highest`, and `stability`;
+        `original`: by tokens and site, zero-shot accuracy of the model as it is;
+        `omitted`: what was left out, and why.
+
+    Raises:
+        UserError: the activations are not those of the members' model, or lack a site.
+        SparsightError: an activation is not finite.
+    """
+    measures = measures or SweepMeasures()
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = sweep.table()
+    members = [
+        _Member(row, sweep.runs[row["name"]], group=_group_key(row))
+        for row in rows
+        if "diverged" not in row
+    ]
+    for each in members:
+        each.row["tokens"] = str(each.run.recipe.tokens)
+    about = {
+        "images": source.model_info.get("images"),
+        "activations": source.fingerprint,
+        "max_images": measures.max_images,
+        "accuracy_images": measures.accuracy_images,
+        "templates": measures.templates,
+        "downstream_images": images.spec if images is not None else None,
+    }
+    known = _known(previous, about)
+    todo = _unknown(members, known, place)
+    original: dict[str, Any] = dict(known.get("original", {}))
+    omitted: dict[str, str] = dict(known.get("omitted", {}))
+    if todo:
+        omitted.pop(STABILITY, None)
+    getter = _Model(model or getattr(source, "model", None))
+    for (tokens, site), part in _by_place(todo).items():
+        view = _some(with_tokens(source, tokens), measures.max_images)  # type: ignore[arg-type]
+        for together in _portions(part):
+            saes = {str(i): each.sae(place) for i, each in enumerate(together)}
+            _measure(view, site, together, saes, measures, quiet)
+            found = _accuracy(view, site, saes, measures, getter, images, omitted, quiet)
+            for i, each in enumerate(together):
+                each.row["accuracy"] = found.get(str(i), {}).get("top1")
+                each.row["accuracy_difference"] = found.get(str(i), {}).get("difference")
+            if "original" in found:
+                original[f"{tokens}/{site}"] = found["original"]
+    groups = _groups(members, known, omitted, place)
+    table = {
+        "format_version": FORMAT_VERSION,
+        "measured": about,
+        "members": rows,
+        "groups": groups,
+        "original": original,
+        "omitted": omitted,
+    }
+    found = finite(table)
+    assert isinstance(found, dict)
+    return found
+
+
+def _measure(
+    source: ActivationSource,
+    site: str,
+    members: Sequence[_Member],
+    saes: Mapping[str, SparseAutoencoder],
+    measures: SweepMeasures,
+    quiet: bool,
+) -> None:
+    """FVU, L0 and dead latents of some SAEs, in one pass."""
+    first = next(iter(saes.values()))
+    passes = Passes(
+        source, site, batch_images=measures.batch_images, device=first.W_enc.device, cache_bytes=0
+    )
+    layout = passes.layout
+    for each in saes.values():
+        _check_belongs(each, source, site)
+    errors = [
+        ReconstructionMeter(
+            layout.n_tokens, passes.d_in, passes.device, f"{each.row['name']}/{site}"
+        )
+        for each in members
+    ]
+    counts = [
+        SparsityMeter(each.n_latents, layout.n_tokens, passes.device) for each in saes.values()
+    ]
+    with torch.no_grad(), progress("evaluate", passes.n_images, "images", quiet=quiet) as line:
+        for batch in passes:
+            x = batch.x.flatten(0, 1)
+            for sae, error, count in zip(saes.values(), errors, counts, strict=True):
+                x_hat, code = sae(x)
+                error.add(batch.x, x_hat.view_as(batch.x))
+                count.add(code)
+            line.advance(len(batch.x))
+    for member, sae, error, count in zip(members, saes.values(), errors, counts, strict=True):
+        figures = {**error.result(), **count.result(layout.n_prefix, layout.has_cls, None)}
+        # What training logged is in `trained`: it is over other vectors.
+        member.row["trained"] = {key: member.row.get(key) for key in ("fvu", "l0", "dead")}
+        member.row |= {key: figures[key] for key in ("fvu", "l0", "dead", "cosine")}
+        member.row["dead_window"] = figures["dead_window"]
+        member.row["n_latents"] = sae.n_latents
+        member.row["n_vectors"] = count.n_vectors
+        member.alive = (count.n_active > 0).cpu()
+        member.row["n_alive"] = int(member.alive.sum())
+
+
+def _check_belongs(sae: SparseAutoencoder, source: ActivationSource, site: str) -> None:
+    trained, given = sae.metadata.get("model") or {}, source.model_info
+    hashes = {each.get("weights_hash") for each in (trained, given)} - {None}
+    if len(hashes) > 1:
+        raise UserError(
+            f"The sweep was trained on {trained.get('id')}, these activations are of "
+            f"{given.get('id')}, which has other weights."
+        )
+    if source.d_in(site) != sae.d_in:
+        raise UserError(
+            f"{site}: the activations have {source.d_in(site)} dimensions, the SAE takes "
+            f"{sae.d_in}."
+        )
+
+
+class _Model:
+    """A model that is loaded when it is first asked for."""
+
+    def __init__(self, given: VisionModel | Callable[[], VisionModel] | None) -> None:
+        self._given = given
+
+    def get(self) -> VisionModel | None:
+        if self._given is not None and not isinstance(self._given, VisionModel):
+            self._given = self._given()
+        return self._given
+
+
+def _accuracy(
+    source: ActivationSource,
+    site: str,
+    saes: Mapping[str, SparseAutoencoder],
+    measures: SweepMeasures,
+    getter: _Model,
+    images: ImageSource | None,
+    omitted: dict[str, str],
+    quiet: bool,
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot accuracy with the site replaced by each SAE, in one pass of the model."""
+    reason: str | None = None
+    if not measures.accuracy_images:
+        reason = "accuracy_images is 0."
+    else:
+        try:
+            images = images or source.source()
+        except (SparsightError, OSError) as error:
+            reason = str(error)
+    if reason is None and images is not None and not images.labels():
+        reason = "The images have no labels."
+    model = None
+    if reason is None:
+        try:
+            model = getter.get()
+        except (SparsightError, OSError) as error:
+            reason = str(error)
+        reason = reason or why_not(model, images, source.tokens)
+    what = f"accuracy, {source.tokens}/{site}"
+    omitted.pop(what, None)
+    if reason is not None or model is None or images is None:
+        omitted[what] = str(reason)
+        return {}
+    expected = source.model_info.get("weights_hash")
+    if expected and model.weights_hash != expected:
+        raise UserError(
+            f"The activations are of {source.model_info.get('id')}, the model given is {model.id}, "
+            "which has other weights."
+        )
+    chosen = images.select(_spread(len(images), measures.accuracy_images))
+    found = downstream(
+        model,
+        chosen,
+        site,
+        source.tokens,
+        {name: _reconstruct(sae) for name, sae in saes.items()},
+        class_names=images.labels(),
+        templates=measures.templates,
+        batch_images=measures.batch_images,
+        workers=measures.workers,
+        quiet=quiet,
+    )
+    if "zero_shot" in found.omitted:
+        omitted[what] = found.omitted["zero_shot"]
+    return found.zero_shot
+
+
+def _reconstruct(sae: SparseAutoencoder) -> Replacement:
+    def reconstruct(x: Tensor) -> Tensor:
+        found: Tensor = sae(x.to(sae.W_enc.device)).x_hat
+        return found.to(x.device)
+
+    return reconstruct
+
+
+def _groups(
+    members: Sequence[_Member],
+    known: Mapping[str, Any],
+    omitted: dict[str, str],
+    device: str,
+) -> list[dict[str, Any]]:
+    """The members that differ in their seed alone, with intervals over them."""
+    parts: dict[str, list[_Member]] = {}
+    for each in members:
+        parts.setdefault(each.group, []).append(each)
+    before = {_member_key(group): group.get(STABILITY) for group in known.get("groups", ())}
+    rows = []
+    for part in parts.values():
+        first = part[0].row
+        row: dict[str, Any] = {
+            "site": first["site"],
+            "tokens": first["tokens"],
+            "settings": _without_seed(first["settings"]),
+            "n": len(part),
+            "members": [each.row["name"] for each in part],
+            "saes": [each.row["sae"] for each in part],
+            "n_latents": first["n_latents"],
+        }
+        for key in FIGURES:
+            values = [each.row[key] for each in part if each.row.get(key) is not None]
+            if len(values) == len(part):
+                row[key] = {
+                    "mean": fmean(values),
+                    "interval": t_interval(values),
+                    "lowest": min(values),
+                    "highest": max(values),
+                }
+        if len(part) > 1:
+            key = _member_key(row)
+            row[STABILITY] = (
+                before.get(key)
+                if all(each.alive is None for each in part)
+                else _stability(part, omitted, device)
+            )
+        rows.append(row)
+    return rows
+
+
+def _stability(
+    members: Sequence[_Member], omitted: dict[str, str], device: str
+) -> dict[str, Any] | None:
+    try:
+        dictionaries = [each.sae(device).W_dec.detach() for each in members]
+        alive = [each.alive for each in members if each.alive is not None]
+        return stability(dictionaries, alive)
+    except MissingExtra as error:
+        omitted[STABILITY] = str(error)
+    except UserError as error:  # no latent is alive
+        omitted[f"stability, {members[0].row['name']}/{members[0].site}"] = str(error)
+    return None
+
+
+def _known(previous: Mapping[str, Any] | None, about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was measured before in the same way."""
+    if not previous or previous.get("format_version") != FORMAT_VERSION:
+        return {}
+    return previous if previous.get("measured") == json.loads(json.dumps(about)) else {}
+
+
+def _unknown(members: Sequence[_Member], known: Mapping[str, Any], device: str) -> list[_Member]:
+    """The members to measure; the others get the figures that are known.
+
+    All seeds of a group are measured where one is new: matching them needs their living latents.
+    """
+    rows = {(row["name"], row["site"]): row for row in known.get("members", ())}
+    fresh = set()
+    for each in members:
+        fingerprint = each.sae("cpu").fingerprint()
+        row = rows.get((each.row["name"], each.site), {})
+        if row.get("sae") != fingerprint:
+            fresh.add(each.group)
+        else:
+            each.row |= row
+        each.row["sae"] = fingerprint
+    install = STABILITY in known.get("omitted", {}) and find_spec("scipy") is not None
+    matched = {
+        _member_key(group)
+        for group in known.get("groups", ())
+        if STABILITY in group and not (install and group[STABILITY] is None)
+    }
+    parts: dict[str, list[_Member]] = {}
+    for each in members:
+        parts.setdefault(each.group, []).append(each)
+    for group, part in parts.items():
+        key = _member_key({"saes": [each.row["sae"] for each in part]})
+        if len(part) > 1 and key not in matched:
+            fresh.add(group)
+    return [each for each in members if each.group in fresh]
+
+
+def _by_place(members: Sequence[_Member]) -> dict[tuple[str, str], list[_Member]]:
+    found: dict[tuple[str, str], list[_Member]] = {}
+    for each in members:
+        found.setdefault((each.row["tokens"], each.site), []).append(each)
+    return found
+
+
+def _portions(members: Sequence[_Member]) -> Iterator[list[_Member]]:
+    """As many at a time as there is room for."""
+    portion: list[_Member] = []
+    for each in members:
+        if portion and sum(one.n_bytes for one in (*portion, each)) > TOGETHER_BYTES:
+            yield portion
+            portion = []
+        portion.append(each)
+    if portion:
+        yield portion
+
+
+def _some(source: ActivationSource, max_images: int | None) -> ActivationSource:
+    """Some of the images, spread over all of them."""
+    if isinstance(source, ActivationStore):
+        if max_images is None or max_images >= source.n_images:
+            return source
+        return source.select(source.image_indices[_spread(source.n_images, max_images)])
+    if isinstance(source, LiveActivations):
+        chosen = source.images.select(_spread(len(source.images), max_images or LIVE_IMAGES))
+        return LiveActivations(
+            source.model, chosen, source.sites, source.tokens, workers=source.workers
+        )
+    return source
+
+
+def _spread(n: int, wanted: int) -> list[int]:
+    """Places of `wanted` of `n` things, evenly apart."""
+    found: list[int] = np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64).tolist()
+    return found
+
+
+def _without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != SEED}
+
+
+def _group_key(row: Mapping[str, Any]) -> str:
+    return json.dumps([row["site"], _without_seed(row["settings"])], sort_keys=True)
+
+
+def _member_key(group: Mapping[str, Any]) -> str:
+    return " ".join(sorted(group["saes"]))

@@ -1,0 +1,244 @@
+"""`compare`: one table and the Pareto plots of a sweep.
+
+In the sweep's folder: `table.json` (all figures), `table.csv` (a row an autoencoder), `table.md` (a
+row a setting, with intervals over seeds), `plots/fvu-l0.svg` and `plots/accuracy-l0.svg`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsight.activations import ActivationSource
+from sparsight.errors import SparsightError
+from sparsight.evaluation import SweepMeasures, measure_sweep
+from sparsight.files import read_json, write_json, write_text
+from sparsight.images import ImageSource
+from sparsight.latents.plots import Spot, pareto
+from sparsight.latents.style import save_svg
+from sparsight.training import Sweep
+from sparsight.vision import VisionModel
+
+TABLE = "table.json"
+COLUMNS = {
+    "FVU": "fvu",
+    "L0": "l0",
+    "dead": "dead",
+    "cosine": "cosine",
+    "accuracy": "accuracy",
+}
+PLOTS = {"fvu": ("FVU", False), "accuracy": ("zero-shot accuracy", True)}
+_SPARSITY = "sae.sparsity"
+_SHORT = {"sae.sparsity": "sparsity", "sae.sparsity.k": "k", "sae.n_latents": "latents"}
+
+
+def compare(
+    sweep: Sweep,
+    source: ActivationSource,
+    measures: SweepMeasures | None = None,
+    *,
+    model: VisionModel | Callable[[], VisionModel] | None = None,
+    images: ImageSource | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure the members of a sweep that are not measured yet; write its table and its plots.
+
+    Args:
+        sweep: the sweep.
+        source: what is measured on, e.g. a store of images that training did not see.
+        measures: how much.
+        model: for zero-shot accuracy, or what loads it; default the one of live activations.
+        images: for zero-shot accuracy; default those that the activations are of.
+        device: "cpu", "cuda", …; a GPU if there is one.
+        quiet: no progress bars.
+
+    Returns:
+        What `table.json` holds; see `measure_sweep`.
+
+    Raises:
+        UserError: the activations are not those of the members' model, or lack a site.
+        SparsightError: an activation is not finite.
+    """
+    path = sweep.out / TABLE
+    found = measure_sweep(
+        sweep,
+        source,
+        measures,
+        model=model,
+        images=images,
+        previous=_previous(path),
+        device=device,
+        quiet=quiet,
+    )
+    if _previous(path) != json.loads(json.dumps(found)):
+        write_json(path, found)
+    _write(sweep.out / "table.csv", table_csv(found))
+    _write(sweep.out / "table.md", table_markdown(found, sweep.out.resolve().name))
+    for key in PLOTS:
+        spots = spots_of(found["groups"], key)
+        if spots:
+            drawn = pareto(
+                spots,
+                PLOTS[key][0],
+                higher_is_better=PLOTS[key][1],
+                reference=_original(found) if key == "accuracy" else None,
+            )
+            save_svg(drawn, sweep.out / "plots" / f"{key}-l0.svg")
+    return found
+
+
+def table_csv(table: Mapping[str, Any]) -> str:
+    """A row an autoencoder, for other programs: its settings, and its figures as they are."""
+    keys = list(dict.fromkeys(key for row in table["members"] for key in row["settings"]))
+    own = ["n_latents", "n_alive", *COLUMNS.values(), "vectors_per_second", "diverged"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["name", "site", "folder", *keys, *own])
+    for row in table["members"]:
+        settings = [row["settings"].get(key) for key in keys]
+        plain = [json.dumps(each) if isinstance(each, dict | list) else each for each in settings]
+        about = [row["name"], row["site"], row["folder"]]
+        writer.writerow([*about, *plain, *(row.get(key) for key in own)])
+    return out.getvalue()
+
+
+def table_markdown(table: Mapping[str, Any], title: str) -> str:
+    """A row a setting, for people: means, with 95 % intervals over seeds."""
+    groups = table["groups"]
+    keys = list(dict.fromkeys(key for group in groups for key in group["settings"]))
+    places = _varying(groups, "site") + [
+        key for key in _varying(groups, "tokens") if key not in keys
+    ]
+    figures = {name: key for name, key in COLUMNS.items() if any(key in each for each in groups)}
+    seeds = any(group["n"] > 1 for group in groups)
+    head = [*places, *(_SHORT.get(key, key) for key in keys), "latents"] + ["seeds"] * seeds
+    if "sae.n_latents" in keys:
+        head.remove("latents")
+    head += [*figures, *(["stability"] * seeds)]
+    lines = []
+    for group in groups:
+        line = [f"`{group[key]}`" for key in places]
+        line += [worded(group["settings"].get(key, "")) for key in keys]
+        line += [f"{group['n_latents']:,}"] * ("sae.n_latents" not in keys)
+        line += [str(group["n"])] * seeds
+        line += [_figure(group.get(key), key) for key in figures.values()]
+        line += [_stability(group.get("stability"))] * seeds
+        lines.append(line)
+    rows = [head, ["---"] * len(head), *lines]
+    parts = [f"# Sweep {title}", "\n".join("| " + " | ".join(row) + " |" for row in rows)]
+    parts += _notes(table, seeds)
+    plots = [key for key in PLOTS if spots_of(groups, key)]
+    parts += [f"![{PLOTS[key][0]} over L0](plots/{key}-l0.svg)" for key in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def spots_of(groups: Sequence[Mapping[str, Any]], key: str) -> list[Spot]:
+    """The points of a Pareto plot; how sparse a member is parts no series from another."""
+    keys = list(dict.fromkeys(each for group in groups for each in group["settings"]))
+    varies = [
+        each for each in keys if len({json.dumps(g["settings"].get(each)) for g in groups}) > 1
+    ]
+    sites = _varying(groups, "site")
+    spots = []
+    for group in groups:
+        if key not in group or "l0" not in group:
+            continue
+        words = [group["site"]] if sites else []
+        for each in varies:
+            if each not in group["settings"] or each.startswith(f"{_SPARSITY}."):
+                continue
+            value = group["settings"][each]
+            if each == _SPARSITY:
+                words.append(str(value["kind"]))
+            elif isinstance(value, Mapping) or each == "tokens":
+                words.append(worded(value))
+            else:
+                words.append(f"{_SHORT.get(each, each)} {worded(value)}")
+        spots.append(Spot(_ends(group["l0"]), _ends(group[key]), ", ".join(words)))
+    return spots
+
+
+def worded(value: Any) -> str:
+    """A value of a grid, for people."""
+    if isinstance(value, Mapping):
+        inside = (f"{key} {worded(each)}" for key, each in value.items() if key != "kind")
+        return " ".join([str(value.get("kind", "")), *inside]).strip()
+    if isinstance(value, list | tuple):
+        return ", ".join(map(worded, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _notes(table: Mapping[str, Any], seeds: bool) -> list[str]:
+    measured = table["measured"]
+    rows = [row for row in table["members"] if "n_vectors" in row]
+    counts = sorted({row["n_vectors"] for row in rows})
+    span = " to ".join(f"{n:,}" for n in dict.fromkeys((*counts[:1], *counts[-1:])))
+    notes = [f"Measured on {span} vectors of {measured['images']}." if rows else ""]
+    if seeds:
+        notes[0] += " In brackets: Student's 95 % interval of the mean over the seeds."
+        if any(group.get("stability") for group in table["groups"]):
+            notes[0] += (
+                " Stability: mean cosine of the living latents of two seeds, matched one to one; "
+                "in brackets that of random rows."
+            )
+    for place, figures in table["original"].items():
+        notes.append(
+            f"Zero-shot accuracy of the model as it is ({place}): {100 * figures['top1']:.1f} % of "
+            f"{figures['n']:,} images."
+        )
+    gone = [row for row in table["members"] if "diverged" in row]
+    notes += [f"{row['name']}, {row['site']}: {row['diverged']}" for row in gone]
+    notes += [f"No {what}: {why}" for what, why in table["omitted"].items()]
+    return [note.strip() for note in notes if note]
+
+
+def _figure(block: Mapping[str, Any] | None, key: str) -> str:
+    if block is None:
+        return "–"
+    low, high = block["interval"] or (block["mean"], block["mean"])
+    share = key in ("dead", "accuracy")
+    scale, digits = (100, ".3g") if share else (1, ".4g")
+    text = f"{scale * block['mean']:{digits}}"
+    if high != low:
+        text += f" [{scale * low:{digits}}, {scale * high:{digits}}]"
+    return f"{text} %" if share else text
+
+
+def _stability(block: Mapping[str, Any] | None) -> str:
+    return "–" if not block else f"{block['mean_cosine']:.3f} ({block['random']:.3f})"
+
+
+def _ends(block: Mapping[str, Any]) -> tuple[float, float, float]:
+    low, high = block["interval"] or (block["mean"], block["mean"])
+    return block["mean"], low, high
+
+
+def _original(table: Mapping[str, Any]) -> tuple[str, float] | None:
+    found = {round(each["top1"], 6) for each in table["original"].values()}
+    return ("the model as it is", found.pop()) if len(found) == 1 else None
+
+
+def _varying(groups: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """The key, if the groups differ in it."""
+    return [key] if len({group[key] for group in groups}) > 1 else []
+
+
+def _previous(path: Path) -> dict[str, Any] | None:
+    """What was measured before; a damaged file is measured anew."""
+    try:
+        return read_json(path) if path.exists() else None
+    except SparsightError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write unless it is there."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
