@@ -336,11 +336,11 @@ def test_positions_and_batch_sizes_vary_in_a_pass_each(
         sweep(data, config, tmp_path, tokens="cls", quiet=True)
     step, calls = SiteTraining.step, []
 
-    def step_or_stop(self, x, number, factor) -> None:
+    def step_or_stop(self, x, number, factor, target) -> None:
         calls.append(number)
         if len(calls) == 3 * BASE.n_steps:
             raise Stopped
-        step(self, x, number, factor)
+        step(self, x, number, factor, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(SiteTraining, "step", step_or_stop)

@@ -48,6 +48,7 @@ _SHARED = {
     "data_seed": f"{_PASS} the order of the data; `seed` varies the initial weights alone",
     "log_every": f"{_PASS} the steps at which figures are logged",
     "checkpoint_every": f"{_PASS} the checkpoints",
+    "target_site": f"{_PASS} what is read",
     "loggers": "it changes nothing about what is learnt",
 }
 """Why some keys cannot vary."""

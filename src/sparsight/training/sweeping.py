@@ -29,11 +29,11 @@ from sparsight.training.trainer import (
     Activations,
     Loop,
     Member,
-    as_activations,
-    chosen_sites,
     holds_part,
     identity,
     recipe_of,
+    resolve,
+    with_target,
 )
 from sparsight.vision import Tokens
 
@@ -159,9 +159,8 @@ def sweep(
             the last checkpoint stays.
     """
     out = Path(out)
-    sources = _sources(source, sites, tokens, config)
+    sources, names, config = _resolved(source, sites, tokens, config)
     first = next(iter(sources.values()))
-    names = chosen_sites(first, sites)
     for each in sources.values():
         for site in names:
             each.canonical_site(site)
@@ -181,26 +180,31 @@ def sweep(
         with lock(out / ".lock", f"{out}: another process is training into it."):
             _refuse_to_drop(result)
             _write_recipe(first, names, config, out)
-            while _train_together(sources, result, recipes, device, quiet):
+            read = with_target(names, config.train)
+            while _train_together(sources, read, result, recipes, device, quiet):
                 pass
     return _settled(result)
 
 
-def _sources(
+def _resolved(
     source: Activations, sites: Sequence[str] | None, tokens: Tokens | None, config: SweepConfig
-) -> dict[str, ActivationSource]:
-    """The activations of each of the positions that the members train on."""
+) -> tuple[dict[str, ActivationSource], tuple[str, ...], SweepConfig]:
+    """The activations of each of the positions that the members train on, and the sites."""
     modes = config.grid.get(TOKENS)
-    if modes is None:
-        found = as_activations(source, sites, tokens)
-        return {found.tokens: found}
-    if tokens is not None:
+    if modes is not None and tokens is not None:
         raise UserError("tokens vary in the grid; leave them out elsewhere.")
-    return {mode: as_activations(source, sites, mode) for mode in modes}
+    found = {}
+    for mode in modes or (tokens,):
+        activations, names, train = resolve(source, config.train, sites, mode)
+        found[activations.tokens] = activations
+    if train != config.train:  # a transcoder's target got its full name
+        config = dataclasses.replace(config, train=train)
+    return found, names, config
 
 
 def _train_together(
     sources: Mapping[str, ActivationSource],
+    read: Sequence[str],
     sweep: Sweep,
     recipes: Mapping[str, TrainRecipe],
     device: str | None,
@@ -225,7 +229,7 @@ def _train_together(
             file=sys.stderr,
         )
     source = sources[_pass(together[0])[0]]
-    loop = Loop(source, sites, together, sweep.checkpoints, device, drop_diverged=True)
+    loop = Loop(source, read, together, sweep.checkpoints, device, drop_diverged=True)
     loop.run_to_end("sweep", quiet)
     shutil.rmtree(sweep.checkpoints, ignore_errors=True)
     return True
