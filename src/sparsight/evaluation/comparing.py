@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
 from sparsight.errors import MissingExtra, SparsightError, UserError
-from sparsight.evaluation.data import Passes
+from sparsight.evaluation.data import Passes, find_site, find_target
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
 from sparsight.evaluation.reconstruction import ReconstructionMeter
 from sparsight.evaluation.report import finite
@@ -191,15 +191,20 @@ def _measure(
 ) -> None:
     """FVU, L0 and dead latents of some SAEs, in one pass."""
     first = next(iter(saes.values()))
+    for each in saes.values():
+        find_site(each, source, site)
     passes = Passes(
-        source, site, batch_images=measures.batch_images, device=first.W_enc.device, cache_bytes=0
+        source,
+        site,
+        target=find_target(first, source),
+        batch_images=measures.batch_images,
+        device=first.W_enc.device,
+        cache_bytes=0,
     )
     layout = passes.layout
-    for each in saes.values():
-        _check_belongs(each, source, site)
     errors = [
         ReconstructionMeter(
-            layout.n_tokens, passes.d_in, passes.device, f"{each.row['name']}/{site}"
+            layout.n_tokens, passes.d_out, passes.device, f"{each.row['name']}/{site}"
         )
         for each in members
     ]
@@ -210,8 +215,8 @@ def _measure(
         for batch in passes:
             x = batch.x.flatten(0, 1)
             for sae, error, count in zip(saes.values(), errors, counts, strict=True):
-                x_hat, code = sae(x)
-                error.add(batch.x, x_hat.view_as(batch.x))
+                y_hat, code = sae(x)
+                error.add(batch.y, y_hat.view_as(batch.y))
                 count.add(code)
             line.advance(len(batch.x))
     for member, sae, error, count in zip(members, saes.values(), errors, counts, strict=True):
@@ -224,21 +229,6 @@ def _measure(
         member.row["n_vectors"] = count.n_vectors
         member.alive = (count.n_active > 0).cpu()
         member.row["n_alive"] = int(member.alive.sum())
-
-
-def _check_belongs(sae: SparseAutoencoder, source: ActivationSource, site: str) -> None:
-    trained, given = sae.metadata.get("model") or {}, source.model_info
-    hashes = {each.get("weights_hash") for each in (trained, given)} - {None}
-    if len(hashes) > 1:
-        raise UserError(
-            f"The sweep was trained on {trained.get('id')}, these activations are of "
-            f"{given.get('id')}, which has other weights."
-        )
-    if source.d_in(site) != sae.d_in:
-        raise UserError(
-            f"{site}: the activations have {source.d_in(site)} dimensions, the SAE takes "
-            f"{sae.d_in}."
-        )
 
 
 class _Model:
@@ -265,7 +255,9 @@ def _accuracy(
 ) -> dict[str, dict[str, Any]]:
     """Zero-shot accuracy with the site replaced by each SAE, in one pass of the model."""
     reason: str | None = None
-    if not measures.accuracy_images:
+    if next(iter(saes.values())).is_transcoder:
+        reason = "A transcoder's output takes the place of another site than its input's."
+    elif not measures.accuracy_images:
         reason = "accuracy_images is 0."
     else:
         try:
