@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import Run, Sweep
-from sparsight.vision import VisionModel
+from sparsight.vision import Tokens, VisionModel
 
 FORMAT_VERSION = 1
 FIGURES = ("fvu", "l0", "dead", "cosine", "accuracy")
@@ -157,11 +157,12 @@ def measure_sweep(
         omitted.pop(STABILITY, None)
     getter = _Model(model or getattr(source, "model", None))
     for (tokens, site), part in _by_place(todo).items():
-        view = _some(with_tokens(source, tokens), measures.max_images)  # type: ignore[arg-type]
+        whole = with_tokens(source, cast(Tokens, tokens))
+        view = _some(whole, measures.max_images)
         for together in _portions(part):
             saes = {str(i): each.sae(place) for i, each in enumerate(together)}
             _measure(view, site, together, saes, measures, quiet)
-            found = _accuracy(view, site, saes, measures, getter, images, omitted, quiet)
+            found = _accuracy(whole, site, saes, measures, getter, images, omitted, quiet)
             for i, each in enumerate(together):
                 each.row["accuracy"] = found.get(str(i), {}).get("top1")
                 each.row["accuracy_difference"] = found.get(str(i), {}).get("difference")
