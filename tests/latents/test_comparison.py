@@ -27,7 +27,7 @@ BASE = TrainConfig(
     auxk=AuxK(alpha=0.1),
 )  # fmt: skip
 GRID = {"k": [4, 8], "seed": [0, 1]}
-MEASURES = SweepMeasures(accuracy_images=24)
+MEASURES = SweepMeasures(accuracy_images=24, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,17 @@ def model() -> VisionModel:
 @pytest.fixture(scope="module")
 def store(model: VisionModel, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     out = tmp_path_factory.mktemp("store") / "acts"
-    return extract(model, open_images("calibration:48:3"), sites=SITES, out=out, quiet=True)
+    return extract(
+        model, open_images("calibration:48:3"), sites=SITES, out=out, workers=0, quiet=True
+    )
 
 
 @pytest.fixture(scope="module")
 def held_out(model: VisionModel, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     out = tmp_path_factory.mktemp("held-out") / "acts"
-    return extract(model, open_images("calibration:40:4"), sites=SITES, out=out, quiet=True)
+    return extract(
+        model, open_images("calibration:40:4"), sites=SITES, out=out, workers=0, quiet=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +164,7 @@ def test_positions_that_vary_are_measured_each_on_its_own(
 
 def test_live_activations_and_some_images_do(swept: Sweep, model: VisionModel) -> None:
     source = LiveActivations(model, open_images("calibration:48:3"), SITES, workers=0)
-    few = SweepMeasures(max_images=5, accuracy_images=8)
+    few = SweepMeasures(max_images=5, accuracy_images=8, workers=0)
     table = measure_sweep(swept, source, few, quiet=True)
     n_tokens = source.n_tokens["blocks.3.resid_post"]
     assert {row["n_vectors"] for row in table["members"]} == {5 * n_tokens}

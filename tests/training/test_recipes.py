@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sparsight.activations import extract
 from sparsight.config import load, to_dict, write_toml
 from sparsight.errors import UserError
 from sparsight.images import open_images
 from sparsight.sae import AuxK, SAEConfig, TopK
-from sparsight.training import TrainConfig, TrainRecipe, train
+from sparsight.training import SweepConfig, TrainConfig, TrainRecipe, sweep, train
+from sparsight.training.sweeping import SweepRecipe
 from sparsight.vision import VisionModel, load_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -35,8 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> VisionModel:
         num_attention_heads=2,
         image_size=64,
         patch_size=16,
+        projection_dim=32,
     )
-    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder)
     return load_model(str(folder), device="cpu")
 
@@ -84,6 +86,76 @@ def test_a_recipe_trains_on_another_model_and_other_images(
     assert len(run.metrics()) == 3 and all(line["fvu"] < 10 for line in run.metrics())
     again = run.recipe
     assert again.train == config and again.tokens == recipe.tokens
+
+
+def _read(path: Path) -> SweepRecipe:
+    """A recipe of either kind."""
+    return load(SweepRecipe, path)
+
+
+def _small(recipe: SweepRecipe, model: VisionModel) -> SweepRecipe:
+    """The same for a few vectors, at the sites that the model has."""
+    sites = [
+        site
+        for site in recipe.sites
+        if "blocks.-" not in site or int(site.split(".")[1]) >= -model.n_blocks
+    ]
+    config = dataclasses.replace(
+        recipe.train, n_vectors=96, batch_size=32, log_every=32, checkpoint_every=None
+    )
+    grid = dict(recipe.grid)
+    if "batch_size" in grid:
+        grid["batch_size"] = [32, 48]
+    if "n_latents" in grid:  # no smaller than k
+        grid["n_latents"] = [128, 256]
+    if "k" in grid:
+        grid["k"] = grid["k"][:2]
+    return dataclasses.replace(recipe, sites=tuple(sites), train=config, grid=grid)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_runs_on_another_model_and_other_images(
+    path: Path, model: VisionModel, tmp_path: Path
+) -> None:
+    whole = _read(path)
+    assert whole.out.name == path.stem
+    recipe = _small(whole, model)
+    source = (model, open_images("calibration:24"))
+    options = {"sites": recipe.sites, "tokens": recipe.tokens, "quiet": True}
+    if not recipe.grid:
+        runs = {"": train(source, recipe.train, out=tmp_path, **options)}
+    else:
+        runs = sweep(source, SweepConfig(recipe.train, recipe.grid), tmp_path, **options).runs
+        assert len(runs) == len(SweepConfig(recipe.train, recipe.grid).members) > 1
+    for run in runs.values():
+        assert run.sites == tuple(map(model.canonical_site, recipe.sites))
+        for site in run.sites:
+            assert run.metrics(site)[-1]["fvu"] < 100 and run.sae(site).d_in == 32
+
+
+def test_the_recipes_of_published_runs_have_their_sizes() -> None:
+    fry, scope, patches = (
+        _read(RECIPES / f"{name}.toml") for name in ("fry", "clip-scope", "patchsae")
+    )
+    assert fry.train.sae.width(1024) == scope.train.sae.width(1024) == 65_536
+    assert patches.train.sae.width(768) == 49_152
+    assert fry.train.n_steps == 2560 and fry.train.warmup * fry.train.n_steps == 500
+    assert patches.train.n_steps == 20_480 and patches.train.warmup * patches.train.n_steps == 500
+    # The mean over d entries of errors over ‖x‖, and of entries at norm √d.
+    for recipe, d_in in ((fry, 1024), (patches, 768)):
+        assert recipe.train.sae.sparsity.l1 == pytest.approx(8e-5 * d_in**1.5, rel=0.02)
+    assert _read(RECIPES / "dn-cbm.toml").train.sae.sparsity.l1 == pytest.approx(
+        3e-5 * 512, rel=0.01
+    )
+    assert len(scope.sites) == 8 and scope.train.sae.sparsity == TopK(k=32, rectify=False)
+    assert not scope.train.auxk and not scope.train.ghost and not scope.train.resampling
+    remedies = _read(RECIPES / "sative-remedies.toml")
+    members = SweepConfig(remedies.train, remedies.grid).members
+    assert len(members) == 8 and "batch_size2048-remedy_none" in members
+    plain = _read(RECIPES / "sative.toml")
+    assert plain.train == remedies.train and plain.train.sae.width(768) == 12_288
+    steps = [each.n_steps for _, each in SweepConfig(plain.train, plain.grid).members.values()]
+    assert steps == [1954, 62]
 
 
 def test_a_store_and_live_activations_train_alike(model: VisionModel, tmp_path: Path) -> None:
