@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 import xml.etree.ElementTree as ET
@@ -207,5 +208,9 @@ def test_a_pareto_plot_joins_what_differs_in_sparsity_alone() -> None:
     axis = pareto(spots, "FVU", higher_is_better=False, reference=("as it is", 0.5)).axes[0]
     assert axis.get_xscale() == "log" and axis.get_ylabel() == "FVU"
     lines = [line for line in axis.lines if len(line.get_xdata()) == 3]
+    elsewhere = dataclasses.replace(spots[0], y=(9, 9, 9), place="there")
+    both = pareto([spots[0], elsewhere], "FVU", higher_is_better=False).axes[0]
+    faces = [line.get_markerfacecolor() for line in both.lines if line.get_marker() == "o"]
+    assert "#ffffff" not in faces  # sites are not compared with one another
     assert len(lines) == 2
     assert not pareto([Spot((1, 1, 1), (2, 2, 2), "")], "FVU", higher_is_better=False).legends

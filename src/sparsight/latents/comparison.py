@@ -138,7 +138,7 @@ def table_markdown(table: Mapping[str, Any], title: str) -> str:
 
 
 def spots_of(groups: Sequence[Mapping[str, Any]], key: str) -> list[Spot]:
-    """The points of a Pareto plot; how sparse a member is parts no series from another."""
+    """The points of a Pareto plot; what makes a member sparse parts no series."""
     keys = list(dict.fromkeys(each for group in groups for each in group["settings"]))
     varies = [
         each for each in keys if len({json.dumps(g["settings"].get(each)) for g in groups}) > 1
@@ -159,7 +159,8 @@ def spots_of(groups: Sequence[Mapping[str, Any]], key: str) -> list[Spot]:
                 words.append(worded(value))
             else:
                 words.append(f"{_SHORT.get(each, each)} {worded(value)}")
-        spots.append(Spot(_ends(group["l0"]), _ends(group[key]), ", ".join(words)))
+        place = f"{group['tokens']}/{group['site']}"
+        spots.append(Spot(_ends(group["l0"]), _ends(group[key]), ", ".join(words), place))
     return spots
 
 

@@ -17,7 +17,8 @@ from sparsight.latents.style import PALETTE, SEQUENTIAL, figure, plot_style
 Floats = npt.NDArray[np.float64]
 
 MARKERS = ("o", "s", "^", "D")
-LEGEND_COLUMNS = 2
+LONG_LABEL = 34
+"""Letters beyond which a legend has one column."""
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
@@ -161,11 +162,13 @@ class Spot:
         x: mean, lower end and upper end.
         y: the same.
         series: what it shares with the points that it is joined to.
+        place: what it shares with the points that it is compared with, e.g. the site.
     """
 
     x: tuple[float, float, float]
     y: tuple[float, float, float]
     series: str
+    place: str = ""
 
 
 def pareto(
@@ -175,7 +178,7 @@ def pareto(
     higher_is_better: bool,
     reference: tuple[str, float] | None = None,
 ) -> Figure:
-    """A figure of merit over L0, with intervals; what nothing else beats in both is filled.
+    """A figure of merit over L0, with intervals; what none of its place beats in both is filled.
 
     Args:
         spots: the points; those of a series are joined in the order of L0.
@@ -183,11 +186,16 @@ def pareto(
         higher_is_better: of the figure of merit; a low L0 always is.
         reference: name and height of a line to compare with.
     """
-    best = front([(spot.x[0], spot.y[0]) for spot in spots], higher_is_better)
+    best: set[int] = set()
+    for place in {spot.place for spot in spots}:
+        here = [j for j, spot in enumerate(spots) if spot.place == place]
+        points = [(spots[j].x[0], spots[j].y[0]) for j in here]
+        best |= {here[i] for i in front(points, higher_is_better)}
     names = list(dict.fromkeys(spot.series for spot in spots))
     shown = len(names) > 1 or bool(names and names[0])
     with plot_style():
-        rows = -(-len(names) // LEGEND_COLUMNS) if shown else 0
+        columns = 1 if max(map(len, names), default=0) > LONG_LABEL else min(2, len(names))
+        rows = -(-len(names) // columns) if shown else 0
         drawn = figure(2.9 + 0.19 * rows, 5.2)
         ax = drawn.subplots()
         for i, name in enumerate(names):
@@ -226,7 +234,7 @@ def pareto(
         ax.set_xlabel("L0 (latents per vector)")
         ax.set_ylabel(y_label)
         if shown:
-            drawn.legend(loc="outside lower center", ncols=min(LEGEND_COLUMNS, len(names)))
+            drawn.legend(loc="outside lower center", ncols=columns)
         return drawn
 
 
