@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -173,7 +174,10 @@ def test_live_activations_and_some_images_do(swept: Sweep, model: VisionModel) -
 
 
 def test_what_cannot_be_measured_is_said(
-    swept: Sweep, held_out: ActivationStore, monkeypatch: pytest.MonkeyPatch
+    swept: Sweep,
+    held_out: ActivationStore,
+    model: VisionModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     table = measure_sweep(swept, held_out, MEASURES, quiet=True)
@@ -181,6 +185,10 @@ def test_what_cannot_be_measured_is_said(
     assert "No model was given" in table["omitted"]["accuracy, all/blocks.3.resid_post"]
     assert all(group["stability"] is None for group in table["groups"])
     assert "accuracy" not in table_markdown(table, "x").split("\n")[2]
+    other = copy.copy(model)
+    other.weights_hash = "0"
+    table = measure_sweep(swept, held_out, MEASURES, model=other, quiet=True)
+    assert "which has other weights" in table["omitted"]["accuracy, all/blocks.3.resid_post"]
     with pytest.raises(UserError, match="max_images is 0"):
         SweepMeasures(max_images=0)
 
