@@ -16,7 +16,7 @@ from test_resume import CONFIG, SITES, WALL_CLOCK, Stopped
 from sparsight.config import load, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.latents.run_files import find_runs
-from sparsight.sae import AuxK, BatchTopK, SAEConfig, TopK
+from sparsight.sae import AuxK, BatchTopK, GhostGradients, Resampling, SAEConfig, TopK
 from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
 from sparsight.training.sweeping import SweepRecipe
 from sparsight.training.trainer import SiteTraining
@@ -298,8 +298,43 @@ def test_a_key_inside_of_a_part_counts_for_the_members_that_have_it() -> None:
 
 def test_a_member_has_one_remedy_at_most() -> None:
     config = SweepConfig(BASE, {"remedy": ["none", "auxk", {"kind": "auxk", "alpha": 0.1}]})
-    assert list(config.members) == ["remedy_none", "auxk", "auxk_alpha0.1"]
-    assert [each.auxk for _, each in config.members.values()] == [None, AuxK(), AuxK(alpha=0.1)]
+    # A name alone is the remedy as the base has it, a table all that it says.
+    assert list(config.members) == ["remedy_none", "auxk_dead_after96", "auxk_alpha0.1"]
+    assert [each.auxk for _, each in config.members.values()] == [None, BASE.auxk, AuxK(alpha=0.1)]
+
+
+def test_k_varies_with_the_architectures_that_have_one() -> None:
+    grid = {"architecture": ["topk", {"kind": "relu", "l1": 1e-3}], "k": [2, 4]}
+    members = SweepConfig(BASE, grid).members
+    assert list(members) == ["topk-k2", "topk-k4", "relu_l1_0.001"]
+    assert members["relu_l1_0.001"][0] == {"sae.sparsity": {"kind": "relu", "l1": 1e-3}}
+
+
+def test_every_remedy_may_be_named_by_its_field_or_its_kind() -> None:
+    base = dataclasses.replace(BASE, ghost=GhostGradients(), auxk=AuxK(alpha=0.3))
+    remedies = ["none", "auxk", "ghost", {"kind": "resampling", "times": 2}, GhostGradients(5)]
+    members = SweepConfig(base, {"remedy": remedies}).members
+    assert list(members) == [
+        "remedy_none", "auxk_alpha0.3", "ghostgradients", "resampling_times2",
+        "ghostgradients_dead_after5",
+    ]  # fmt: skip
+    found = [(each.auxk, each.ghost, each.resampling) for _, each in members.values()]
+    assert found == [
+        (None, None, None), (AuxK(alpha=0.3), None, None), (None, GhostGradients(), None),
+        (None, None, Resampling(times=2)), (None, GhostGradients(dead_after=5), None),
+    ]  # fmt: skip
+
+
+def test_transcoders_may_be_swept(tmp_path: Path) -> None:
+    base = dataclasses.replace(BASE, sae=dataclasses.replace(BASE.sae, subtract_b_dec=False))
+    config = SweepConfig(dataclasses.replace(base, target_site="there"), {"k": [2, 4]})
+    found = sweep(sparse_mixtures(SITES), config, tmp_path / "sweep", quiet=True)
+    run = found.runs["k4"]
+    assert run.sites == ("here",) and run.sae().metadata["target_site"] == "there"
+    alone = train(sparse_mixtures(SITES), run.config, out=tmp_path / "alone", quiet=True)
+    _assert_same(run, alone)
+    with pytest.raises(UserError, match="target_site cannot vary"):
+        SweepConfig(base, {"target_site": ["here", "there"]})
 
 
 def test_members_that_are_parts_survive_toml_and_train_to_the_bits_of_each_alone(

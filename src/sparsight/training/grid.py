@@ -157,7 +157,7 @@ def _value(key: str, given: Any, base: TrainConfig) -> tuple[Any, Any]:
     if key == TOKENS:
         return given, convert(Tokens, given, "grid", TOKENS)
     if key == REMEDY:
-        return _remedy(given)
+        return _remedy(given, base)
     hint = _parts(base).get(key)
     if hint is None:
         plain = NONE if given is None else given
@@ -182,14 +182,16 @@ def _part(hint: Any, given: Any, key: str) -> tuple[Any, Any]:
     return table, made
 
 
-def _remedy(given: Any) -> tuple[Any, Any]:
-    """The same of a remedy, which is named by its field or by its kind."""
+def _remedy(given: Any, base: TrainConfig) -> tuple[Any, Any]:
+    """The same of a remedy, which is named by its field or by its kind; a name alone is the base's
+    own, if it has one."""
     hints = typing.get_type_hints(TrainConfig)
     if given is None or given == NONE:
         return NONE, None
     kinds = {name: kind_of(_classes(hints[name])[0]) for name in REMEDIES}
     if isinstance(given, str):
-        given = {"kind": given}
+        own = next((getattr(base, name) for name in REMEDIES if given in (name, kinds[name])), None)
+        given = {"kind": given, **(_own(own) if own is not None else {})}
     if isinstance(given, Mapping):
         given = {**given, "kind": kinds.get(given.get("kind", ""), given.get("kind"))}
     hint = functools.reduce(operator.or_, (hints[name] for name in REMEDIES))
