@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError, UserError
+
+_SLASH, _NAME = r"[\\/]+", r"""[^\\/"'\n]+"""
+_ABSOLUTE_PATH = re.compile(
+    rf"(?<![^\s\"':(\[=,<`])(?:[A-Za-z]:)?{_SLASH}(?:{_NAME}{_SLASH})+({_NAME})"
+)
 
 
 @contextmanager
@@ -113,6 +119,11 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Mapping[str, Any]) -> str:
     """Hex SHA-256 of a mapping, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def without_folders(text: str) -> str:
+    """Absolute paths by their last part alone: pages are mailed, and paths name people."""
+    return _ABSOLUTE_PATH.sub(r"\1", text)
 
 
 def remove_temporaries(folder: Path) -> None:

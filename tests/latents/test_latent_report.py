@@ -16,10 +16,11 @@ from PIL import Image
 from sparsight.activations import extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import evaluate
+from sparsight.files import without_folders
 from sparsight.images import ImageSource, open_images
 from sparsight.latents import LatentIndex, LatentName, build_index, set_names, write_report
 from sparsight.latents.cards import choose_latents, encode_picture
-from sparsight.latents.run_files import find_runs, run_names, without_folders
+from sparsight.latents.run_files import find_runs, run_names
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import TrainConfig, train
 from sparsight.vision import VisionModel, load_model
@@ -364,6 +365,7 @@ def test_a_page_that_cannot_be_as_small_as_asked_says_so(
         ('model = "openai/clip-vit-base-patch32"', 'model = "openai/clip-vit-base-patch32"'),
         ('out = "runs/b32"', 'out = "runs/b32"'),
         ("calibration:2000:1", "calibration:2000:1"),
+        ("no images (/home/me/photos)", "no images (photos)"),
     ],
 )
 def test_a_page_shows_no_folders_of_the_machine(text: str, shown: str) -> None:

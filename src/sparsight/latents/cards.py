@@ -69,31 +69,42 @@ class Gallery:
     """What could not be shown, and why."""
 
 
-def choose_latents(index: LatentIndex, n: int, seed: int) -> tuple[list[tuple[int, str]], str]:
-    """Up to `n` latents: half by the score of their names, one a name; the rest by lot.
+def choose_latents(
+    index: LatentIndex, n: int, seed: int, *, named: int | None = None, least_images: int = 1
+) -> tuple[list[tuple[int, str]], str]:
+    """Up to `n` latents: some by the score of their names, one a name; the rest by lot.
+
+    Args:
+        index: of the SAE.
+        n: number of latents.
+        seed: of the lot.
+        named: how many by name at most; default half.
+        least_images: how many images must activate a latent.
 
     Returns:
         Latents with "named" or "random", and a sentence that says how they were chosen.
     """
     rows = index.table.select(["latent", "n_active_images", "name", "name_score"]).to_pylist()
-    alive = [row["latent"] for row in rows if row["n_active_images"]]
+    rows = [row for row in rows if row["n_active_images"] >= least_images]
+    alive = [row["latent"] for row in rows]
     best: dict[str, tuple[float, int]] = {}
     for row in rows:
-        if row["name"] is not None and row["n_active_images"]:
+        if row["name"] is not None:
             score = (row["name_score"] or 0.0, -row["latent"])
             best[row["name"]] = max(best.get(row["name"], score), score)
-    named = [-latent for _, latent in sorted(best.values(), reverse=True)][: n // 2]
-    rest = [latent for latent in alive if latent not in set(named)]
-    drawn = np.random.default_rng(seed).permutation(len(rest))[: n - len(named)]
+    most = n // 2 if named is None else min(n, named)
+    by_name = [-latent for _, latent in sorted(best.values(), reverse=True)][:most]
+    rest = [latent for latent in alive if latent not in set(by_name)]
+    drawn = np.random.default_rng(seed).permutation(len(rest))[: n - len(by_name)]
     random = sorted(rest[i] for i in drawn)
     how = (
         f"{len(random)} drawn at random (seed {seed}) from the "
-        f"{len(rest):,} {'other ' if named else ''}latents that were ever "
-        "active"
+        f"{len(rest):,} {'other ' if by_name else ''}latents that "
+        + ("were ever active" if least_images == 1 else f"{least_images} images or more activate")
     )
-    if named:
-        how = f"{len(named)} with the highest-scoring names, one latent a name, and {how}"
-    chosen = [(latent, "named") for latent in named] + [(latent, "random") for latent in random]
+    if by_name:
+        how = f"{len(by_name)} with the highest-scoring names, one latent a name, and {how}"
+    chosen = [(latent, "named") for latent in by_name] + [(latent, "random") for latent in random]
     return chosen, f"{how}. None was picked by hand."
 
 
@@ -125,17 +136,10 @@ def make_gallery(
     for latent, examples in shown.items():
         for example in {example.image: example for row in examples for example in row}.values():
             wanted.setdefault(example.image, []).append(latent)
-    if model is not None and not has_heatmaps(index.tokens, index.site):
-        gallery.notes.append(
-            f"No heatmaps: this SAE reads one vector an image (tokens = {index.tokens})."
-        )
-    grids: dict[tuple[int, int], Heat] = {}
-    images = sorted(wanted)
-    line.expect(len(images))
-    for start in range(0, len(images), _BATCH):
-        some = {image: wanted[image] for image in images[start : start + _BATCH]}
-        _load(gallery, grids, some, index, sae, model, key)
-        line.advance(len(some))
+    seen = see(index, sae, model, wanted, line)
+    grids = seen.grids
+    gallery.notes += seen.notes
+    gallery.pictures |= {f"{key}{image}": picture for image, picture in seen.pictures.items()}
     n_prefix = _n_prefix(index, model)
     for latent, why in chosen:
         peak = max(
@@ -178,22 +182,61 @@ def _spread(band: list[Example], n: int) -> list[Example]:
     return [band[(2 * i + 1) * len(band) // (2 * n)] for i in range(n)]
 
 
-def _load(
-    gallery: Gallery,
-    grids: dict[tuple[int, int], Heat],
+@dataclass
+class Seen:
+    """Pictures of examples, as the model saw them where there is one."""
+
+    pictures: dict[int, Image.Image] = field(default_factory=dict)
+    """By image, none larger than `LARGEST` pixels."""
+    grids: dict[tuple[int, int], Heat] = field(default_factory=dict)
+    """Activations at the patches, by image and latent."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be shown, and why."""
+
+
+def see(
+    index: LatentIndex,
+    sae: SparseAutoencoder,
+    model: VisionModel | None,
+    wanted: Mapping[int, Sequence[int]],
+    line: ProgressLine,
+) -> Seen:
+    """Load pictures and run the model over them.
+
+    Args:
+        index: of the SAE.
+        sae: the SAE.
+        model: to run over the pictures; without it they are as they are, and without heatmaps.
+        wanted: latents whose heatmaps are wanted, by image.
+        line: progress, in pictures.
+    """
+    seen = Seen()
+    if model is not None and not has_heatmaps(index.tokens, index.site):
+        seen.notes.append(
+            f"No heatmaps: this SAE reads one vector an image (tokens = {index.tokens})."
+        )
+    images = sorted(wanted)
+    line.expect(len(images))
+    for start in range(0, len(images), _BATCH):
+        some = {image: wanted[image] for image in images[start : start + _BATCH]}
+        _see_batch(seen, some, index, sae, model)
+        line.advance(len(some))
+    return seen
+
+
+def _see_batch(
+    seen: Seen,
     wanted: Mapping[int, Sequence[int]],
     index: LatentIndex,
     sae: SparseAutoencoder,
     model: VisionModel | None,
-    key: str,
 ) -> None:
-    """Add pictures to the gallery, and the grid of each (image, latent) that is wanted."""
     pictures: dict[int, Image.Image] = {}
     for image in wanted:
         try:
             pictures[image] = index.picture(image)
         except UserError as error:
-            gallery.notes.append(str(error))
+            seen.notes.append(str(error))
     if model is not None and pictures:
         pixels = torch.stack([model.transform(picture) for picture in pictures.values()])
         pictures = dict(zip(pictures, seen_pictures(model, pixels), strict=True))
@@ -203,11 +246,10 @@ def _load(
             column = {latent: place for place, latent in enumerate(latents)}
             for row, image in enumerate(pictures):
                 for latent in wanted[image]:
-                    grids[image, latent] = heat[row, column[latent]]
+                    seen.grids[image, latent] = heat[row, column[latent]]
     for image, picture in pictures.items():
-        picture = picture.copy()
-        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        gallery.pictures[f"{key}{image}"] = picture
+        seen.pictures[image] = picture.copy()
+        seen.pictures[image].thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
 
 
 def is_crisp(picture: Image.Image) -> bool:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import write_text
+from sparsight.files import without_folders, write_text
 from sparsight.latents import scores
 from sparsight.latents.cards import (
     LARGEST,
@@ -27,7 +27,7 @@ from sparsight.latents.cards import (
     encode_picture,
     is_crisp,
 )
-from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names, without_folders
+from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
 from sparsight.latents.views import RunView, make_view
 from sparsight.vision import VisionModel, load_model
 
@@ -79,7 +79,7 @@ def write_report(
         out = out / "report.html"
     folders = find_runs(runs)
     found = [read_run(*pair) for pair in zip(folders, run_names(folders), strict=True)]
-    models = _Models(model)
+    models = RunModels(model)
     views = [
         make_view(run, f"run{i}", models.of(run), latents=latents, seed=seed, quiet=quiet)
         for i, run in enumerate(found)
@@ -96,7 +96,7 @@ def write_report(
     return out
 
 
-class _Models:
+class RunModels:
     """Loads each vision model once, as it was; remembers why one could not be loaded."""
 
     def __init__(self, given: VisionModel | str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,6 @@ from sparsight.sae import SparseAutoencoder
 from sparsight.training.run import METRICS, read_metrics
 
 WEIGHTS = "sae.safetensors"
-
-_SLASH, _NAME = r"[\\/]+", r"""[^\\/"'\n]+"""
-_ABSOLUTE_PATH = re.compile(rf"(?<![^\s\"':])(?:[A-Za-z]:)?{_SLASH}(?:{_NAME}{_SLASH})+({_NAME})")
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise SparsightError(f"{path}: cannot be read ({error}).") from error
-
-
-def without_folders(text: str) -> str:
-    """Absolute paths by their last part alone: pages are mailed, and paths name people."""
-    return _ABSOLUTE_PATH.sub(r"\1", text)

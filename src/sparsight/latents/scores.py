@@ -281,6 +281,21 @@ def attribute_table(metrics: Metrics) -> Table | None:
     return Table(f"All {len(rows)} attributes", columns, rows, strong=1)
 
 
+def not_measured(metrics: Metrics) -> list[str]:
+    """Families of scores that `metrics.json` lacks, with the reason where it gives one."""
+    omitted = metrics.get("omitted") or {}
+    families = {
+        "baselines": ("Baselines", "`sparsight evaluate` measures them by default."),
+        "zero_shot": ("Zero-shot accuracy", "it takes the model and labelled images."),
+        "truth": ("Known attributes", "they are known for calibration images alone."),
+    }
+    return [
+        f"{name}: not measured; {omitted.get(family) or reason}"
+        for family, (name, reason) in families.items()
+        if not metrics.get(family)
+    ]
+
+
 def truth_by_kind(block: Metrics) -> dict[str, dict[str, Any]]:
     """Means over the attributes of each kind, `n` of them, of what was measured."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}

@@ -12,10 +12,11 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from sparsight.files import without_folders
 from sparsight.latents import plots, scores
 from sparsight.latents.cards import Gallery, make_gallery
 from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
-from sparsight.latents.run_files import RunFiles, without_folders
+from sparsight.latents.run_files import RunFiles
 from sparsight.latents.style import to_svg
 from sparsight.progress import progress
 from sparsight.vision import VisionModel
@@ -97,7 +98,7 @@ def make_view(
         name=run.name,
         site=run.site,
         shape=_shape(run),
-        missing=(*run.missing, *(_not_measured(run.metrics) if measured else ())),
+        missing=(*run.missing, *(scores.not_measured(run.metrics) if measured else ())),
         tiles=scores.tiles(run.metrics) if measured else [],
         plots=_plots(run, key, model),
         tables=tables,
@@ -116,21 +117,6 @@ def _remedies(run: RunFiles) -> list[str]:
     except tomllib.TOMLDecodeError:
         return []
     return [name for name in REMEDIES if isinstance(train.get(name), dict)]
-
-
-def _not_measured(metrics: Mapping[str, Any]) -> list[str]:
-    """Families of scores that `metrics.json` lacks, with the reason where it gives one."""
-    omitted = metrics.get("omitted") or {}
-    families = {
-        "baselines": ("Baselines", "`sparsight evaluate` measures them by default."),
-        "zero_shot": ("Zero-shot accuracy", "it takes the model and labelled images."),
-        "truth": ("Known attributes", "they are known for calibration images alone."),
-    }
-    return [
-        f"{name}: not measured; {omitted.get(family) or reason}"
-        for family, (name, reason) in families.items()
-        if not metrics.get(family)
-    ]
 
 
 def _plots(run: RunFiles, key: str, model: VisionModel | str) -> list[Plot]:
