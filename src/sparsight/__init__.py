@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         encode,
         write_report,
     )
+    from sparsight.publishing import push_to_hub
     from sparsight.sae import (
         AbsTopK,
         Archetypal,
@@ -74,6 +75,7 @@ _HOMES = {
         "encode",
         "write_report",
     ),
+    "sparsight.publishing": ("push_to_hub",),
     "sparsight.sae": (
         "AbsTopK",
         "Archetypal",
@@ -144,6 +146,7 @@ __all__ = [
     "load_batches",
     "load_model",
     "open_images",
+    "push_to_hub",
     "run_demo",
     "sweep",
     "train",

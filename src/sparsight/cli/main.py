@@ -21,6 +21,7 @@ VERBS = {
     "index": "find the images and patches that every latent responds to",
     "convert": "write an SAE in another project's format, or another project's in ours",
     "report": "write one HTML page about some runs",
+    "push": "upload a run to the Hugging Face Hub, with a model card",
     "pretrained": "list autoencoders that others have published, and their names on the Hub",
 }
 """Every verb, in the order of the work; the file of the same name in this folder runs it."""

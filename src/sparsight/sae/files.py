@@ -16,6 +16,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, write_json, write_text
 from sparsight.progress import logger
 from sparsight.sae.autoencoder import SparseAutoencoder
+from sparsight.sae.card import model_card
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.places import find
 
@@ -53,7 +54,7 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
     }
     with _written(tensors, folder / WEIGHTS):
         write_json(folder / CONFIG, description)
-        write_text(folder / "README.md", model_card(sae))
+        write_text(folder / "README.md", model_card(sae).text())
     return folder
 
 
@@ -206,37 +207,3 @@ def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
         if not torch.isfinite(tensor).all():
             raise SparsightError(f"{path}: {key} holds values that are not finite.")
     return tensors
-
-
-def model_card(sae: SparseAutoencoder) -> str:
-    """A README for the Hub: what the SAE reads, its shape, how to use it."""
-    about = sae.metadata
-    model = about.get("model") or {}
-    return f"""---
-library_name: sparsight
-tags:
-- sparse-autoencoder
-- interpretability
----
-# Sparse autoencoder for {model.get("id", "a vision model")}
-
-| | |
-|---|---|
-| model | {model.get("id", "not recorded")} |
-| site | {about.get("site", "not recorded")} |
-| tokens | {about.get("tokens", "not recorded")} |
-| images | {about.get("images", "not recorded")} |
-| width of the activations | {sae.d_in:,} |
-| latents | {sae.n_latents:,} |
-| sparsity | {sae.config.sparsity.describe()} |
-| normaliser | {sae.config.normaliser} |
-| vectors trained on | {about.get("n_vectors", "not recorded")} |
-
-```python
-import sparsight as sp
-
-sae = sp.SparseAutoencoder.from_pretrained("this folder or Hub id")
-code = sae.encode(x)        # x: [batch, {sae.d_in}], in the model's own units
-x_hat = sae.decode(code)
-```
-"""

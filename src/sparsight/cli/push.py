@@ -1,0 +1,73 @@
+"""`sparsight push`: a finished run on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sparsight.cli.options import CommandOptions, parse
+from sparsight.cli.printing import print_notes
+
+
+@dataclass(frozen=True)
+class PushOptions(CommandOptions):
+    """Upload a run to the Hugging Face Hub, with a model card: figures, configuration, pictures."""
+
+    run: tyro.conf.Positional[Path] = tyro.MISSING
+    """Run folder, or a folder with several runs in it."""
+
+    to: str = tyro.MISSING
+    """Repository, ORG/NAME; made if it is not there."""
+
+    private: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Make the repository private."""
+
+    revision: str | None = None
+    """Branch; made if it is not there."""
+
+    message: str | None = None
+    """Of the commit."""
+
+    license: str | None = None
+    """Of the autoencoder, as the Hub spells it: mit, apache-2.0, cc-by-4.0, …"""
+
+    latents: int = 12
+    """Latents to show of each run that has an index, with pictures of the images that it was built
+    from: those with the best names first, then by lot. 0 shows none."""
+
+    model: str | None = None
+    """What the heatmaps are made with; default the model that each index names."""
+
+    seed: int = 0
+    """Of the lot."""
+
+    dry_run: Path | None = None
+    """Write what would be uploaded into this new folder, and upload nothing."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, push, print where to and how much."""
+    options = parse(PushOptions, "push", arguments)
+    from sparsight.publishing import push_to_hub
+
+    done = push_to_hub(
+        options.run,
+        options.to,
+        private=options.private,
+        revision=options.revision,
+        message=options.message,
+        license=options.license,
+        latents=options.latents,
+        model=options.model,
+        seed=options.seed,
+        dry_run=options.dry_run,
+    )
+    print_notes(done.notes)
+    size = f"{len(done.files)} files, {sum(done.files.values()) / 1e6:.1f} MB"
+    if done.url is None:
+        print(f"{options.dry_run} · {size} for {done.repo_id}; nothing was uploaded")
+    else:
+        print(f"{done.url} · {size}")

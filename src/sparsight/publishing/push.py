@@ -1,0 +1,188 @@
+"""`push_to_hub`: from a run to a repository on the Hub, or to a folder that looks like one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sparsight
+from sparsight.config import check_seed
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import read_json, without_folders, write_bytes
+from sparsight.latents.heatmaps import has_heatmaps
+from sparsight.latents.report import RunModels
+from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.publishing import hub
+from sparsight.publishing.card import card_of, index_card
+from sparsight.publishing.pictures import LatentPictures, latent_pictures
+from sparsight.sae.files import CONFIG, WEIGHTS
+from sparsight.training import Run
+from sparsight.vision import VisionModel
+
+METRICS = "metrics.json"
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class Push:
+    """What was uploaded, or would be.
+
+    Attributes:
+        repo_id: where to.
+        url: of the commit; None after a dry run.
+        files: size in bytes, by path in the repository.
+        notes: what the cards lack, and the command that makes it.
+    """
+
+    repo_id: str
+    url: str | None
+    files: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def push_to_hub(
+    run: Run | str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    latents: int = 12,
+    seed: int = 0,
+    model: VisionModel | str | None = None,
+    license: str | None = None,
+    dry_run: str | Path | None = None,
+    token: str | None = None,
+    quiet: bool = False,
+) -> Push:
+    """Upload a finished run to the Hugging Face Hub, with a model card.
+
+    Of each SAE go `config.json`, `sae.safetensors`, `metrics.json` if it was evaluated, the card
+    (`README.md`) and `pictures/` of some latents if it was indexed. Several SAEs get a folder each
+    and a README that lists them; `SparseAutoencoder.from_pretrained("org/name/folder")` loads one.
+    Paths of this machine are cut to their last part in all of it.
+
+    Args:
+        run: a run, or its folder; or a folder with several in it, a sweep say.
+        repo_id: ORG/NAME; made if it is not there.
+        private: make it private.
+        revision: branch; made if it is not there.
+        message: of the commit.
+        latents: how many to show of each SAE, with pictures of the images that it was indexed on.
+        seed: of the lot that chooses those without a name.
+        model: what the heatmaps are made with; default the model that the index names.
+        license: as the Hub spells it, e.g. "mit".
+        dry_run: write the files into this new folder and upload nothing.
+        token: of the Hub; default the one of this machine.
+        quiet: no progress bars.
+
+    Raises:
+        UserError: there is no finished run, no token, or no right to write there; the repository
+            holds something else; or `dry_run` is a folder with something in it.
+        SparsightError: a file of the run is damaged, or the Hub cannot be reached.
+    """
+    check_seed(seed)
+    if latents < 0:
+        raise UserError(f"latents is {latents}; it must be 0 or more.")
+    hub.check_repo_id(repo_id)
+    target = None if dry_run is None else _empty(Path(dry_run))
+    if target is None:
+        hub.check_ready(token)
+    runs = _runs(run.out if isinstance(run, Run) else Path(run))
+    models = RunModels(model)
+    files: dict[str, bytes | Path] = {}
+    for folder, each in runs.items():
+        start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
+        pictures = _pictures(each, models, n=latents, seed=seed, quiet=quiet)
+        card = card_of(each, place, pictures, revision=revision, license=license)
+        files[start + README] = card.text().encode()
+        files[start + CONFIG] = _config(each)
+        files[start + WEIGHTS] = each.folder / WEIGHTS
+        if each.metrics:
+            files[start + METRICS] = _json(_nameless(each.metrics))
+        for picture in pictures.pictures if pictures else ():
+            files[start + picture.file] = picture.png
+    if "" not in runs:
+        card_text = index_card(runs, repo_id, revision=revision, license=license)
+        files[README] = card_text.encode()
+    url = None
+    if target is not None:
+        _write(target, files)
+    else:
+        url = hub.upload(
+            repo_id,
+            files,
+            runs,
+            message=message or f"Push with Sparsight {sparsight.__version__}",
+            private=private,
+            revision=revision,
+            token=token,
+            quiet=quiet,
+        )
+    sizes = {
+        path: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for path, content in files.items()
+    }
+    notes = [f"{each.name}: {lack}" for each in runs.values() for lack in each.missing]
+    return Push(repo_id, url, sizes, tuple(notes))
+
+
+def _runs(root: Path) -> dict[str, RunFiles]:
+    """SAEs by their folder in the repository: its root for one alone."""
+    found = find_runs(root)
+    names = run_names(found)
+    folders = [folder.relative_to(root).as_posix() for folder in found] if found[1:] else [""]
+    return {
+        place: read_run(folder, name)
+        for place, folder, name in zip(folders, found, names, strict=True)
+    }
+
+
+def _pictures(
+    run: RunFiles, models: RunModels, *, n: int, seed: int, quiet: bool
+) -> LatentPictures | None:
+    if run.index is None or n == 0:
+        return None
+    model = models.of(run) if has_heatmaps(run.index.tokens, run.index.site) else None
+    return latent_pictures(run, model, n=n, seed=seed, quiet=quiet)
+
+
+def _config(run: RunFiles) -> bytes:
+    description = read_json(run.folder / CONFIG)
+    return _json({**description, "metadata": _nameless(description["metadata"])})
+
+
+def _nameless(value: Any) -> Any:
+    """The same without the folders of this machine, which name people."""
+    if isinstance(value, Mapping):
+        return {key: _nameless(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nameless(each) for each in value]
+    return without_folders(value) if isinstance(value, str) else value
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _empty(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is not empty. Give a new folder to write the files into.")
+    return folder
+
+
+def _write(folder: Path, files: hub.Files) -> None:
+    for path, content in files.items():
+        if isinstance(content, bytes):
+            write_bytes(folder / path, content)
+            continue
+        try:
+            shutil.copyfile(content, folder / path)
+        except OSError as error:
+            raise SparsightError(
+                f"{folder / path}: could not be written ({error.strerror or error})."
+            ) from error
