@@ -17,6 +17,7 @@ from typing import Any
 from sparsight.errors import SparsightError, UserError
 
 _SLASH, _NAME = r"[\\/]+", r"""[^\\/"'\n]+"""
+_TABLE = re.compile(r"""[\\/]*\?table=[^"'\n\[\]]*""")
 _ABSOLUTE_PATH = re.compile(
     rf"(?<![^\s\"':(\[=,<`])(?:[A-Za-z]:)?{_SLASH}(?:{_NAME}{_SLASH})+({_NAME})"
 )
@@ -122,8 +123,11 @@ def sha256_json(value: Mapping[str, Any]) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Absolute paths by their last part alone: pages are mailed, and paths name people."""
-    return _ABSOLUTE_PATH.sub(r"\1", text)
+    """Absolute paths by their last part alone: pages are mailed, and paths name people.
+
+    Of images, the file with their labels is left out, too.
+    """
+    return _ABSOLUTE_PATH.sub(r"\1", _TABLE.sub("", text))
 
 
 def remove_temporaries(folder: Path) -> None:

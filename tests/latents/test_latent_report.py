@@ -366,6 +366,7 @@ def test_a_page_that_cannot_be_as_small_as_asked_says_so(
         ('out = "runs/b32"', 'out = "runs/b32"'),
         ("calibration:2000:1", "calibration:2000:1"),
         ("no images (/home/me/photos)", "no images (photos)"),
+        ('"/home/me/photos?table=/home/me/my labels.csv[0:10]"', '"photos[0:10]"'),
     ],
 )
 def test_a_page_shows_no_folders_of_the_machine(text: str, shown: str) -> None:

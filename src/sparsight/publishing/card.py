@@ -50,8 +50,6 @@ def card_of(
         revision_of = run.model.get("revision")
         rows["model"] = f"[{escape(hub_id)}]({HUB}/{hub_id})"
         rows["model"] += f", revision {escape(str(revision_of)[:10])}" if revision_of else ""
-    if run.sae.metadata.get("images"):
-        rows["images"] = escape(images_text(str(run.sae.metadata["images"])))
     rows["made with"] = "Sparsight " + escape(
         str(run.sae.metadata.get("sparsight_version", sparsight.__version__))
     )
@@ -132,11 +130,6 @@ def header(runs: Sequence[RunFiles], license: str | None) -> dict[str, str | Seq
     return found | {"base_model": list(models), "datasets": list(sets)}
 
 
-def images_text(spec: str) -> str:
-    """Images in words for others: without folders, without the table of labels."""
-    return without_folders(re.sub(r"\?table=[^\[\]]*", "", spec))
-
-
 def _hub_id(run: RunFiles) -> str | None:
     """The model's id on the Hub; None where it is not from there."""
     id = str(run.model.get("id", ""))
@@ -187,7 +180,9 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     if images := metrics.get("images"):
         same = metrics.get("trained_on_these")
         which = {True: ": the images of training", False: ": other images than in training"}
-        parts.append(f"On {escape(images_text(str(images)))}{'' if same is None else which[same]}.")
+        parts.append(
+            f"On {escape(without_folders(str(images)))}{'' if same is None else which[same]}."
+        )
     if kept := _kept(metrics):
         parts.append(kept)
     for make in (scores.reconstruction_table, scores.downstream_table, scores.truth_table):
@@ -232,9 +227,10 @@ def _latents(run: RunFiles, pictures: LatentPictures | None) -> str:
         return "None is shown."
     if not pictures.pictures:
         return f"None is shown: no latent is active on {TOP_SHOWN} images or more."
-    n_images = scores.count(run.index.manifest["images"]["n_images"])
+    images = run.index.manifest["images"]
     parts = [
-        f"Of {n_images} images ({escape(images_text(run.index.manifest['images']['source']))}), "
+        f"Of {scores.count(images['n_images'])} images "
+        f"({escape(without_folders(images['source']))}), "
         f"the {TOP_SHOWN} that activate a latent most, the strongest first."
         + (
             " Below them the same, dark where the latent is not active."
@@ -245,9 +241,8 @@ def _latents(run: RunFiles, pictures: LatentPictures | None) -> str:
     ]
     parts += [_latent(each) for each in pictures.pictures]
     notes = list(dict.fromkeys(escape(without_folders(note)) for note in pictures.notes))
-    parts += [f"{len(notes)} notes, the first: {notes[0]}" if len(notes) > 1 else notes[0]] * bool(
-        notes
-    )
+    if notes:
+        parts.append(notes[0] + (f" ({len(notes) - 1} more of the kind.)" if notes[1:] else ""))
     return "\n\n".join(parts)
 
 

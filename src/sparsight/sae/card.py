@@ -77,7 +77,7 @@ def model_card(sae: SparseAutoencoder, place: str = "this folder or Hub id") -> 
             "import torch\n"
             "import sparsight as sp\n\n"
             f"sae = sp.SparseAutoencoder.from_pretrained({json.dumps(place)})\n"
-            f"x = torch.randn(8, {sae.d_in})  # put the model's activations here, in its own units\n"
+            f"x = torch.randn(8, {sae.d_in})  # in their place: activations at the site\n"
             "code = sae.encode(x)  # which latents are active, and how strongly\n"
             f"{predicted} = sae.decode(code)"
         ),

@@ -1,0 +1,125 @@
+"""What can go wrong on the way to the Hub: one message each, and the code that says whose fault."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
+
+from sparsight.cli import main
+
+ID = "ada/clip-sae"
+
+
+@pytest.fixture
+def fails(private_run: Path, capsys: pytest.CaptureFixture[str]):
+    """Run a push that must end with a code; gives its message, which must be one and plain."""
+
+    def check(*arguments: str, run: Path = private_run, to: str = ID, code: int = 2) -> str:
+        assert main(["push", str(run), "--to", to, *map(str, arguments)]) == code
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        assert message.count("sparsight: ") == 1 and message.count("\n") == 1, message
+        return message
+
+    return check
+
+
+def test_without_a_token_nothing_is_tried(hub: HubServer, fails, monkeypatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    message = fails()
+    assert "no token" in message and "hf auth login" in message and "--dry-run" in message
+    assert not hub.requests
+
+
+def test_offline_nothing_is_tried(hub: HubServer, fails, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "offline mode" in fails()
+    assert not hub.requests
+
+
+def test_a_token_that_the_hub_does_not_know(hub: HubServer, fails, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "token-of-nobody")
+    assert "does not know the token (401" in fails()
+
+
+def test_an_organisation_of_others(hub: HubServer, fails) -> None:
+    message = fails(to="bob/clip-sae")
+    assert "bob/clip-sae: the token may not write there (403" in message
+    assert "bob must be you" in message
+    assert not hub.repositories
+
+
+def test_a_repository_of_others(hub: HubServer, fails) -> None:
+    hub.make("bob/clip-sae")
+    assert "the token may not write there (403" in fails(to="bob/clip-sae")
+    hub.make("bob/hidden", private=True)
+    assert "the token may not write there (403" in fails(to="bob/hidden")
+
+
+def test_a_repository_that_holds_something_else(hub: HubServer, fails) -> None:
+    hub.make(ID, README__md=b"# A model", model__bin=b"0")
+    message = fails()
+    assert "something else (model.bin)" in message
+    assert "README.md" in hub.repositories[ID].files()
+    assert len(hub.repositories[ID].messages) == 1
+
+
+def test_a_licence_that_the_hub_does_not_know(hub: HubServer, fails) -> None:
+    message = fails("--license", "wtf")
+    assert "would not take it" in message and "license" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "code", "said"),
+    [
+        ("/repos/create", 500, 1, "failed (500: made to fail). Try again later."),
+        ("/repos/create", 429, 1, "failed (429"),
+        ("/preupload/", 404, 2, "no such repository or branch (404"),
+        ("/lfs/objects/batch", 403, 2, "may not write there (403"),
+        ("/lfs/verify", 422, 2, "would not take it (422"),
+        ("/commit/", 412, 2, "would not take it (412"),
+    ],
+)
+def test_every_step_that_the_hub_refuses_is_told(
+    part: str, status: int, code: int, said: str, hub: HubServer, fails
+) -> None:
+    hub.failing = (part, status)
+    assert said in fails(code=code)
+
+
+def test_a_hub_that_is_not_there(hub: HubServer, fails, monkeypatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    message = fails(code=1)
+    assert f"The Hub ({url}) could not be reached" in message and "--dry-run" in message
+
+
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        ("clip-sae", "name a user or organisation too, as in my-name/clip-sae"),
+        ("ada/clip/sae", "is no name of a repository"),
+        ("ada/my sae", "is no name of a repository"),
+        ("../sae", "is no name of a repository"),
+    ],
+)
+def test_a_name_that_no_repository_has(to: str, said: str, hub: HubServer, fails) -> None:
+    assert said in fails(to=to)
+    assert not hub.requests
+
+
+def test_a_folder_without_a_finished_run(hub: HubServer, fails, tmp_path: Path) -> None:
+    assert "holds no trained SAE" in fails(run=tmp_path)
+    assert "no such folder" in fails(run=tmp_path / "gone")
+    assert not hub.requests
+
+
+def test_settings_out_of_range(hub: HubServer, fails) -> None:
+    assert "latents is -1" in fails("--latents", "-1")
+    assert "seed is -1" in fails("--seed", "-1")
