@@ -10,6 +10,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 
 from sparsight.cli import main
+from sparsight.sae import SparseAutoencoder
 
 ID = "ada/clip-sae"
 
@@ -118,6 +119,20 @@ def test_a_folder_without_a_finished_run(hub: HubServer, fails, tmp_path: Path) 
     assert "holds no trained SAE" in fails(run=tmp_path)
     assert "no such folder" in fails(run=tmp_path / "gone")
     assert not hub.requests
+
+
+def test_an_autoencoder_of_another_project(
+    hub: HubServer, fails, private_run: Path, tmp_path: Path
+) -> None:
+    sae = SparseAutoencoder.from_pretrained(private_run)
+    sae.save_pretrained(tmp_path / "foreign", format="sparsify")
+    assert "of another project" in fails(run=tmp_path / "foreign")
+    assert not hub.requests
+
+
+def test_no_name_at_all(private_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(private_run)]) == 2
+    assert "--to ORG/NAME" in capsys.readouterr().err
 
 
 def test_settings_out_of_range(hub: HubServer, fails) -> None:

@@ -10,6 +10,7 @@ import tyro
 
 from sparsight.cli.options import CommandOptions, parse
 from sparsight.cli.printing import print_notes
+from sparsight.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class PushOptions(CommandOptions):
     run: tyro.conf.Positional[Path] = tyro.MISSING
     """Run folder, or a folder with several runs in it."""
 
-    to: str = tyro.MISSING
-    """Repository, ORG/NAME; made if it is not there."""
+    to: str | None = None
+    """Repository, ORG/NAME; made if it is not there. Must be given."""
 
     private: tyro.conf.FlagCreatePairsOff[bool] = False
     """Make the repository private."""
@@ -51,6 +52,8 @@ class PushOptions(CommandOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, push, print where to and how much."""
     options = parse(PushOptions, "push", arguments)
+    if options.to is None:
+        raise UserError("Name the repository to push to: --to ORG/NAME.")
     from sparsight.publishing import push_to_hub
 
     done = push_to_hub(

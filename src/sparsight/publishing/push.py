@@ -152,7 +152,13 @@ def _pictures(
 
 
 def _config(run: RunFiles) -> bytes:
-    description = read_json(run.folder / CONFIG)
+    path = run.folder / CONFIG
+    description = read_json(path) if path.exists() else {}
+    if description.get("format") != "sparsight-sae":
+        raise UserError(
+            f"{run.folder}: holds an autoencoder of another project. Load it with "
+            "`from_pretrained`, and push the folder that `save_pretrained` writes."
+        )
     return _json({**description, "metadata": _nameless(description["metadata"])})
 
 
