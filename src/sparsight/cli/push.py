@@ -17,8 +17,8 @@ from sparsight.errors import UserError
 class PushOptions(CommandOptions):
     """Upload a run to the Hugging Face Hub, with a model card: figures, configuration, pictures."""
 
-    run: tyro.conf.Positional[Path] = tyro.MISSING
-    """Run folder, or a folder with several runs in it."""
+    run: tyro.conf.Positional[Path | None] = None
+    """Run folder, or a folder with several runs in it. Must be given."""
 
     to: str | None = None
     """Repository, ORG/NAME; made if it is not there. Must be given."""
@@ -52,8 +52,8 @@ class PushOptions(CommandOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, push, print where to and how much."""
     options = parse(PushOptions, "push", arguments)
-    if options.to is None:
-        raise UserError("Name the repository to push to: --to ORG/NAME.")
+    if options.run is None or options.to is None:
+        raise UserError("Name a run folder and the repository: sparsight push RUN --to ORG/NAME.")
     from sparsight.publishing import push_to_hub
 
     done = push_to_hub(
