@@ -106,6 +106,17 @@ def test_names_from_outside_are_text_in_the_card_and_named_latents_come_first(
     )
 
 
+def test_the_card_says_how_its_latents_were_chosen(
+    measured: Path, tmp_path: Path, model: VisionModel
+) -> None:
+    for n, how in (
+        (1, "Latents: 1 with the highest-scoring names, one latent a name. None"),
+        (3, "one latent a name, and 2 drawn at random (seed 0) from the"),
+    ):
+        push_to_hub(measured, ID, latents=n, model=model, dry_run=tmp_path / str(n), quiet=True)
+        assert how in (tmp_path / str(n) / "README.md").read_text()
+
+
 def test_a_picture_has_the_top_images_above_their_heatmaps(
     hub: HubServer, measured: Path, tmp_path: Path, model: VisionModel
 ) -> None:
@@ -119,7 +130,7 @@ def test_a_picture_has_the_top_images_above_their_heatmaps(
 def test_where_the_model_has_gone_the_pictures_are_there_without_heatmaps(measured: Path) -> None:
     run = read_run(measured, "run")
     found = latent_pictures(run, "It is gone.", n=2, seed=0, quiet=True)
-    assert found is not None and found.notes[0].endswith("It is gone.")
+    assert found is not None and found.notes == ["No heatmaps: It is gone."]
     assert len(found.pictures) == 2 and not any(each.heatmaps for each in found.pictures)
 
 

@@ -103,7 +103,8 @@ def choose_latents(
         + ("were ever active" if least_images == 1 else f"{least_images} images or more activate")
     )
     if by_name:
-        how = f"{len(by_name)} with the highest-scoring names, one latent a name, and {how}"
+        first = f"{len(by_name)} with the highest-scoring names, one latent a name"
+        how = f"{first}, and {how}" if random else first
     chosen = [(latent, "named") for latent in by_name] + [(latent, "random") for latent in random]
     return chosen, f"{how}. None was picked by hand."
 

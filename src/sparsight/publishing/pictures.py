@@ -83,7 +83,7 @@ def latent_pictures(
     with progress(f"push: {run.name}", None, "pictures", quiet=quiet) as line:
         seen = see(index, run.sae, None if isinstance(model, str) else model, wanted, line)
     if isinstance(model, str):
-        seen.notes.insert(0, f"No heatmaps: the model was not there. {model}")
+        seen.notes.insert(0, f"No heatmaps: {model}")
     pictures = []
     for latent, examples in shown.items():
         png, heatmaps = _paint(latent, [example.image for example in examples], seen)

@@ -156,8 +156,8 @@ def _config(run: RunFiles) -> bytes:
     description = read_json(path) if path.exists() else {}
     if description.get("format") != "sparsight-sae":
         raise UserError(
-            f"{run.folder}: holds an autoencoder of another project. Load it with "
-            "`from_pretrained`, and push the folder that `save_pretrained` writes."
+            f"{run.folder}: holds an autoencoder of another project. `sparsight convert "
+            f"{run.folder} --out FOLDER` makes it one of Sparsight's; push that."
         )
     return _json({**description, "metadata": _nameless(description["metadata"])})
 
