@@ -60,3 +60,4 @@ def test_the_interval_over_seeds_is_student_s(n: int) -> None:
 def test_one_seed_has_no_interval_and_equal_ones_have_none_to_speak_of() -> None:
     assert t_interval([0.3]) is None
     assert t_interval([0.25, 0.25]) == (0.25, 0.25)
+    assert t_interval([0.1, 0.9], 0, 1) == (0, 1)

@@ -66,11 +66,13 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+def t_interval(
+    values: Sequence[float], least: float = -math.inf, most: float = math.inf
+) -> tuple[float, float] | None:
     """Student's 95 % interval of the mean of a few values, e.g. over seeds; None for fewer than 2.
 
     Two values give one 9 times as wide as they are apart, on either side: that is how little two
-    seeds tell.
+    seeds tell. What cannot be below `least` or above `most` has an interval that is cut there.
     """
     n = len(values)
     if n < 2:
@@ -78,7 +80,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     mean = math.fsum(values) / n
     deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in values) / (n - 1))
     half = _t_95(n - 1) * deviation / math.sqrt(n)
-    return mean - half, mean + half
+    return max(mean - half, least), min(mean + half, most)
 
 
 def _t_95(df: int) -> float:

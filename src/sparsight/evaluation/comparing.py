@@ -8,6 +8,7 @@ dictionaries of the seeds. The definitions are those of `evaluate`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -35,8 +36,14 @@ from sparsight.training import Run, Sweep
 from sparsight.vision import Tokens, VisionModel
 
 FORMAT_VERSION = 1
-FIGURES = ("fvu", "l0", "dead", "cosine", "accuracy")
-"""What has a mean and an interval over seeds."""
+FIGURES = {
+    "fvu": (0.0, math.inf),
+    "l0": (0.0, math.inf),
+    "dead": (0.0, 1.0),
+    "cosine": (-1.0, 1.0),
+    "accuracy": (0.0, 1.0),
+}
+"""What has a mean and an interval over seeds, and what it lies between."""
 
 LIVE_IMAGES = 2000
 """Images that are measured on where the model must run for them."""
@@ -335,12 +342,12 @@ def _groups(
             "saes": [each.row["sae"] for each in part],
             "n_latents": first["n_latents"],
         }
-        for key in FIGURES:
+        for key, limits in FIGURES.items():
             values = [each.row[key] for each in part if each.row.get(key) is not None]
             if len(values) == len(part):
                 row[key] = {
                     "mean": fmean(values),
-                    "interval": t_interval(values),
+                    "interval": t_interval(values, *limits),
                     "lowest": min(values),
                     "highest": max(values),
                 }
