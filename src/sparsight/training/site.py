@@ -84,8 +84,16 @@ class SiteTraining:
         self.lr = config.learning_rate(self.sae.n_latents)
         self.plan = config.plan(self.sae.d_in)
         self.objective = config.objective(self.sae.d_in)
+        faster = config.sae.sparsity.lr_factors
+        groups: dict[float, list[Tensor]] = {}
+        for name, parameter in self.sae.named_parameters():
+            groups.setdefault(faster.get(name, 1.0), []).append(parameter)
         self.optimiser = torch.optim.Adam(
-            self.sae.parameters(), lr=self.lr, betas=config.betas, eps=config.eps, fused=True
+            [{"params": each, "factor": factor} for factor, each in groups.items()],
+            lr=self.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
         )
         for parameter in self.sae.parameters():
             self.optimiser.state[parameter] = {
@@ -288,7 +296,8 @@ class SiteTraining:
             W_dec.grad -= along * W_dec
         largest = self.config.grad_clip if self.config.grad_clip is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), largest)
-        self.optimiser.param_groups[0]["lr"] = lr
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr * group["factor"]
         self.optimiser.step()
         self.sae.constrain()
         self.since_fired.add_(len(z))

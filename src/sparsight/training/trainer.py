@@ -162,7 +162,11 @@ class Loop:
         self.first_batch: dict[str, Tensor] | None = None
         if found is None:
             self.first_batch = self._read()
-        samples = self.first_batch or {site: torch.zeros(1, source.d_in(site)) for site in needed}
+        # As many as a batch has: a dictionary has as many anchors as it found vectors.
+        size = self.config.batch_size
+        samples = self.first_batch or {
+            site: torch.zeros(size, source.d_in(site)) for site in needed
+        }
         self.trainings = {
             name: SiteTraining(
                 member.config,

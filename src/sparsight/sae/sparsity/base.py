@@ -56,6 +56,9 @@ class Sparsity(ABC):
     buffers: ClassVar[frozenset[str]] = frozenset()
     """Which of `start`'s tensors are no parameters."""
 
+    lr_factors: ClassVar[Mapping[str, float]] = {}
+    """Tensors of `start` that learn at a multiple of the learning rate."""
+
     @property
     def separable(self) -> bool:
         """Whether the loss of a batch is the mean of its vectors' losses."""

@@ -24,7 +24,7 @@ class Gated(Sparsity):
     2024, "Improving dictionary learning with gated sparse autoencoders", section 3).
     """
 
-    l1: float = 1.0
+    l1: float = 5.0
     """Price of an open gate, where ‖z − ẑ‖² is the error of a vector z in normalised space."""
 
     def __post_init__(self) -> None:

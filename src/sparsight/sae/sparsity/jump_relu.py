@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -32,6 +34,10 @@ class JumpReLU(Sparsity):
     techniques", Anthropic's circuits update of January).
     """
 
+    lr_factors: ClassVar[Mapping[str, float]] = {"threshold": 10.0}
+    # A step of Adam moves each of the d entries of an encoder row, hence the score by many times
+    # the learning rate, but the threshold by the learning rate alone: it would lag far behind.
+
     price: float = 1.0
     """Of an active latent, where ‖z − ẑ‖² is the error of a vector z in normalised space."""
 
@@ -44,8 +50,9 @@ class JumpReLU(Sparsity):
     bandwidth: float = 0.1
     """ε, in the unit of the pre-activations."""
 
-    initial_threshold: float = 0.1
-    """θ as training begins, in the same unit."""
+    initial_threshold: float | None = None
+    """θ as training begins, in the same unit. None is √price, from where on a latent that is
+    orthogonal to the others is worth its price; with "tanh", which is flat up there, 0.1."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
@@ -61,7 +68,10 @@ class JumpReLU(Sparsity):
 
     def start(self, n_latents: int) -> dict[str, Tensor]:
         """The thresholds."""
-        return {"threshold": torch.full((n_latents,), self.initial_threshold)}
+        initial = self.initial_threshold
+        if initial is None:
+            initial = 0.1 if self.penalty_kind == "tanh" else math.sqrt(self.price)
+        return {"threshold": torch.full((n_latents,), initial)}
 
     def encode(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False

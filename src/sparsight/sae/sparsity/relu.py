@@ -23,7 +23,7 @@ class ReLU(Sparsity):
     of April): then set `unit_norm_decoder` and `subtract_b_dec` to False, too.
     """
 
-    l1: float = 1.0
+    l1: float = 2.0
     """Price of activation, where ‖z − ẑ‖² is the error of a vector z in normalised space."""
 
     weighted: bool = False

@@ -1,0 +1,150 @@
+"""What every architecture does in training: it learns with every normaliser, and resumes exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from memory_activations import sparse_mixtures
+from test_resume import Stopped
+
+from sae.architecture_cases import ARCHITECTURES, WIDTH
+from sparsight.activations import ActivationStore, extract
+from sparsight.cli import main
+from sparsight.config import write_toml
+from sparsight.files import read_json
+from sparsight.images import open_images
+from sparsight.latents import LatentIndex
+from sparsight.sae import (
+    AuxK,
+    BatchTopK,
+    GhostGradients,
+    Matryoshka,
+    MatryoshkaK,
+    Resampling,
+    SAEConfig,
+    TopK,
+)
+from sparsight.training import TrainConfig, train
+from sparsight.training.config import TrainRecipe
+from sparsight.training.sweeping import SweepRecipe
+from sparsight.vision import load_model
+
+NORMALISERS = ("scale", "standardise", "none", "layer_norm", "constant_norm")
+SITE, TARGET = "blocks.3.resid_post", "blocks.3.mlp_out"
+SHORT = TrainConfig(
+    n_vectors=32 * 40,
+    batch_size=32,
+    lr=3e-3,
+    auxk=AuxK(dead_after=96),
+    resampling=Resampling(every=32 * 10),
+    log_every=32 * 10,
+    checkpoint_every=32 * 8,
+)
+
+TRAINED: dict[str, TrainConfig] = {
+    **{name: dataclasses.replace(SHORT, sae=sae) for name, sae in ARCHITECTURES.items()},
+    "matryoshka": dataclasses.replace(
+        SHORT, sae=SAEConfig(WIDTH, sparsity=BatchTopK(8)), matryoshka=Matryoshka()
+    ),
+    "random prefixes": dataclasses.replace(
+        SHORT, sae=SAEConfig(WIDTH, sparsity=BatchTopK(8)), matryoshka=Matryoshka(random=4)
+    ),
+    "several k": dataclasses.replace(
+        SHORT, sae=SAEConfig(WIDTH, sparsity=TopK(8)), matryoshka=MatryoshkaK()
+    ),
+    "ghosts and an average": dataclasses.replace(
+        SHORT,
+        sae=SAEConfig(WIDTH, sparsity=TopK(8), decoder_init="data"),
+        auxk=None,
+        ghost=GhostGradients(dead_after=96),
+        ema=0.9,
+    ),
+    "transcoder": dataclasses.replace(
+        SHORT,
+        sae=SAEConfig(WIDTH, sparsity=BatchTopK(8), subtract_b_dec=False, skip=True),
+        target_site="there",
+    ),
+}
+
+
+def _fits(config: TrainConfig, normaliser: str) -> bool:
+    return config.target_site is None or normaliser in ("scale", "standardise", "none")
+
+
+PAIRS = [
+    pytest.param(name, normaliser, marks=() if number % 5 == place else pytest.mark.slow)
+    for number, (name, config) in enumerate(TRAINED.items())
+    for place, normaliser in enumerate(NORMALISERS)
+    if _fits(config, normaliser)
+]
+"""All of them; the quick tests take one normaliser for each architecture."""
+
+
+def _with(config: TrainConfig, **settings: object) -> TrainConfig:
+    return dataclasses.replace(config, sae=dataclasses.replace(config.sae, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "normaliser"), PAIRS)
+def test_a_cut_run_ends_with_the_bits_of_one_that_was_not_and_has_learnt(
+    name: str, normaliser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsight.training import trainer
+
+    config, data = _with(TRAINED[name], normaliser=normaliser), sparse_mixtures(("here", "there"))
+    whole = train(data, config, tmp_path / "whole", sites=["here"], quiet=True)
+    step = trainer.SiteTraining.step
+
+    def step_or_stop(self, x, number, factor, target) -> None:
+        if number == 21:  # between two resamplings; the last checkpoint is of step 16
+            raise Stopped
+        step(self, x, number, factor, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SiteTraining, "step", step_or_stop)
+        with pytest.raises(Stopped):
+            train(data, config, tmp_path / "cut", sites=["here"], quiet=True)
+    again = train(data, config, tmp_path / "cut", sites=["here"], quiet=True)
+    for file in ("sae.safetensors", "config.json"):
+        mine, other = (run.folder("here") / file for run in (whole, again))
+        assert mine.read_bytes() == other.read_bytes()
+    lines = whole.metrics()
+    assert lines[-1]["fvu"] < 0.9 * lines[0]["fvu"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """A small store of two sites of the calibration model."""
+    folder = tmp_path_factory.mktemp("store") / "kept"
+    images, model = open_images("calibration:24:5"), load_model("calibration")
+    return extract(model, images, sites=[SITE, TARGET], out=folder, workers=0, quiet=True)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_verb_takes_every_architecture(
+    name: str, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(TRAINED[name], n_vectors=32 * 8)
+    if config.target_site is not None:
+        config = dataclasses.replace(config, target_site=TARGET)
+    recipe = TrainRecipe(store=str(store.path), sites=(SITE,), out=Path("run"), train=config)
+    write_toml(Path("train.toml"), recipe)
+    grid = {"seed": [0, 1]}
+    swept = SweepRecipe(
+        store=str(store.path), sites=(SITE,), out=Path("swept"), train=config, grid=grid
+    )
+    write_toml(Path("sweep.toml"), swept)
+    for command in (
+        ("train", "--config", "train.toml"),
+        ("sweep", "--config", "sweep.toml"),
+        ("evaluate", "run", "--no-baselines", "--no-downstream"),
+        ("index", "run"),
+    ):
+        assert main(command) == 0, (command, capsys.readouterr().err)
+    alone, member = Path("run"), Path("swept/seed0")
+    assert (alone / "sae.safetensors").read_bytes() == (member / "sae.safetensors").read_bytes()
+    figures = read_json(alone / "metrics.json")
+    assert figures["fvu"] > 0 and figures["l0"] > 0
+    assert LatentIndex.open(alone / "index").n_latents == WIDTH
