@@ -21,6 +21,8 @@ import sparsight
 from sparsight.files import write_text
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+QUALITY = Path(__file__).parent / "QUALITY.md"
+"""Of what architectures learn."""
 
 HEAD = """# Results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from sparsight.activations import SiteStatistics
 from sparsight.sae import (
     AbsTopK,
     Archetypal,
+    AuxK,
     BatchTopK,
     Gated,
     GroupMax,
@@ -35,47 +37,46 @@ D_IN, D_OUT, N_TRUE, ACTIVE = 32, 24, 48, 3
 WIDTH = 2 * N_TRUE
 STEPS, BATCH, LR = 400, 256, 5e-3
 SLOW = pytest.mark.slow
+RELATIVES = ("tied topk", "weighted relu", "signed topk", "jumprelu with target", "matryoshka by k")
+"""Much like another one, hence not among the quick tests."""
 
 FREE = {"unit_norm_decoder": False, "subtract_b_dec": False}
 
-CASES: list[Any] = [
-    pytest.param(SAEConfig(WIDTH, sparsity=ReLU()), {}, id="relu"),
-    pytest.param(SAEConfig(WIDTH, sparsity=ReLU(weighted=True), **FREE), {}, id="weighted relu"),
-    pytest.param(SAEConfig(WIDTH, sparsity=TopK(3)), {}, id="topk"),
-    pytest.param(SAEConfig(WIDTH, sparsity=TopK(3), tied=True), {}, id="tied topk"),
-    pytest.param(SAEConfig(WIDTH, sparsity=TopK(3, rectify=False)), {}, id="signed topk"),
-    pytest.param(SAEConfig(WIDTH, sparsity=BatchTopK(3)), {}, id="batch topk"),
-    pytest.param(SAEConfig(WIDTH, sparsity=AbsTopK(3)), {}, id="absolute topk"),
-    pytest.param(SAEConfig(WIDTH, sparsity=GroupMax(6)), {}, id="group max"),
-    pytest.param(SAEConfig(WIDTH, sparsity=JumpReLU()), {}, id="jumprelu"),
-    pytest.param(
-        SAEConfig(WIDTH, sparsity=JumpReLU(penalty_kind="tanh")), {}, id="jumprelu with tanh"
-    ),
-    pytest.param(SAEConfig(WIDTH, sparsity=JumpReLU(target_l0=3)), {}, id="jumprelu with target"),
-    pytest.param(SAEConfig(WIDTH, sparsity=Gated()), {}, id="gated"),
-    pytest.param(SAEConfig(WIDTH, sparsity=MatchingPursuit(3)), {}, id="matching pursuit"),
-    pytest.param(SAEConfig(WIDTH, sparsity=TopK(3), dictionary=Archetypal()), {}, id="archetypal"),
-    pytest.param(
+CASES: dict[str, tuple[SAEConfig, dict[str, Any]]] = {
+    "relu": (SAEConfig(WIDTH, sparsity=ReLU()), {}),
+    "weighted relu": (SAEConfig(WIDTH, sparsity=ReLU(weighted=True), **FREE), {}),
+    "topk": (SAEConfig(WIDTH, sparsity=TopK(3)), {}),
+    "tied topk": (SAEConfig(WIDTH, sparsity=TopK(3), tied=True), {}),
+    "signed topk": (SAEConfig(WIDTH, sparsity=TopK(3, rectify=False)), {}),
+    "batch topk": (
         SAEConfig(WIDTH, sparsity=BatchTopK(3)),
-        {"matryoshka": Matryoshka((0.25, 0.5, 1.0))},
-        id="matryoshka",
+        {"auxk": AuxK(alpha=0.5, dead_after=2000)},
     ),
-    pytest.param(
+    "absolute topk": (SAEConfig(WIDTH, sparsity=AbsTopK(3)), {}),
+    "group max": (SAEConfig(WIDTH, sparsity=GroupMax(6)), {}),
+    "jumprelu": (SAEConfig(WIDTH, sparsity=JumpReLU()), {}),
+    "jumprelu with tanh": (SAEConfig(WIDTH, sparsity=JumpReLU(penalty_kind="tanh")), {}),
+    "jumprelu with target": (SAEConfig(WIDTH, sparsity=JumpReLU(target_l0=3)), {}),
+    "gated": (SAEConfig(WIDTH, sparsity=Gated()), {}),
+    "matching pursuit": (SAEConfig(WIDTH, sparsity=MatchingPursuit(3)), {}),
+    "archetypal": (SAEConfig(WIDTH, sparsity=TopK(3), dictionary=Archetypal()), {}),
+    "matryoshka": (
+        SAEConfig(WIDTH, sparsity=TopK(3)),
+        {"matryoshka": Matryoshka((0.5, 1.0))},
+    ),
+    "matryoshka with random prefixes": (
         SAEConfig(WIDTH, sparsity=TopK(3)),
         {"matryoshka": Matryoshka(random=3)},
-        id="matryoshka with random prefixes",
     ),
-    pytest.param(
+    "matryoshka by k": (
         SAEConfig(WIDTH, sparsity=TopK(3)),
         {"matryoshka": MatryoshkaK((3, 6, 12))},
-        id="matryoshka by k",
     ),
-    pytest.param(
+    "transcoder": (
         SAEConfig(WIDTH, sparsity=TopK(3), subtract_b_dec=False),
         {"target_site": "there"},
-        id="transcoder",
     ),
-]
+}
 
 
 def directions(d: int) -> Tensor:
@@ -102,7 +103,7 @@ def learn(
     config = dataclasses.replace(config, n_vectors=steps * BATCH, batch_size=BATCH, lr=LR)
     fused = config.objective(D_IN) is not None
     kernels = choose("auto" if fused else "dense", "auto", torch.device("cpu"))
-    target = () if y is None else (_statistics(y), y[:BATCH])
+    target = () if y is None else (_statistics(y), y[:4096])
     site = SiteTraining(
         config, _statistics(x), x[:4096], {}, torch.device("cpu"), *kernels, *target
     )
@@ -132,10 +133,11 @@ def _statistics(x: Tensor) -> SiteStatistics:
     return SiteStatistics(len(x), x.double().mean(dim=0), x.double().square().mean(dim=0))
 
 
-@pytest.mark.parametrize(("config", "settings"), CASES)
-def test_every_architecture_recovers_the_directions_of_sparse_mixtures(
-    config: SAEConfig, settings: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=SLOW if each in RELATIVES else ()) for each in CASES]
+)
+def test_every_architecture_recovers_the_directions_of_sparse_mixtures(name: str) -> None:
+    config, settings = CASES[name]
     signed = isinstance(config.sparsity, AbsTopK)
     x, y = mixtures(STEPS * BATCH, 1, signed)
     transcoding = "target_site" in settings
@@ -143,5 +145,46 @@ def test_every_architecture_recovers_the_directions_of_sparse_mixtures(
     assert found(sae, directions(D_OUT if transcoding else D_IN), signed) >= 0.9
     x, y = mixtures(4096, 2, signed)
     assert fvu(sae, x, y if transcoding else None) < 0.25
-    l0 = len(sae.encode(x).values) / len(x)
-    assert l0 < 3 * ACTIVE  # of 96
+    assert len(sae.encode(x).values) / len(x) < 3 * ACTIVE  # of 96
+
+
+def test_a_batch_topk_uses_as_many_latents_alone_as_in_a_batch(tmp_path: Path) -> None:
+    x, _ = mixtures(STEPS * BATCH, 1)
+    sae = learn(TrainConfig(SAEConfig(WIDTH, sparsity=BatchTopK(3))), x)
+    sae.save_pretrained(tmp_path)
+    sae = SparseAutoencoder.from_pretrained(tmp_path)
+    x, _ = mixtures(4096, 2)
+    alone, together = (len(sae.train(training).encode(x).values) for training in (False, True))
+    assert alone == pytest.approx(together, rel=0.05)
+    assert together == pytest.approx(3 * len(x), rel=0.05)
+    assert sum(len(sae.eval().encode(vector[None]).values) for vector in x[:64]) == len(
+        sae.encode(x[:64]).values
+    )
+
+
+def test_a_price_makes_codes_as_sparse_as_it_is_high() -> None:
+    x, _ = mixtures(STEPS * BATCH, 1)
+    for kind in (ReLU, Gated, JumpReLU):
+        prices = (1.0, 4.0)
+        l0 = []
+        for price in prices:
+            sae = learn(TrainConfig(SAEConfig(WIDTH, sparsity=kind(price))), x, steps=STEPS // 2)
+            l0.append(len(sae.encode(x[:4096]).values) / 4096)
+        assert l0[1] < 0.8 * l0[0], (kind, l0)
+
+
+def test_a_jumprelu_reaches_the_number_of_latents_that_it_aims_at() -> None:
+    x, _ = mixtures(STEPS * BATCH, 1)
+    for target in (3.0, 6.0):
+        sae = learn(TrainConfig(SAEConfig(WIDTH, sparsity=JumpReLU(target_l0=target))), x)
+        assert len(sae.encode(x[:4096]).values) / 4096 == pytest.approx(target, rel=0.1)
+
+
+def test_a_skip_connection_takes_over_what_is_linear() -> None:
+    x, y = mixtures(STEPS * BATCH, 1)
+    errors = []
+    for skip in (False, True):
+        config = SAEConfig(WIDTH, sparsity=TopK(3), subtract_b_dec=False, skip=skip)
+        sae = learn(TrainConfig(config, target_site="there"), x, y, STEPS // 2)
+        errors.append(fvu(sae, *mixtures(4096, 2)))
+    assert errors[1] < 0.8 * errors[0]

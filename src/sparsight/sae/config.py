@@ -108,7 +108,11 @@ class MatryoshkaK:
 
 @dataclass(frozen=True)
 class AuxK:
-    """Let dead latents model what the living ones leave over (Gao et al. 2024, appendix A.2)."""
+    """Let dead latents model what the living ones leave over (Gao et al. 2024, appendix A.2).
+
+    It helps latents whose pre-activations are positive but too small for their k places; those that
+    a penalty has pushed below 0 for every vector get nothing of it.
+    """
 
     alpha: float = 1 / 32
     """Weight of the auxiliary loss."""
@@ -138,6 +142,9 @@ class GhostGradients:
     scaled to half the norm of the residual e; the loss is ‖g − e‖², rescaled to be as large as the
     reconstruction's (Jermyn & Templeton 2024, "Ghost grads", Anthropic's circuits update of
     January). The scales and e get no gradient.
+
+    Meant for ReLU, whose dead latents have no activation that AuxK could use. Where latents compete
+    for k places AuxK is the better remedy: here all ghosts are drawn in the same direction.
     """
 
     dead_after: int | None = None
@@ -158,6 +165,9 @@ class Resampling:
     of the living ones; the bias and the moments of Adam become 0 (Bricken et al. 2023, "Towards
     monosemanticity", appendix "Neuron resampling"). Vectors come from the batch at hand, each once:
     where more latents are dead than a batch has vectors, the rest follows with the next batches.
+
+    Meant for ReLU, JumpReLU and Gated. Where latents compete for k places, new ones lose them again
+    soon: take AuxK there.
     """
 
     every: int | None = None
@@ -170,9 +180,9 @@ class Resampling:
     """Vectors without an activation after which a latent counts as dead; None is half of
     `every`."""
 
-    scale: float | None = None
-    """Norm of the encoder row, in that of the living ones; None is 0.2, and 1 where latents compete
-    for k places."""
+    scale: float = 0.2
+    """Norm of the encoder row, in that of the living ones. New latents are much alike, and many
+    are active for one vector: with 1 they would drown what the others have learnt."""
 
     def __post_init__(self) -> None:
         check_types(self, "resampling.")
@@ -253,7 +263,8 @@ class SAEConfig:
 
     decoder_init: DecoderInit = "random"
     """Where decoder rows start: random directions, or those of data points, mixed with random ones
-    4 : 1, so that fewer latents are dead from the start."""
+    4 : 1. Rows from data fit from the first step on, and with ReLU fewer of them die; with k places
+    more do, since rows that are alike compete."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -8,16 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsight.sae import Gated, JumpReLU, ReLU, SparseAutoencoder
+from sparsight.sae import SparseAutoencoder
 from sparsight.sae.dictionary import unit_rows
 from sparsight.sae.kernels import backend
 
 PER_LATENT = frozenset({"W_enc", "b_enc", "W_dec", "r_mag", "b_mag", "threshold"})
 """Parameters that have a row a latent."""
-
-SCALE_WITHOUT_COMPETITION = 0.2
-"""Of Bricken et al. 2023: a new latent begins weak. Where k places are contested it would never be
-active again, and begins as strong as the others."""
 
 
 @torch.no_grad()
@@ -28,7 +24,7 @@ def resample(
     dead: Int[Tensor, " dead"],
     moments: Mapping[str, tuple[Tensor, Tensor]],
     *,
-    scale: float | None,
+    scale: float,
     seed: tuple[int, int],
 ) -> Int[Tensor, " renewed"]:
     """Give dead latents the directions of vectors drawn by the square of their loss; see
@@ -61,9 +57,6 @@ def resample(
     alive[dead] = False
     norms = sae.W_enc.norm(dim=1)
     usual = norms[alive].mean() if bool(alive.any()) else norms.mean()
-    if scale is None:
-        competing = not isinstance(sparsity, ReLU | JumpReLU | Gated)
-        scale = 1.0 if competing else SCALE_WITHOUT_COMPETITION
     inward = unit_rows(z[drawn] - weights.centre)
     if not sae.config.tied:
         sae.W_enc[renewed] = scale * usual * inward
@@ -73,7 +66,8 @@ def resample(
         sae.W_dec[renewed] = outward
     for name, start in sparsity.start(sae.n_latents).items():
         if name in PER_LATENT and getattr(sae, name).ndim:
-            getattr(sae, name)[renewed] = start.to(z.device)[renewed]
+            own = getattr(sae, name)
+            own[renewed] = start.to(own)[renewed]
     for name in PER_LATENT & set(moments):
         for moment in moments[name]:
             moment[renewed] = 0

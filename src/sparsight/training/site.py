@@ -254,6 +254,8 @@ class SiteTraining:
         if self.sae.normaliser.per_vector:  # measured on the first batch
             self.variance = float(state["variance"])
             self.centre.copy_(state["centre"])
+            if self.fused is not None:
+                self.fused.variance = self.variance
         self.summed = summed
 
     def _moments(self, name: str) -> tuple[Tensor, Tensor]:
@@ -330,7 +332,9 @@ class SiteTraining:
         instalments = math.ceil(self.sae.n_latents / len(z))
         if not 1 <= step // every <= settings.times or step % every >= instalments:
             return none
-        dead = (self.since_fired >= self.config.resample_after).nonzero()[:, 0]
+        # In later instalments those that were dead at the first, not those that it killed.
+        since = self.config.resample_after + step % every * len(z)
+        dead = (self.since_fired >= since).nonzero()[:, 0]
         if len(dead) == 0:
             return none
         moments = {name: self._moments(name) for name, _ in self.sae.named_parameters()}

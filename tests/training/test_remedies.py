@@ -1,0 +1,165 @@
+"""What revives dead latents does what its formula says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from memory_activations import sparse_mixtures
+from test_learning import mixtures
+
+from sparsight.sae import (
+    Gated,
+    GhostGradients,
+    JumpReLU,
+    ReLU,
+    Resampling,
+    SAEConfig,
+    SparseAutoencoder,
+    TopK,
+)
+from sparsight.sae.objectives import Plan, dense_loss
+from sparsight.training import TrainConfig, train
+from sparsight.training.resampling import resample
+
+D_IN, N = 32, 40
+DEAD = torch.tensor([3, 7, 8, 21, 39])
+
+
+def _sae(sae: SAEConfig | None = None) -> SparseAutoencoder:
+    made = SparseAutoencoder(D_IN, sae or SAEConfig(N, sparsity=TopK(4)), seed=2)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return made.double()
+
+
+def _vectors(n: int = 64) -> torch.Tensor:
+    x, _ = mixtures(n, 5)
+    return (x - x.mean(dim=0)).double() / 3
+
+
+def test_the_gradient_of_ghosts_is_that_of_their_formula() -> None:
+    """By hand, vector after vector: half the residual's norm, and the reconstruction's loss."""
+    sae, z, variance = _sae(), _vectors(), 7.0
+    weights = sae.weights()
+    plans = [Plan(TopK(4), ghost=ghost) for ghost in (True, False)]
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    parameters = [sae.get_parameter(name) for name in names]
+    with_ghosts, without = (dense_loss(weights, z, plan, variance, DEAD) for plan in plans)
+    assert with_ghosts.loss.item() == pytest.approx(2 * without.loss.item())
+    found = [
+        one - other
+        for one, other in zip(
+            torch.autograd.grad(with_ghosts.loss, parameters, retain_graph=True),
+            torch.autograd.grad(without.loss, parameters, retain_graph=True),
+            strict=True,
+        )
+    ]
+    e = (z - sae.decode(sae.encode(z))).detach()
+    errors = []
+    for row, residual in zip(z, e, strict=True):
+        g = sum(
+            (sae.W_enc[i] @ (row - sae.b_dec) + sae.b_enc[i]).exp() * sae.W_dec[i] for i in DEAD
+        )
+        scale = (residual.norm() / (2 * g.norm())).detach()
+        errors.append((scale * g - residual).square().sum())
+    error = torch.stack(errors).sum()
+    loss = error * (e.square().sum() / error).detach() / (len(z) * variance)
+    expected = torch.autograd.grad(loss, parameters)
+    for name, mine, other in zip(names, found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12, msg=name)
+    living = torch.ones(N, dtype=torch.bool)
+    living[DEAD] = False
+    assert found[0][living].abs().max() < 1e-12 and found[2][living].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "sparsity", [TopK(4), ReLU(), JumpReLU(0.04), Gated()], ids=lambda each: type(each).__name__
+)
+def test_resampled_latents_get_directions_of_vectors_and_begin_anew(sparsity) -> None:
+    sae, z = _sae(SAEConfig(N, sparsity=sparsity)), _vectors()
+    moments = {
+        name: (torch.ones_like(each), torch.full_like(each, 2.0))
+        for name, each in sae.named_parameters()
+    }
+    before = {name: each.detach().clone() for name, each in sae.named_parameters()}
+    renewed = resample(sae, z, z, DEAD, moments, scale=0.2, seed=(0, 1))
+    assert renewed.tolist() == DEAD.tolist()
+    living = torch.ones(N, dtype=torch.bool)
+    living[DEAD] = False
+    inward = torch.nn.functional.normalize(z - before["b_dec"], dim=1)
+    cosines = sae.W_dec[DEAD] @ inward.T
+    torch.testing.assert_close(cosines.amax(dim=1), torch.ones(len(DEAD)).double())
+    assert len(set(cosines.argmax(dim=1).tolist())) == len(DEAD)  # each vector once
+    norm = 0.2 * before["W_enc"][living].norm(dim=1).mean()
+    torch.testing.assert_close(sae.W_enc[DEAD], norm * sae.W_dec[DEAD])
+    assert not sae.b_enc[DEAD].any()
+    for name, start in sparsity.start(N).items():
+        torch.testing.assert_close(sae.get_parameter(name)[DEAD], start.double()[DEAD])
+    for name, parameter in sae.named_parameters():
+        first, second = moments[name]
+        if name == "b_dec":
+            assert torch.equal(parameter, before[name]) and first.all() and second.all()
+            continue
+        assert torch.equal(parameter[living], before[name][living])
+        assert not first[DEAD].any() and not second[DEAD].any()
+        assert first[living].all() and second[living].all()
+
+
+def test_vectors_are_drawn_by_the_square_of_their_loss() -> None:
+    z = _vectors(256)
+    sae = _sae()
+    x_hat = sae.decode(sae.encode(z))
+    loss = (z - x_hat).square().sum(dim=1)
+    expected = loss.square() / loss.square().sum()
+    drawn = torch.zeros(len(z)).double()
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    inward = torch.nn.functional.normalize(z - sae.b_dec.detach(), dim=1)
+    state = {name: each.clone() for name, each in sae.state_dict().items()}
+    for number in range(500):
+        sae.load_state_dict(state)
+        resample(sae, z, z, DEAD[:1], moments, scale=0.2, seed=(0, number))
+        drawn[(inward @ sae.W_dec[DEAD[0]]).argmax()] += 1 / 500
+    above = expected > expected.median()
+    assert drawn[above].sum().item() == pytest.approx(expected[above].sum().item(), abs=0.06)
+    assert (drawn * loss).sum().item() == pytest.approx((expected * loss).sum().item(), rel=0.15)
+
+
+def test_the_same_seed_resamples_the_same_way_and_another_one_differently() -> None:
+    rows = []
+    for seed in ((0, 5), (0, 5), (1, 5), (0, 6)):
+        sae, z = _sae(), _vectors()
+        resample(sae, z, z, DEAD, {}, scale=0.2, seed=seed)
+        rows.append(sae.W_dec[DEAD])
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[3])
+
+
+@pytest.mark.parametrize(
+    "remedy",
+    [
+        {"ghost": GhostGradients(dead_after=640)},
+        {"resampling": Resampling(every=3200, dead_after=640)},
+        {"sae": SAEConfig(128, sparsity=ReLU(6.0), decoder_init="data")},
+    ],
+    ids=["ghosts", "resampling", "rows from data"],
+)
+def test_remedies_leave_fewer_dead_where_a_price_kills_latents(
+    remedy: dict, tmp_path: Path
+) -> None:
+    data = sparse_mixtures(n_images=256)
+    base = TrainConfig(
+        SAEConfig(128, sparsity=ReLU(6.0)), n_vectors=32 * 600, batch_size=32, lr=1e-2, auxk=None
+    )
+    x = data.activations["here"].flatten(0, 1)
+    dead = []
+    for name, config in (("without", base), ("with", dataclasses.replace(base, **remedy))):
+        run = train(data, config, tmp_path / name, quiet=True)
+        code = run.sae().encode(x)
+        dead.append(1 - len(code.indices.unique()) / 128)
+    assert dead[0] > 0.3
+    assert dead[1] < 0.8 * dead[0], dead
