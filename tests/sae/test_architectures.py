@@ -23,6 +23,7 @@ from sparsight.sae import (
     TopK,
 )
 from sparsight.sae.kernels import using
+from sparsight.sae.objectives import Plan
 
 D = 24
 NORMALISERS = ("scale", "standardise", "none", "layer_norm", "constant_norm")
@@ -300,3 +301,41 @@ def test_dense_kernels_give_the_same_code(name: str) -> None:
     with using("dense"):
         expected = sae.encode(x).dense()
     torch.testing.assert_close(sae.encode(x).dense(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_gate_learns_from_its_error_while_the_price_has_yet_to_rise() -> None:
+    sae = _fitted(SAEConfig(WIDTH, sparsity=Gated(l1=0.5))).requires_grad_(True)
+    z, weights = sae.normaliser(_vectors(64)), sae.weights()
+    found = sae.config.sparsity.dense(weights, z)
+    free, whole = (sae.config.sparsity.penalty(weights, found, z, share) for share in (0.0, 1.0))
+    gate = found.scores.relu()
+    error = (gate @ sae.W_dec + sae.b_dec - z).square().sum(dim=1).mean()
+    torch.testing.assert_close(free, error)
+    torch.testing.assert_close(whole, error + 0.5 * gate.sum(dim=1).mean())
+    free.backward()
+    assert sae.b_enc.grad.abs().max() > 0 and sae.W_dec.grad is None
+
+
+def test_a_target_that_the_penalty_does_not_know_is_refused() -> None:
+    with pytest.raises(UserError, match="target_l0 has no effect with penalty_kind 'tanh'"):
+        JumpReLU(penalty_kind="tanh", target_l0=8)
+
+
+@pytest.mark.parametrize("sparsity", [TopK(8), ReLU(), JumpReLU(), Gated(), AbsTopK(8)], ids=repr)
+def test_reconstructions_begin_as_long_as_their_vectors(sparsity) -> None:
+    z = torch.randn(500, D, generator=torch.Generator().manual_seed(2))
+    sae = SparseAutoencoder(D, SAEConfig(256, sparsity=sparsity, normaliser="none"), sample=z)
+    ratio = sae(z).x_hat.detach().square().sum() / z.square().sum()
+    assert float(ratio) == pytest.approx(1, rel=0.1)
+
+
+def test_the_prefixes_of_a_step_follow_from_seed_and_step_alone() -> None:
+    plan = Plan(TopK(8), random_widths=6)
+    drawn = {
+        (seed, step): tuple(stage.width for stage in plan.at(step, 4096, seed).stages)
+        for seed in (0, 1, 2**64 - 1)
+        for step in (0, 1, 10**6)
+    }
+    assert len(set(drawn.values())) == len(drawn)
+    assert all(widths[-1] == 4096 and widths[0] >= 1 for widths in drawn.values())
+    assert drawn[0, 1] == (1, 4, 6, 7, 102, 4096)  # here as on any other machine

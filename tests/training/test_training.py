@@ -341,3 +341,19 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert factors[10:80] == [1.0] * 70
     assert factors[80:] == pytest.approx([1 - 0.05 * n for n in range(20)])
     assert [learning_rate_factor(step, 3, 0, 0) for step in range(3)] == [1, 1, 1]
+
+
+def test_a_soft_cap_leaves_the_threshold_of_a_batch_topk_in_the_unit_of_scores(
+    tmp_path: Path,
+) -> None:
+    activations = sparse_mixtures(("here",))
+    config = TrainConfig(
+        SAEConfig(64, sparsity=BatchTopK(4), soft_cap=1.0),
+        n_vectors=32 * 100,
+        batch_size=32,
+        lr=3e-3,
+    )
+    sae = train(activations, config, tmp_path, quiet=True).sae()
+    x = activations.activations["here"].flatten(0, 1)
+    alone, together = (len(sae.train(batch).encode(x).values) for batch in (False, True))
+    assert alone == pytest.approx(together, rel=0.05)

@@ -14,6 +14,8 @@ from sparsight.sae.sparsity import Weights
 WEISZFELD_STEPS = 100
 MEASURED = 4096
 """Vectors of the sample that the encoder's scale is measured on."""
+DENSE_ENTRIES = 2**24
+"""Of a dense code that is held at a time."""
 DATA_SHARE = 0.8
 """Of a data point's direction, where decoder rows start from data."""
 
@@ -69,13 +71,26 @@ def initial_parameters(
     measured = sample[:MEASURED]
     centre = b_dec if config.subtract_b_dec else torch.zeros(d_in)
     weights = Weights(rows, b_enc, W_dec, torch.zeros_like(b_dec), centre, extra)
-    code = config.sparsity.encode(weights, measured, training=True)
-    none = torch.zeros_like(b_dec)
-    x_hat = backend().decode(code.values, code.indices, code.offsets, W_dec, none)
+    x_hat = _reconstruction(config, weights, measured)
     target = measured - b_dec if d_out is None else measured
     ratio = target.square().sum() / x_hat.square().sum().clamp(min=1e-12)
     start["W_enc"] = rows * ratio.sqrt()
     return start
+
+
+def _reconstruction(
+    config: SAEConfig, weights: Weights, z: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, "batch d_out"]:
+    """ẑ, without the decoder's bias."""
+    sparsity = config.sparsity
+    if hasattr(sparsity, "k"):
+        code = sparsity.encode(weights, z, training=True)
+        none = torch.zeros_like(weights.b_dec)
+        return backend().decode(code.values, code.indices, code.offsets, weights.W_dec, none)
+    # About half of all latents are active yet: as sparse codes they would take minutes.
+    parts = z.split(max(1, DENSE_ENTRIES // len(weights.W_enc)))
+    codes = (sparsity.dense(weights, part, training=True).code for part in parts)
+    return torch.cat([code @ weights.W_dec for code in codes])
 
 
 def blank_parameters(d_in: int, config: SAEConfig, d_out: int | None = None) -> dict[str, Tensor]:

@@ -15,6 +15,9 @@ from sparsight.sae.kernels.interface import Objective
 from sparsight.sae.sparsity import BatchTopK, Dense, Sparsity, TopK, Weights
 from sparsight.sae.sparsity.base import largest
 
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of the draws of two runs: odd and large, so that theirs do not coincide."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -84,7 +87,8 @@ class Plan:
         """
         if self.random_widths is None:
             return self
-        generator = torch.Generator().manual_seed(hash((seed, step)) % 2**63)
+        # One stream of draws for a run; no built-in hash, which may differ between Pythons.
+        generator = torch.Generator().manual_seed((seed * SEED_STRIDE + step) % 2**63)
         drawn = torch.rand(self.random_widths - 1, generator=generator, dtype=torch.float64)
         widths = sorted({*(drawn * math.log(n_latents)).exp().long().tolist(), n_latents})
         stages = tuple(Stage(1 / len(widths), width=width) for width in widths)
@@ -104,7 +108,7 @@ class DenseLoss(NamedTuple):
     """What is for the dead latents, before its weight; 0 where none is dead or nothing is left."""
 
     code: Float[Tensor, "batch n_latents"]
-    """The SAE's own code."""
+    """The SAE's own code, before a soft cap: thresholds are compared with scores."""
 
     penalty: Float[Tensor, ""]
     """The sparsity's, as it is in the loss."""
@@ -133,16 +137,17 @@ def dense_loss(
         dead: latents that may learn from the residual.
         target: what the reconstructions are compared with; None is `z`. Of a transcoder with a skip
             connection: without that connection's part.
-        price: factor of the sparsity's penalty.
+        price: share of the sparsity's price that is due.
     """
     target = z if target is None else target
     W_dec, b_dec = weights.W_dec, weights.b_dec
     found = plan.sparsity.dense(weights, z, training=True)
     codes = [_code(plan, stage, weights, found) for stage in plan.stages]
-    errors = [code @ W_dec[: code.shape[1]] + b_dec - target for code in codes]
+    bent = [_capped(code, plan.soft_cap) for code in codes]
+    errors = [code @ W_dec[: code.shape[1]] + b_dec - target for code in bent]
     squared = [error.square().sum() for error in errors]
     total = sum(stage.weight * s for stage, s in zip(plan.stages, squared, strict=True))
-    penalty = price * plan.sparsity.penalty(weights, found, target) / variance
+    penalty = plan.sparsity.penalty(weights, found, target, price) / variance
     loss = torch.as_tensor(total) / (len(z) * variance) + penalty
     aux_loss = loss.new_zeros(())
     if dead is not None and len(dead):
@@ -163,9 +168,11 @@ def _code(plan: Plan, stage: Stage, weights: Weights, found: Dense) -> Float[Ten
         assert isinstance(plan.sparsity, TopK)
         other = dataclasses.replace(plan.sparsity, k=stage.k)
         code = other.activate(weights, found.scores, training=True)
-    if plan.soft_cap is not None:
-        code = plan.soft_cap * (code / plan.soft_cap).tanh()
     return code if stage.width is None else code[:, : stage.width]
+
+
+def _capped(code: Float[Tensor, "batch width"], cap: float | None) -> Float[Tensor, "batch width"]:
+    return code if cap is None else cap * (code / cap).tanh()
 
 
 def auxk_loss(

@@ -108,7 +108,11 @@ class Sparsity(ABC):
         return Dense(scores, self.activate(weights, scores, training=training))
 
     def penalty(
-        self, weights: Weights, found: Dense, target: Float[Tensor, "batch d_out"]
+        self,
+        weights: Weights,
+        found: Dense,
+        target: Float[Tensor, "batch d_out"],
+        share: float = 1.0,
     ) -> Float[Tensor, ""]:
         """What training pays for the code, a vector's mean, in the unit of ‖z − ẑ‖².
 
@@ -116,6 +120,7 @@ class Sparsity(ABC):
             weights: of the SAE.
             found: the code.
             target: what the SAE is to give.
+            share: of the price, while it rises; errors are not prices.
         """
         return found.code.new_zeros(())
 

@@ -61,10 +61,15 @@ class Gated(Sparsity):
         return torch.where(scores > 0, magnitude.relu(), 0)
 
     def penalty(
-        self, weights: Weights, found: Dense, target: Float[Tensor, "batch d_out"]
+        self,
+        weights: Weights,
+        found: Dense,
+        target: Float[Tensor, "batch d_out"],
+        share: float = 1.0,
     ) -> Float[Tensor, ""]:
         """See `Sparsity.penalty`."""
         gate = found.scores.relu()
         x_hat = gate @ weights.W_dec.detach() + weights.b_dec.detach()
         error = (x_hat - target).square().sum(dim=1)
-        return (self.l1 * gate.sum(dim=1) + error).mean()
+        # The error is what the gate learns from: it does not wait for the price.
+        return (share * self.l1 * gate.sum(dim=1) + error).mean()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sparsight.config import check_types
+from sparsight.errors import UserError
 from sparsight.sae.code import SparseCode
 from sparsight.sae.kernels import backend
 from sparsight.sae.sparsity.base import Dense, Sparsity, Weights, check_at_least, check_positive
@@ -60,6 +61,11 @@ class JumpReLU(Sparsity):
         check_positive(self.target_l0, "sparsity.target_l0")
         check_positive(self.bandwidth, "sparsity.bandwidth")
         check_at_least(self.initial_threshold, 0, "sparsity.initial_threshold")
+        if self.target_l0 is not None and self.penalty_kind != "l0":
+            raise UserError(
+                f"sparsity.target_l0 has no effect with penalty_kind {self.penalty_kind!r}, only "
+                "with 'l0'. Leave one out."
+            )
 
     @property
     def separable(self) -> bool:
@@ -97,19 +103,23 @@ class JumpReLU(Sparsity):
         return jumped
 
     def penalty(
-        self, weights: Weights, found: Dense, target: Float[Tensor, "batch d_out"]
+        self,
+        weights: Weights,
+        found: Dense,
+        target: Float[Tensor, "batch d_out"],
+        share: float = 1.0,
     ) -> Float[Tensor, ""]:
         """See `Sparsity.penalty`."""
         if self.penalty_kind == "tanh":
             strength = found.code * weights.W_dec.norm(dim=1)
             bounded: Tensor = (TANH_SCALE * strength).tanh().sum(dim=1).mean()
-            return self.price * bounded
+            return share * self.price * bounded
         steps: Tensor = _Step.apply(found.scores, weights.extra["threshold"], self.bandwidth)  # type: ignore[no-untyped-call]
         l0 = steps.sum(dim=1).mean()
         if self.target_l0 is None:
-            return self.price * l0
+            return share * self.price * l0
         missed: Tensor = (l0 / self.target_l0 - 1).square()
-        return self.price * target.shape[1] * missed
+        return share * self.price * target.shape[1] * missed
 
     @torch.no_grad()
     def constrain(self, weights: Weights) -> None:

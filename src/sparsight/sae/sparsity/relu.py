@@ -51,8 +51,12 @@ class ReLU(Sparsity):
         return scores.relu()
 
     def penalty(
-        self, weights: Weights, found: Dense, target: Float[Tensor, "batch d_out"]
+        self,
+        weights: Weights,
+        found: Dense,
+        target: Float[Tensor, "batch d_out"],
+        share: float = 1.0,
     ) -> Float[Tensor, ""]:
         """See `Sparsity.penalty`."""
         price = found.code @ weights.W_dec.norm(dim=1) if self.weighted else found.code.sum(dim=1)
-        return self.l1 * price.mean()
+        return share * self.l1 * price.mean()
