@@ -339,3 +339,11 @@ def test_the_prefixes_of_a_step_follow_from_seed_and_step_alone() -> None:
     assert len(set(drawn.values())) == len(drawn)
     assert all(widths[-1] == 4096 and widths[0] >= 1 for widths in drawn.values())
     assert drawn[0, 1] == (1, 4, 6, 7, 102, 4096)  # here as on any other machine
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_vectors_have_an_empty_code(name: str, training: bool) -> None:
+    sae = _fitted(ARCHITECTURES[name]).train(training)
+    found = sae(torch.zeros(0, D))
+    assert found.x_hat.shape == (0, D) and found.code.dense().shape == (0, WIDTH)

@@ -178,7 +178,7 @@ def exact_above(
     """All scores that reach a threshold, their latents, and how many each vector has."""
     values, latents, counts = [], [], []
     rows = tile_rows(x, len(W))
-    for first in range(0, len(x), rows):
+    for first in range(0, max(len(x), 1), rows):
         scores = torch.addmm(b, x[first : first + rows], W.T)
         reached = scores >= threshold
         values.append(scores[reached])
