@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from images.picture_files import with_damaged_labels
-from sparsight.activations import ActivationStore, LiveActivations, extract
+from sparsight.activations import ActivationStore, LiveActivations, extract, matching_sites
 from sparsight.activations.writer import StoreWriter
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, load_batches, open_images
@@ -457,3 +457,12 @@ def test_a_short_last_batch_is_not_padded(
     assert sum(seen) == store.n_images
     assert set(seen[:-1]) == {6}
     assert seen[-1] == (store.n_images % 6 or 6)
+
+
+def test_a_star_stands_for_every_block(model: VisionModel) -> None:
+    pattern = ["blocks.0.resid_pre", "blocks.*.resid_post"]
+    found = matching_sites(pattern, model.sites, model.canonical_site)
+    blocks = [f"blocks.{number}.resid_post" for number in range(model.n_blocks)]
+    assert found == ("blocks.0.resid_pre", *blocks)
+    with pytest.raises(UserError, match=r"No site fits 'layers.\*'"):
+        matching_sites(["layers.*"], model.sites, model.canonical_site)

@@ -44,7 +44,10 @@ SHORT = TrainConfig(
 )
 
 TRAINED: dict[str, TrainConfig] = {
-    **{name: dataclasses.replace(SHORT, sae=sae) for name, sae in ARCHITECTURES.items()},
+    **{
+        name: dataclasses.replace(SHORT, sae=sae, resampling=None if sae.tied else SHORT.resampling)
+        for name, sae in ARCHITECTURES.items()
+    },
     "matryoshka": dataclasses.replace(
         SHORT, sae=SAEConfig(WIDTH, sparsity=BatchTopK(8)), matryoshka=Matryoshka()
     ),
@@ -84,7 +87,8 @@ PAIRS = [
 
 def _with(config: TrainConfig, normaliser: str) -> TrainConfig:
     # From the mean on: where nothing is subtracted, these vectors are mostly their mean.
-    sae = dataclasses.replace(config.sae, normaliser=normaliser, b_dec_init="mean")  # type: ignore[arg-type]
+    start = "zero" if config.target_site else "mean"
+    sae = dataclasses.replace(config.sae, normaliser=normaliser, b_dec_init=start)  # type: ignore[arg-type]
     return dataclasses.replace(config, sae=sae)
 
 

@@ -10,7 +10,9 @@ import torch
 from memory_activations import sparse_mixtures
 from test_learning import mixtures
 
+from sparsight.errors import UserError
 from sparsight.sae import (
+    Archetypal,
     Gated,
     GhostGradients,
     JumpReLU,
@@ -108,6 +110,33 @@ def test_resampled_latents_get_directions_of_vectors_and_begin_anew(sparsity) ->
         assert torch.equal(parameter[living], before[name][living])
         assert not first[DEAD].any() and not second[DEAD].any()
         assert first[living].all() and second[living].all()
+
+
+def test_resampled_rows_of_an_archetypal_dictionary_are_anchors() -> None:
+    config = SAEConfig(N, sparsity=TopK(4), dictionary=Archetypal(n_anchors=6))
+    sae, z = _sae(config), _vectors()
+    before = sae.mixture.detach().clone()
+    moments = {
+        name: (torch.ones_like(each), torch.ones_like(each))
+        for name, each in sae.named_parameters()
+    }
+    resample(sae, z, z, DEAD, moments, scale=0.2, seed=(0, 1))
+    living = torch.ones(N, dtype=torch.bool)
+    living[DEAD] = False
+    assert torch.equal(sae.mixture[DEAD].amax(dim=1), torch.ones(len(DEAD)).double())
+    assert not sae.relaxation[DEAD].any()
+    torch.testing.assert_close(sae.mixture[living], before[living])
+    rows = (sae.mixture @ sae.anchors + sae.relaxation) * sae.log_multiplier.exp()
+    torch.testing.assert_close(sae.W_dec, rows)
+    for name in ("mixture", "relaxation"):
+        assert not any(moment[DEAD].any() for moment in moments[name])
+
+
+def test_what_cannot_begin_weak_or_has_no_middle_is_refused() -> None:
+    with pytest.raises(UserError, match="tied"):
+        TrainConfig(sae=SAEConfig(N, tied=True), resampling=Resampling())
+    with pytest.raises(UserError, match="b_dec_init"):
+        TrainConfig(sae=SAEConfig(N, subtract_b_dec=False, b_dec_init="mean"), target_site="there")
 
 
 def test_vectors_are_drawn_by_the_square_of_their_loss() -> None:

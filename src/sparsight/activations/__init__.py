@@ -7,7 +7,12 @@ and `ActivationSource` is what training, evaluation and the index ask of either.
 from sparsight.activations.extraction import ExtractionSummary, extract
 from sparsight.activations.live import LiveActivations
 from sparsight.activations.prefetch import Prefetcher
-from sparsight.activations.source import ActivationSource, OrderedBatch, with_tokens
+from sparsight.activations.source import (
+    ActivationSource,
+    OrderedBatch,
+    matching_sites,
+    with_tokens,
+)
 from sparsight.activations.statistics import SiteStatistics
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.stream import VectorStream
@@ -22,5 +27,6 @@ __all__ = [
     "SiteStatistics",
     "VectorStream",
     "extract",
+    "matching_sites",
     "with_tokens",
 ]

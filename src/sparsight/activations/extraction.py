@@ -16,6 +16,7 @@ from typing import Any
 
 from sparsight.activations.failures import FailureTally
 from sparsight.activations.manifest import DTYPES, MANIFEST, Manifest, describe_model
+from sparsight.activations.source import matching_sites
 from sparsight.activations.statistics import all_finite
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.writer import JOURNAL, ShardBuffer, StoreWriter
@@ -87,7 +88,7 @@ def extract(
     Args:
         model: the vision model.
         images: the images.
-        sites: e.g. `["blocks.-2.resid_post"]`.
+        sites: e.g. `["blocks.-2.resid_post"]`; `*` stands for every block.
         out: folder of the store.
         tokens: "all", "patches", "cls" or "mean" (over the patches).
         dtype: of the stored activations: "float16", "bfloat16" or "float32".
@@ -141,7 +142,7 @@ def _plan(
 ) -> Manifest:
     if not len(images):
         raise UserError(f"{images.spec}: holds no images.")
-    names = tuple(dict.fromkeys(model.canonical_site(site) for site in sites))
+    names = matching_sites(sites, model.sites, model.canonical_site)
     n_tokens = {site: model.token_count(site, tokens) for site in names}
     d_in = {site: model.d_in(site) for site in names}
     if shard_images is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsight.activations.failures import FailureTally
 from sparsight.activations.manifest import describe_model
-from sparsight.activations.source import OrderedBatch, same_count
+from sparsight.activations.source import OrderedBatch, matching_sites, same_count
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.errors import SparsightError, UserError
@@ -77,7 +77,7 @@ class LiveActivations:
             raise UserError(f"{images.spec}: holds no images.")
         self.model = model
         self.images = images
-        self.sites = tuple(dict.fromkeys(model.canonical_site(site) for site in sites))
+        self.sites = matching_sites(sites, model.sites, model.canonical_site)
         self.tokens = tokens
         self.batch_size = batch_size
         self.workers = workers

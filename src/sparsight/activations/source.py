@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -81,6 +82,31 @@ class ActivationSource(Protocol):
         With `after`, the place of an image in the source: only the batches behind the one that
         has it, each as it is in a whole pass.
         """
+
+
+def matching_sites(
+    asked: Sequence[str], available: Sequence[str], canonical: Callable[[str], str]
+) -> tuple[str, ...]:
+    """The sites that are asked for, each once; `*` stands for any number of a block.
+
+    Args:
+        asked: names, or patterns such as "blocks.*.resid_post".
+        available: canonical names of all there are.
+        canonical: from any name to the canonical one.
+
+    Raises:
+        UserError: a pattern fits none; or what `canonical` raises.
+    """
+    found: list[str] = []
+    for each in asked:
+        if "*" not in each:
+            found.append(canonical(each))
+            continue
+        fitting = [site for site in available if fnmatchcase(site, each)]
+        if not fitting:
+            raise UserError(f"No site fits {each!r}; there are: {', '.join(available)}.")
+        found += fitting
+    return tuple(dict.fromkeys(found))
 
 
 def same_count(sites: Sequence[str], n_tokens: Mapping[str, int]) -> int:

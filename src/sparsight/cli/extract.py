@@ -23,7 +23,8 @@ class ExtractOptions(ModelOptions):
     """Folder, "webdataset:…", "parquet:…", "hf:NAME[:SPLIT]", or "calibration[:N[:SEED]]"."""
 
     sites: tuple[str, ...] = ("blocks.-1.resid_post",)
-    """Where to read, e.g. blocks.9.resid_post; negative blocks count from the end."""
+    """Where to read, e.g. blocks.9.resid_post; negative blocks count from the end, `*` stands for
+    every block."""
 
     tokens: Literal["all", "patches", "cls", "mean"] = "all"
     """Which positions to keep."""

@@ -113,6 +113,9 @@ class SparseAutoencoder(nn.Module):
     W_dec: Tensor
     b_dec: nn.Parameter
     W_skip: nn.Parameter
+    anchors: Tensor
+    mixture: nn.Parameter
+    relaxation: nn.Parameter
     threshold: Tensor
     r_mag: nn.Parameter
     b_mag: nn.Parameter
@@ -313,7 +316,7 @@ def _check_parts(config: SAEConfig, d_out: int | None) -> None:
             raise UserError("skip is for transcoders: of an autoencoder it would be the identity.")
         return
     for name, bad in {
-        "subtract_b_dec": config.subtract_b_dec,
+        "subtract_b_dec (set it to False; --sae.no-subtract-b-dec)": config.subtract_b_dec,
         "tied": config.tied,
         "sparsity MatchingPursuit": isinstance(config.sparsity, MatchingPursuit),
         "an archetypal dictionary": isinstance(config.dictionary, Archetypal),

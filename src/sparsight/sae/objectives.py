@@ -156,8 +156,8 @@ def dense_loss(
             aux_loss = auxk_loss(found.scores, residual, W_dec, dead, plan.aux_k)
             loss = loss + plan.aux_alpha * aux_loss
         if plan.ghost:
-            aux_loss = ghost_loss(found.scores, residual, W_dec, dead) / (len(z) * variance)
-            loss = loss + aux_loss
+            ghost = ghost_loss(found.scores, residual, W_dec, dead) / (len(z) * variance)
+            loss, aux_loss = loss + ghost, aux_loss + ghost
     code = codes[plan.main].detach()
     return DenseLoss(loss, squared[plan.main].detach(), aux_loss.detach(), code, penalty.detach())
 

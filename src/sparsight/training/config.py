@@ -142,6 +142,14 @@ class TrainConfig:
                 raise UserError(f"{name} needs sparsity TopK; with {kind} leave it out.")
         if not 0 <= self.sparsity_warmup <= 1:
             raise UserError(f"sparsity_warmup is {self.sparsity_warmup}; it is a share of the run.")
+        if self.resampling is not None and self.sae.tied:
+            raise UserError(
+                "resampling needs an encoder that can begin weak: with tied weights take auxk."
+            )
+        if self.target_site is not None and self.sae.b_dec_init != "zero":
+            raise UserError(
+                f"b_dec_init is {self.sae.b_dec_init!r}: a transcoder's bias starts at zero."
+            )
         if self.sae.skip and self.target_site is None:
             raise UserError("skip is for transcoders; give a target_site, or leave it out.")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -272,7 +280,7 @@ class TrainRecipe:
     """Images, as `open_images` takes them."""
 
     sites: tuple[str, ...] = ()
-    """Where to read; empty means all sites of the store."""
+    """Where to read; `*` stands for every block. Empty means all sites of the store."""
 
     tokens: Tokens | None = None
     """Which positions to train on: all by default; of a store, the ones that it holds."""

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
-from sparsight.sae import SparseAutoencoder
+from sparsight.sae import Archetypal, SparseAutoencoder
 from sparsight.sae.dictionary import unit_rows
 from sparsight.sae.kernels import backend
+from sparsight.sae.objectives import SEED_STRIDE
 
-PER_LATENT = frozenset({"W_enc", "b_enc", "W_dec", "r_mag", "b_mag", "threshold"})
+PER_LATENT = frozenset(
+    {"W_enc", "b_enc", "W_dec", "r_mag", "b_mag", "threshold", "mixture", "relaxation"}
+)
 """Parameters that have a row a latent."""
 
 
@@ -37,7 +41,7 @@ def resample(
         dead: the latents.
         moments: of Adam, by parameter; changed in place.
         scale: as in `Resampling`.
-        seed: of the draw.
+        seed: of the run, and the step.
 
     Returns:
         The latents that were renewed: at most as many as there are vectors.
@@ -48,7 +52,7 @@ def resample(
     if sae.config.skip:
         z_hat = z_hat + z @ sae.W_skip.T
     loss = (z_hat - target).double().square().sum(dim=1).cpu()
-    generator = torch.Generator().manual_seed(hash(seed) % 2**63)
+    generator = torch.Generator().manual_seed((seed[0] * SEED_STRIDE + seed[1]) % 2**63)
     odds = (loss / loss.amax().clamp(min=1e-300)).square().clamp(min=1e-30)
     n = min(len(dead), len(z))
     drawn = torch.multinomial(odds, n, generator=generator).to(z.device)
@@ -58,11 +62,16 @@ def resample(
     norms = sae.W_enc.norm(dim=1)
     usual = norms[alive].mean() if bool(alive.any()) else norms.mean()
     inward = unit_rows(z[drawn] - weights.centre)
-    if not sae.config.tied:
-        sae.W_enc[renewed] = scale * usual * inward
+    sae.W_enc[renewed] = scale * usual * inward
     sae.b_enc[renewed] = 0
     outward = unit_rows(target[drawn] - sae.b_dec) if sae.is_transcoder else inward
-    if sae.W_dec.requires_grad:
+    if isinstance(sae.config.dictionary, Archetypal):
+        # Rows cannot be anywhere: the anchor of the nearest direction takes the vector's place.
+        nearest = (outward @ unit_rows(sae.anchors).T).argmax(dim=1)
+        sae.mixture[renewed] = functional.one_hot(nearest, len(sae.anchors)).to(sae.mixture)
+        sae.relaxation[renewed] = 0
+        sae.constrain()
+    else:
         sae.W_dec[renewed] = outward
     for name, start in sparsity.start(sae.n_latents).items():
         if name in PER_LATENT and getattr(sae, name).ndim:

@@ -23,6 +23,7 @@ from sparsight.activations import (
     LiveActivations,
     Prefetcher,
     SiteStatistics,
+    matching_sites,
     with_tokens,
 )
 from sparsight.config import first_difference, load, to_dict, write_toml
@@ -362,7 +363,7 @@ def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
 
 def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple[str, ...]:
     """The canonical names of some sites, each once; all of the source by default."""
-    return tuple(dict.fromkeys(source.canonical_site(site) for site in sites or source.sites))
+    return matching_sites(sites or source.sites, source.sites, source.canonical_site)
 
 
 def resolve(
