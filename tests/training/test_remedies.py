@@ -115,6 +115,7 @@ def test_resampled_latents_get_directions_of_vectors_and_begin_anew(sparsity) ->
 def test_resampled_rows_of_an_archetypal_dictionary_are_anchors() -> None:
     config = SAEConfig(N, sparsity=TopK(4), dictionary=Archetypal(n_anchors=6))
     sae, z = _sae(config), _vectors()
+    sae.constrain()
     before = sae.mixture.detach().clone()
     moments = {
         name: (torch.ones_like(each), torch.ones_like(each))

@@ -357,3 +357,11 @@ def test_a_soft_cap_leaves_the_threshold_of_a_batch_topk_in_the_unit_of_scores(
     x = activations.activations["here"].flatten(0, 1)
     alone, together = (len(sae.train(batch).encode(x).values) for batch in (False, True))
     assert alone == pytest.approx(together, rel=0.05)
+
+
+@pytest.mark.parametrize("normaliser", ["none", "scale"])
+def test_activations_that_never_vary_are_told_of(normaliser: str, tmp_path: Path) -> None:
+    same = torch.arange(16.0).expand(40, 3, 16).contiguous()
+    config = dataclasses.replace(CONFIG, sae=dataclasses.replace(SAE, normaliser=normaliser))
+    with pytest.raises(SparsightError, match="do not vary"):
+        train(MemoryActivations({"here": same}), config, out=tmp_path, quiet=True)

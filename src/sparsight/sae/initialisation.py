@@ -30,7 +30,8 @@ def initial_parameters(
     """Decoder rows with norm 1, the encoder their multiple, biases as configured.
 
     The multiple is such that the reconstruction has the mean squared norm of x, as in the code
-    beside Gao et al. 2024. Rows of a transcoder's encoder are random, as those of its decoder.
+    beside Gao et al. 2024; where latents have thresholds, about that. Rows of a transcoder's
+    encoder are random, as those of its decoder.
 
     Args:
         d_in: width of the activations.

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsight.activations import SiteStatistics
+from sparsight.errors import SparsightError
 from sparsight.sae import BatchTopK, Normaliser, SparseAutoencoder
 from sparsight.sae.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
 from sparsight.sae.kernels.interface import least_positive
@@ -79,6 +80,11 @@ class SiteTraining:
         fitted, own = target_normaliser or normaliser, target or statistics
         seen = sample if target_sample is None else target_sample
         variance, centre = _spread(own, fitted, seen.cpu().float())
+        if variance == 0 and not fitted.per_vector:
+            raise SparsightError(
+                f"{metadata.get('site', 'The site')}: the activations do not vary, as those of CLS "
+                "before the first block: there is nothing to learn."
+            )
         self.variance = variance
         self.centre: Float[Tensor, " d_out"] = centre.float().to(device)
         self.lr = config.learning_rate(self.sae.n_latents)
