@@ -349,3 +349,10 @@ def test_no_vectors_have_an_empty_code(name: str, training: bool) -> None:
     sae = _fitted(ARCHITECTURES[name]).train(training)
     found = sae(torch.zeros(0, D))
     assert found.x_hat.shape == (0, D) and found.code.dense().shape == (0, WIDTH)
+
+
+def test_settings_of_training_can_be_left_out_of_a_description() -> None:
+    assert JumpReLU(price=2.0).describe().startswith("JumpReLU, price = 2.0")
+    for sparsity in (JumpReLU(), ReLU(), Gated()):
+        assert sparsity.describe(training=False) == type(sparsity).__name__
+    assert TopK(3).describe(training=False) == "TopK, k = 3, rectify = True"

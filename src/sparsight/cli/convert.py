@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     sae = SparseAutoencoder.from_pretrained(options.sae, revision=options.revision)
     done = convert(sae, options.to, options.out, approximate=options.approximate)
     source = sae.metadata.get("source", {}).get("format", "sparsight")
-    shape = f"{sae.n_latents:,} latents of width {sae.d_in:,}, {sae.config.sparsity.describe()}"
+    sparsity = sae.config.sparsity.describe(training=False)
+    shape = f"{sae.n_latents:,} latents of width {sae.d_in:,}, {sparsity}"
     print(f"{done.path} · {source} → {options.to} · {shape}")
     print(f"read back: x̂ differs by {done.difference:.1e} of its norm")

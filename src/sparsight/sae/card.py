@@ -65,7 +65,7 @@ def model_card(sae: SparseAutoencoder, place: str = "this folder or Hub id") -> 
         "images": about.get("images") or UNKNOWN,
         "width of the activations": f"{sae.d_in:,}",
         "latents": f"{sae.n_latents:,}",
-        "sparsity": sae.config.sparsity.describe(),
+        "sparsity": sae.config.sparsity.describe(training="source" not in sae.metadata),
         "normaliser": sae.config.normaliser,
         "vectors trained on": number(about.get("n_vectors")),
     }

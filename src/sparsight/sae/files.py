@@ -137,13 +137,15 @@ def _foreign(place: Path, name: str) -> SparseAutoencoder:
 
     found = read(place, name)
     sae = found.build()
-    sparsity = sae.config.sparsity.describe()
-    told = "; ".join(found.notes)
-    logger().info(
-        "%s: read as %s: %s latents of width %s, %s%s",
-        *(name, found.format, f"{sae.n_latents:,}", f"{sae.d_in:,}", sparsity),
-        f" ({told})" if told else "",
-    )
+    where = (sae.metadata.get(key) for key in ("site", "target_site", "tokens"))
+    model = (sae.metadata.get("model") or {}).get("id")
+    parts = [
+        f"{sae.n_latents:,} latents of width {sae.d_in:,}",
+        sae.config.sparsity.describe(training=False),
+        *(str(each) for each in (model, *where) if each),
+    ]
+    told = f" ({'; '.join(found.notes)})" if found.notes else ""
+    logger().info("%s: read as %s: %s%s", name, found.format, ", ".join(parts), told)
     if found.unknown:
         logger().warning("%s: not understood, and not used: %s", name, ", ".join(found.unknown))
     return sae

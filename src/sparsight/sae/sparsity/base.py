@@ -56,6 +56,9 @@ class Sparsity(ABC):
     buffers: ClassVar[frozenset[str]] = frozenset()
     """Which of `start`'s tensors are no parameters."""
 
+    of_training: ClassVar[frozenset[str]] = frozenset()
+    """Settings that say how an SAE is trained, not what it computes."""
+
     lr_factors: ClassVar[Mapping[str, float]] = {}
     """Tensors of `start` that learn at a multiple of the learning rate."""
 
@@ -127,9 +130,18 @@ class Sparsity(ABC):
     def constrain(self, weights: Weights) -> None:  # noqa: B027  # most have nothing to keep up
         """Bring tensors back to where they make sense, in place, after a step of the optimiser."""
 
-    def describe(self) -> str:
-        """Its name and settings, for people."""
-        values = [f"{each.name} = {getattr(self, each.name)}" for each in fields(self)]  # type: ignore[arg-type]
+    def describe(self, *, training: bool = True) -> str:
+        """Its name and settings, for people.
+
+        Args:
+            training: False leaves out `of_training`, which a foreign checkpoint does not tell.
+        """
+        left_out = frozenset() if training else self.of_training
+        values = [
+            f"{each.name} = {getattr(self, each.name)}"
+            for each in fields(self)  # type: ignore[arg-type]
+            if each.name not in left_out
+        ]
         return ", ".join([type(self).__name__, *values])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,8 @@ class Gated(Sparsity):
     and the error of the reconstruction from ReLU(π) with a frozen decoder (Rajamanoharan et al.
     2024, "Improving dictionary learning with gated sparse autoencoders", section 3).
     """
+
+    of_training: ClassVar[frozenset[str]] = frozenset({"l1"})
 
     l1: float = 5.0
     """Price of an open gate, where ‖z − ẑ‖² is the error of a vector z in normalised space."""

@@ -35,6 +35,9 @@ class JumpReLU(Sparsity):
     techniques", Anthropic's circuits update of January).
     """
 
+    of_training: ClassVar[frozenset[str]] = frozenset(
+        {"price", "penalty_kind", "target_l0", "bandwidth", "initial_threshold"}
+    )
     lr_factors: ClassVar[Mapping[str, float]] = {"threshold": 10.0}
     # A step of Adam moves each of the d entries of an encoder row, hence the score by many times
     # the learning rate, but the threshold by the learning rate alone: it would lag far behind.

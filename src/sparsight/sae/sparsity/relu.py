@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +23,8 @@ class ReLU(Sparsity):
     norms are free (Conerly et al. 2024, "Update on how we train SAEs", Anthropic's circuits update
     of April): then set `unit_norm_decoder` and `subtract_b_dec` to False, too.
     """
+
+    of_training: ClassVar[frozenset[str]] = frozenset({"l1", "weighted"})
 
     l1: float = 2.0
     """Price of activation, where ‖z − ẑ‖² is the error of a vector z in normalised space."""
