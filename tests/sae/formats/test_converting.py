@@ -113,6 +113,7 @@ def test_what_reads_back_differently_is_told(
     monkeypatch.setattr("sparsight.sae.formats.converting.load", lambda path: wrong)
     with pytest.raises(SparsightError, match="differs by"):
         convert(sae, "sparsight", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rectified_topk_goes_where_there_is_none_only_when_asked_to(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,18 +61,30 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and not empty. Choose another folder.")
     written = _without_relu(sae) if approximate else sae
-    path = save(sae, out) if to == OWN else find(to).save(written, out)
-    again = load(path) if to == OWN else read(path).build()
-    x = _typical_vectors(sae)
+    partial = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
+    try:
+        path = save(sae, partial) if to == OWN else find(to).save(written, partial)
+        again = load(path) if to == OWN else read(path).build()
+        difference = _difference(sae, again)
+        if not (difference <= TOLERANCE or approximate):
+            raise SparsightError(
+                f"{out}: not written. What was read back differs by {difference:.1e} from the SAE. "
+                "Please report this."
+            )
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Conversion(out / path.relative_to(partial), difference)
+
+
+def _difference(one: SparseAutoencoder, other: SparseAutoencoder) -> float:
+    x = _typical_vectors(one)
     with torch.no_grad():
-        expected, found = sae.eval()(x).x_hat, again(x).x_hat
-    difference = float((expected - found).norm() / expected.norm().clamp(min=1e-30))
-    if not (difference <= TOLERANCE or approximate):
-        raise SparsightError(
-            f"{path}: what was read back differs by {difference:.1e} from the SAE that was "
-            "written. Please report this; do not use the files."
-        )
-    return Conversion(path, difference)
+        expected, found = one.eval()(x).x_hat, other.to(one.W_enc)(x).x_hat
+    return float((expected - found).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _typical_vectors(sae: SparseAutoencoder) -> Float[Tensor, "vectors d_in"]:

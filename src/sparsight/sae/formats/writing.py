@@ -144,7 +144,7 @@ def keeps_negatives(sparsity: TopK, title: str) -> None:
         raise UserError(
             f"{title} keeps negative values among the {sparsity.k} greatest, this SAE drops them "
             "(rectify=True): a vector with fewer positive latents would have another code. Train "
-            "with rectify=False, or convert with `approximate`, which measures the difference."
+            "with rectify=False, or `sparsight convert --approximate`, which measures it."
         )
 
 
