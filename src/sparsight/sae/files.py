@@ -25,6 +25,8 @@ READ_VERSIONS = (1, 2)
 """Version 1 had no transcoders, and no other sparsities than those of the k largest."""
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
+LONGEST_CONFIG = 16 * 2**20
+"""Bytes of a configuration, ours or another project's."""
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
 
@@ -117,6 +119,11 @@ def load(
         SparsightError: a file is damaged.
     """
     place = find(name, revision=revision, subfolder=subfolder, filename=filename)
+    if place.is_dir() and not _is_own(place):
+        # Formats build SAEs and write with what is here.
+        from sparsight.sae.formats import Candidate
+
+        place = Candidate(place, str(name)).one()
     folder = place if place.is_dir() else place.parent
     if place in (folder, folder / CONFIG, folder / WEIGHTS) and _is_own(folder):
         sae = _own(folder)
@@ -128,6 +135,9 @@ def load(
 def _is_own(folder: Path) -> bool:
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
         return False
+    size = (folder / CONFIG).stat().st_size
+    if size > LONGEST_CONFIG:
+        raise SparsightError(f"{folder / CONFIG}: is no configuration; it has {size:,} bytes.")
     return "format" in read_json(folder / CONFIG)
 
 
@@ -155,13 +165,20 @@ def _own(folder: Path) -> SparseAutoencoder:
     description = _description(folder / CONFIG)
     d_in = description["d_in"]
     config = from_dict(SAEConfig, description["config"], str(folder / CONFIG))
-    sae = SparseAutoencoder(
-        d_in,
-        config,
-        d_out=description.get("d_out"),
-        blank=True,
-        metadata=description["metadata"],
-    )
+    try:
+        sae = SparseAutoencoder(
+            d_in,
+            config,
+            d_out=description.get("d_out"),
+            blank=True,
+            metadata=description["metadata"],
+        )
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
+        # What torch says of tensors that no machine can hold.
+        told = str(error).partition("\n")[0]
+        raise SparsightError(
+            f"{folder / CONFIG}: an SAE of this size cannot be made ({told})."
+        ) from error
     sae.load_state_dict(_tensors(folder / WEIGHTS, sae))
     return sae.requires_grad_(False).eval()
 

@@ -176,6 +176,60 @@ def test_copies_of_copies_are_refused(tmp_path: Path) -> None:
         reading.read_gzipped_pickle(path)
 
 
+_MANY = b"(" + b"N" * 30_000 + b"l\x94"
+_LONG = b"X" + struct.pack("<I", 30_000) + b"a" * 30_000 + b"\x94"
+_STATE = b"}\x94(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(30_000)) + b"u"
+
+
+@pytest.mark.parametrize(
+    "body",
+    {
+        "names": _LONG + b"h\x00h\x00\x93",
+        "lists with a class": _MANY + b"ccopyreg\n_reconstructor\n(cx\nY\nNh\x00tR",
+        "arguments": _MANY.replace(b"l\x94", b"t\x94") + b"ccopyreg\n__newobj__\nh\x00R",
+        "states": _STATE + b"cx\nY\n)Rh\x00b",
+        "arrays": b"B" + struct.pack("<I", 30_000) + b"0" * 30_000 + b"\x94"
+        b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01J0u\x00\x00\x85"
+        b"cnumpy\ndtype\n\x8c\x02u1\x85R\x89h\x00tb",
+        "pickles within": b"B" + struct.pack("<I", 30_000) + b"0" * 30_000 + b"\x94"
+        b"ctorch.storage\n_load_from_bytes\nh\x00\x85R",
+    }.items(),
+    ids=lambda each: each[0],
+)
+def test_what_lies_in_a_pickle_once_is_not_copied_without_end(body: tuple[str, bytes]) -> None:
+    reader = pickles.Reader(budget=pickles.Budget(20_000))
+    with pytest.raises(pickles.PickleError, match="again and again"):
+        reader.load(io.BytesIO(_pickle(body[1])))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_storage_has_a_plain_name(tmp_path: Path, zipped: bool) -> None:
+    # The hash of tuples within tuples would end the process.
+    body = b"(\x8c\x07storagectorch\nFloatStorage\n)" + b"\x85" * 200_000 + b"\x8c\x03cpuK\x01tQ"
+    path = tmp_path / "x.pt"
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", _pickle(body))
+    else:
+        magic, rest = pickle.dumps(pickles.LEGACY_MAGIC, 2), pickle.dumps(1001, 2)
+        path.write_bytes(magic + rest + rest + _pickle(body))
+    with pytest.raises(SparsightError, match=r"a storage.s name|a name is tuple"):
+        reading.read_torch(path)
+
+
+def test_numbers_of_one_hash_are_no_keys() -> None:
+    with pytest.raises(pickles.PickleError, match="61 bits"):
+        pickles.Reader().load(io.BytesIO(pickle.dumps({2**61 - 1 + 2**70: None})))
+
+
+def test_values_of_a_pickle_are_cut_in_messages() -> None:
+    value: Any = "x"
+    for _ in range(60):
+        value = [value, value]
+    assert len(pickles.shown(value)) < 10_000
+    assert pickles.text_of(value) == ""
+
+
 @pytest.mark.parametrize(
     ("size", "stride", "offset"),
     [((9,), (1,), 0), ((2,), (1,), 7), ((2,), (-1,), 1), ((2**40,), (0,), 0), ((2, 2), (1,), 0)],

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from malicious_pickle import Opens
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae.files import save
 from sparsight.sae.formats import FORMATS, find, read
 from sparsight.sae.formats.base import Candidate, Format
 
@@ -164,3 +165,61 @@ def test_tensors_of_other_shapes_are_errors(name: str, tmp_path: Path) -> None:
             except SparsightError:
                 continue
             assert sae(vectors()).x_hat.shape == (len(vectors()), D)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
+@pytest.mark.parametrize("name", PLAIN)
+def test_weights_that_are_no_real_numbers_are_refused(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = _write(name, tmp_path)
+    file = Candidate(folder).weights[0]
+    tensors = {
+        key: each.to(dtype) if each.ndim == 2 else each
+        for key, each in Candidate(folder).tensors(file).items()
+    }
+    if file.endswith(".safetensors"):
+        save_file(tensors, folder / file)
+    else:
+        torch.save(tensors, folder / file)
+    with pytest.raises(SparsightError, match=r"expected real numbers|are not read"):
+        read(folder)
+
+
+def test_of_several_saes_in_a_folder_one_must_be_named(tmp_path: Path) -> None:
+    folder = _write("dictionary_learning", tmp_path)
+    (folder / "ae.pt").rename(folder / "ae_1.pt")
+    (folder / "ae_2.pt").write_bytes((folder / "ae_1.pt").read_bytes())
+    with pytest.raises(UserError, match=r"Name one: ae_1\.pt, ae_2\.pt"):
+        SparseAutoencoder.from_pretrained(folder)
+    assert SparseAutoencoder.from_pretrained(folder / "ae_2.pt").n_latents == N
+
+
+@pytest.mark.parametrize("name", ["sparsify", "own"])
+def test_the_only_sae_below_a_folder_is_found(name: str, tmp_path: Path) -> None:
+    inside = tmp_path / "layers.3"
+    if name == "own":
+        save(_sae("sparsify"), inside)
+    else:
+        _write(name, inside)
+    assert SparseAutoencoder.from_pretrained(tmp_path).n_latents == N
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("d_in", 10**18), ("d_in", 10**30), ("n_latents", 10**15)]
+)
+def test_an_own_configuration_of_any_size_is_an_error(key: str, value: int, tmp_path: Path) -> None:
+    save(_sae("sparsify"), tmp_path)
+    description = json.loads((tmp_path / "config.json").read_text())
+    (description if key in description else description["config"])[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(SparsightError, match="cannot be made"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, " " * (2**24 + 1)])
+def test_an_own_configuration_that_is_deep_or_long_is_an_error(text: str, tmp_path: Path) -> None:
+    save(_sae("sparsify"), tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SparsightError, match=r"config\.json"):
+        SparseAutoencoder.from_pretrained(tmp_path)

@@ -17,7 +17,8 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats import reading
-from sparsight.sae.places import is_weights
+from sparsight.sae.formats.pickles import shown
+from sparsight.sae.places import CONFIGS, is_weights
 
 _DEEPEST, _MOST = 2, 2_000
 
@@ -155,6 +156,24 @@ class Candidate:
         # Of the same weights in several kinds of files the safetensors are read most quickly.
         return tuple(sorted(kept, key=lambda each: (not each.endswith(".safetensors"), each)))
 
+    def one(self) -> Path:
+        """The folder with the one SAE that there is: this one, or one in it; or the file.
+
+        Raises:
+            UserError: there are several, of which the user must name one.
+        """
+        safe = [each for each in self.weights if each.endswith(".safetensors")]
+        if len(self.weights) > 1 and len(safe) != 1:
+            shown = ", ".join(self.weights[:12]) + (", …" if len(self.weights) > 12 else "")
+            raise UserError(
+                f"{self.name}: holds {len(self.weights)} files with tensors. Name one: {shown}."
+            )
+        below = [each for each in self.files if is_weights(each)]
+        settled = [each for each in self.files if each.endswith(CONFIGS) and "/" not in each]
+        if self.weights or settled or len(below) != 1:
+            return self.path
+        return (self.folder / below[0]).parent
+
     def has(self, file: str) -> bool:
         """Whether there is a file of this name."""
         return (self.folder / file).is_file()
@@ -275,7 +294,7 @@ def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> l
     """Tensors by name.
 
     Raises:
-        SparsightError: one is missing.
+        SparsightError: one is missing, or is a matrix of anything but real numbers.
     """
     wanted = list(keys)
     missing = [key for key in wanted if key not in tensors]
@@ -283,7 +302,21 @@ def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> l
         raise SparsightError(
             f"{where}: {', '.join(missing)} is missing; there is {', '.join(sorted(tensors))}."
         )
-    return [tensors[key] for key in wanted]
+    return [weights(tensors[key], key, where) for key in wanted]
+
+
+def weights(tensor: Tensor, key: str, where: object) -> Tensor:
+    """The tensor, if it can be weights: whole numbers in place of them are quantised.
+
+    Raises:
+        SparsightError: it is a matrix of whole or complex numbers.
+    """
+    if tensor.is_complex() or (tensor.ndim > 1 and not tensor.is_floating_point()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise SparsightError(
+            f"{where}: {key} is of {kind}; expected real numbers. Quantised weights are not read."
+        )
+    return tensor
 
 
 def whole_number(config: Mapping[str, Any], key: str, where: object) -> int:
@@ -294,7 +327,7 @@ def whole_number(config: Mapping[str, Any], key: str, where: object) -> int:
     """
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SparsightError(f"{where}: {key} is {value!r}; expected a number from 1 on.")
+        raise SparsightError(f"{where}: {key} is {shown(value)}; expected a number from 1 on.")
     return value
 
 

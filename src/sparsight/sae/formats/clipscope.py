@@ -18,8 +18,9 @@ from torch import Tensor
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format
+from sparsight.sae.formats.base import Candidate, Foreign, Format, weights
 from sparsight.sae.formats.calibration import Calibration
+from sparsight.sae.formats.pickles import shown
 from sparsight.sae.formats.writing import keeps_negatives, plain, write_torch
 from sparsight.sae.sparsity import TopK
 
@@ -150,14 +151,14 @@ def unpack(payload: Any, path: Path) -> Checkpoint | None:
         return None
     n, d_in, k = (payload[key] for key in ("n_features", "d_in", "k"))
     if not all(type(each) is int and each >= 1 for each in (n, d_in, k)) or k > n:
-        raise SparsightError(f"{path}: n_features, d_in, k are {n!r}, {d_in!r}, {k!r}.")
+        raise SparsightError(f"{path}: n_features, d_in, k are {shown((n, d_in, k))}.")
     wanted = {"pre_b": (d_in,), "enc": (d_in, n), "dec": (n, d_in)}
     for key, shape in wanted.items():
         tensor = state[key]
         found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         if found != shape:
             raise SparsightError(f"{path}: {key} is {found}, expected {shape}.")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(weights(tensor, key, path)).all():
             raise SparsightError(f"{path}: {key} holds values that are not finite.")
     strange = [str(key) for key in payload if key not in _KNOWN]
     strange += [f"model_state_dict.{key}" for key in state if key not in _TENSORS]

@@ -14,6 +14,7 @@ from sparsight.files import write_bytes, write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need, whole_number
+from sparsight.sae.formats.pickles import shown, text_of
 from sparsight.sae.formats.writing import above, at_least, plain
 from sparsight.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
@@ -215,7 +216,7 @@ def _oriented(name: str, tensors: dict[str, Tensor]) -> bool:
 
 def _class(config: dict[str, Any], possible: list[str], where: str) -> str:
     name = config.get("dict_class")
-    name = _SPELT.get(str(name), name)
+    name = _SPELT.get(text_of(name), name)
     if name in possible:
         return str(name)
     if name is None and len(possible) == 1:
@@ -227,7 +228,8 @@ def _class(config: dict[str, Any], possible: list[str], where: str) -> str:
             '"k": 32}}.'
         )
     raise UserError(
-        f"{where}: dict_class is {name!r}, but the tensors are those of {' or '.join(possible)}."
+        f"{where}: dict_class is {shown(name)}, but the tensors are those of "
+        f"{' or '.join(possible)}."
     )
 
 
@@ -257,7 +259,7 @@ def _rescaled(read: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 def _about(config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     model, layer = config.get("lm_name"), config.get("layer")
-    module = str(config.get("submodule_name") or "")
+    module = text_of(config.get("submodule_name"))
     if isinstance(model, str) and model:
         found["model"] = {"id": model}
     if module.startswith("blocks.") or module in ("embedding", "final_norm"):

@@ -23,6 +23,7 @@ from torch import Tensor
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.pickles import shown, text_of
 from sparsight.sae.sparsity import AnySparsity, JumpReLU, ReLU, TopK
 
 _TENSORS = ("encoder", "pre_bias", "latent_bias")
@@ -81,7 +82,7 @@ class MSAE(Format):
         d_in, n = encoder.shape
         ours = {"W_enc": encoder.T, "b_enc": latent_bias, "b_dec": pre_bias}
         if not meaning.tied:
-            ours["W_dec"] = tensors["decoder"]
+            ours["W_dec"] = need(tensors, ("decoder",), path)[0]
         sparsity = _sparsity(meaning, path)
         if isinstance(sparsity, JumpReLU):
             ours["threshold"] = need(tensors, ("activation.log_threshold",), path)[0].exp()
@@ -177,9 +178,9 @@ def _of_config(payload: Mapping[str, Any], path: Path) -> _Meaning:
     """
     config, kind = payload["model_config"], payload.get("model_class", "Autoencoder")
     if kind not in ("Autoencoder", "MatryoshkaAutoencoder"):
-        raise UserError(f"{path}: SAEs of the class {kind} are not read.")
+        raise UserError(f"{path}: SAEs of the class {shown(kind)} are not read.")
     try:
-        activation, _, k = str(config["activation"]).partition("_")
+        activation, _, k = text_of(config["activation"]).partition("_")
         nesting = config.get("nesting_list")
         if not k and isinstance(nesting, list) and nesting:
             k = str(min(nesting))

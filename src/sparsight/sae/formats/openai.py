@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.pickles import shown
 from sparsight.sae.sparsity import AnySparsity, ReLU, TopK
 
 _TENSORS = ("pre_bias", "encoder.weight", "latent_bias")
@@ -52,7 +53,7 @@ class OpenAI(Format):
         n, d_in = encoder.shape
         ours = {"W_enc": encoder, "b_enc": latent_bias, "b_dec": pre_bias}
         if not tied:
-            ours["W_dec"] = tensors["decoder.weight"].T
+            ours["W_dec"] = need(tensors, ("decoder.weight",), path)[0].T
         sparsity, layer_norm = _sparsity(payload, n, path)
         known = {*_TENSORS, *_DECODERS, *_STATISTICS, *_OTHER}
         return Foreign(
@@ -79,14 +80,18 @@ def _sparsity(payload: Mapping[str, Any], n: int, path: Path) -> tuple[AnySparsi
     if name == "Identity":
         return TopK(k=n, rectify=False), False
     if name != "TopK":
-        raise UserError(f"{path}: the activation is {name!r}; known are ReLU, TopK and Identity.")
+        raise UserError(
+            f"{path}: the activation is {shown(name)}; known are ReLU, TopK and Identity."
+        )
     state = payload.get("activation_state_dict")
     state = state if isinstance(state, Mapping) else {}
     k, after = state.get("k"), state.get("postact_fn", "ReLU")
     if isinstance(k, Tensor) and k.numel() == 1:
         k = int(k)
     if type(k) is not int or not 1 <= k <= n:
-        raise SparsightError(f"{path}: the k of its TopK is {k!r}, of {n} latents.")
+        raise SparsightError(f"{path}: the k of its TopK is {shown(k)}, of {n} latents.")
     if after not in ("ReLU", "Identity"):
-        raise UserError(f"{path}: what follows its TopK is {after!r}; known are ReLU and Identity.")
+        raise UserError(
+            f"{path}: what follows its TopK is {shown(after)}; known are ReLU and Identity."
+        )
     return TopK(k=k, rectify=after == "ReLU"), True

@@ -13,8 +13,8 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_bytes, write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, whole_number
-from sparsight.sae.formats.pickles import CLASS, tensors_of
+from sparsight.sae.formats.base import Candidate, Foreign, Format, weights, whole_number
+from sparsight.sae.formats.pickles import CLASS, shown, tensors_of, text_of
 from sparsight.sae.formats.writing import above, plain
 from sparsight.sae.sparsity import BatchTopK, JumpReLU, MatchingPursuit, ReLU, TopK
 
@@ -51,9 +51,11 @@ class Overcomplete(Format):
     def load(self, found: Candidate) -> Foreign:
         """Read a module that was pickled whole, without running it, or a state dictionary."""
         file, module, tensors = self._find(found) or ("", {}, {})
-        tensors = {key: each.to(torch.float32) for key, each in tensors.items()}
+        tensors = {
+            key: weights(each, key, found.name).to(torch.float32) for key, each in tensors.items()
+        }
         config = {} if module else found.config("config.json")
-        name = str(module.get(CLASS) or config.get("class") or "").rpartition(".")[2]
+        name = text_of(module.get(CLASS) or config.get("class")).rpartition(".")[2]
         if name not in ("", *_CLASSES):
             raise UserError(
                 f"{found.name}: overcomplete's {name} has no equal in Sparsight, which reads "
@@ -177,13 +179,15 @@ def _dictionary(
         return mixed
     rows = tensors["dictionary._weights"]
     given = layer.get("normalization", (config.get("dictionary_params") or {}).get("normalization"))
-    kind = "l2" if given is None else str(given).rpartition(".")[2].removeprefix("normalize_")
+    kind = "l2" if given is None else text_of(given).rpartition(".")[2].removeprefix("normalize_")
     if given is None and not module:
         notes.append(
             "how its dictionary is normalised is not in the file: taken as its default, l2"
         )
     if kind not in ("l2", "l1", "max_l2", "max_l1", "identity"):
-        raise UserError(f"{where}: its dictionary is normalised by {kind!r}, which is not known.")
+        raise UserError(
+            f"{where}: its dictionary is normalised by {shown(given)}, which is not known."
+        )
     if kind != "identity":
         norms = rows.norm(p=int(kind[-1]), dim=1, keepdim=True)
         rows = rows / (norms.max() if kind.startswith("max_") else norms + 1e-8)
@@ -209,8 +213,8 @@ def _encoder(
             "encoders are linear."
         )
     activation = (encoder.get("_modules") or {}).get("final_activation", {}).get(CLASS, "ReLU")
-    if str(activation).rpartition(".")[2] != "ReLU":
-        raise UserError(f"{where}: its encoder ends with {activation}; expected ReLU.")
+    if text_of(activation).rpartition(".")[2] != "ReLU":
+        raise UserError(f"{where}: its encoder ends with {shown(activation)}; expected ReLU.")
     W_enc = tensors["encoder.final_block.0.weight"]
     b_enc = tensors.get("encoder.final_block.0.bias", torch.zeros(len(W_enc)))
     norm = {key: tensors.get(f"encoder.final_block.1.{key}") for key in ("weight", "bias")}

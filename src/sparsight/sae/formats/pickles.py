@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -36,6 +37,15 @@ _SPREAD = 2**24
 
 _MOST_MODULES = 10_000
 
+_COPIED = 2**24
+"""Elements and bytes that are copied at most, beside as many as the file has."""
+
+_MOST_AXES = 64
+"""Of a tensor."""
+
+_LARGEST_KEY = 2**61 - 1
+"""Greater numbers can be made to have the same hash, and a dictionary of such is slow to fill."""
+
 _DEEPEST = 8
 """Pickles within pickles."""
 
@@ -54,6 +64,20 @@ class Name:
         return self.name
 
 
+def text_of(value: Any) -> str:
+    """A text or a name as text; "" for anything else.
+
+    `str` and `repr` of a list that holds a list that holds … would not end: each may be there many
+    times.
+    """
+    return str(value) if isinstance(value, str | Name) else ""
+
+
+def shown(value: Any) -> str:
+    """As `repr`, for messages; long or nested values are cut."""
+    return reprlib.repr(value)
+
+
 @dataclass(frozen=True)
 class Storage:
     """The bytes behind tensors, one-dimensional."""
@@ -69,17 +93,40 @@ _MARK = _Mark()
 
 
 @dataclass
+class Budget:
+    """Elements and bytes that may be copied, so that a small file cannot fill the memory.
+
+    Whatever lies in a file once can be named in it a thousand times, in a few bytes each.
+
+    Attributes:
+        left: how many; give a file's size and some more.
+    """
+
+    left: int = _COPIED
+
+    def spend(self, count: int) -> None:
+        """Copy so many.
+
+        Raises:
+            PickleError: there are fewer left.
+        """
+        self.left -= count
+        if self.left < 0:
+            raise PickleError("it copies the same values again and again")
+
+
+@dataclass
 class Reader:
     """Reads the pickles of one file.
 
     Attributes:
         storage: gives the storage that a persistent id names.
-        budget: elements that may be copied, so that a small file cannot fill the memory.
+        budget: what may be copied; pickles within this one share it.
         depth: how many pickles this one is within.
     """
 
     storage: Callable[[tuple[Any, ...]], Any] | None = None
-    budget: int = 2**24
+    budget: Budget = field(default_factory=Budget)
     depth: int = 0
     _stack: list[Any] = field(default_factory=list)
     _memo: dict[int, Any] = field(default_factory=dict)
@@ -158,8 +205,9 @@ class Reader:
         elif opcode == "GLOBAL":
             stack.append(Name(argument.replace(" ", ".", 1)))
         elif opcode == "STACK_GLOBAL":
-            name, module = stack.pop(), stack.pop()
-            stack.append(Name(f"{_text(module)}.{_text(name)}"))
+            name, module = _text(stack.pop()), _text(stack.pop())
+            self.budget.spend(len(module) + len(name))
+            stack.append(Name(f"{module}.{name}"))
         elif opcode in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
             extras = stack.pop() if opcode == "NEWOBJ_EX" else {}
             arguments, function = stack.pop(), stack.pop()
@@ -193,7 +241,9 @@ class Reader:
 
     def _call(self, function: Any, arguments: Any) -> Any:
         """What a call that the pickle asks for stands for; nothing is called that it names."""
-        arguments = tuple(arguments)
+        if not isinstance(arguments, tuple):
+            raise PickleError(f"arguments are a {type(arguments).__name__}")
+        self.budget.spend(len(arguments))
         name = function.name if isinstance(function, Name) else None
         if name == "torch._utils._rebuild_tensor_v3":
             storage, dtype = arguments[0], _DTYPES[arguments[6].name]
@@ -214,12 +264,11 @@ class Reader:
         if name in ("torch.storage.TypedStorage", "torch.storage._TypedStorage") and arguments:
             return arguments[0]
         if name in _KNOWN:
-            self.budget -= sum(len(each) for each in arguments if hasattr(each, "__len__"))
-            if self.budget < 0:
-                raise PickleError("it copies the same values again and again")
+            self.budget.spend(sum(map(_size, arguments)))
             return _KNOWN[name](*arguments)
         if name == "copyreg._reconstructor":
             kind, _, content = arguments
+            self.budget.spend(_size(content))
             made = {CLASS: str(kind)}
             return made if content is None else _with_items(made, content)
         if name == "copyreg.__newobj__":
@@ -229,6 +278,7 @@ class Reader:
 
     def _build(self, made: Any, state: Any) -> Any:
         if isinstance(made, _Array):
+            self.budget.spend(_size(state[-1]))
             return made.filled(state)
         if isinstance(made, _Dtype):
             made.order = state[1]
@@ -238,6 +288,7 @@ class Reader:
         halves = state if isinstance(state, tuple) and len(state) == 2 else (state,)
         if all(half is None or isinstance(half, dict) for half in halves):
             for half in halves:
+                self.budget.spend(_size(half))
                 # An attribute cannot pass for the name of the class.
                 made.update({k: v for k, v in (half or {}).items() if k != CLASS})
         else:
@@ -248,6 +299,8 @@ class Reader:
         if not isinstance(storage, Storage):
             raise PickleError("a tensor has no storage")
         size, stride = tuple(size), tuple(stride)
+        if len(size) > _MOST_AXES:
+            raise PickleError(f"a tensor has {len(size):,} axes")
         if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
             raise PickleError(f"a tensor has size {list(size)} and stride {list(stride)}")
         data, elements, last = storage.data, 1, offset
@@ -265,21 +318,26 @@ class Reader:
     def _nested(self, data: Any) -> Any:
         if self.depth >= _DEEPEST:
             raise PickleError("pickles within pickles within pickles")
-        return read_legacy(io.BytesIO(data), len(data), depth=self.depth + 1)
+        self.budget.spend(len(data))
+        return read_legacy(io.BytesIO(data), len(data), depth=self.depth + 1, budget=self.budget)
 
 
-def read_legacy(file: io.BufferedIOBase, size: int, *, depth: int = 0) -> Any:
+def read_legacy(
+    file: io.BufferedIOBase, size: int, *, depth: int = 0, budget: Budget | None = None
+) -> Any:
     """What `torch.save` wrote before it wrote zip archives: pickles, and then the storages.
 
     Args:
         file: at its beginning.
         size: of the file, in bytes.
         depth: how many pickles this is within.
+        budget: what may be copied; by default by the size.
 
     Raises:
         PickleError: it is not that, or is cut off.
     """
     storages: dict[str, Storage] = {}
+    budget = budget or budget_of(size)
     total = 0
 
     def storage(identity: tuple[Any, ...]) -> Any:
@@ -289,7 +347,7 @@ def read_legacy(file: io.BufferedIOBase, size: int, *, depth: int = 0) -> Any:
         if not isinstance(identity, tuple) or len(identity) not in (5, 6):
             raise PickleError("a storage has no name")
         _, kind, key, _, elements, *_ = identity
-        if key not in storages:
+        if _text(key) not in storages:
             dtype = storage_dtype(kind)
             total += elements * dtype.itemsize
             if elements < 0 or total > size:
@@ -303,17 +361,22 @@ def read_legacy(file: io.BufferedIOBase, size: int, *, depth: int = 0) -> Any:
             raise PickleError("a view is larger than its storage")
         return Storage(storages[key].data[start : start + length])
 
-    plain = Reader(depth=depth)
+    plain = Reader(depth=depth, budget=budget)
     if plain.load(file) != LEGACY_MAGIC:
         raise PickleError("it is not a file that torch.save wrote")
     plain.load(file), plain.load(file)  # the protocol and the system
-    found = Reader(storage, depth=depth).load(file)
+    found = Reader(storage, depth=depth, budget=budget).load(file)
     for key in plain.load(file):
         count = int.from_bytes(file.read(8), "little")
-        if key not in storages or count != len(storages[key].data):
+        if _text(key) not in storages or count != len(storages[key].data):
             raise PickleError(f"the storage {key!r} has not the size that was announced")
         fill(file, storages[key].data)
     return found
+
+
+def budget_of(size: int) -> Budget:
+    """What may be copied of a pickle of so many bytes."""
+    return Budget(_COPIED + 2 * size)
 
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -342,7 +405,7 @@ def storage_dtype(kind: Any) -> torch.dtype:
     Raises:
         PickleError: there is no such class.
     """
-    name = str(kind).rpartition(".")[2]
+    name = text_of(kind).rpartition(".")[2]
     if name not in _STORAGES:
         raise PickleError(f"tensors of the kind {name!r} are not read")
     return _STORAGES[name]
@@ -423,6 +486,8 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 def _key(value: Any) -> Any:
     """A key of a dictionary; the hash of tuples nested without end would end the process."""
+    if isinstance(value, int) and abs(value) > _LARGEST_KEY:
+        raise PickleError("a key is a number of more than 61 bits")
     plain = isinstance(value, str | bytes | int | float | Name | None)
     if plain or (isinstance(value, tuple) and all(isinstance(v, str | int) for v in value)):
         return value
@@ -437,6 +502,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise PickleError(f"a name is {type(value).__name__}")
     return value
+
+
+def _size(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 1
 
 
 def _add(target: Any, items: list[Any]) -> None:

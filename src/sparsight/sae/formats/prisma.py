@@ -18,6 +18,7 @@ from sparsight.files import write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import NormaliserKind, SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.pickles import shown, text_of
 from sparsight.sae.formats.sites import belongs, hook_of_site, site_of_hook
 from sparsight.sae.formats.writing import plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, Gated, ReLU, TopK
@@ -66,7 +67,9 @@ class Prisma(Format):
             raise SparsightError(f"{path}: W_enc or W_dec is no matrix.")
         d_in, n = W_enc.shape
         if config.get("d_in", d_in) != d_in:
-            raise SparsightError(f"{path}: W_enc reads {d_in} numbers; d_in is {config['d_in']!r}.")
+            raise SparsightError(
+                f"{path}: W_enc reads {d_in} numbers; d_in is {shown(config['d_in'])}."
+            )
         sparsity, cap = _sparsity(config, path)
         gated = isinstance(sparsity, Gated)
         if gated:
@@ -173,7 +176,7 @@ class Prisma(Format):
                 continue
             if not isinstance(state, Mapping) or not set(state) >= _MATRICES:
                 continue
-            if _MARK in config or "vit_prisma" in str(config.get("__class__")):
+            if _MARK in config or "vit_prisma" in text_of(config.get("__class__")):
                 return file, config, state
         return None
 
@@ -186,7 +189,7 @@ def _of_saelens_2(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of Prisma's first files, which know no run-time normalisation."""
     if not {"hook_point", "d_in"} <= set(config):
         return {}
-    layer, _, subtype = str(config["hook_point"]).removeprefix("blocks.").partition(".")
+    layer, _, subtype = text_of(config["hook_point"]).removeprefix("blocks.").partition(".")
     place = {"hook_point_layer": int(layer), "layer_subtype": subtype} if layer.isdigit() else {}
     return {
         "activation_fn_str": "relu",
@@ -212,15 +215,15 @@ def _sparsity(config: Mapping[str, Any], path: Path) -> tuple[AnySparsity, float
             return ReLU(), 1.0
         if activation == "topk" and set(kwargs) <= {"k", "postact_fn"}:
             after = kwargs.get("postact_fn")
-            if after is not None and "ReLU" not in str(_plain(after).get("__class__", after)):
-                raise UserError(f"{path}: what follows its TopK is {after!r}, not a ReLU.")
+            if after is not None and "ReLU" not in text_of(_plain(after).get("__class__", after)):
+                raise UserError(f"{path}: what follows its TopK is {shown(after)}, not a ReLU.")
             k = kwargs.get("k")
             if type(k) is not int or k < 1:
-                raise SparsightError(f"{path}: the k of its TopK is {k!r}.")
+                raise SparsightError(f"{path}: the k of its TopK is {shown(k)}.")
             return TopK(k=k), None
     raise UserError(
-        f"{path}: architecture {architecture!r} with activation {activation!r} is not known; "
-        "Sparsight reads standard with relu, topk or tanh-relu, and gated with relu."
+        f"{path}: architecture {shown(architecture)} with activation {shown(activation)} is not "
+        "known; Sparsight reads standard with relu, topk or tanh-relu, and gated with relu."
     )
 
 
@@ -231,8 +234,8 @@ def _normaliser(config: Mapping[str, Any], path: Path) -> tuple[NormaliserKind, 
             "layer_norm, as ViT-Prisma does then"
         ]
     kind = config["normalize_activations"]
-    if kind not in _NORMALISERS:
-        raise UserError(f"{path}: normalize_activations is {kind!r}, which is not known.")
+    if not isinstance(kind, str | None) or kind not in _NORMALISERS:
+        raise UserError(f"{path}: normalize_activations is {shown(kind)}, which is not known.")
     return _NORMALISERS[kind], []
 
 

@@ -20,14 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsight.errors import SparsightError
+from sparsight.sae.files import LONGEST_CONFIG
 from sparsight.sae.formats import pickles
 from sparsight.sae.formats.pickles import PickleError, Storage
 
 LONGEST_HEADER = 100 * 2**20
 """Bytes of a safetensors header: the limit of the format."""
 
-LONGEST_CONFIG = 16 * 2**20
-"""Bytes of a JSON or YAML file."""
+LONGEST_YAML = 2**18
+"""Bytes of a YAML file, which are read a thousand times more slowly than JSON's."""
 
 LARGEST_UNZIPPED = 8 * 2**30
 """Bytes that a gzipped pickle may unfold to."""
@@ -145,7 +146,8 @@ def read_gzipped_pickle(path: Path, limit: int = LARGEST_UNZIPPED) -> Any:
                 content += block
                 if len(content) > limit:
                     raise damaged(path, f"it unfolds to more than {limit:,} bytes")
-        return pickles.Reader().load(io.BytesIO(content))
+        budget = pickles.budget_of(len(content))
+        return pickles.Reader(budget=budget).load(io.BytesIO(content))
     except (PickleError, zlib.error, EOFError, OSError, MemoryError) as error:
         raise damaged(path, error) from error
 
@@ -158,12 +160,13 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         size = path.stat().st_size
-        if size > LONGEST_CONFIG:
+        yaml = path.suffix in (".yaml", ".yml")
+        if size > (LONGEST_YAML if yaml else LONGEST_CONFIG):
             raise damaged(path, f"a configuration of {size:,} bytes")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise damaged(path, error) from error
-    found = parse_yaml(text, path) if path.suffix in (".yaml", ".yml") else parse_json(text, path)
+    found = parse_yaml(text, path) if yaml else parse_json(text, path)
     if not isinstance(found, dict):
         raise damaged(path, f"it holds a {type(found).__name__}, not an object")
     return found
@@ -227,6 +230,8 @@ def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
             if not isinstance(identity, tuple) or len(identity) != 5:
                 raise PickleError("a storage has no name")
             _, kind, key, _, elements = identity
+            if not isinstance(key, str):
+                raise PickleError("a storage's name is no text")
             if key not in storages:
                 entry = entries.get(f"{root}data/{key}")
                 dtype = pickles.storage_dtype(kind)
@@ -239,7 +244,9 @@ def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
                 storages[key] = Storage(data)
             return storages[key]
 
-        return pickles.Reader(storage).load(io.BytesIO(archive.read(f"{root}data.pkl")))
+        program = archive.read(f"{root}data.pkl")
+        budget = pickles.budget_of(len(program))
+        return pickles.Reader(storage, budget).load(io.BytesIO(program))
 
 
 class _Part(io.RawIOBase):

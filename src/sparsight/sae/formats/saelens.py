@@ -13,7 +13,7 @@ from sparsight.files import write_json
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.files import save_tensors
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, need, weights
 from sparsight.sae.formats.sites import hook_of_site, site_of_hook
 from sparsight.sae.formats.writing import Plain, above, at_least, plain
 from sparsight.sae.sparsity import (
@@ -96,7 +96,10 @@ class SAELens(Format):
         """Read `cfg.json` and the weights beside it."""
         file = self._file(found) or ""
         config = _modern(found.config("cfg.json", "config.json"))
-        tensors = {key: each.to(torch.float32) for key, each in found.tensors(file).items()}
+        tensors = {
+            key: weights(each, key, found.name).to(torch.float32)
+            for key, each in found.tensors(file).items()
+        }
         architecture = config["architecture"]
         about = {**config, **(config.get("metadata") or {})}
         d_in = config["d_in"]
