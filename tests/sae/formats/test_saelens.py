@@ -124,3 +124,10 @@ def test_what_saelens_cannot_hold_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         find("saelens").save(SparseAutoencoder(D, config, d_out=d_out), tmp_path)
+
+
+def test_a_matching_pursuit_that_starts_from_x_is_refused_before_anything_is_written(tmp_path):
+    config = SAEConfig(N, sparsity=MatchingPursuit(K), normaliser="none", subtract_b_dec=False)
+    with pytest.raises(UserError, match="starts from x"):
+        find("saelens").save(trained_like(config, 0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

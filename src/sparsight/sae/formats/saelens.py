@@ -210,6 +210,12 @@ class SAELens(Format):
                 title=self.title,
             )
             parts.autoencoder_only(f"{self.title}, for SAEs that are no transcoders,")
+        pursues = isinstance(parts.sparsity, MatchingPursuit)
+        if pursues and not parts.subtracts and bool((parts.b_dec != 0).any()):
+            raise UserError(
+                f"{self.title}'s matching pursuit starts from x − b_dec, that of this SAE from x "
+                "(subtract_b_dec=False), and b_dec is not 0."
+            )
         config, tensors = _parts(parts)
         n = len(parts.W_enc)
         about = sae.metadata
