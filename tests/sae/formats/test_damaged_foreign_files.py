@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_files import CASES, D, N, known_as, msae_state, prisma_state
+from foreign_files import (
+    CASES,
+    PRISMA,
+    D,
+    N,
+    known_as,
+    llamascopium_folder,
+    llamascopium_state,
+    msae_state,
+    prisma_state,
+)
 
 from malicious_pickle import Opens
 from sparsight.errors import SparsightError
@@ -228,3 +238,23 @@ def test_a_damaged_calibration_stops_the_loading_of_its_checkpoint(tmp_path):
     Calibration.beside(path).write_text('{"format": "sparsight-clipscope-calibration"')
     with pytest.raises(SparsightError, match=r"calibration\.json"):
         read(path)
+
+
+@pytest.mark.parametrize("key", ["W_E", "b_E", "b_D", "activation_function.log_jumprelu_threshold"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_weights_are_refused_by_name(key, dtype, tmp_path):
+    log = "activation_function.log_jumprelu_threshold"
+    state = llamascopium_state(**{log: torch.zeros(N)})
+    state[key] = state[key].to(dtype)
+    path = llamascopium_folder(tmp_path, state, act_fn="jumprelu", norm_activation="inference")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(SparsightError, match=rf"{key} is of {kind}.*Quantised") as told:
+        read(path).build()
+    assert told.value.exit_code == 1
+
+
+def test_pickled_float8_weights_are_refused(tmp_path):
+    state = {key: each.to(torch.float8_e4m3fn) for key, each in prisma_state().items()}
+    torch.save({"cfg": PRISMA, "state_dict": state}, tmp_path / "weights.pt")
+    with pytest.raises(SparsightError, match="float8"):
+        read(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from foreign_files import (
     CASES,
+    PATCHSAE,
     D,
     K,
     N,
@@ -22,6 +23,7 @@ from foreign_files import (
     prisma_state,
     saev_activation,
     saev_file,
+    save_with,
 )
 
 from sparsight.errors import SparsightError, UserError
@@ -129,6 +131,53 @@ def test_unknown_tensors_and_keys_are_told(tmp_path):
     state = llamascopium_state(W_new=extra)
     config = {"norm_activation": "inference"}
     assert unknown("d", lambda f: llamascopium_folder(f, state, **config)) == ("W_new",)
+
+
+def test_unknown_fields_of_configurations_are_told(tmp_path):
+    def unknown(name, path):
+        (tmp_path / name).mkdir()
+        return read(path(tmp_path / name)).unknown
+
+    state, new = llamascopium_state(W_new=torch.zeros(3)), {"act_twist": 2, "lr": 1e-3}
+    config = {"norm_activation": "inference", "act_twist": 2, "k_aux": 512}
+    found = unknown("a", lambda f: llamascopium_folder(f, state, **config))
+    assert found == ("act_twist", "W_new")
+    state = prisma_state(W_new=torch.zeros(3))
+    assert unknown("b", lambda f: prisma_folder(f, state, **new)) == ("act_twist", "W_new")
+
+    def pickled(folder):
+        name = "sae_training.config.ViTSAERunnerConfig"
+        save_with(folder / "s.pt", name, {**PATCHSAE, **new}, state_dict=state)
+        return folder
+
+    assert unknown("c", pickled) == ("act_twist", "W_new")
+
+    activation = saev_activation("TopK", top_k=K, momentum=0.1, aux={}, rectify=True)
+    cfg = {"d_model": D, "d_sae": N, "activation": {**activation, "scale": 2}}
+    header = {"schema": 5, "cfg": cfg, "commit": "abc", "lib": "0.1.0", "units": "m"}
+    found = unknown("d", lambda f: saev_file(f / "s.pt", header))
+    assert found == ("activation.params.rectify", "activation.scale", "units")
+    cfg["activation"] = {"cls": "TopK", "top_k": K, "rectify": True}
+    header = {"schema": 5, "cfg": cfg}
+    assert unknown("e", lambda f: saev_file(f / "s.pt", header)) == ("activation.rectify",)
+
+
+@pytest.mark.parametrize("name", ["prisma", "patchsae"])
+def test_what_a_training_leaves_in_a_configuration_is_not_called_unknown(name, tmp_path):
+    """Fields of all the kinds there are: of the run, its data, its schedule, its logs."""
+    config = dict.fromkeys(
+        ("seed", "lr", "l1_coefficient", "lr_scheduler_name", "lr_warm_up_steps", "dataset_path")
+    )
+    config |= dict.fromkeys(("use_ghost_grads", "dead_feature_window", "feature_sampling_window"))
+    config |= dict.fromkeys(("wandb_project", "n_checkpoints", "checkpoint_path", "d_sae"))
+    if name == "prisma":
+        config |= dict.fromkeys(("_device", "_dtype", "vit_model_cfg", "max_grad_norm"))
+        path = prisma_folder(tmp_path, **config)
+    else:
+        config |= dict.fromkeys(("gated_sae", "store_size", "run_name", "image_width"))
+        path = tmp_path / "s.pt"
+        torch.save({"cfg": {**PATCHSAE, **config}, "state_dict": prisma_state()}, path)
+    assert read(path).unknown == ()
 
 
 @torch.no_grad()

@@ -75,3 +75,18 @@ def test_its_configuration_tells_what_it_is(tmp_path: Path) -> None:
     find("visaebench").save(trained_like(SAEConfig(N, sparsity=BatchTopK(K)), 0), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["activation"] == "batchtopk" and config["k"] == K
+
+
+def test_only_files_that_others_wrote_ask_for_standardised_vectors(tmp_path: Path) -> None:
+    sae = trained_like(SAEConfig(N, sparsity=TopK(K), normaliser="standardise"), 0)
+    find("visaebench").save(sae, tmp_path)
+    ours = read(tmp_path)
+    assert ours.notes == () and ours.unknown == ()
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("normaliser") == "folded"
+    path.write_text(json.dumps(config))
+    assert "give it such vectors" in read(tmp_path).notes[0]
+    path.write_text(json.dumps({**config, "normaliser": "other"}))
+    theirs = read(tmp_path)
+    assert theirs.notes and theirs.unknown == ("normaliser",)

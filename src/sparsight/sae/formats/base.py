@@ -87,7 +87,7 @@ class Foreign:
                 )
                 + "."
             )
-        given = {key: tensor.to(torch.float32) for key, tensor in given.items()}
+        given = {key: weights(tensor, key, self._where).float() for key, tensor in given.items()}
         for key, tensor in given.items():
             if not torch.isfinite(tensor).all():
                 raise SparsightError(f"{self._where}: {key} holds values that are not finite.")
@@ -294,7 +294,7 @@ def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> l
     """Tensors by name.
 
     Raises:
-        SparsightError: one is missing, or is a matrix of anything but real numbers.
+        SparsightError: one is missing, or is of numbers that are no weights (see `weights`).
     """
     wanted = list(keys)
     missing = [key for key in wanted if key not in tensors]
@@ -308,13 +308,17 @@ def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> l
 def weights(tensor: Tensor, key: str, where: object) -> Tensor:
     """The tensor, if it can be weights: whole numbers in place of them are quantised.
 
+    So are floating-point numbers of one byte, whose scales lie elsewhere, if anywhere.
+
     Raises:
-        SparsightError: it is a matrix of whole or complex numbers.
+        SparsightError: it is a matrix of whole numbers, or of complex or float8 numbers.
     """
-    if tensor.is_complex() or (tensor.ndim > 1 and not tensor.is_floating_point()):
+    real = tensor.is_floating_point()
+    if tensor.is_complex() or (tensor.itemsize < 2 if real else tensor.ndim > 1):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise SparsightError(
-            f"{where}: {key} is of {kind}; expected real numbers. Quantised weights are not read."
+            f"{where}: {key} is of {kind}; expected real numbers of 16 bits or more. Quantised "
+            "weights are not read."
         )
     return tensor
 

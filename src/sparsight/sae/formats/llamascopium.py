@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.config import NormaliserKind, SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, need, weights
 from sparsight.sae.formats.sites import belongs, site_of_hook
 from sparsight.sae.sparsity import AnySparsity, JumpReLU, ReLU, TopK
 
@@ -30,6 +30,23 @@ _LOG_THRESHOLDS = (
     "log_jumprelu_threshold",
 )
 _MARKS = {"hook_point_in", "hook_point_out", "norm_activation", "sparsity_include_decoder_norm"}
+_KNOWN = {
+    *("sae_type", "model_name", "hook_point_in", "hook_point_out", "d_model", "d_sae"),
+    *("expansion_factor", "use_decoder_bias", "use_glu_encoder", "act_fn", "jump_relu_threshold"),
+    *("apply_decoder_bias_to_pre_encoder", "norm_activation", "dataset_average_activation_norm"),
+    *("sparsity_include_decoder_norm", "top_k", "device", "dtype", "seed"),
+    *("sae_pretrained_name_or_path", "sae_from_pretrained_path", "strict_loading"),
+    # Of its kernels, and of its training.
+    *("use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel"),
+    *("sparsity_threshold_for_csr", "circuit_tracing_mode", "promote_act_fn_dtype"),
+    *("jumprelu_threshold_window", "jumprelu_threshold_grad_scale", "force_unit_decoder_norm"),
+    *("decoder_exactly_unit_norm", "decoder_bias_init_method", "bias_init_method"),
+    *("geometric_median_max_iter", "init_decoder_norm", "init_encoder_norm"),
+    *("init_encoder_with_decoder_transpose", "remove_gradient_parallel_to_decoder_directions"),
+    *("use_ghost_grads", "use_batch_norm_mse", "use_auxk", "k_aux", "dead_threshold"),
+    *("aux_coefficient", "l1_coefficient", "l1_coefficient_warmup_steps", "lp", "initial_k"),
+    *("k_warmup_steps",),
+}
 _FILES = ("checkpoints/pruned.safetensors", "checkpoints/final.safetensors")
 
 
@@ -70,10 +87,12 @@ class Llamascopium(Format):
             raise SparsightError(
                 f"{path}: reads {d_in} numbers and gives {d_out}; d_model is {config['d_model']!r}."
             )
-        b_dec = tensors.get("decoder.bias" if old else "b_D")
-        if b_dec is None:
-            if config.get("use_decoder_bias", True):
-                raise SparsightError(f"{path}: the decoder's bias is missing.")
+        bias = "decoder.bias" if old else "b_D"
+        if bias in tensors:
+            b_dec = weights(tensors[bias], bias, path)
+        elif config.get("use_decoder_bias", True):
+            raise SparsightError(f"{path}: the decoder's bias is missing.")
+        else:
             b_dec = W_dec.new_zeros(d_out)
         normaliser, scale, out_scale = _normaliser(config, tensors, (d_in, d_out), path)
         sparsity, notes = _sparsity(config, n, path)
@@ -123,7 +142,7 @@ class Llamascopium(Format):
                 ),
                 "source": found.source(self.name, file),
             },
-            unknown=tuple(sorted(strange)),
+            unknown=tuple(sorted({*config} - _KNOWN)) + tuple(sorted(strange)),
             notes=tuple(notes),
         )
 
@@ -205,9 +224,9 @@ def _thresholds(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], n: int, path: Path
 ) -> Tensor:
     """One a latent; the first files have one number for all."""
-    logs = next((tensors[key] for key in _LOG_THRESHOLDS if key in tensors), None)
-    if logs is not None:
-        return logs.double().exp().expand(n)
+    key = next((each for each in _LOG_THRESHOLDS if each in tensors), None)
+    if key is not None:
+        return weights(tensors[key], key, path).double().exp().expand(n)
     number = config.get("jump_relu_threshold")
     if isinstance(number, float | int) and number >= 0:
         return next(iter(tensors.values())).new_full((n,), number).double()

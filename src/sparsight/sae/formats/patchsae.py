@@ -20,6 +20,21 @@ from sparsight.sae.sparsity import ReLU
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 _CONFIGS = ("cfg", "config")
 _MARKS = {"block_layer", "module_name"}
+_KNOWN = {
+    *("__class__", "class_token", "image_width", "image_height", "model_name", "module_name"),
+    *("block_layer", "d_in", "d_sae", "expansion_factor", "gated_sae", "architecture", "device"),
+    *("dtype", "seed", "custom_clip_ckpt_path"),
+    # Of its training, and of the images.
+    *("dataset_path", "image_key", "label_key", "use_cached_activations"),
+    *("cached_activations_path", "total_training_tokens", "n_batches_in_store", "store_size"),
+    *("max_batch_size_for_vit_forward_pass", "create_dataloader", "b_dec_init_method"),
+    *("from_pretrained_path", "l1_coefficient", "mse_cls_coefficient", "lr", "lr_scheduler_name"),
+    *("lr_warm_up_steps", "batch_size", "use_ghost_grads", "feature_sampling_window"),
+    *("feature_sampling_method", "resample_batches", "feature_reinit_scale"),
+    *("dead_feature_window", "dead_feature_estimation_method", "dead_feature_threshold"),
+    *("log_to_wandb", "wandb_project", "wandb_entity", "wandb_log_frequency", "n_checkpoints"),
+    *("checkpoint_path", "run_name"),
+}
 _DEPTHS = {
     "openai/clip-vit-base-patch16": 12,
     "openai/clip-vit-base-patch32": 12,
@@ -67,7 +82,8 @@ class PatchSAE(Format):
             ),
             tensors={"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec},
             metadata={**_belongs(config), "source": found.source(self.name, file)},
-            unknown=tuple(sorted(set(tensors) - set(_TENSORS))),
+            unknown=tuple(sorted({*map(str, config)} - _KNOWN))
+            + tuple(sorted({*tensors} - {*_TENSORS})),
         )
 
     @staticmethod

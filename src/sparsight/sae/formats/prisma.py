@@ -37,6 +37,33 @@ _NORMALISERS: dict[str | None, NormaliserKind] = {
     "constant_norm_rescale": "constant_norm",
 }
 _USED = {"b_enc", "W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag", "b_dec_out", "W_skip"}
+_KNOWN = {
+    *("__class__", "model_class_name", "model_name", "vit_model_cfg", "model_path", "hook_point"),
+    *("hook_point_layer", "layer_subtype", "hook_point_head_index", "context_size"),
+    *("use_patches_only", "cls_token_only", "image_size", "num_patch", "d_in", "d_sae", "d_out"),
+    *("expansion_factor", "architecture", "activation_fn_str", "activation_fn_kwargs"),
+    *("normalize_activations", "is_transcoder", "transcoder_with_skip_connection"),
+    *("out_hook_point_layer", "layer_out_subtype", "device", "dtype", "_device", "_dtype"),
+    *("_custom_hook_point", "seed"),
+    # Of its training, and of the images; the last lines are of the files in SAELens 2's way.
+    *("is_training", "verbose", "initialization_method", "b_dec_init_method"),
+    *("from_pretrained_path", "use_cached_activations", "cached_activations_path"),
+    *("n_batches_in_buffer", "store_batch_size", "num_workers", "num_epochs"),
+    *("total_training_images", "total_training_tokens", "total_training_steps"),
+    *("tokens_per_buffer", "train_batch_size", "l1_coefficient", "lp_norm", "lr"),
+    *("lr_scheduler_name", "lr_warm_up_steps", "max_grad_norm", "min_l0"),
+    *("min_explained_variance", "dataset_name", "dataset_path", "dataset_train_path"),
+    *("dataset_val_path", "use_ghost_grads", "feature_sampling_window", "dead_feature_window"),
+    *("dead_feature_threshold", "log_to_wandb", "wandb_project", "wandb_entity"),
+    *("wandb_log_frequency", "n_validation_runs", "n_checkpoints", "checkpoint_path"),
+    *("is_dataset_tokenized", "prepend_bos", "run_name", "resume", "adam_beta1", "adam_beta2"),
+    *("l1_warm_up_steps", "lr_end", "lr_decay_steps", "n_restart_cycles"),
+    *("mse_loss_normalization", "normalize_sae_decoder", "noise_factor"),
+    *("feature_sampling_method", "resample_batches", "feature_reinit_scale"),
+    *("dead_feature_estimation_method", "eval_every_n_wandb_logs", "n_eval_batches"),
+    *("n_eval_seqs", "training_tokens", "finetuning_tokens"),
+}
+"""Of its configurations. `apply_b_dec_to_input` is none of them: it would change the function."""
 
 
 class Prisma(Format):
@@ -82,7 +109,6 @@ class Prisma(Format):
         transcoder = "b_dec_out" in tensors or config.get("is_transcoder") is True
         if transcoder:
             ours |= _transcoder(tensors, normaliser, path)
-        strange = sorted(set(tensors) - _USED)
         return Foreign(
             format=self.name,
             d_in=d_in,
@@ -98,7 +124,7 @@ class Prisma(Format):
             ),
             tensors=ours,
             metadata={**_belongs(config), "source": found.source(self.name, file)},
-            unknown=tuple(strange),
+            unknown=tuple(sorted({*config} - _KNOWN)) + tuple(sorted({*tensors} - _USED)),
             notes=tuple(notes),
         )
 

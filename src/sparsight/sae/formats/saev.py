@@ -36,6 +36,8 @@ _KNOWN = {
     *("remove_parallel_grads", "normalize_w_dec"),
     *("sparsity_coeff", "l1_coeff", "ghost_grads", "use_ghost_grads"),
 }
+_AROUND = {"schema", "cls", "cfg", "commit", "lib"}
+_PARAMS = {"key", "top_k", "momentum", "sparsity", "aux"}
 _TOKENS = {
     **{"special": "cls", "content": "patches"},
     **{"cls": "cls", "image": "patches", "patches": "patches", "all": "all", "meanpool": "mean"},
@@ -228,8 +230,16 @@ def _read_header(given: Mapping[str, Any], path: Path) -> _Header:
     else:
         n_latents = d_in * _count(cfg.get("exp_factor"), "exp_factor", path)
     k = 1 if kind == "Relu" else _count(params.get("top_k", 32), "top_k", path)
-    unknown = tuple(sorted(str(key) for key in cfg if key not in _KNOWN))
-    return _Header(d_in, n_latents, kind, min(k, n_latents), old, unknown)
+    unknown = {*cfg} - _KNOWN
+    if "schema" in given:
+        unknown |= {*given} - _AROUND
+    if params is not cfg:
+        nested = params is not activation
+        around = {*activation} - {"cls", "params"} if nested else set()
+        inside = "activation.params" if nested else "activation"
+        unknown |= {f"activation.{key}" for key in around}
+        unknown |= {f"{inside}.{key}" for key in {*params} - {*_PARAMS, "cls"}}
+    return _Header(d_in, n_latents, kind, min(k, n_latents), old, tuple(sorted(unknown)))
 
 
 def _sparsity(

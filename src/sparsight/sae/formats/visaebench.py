@@ -23,6 +23,9 @@ _LAYERS = ("encoder.final_block.0.weight", "encoder.final_block.0.bias", "dictio
 _KINDS = ("topk", "batchtopk", "jumprelu")
 _CONFIGS = ("config.json", "config.yaml", "config.yml")
 
+_FOLDED = "folded"
+"""Our mark, as "normaliser", in files that read vectors as the model gives them."""
+
 _ANSWERED = {
     *("activation", "sae_type", "architecture", "input_dim", "hidden_dim", "k", "threshold"),
     *("expansion_factor", "jump_thresholds", "backbone", "model", "model_name", "layer"),
@@ -75,6 +78,12 @@ class VisAEBench(Format):
         model = config.get("model_name") or config.get("model") or config.get("backbone")
         if isinstance(model, str):
             metadata["model"] = {"id": model}
+        folded = config.get("normaliser") == _FOLDED
+        note = (
+            "visaebench trains on activations less their mean over their deviation, which its "
+            "files do not hold: give it such vectors"
+        )
+        known = _ANSWERED | {"normaliser"} if folded else _ANSWERED
         return Foreign(
             self.name,
             d_in,
@@ -87,11 +96,8 @@ class VisAEBench(Format):
             ),
             read,
             metadata=metadata,
-            unknown=tuple(sorted({*config} - _ANSWERED)) + tuple(sorted({*tensors} - used)),
-            notes=(
-                "visaebench trains on activations less their mean over their deviation, which its "
-                "files do not hold: give it such vectors",
-            ),
+            unknown=tuple(sorted({*config} - known)) + tuple(sorted({*tensors} - used)),
+            notes=() if folded else (note,),
         )
 
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
@@ -106,7 +112,7 @@ class VisAEBench(Format):
             "decoder.weight": parts.W_dec,
             "decoder.bias": parts.b_dec,
         }
-        config: dict[str, Any] = {"input_dim": parts.d_in, "hidden_dim": n}
+        config: dict[str, Any] = {"input_dim": parts.d_in, "hidden_dim": n, "normaliser": _FOLDED}
         if isinstance(sparsity, TopK):
             config |= {"activation": "topk", "k": sparsity.k}
         elif isinstance(sparsity, BatchTopK) and parts.threshold is not None:
