@@ -23,8 +23,10 @@ help:
 	@echo "make lint         style, types, import rules"
 	@echo "make format       put the code into the house style"
 	@echo "make docs         build the documentation into site/"
-	@echo "make bench        measure world, store and extraction; tables go to benchmarks/RESULTS.md"
-	@echo "make bench-peers  measure training and encoding beside other packages, installed apart"
+	@echo "make bench        measure world, store, extraction and remedies for dead latents; tables go"
+	@echo "                  to benchmarks/RESULTS.md and QUALITY.md"
+	@echo "make bench-peers  measure training, encoding and what is learnt beside other packages,"
+	@echo "                  installed apart"
 	@echo "make clean        remove the virtual environment and what was built"
 
 demo: $(VENV)/.user
@@ -52,10 +54,10 @@ docs: $(VENV)/.developer
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.developer
-	@set -e; for name in world stream extract; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done
+	@set -e; for name in world stream extract remedies; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done
 
 bench-peers: $(VENV)/.developer $(PEERS)/.installed
-	@set -e; for name in train_step encode; do echo "== $$name"; \
+	@set -e; for name in train_step encode architectures; do echo "== $$name"; \
 		$(OFFLINE) $(BIN)/python benchmarks/$$name.py --peers-folder $(PEERS); done
 
 clean:
