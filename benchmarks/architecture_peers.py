@@ -288,9 +288,9 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
-    found = [each for each in found if math.isfinite(each["fvu"])]
+    found = [each for each in found if math.isfinite(each["fvu"]) and each["l0"] > 0]
     if found:
-        answer = min(found, key=lambda each: each["fvu"])
+        answer = {"points": found}
     print(json.dumps(answer))
 
 

@@ -1,10 +1,10 @@
 """Each architecture beside the peers that have it: the table `architectures` in QUALITY.md.
 
 All train on the same vectors of the calibration CLIP, in the same order, with the same batches and
-schedule; a learning rate means something else in every parametrisation, so everybody has the best
+schedule. A learning rate means something else in every parametrisation, so everybody has the best
 of several. FVU is measured with one and the same code on vectors of other scenes. Where a peer
-arrives at another L0 than was asked for, ours is trained for that L0; where L0 follows from a
-price, ours is interpolated between three prices (log FVU over log L0).
+arrives at another L0 than was asked for, ours is trained for that L0. Where L0 follows from a
+price, ours is interpolated between prices (log FVU over log L0).
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ from sparsight.sae.sparsity import AnySparsity
 from sparsight.training import TrainConfig
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
+
+FROM_DATA = "TopK, rows from data"
+PRICES = {"ReLU": (0.7, 1.5, 3.0, 6.0), "Gated": (1.2, 2.5, 5.0, 10.0)}
+"""Where L0 follows from a price: those that ours is trained with."""
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Prefixes of Matryoshka SAEs, for everybody."""
@@ -106,19 +110,20 @@ def peers(options: Options) -> list[Peer]:
         Peer("sae_lens", "TopK", "TopK", {"k": k}),
         Peer("dictionary_learning", "TopK", "TopK"),
         Peer("overcomplete", "TopKSAE", "TopK"),
+        Peer("overcomplete", "TopKSAE", FROM_DATA),
         Peer("sparsify", "groupmax", "GroupMax"),
         Peer("sae_lens", "BatchTopK", "BatchTopK", {"k": k}),
         Peer("dictionary_learning", "BatchTopK", "BatchTopK"),
         Peer("overcomplete", "BatchTopKSAE", "BatchTopK"),
-        Peer("sae_lens", "JumpReLU", "JumpReLU", {"l0_coefficient": 0.35}),
+        Peer("sae_lens", "JumpReLU", "JumpReLU", {"l0_coefficient": 1.5}),
         Peer("dictionary_learning", "JumpReLU", "JumpReLU", {"target_l0": float(k)}),
-        Peer("overcomplete", "JumpSAE", "JumpReLU", {"penalty": 2e-5}),
-        Peer("sae_lens", "Gated", "Gated", {"l1_coefficient": 5.0}),
-        Peer("dictionary_learning", "Gated", "Gated", {"l1_penalty": 5.0 / 192**0.5}),
-        Peer("sae_lens", "Standard", "ReLU", {"l1_coefficient": 3.5}),
-        Peer("dictionary_learning", "Standard", "ReLU", {"l1_penalty": 3.5 / 192**0.5}),
-        Peer("dictionary_learning", "StandardApril", "ReLU", {"l1_penalty": 3.5 / 192**0.5}),
-        Peer("saev", "ReLU", "ReLU", {"sparsity_coeff": 0.015}),
+        Peer("overcomplete", "JumpSAE", "JumpReLU", {"penalty": 6e-5}),
+        Peer("sae_lens", "Gated", "Gated", {"l1_coefficient": 4.0}),
+        Peer("dictionary_learning", "Gated", "Gated", {"l1_penalty": 2.0 / 192**0.5}),
+        Peer("sae_lens", "Standard", "ReLU", {"l1_coefficient": 2.0}),
+        Peer("dictionary_learning", "Standard", "ReLU", {"l1_penalty": 1.5 / 192**0.5}),
+        Peer("dictionary_learning", "StandardApril", "ReLU", {"l1_penalty": 1.5 / 192**0.5}),
+        Peer("saev", "ReLU", "ReLU", {"sparsity_coeff": 0.005}),
         Peer(
             "sae_lens", "MatryoshkaBatchTopK", "Matryoshka", {"k": k, "matryoshka_widths": widths}
         ),
@@ -140,35 +145,45 @@ def main(options: Options) -> None:
         ours = Ours(options, train, test)
         rows = []
         for peer in chosen:
-            best = ask(peer, options, data)
+            answer = ask(peer, options, data)
             row = {"": peer.ours, "peer": f"{peer.package} {peer.name}"}
-            if "fvu" in best:
-                mine = ours.at(peer.ours, best["l0"])
+            if "points" in answer:
+                its, mine = hardest(peer, answer["points"], ours)
                 row |= {
-                    "its L0": f"{best['l0']:.1f}",
-                    "its dead": f"{100 * best['dead']:.0f} %",
-                    "its FVU": round(best["fvu"], 4),
+                    "its L0": f"{its['l0']:.1f}",
+                    "its dead": f"{100 * its['dead']:.0f} %",
+                    "its FVU": f"{its['fvu']:.4f}",
                     "L0": f"{mine['l0']:.1f}",
                     "dead": f"{100 * mine['dead']:.0f} %",
-                    "FVU": round(mine["fvu"], 4),
-                    "of the peer's": f"{mine['fvu'] / best['fvu']:.3f}",
+                    "FVU": f"{mine['fvu']:.4f}",
+                    "of the peer's": f"{mine['fvu'] / its['fvu']:.3f}",
                     "note": "",
                 }
             else:
                 names = ("its L0", "its dead", "its FVU", "L0", "dead", "FVU", "of the peer's")
-                row |= dict.fromkeys(names, "–") | {"note": best["error"]}
+                row |= dict.fromkeys(names, "–") | {"note": answer["error"]}
             print(row, file=sys.stderr, flush=True)
             rows.append(row)
+            write(rows, chosen, options)
+
+
+def write(rows: list[dict[str, str]], chosen: list[Peer], options: Options) -> None:
+    """Keep the table as far as it goes: all of it takes half an hour, and may be cut."""
     title = (
         f"Architectures beside their peers: calibration CLIP, {options.site}, "
         f"{options.n_latents:,} latents, {options.n_vectors:,} vectors, best of learning rates "
         f"{', '.join(f'{lr:g}' for lr in options.lrs)}"
     )
-    sys.path.insert(0, str(options.peers_folder))
+    if len(rows) < len(chosen):
+        title += f"; the first {len(rows)} of {len(chosen)} comparisons"
+    there = {
+        each.metadata["Name"].lower().replace("_", "-"): each.version
+        for each in importlib.metadata.distributions(path=[str(options.peers_folder)])
+    }
     versions = {}
     for package in dict.fromkeys(each.package.replace("_", "-") for each in chosen):
         name = DISTRIBUTIONS.get(package, package)
-        versions[name] = importlib.metadata.version(name)
+        versions[name] = there[name.lower().replace("_", "-")]
     keep(title, rows, options.out, versions, name="architectures")
 
 
@@ -193,8 +208,23 @@ def vectors(options: Options, folder: Path) -> tuple[Tensor, Tensor]:
     return (train - mean) / scale, (test - mean) / scale
 
 
+def hardest(
+    peer: Peer, points: list[dict[str, float]], ours: Ours
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The peer's point to be compared with, and ours at its L0.
+
+    Where L0 is chosen that is the one with the least FVU; where it follows from a price and the
+    learning rate, the one that ours is worst beside.
+    """
+    if peer.ours not in PRICES:
+        best = min(points, key=lambda each: each["fvu"])
+        return best, ours.at(peer.ours, best["l0"])
+    pairs = [(each, ours.at(peer.ours, each["l0"])) for each in points]
+    return max(pairs, key=lambda pair: pair[1]["fvu"] / pair[0]["fvu"])
+
+
 def ask(peer: Peer, options: Options, data: Path) -> dict[str, Any]:
-    """What a peer arrives at with the best learning rate, in a process of its own."""
+    """What a peer arrives at with each learning rate, in a process of its own."""
     request = {
         "package": peer.package,
         "name": peer.name,
@@ -233,33 +263,39 @@ class Ours:
     test: Tensor
 
     def at(self, name: str, l0: float) -> dict[str, float]:
-        """Figures at this L0, or near it."""
-        if name in ("ReLU", "Gated"):
-            return self._interpolated(name, l0)
-        if name == "JumpReLU":
-            return self._best(name, l0)
-        return self._best(name, float(round(l0)))
+        """Figures at this L0, or near it, with the best learning rate."""
+        lrs = self.options.lrs
+        if name in PRICES:
+            found = [self._interpolated(name, l0, lr) for lr in lrs]
+        else:
+            value = l0 if name == "JumpReLU" else float(round(l0))
+            found = [self._point(name, value, lr) for lr in lrs]
+        return min(found, key=lambda each: each["fvu"])
 
-    def _interpolated(self, name: str, l0: float) -> dict[str, float]:
-        prices = (1.5, 3.0, 6.0) if name == "ReLU" else (2.5, 5.0, 10.0)
-        points = sorted((self._best(name, price) for price in prices), key=lambda p: p["l0"])
-        low, high = (points[:2] if l0 < points[1]["l0"] else points[1:])[:2]
-        at = math.log(l0 / low["l0"]) / math.log(high["l0"] / low["l0"])
-        fvu = low["fvu"] * (high["fvu"] / low["fvu"]) ** at
-        return {"fvu": fvu, "l0": l0, "dead": low["dead"] + at * (high["dead"] - low["dead"])}
+    def _interpolated(self, name: str, l0: float, lr: float) -> dict[str, float]:
+        found = (self._point(name, price, lr) for price in PRICES[name])
+        points = sorted(found, key=lambda point: point["l0"])
+        above = [i for i, point in enumerate(points) if point["l0"] >= l0] or [len(points) - 1]
+        high = max(1, above[0])
+        a, b = points[high - 1], points[high]
+        at = math.log(l0 / a["l0"]) / math.log(b["l0"] / a["l0"])
+        fvu = a["fvu"] * (b["fvu"] / a["fvu"]) ** at
+        dead = min(max(a["dead"] + at * (b["dead"] - a["dead"]), 0.0), 1.0)
+        return {"fvu": fvu, "l0": l0, "dead": dead}
 
     @cache  # noqa: B019
-    def _best(self, name: str, value: float) -> dict[str, float]:
+    def _point(self, name: str, value: float, lr: float) -> dict[str, float]:
         config = TrainConfig(sae=SAEConfig(self.options.n_latents, sparsity=_sparsity(name, value)))
+        sae = config.sae
         if name == "Matryoshka":
             config = dataclasses.replace(config, matryoshka=Matryoshka(SHARES))
         if name == "Archetypal":
-            sae = dataclasses.replace(config.sae, dictionary=Archetypal())
-            config = dataclasses.replace(config, sae=sae)
-        found = [self._run(config, lr) | {"lr": lr} for lr in self.options.lrs]
-        best = min(found, key=lambda each: each["fvu"])
-        print("ours", name, value, best, file=sys.stderr, flush=True)
-        return best
+            sae = dataclasses.replace(sae, dictionary=Archetypal())
+        if name == FROM_DATA:
+            sae = dataclasses.replace(sae, decoder_init="data")
+        found = self._run(dataclasses.replace(config, sae=sae), lr)
+        print("ours", name, value, lr, found, file=sys.stderr, flush=True)
+        return found
 
     def _run(self, config: TrainConfig, lr: float) -> dict[str, float]:
         x, size = self.train, self.options.batch_size
@@ -284,6 +320,7 @@ def _sparsity(name: str, value: float) -> AnySparsity:
     k = max(1, round(value))
     kinds: dict[str, Callable[[], AnySparsity]] = {
         "TopK": lambda: TopK(k),
+        FROM_DATA: lambda: TopK(k),
         "GroupMax": lambda: GroupMax(32),
         "BatchTopK": lambda: BatchTopK(k),
         "Matryoshka": lambda: BatchTopK(k),
