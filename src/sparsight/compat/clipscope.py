@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from sparsight.errors import UserError
 from sparsight.evaluation import ReconstructionMeter
+from sparsight.reading import read_torch
 from sparsight.sae.formats.calibration import Calibration
 from sparsight.sae.formats.clipscope import Checkpoint, unpack
-from sparsight.sae.formats.reading import read_torch
 from sparsight.sae.places import find
 from sparsight.vision import VisionModel, load_model
 

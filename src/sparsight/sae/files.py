@@ -15,6 +15,7 @@ from sparsight.config import from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, write_json, write_text
 from sparsight.progress import logger
+from sparsight.reading import LONGEST_CONFIG
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.card import model_card
 from sparsight.sae.config import SAEConfig
@@ -25,8 +26,6 @@ READ_VERSIONS = (1, 2)
 """Version 1 had no transcoders, and no other sparsities than those of the k largest."""
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
-LONGEST_CONFIG = 16 * 2**20
-"""Bytes of a configuration, ours or another project's."""
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
 

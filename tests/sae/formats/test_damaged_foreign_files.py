@@ -25,9 +25,9 @@ from foreign_files import (
 
 from malicious_pickle import Opens
 from sparsight.errors import SparsightError
+from sparsight.reading import read_torch, read_torch_stream
 from sparsight.sae.formats import read
 from sparsight.sae.formats.calibration import Calibration
-from sparsight.sae.formats.reading import read_torch, read_torch_stream
 
 
 def files(folder: Path) -> list[Path]:

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparsight import reading
 from sparsight.errors import SparsightError, UserError
+from sparsight.pickles import shown
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats import reading
-from sparsight.sae.formats.pickles import shown
 from sparsight.sae.places import CONFIGS, is_weights
 
 _DEEPEST, _MOST = 2, 2_000

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
+from sparsight.pickles import shown
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, weights
 from sparsight.sae.formats.calibration import Calibration
-from sparsight.sae.formats.pickles import shown
 from sparsight.sae.formats.writing import keeps_negatives, plain, write_torch
 from sparsight.sae.sparsity import TopK
 

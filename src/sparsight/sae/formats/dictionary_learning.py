@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_bytes, write_json
+from sparsight.pickles import shown, text_of
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need, whole_number
-from sparsight.sae.formats.pickles import shown, text_of
 from sparsight.sae.formats.writing import above, at_least, plain
 from sparsight.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
+from sparsight.pickles import shown, text_of
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
-from sparsight.sae.formats.pickles import shown, text_of
 from sparsight.sae.sparsity import AnySparsity, JumpReLU, ReLU, TopK
 
 _TENSORS = ("encoder", "pre_bias", "latent_bias")

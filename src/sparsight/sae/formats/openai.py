@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
+from sparsight.pickles import shown
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
-from sparsight.sae.formats.pickles import shown
 from sparsight.sae.sparsity import AnySparsity, ReLU, TopK
 
 _TENSORS = ("pre_bias", "encoder.weight", "latent_bias")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_bytes, write_json
+from sparsight.pickles import CLASS, shown, tensors_of, text_of
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, weights, whole_number
-from sparsight.sae.formats.pickles import CLASS, shown, tensors_of, text_of
 from sparsight.sae.formats.writing import above, plain
 from sparsight.sae.sparsity import BatchTopK, JumpReLU, MatchingPursuit, ReLU, TopK
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
+from sparsight.pickles import shown, text_of
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import NormaliserKind, SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
-from sparsight.sae.formats.pickles import shown, text_of
 from sparsight.sae.formats.sites import belongs, hook_of_site, site_of_hook
 from sparsight.sae.formats.writing import plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, Gated, ReLU, TopK

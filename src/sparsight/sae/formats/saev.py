@@ -18,10 +18,10 @@ from torch import Tensor
 
 import sparsight
 from sparsight.errors import SparsightError, UserError
+from sparsight.reading import damaged, parse_json, read_torch_stream
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
-from sparsight.sae.formats.reading import damaged, parse_json, read_torch_stream
 from sparsight.sae.formats.writing import above, at_least, keeps_negatives, plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, BatchTopK, ReLU, TopK
 

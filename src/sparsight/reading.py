@@ -19,13 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsight import pickles
 from sparsight.errors import SparsightError
-from sparsight.sae.files import LONGEST_CONFIG
-from sparsight.sae.formats import pickles
-from sparsight.sae.formats.pickles import PickleError, Storage
+from sparsight.pickles import PickleError, Storage
 
 LONGEST_HEADER = 100 * 2**20
 """Bytes of a safetensors header: the limit of the format."""
+
+LONGEST_CONFIG = 16 * 2**20
+"""Bytes of a configuration, ours or another project's."""
 
 LONGEST_YAML = 2**18
 """Bytes of a YAML file, which are read a thousand times more slowly than JSON's."""
@@ -94,7 +96,7 @@ def read_torch(path: Path) -> Any:
     """What `torch.save` wrote, as plain data: tensors, containers, numbers and text.
 
     An object of any class is a dictionary of its state, with the class's name under
-    `"__class__"`; see `sparsight.sae.formats.pickles`.
+    `"__class__"`; see `sparsight.pickles`.
 
     Raises:
         SparsightError: it is missing, damaged or cut off, or is no such file.

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from malicious_pickle import Opens
+from sparsight import pickles, reading
 from sparsight.errors import SparsightError
-from sparsight.sae.formats import pickles, reading
 
 
 class Settings:
