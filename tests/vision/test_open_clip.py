@@ -69,6 +69,11 @@ def test_sites_are_the_streams_of_open_clip(ours, theirs, pixels):
         assert torch.equal(stream.transpose(1, 2).reshape(patches.shape), patches)
         parts = [read[f"blocks.{i}.{part}"] for part in ("resid_pre", "attn_out", "mlp_out")]
         torch.testing.assert_close(sum(parts), read[f"blocks.{i}.resid_post"])
+        mlp = theirs.visual.transformer.resblocks[i].mlp
+        torch.testing.assert_close(
+            mlp.gelu(read[f"blocks.{i}.mlp_pre"]), read[f"blocks.{i}.mlp_post"]
+        )
+        torch.testing.assert_close(mlp.c_proj(read[f"blocks.{i}.mlp_post"]), parts[2])
     assert read["final_norm"].shape == (4, 17, 64)
     assert torch.equal(read["embedding"][:, 0], theirs.encode_image(pixels))
     assert (ours.n_prefix, ours.has_cls, ours.patch_grid) == (1, True, (4, 4))

@@ -17,18 +17,22 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
     ViTConfig,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 from sparsight.errors import UserError
-from sparsight.vision import load_model, select_tokens
+from sparsight.vision import load_model, select_tokens, tower
 from sparsight.vision import transformers_models as loading
 from sparsight.vision.hashing import weights_hash
 from sparsight.vision.hooks import first_tensor
+from sparsight.vision.probe import probe
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-PARTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+PARTS = ("resid_pre", "attn_out", "mlp_pre", "mlp_post", "mlp_out", "resid_post")
 JOINT = {"clip": 20, "siglip": 32}
 
 
@@ -63,6 +67,62 @@ def test_attention_and_mlp_outputs_add_up_to_the_stream(family, model, pixels):
         torch.testing.assert_close(before + attn + mlp, after, rtol=1e-5, atol=1e-5)
         assert attn.abs().mean() > 1e-3
         assert mlp.abs().mean() > 1e-3
+
+
+@every_family
+def test_neurons_stand_between_the_two_linear_maps_of_the_mlp(family, model, pixels):
+    ours = model(family)
+    for i in range(3):
+        block = ours._tower.blocks[i]
+        read = ours.read(pixels, [f"blocks.{i}.{part}" for part in PARTS])
+        before, after = read[f"blocks.{i}.mlp_pre"], read[f"blocks.{i}.mlp_post"]
+        assert torch.equal(block.mlp.activation_fn(before), after)
+        with torch.no_grad():
+            out = block.mlp.fc2(after)
+        scale = getattr(block, "layer_scale2", None)
+        out = out if scale is None else out * scale.lambda1.detach()
+        torch.testing.assert_close(out, read[f"blocks.{i}.mlp_out"])
+
+
+def test_an_mlp_with_a_gate_has_neurons_behind_it_alone(tmp_path, pixels):
+    config = Dinov2Config(**tiny_models.TOWER, mlp_ratio=2, use_swiglu_ffn=True)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    tiny_models._bit().save_pretrained(tmp_path)
+    ours = load_model(str(tmp_path))
+    assert "blocks.1.mlp_post" in ours.sites
+    assert not any(site.endswith("mlp_pre") for site in ours.sites)
+    read = ours.read(pixels, ["blocks.1.mlp_post", "blocks.1.mlp_out"])
+    with ours.edit({"blocks.1.mlp_post": torch.zeros_like}):
+        nothing = ours.read(pixels, "blocks.1.mlp_out")["blocks.1.mlp_out"]
+    assert not torch.allclose(nothing, read["blocks.1.mlp_out"])
+
+
+@pytest.mark.parametrize("wrong", ["mlp_pre", "mlp_post"])
+def test_a_linear_map_that_was_guessed_wrong_is_a_missing_site(wrong, folder, monkeypatch):
+    if wrong == "mlp_pre":  # one of attention's in its place
+        monkeypatch.setattr(tower, "MLP_IN", ("self_attn.q_proj",))
+        lost = {"mlp_pre"}
+    else:
+        monkeypatch.setattr(tower, "MLP_OUT", ("self_attn.out_proj",))
+        lost = {"mlp_pre", "mlp_post"}
+    parts = {site.rpartition(".")[2] for site in load_model(str(folder("clip"))).sites}
+    assert set(PARTS) - parts == lost
+
+
+def test_neurons_of_different_kinds_do_not_pass_for_one_function(folder, monkeypatch):
+    """As behind a gate: a number's place decides what becomes of it."""
+    whole = CLIPModel.from_pretrained(folder("clip"))
+
+    class Mixed(nn.Module):
+        def forward(self, x):
+            return torch.cat([x[..., ::2].relu(), -x[..., 1::2].relu()], dim=-1)
+
+    for layer in whole.vision_model.encoder.layers:
+        layer.mlp.activation_fn = Mixed()
+    found = tower.find_tower(whole, "mixed")
+    anatomy = probe("mixed", found, None, lambda x: found.module(pixel_values=x), (3, 32, 32))
+    assert "blocks.0.mlp_post" in anatomy.sites
+    assert "blocks.0.mlp_pre" not in anatomy.sites
 
 
 @every_family

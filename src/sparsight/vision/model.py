@@ -41,6 +41,9 @@ class VisionModel(ABC):
       block i.
     - `blocks.{i}.attn_out`, `blocks.{i}.mlp_out`: what attention and MLP **add** to it (after
       LayerScale where there is one).
+    - `blocks.{i}.mlp_pre`, `blocks.{i}.mlp_post`: the neurons of the MLP before and after their
+      activation function: what its first linear map gives, what its second one takes. An MLP with
+      a gate has `mlp_post` alone.
     - `final_norm`: what comes out of the last normalisation. All positions in SigLIP, DINOv2, ViT
       and open_clip; `transformers`' CLIP normalises its CLS position alone, and so has one
       position here.

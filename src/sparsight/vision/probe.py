@@ -12,7 +12,10 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.vision.hooks import Place, touching
-from sparsight.vision.tower import Tower
+from sparsight.vision.tower import MLP_WRITE, Tower
+
+_POINTS = 65_536
+_STEEPEST = 2.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ def probe(
 
     `attn_out` and `mlp_out` are offered only if
     `resid_pre + attn_out + mlp_out = resid_post` holds in every block to float32 rounding; so
-    they are what is added to the residual stream, whatever the modules are called.
+    they are what is added to the residual stream, whatever the modules are called. `mlp_post` is
+    offered only if the linear map behind it gives `mlp_out`, up to LayerScale, and `mlp_pre` only
+    if `mlp_post` is one function of it, number by number.
 
     Args:
         id: the model's, for messages.
@@ -78,7 +83,7 @@ def probe(
     offered = {
         site: shape
         for site, shape in seen.shapes.items()
-        if seen.adds_up or not site.endswith(("attn_out", "mlp_out"))
+        if seen.holds.get(site.rpartition(".")[2], True)
     }
 
     height, width = input_shape[1:]
@@ -109,17 +114,24 @@ class _Observer:
     """Shapes of the sites; the activations of one block at a time, big models have many."""
 
     shapes: dict[str, torch.Size] = field(default_factory=dict)
-    adds_up: bool = True
+    holds: dict[str, bool] = field(
+        default_factory=lambda: dict.fromkeys(("attn_out", "mlp_out", "mlp_pre", "mlp_post"), True)
+    )
     _block: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, site: str, x: Tensor) -> None:
-        self.shapes[site] = x.shape
+        if not site.endswith(MLP_WRITE):
+            self.shapes[site] = x.shape
         if not site.startswith("blocks."):
             return
         part = site.rpartition(".")[2]
         self._block[part] = x
         if part == "resid_post":
-            self.adds_up = self.adds_up and _adds_up(self._block)
+            adds_up = _adds_up(self._block)
+            writes = adds_up and _writes(self._block)
+            found = {"attn_out": adds_up, "mlp_out": adds_up, "mlp_post": writes}
+            found["mlp_pre"] = writes and _is_activated(self._block)
+            self.holds = {part: self.holds[part] and found[part] for part in self.holds}
             self._block.clear()
 
 
@@ -134,7 +146,7 @@ def _observe(
     pixels = torch.stack([torch.zeros(input_shape), noise]).to(tower.patches.weight.device)
     observer = _Observer()
     with ExitStack() as stack:
-        for site, place in places.items():
+        for site, place in {**places, **tower.mlp_writes()}.items():
             stack.enter_context(touching(place, partial(observer.note, site)))
         try:
             forward(pixels)
@@ -156,3 +168,32 @@ def _adds_up(block: Mapping[str, Tensor]) -> bool:
     tensors = [part.double() for part in parts if part is not None]
     error = (sum(tensors, torch.zeros_like(tensors[0])) - total.double()).norm()
     return bool(error <= 1e-5 * sum(float(part.norm()) for part in tensors))
+
+
+def _writes(block: Mapping[str, Tensor]) -> bool:
+    """Whether what the second linear map gives is `mlp_out`, times one number a dimension."""
+    stream, neurons = block["resid_post"], block.get("mlp_post")
+    written, out = block.get(MLP_WRITE), block["mlp_out"]
+    if neurons is None or written is None:
+        return False
+    if neurons.shape[:2] != stream.shape[:2] or written.shape != out.shape:
+        return False
+    written, out = written.double().flatten(0, 1), out.double().flatten(0, 1)
+    scale = (written * out).sum(dim=0) / written.square().sum(dim=0).clamp_min(1e-30)
+    return bool((written * scale - out).norm() <= 1e-5 * out.norm())
+
+
+def _is_activated(block: Mapping[str, Tensor]) -> bool:
+    """Whether `mlp_post` is one smooth function of `mlp_pre`, applied to each number.
+
+    Seen in the order of `mlp_pre`: what lies close together there does so in `mlp_post`. Behind a
+    gate it does not.
+    """
+    before, after = block.get("mlp_pre"), block["mlp_post"]
+    if before is None or before.shape != after.shape:
+        return False
+    step = max(1, before.numel() // _POINTS) | 1
+    before, order = before.flatten()[::step].double().sort()
+    after = after.flatten()[::step].double()[order]
+    rounding = 1e-4 * float(after.abs().max())
+    return bool((after.diff().abs() <= _STEEPEST * before.diff() + rounding).all())

@@ -34,6 +34,23 @@ MLP = (
     "ffn",  # transformers: AIMv2
     "output.dropout",  # transformers < 5: ViT, DeiT, whose `output` adds the residual itself
 )
+# The two linear maps of a block's MLP. A gate stands beside the first one in some; what comes out
+# of either is no neuron then, and the probe leaves it out.
+MLP_IN = (
+    "mlp.fc1",  # transformers: CLIP, SigLIP, DINOv2, ViT; timm
+    "mlp.c_fc",  # open_clip
+    "mlp.up_proj",  # transformers: DINOv3
+    "ffn.up_proj",  # transformers: AIMv2
+    "intermediate.dense",  # transformers < 5: ViT, DeiT
+)
+MLP_OUT = (
+    "mlp.fc2",
+    "mlp.c_proj",
+    "mlp.down_proj",
+    "mlp.weights_out",  # transformers < 5: DINOv2 with a gate
+    "ffn.down_proj",
+    "output.dense",
+)
 FINAL_NORM = (
     "post_layernorm",  # transformers: CLIP, SigLIP
     "layernorm",  # transformers: DINOv2, ViT, DeiT
@@ -41,6 +58,7 @@ FINAL_NORM = (
     "norm",  # transformers: DINOv3; timm
     "rms_norm",  # transformers: AIMv2
 )
+MLP_WRITE = "mlp_write"
 CLS = ("class_embedding", "cls_token", "class_token")
 
 
@@ -64,11 +82,21 @@ class Tower:
             assert attention is not None and mlp is not None
             places[f"blocks.{i}.resid_pre"] = Place(block, "input")
             places[f"blocks.{i}.attn_out"] = Place(attention)
+            first, second = _part(block, MLP_IN), _part(block, MLP_OUT)
+            if first is not None:
+                places[f"blocks.{i}.mlp_pre"] = Place(first)
+            if second is not None:
+                places[f"blocks.{i}.mlp_post"] = Place(second, "input")
             places[f"blocks.{i}.mlp_out"] = Place(mlp)
             places[f"blocks.{i}.resid_post"] = Place(block)
         if self.final_norm is not None:
             places["final_norm"] = Place(self.final_norm)
         return places
+
+    def mlp_writes(self) -> dict[str, Place]:
+        """What each MLP's second linear map gives: no site, but what `mlp_post` is held against."""
+        seconds = {i: _part(block, MLP_OUT) for i, block in enumerate(self.blocks)}
+        return {f"blocks.{i}.{MLP_WRITE}": Place(part) for i, part in seconds.items() if part}
 
 
 def find_tower(model: nn.Module, id: str) -> Tower:
