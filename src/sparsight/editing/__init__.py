@@ -1,18 +1,17 @@
 """Act on a model: switch latents off, find what fools it, fine-tune it, hand it back.
 
 Builds on `vision`, `sae` and `latents`. Start at `intervene` (interventions.py) and the actions
-that an edit may have (actions.py).
+that an edit may have (actions.py); `fold` (folding.py) writes an edit into
+the model's weights.
 """
 
 from __future__ import annotations
 
 from sparsight.editing.actions import Action, Clamp, Keep, MeanAblation, Off, Scale, Set
+from sparsight.editing.edits import DirectionAblation, Edit, LatentEdit, NeuronEdit
+from sparsight.editing.folding import every_write, fold
 from sparsight.editing.interventions import (
-    DirectionAblation,
-    Edit,
     Intervention,
-    LatentEdit,
-    NeuronEdit,
     intervene,
     interventions,
     mean_codes,
@@ -31,6 +30,8 @@ __all__ = [
     "Off",
     "Scale",
     "Set",
+    "every_write",
+    "fold",
     "intervene",
     "interventions",
     "mean_codes",

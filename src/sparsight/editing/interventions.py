@@ -89,7 +89,7 @@ def interventions(
     given = [edits] if isinstance(edits, Edit) else list(edits)
     by_site: dict[str, list[Edit]] = {}
     for edit in given:
-        by_site.setdefault(_check_site(model, edit, check=check), []).append(edit)
+        by_site.setdefault(check_site(model, edit, check=check), []).append(edit)
     return {
         site: Intervention(
             some,
@@ -411,7 +411,7 @@ def _refuse_twice(edits: Sequence[LatentEdit], per_image: bool) -> None:
                 )
 
 
-def _check_site(model: VisionModel, edit: Edit, *, check: bool) -> str:
+def check_site(model: VisionModel, edit: Edit, *, check: bool) -> str:
     """The canonical site of an edit, after making sure that it can be had there."""
     if edit.site is None:
         raise UserError(NO_SITE)

@@ -122,6 +122,11 @@ class VisionModel(ABC):
         """Embed one batch of texts; called only where `has_text`."""
 
     @property
+    def tower(self) -> Tower:
+        """The parts of the vision transformer, for who changes its weights."""
+        return self._tower
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._tower.patches.weight.device

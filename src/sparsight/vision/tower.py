@@ -51,6 +51,14 @@ MLP_OUT = (
     "ffn.down_proj",
     "output.dense",
 )
+ATTENTION_OUT = (
+    "self_attn.out_proj",  # transformers: CLIP, SigLIP
+    "attention.o_proj",  # transformers: ViT, DINOv2
+    "attention.output.dense",  # transformers < 5: ViT, DINOv2
+    "attention.out_proj",
+    "attn.out_proj",  # open_clip
+    "attn.proj",  # timm
+)
 FINAL_NORM = (
     "post_layernorm",  # transformers: CLIP, SigLIP
     "layernorm",  # transformers: DINOv2, ViT, DeiT
@@ -78,11 +86,11 @@ class Tower:
         """The sites that the blocks and the final norm offer, in forward order."""
         places: dict[str, Place] = {}
         for i, block in enumerate(self.blocks):
-            attention, mlp = _part(block, ATTENTION), _part(block, MLP)
+            attention, mlp = find_part(block, ATTENTION), find_part(block, MLP)
             assert attention is not None and mlp is not None
             places[f"blocks.{i}.resid_pre"] = Place(block, "input")
             places[f"blocks.{i}.attn_out"] = Place(attention)
-            first, second = _part(block, MLP_IN), _part(block, MLP_OUT)
+            first, second = find_part(block, MLP_IN), find_part(block, MLP_OUT)
             if first is not None:
                 places[f"blocks.{i}.mlp_pre"] = Place(first)
             if second is not None:
@@ -95,7 +103,7 @@ class Tower:
 
     def mlp_writes(self) -> dict[str, Place]:
         """What each MLP's second linear map gives: no site, but what `mlp_post` is held against."""
-        seconds = {i: _part(block, MLP_OUT) for i, block in enumerate(self.blocks)}
+        seconds = {i: find_part(block, MLP_OUT) for i, block in enumerate(self.blocks)}
         return {f"blocks.{i}.{MLP_WRITE}": Place(part) for i, part in seconds.items() if part}
 
 
@@ -145,11 +153,13 @@ def _is_block_list(module: nn.Module) -> bool:
         return False
     children = list(module.children())
     return bool(children) and all(
-        _part(child, ATTENTION) is not None and _part(child, MLP) is not None for child in children
+        find_part(child, ATTENTION) is not None and find_part(child, MLP) is not None
+        for child in children
     )
 
 
-def _part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+def find_part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The first of these parts that a block has."""
     for name in names:
         try:
             return block.get_submodule(name)
