@@ -232,7 +232,7 @@ def test_a_transcoder_predicts_its_target_in_the_targets_own_units(tmp_path: Pat
         ({"subtract_b_dec": True}, "subtract_b_dec"),
         ({"tied": True}, "tied"),
         ({"sparsity": MatchingPursuit(4)}, "MatchingPursuit"),
-        ({"normaliser": "layer_norm"}, "layer_norm"),
+        ({"dictionary": Archetypal()}, "archetypal"),
     ],
 )
 def test_parts_that_a_transcoder_cannot_have_are_refused(settings: dict, message: str) -> None:

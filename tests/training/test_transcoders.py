@@ -9,7 +9,7 @@ from memory_activations import MemoryActivations, sparse_mixtures
 
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
-from sparsight.sae import SAEConfig, TopK
+from sparsight.sae import Normaliser, SAEConfig, TopK
 from sparsight.training import TrainConfig, train
 
 CONFIG = TrainConfig(
@@ -45,6 +45,33 @@ def test_a_transcoder_learns_to_predict_another_site(
     y_hat = sae(activations.activations["here"].flatten(0, 1)).x_hat.double()
     fvu = (y - y_hat).square().sum() / (y - y.mean(dim=0)).square().sum()
     assert report["fvu"] == pytest.approx(float(fvu), rel=1e-5)
+
+
+@pytest.mark.parametrize("normaliser", ["layer_norm", "constant_norm"])
+def test_a_transcoder_learns_its_target_in_the_units_of_each_input(
+    tmp_path: Path, normaliser: str
+) -> None:
+    """A louder input has a louder target: in the input's own units they are the same."""
+    here = sparse_mixtures(("here",)).activations["here"]
+    here *= torch.rand(*here.shape[:-1], 1, generator=torch.Generator().manual_seed(5)) * 9 + 1
+    W = torch.randn(here.shape[-1], 24, generator=torch.Generator().manual_seed(4))
+    units = Normaliser.identity(here.shape[-1], normaliser)
+    x = here.flatten(0, 1)
+    there = units.invert((units(x) @ W).relu(), units.frame(x))
+    activations = MemoryActivations({"here": here, "there": there.view(*here.shape[:-1], 24)})
+    config = dataclasses.replace(
+        CONFIG, sae=dataclasses.replace(CONFIG.sae, normaliser=normaliser, skip=False)
+    )
+    run = train(activations, config, out=tmp_path, quiet=True)
+    sae = run.sae()
+    report = evaluate(sae, activations, quiet=True).metrics
+    y = activations.activations["there"].flatten(0, 1).double()
+    y_hat = sae(activations.activations["here"].flatten(0, 1)).x_hat.double()
+    fvu = (y - y_hat).square().sum() / (y - y.mean(dim=0)).square().sum()
+    assert report["fvu"] == pytest.approx(float(fvu), rel=1e-5)
+    assert report["fvu"] < 0.5 < report["baselines"]["untrained"]["fvu"]
+    # What training minimised is what is measured, in the space of the input's units.
+    assert run.metrics()[-1]["fvu"] == pytest.approx(report["normalised"]["fvu"], rel=0.3)
 
 
 def test_the_skip_connection_alone_is_a_linear_map_and_helps(

@@ -182,7 +182,7 @@ class _Evaluation:
             for batch in passes:
                 x, y = batch.x.flatten(0, 1), batch.y.flatten(0, 1)
                 normaliser = self.sae.target_normaliser or self.sae.normaliser
-                frame = normaliser.frame(y)
+                frame = self.sae.normaliser.frame(x)
                 z = normaliser(y, frame)
                 for each in fresh.values():
                     y_hat, features = each.decomposition(x)

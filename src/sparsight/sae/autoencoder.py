@@ -40,7 +40,8 @@ class SparseAutoencoder(nn.Module):
     at the whole batch while training.
 
     A transcoder has another site's activations as its target: `d_out` is their width and
-    `target_normaliser` their normaliser; with `skip` W_skip z is added.
+    `target_normaliser` their normaliser; with `skip` W_skip z is added. A normaliser that measures
+    each vector measures the input alone, and the target is given in those units, as in ViT-Prisma.
 
     Args:
         d_in: width of the activations.
@@ -320,7 +321,6 @@ def _check_parts(config: SAEConfig, d_out: int | None) -> None:
         "tied": config.tied,
         "sparsity MatchingPursuit": isinstance(config.sparsity, MatchingPursuit),
         "an archetypal dictionary": isinstance(config.dictionary, Archetypal),
-        f"normaliser {config.normaliser!r}": config.normaliser in ("layer_norm", "constant_norm"),
     }.items():
         if bad:
             raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsight.activations import SiteStatistics
 from sparsight.errors import SparsightError
 from sparsight.sae import BatchTopK, Normaliser, SparseAutoencoder
+from sparsight.sae.code import Frame
 from sparsight.sae.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
 from sparsight.sae.kernels.interface import least_positive
 from sparsight.sae.objectives import DenseLoss, Plan, dense_loss
@@ -79,7 +80,8 @@ class SiteTraining:
         ).to(device)
         fitted, own = target_normaliser or normaliser, target or statistics
         seen = sample if target_sample is None else target_sample
-        variance, centre = _spread(own, fitted, seen.cpu().float())
+        frame = normaliser.frame(sample.cpu().float())
+        variance, centre = _spread(own, fitted, seen.cpu().float(), frame)
         if variance == 0 and not fitted.per_vector:
             raise SparsightError(
                 f"{metadata.get('site', 'The site')}: the activations do not vary, as those of CLS "
@@ -155,11 +157,12 @@ class SiteTraining:
             target: of a transcoder, the activations that it predicts.
         """
         with torch.no_grad():
-            z = self.sae.normaliser(x)
+            frame = self.sae.normaliser.frame(x)
+            z = self.sae.normaliser(x, frame)
             y = z
             if self.sae.target_normaliser is not None:
                 assert target is not None
-                y = self.sae.target_normaliser(target)
+                y = self.sae.target_normaliser(target, frame)
             resampled = self._resample(z, y, step)
             before = self.dead if step * len(z) >= self.config.dead_after else None
             dead = None
@@ -374,12 +377,15 @@ class SiteTraining:
 
 
 def _spread(
-    statistics: SiteStatistics, normaliser: Normaliser, sample: Float[Tensor, "batch d_in"]
+    statistics: SiteStatistics,
+    normaliser: Normaliser,
+    sample: Float[Tensor, "batch d_in"],
+    frame: Frame | None,
 ) -> tuple[float, Float[Tensor, " d_in"]]:
     """Variance (Σ over dimensions) and mean in normalised space: of the data set, or of a sample
     where every vector is measured by itself."""
     if normaliser.per_vector:
-        z = normaliser(sample).double()
+        z = normaliser(sample, frame).double()
         return float(z.var(dim=0, correction=0).sum()), z.mean(dim=0)
     spread = statistics.second_moment - statistics.mean**2
     scale = normaliser.scale.double()

@@ -260,6 +260,36 @@ def prisma_transcoder(folder: Path) -> tuple[Path, Function]:
     return prisma_folder(folder, state, transcoder_with_skip_connection=True, **kind), function
 
 
+def _prisma_transcoder_of_each_vector(folder: Path, normalise: str) -> tuple[Path, Function]:
+    """The output is given back in the units of the input, in another width too."""
+    d_out = D + 2
+    W_enc, b_enc, W_dec, _ = parts(d_out)
+    b_dec, b_out = numbers(D, seed=7), numbers(d_out, seed=8)
+    state = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "b_dec_out": b_out}
+    kind = {"is_transcoder": True, "d_out": d_out, "normalize_activations": normalise}
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        if normalise == "layer_norm":
+            z, mu, std = layer_norm(x)
+        else:
+            mu, std = 0, x.norm(dim=-1, keepdim=True) / D**0.5
+            z = x / std
+        f = ((z - b_dec) @ W_enc + b_enc).relu()
+        return f, (f @ W_dec + b_out) * std + mu
+
+    return prisma_folder(folder, state, **kind), function
+
+
+@case
+def prisma_transcoder_layer_norm(folder: Path) -> tuple[Path, Function]:
+    return _prisma_transcoder_of_each_vector(folder, "layer_norm")
+
+
+@case
+def prisma_transcoder_constant_norm(folder: Path) -> tuple[Path, Function]:
+    return _prisma_transcoder_of_each_vector(folder, "constant_norm_rescale")
+
+
 @case
 def prisma_pickled_configuration(folder: Path) -> tuple[Path, Function]:
     config = {**PRISMA, "normalize_activations": "layer_norm", "dtype": torch.float32}

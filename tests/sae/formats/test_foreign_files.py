@@ -272,9 +272,11 @@ def test_orientations_and_biases_hold_against_vectors_that_were_computed_by_hand
         (lambda f: prisma_folder(f, normalize_activations="new"), "'new'"),
         (
             lambda f: prisma_folder(
-                f, prisma_state(b_dec_out=numbers(D)), normalize_activations="layer_norm"
+                f,
+                prisma_state(b_dec_out=numbers(D), W_skip=numbers(D, D)),
+                normalize_activations="layer_norm",
             ),
-            "units of each input vector",
+            "reads the input as it was before 'layer_norm'",
         ),
         (lambda f: [openai_file(f / "o.pt", "Sine"), f / "o.pt"][1], "'Sine'"),
         (lambda f: msae_file(f / "renamed.pth", msae_state()), "Give the file the name back"),
@@ -289,6 +291,15 @@ def test_orientations_and_biases_hold_against_vectors_that_were_computed_by_hand
         (
             lambda f: llamascopium_folder(f, llamascopium_state(), norm_activation="batch-wise"),
             "batch-wise",
+        ),
+        (
+            lambda f: llamascopium_folder(
+                f,
+                llamascopium_state(),
+                norm_activation="token-wise",
+                hook_point_out="blocks.10.hook_mlp_out",
+            ),
+            "for SAEs",
         ),
         (
             lambda f: llamascopium_folder(

@@ -91,6 +91,19 @@ def test_a_transcoder_goes_through_prismas_format(skip, tmp_path):
     same_function(made, read(tmp_path).build())
 
 
+@pytest.mark.parametrize("normaliser", ["layer_norm", "constant_norm"])
+def test_a_transcoder_in_the_units_of_each_input_goes_through_prismas_format(normaliser, tmp_path):
+    config = SAEConfig(N, sparsity=TopK(k=4), normaliser=normaliser, subtract_b_dec=False)
+    made = SparseAutoencoder(D, config, d_out=D)
+    find("prisma").save(made, tmp_path)
+    same_function(made, read(tmp_path).build())
+    with pytest.raises(UserError, match="skip connections read the input before"):
+        skipping = sae(ReLU(), normaliser, subtract_b_dec=False, skip=True)
+        find("prisma").save(skipping, tmp_path / "other")
+    with pytest.raises(UserError, match="no normaliser"):
+        find("saelens").save(made, tmp_path / "other")
+
+
 def test_tied_weights_are_written_as_two_matrices(tmp_path):
     made = sae(ReLU(), "none", tied=True)
     find("prisma").save(made, tmp_path)

@@ -156,6 +156,11 @@ class Prisma(Format):
         if transcoder:
             if isinstance(sparsity, Gated):
                 raise UserError("ViT-Prisma has no gated transcoders.")
+            if parts.W_skip is not None and parts.normaliser != "none":
+                raise UserError(
+                    f"ViT-Prisma's skip connections read the input before {parts.normaliser!r}, "
+                    "Sparsight's behind it."
+                )
             state |= {"b_dec_out": parts.b_dec, "b_dec": torch.zeros(parts.d_in)}
             if parts.W_skip is not None:
                 if parts.d_out != parts.d_in:
@@ -269,10 +274,10 @@ def _transcoder(
     tensors: Mapping[str, Tensor], normaliser: NormaliserKind, path: Path
 ) -> dict[str, Tensor]:
     """What is another tensor in a transcoder: the bias that is subtracted goes into `b_enc`."""
-    if normaliser != "none":
+    if normaliser != "none" and "W_skip" in tensors:
         raise UserError(
-            f"{path}: a transcoder whose input is normalised by {normaliser!r} gives its target in "
-            "the units of each input vector, which Sparsight has no equal of."
+            f"{path}: its skip connection reads the input as it was before {normaliser!r}, and "
+            "adds to what is scaled back afterwards, which Sparsight has no equal of."
         )
     W_enc, b_enc, b_dec, b_out = need(tensors, ("W_enc", "b_enc", "b_dec", "b_dec_out"), path)
     if b_dec.shape != W_enc.shape[:1] or b_enc.shape != W_enc.shape[1:]:

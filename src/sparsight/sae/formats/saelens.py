@@ -200,7 +200,9 @@ class SAELens(Format):
 
         BatchTopK becomes JumpReLU, as SAELens itself exports it.
         """
-        parts = plain(sae, self.title, per_vector=("layer_norm", "constant_norm"))
+        # Its transcoders leave their output as it is, in nobody's units.
+        per_vector = () if sae.is_transcoder else ("layer_norm", "constant_norm")
+        parts = plain(sae, self.title, per_vector=per_vector)
         transcodes = parts.d_out is not None
         if transcodes:
             parts.only(ReLU, JumpReLU, BatchTopK, title=f"{self.title}, for transcoders,")
