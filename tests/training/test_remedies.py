@@ -13,6 +13,8 @@ from test_learning import mixtures
 from sparsight.errors import UserError
 from sparsight.sae import (
     Archetypal,
+    AuxK,
+    BatchTopK,
     Gated,
     GhostGradients,
     JumpReLU,
@@ -22,8 +24,8 @@ from sparsight.sae import (
     SparseAutoencoder,
     TopK,
 )
-from sparsight.sae.objectives import Plan, dense_loss
-from sparsight.training import TrainConfig, train
+from sparsight.sae.objectives import Plan, Stage, dense_loss, whole_batch
+from sparsight.training import TrainConfig, site, train
 from sparsight.training.resampling import resample
 
 D_IN, N = 32, 40
@@ -131,6 +133,52 @@ def test_resampled_rows_of_an_archetypal_dictionary_are_anchors() -> None:
     torch.testing.assert_close(sae.W_dec, rows)
     for name in ("mixture", "relaxation"):
         assert not any(moment[DEAD].any() for moment in moments[name])
+
+
+@pytest.mark.parametrize("k", [4, 64])
+@pytest.mark.parametrize("batch_topk", [True, False])
+@pytest.mark.parametrize("dead", [DEAD, torch.tensor([], dtype=torch.int64)])
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(batch_topk, k, dead) -> None:
+    """Scores below 0 are no activations: with many places BatchTopK does not fill them."""
+    kind = BatchTopK(min(k, N)) if batch_topk else TopK(min(k, N))
+    sae, z = _sae(SAEConfig(N, sparsity=kind)), _vectors(60)
+    stages = (Stage(0.5, width=16), Stage(0.5, width=N))
+    plan = Plan(kind, stages, main=1, aux_k=3, aux_alpha=0.5, ghost=True)
+    parameters = [sae.get_parameter(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    whole = dense_loss(sae.weights(), z, plan, 7.0, dead)
+    parts = [(part, part) for part in z.split(17)]
+    seen = whole_batch(sae.weights(), parts, plan, dead)
+    found = [dense_loss(sae.weights(), part, plan, 7.0, dead, whole=seen) for part, _ in parts]
+    shares = [len(part) / len(z) for part, _ in parts]
+    loss = sum(share * each.loss for share, each in zip(shares, found, strict=True))
+    torch.testing.assert_close(loss, whole.loss)
+    torch.testing.assert_close(
+        sum(s * each.aux_loss for s, each in zip(shares, found, strict=True)), whole.aux_loss
+    )
+    torch.testing.assert_close(torch.cat([each.code for each in found]), whole.code)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(whole.loss, parameters)
+    )
+
+
+@pytest.mark.parametrize("remedy", ["auxk", "ghost"])
+def test_large_batches_are_trained_on_in_parts_with_the_same_result(
+    remedy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remedies = {
+        "auxk": {"auxk": AuxK(dead_after=200), "sae": SAEConfig(64, sparsity=BatchTopK(4))},
+        "ghost": {"ghost": GhostGradients(200), "sae": SAEConfig(256, sparsity=TopK(2))},
+    }
+    shape = {"n_vectors": 64 * 40, "batch_size": 64, "lr": 3e-3, "kernels": "dense"}
+    config = TrainConfig(**shape, **remedies[remedy])
+    fvus = []
+    for name, entries in (("whole", 2**27), ("parts", 64 * 40)):
+        monkeypatch.setattr(site, "DENSE_ENTRIES", entries)
+        run = train(sparse_mixtures(), config, out=tmp_path / name, quiet=True)
+        last = run.metrics()[-1]
+        assert last["aux_loss"] > 0
+        fvus.append([last["fvu"], last["aux_loss"], last["l0"]])
+    assert fvus[1] == pytest.approx(fvus[0], rel=1e-3)
 
 
 def test_what_cannot_begin_weak_or_has_no_middle_is_refused() -> None:

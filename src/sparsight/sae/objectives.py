@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +115,60 @@ class DenseLoss(NamedTuple):
     """The sparsity's, as it is in the loss."""
 
 
+class Whole(NamedTuple):
+    """What the loss of a part of a batch has to know of all of it."""
+
+    n: int
+    """Vectors."""
+
+    cutoff: Float[Tensor, ""] | None
+    """The smallest value that BatchTopK keeps; None for other sparsities."""
+
+    spread: Float[Tensor, ""]
+    """Σ‖e − ē‖² of the residuals; 0 where no dead latent asks for them."""
+
+    ghost_scale: Float[Tensor, ""]
+    """By which the error of ghosts is rescaled."""
+
+
+@torch.no_grad()
+def whole_batch(
+    weights: Weights,
+    parts: Sequence[tuple[Float[Tensor, "_ d_in"], Float[Tensor, "_ d_out"]]],
+    plan: Plan,
+    dead: Int[Tensor, " dead"] | None,
+) -> Whole:
+    """A first pass over the parts of a batch that is too large to be held with a dense code.
+
+    Args:
+        weights: of the SAE.
+        parts: activations in normalised space and their targets.
+        plan: what is minimised.
+        dead: latents that may learn from the residual.
+    """
+    n = sum(len(z) for z, _ in parts)
+    b_dec = weights.b_dec
+    cutoff = None
+    if isinstance(plan.sparsity, BatchTopK):
+        z = torch.cat([z for z, _ in parts])
+        values = plan.sparsity.encode(weights, z, training=True).values
+        # The parts' scores are rounded otherwise: its last latent shall not fall out.
+        cutoff = values.min() * (1 - 2**-20) if len(values) else b_dec.new_full((), math.inf)
+    summed = torch.zeros_like(b_dec, dtype=torch.float64)
+    squared, errors = b_dec.new_zeros(2, dtype=torch.float64)
+    if dead is not None and len(dead):
+        for z, target in parts:
+            found = _dense(plan, weights, z, cutoff)
+            code = _capped(_code(plan, plan.stages[plan.main], weights, found), plan.soft_cap)
+            residual = target - code @ weights.W_dec[: code.shape[1]] - b_dec
+            summed += residual.double().sum(dim=0)
+            squared += residual.double().square().sum()
+            if plan.ghost:
+                errors += ghost_error(found.scores, residual, weights.W_dec, dead).double()
+    spread = (squared - summed.square().sum() / n).clamp(min=0).to(b_dec.dtype)
+    return Whole(n, cutoff, spread, (squared / errors.clamp(min=1e-30)).to(b_dec.dtype))
+
+
 def dense_loss(
     weights: Weights,
     z: Float[Tensor, "batch d_in"],
@@ -123,6 +178,7 @@ def dense_loss(
     *,
     target: Float[Tensor, "batch d_out"] | None = None,
     price: float = 1.0,
+    whole: Whole | None = None,
 ) -> DenseLoss:
     """The loss of a `Plan` with a dense code, differentiable.
 
@@ -138,10 +194,12 @@ def dense_loss(
         target: what the reconstructions are compared with; None is `z`. Of a transcoder with a skip
             connection: without that connection's part.
         price: share of the sparsity's price that is due.
+        whole: of the batch that `z` is a part of; the mean of the parts' losses, by their numbers
+            of vectors, is then the batch's.
     """
     target = z if target is None else target
     W_dec, b_dec = weights.W_dec, weights.b_dec
-    found = plan.sparsity.dense(weights, z, training=True)
+    found = _dense(plan, weights, z, None if whole is None else whole.cutoff)
     codes = [_code(plan, stage, weights, found) for stage in plan.stages]
     bent = [_capped(code, plan.soft_cap) for code in codes]
     errors = [code @ W_dec[: code.shape[1]] + b_dec - target for code in bent]
@@ -153,13 +211,25 @@ def dense_loss(
     if dead is not None and len(dead):
         residual = -errors[plan.main]
         if plan.aux_k:
-            aux_loss = auxk_loss(found.scores, residual, W_dec, dead, plan.aux_k)
+            spread = None if whole is None else whole.spread * len(z) / whole.n
+            aux_loss = auxk_loss(found.scores, residual, W_dec, dead, plan.aux_k, spread)
             loss = loss + plan.aux_alpha * aux_loss
         if plan.ghost:
-            ghost = ghost_loss(found.scores, residual, W_dec, dead) / (len(z) * variance)
+            scale = None if whole is None else whole.ghost_scale
+            ghost = ghost_loss(found.scores, residual, W_dec, dead, scale) / (len(z) * variance)
             loss, aux_loss = loss + ghost, aux_loss + ghost
     code = codes[plan.main].detach()
     return DenseLoss(loss, squared[plan.main].detach(), aux_loss.detach(), code, penalty.detach())
+
+
+def _dense(
+    plan: Plan, weights: Weights, z: Float[Tensor, "batch d_in"], cutoff: Float[Tensor, ""] | None
+) -> Dense:
+    """Scores and code of a batch; or of a part of one, where it is known what that keeps."""
+    if cutoff is None:
+        return plan.sparsity.dense(weights, z, training=True)
+    known = dataclasses.replace(weights, extra={**weights.extra, "threshold": cutoff})
+    return plan.sparsity.dense(known, z, training=False)
 
 
 def _code(plan: Plan, stage: Stage, weights: Weights, found: Dense) -> Float[Tensor, "batch width"]:
@@ -181,6 +251,7 @@ def auxk_loss(
     W_dec: Float[Tensor, "n_latents d_out"],
     dead: Int[Tensor, " dead"],
     k: int,
+    spread: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """How badly the dead latents model what the living ones leave over.
 
@@ -194,12 +265,14 @@ def auxk_loss(
         W_dec: decoder rows.
         dead: which latents count as dead.
         k: how many of them at most.
+        spread: what is divided by, where it is not to be measured on `residual` itself.
 
     Returns:
         The loss, before its weight; 0 where nothing is left over.
     """
     target = residual.detach()
-    spread = (target - target.mean(dim=0)).square().sum()
+    if spread is None:
+        spread = (target - target.mean(dim=0)).square().sum()
     if spread == 0:
         return spread
     of_dead = scores[:, dead]
@@ -212,6 +285,7 @@ def ghost_loss(
     residual: Float[Tensor, "batch d_out"],
     W_dec: Float[Tensor, "n_latents d_out"],
     dead: Int[Tensor, " dead"],
+    scale: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """Σ‖g − e‖² of ghost gradients, rescaled to Σ‖e‖²; see `GhostGradients`.
 
@@ -220,19 +294,32 @@ def ghost_loss(
         residual: e = z − ẑ; its gradient is not used.
         W_dec: decoder rows.
         dead: which latents count as dead.
+        scale: what is multiplied by, where it is not to be measured on these vectors alone.
 
     Returns:
         The loss: its value is Σ‖e‖², its gradient that of the ghosts.
     """
+    error = ghost_error(scores, residual, W_dec, dead)
+    if scale is None:
+        scale = residual.detach().square().sum() / error.detach().clamp(min=1e-30)
+    return error * scale
+
+
+def ghost_error(
+    scores: Float[Tensor, "batch n_latents"],
+    residual: Float[Tensor, "batch d_out"],
+    W_dec: Float[Tensor, "n_latents d_out"],
+    dead: Int[Tensor, " dead"],
+) -> Float[Tensor, ""]:
+    """Σ‖g − e‖² of ghosts g that have half the norm of e; arguments as of `ghost_loss`."""
     target = residual.detach()
     # A factor for each vector is scaled away below; without it the exponential could overflow.
     of_dead = scores[:, dead]
     ghosts = (of_dead - of_dead.detach().amax(dim=1, keepdim=True)).exp() @ W_dec[dead]
     norms = target.norm(dim=1, keepdim=True)
     scale = norms / (2 * ghosts.detach().norm(dim=1, keepdim=True)).clamp(min=1e-30)
-    error = (ghosts * scale - target).square().sum()
-    rescaled: Tensor = error * (target.square().sum() / error.detach().clamp(min=1e-30))
-    return rescaled
+    error: Tensor = (ghosts * scale - target).square().sum()
+    return error
 
 
 def default_auxk(d_in: int) -> int:

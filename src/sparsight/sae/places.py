@@ -6,6 +6,7 @@ Other projects keep many SAEs in one repository, so a name may go on behind the 
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -119,7 +120,8 @@ def _fetched(repository: str, inner: str, revision: str | None, name: str) -> Pa
             snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=wanted,
+                # Names, which may hold what stands for others in a pattern.
+                allow_patterns=wanted and [glob.escape(each) for each in wanted],
                 local_files_only=wanted is None,
             )
         )

@@ -16,7 +16,7 @@ from sparsight.sae import BatchTopK, Normaliser, SparseAutoencoder
 from sparsight.sae.code import Frame
 from sparsight.sae.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
 from sparsight.sae.kernels.interface import least_positive
-from sparsight.sae.objectives import DenseLoss, Plan, dense_loss
+from sparsight.sae.objectives import dense_loss, whole_batch
 from sparsight.training.config import TrainConfig
 from sparsight.training.resampling import PER_LATENT, resample
 
@@ -279,19 +279,33 @@ class SiteTraining:
         lr: float,
         dead: Int[Tensor, " dead"] | None,
     ) -> tuple[StepFigures, Float[Tensor, ""]]:
-        """A step of plain autograd; a large batch in parts, where its loss is their mean."""
+        """A step of plain autograd; a large batch in parts, of whose losses its own is the mean."""
         plan = self.plan.at(step, self.sae.n_latents, self.config.seed)
         price = min((step + 1) / max(self.config.sparsity_warmup * self.config.n_steps, 1), 1.0)
         self.optimiser.zero_grad(set_to_none=True)
-        size = len(z)
-        if plan.sparsity.separable and (dead is None or not len(dead)):
-            size = max(1, DENSE_ENTRIES // self.sae.n_latents)
+        size, whole = max(1, DENSE_ENTRIES // self.sae.n_latents), None
+        if not (plan.sparsity.separable or isinstance(plan.sparsity, BatchTopK)):
+            size = len(z)
+        batch = list(zip(z.split(size), y.split(size), strict=True))
+        some_dead = dead is not None and len(dead) > 0
+        if len(batch) > 1 and (some_dead or not plan.sparsity.separable):
+            seen = [(inputs, self._without_skip(inputs, target)) for inputs, target in batch]
+            whole = whole_batch(self.sae.weights(), seen, plan, dead)
         fired = torch.zeros(self.sae.n_latents, dtype=torch.bool, device=z.device)
         sums = torch.zeros(5, dtype=torch.float64, device=z.device)
         least = torch.full((), math.inf, device=z.device)
-        for inputs, targets in zip(z.split(size), y.split(size), strict=True):
+        for inputs, target in batch:
             with torch.enable_grad():
-                found = self._loss(plan, inputs, targets, dead, price)
+                found = dense_loss(
+                    self.sae.weights(),
+                    inputs,
+                    plan,
+                    self.variance,
+                    dead,
+                    target=self._without_skip(inputs, target),
+                    price=price,
+                    whole=whole,
+                )
                 share = len(inputs) / len(z)
                 (share * found.loss).backward()
             fired |= (found.code != 0).any(dim=0)
@@ -316,18 +330,11 @@ class SiteTraining:
         squared_error, loss, aux_loss, active, penalty = sums
         return StepFigures(squared_error, loss, aux_loss, active.long(), norm, least), penalty
 
-    def _loss(
-        self,
-        plan: Plan,
-        z: Float[Tensor, "batch d_in"],
-        y: Float[Tensor, "batch d_out"],
-        dead: Int[Tensor, " dead"] | None,
-        price: float,
-    ) -> DenseLoss:
-        if self.config.sae.skip:
-            y = y - z @ self.sae.W_skip.T
-        weights = self.sae.weights()
-        return dense_loss(weights, z, plan, self.variance, dead, target=y, price=price)
+    def _without_skip(
+        self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """What is left for the code, where a transcoder has a linear map beside it."""
+        return y - z @ self.sae.W_skip.T if self.config.sae.skip else y
 
     def _resample(
         self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], step: int
