@@ -1,4 +1,5 @@
-"""Where pictures come from: folders, tar shards, Parquet, Hugging Face data sets, rendered scenes.
+"""Where pictures come from: folders, tar shards, Parquet, Hugging Face data sets, rendered scenes;
+and any of them with words written on.
 
 Builds on `sparsight.calibration` (for the rendered scenes) and Pillow alone; knows no model.
 Start at `open_images` (opening.py), then `ImageSource` (source.py) and `load_batches` (loading.py).
@@ -15,6 +16,14 @@ from sparsight.images.opening import open_images, reopen_images
 from sparsight.images.parquet import ParquetImages
 from sparsight.images.source import ImageInfo, ImageSource, SelectedImages
 from sparsight.images.tar_shards import TarShardImages
+from sparsight.images.writing import (
+    TextStyle,
+    WorldBand,
+    WrittenImages,
+    WrittenScenes,
+    write_on_image,
+    written,
+)
 
 __all__ = [
     "CalibrationImages",
@@ -27,8 +36,14 @@ __all__ = [
     "ParquetImages",
     "SelectedImages",
     "TarShardImages",
+    "TextStyle",
+    "WorldBand",
+    "WrittenImages",
+    "WrittenScenes",
     "decode_image",
     "load_batches",
     "open_images",
     "reopen_images",
+    "write_on_image",
+    "written",
 ]

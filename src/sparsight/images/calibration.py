@@ -23,12 +23,14 @@ DEFAULT_SCENES = 10_000
 class CalibrationImages(ImageSource):
     """Scenes of `CalibrationWorld(n_scenes, seed)`.
 
-    The id is `SEED/NUMBER`. Scene i is the same whatever `n_scenes` is.
+    The id is `SEED/NUMBER`, `SEED-single/NUMBER` of single objects. Scene i is the same whatever
+    `n_scenes` is.
 
     Args:
         n_scenes: how many scenes the world has.
         seed: which of the infinitely many worlds.
         numbers: the scenes shown, all by default.
+        single: one object a scene, and no word: the scenes of a clean zero-shot test.
     """
 
     def __init__(
@@ -36,19 +38,23 @@ class CalibrationImages(ImageSource):
         n_scenes: int = DEFAULT_SCENES,
         seed: int = 0,
         numbers: npt.NDArray[np.int64] | None = None,
+        single: bool = False,
     ) -> None:
         self.n_scenes = n_scenes
         self.seed = seed
         self._numbers = numbers
+        self.single = single
         selection = format_selection(numbers) if numbers is not None else ""
-        self.spec = f"calibration:{n_scenes}:{seed}{selection}"
+        self._whole = f"calibration:{n_scenes}:{seed}{':single' if single else ''}"
+        self.spec = self._whole + selection
 
     @cached_property
     def world(self) -> CalibrationWorld:
         """The world that the scenes come from."""
-        from sparsight.calibration.world import CalibrationWorld
+        from sparsight.calibration.world import CalibrationWorld, WorldConfig
 
-        return CalibrationWorld(self.n_scenes, self.seed)
+        config = WorldConfig.single() if self.single else None
+        return CalibrationWorld(self.n_scenes, self.seed, config)
 
     def number(self, index: int) -> int:
         """The number in the world of the scene at `index` here."""
@@ -70,8 +76,8 @@ class CalibrationImages(ImageSource):
         """See `ImageSource.info`."""
         number, scene = self.number(index), self.scene(index)
         return ImageInfo(
-            id=f"{self.seed}/{number:05d}",
-            uri=f"calibration:{self.n_scenes}:{self.seed}[{number}]",
+            id=f"{self.seed}{'-single' if self.single else ''}/{number:05d}",
+            uri=f"{self._whole}[{number}]",
             label=scene.label,
             caption=scene.caption,
         )
@@ -91,7 +97,7 @@ class CalibrationImages(ImageSource):
         """See `ImageSource.select`; the truth stays within reach."""
         chosen = self._checked(indices)
         numbers = chosen if self._numbers is None else self._numbers[chosen]
-        return CalibrationImages(self.n_scenes, self.seed, numbers)
+        return CalibrationImages(self.n_scenes, self.seed, numbers, self.single)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "world"}

@@ -14,12 +14,13 @@ from sparsight.images.parquet import ParquetImages
 from sparsight.images.selection import split_selection
 from sparsight.images.source import ImageSource
 from sparsight.images.tar_shards import TarShardImages
+from sparsight.images.writing import parse_written, written
 
 KINDS = (
     "a folder, 'webdataset:PATH-{000..127}.tar', 'parquet:FILE-or-FOLDER', 'hf:NAME[:SPLIT]', "
-    "or 'calibration[:N[:SEED]]'"
+    "'calibration[:N[:SEED[:single]]]', or 'written:KIND?of=SOURCE'"
 )
-RESERVED = ("webdataset", "parquet", "hf", "calibration")
+RESERVED = ("webdataset", "parquet", "hf", "calibration", "written")
 """Words that never stand for a folder; a folder of that name is written `./calibration`."""
 
 
@@ -35,7 +36,10 @@ def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = No
             - `parquet:FILE-or-FOLDER`: Parquet with encoded pictures (a plain `x.parquet` will do).
             - `hf:PATH[:SPLIT]`, `hf:NAME[:SPLIT]`: a Hugging Face data set saved on disk, or from
               the Hub (extra `datasets`).
-            - `calibration[:N[:SEED]]`: N (default 10,000) rendered scenes (seed 0).
+            - `calibration[:N[:SEED[:single]]]`: N (default 10,000) rendered scenes (seed 0), with
+              `single` those of one object and no word.
+            - `written:KIND?of=SOURCE&size=0.2`: another source with words on its labelled pictures
+              (`WrittenImages`); what stands behind `=` is escaped as in a web address.
 
             Each may end in a selection, `[0:100]` or `[0:1000:10,2000]`. An `ImageSource` is
             given back as it is.
@@ -82,6 +86,9 @@ def _open_whole(text: str, table: str | Path | None) -> ImageSource:
         _refuse_table(table, text)
     if kind == "calibration":
         return _open_calibration(text)
+    if kind == "written":
+        inner, written_kind, style, options = parse_written(text)
+        return written(open_images(inner), written_kind, style, **options)
     if kind in RESERVED:
         if not rest:
             raise UserError(f"{text!r}: nothing after {kind!r}. Expected {KINDS}.")
@@ -109,15 +116,16 @@ def _open_path(path: Path, table: str | Path | None) -> ImageSource:
 
 
 def _open_calibration(text: str) -> CalibrationImages:
-    match = re.fullmatch(r"calibration(?::(\d+))?(?::(\d+))?", text)
+    match = re.fullmatch(r"calibration(?::(\d+)(?::(\d+)(:single)?)?)?", text)
     if match is None:
         raise UserError(
-            f"{text!r}: expected 'calibration', 'calibration:N' or 'calibration:N:SEED'."
+            f"{text!r}: expected 'calibration', 'calibration:N', 'calibration:N:SEED' or "
+            "'calibration:N:SEED:single'."
         )
     n_scenes = int(match[1]) if match[1] else DEFAULT_SCENES
     if n_scenes == 0:
         raise UserError(f"{text!r}: the number of scenes must be 1 or more.")
-    return CalibrationImages(n_scenes, int(match[2] or 0))
+    return CalibrationImages(n_scenes, int(match[2] or 0), single=match[3] is not None)
 
 
 def _open_hf(rest: str) -> HuggingFaceImages:

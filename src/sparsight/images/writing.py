@@ -1,0 +1,582 @@
+"""Words written on pictures: how they look, and any source of pictures with them on.
+
+What is written, where and how is drawn from a seed and the picture's id: the same on every machine
+with the same Pillow, in any order, in any process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from urllib.parse import parse_qsl, urlencode
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from sparsight.config import check_seed, check_types
+from sparsight.errors import UserError
+from sparsight.images.decoding import ImageError
+from sparsight.images.source import ImageInfo, ImageSource
+
+if TYPE_CHECKING:
+    from sparsight.calibration.world import RenderedScene, Scene
+
+Kind = Literal["clean", "attacked", "same", "control"]
+"""Nothing; the name of another class; of its own class; letters that name none."""
+
+Nonsense = Literal["letters", "anagram"]
+"""Letters drawn as often as class names have them; or the attacking word's own, in another order."""
+
+Font = Literal["sans", "sans-bold", "serif", "serif-bold", "mono", "mono-bold"]
+"""The DejaVu fonts that matplotlib brings."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PLACES: dict[str, tuple[float, float]] = {
+    f"{row}-{column}".removeprefix("centre-").removesuffix("-centre"): (x, y)
+    for y, row in ((0.0, "top"), (0.5, "centre"), (1.0, "bottom"))
+    for x, column in ((0.0, "left"), (0.5, "centre"), (1.0, "right"))
+}
+"""From `top-left` over `centre` to `bottom-right`: shares of the room that is left over."""
+
+SMALLEST = 6
+"""Pixels of the smallest font: below, no letter can be told from another."""
+
+_FILES: dict[Font, str] = {
+    "sans": "DejaVuSans",
+    "sans-bold": "DejaVuSans-Bold",
+    "serif": "DejaVuSerif",
+    "serif-bold": "DejaVuSerif-Bold",
+    "mono": "DejaVuSansMono",
+    "mono-bold": "DejaVuSansMono-Bold",
+}
+_DRAWS = 6
+_TRIES = 64
+
+
+@dataclass(frozen=True)
+class TextStyle:
+    """How words look on pictures.
+
+    A word that is too wide or high is written smaller, down to `SMALLEST` pixels; then, or at once
+    with `fit="refuse"`, the picture is refused.
+    """
+
+    font: Font = "sans-bold"
+    """A DejaVu font."""
+
+    size: float = 0.14
+    """Of the font, in shorter sides of the picture."""
+
+    place: str = "random"
+    """random; top-left, top, top-right, left, centre, right, bottom-left, bottom, bottom-right; or
+    X,Y: where the middle of the word is, in widths and heights of the picture from the top left."""
+
+    colour: str = "auto"
+    """auto: black or white, whichever stands out more; or a name or #rrggbb that Pillow knows."""
+
+    opacity: float = 1.0
+    """Of word and band, above 0."""
+
+    rotation: float = 0.0
+    """Degrees, counter-clockwise."""
+
+    tilt: float = 0.0
+    """Degrees by which the rotation may differ from that at random, either way."""
+
+    band: str = "none"
+    """none; auto: black or white under letters of the other; or the colour of a plain band."""
+
+    fit: Literal["shrink", "refuse"] = "shrink"
+    """What becomes of a word for which the picture has no room."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 < self.size <= 1:
+            raise UserError(f"size is {self.size}; it must be above 0 and at most 1 (a share).")
+        if not 0 < self.opacity <= 1:
+            raise UserError(f"opacity is {self.opacity}; it must be above 0 and at most 1.")
+        if not 0 <= self.tilt <= 180:
+            raise UserError(f"tilt is {self.tilt}; it must lie between 0 and 180 degrees.")
+        if self.place != "random" and self.place not in PLACES:
+            _explicit(self.place)
+        for name, colour, also in (
+            ("colour", self.colour, ("auto",)),
+            ("band", self.band, ("auto", "none")),
+        ):
+            if colour not in also:
+                _rgb(colour, name, also)
+
+
+@dataclass(frozen=True)
+class WorldBand:
+    """The calibration world's own writing: bold letters on a band, where they hide little.
+
+    Only for its scenes; their masks then know the word.
+    """
+
+
+Style = TextStyle | WorldBand
+
+
+def write_on_image(
+    image: Image.Image, text: str, style: TextStyle, u: Sequence[float] | None = None
+) -> Image.Image:
+    """A copy of a picture with a word on it.
+
+    Args:
+        image: RGB.
+        text: one line.
+        style: how it looks.
+        u: numbers in [0, 1) that choose: place (2), tilt. The middle, untilted, by default.
+
+    Raises:
+        UserError: the text is empty or has several lines.
+        ImageError: the text does not fit the picture.
+    """
+    if not text.strip() or "\n" in text:
+        raise UserError(f"The text {text!r} cannot be written: one line of letters is needed.")
+    u = (0.5, 0.5, 0.5) if u is None else u
+    turn = style.rotation + (2 * u[2] - 1) * style.tilt
+    letters, box = _fitting(image, text, style, turn)
+    x, y = _corner(style, image.size, letters.size, u)
+    under = (x, y, x + letters.width, y + letters.height)
+    ink, paper = _colours(style, image, under)
+    out = image.copy()
+    for mask, colour in ((box, paper), (letters, ink)):
+        if colour is not None:
+            faded = mask.point([round(level * style.opacity) for level in range(256)])
+            out.paste(Image.new("RGB", mask.size, colour), (x, y), faded)
+    return out
+
+
+class WrittenImages(ImageSource):
+    """The labelled pictures of a source with words on them, drawn when they are loaded.
+
+    Ids, labels and captions are the source's. The same seed gives a picture the same place and look
+    in every kind, so that kinds make pairs. Pictures without a label are left out.
+
+    Args:
+        source: the pictures.
+        kind: what is written: see `Kind`.
+        style: how.
+        seed: of words, places and the choice of pictures.
+        class_names: the words, by label; by default the labels, underscores read as spaces.
+        n: so many pictures, chosen at random, in the order of the source; default all.
+        nonsense: what stands in `control`.
+
+    Raises:
+        UserError: no labels, a class name that cannot be written, or `WorldBand` on photos.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        kind: Kind,
+        style: Style | None = None,
+        *,
+        seed: int = 0,
+        class_names: Mapping[str, str] | None = None,
+        n: int | None = None,
+        nonsense: Nonsense = "letters",
+    ) -> None:
+        if kind not in KINDS:
+            raise UserError(f"kind is {kind!r}; expected {', '.join(KINDS)}.")
+        if nonsense not in get_args(Nonsense):
+            raise UserError(f"nonsense is {nonsense!r}; expected letters or anagram.")
+        if n is not None and n < 1:
+            raise UserError(f"n is {n}; it must be 1 or more.")
+        check_seed(seed)
+        self.source = source
+        self.kind: Kind = kind
+        has_scenes = hasattr(source, "scene") and hasattr(source, "world")
+        self.style: Style = style or (WorldBand() if has_scenes else TextStyle())
+        if isinstance(self.style, WorldBand) and not has_scenes:
+            raise UserError(f"{source.spec}: the world's own band goes on calibration scenes alone.")
+        self.seed = seed
+        self.n = n
+        self.nonsense: Nonsense = nonsense
+        self._given_names = class_names is not None
+        self.class_names = dict(class_names) if class_names is not None else _names(source)
+        _check_names(self.class_names, source.spec)
+        self._places, self.notes = self._choose()
+        self.spec = self._spec()
+
+    def _choose(self) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+        """Places in the source of the pictures that stand here, and what was left out."""
+        known: list[int] = []
+        unread = 0
+        for index in range(len(self.source)):
+            try:
+                label = self.source.info(index).label
+            except ImageError:
+                unread += 1
+                continue
+            if label in self.class_names:
+                known.append(index)
+        left_out = len(self.source) - len(known)
+        if not known:
+            raise UserError(
+                f"{self.source.spec}: none of its {len(self.source):,} pictures has a label among "
+                f"the {len(self.class_names)} classes, so there is no other class to name."
+            )
+        notes = [*self.source.notes]
+        if left_out:
+            notes.append(
+                f"{left_out:,} of {len(self.source):,} pictures have no label among the classes"
+                f"{f' ({unread:,} cannot be read)' if unread else ''}; nothing is written on them."
+            )
+        if self.n is not None and self.n < len(known):
+            order = np.argsort([_number(self.seed, "choice", index) for index in known])
+            known = sorted(known[place] for place in order[: self.n])
+        return np.asarray(known, np.int64), tuple(notes)
+
+    def _spec(self) -> str:
+        about: dict[str, Any] = {"of": self.source.spec, "seed": self.seed}
+        if self.n is not None:
+            about["n"] = self.n
+        if self.nonsense != "letters":
+            about["nonsense"] = self.nonsense
+        if self._given_names:
+            about["classes"] = json.dumps(self.class_names, ensure_ascii=False)
+        if isinstance(self.style, TextStyle):
+            about |= {
+                field.name: value
+                for field in dataclasses.fields(TextStyle)
+                if (value := getattr(self.style, field.name)) != field.default
+            }
+            if hasattr(self.source, "world"):
+                about["style"] = "text"
+        return f"written:{self.kind}?{urlencode(about)}"
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def info(self, index: int) -> ImageInfo:
+        """See `ImageSource.info`."""
+        return self.source.info(self.place(index))
+
+    def place(self, index: int) -> int:
+        """Where picture `index` stands in the source."""
+        return int(self._places[self._check_index(index)])
+
+    def attack(self, index: int) -> str:
+        """The label of the class, not the picture's own, whose name attacks picture `index`."""
+        info = self.info(index)
+        labels = list(self.class_names)
+        own = labels.index(info.label or "")
+        step = 1 + int(_unit(self.seed, "word", info.id) * (len(labels) - 1))
+        return labels[(own + step) % len(labels)]
+
+    def text(self, index: int) -> str | None:
+        """What is written on picture `index`; None where nothing is."""
+        if self.kind == "clean":
+            return None
+        info = self.info(index)
+        if self.kind == "same":
+            return self.class_names[info.label or ""]
+        word = self.class_names[self.attack(index)]
+        return word if self.kind == "attacked" else self._control(word, info.id)
+
+    def _control(self, word: str, id: str) -> str:
+        """Letters in place of a word: as many, spaces where it has them, and no class's name."""
+        names = {_folded(name) for name in self.class_names.values()}
+        pool = (
+            [letter for letter in word if not letter.isspace()]
+            if self.nonsense == "anagram"
+            else self._pool
+        )
+        for attempt in range(_TRIES):
+            rng = np.random.default_rng(_number(self.seed, f"nonsense {attempt}", id))
+            u = rng.random(len(word))
+            if self.nonsense == "anagram":
+                drawn: Iterator[str] = iter([pool[i] for i in np.argsort(u[: len(pool)])])
+            else:
+                drawn = (pool[int(each * len(pool))] for each in u)
+            text = "".join(c if c.isspace() else next(drawn) for c in word)
+            if _folded(text) not in names:
+                return text
+        raise ImageError(f"no {self.nonsense} found for {word!r} that are not a class's name")
+
+    @cached_property
+    def _pool(self) -> list[str]:
+        """Every letter of every class name, as often as it stands there."""
+        return [c for name in self.class_names.values() for c in name if not c.isspace()]
+
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
+        """See `ImageSource.load`.
+
+        Raises:
+            ImageError: also where the word does not fit.
+        """
+        place, text = self.place(index), self.text(index)
+        image = self.source.load(place) if min_side is None else self.source.load(place, min_side)
+        if text is None:
+            return image
+        assert isinstance(self.style, TextStyle)
+        u = _rng(self.seed, "look", self.info(index).id).random(_DRAWS)
+        return write_on_image(image, text, self.style, u.tolist())
+
+    def fingerprint(self) -> str:
+        """The source's, tied to what is written and how."""
+        about = {
+            "source": self.source.fingerprint(),
+            "kind": self.kind,
+            "style": [type(self.style).__name__, dataclasses.asdict(self.style)],
+            "names": self.class_names,
+            "nonsense": self.nonsense,
+            "seed": self.seed,
+            "n": self.n,
+        }
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
+
+
+class WrittenScenes(WrittenImages):
+    """Scenes of the calibration world with its own writing on them: the truth stays known.
+
+    What the world itself wrote on some of them is left out, in every kind.
+    """
+
+    @property
+    def world(self) -> Any:
+        """The world that the scenes come from."""
+        return self.source.world  # type: ignore[attr-defined]
+
+    def scene(self, index: int) -> Scene:
+        """The truth about picture `index`, its writing included."""
+        from sparsight.calibration.world import write_on
+
+        scene: Scene = self.source.scene(self.place(index))  # type: ignore[attr-defined]
+        text = self.text(index)
+        bare = dataclasses.replace(scene, writing=None)
+        if text is None:
+            return bare
+        try:
+            return write_on(bare, text, _rng(self.seed, "look", self.info(index).id))
+        except UserError as error:
+            raise ImageError(str(error)) from error
+
+    def render(self, index: int) -> RenderedScene:
+        """Picture `index` with the masks of its parts."""
+        from sparsight.calibration.world import render
+
+        return render(self.scene(index))
+
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
+        """See `ImageSource.load`."""
+        return Image.fromarray(np.asarray(self.render(index).image))
+
+
+def written(
+    source: ImageSource, kind: Kind, style: Style | None = None, **options: Any
+) -> WrittenImages:
+    """`WrittenImages`, with the truth where the source has it and its own band is used.
+
+    Args:
+        source: the pictures.
+        kind: what is written.
+        style: how; by default the world's band on calibration scenes, else `TextStyle()`.
+        options: further ones of `WrittenImages`.
+    """
+    own = style is None or isinstance(style, WorldBand)
+    scenes = own and hasattr(source, "scene") and hasattr(source, "world")
+    return (WrittenScenes if scenes else WrittenImages)(source, kind, style, **options)
+
+
+def parse_written(text: str) -> tuple[str, Kind, Style | None, dict[str, Any]]:
+    """What a spec `written:KIND?of=SOURCE&…` says: source, kind, style, further options.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    form = "'written:KIND?of=SOURCE&seed=0&size=0.2&…'"
+    kind, mark, query = text.removeprefix("written:").partition("?")
+    if not mark or kind not in KINDS:
+        raise UserError(f"{text!r}: expected {form}, KIND one of {', '.join(KINDS)}.")
+    values = dict(parse_qsl(query, keep_blank_values=True))
+    inner = values.pop("of", "")
+    if not inner:
+        raise UserError(f"{text!r}: names no source of pictures. Expected {form}.")
+    options: dict[str, Any] = {}
+    if "classes" in values:
+        options["class_names"] = _classes(values.pop("classes"), text)
+    if "nonsense" in values:
+        options["nonsense"] = values.pop("nonsense")
+    for name in ("seed", "n"):
+        if name in values:
+            options[name] = _parsed(int, values.pop(name), name, text)
+    named = values.pop("style", None)
+    if named not in (None, "text"):
+        raise UserError(f"{text!r}: style is {named!r}; expected text, or none.")
+    types = {"size": float, "opacity": float, "rotation": float, "tilt": float}
+    known = {field.name for field in dataclasses.fields(TextStyle)}
+    for name in values.keys() - known:
+        raise UserError(f"{text!r}: unknown {name!r}. Known: {', '.join(sorted(known))}.")
+    fields = {
+        name: _parsed(types[name], value, name, text) if name in types else value
+        for name, value in values.items()
+    }
+    style = TextStyle(**fields) if fields or named else None
+    return inner, kind, style, options  # type: ignore[return-value]
+
+
+def _parsed(kind: type, value: str, name: str, text: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{text!r}: {name} is {value!r}; expected a number.") from None
+
+
+def _classes(value: str, text: str) -> dict[str, str]:
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{text!r}: classes is no JSON object of names by label.")
+    return found
+
+
+def _names(source: ImageSource) -> dict[str, str]:
+    """The names by label; of scenes all that the world has, whichever a view shows."""
+    if hasattr(source, "world"):
+        from sparsight.calibration.symbols import SYMBOLS
+
+        return {symbol: symbol for symbol in SYMBOLS}
+    return {label: label.replace("_", " ") for label in source.labels()}
+
+
+def _check_names(names: Mapping[str, str], spec: str) -> None:
+    if len(names) < 2:
+        raise UserError(
+            f"{spec}: {len(names)} classes; a word of another class needs two or more. Give "
+            "pictures with labels (a sub-folder a class), or class_names."
+        )
+    for label, name in names.items():
+        if not name.strip() or "\n" in name:
+            raise UserError(f"The name of the class {label!r} is {name!r}: it cannot be written.")
+
+
+def _fitting(
+    image: Image.Image, text: str, style: TextStyle, turn: float
+) -> tuple[Image.Image, Image.Image]:
+    """The opacity of letters and of their band, turned, in the largest size that fits."""
+    wanted = round(style.size * min(image.size))
+    size = wanted
+    while size >= SMALLEST:
+        letters, box = _letters(text, style.font, size)
+        if turn % 360:
+            letters, box = (
+                each.rotate(turn, Image.Resampling.BICUBIC, expand=True) for each in (letters, box)
+            )
+        excess = max(letters.width / image.width, letters.height / image.height)
+        if excess <= 1:
+            return letters, box
+        if style.fit == "refuse":
+            break
+        size = min(size - 1, math.ceil(size / excess))
+    raise ImageError(
+        f"the text {text!r} does not fit {image.width} × {image.height} pixels at size "
+        f"{wanted} px" + ("" if style.fit == "refuse" else f", nor down to {SMALLEST} px")
+    )
+
+
+def _corner(
+    style: TextStyle, size: tuple[int, int], letters: tuple[int, int], u: Sequence[float]
+) -> tuple[int, int]:
+    """The upper left corner of the word's box, wholly inside the picture."""
+    room = (size[0] - letters[0], size[1] - letters[1])
+    if style.place in PLACES or style.place == "random":
+        share = (u[0], u[1]) if style.place == "random" else PLACES[style.place]
+        return round(share[0] * room[0]), round(share[1] * room[1])
+    middle = _explicit(style.place)
+    x, y = (
+        min(max(0, round(middle[axis] * size[axis] - letters[axis] / 2)), room[axis])
+        for axis in (0, 1)
+    )
+    return x, y
+
+
+def _colours(
+    style: TextStyle, image: Image.Image, box: tuple[int, int, int, int]
+) -> tuple[tuple[int, int, int], tuple[int, int, int] | None]:
+    """Of the letters, and of the band if there is one."""
+    black, white = (0, 0, 0), (255, 255, 255)
+    light = np.asarray(image.crop(box).convert("L"), np.float32).mean() >= 128
+    paper = None
+    if style.band != "none":
+        paper = (black if light else white) if style.band == "auto" else _rgb(style.band)
+        light = np.dot(paper, (0.299, 0.587, 0.114)) >= 128
+    ink = (black if light else white) if style.colour == "auto" else _rgb(style.colour)
+    return ink, paper
+
+
+@cache
+def _letters(text: str, font: Font, size: int) -> tuple[Image.Image, Image.Image]:
+    """A word's opacity, and that of the band it stands on: a box with a little air."""
+    face = _font(font, size)
+    left, top, right, bottom = face.getbbox(text)
+    _, high, _, low = face.getbbox("bdfghklpqty")
+    top, bottom = min(top, high), max(bottom, low)
+    air = max(1, size // 8)
+    page = Image.new("L", (int(right - left) + 2 * air, int(bottom - top) + 2 * air))
+    ImageDraw.Draw(page).text((air - left, air - top), text, font=face, fill=255)
+    return page, Image.new("L", page.size, 255)
+
+
+@cache
+def _font(name: Font, size: int) -> ImageFont.FreeTypeFont:
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    # The basic layout engine is always there; Raqm, which kerns otherwise, is not.
+    path = str(folder / f"{_FILES[name]}.ttf")
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _explicit(place: str) -> tuple[float, float]:
+    try:
+        x, y = (float(each) for each in place.split(","))
+    except ValueError:
+        x = y = math.nan
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise UserError(
+            f"place is {place!r}; expected random, {', '.join(PLACES)}, or X,Y between 0 and 1."
+        )
+    return x, y
+
+
+def _rgb(colour: str, name: str = "colour", also: Sequence[str] = ()) -> tuple[int, int, int]:
+    try:
+        found = ImageColor.getrgb(colour)
+    except ValueError:
+        raise UserError(
+            f"{name} is {colour!r}; expected {', '.join([*also, 'a colour name'])} or #rrggbb."
+        ) from None
+    return (found[0], found[1], found[2])
+
+
+def _folded(text: str) -> str:
+    return "".join(text.casefold().split())
+
+
+def _number(seed: int, what: str, id: str | int) -> int:
+    digest = hashlib.sha256(f"{seed}\0{what}\0{id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _unit(seed: int, what: str, id: str) -> float:
+    return _number(seed, what, id) / 2**64
+
+
+def _rng(seed: int, what: str, id: str) -> np.random.Generator:
+    return np.random.default_rng(_number(seed, what, id))
