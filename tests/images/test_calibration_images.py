@@ -42,3 +42,17 @@ def test_a_selection_keeps_ids_and_truth() -> None:
 def test_seeds_are_different_worlds() -> None:
     prints = {open_images(f"calibration:9:{seed}").fingerprint() for seed in range(3)}
     assert len(prints) == 3
+
+
+def test_scenes_of_single_objects_have_a_spec_of_their_own() -> None:
+    source = open_images("calibration:30:7:single")
+    assert isinstance(source, CalibrationImages)
+    assert all(len(source.scene(i).objects) == 1 for i in range(30))
+    assert not any(source.scene(i).writing for i in range(30))
+    mixed = open_images("calibration:30:7")
+    assert source.info(3).id == "7-single/00003" != mixed.info(3).id
+    assert source.fingerprint() != mixed.fingerprint()
+    view = source.select([3, 5])
+    again = open_images(pickle.loads(pickle.dumps(view)).spec)
+    assert again.fingerprint() == view.fingerprint()
+    assert again.info(1).uri == "calibration:30:7:single[5]"

@@ -6,6 +6,7 @@ with the same Pillow, in any order, in any process.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -34,7 +35,7 @@ Kind = Literal["clean", "attacked", "same", "control"]
 """Nothing; the name of another class; of its own class; letters that name none."""
 
 Nonsense = Literal["letters", "anagram"]
-"""Letters drawn as often as class names have them; or the attacking word's own, in another order."""
+"""Letters drawn as often as class names have them; or the attacking word's own, shuffled."""
 
 Font = Literal["sans", "sans-bold", "serif", "serif-bold", "mono", "mono-bold"]
 """The DejaVu fonts that matplotlib brings."""
@@ -200,7 +201,9 @@ class WrittenImages(ImageSource):
         has_scenes = hasattr(source, "scene") and hasattr(source, "world")
         self.style: Style = style or (WorldBand() if has_scenes else TextStyle())
         if isinstance(self.style, WorldBand) and not has_scenes:
-            raise UserError(f"{source.spec}: the world's own band goes on calibration scenes alone.")
+            raise UserError(
+                f"{source.spec}: the world's own band goes on calibration scenes alone."
+            )
         self.seed = seed
         self.n = n
         self.nonsense: Nonsense = nonsense
@@ -238,6 +241,15 @@ class WrittenImages(ImageSource):
             order = np.argsort([_number(self.seed, "choice", index) for index in known])
             known = sorted(known[place] for place in order[: self.n])
         return np.asarray(known, np.int64), tuple(notes)
+
+    def as_kind(self, kind: Kind) -> WrittenImages:
+        """The same pictures with another kind of words on them."""
+        if kind not in KINDS:
+            raise UserError(f"kind is {kind!r}; expected {', '.join(KINDS)}.")
+        other = copy.copy(self)
+        other.kind = kind
+        other.spec = other._spec()
+        return other
 
     def _spec(self) -> str:
         about: dict[str, Any] = {"of": self.source.spec, "seed": self.seed}
@@ -423,12 +435,12 @@ def parse_written(text: str) -> tuple[str, Kind, Style | None, dict[str, Any]]:
     known = {field.name for field in dataclasses.fields(TextStyle)}
     for name in values.keys() - known:
         raise UserError(f"{text!r}: unknown {name!r}. Known: {', '.join(sorted(known))}.")
-    fields = {
+    fields: dict[str, Any] = {
         name: _parsed(types[name], value, name, text) if name in types else value
         for name, value in values.items()
     }
     style = TextStyle(**fields) if fields or named else None
-    return inner, kind, style, options  # type: ignore[return-value]
+    return inner, kind, style, options
 
 
 def _parsed(kind: type, value: str, name: str, text: str) -> Any:

@@ -1,0 +1,35 @@
+"""Words on pictures: how far they fool a model, what in it reads them, and what that is worth.
+
+Builds on `interventions`, and on `images.writing`, which draws the words. Start at `make_pairs`
+(pairs.py), then `measure_attack` (measuring.py), `find_text_salient` (salience.py) and
+`causal_check` (causal.py).
+"""
+
+from __future__ import annotations
+
+from sparsight.editing.attacks.causal import CausalReport, Target, causal_check
+from sparsight.editing.attacks.measuring import AttackReport, measure_attack
+from sparsight.editing.attacks.pairs import AttackPairs, make_pairs
+from sparsight.editing.attacks.salience import (
+    SalienceTable,
+    benjamini_hochberg,
+    find_text_salient,
+    sign_flip_p,
+)
+from sparsight.images import TextStyle, WorldBand
+
+__all__ = [
+    "AttackPairs",
+    "AttackReport",
+    "CausalReport",
+    "SalienceTable",
+    "Target",
+    "TextStyle",
+    "WorldBand",
+    "benjamini_hochberg",
+    "causal_check",
+    "find_text_salient",
+    "make_pairs",
+    "measure_attack",
+    "sign_flip_p",
+]

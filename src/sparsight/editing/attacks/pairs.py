@@ -1,0 +1,133 @@
+"""The same pictures four times: as they are, and with three kinds of words on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sparsight.errors import UserError
+from sparsight.images import ImageSource, TextStyle, WorldBand, WrittenImages, written
+from sparsight.images.writing import KINDS, Kind, Nonsense
+from sparsight.vision import names_by_label
+
+
+@dataclass(frozen=True)
+class AttackPairs:
+    """Pictures in pairs; number i is the same one in every source, with its true label.
+
+    Attributes:
+        clean: nothing written on.
+        attacked: with the name of another class.
+        same: with the name of their own class, in the same place and look.
+        control: with nonsense as long as the other class's name, in the same place and look.
+        words: of each picture, the label of the class that attacks it.
+        labels: of each picture, its own.
+        class_names: the name that is written and told apart, by label.
+        notes: what was left out, for the user.
+        about: how the words were made: style, seed, source.
+    """
+
+    clean: ImageSource
+    attacked: ImageSource
+    same: ImageSource
+    control: ImageSource
+    words: list[str]
+    labels: list[str]
+    class_names: dict[str, str]
+    notes: tuple[str, ...]
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def source(self, kind: str) -> ImageSource:
+        """The pictures of a kind.
+
+        Raises:
+            UserError: there is no such kind.
+        """
+        if kind not in KINDS:
+            raise UserError(f"There are no pictures of kind {kind!r}; expected {', '.join(KINDS)}.")
+        found: ImageSource = getattr(self, kind)
+        return found
+
+    def select(self, indices: Sequence[int]) -> AttackPairs:
+        """Some of them, in that order.
+
+        Raises:
+            UserError: an index that is not there.
+        """
+        chosen = [int(index) for index in indices]
+        views = {kind: self.source(kind).select(chosen) for kind in KINDS}
+        return replace(
+            self,
+            **views,  # type: ignore[arg-type]
+            words=[self.words[i] for i in chosen],
+            labels=[self.labels[i] for i in chosen],
+        )
+
+    def halves(self, seed: int = 0) -> tuple[AttackPairs, AttackPairs]:
+        """Two parts without a picture in common: to find latents on one, to measure on the other.
+
+        Args:
+            seed: which pictures go where.
+
+        Raises:
+            UserError: there are fewer than two.
+        """
+        if len(self) < 2:
+            raise UserError(f"{len(self)} pictures cannot be halved; give two or more.")
+        order = np.argsort(np.random.default_rng(seed).random(len(self)), kind="stable").tolist()
+        middle = len(self) // 2
+        return self.select(sorted(order[:middle])), self.select(sorted(order[middle:]))
+
+
+def make_pairs(
+    source: ImageSource,
+    class_names: Sequence[str] | Mapping[str, str] | None = None,
+    style: TextStyle | WorldBand | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    *,
+    nonsense: Nonsense = "letters",
+) -> AttackPairs:
+    """Pair the labelled pictures of a source with themselves under an attack.
+
+    Args:
+        source: pictures with labels.
+        class_names: the classes: labels, or a mapping from label to the name that is written;
+            default the labels of `source`, underscores read as spaces; of the calibration world,
+            all of its symbols.
+        style: how words look; default the world's own band on its scenes, else `TextStyle()`.
+        n: so many pictures, chosen at random; default all.
+        seed: of words, places and choice.
+        nonsense: what `control` has: letters drawn as often as class names have them, or the
+            attacking word's own letters in another order. (A model that reads letters rather than
+            words takes an anagram for the word.)
+
+    Raises:
+        UserError: no labels, fewer than two classes, or a name that cannot be written.
+    """
+    names = None if class_names is None else names_by_label((), class_names)
+    attacked = written(
+        source, "attacked", style, class_names=names, n=n, seed=seed, nonsense=nonsense
+    )
+    kinds: dict[Kind, WrittenImages] = {kind: attacked.as_kind(kind) for kind in KINDS}
+    return AttackPairs(
+        **kinds,
+        words=[attacked.attack(i) for i in range(len(attacked))],
+        labels=[attacked.info(i).label or "" for i in range(len(attacked))],
+        class_names=attacked.class_names,
+        notes=attacked.notes,
+        about={
+            "source": source.spec,
+            "style": {"kind": type(attacked.style).__name__, **asdict(attacked.style)},
+            "seed": seed,
+            "n": n,
+            "nonsense": nonsense,
+            "classes": len(attacked.class_names),
+        },
+    )
