@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,42 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on success flush its files to disk and rename it.
+
+    On an exception the temporary folder is removed and `path` is untouched.
+
+    Raises:
+        UserError: `path` is there already, and no empty folder.
+        SparsightError: the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: is there already and not empty. Choose another folder.")
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                # Some writers give their files to the owner alone.
+                file.chmod(0o666 & ~_UMASK)
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise SparsightError(
+            f"{path}: could not be written ({error.strerror or error})."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

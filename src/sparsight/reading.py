@@ -63,6 +63,20 @@ def safetensors_keys(path: Path) -> tuple[str, ...]:
         raise damaged(path, error) from error
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The free texts in a safetensors header, by their keys.
+
+    Raises:
+        SparsightError: the file is missing, damaged or cut off.
+    """
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise damaged(path, error) from error
+
+
 def check_header(path: Path) -> None:
     """Make sure that a safetensors header ends within the file before it is read.
 

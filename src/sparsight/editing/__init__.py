@@ -10,6 +10,7 @@ from __future__ import annotations
 from sparsight.editing.actions import Action, Clamp, Keep, MeanAblation, Off, Scale, Set
 from sparsight.editing.edits import DirectionAblation, Edit, LatentEdit, NeuronEdit
 from sparsight.editing.folding import every_write, fold
+from sparsight.editing.gmp import GeometricLinear, is_parametrized, parametrize, to_plain
 from sparsight.editing.interventions import (
     Intervention,
     intervene,
@@ -22,6 +23,7 @@ __all__ = [
     "Clamp",
     "DirectionAblation",
     "Edit",
+    "GeometricLinear",
     "Intervention",
     "Keep",
     "LatentEdit",
@@ -34,5 +36,8 @@ __all__ = [
     "fold",
     "intervene",
     "interventions",
+    "is_parametrized",
     "mean_codes",
+    "parametrize",
+    "to_plain",
 ]

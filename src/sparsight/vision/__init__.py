@@ -1,7 +1,8 @@
 """Models that see: load them, name their sites, read and edit activations, classify zero-shot.
 
 Builds on torch and transformers (open_clip as an extra), and on `images` for zero-shot. Start
-with `load.py`, then `model.py`; `tower.py` and `probe.py` find the sites in any architecture.
+with `load.py`, then `model.py`; `tower.py` and `probe.py` find the sites in any architecture;
+`saving.py` hands a model to the programs of others.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     scale_jpegs: bool = False,
+    tokenizer: str | None = None,
 ) -> VisionModel:
     """Load a vision transformer.
 
@@ -30,8 +31,10 @@ def load_model(
         id: a Hugging Face Hub id or a local folder (`transformers`: CLIP, SigLIP, DINOv2, ViT and
             whatever else holds a plain vision transformer); `open_clip:NAME/PRETRAINED`, where
             PRETRAINED is a tag of open_clip's or the path of a checkpoint, or
-            `open_clip:hf-hub:OWNER/NAME` (extra `open-clip`); or `calibration`, the small CLIP
-            that comes with Sparsight.
+            `open_clip:hf-hub:OWNER/NAME` (extra `open-clip`); a file of CLIP weights with the
+            names of OpenAI's code (`.safetensors`, `.pt`), also in the geometric parametrisation
+            or with Long-CLIP's positions; or `calibration`, the small CLIP that comes with
+            Sparsight.
         device: default CUDA if there is one, else the CPU.
         dtype: default float32; bfloat16 where memory or speed counts; "auto" for bfloat16 where
             the device multiplies in it, float32 elsewhere. Activations of one dtype are not those
@@ -39,6 +42,7 @@ def load_model(
         revision: branch, tag or commit on the Hub; Hub ids only.
         scale_jpegs: decode JPEGs that are much larger than the model's input at a part of their
             size; see `VisionModel.scale_jpegs`. Several times faster, and not the same bits.
+        tokenizer: folder or Hub id of a tokenizer, where the model comes without its own.
 
     Raises:
         UserError: nothing of that name is found, it is no vision transformer, or its image
@@ -48,16 +52,30 @@ def load_model(
     """
     target = _device(device)
     kind = _fast_dtype(target) if dtype == "auto" else _dtype(dtype)
-    model = _load(id, target, kind, revision)
+    model = _load(id, target, kind, revision, tokenizer)
     return model.scale_jpegs() if scale_jpegs else model
 
 
-def _load(id: str, target: torch.device, kind: torch.dtype, revision: str | None) -> VisionModel:
+def _load(
+    id: str,
+    target: torch.device,
+    kind: torch.dtype,
+    revision: str | None,
+    tokenizer: str | None,
+) -> VisionModel:
     if id.startswith("open_clip:"):
-        from sparsight.vision.open_clip_models import load_open_clip
+        return _load_open_clip(id, target, kind, revision, tokenizer)
+    if id != "calibration" and (file := _single_file(id)) is not None:
+        from sparsight.vision.openai_files import load_openai
 
         _refuse_revision(id, revision)
-        return load_open_clip(id, device=target, dtype=kind)
+        # Runs and stores keep the id: a file must be found from another working folder, too.
+        return load_openai(
+            file, id=str(Path(id).resolve()), device=target, dtype=kind, tokenizer=tokenizer
+        )
+    if (Path(id) / "open_clip_config.json").is_file() and not (Path(id) / "config.json").is_file():
+        name = f"open_clip:local-dir:{Path(id).resolve()}"
+        return _load_open_clip(name, target, kind, revision, tokenizer)
 
     from sparsight.vision.transformers_models import load_transformers
 
@@ -66,9 +84,40 @@ def _load(id: str, target: torch.device, kind: torch.dtype, revision: str | None
 
         _refuse_revision(id, revision)
         return load_transformers(str(CLIP_FOLDER), id=id, device=target, dtype=kind)
-    # Runs and stores keep the id: a folder must be found from another working folder, too.
     name = str(Path(id).resolve()) if Path(id).is_dir() else id
-    return load_transformers(id, id=name, device=target, dtype=kind, revision=revision)
+    return load_transformers(
+        id, id=name, device=target, dtype=kind, revision=revision, tokenizer=tokenizer
+    )
+
+
+def _load_open_clip(
+    id: str,
+    target: torch.device,
+    kind: torch.dtype,
+    revision: str | None,
+    tokenizer: str | None,
+) -> VisionModel:
+    from sparsight.vision.open_clip_models import load_open_clip
+
+    _refuse_revision(id, revision)
+    if tokenizer is not None:
+        raise UserError(f"tokenizer={tokenizer!r}: {id} has the one that open_clip gives it.")
+    return load_open_clip(id, device=target, dtype=kind)
+
+
+def _single_file(id: str) -> Path | None:
+    """The file of weights that an id means: itself, or the only one in a folder without config."""
+    from sparsight.vision.openai_files import SUFFIXES
+
+    path = Path(id)
+    if path.is_file() or path.suffix in SUFFIXES:
+        return path
+    if not path.is_dir() or any(
+        (path / name).is_file() for name in ("config.json", "open_clip_config.json")
+    ):
+        return None
+    found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+    return found[0] if len(found) == 1 else None
 
 
 def _device(device: str | torch.device | None) -> torch.device:

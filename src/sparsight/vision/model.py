@@ -118,8 +118,20 @@ class VisionModel(ABC):
         """Run the vision part whole and give its image embedding."""
 
     @abstractmethod
-    def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d_embed"]:
-        """Embed one batch of texts; called only where `has_text`."""
+    def _tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Tokens of texts, on the CPU, long ones cut; called only where `has_text`."""
+
+    @abstractmethod
+    def _count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, start and end included; called only where `has_text`."""
+
+    @abstractmethod
+    def _embed_tokens(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "n d_embed"]:
+        """Embed one batch of what `_tokenize` gave; called only where `has_text`."""
+
+    @abstractmethod
+    def _context_length(self) -> int:
+        """How many tokens the text tower takes; called only where `has_text`."""
 
     @property
     def tower(self) -> Tower:
@@ -284,19 +296,71 @@ class VisionModel(ABC):
         """
         return self._embed(self._prepare(pixels)).float()
 
-    def embed_texts(
-        self, texts: Sequence[str], batch_size: int = 256
-    ) -> Float[Tensor, "n d_embed"]:
-        """Embed texts, float32, not normalised, `batch_size` at a time; long ones are cut.
+    @property
+    def context_length(self) -> int:
+        """How many tokens a text may have, start and end included.
 
         Raises:
-            UserError: the model has no text tower, or `texts` is empty or a bare string.
+            UserError: the model has no text tower.
+        """
+        self._require_text()
+        return self._context_length()
+
+    def tokenize(self, texts: Sequence[str], *, truncate: bool = True) -> dict[str, Tensor]:
+        """Turn texts into what `embed_tokens` takes.
+
+        Args:
+            texts: at least one.
+            truncate: cut texts that are longer than `context_length`; else they are refused.
+
+        Returns:
+            Tensors on the CPU by name, a row a text: `input_ids`, and what else the text tower
+            needs.
+
+        Raises:
+            UserError: the model has no text tower, `texts` is empty or a bare string, or
+                a text is too long and is not to be cut.
+        """
+        self._require_text()
+        if isinstance(texts, str) or not texts:
+            raise UserError("Texts come as a list of at least one.")
+        if not truncate:
+            self._refuse_long(texts)
+        return self._tokenize(texts)
+
+    def embed_tokens(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "n d_embed"]:
+        """Embed one batch of what `tokenize` gave, float32, not normalised.
+
+        Runs under autograd if gradients are on.
+
+        Raises:
+            UserError: the model has no text tower.
+        """
+        self._require_text()
+        here = {name: each.to(self.device, non_blocking=True) for name, each in tokens.items()}
+        return self._embed_tokens(here).float()
+
+    def embed_texts(
+        self, texts: Sequence[str], batch_size: int = 256, *, truncate: bool = True
+    ) -> Float[Tensor, "n d_embed"]:
+        """Embed texts, float32, not normalised, `batch_size` at a time.
+
+        Args:
+            texts: at least one.
+            batch_size: texts in one pass.
+            truncate: cut texts that are longer than `context_length`; else they are refused.
+
+        Raises:
+            UserError: the model has no text tower, `texts` is empty or a bare string, or
+                a text is too long and is not to be cut.
         """
         self._require_text()
         if isinstance(texts, str) or not texts:
             raise UserError("embed_texts takes a list of at least one text.")
+        if not truncate:
+            self._refuse_long(texts)
         batches = [list(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
-        return torch.cat([self._embed_texts(batch).float() for batch in batches])
+        return torch.cat([self.embed_tokens(self._tokenize(batch)) for batch in batches])
 
     @property
     def logit_scale(self) -> float:
@@ -352,6 +416,21 @@ class VisionModel(ABC):
                 f"{self.id} ({self.family}) has no text tower, so there are no text embeddings "
                 "and no zero-shot classification. CLIP and SigLIP models have one."
             )
+
+    def _refuse_long(self, texts: Sequence[str]) -> None:
+        limit = self._context_length()
+        counts = self._count_tokens(texts)
+        long = [i for i, count in enumerate(counts) if count > limit]
+        if not long:
+            return
+        first = long[0]
+        text = texts[first] if len(texts[first]) <= 80 else f"{texts[first][:77]}..."
+        others = f" So are {len(long) - 1} others." if len(long) > 1 else ""
+        raise UserError(
+            f"Text {first + 1} of {len(texts)} is too long for {self.id}: it has {counts[first]} "
+            f"tokens, and {limit} fit, start and end included ({text!r}).{others} Shorten it, or "
+            "have it cut (truncate=True)."
+        )
 
     def _site_summary(self) -> str:
         parts = [site.split(".")[-1] for site in self.sites if site.startswith("blocks.0.")]

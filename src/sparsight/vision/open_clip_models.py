@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
@@ -37,13 +37,26 @@ class OpenClipModel(VisionModel):
     def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "rows d"]:
         return self.module.encode_image(pixels)  # type: ignore[operator, no-any-return]
 
-    def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d_embed"]:
-        ids = self._tokenizer(list(texts)).to(self.device)
-        return self.module.encode_text(ids)  # type: ignore[operator, no-any-return]
+    def _tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return {"input_ids": self.tokenizer(list(texts), context_length=self._context_length())}
+
+    def _count_tokens(self, texts: Sequence[str]) -> list[int]:
+        tokenizer = self.tokenizer
+        if hasattr(tokenizer, "tokenizer"):  # of transformers, in open_clip's wrapping
+            cleaned = [tokenizer.clean_fn(text) for text in texts]
+            return [len(ids) for ids in tokenizer.tokenizer(cleaned, verbose=False)["input_ids"]]
+        return [len(tokenizer.encode(text)) + 2 for text in texts]
+
+    def _embed_tokens(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "n d_embed"]:
+        return self.module.encode_text(tokens["input_ids"])  # type: ignore[operator, no-any-return]
+
+    def _context_length(self) -> int:
+        return int(self.module.context_length)  # type: ignore[arg-type]
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return _import().get_tokenizer(self._name)
+    def tokenizer(self) -> Any:
+        """open_clip's, for the model's name."""
+        return import_open_clip().get_tokenizer(self._name)
 
 
 def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> OpenClipModel:
@@ -54,7 +67,7 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
         UserError: it knows no such model or weights.
         SparsightError: the weights are damaged or of another model.
     """
-    open_clip = _import()
+    open_clip = import_open_clip()
     name, pretrained = _parse(id, open_clip)
     try:
         module = open_clip.create_model(name, pretrained=pretrained, device="cpu")
@@ -91,7 +104,13 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
     )
 
 
-def _import() -> Any:
+def import_open_clip() -> Any:
+    """The library.
+
+    Raises:
+        MissingExtra: it is not installed.
+        UserError: it does not import.
+    """
     try:
         return importlib.import_module("open_clip")
     except ModuleNotFoundError as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -50,9 +50,9 @@ class TransformersModel(VisionModel):
 
     module: transformers.PreTrainedModel
 
-    def __init__(self, *, source: str, has_text: bool, **rest: Any) -> None:
+    def __init__(self, *, load_tokenizer: Callable[[], Any], has_text: bool, **rest: Any) -> None:
         self.has_text = has_text
-        self._source = source
+        self._load_tokenizer = load_tokenizer  # pictures alone need none
         self._head: nn.Module | None = getattr(rest["module"], "visual_projection", None)
         super().__init__(**rest)
 
@@ -68,36 +68,40 @@ class TransformersModel(VisionModel):
         states: Tensor = output.last_hidden_state
         return states[:, 0] if self._tower.has_cls_parameter else states.mean(dim=1)
 
-    def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d_embed"]:
+    def _tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         padded = self.family.startswith(_PADDED_WITHOUT_MASK)
-        inputs = self._tokenizer(
+        inputs = self.tokenizer(
             list(texts),
             padding="max_length" if padded else True,
             truncation=True,
-            max_length=self.module.config.text_config.max_position_embeddings,
+            max_length=self._context_length(),
             return_tensors="pt",
-        ).to(self.device)
+        )
         keep = ("input_ids",) if padded else ("input_ids", "attention_mask")
+        return {key: inputs[key] for key in keep}
+
+    def _count_tokens(self, texts: Sequence[str]) -> list[int]:
+        # A tokenizer file may bring its own cut and padding; each call says all of them.
+        found = self.tokenizer(list(texts), padding=False, truncation=False, verbose=False)
+        return [len(ids) for ids in found["input_ids"]]
+
+    def _embed_tokens(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "n d_embed"]:
         encode: Any = self.module.get_text_features
-        features: Any = encode(**{key: inputs[key] for key in keep})
+        features: Any = encode(**tokens)
         # transformers 5 gives an output object whose pooler_output is projected already.
         return features if isinstance(features, Tensor) else features.pooler_output
 
+    def _context_length(self) -> int:
+        return int(self.module.config.text_config.max_position_embeddings)
+
     @cached_property
-    def _tokenizer(self) -> Any:
-        """Loaded at the first text: pictures alone need none."""
-        problem = f"{self.id}: it has a text tower, but its tokenizer could not be loaded"
-        try:
-            with _quiet():
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    self._source, revision=self.revision
-                )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise UserError(f"{problem} ({_first_line(error)}).") from error
-        # Without files, transformers 5 gives a tokenizer that turns every word into "unknown".
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            raise UserError(f"{problem} (no vocabulary found; tokenizer.json is missing).")
-        return tokenizer
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, of transformers; loaded at the first text.
+
+        Raises:
+            UserError: it could not be loaded.
+        """
+        return self._load_tokenizer()
 
 
 def load_transformers(
@@ -107,6 +111,7 @@ def load_transformers(
     device: torch.device,
     dtype: torch.dtype,
     revision: str | None = None,
+    tokenizer: str | None = None,
 ) -> TransformersModel:
     """Load a Hub id or local folder; see `load_model`.
 
@@ -116,22 +121,59 @@ def load_transformers(
         device: where to put it.
         dtype: of its weights.
         revision: branch, tag or commit on the Hub.
+        tokenizer: folder or Hub id of another tokenizer than the model's own.
     """
     config = _load_config(source, id, revision)
     revision = getattr(config, "_commit_hash", None) or revision
-    processor = _load_processor(source, id, revision)
+    processor = load_processor(source, id, revision)
+    module, missing = _load_module(source, id, config, revision)
+    spelling = (source, id, revision) if tokenizer is None else (tokenizer, id)
+    return model_of(
+        module,
+        id=id,
+        revision=revision,
+        processor=processor,
+        load_tokenizer=partial(load_tokenizer, *spelling),
+        device=device,
+        dtype=dtype,
+        missing=missing,
+    )
+
+
+def model_of(
+    module: transformers.PreTrainedModel,
+    *,
+    id: str,
+    processor: Any,
+    load_tokenizer: Callable[[], Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    missing: Collection[str] = (),
+) -> TransformersModel:
+    """The `VisionModel` of a module of transformers.
+
+    Args:
+        module: with a vision tower.
+        id: the name that the model goes by.
+        processor: its image processor, of transformers.
+        load_tokenizer: gives its tokenizer; called at the first text.
+        device: where to put it.
+        dtype: of its weights.
+        revision: commit on the Hub.
+        missing: names of weights that its files lacked.
+    """
     transform = ProcessorTransform(processor)
     input_shape = _input_shape(transform, id)
-    module, missing = _load_module(source, id, config, revision)
     tower = find_tower(module, id)
-    _check_weights(module, tower, missing, id)
+    _check_weights(module, tower, set(missing), id)
     projection: nn.Module | None = getattr(module, "visual_projection", None)
     head = projection or _pooling_head(tower)
     return TransformersModel(
-        source=source,
+        load_tokenizer=load_tokenizer,
         id=id,
         revision=revision,
-        family=_family(config),
+        family=_family(module.config),
         module=module,
         tower=tower,
         embedding=None if head is None else Place(head),
@@ -139,10 +181,33 @@ def load_transformers(
         transform=transform,
         preprocessing=_describe(processor, input_shape),
         input_shape=input_shape,
-        has_text=_has_text(module, missing),
+        has_text=_has_text(module, set(missing)),
         device=device,
         dtype=dtype,
     )
+
+
+def load_tokenizer(source: str, id: str, revision: str | None = None) -> Any:
+    """A tokenizer of transformers.
+
+    Args:
+        source: folder or Hub id.
+        id: the model's, for messages.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: there is none.
+    """
+    problem = f"{id}: it has a text tower, but its tokenizer could not be loaded"
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"{problem} ({_first_line(error)}).") from error
+    # Without files, transformers 5 gives a tokenizer that turns every word into "unknown".
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise UserError(f"{problem} (no vocabulary found; tokenizer.json is missing).")
+    return tokenizer
 
 
 def _load_config(source: str, id: str, revision: str | None) -> Any:
@@ -156,7 +221,7 @@ def _load_config(source: str, id: str, revision: str | None) -> Any:
             "with save_pretrained."
         )
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -171,16 +236,24 @@ def _load_config(source: str, id: str, revision: str | None) -> Any:
     return config
 
 
-def _load_processor(source: str, id: str, revision: str | None) -> Any:
-    """The model's image processor, on Pillow where transformers has it.
+def load_processor(source: str, id: str, revision: str | None = None) -> Any:
+    """A model's image processor, on Pillow where transformers has it.
 
     Pillow's resampling is what most models were trained with, and it gives the same pixels
     whether or not torchvision is installed.
+
+    Args:
+        source: folder or Hub id.
+        id: the model's, for messages.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: there is none.
     """
     last: Exception | None = None
     for options in ({"use_fast": False}, {}):
         try:
-            with _quiet():
+            with quiet():
                 return transformers.AutoImageProcessor.from_pretrained(
                     source, revision=revision, **options
                 )
@@ -201,7 +274,7 @@ def _load_module(
     # AutoModel drops the projection of a vision tower that was saved alone.
     loader = getattr(transformers, named) if named.endswith("WithProjection") else None
     try:
-        with _quiet():
+        with quiet():
             module, report = (loader or transformers.AutoModel).from_pretrained(
                 source,
                 revision=revision,
@@ -297,7 +370,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back transformers' notes on missing poolers and torchvision while loading.
 
     What matters in them is checked and told by Sparsight itself. Bars of downloads stay.

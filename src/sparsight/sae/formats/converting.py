@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
+from sparsight.files import new_folder
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.files import load, save
 from sparsight.sae.sparsity import TopK
@@ -58,12 +58,8 @@ def convert(
     writers = [OWN, *(each.name for each in FORMATS if each.can_save)]
     if to not in writers:
         raise UserError(f"{to!r} is no format that can be written, only: {', '.join(writers)}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already and not empty. Choose another folder.")
     written = _without_relu(sae) if approximate else sae
-    partial = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
-    try:
+    with new_folder(out) as partial:
         path = save(sae, partial) if to == OWN else find(to).save(written, partial)
         again = load(path) if to == OWN else read(path).build()
         difference = _difference(sae, again)
@@ -72,11 +68,6 @@ def convert(
                 f"{out}: not written. What was read back differs by {difference:.1e} from the SAE. "
                 "Please report this."
             )
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Conversion(out / path.relative_to(partial), difference)
 
 

@@ -1,0 +1,127 @@
+"""Geometric parametrisation: an MLP's rows as a length and a direction, trained apart.
+
+W = r · θ / ‖θ‖ in every output row of both linear layers of every MLP, in both towers. It is
+weight normalisation (Salimans & Kingma 2016, arXiv:1602.07868, eq. 2) for the rows that zer0int
+chose for CLIP (CLIP-fine-tune, "GmP"), with the names of its checkpoints: `.r` and `.theta` where
+`.weight` was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparsight.errors import UserError
+from sparsight.vision.layouts import gmp_parts, gmp_weight
+
+LAYERS = ("c_fc", "c_proj", "fc1", "fc2")
+"""An MLP's two linear layers: in OpenAI's layout and open_clip, and in transformers."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class GeometricLinear(nn.Linear):
+    """A linear layer whose weight is made of `r` and `theta` in every pass.
+
+    Made by `parametrize` out of a layer that is there, so that hooks on it stay.
+
+    With G = dL/dW and u = θ/‖θ‖, row by row: dL/dr = ⟨G, u⟩, and
+    dL/dθ = r/‖θ‖ · (G − ⟨G, u⟩ u) (Salimans & Kingma 2016, eq. 3).
+
+    Attributes:
+        r: length of every row, `[out, 1]`.
+        theta: direction of every row, of any length, `[out, in]`.
+    """
+
+    r: nn.Parameter
+    theta: nn.Parameter
+
+    @property  # type: ignore[override]
+    def weight(self) -> Float[Tensor, "out in"]:
+        """W = r · θ / ‖θ‖; norms are taken in float32 at least."""
+        theta = self.theta
+        wide = torch.promote_types(theta.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(theta, dim=1, keepdim=True, dtype=wide)
+        unit = theta / norm.clamp(min=torch.finfo(wide).tiny)
+        return (self.r * unit).to(theta.dtype)
+
+
+def parametrize(module: M) -> M:
+    """Split the MLPs of both towers into lengths and directions, in place.
+
+    The parts are computed in float64 and kept in the dtype of the weights; the model gives the
+    same as before, to rounding. Layers that are split already stay as they are.
+
+    Args:
+        module: `transformers.CLIPModel`, a CLIP of open_clip, or any other with such MLPs.
+
+    Returns:
+        `module`.
+
+    Raises:
+        UserError: it has no such MLPs, or their layers are of a special kind (quantised, ...).
+    """
+    layers = dict(_mlp_layers(module))
+    if not layers:
+        raise UserError(
+            f"{type(module).__name__} has no MLPs with layers called {' and '.join(LAYERS[:2])}, "
+            f"or {' and '.join(LAYERS[2:])}."
+        )
+    odd = [name for name, layer in layers.items() if type(layer) not in _KINDS]
+    if odd:
+        raise UserError(
+            f"{odd[0]} is a {type(layers[odd[0]]).__name__}; only plain linear layers can be split "
+            "into length and direction."
+        )
+    for layer in layers.values():
+        if type(layer) is nn.Linear:
+            _split(layer)
+    return module
+
+
+def to_plain(module: M) -> M:
+    """Merge what `parametrize` split, in place: the weight is computed in float64.
+
+    Returns:
+        `module`.
+    """
+    for layer in module.modules():
+        if isinstance(layer, GeometricLinear):
+            _merge(layer)
+    return module
+
+
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether any layer is split."""
+    return any(isinstance(layer, GeometricLinear) for layer in module.modules())
+
+
+_KINDS = (nn.Linear, GeometricLinear)
+
+
+def _mlp_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in module.named_modules():
+        holder, _, last = name.rpartition(".")
+        if last in LAYERS and holder.rpartition(".")[2] == "mlp":
+            yield name, layer
+
+
+def _split(layer: nn.Linear) -> None:
+    weight = layer.weight
+    r, theta = gmp_parts(weight)
+    del layer.weight
+    layer.__class__ = GeometricLinear
+    layer.register_parameter("r", nn.Parameter(r, weight.requires_grad))
+    layer.register_parameter("theta", nn.Parameter(theta, weight.requires_grad))
+
+
+def _merge(layer: GeometricLinear) -> None:
+    weight = gmp_weight(layer.r, layer.theta).to(layer.theta.dtype)
+    trained = layer.theta.requires_grad
+    del layer.r, layer.theta
+    layer.__class__ = nn.Linear  # type: ignore[assignment]
+    layer.weight = nn.Parameter(weight, trained)

@@ -1,0 +1,260 @@
+"""CLIPs in one file: OpenAI's layout, as it is or split for training (`layouts`).
+
+Such a file holds weights alone. What else it takes to run comes from beside it, from the file's
+metadata if Sparsight wrote it, or is as in OpenAI's own CLIPs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.pickles import CLASS, tensors_of
+from sparsight.reading import read_safetensors, read_torch, safetensors_metadata
+from sparsight.vision.byte_pairs import standard_tokenizer
+from sparsight.vision.clip_shape import (
+    STANDARD_VOCABULARY,
+    ClipShape,
+    shape_of_weights,
+    transformers_config,
+)
+from sparsight.vision.layouts import (
+    KEPT_POSITIONS,
+    is_huggingface,
+    is_openai,
+    plain,
+    to_huggingface,
+    to_openai,
+)
+from sparsight.vision.transformers_models import TransformersModel, load_tokenizer, model_of
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+METADATA = "sparsight"
+"""The key, among a safetensors file's metadata, of what Sparsight writes there."""
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "ema")
+_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)*(?:text\.(?=\w))?")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+
+def load_openai(
+    path: Path,
+    *,
+    id: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokenizer: str | Callable[[], Any] | None = None,
+    heads: tuple[int, int] | None = None,
+) -> TransformersModel:
+    """Load a CLIP from one file; see `load_model`.
+
+    Args:
+        path: safetensors, or what `torch.save` wrote: a state dict, or a whole module, of which
+            the tensors alone are read. Nothing that is pickled is run.
+        id: the name that the model goes by.
+        device: where to put it.
+        dtype: of its weights.
+        tokenizer: folder or Hub id, or a function that gives it. Else that which lies beside the
+            file, or OpenAI's where the vocabulary has its size.
+        heads: of the vision and the text tower; else as the file says, or width / 64.
+
+    Raises:
+        UserError: it holds no such CLIP.
+        SparsightError: it is damaged.
+    """
+    state, said = read_clip(path)
+    stated = dict(said.get("clip") or {})
+    for part, count in zip(("vision", "text"), heads or (), strict=False):
+        stated[part] = {**(stated.get(part) or {}), "heads": count}
+    shape = shape_of_weights(state, stated, str(path))
+    ends = None if shape.end is None else shape.end
+    return clip_model(
+        state,
+        shape,
+        id=id,
+        processor=_processor(path, shape, said.get("processor")),
+        load_tokenizer=_tokenizer(path, shape, tokenizer),
+        device=device,
+        dtype=dtype,
+        end=ends,
+    )
+
+
+def clip_model(
+    state: Mapping[str, Tensor],
+    shape: ClipShape,
+    *,
+    id: str,
+    processor: Any,
+    load_tokenizer: Callable[[], Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    end: int | None = None,
+) -> TransformersModel:
+    """A `transformers.CLIPModel` of weights in OpenAI's layout, with what it takes to run.
+
+    Raises:
+        SparsightError: the weights do not fit the shape.
+    """
+    from transformers import CLIPModel
+
+    module = CLIPModel(transformers_config(shape, end=end))
+    try:
+        module.load_state_dict(to_huggingface(state))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise SparsightError(f"{id}: its weights do not fit one another ({lines[0]}).") from error
+    return model_of(
+        module,
+        id=id,
+        processor=processor,
+        load_tokenizer=load_tokenizer,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def read_clip(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The plain weights in a file, in OpenAI's layout, and what Sparsight wrote beside them.
+
+    Raises:
+        UserError: it holds no CLIP with a vision transformer, or a TorchScript program.
+        SparsightError: it is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    said: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        found: Any = read_safetensors(path)
+        said = _said(path)
+    else:
+        _refuse_program(path)
+        found = read_torch(path)
+    state = _state(found)
+    if is_huggingface(state):
+        state = to_openai(state)
+    if not is_openai(state):
+        raise UserError(f"{path}: {_what(state)} {_EXPECTED}")
+    try:
+        kept = int(said.get("kept_positions", KEPT_POSITIONS))
+        return plain(state, kept), said
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+_EXPECTED = (
+    "Sparsight reads single files of CLIPs with a vision transformer, in OpenAI's or Hugging "
+    "Face's layout; anything else from its folder or Hub id."
+)
+
+
+def _state(found: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, of a pickled module, or of what wraps either."""
+    for _ in range(3):
+        if not isinstance(found, dict):
+            return {}
+        if CLASS in found:
+            found = tensors_of(found)
+        inner = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)), None)
+        if inner is None:
+            break
+        found = inner
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    return {_PREFIXES.sub("", key): value for key, value in tensors.items()}
+
+
+def _what(state: Mapping[str, Tensor]) -> str:
+    if not state:
+        return "holds no tensors by name."
+    if any(key.startswith("visual.layer1.") for key in state):
+        return "is a CLIP whose vision tower is a ResNet."
+    some = ", ".join(list(state)[:3])
+    return f"its {len(state)} tensors ({some}, ...) are not those of a CLIP."
+
+
+def _said(path: Path) -> dict[str, Any]:
+    text = safetensors_metadata(path).get(METADATA, "{}")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SparsightError(f"{path}: its metadata cannot be read ({error}).") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_program(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return
+    if program:
+        raise UserError(
+            f"{path}: is a TorchScript program, as OpenAI published its CLIPs, and code in files "
+            "is not run here. Load the same weights from the Hub (openai/clip-vit-base-patch32, "
+            "openai/clip-vit-large-patch14, ...), or save torch.jit.load(...).state_dict() to a "
+            "file of its own."
+        )
+
+
+def _processor(path: Path, shape: ClipShape, said: Any) -> Any:
+    from sparsight.vision.transformers_models import load_processor
+
+    if (path.parent / "preprocessor_config.json").is_file():
+        return load_processor(str(path.parent), str(path))
+    return image_processor(shape.image_size, **(said if isinstance(said, dict) else {}))
+
+
+def image_processor(image_size: int, **settings: Any) -> Any:
+    """CLIP's image processor, on Pillow: the shorter side is resized, the middle is cut out.
+
+    Args:
+        image_size: side of what the model takes.
+        settings: others than OpenAI's, by the names of `transformers`.
+    """
+    import transformers
+
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    size = {"shortest_edge": image_size}
+    crop = {"height": image_size, "width": image_size}
+    return kind(**{"size": size, "crop_size": crop, **settings})
+
+
+def _tokenizer(
+    path: Path, shape: ClipShape, given: str | Callable[[], Any] | None
+) -> Callable[[], Any]:
+    if callable(given):
+        return given
+    if given is not None:
+        return partial(_fitting, given, shape, str(path))
+    beside = path.parent
+    if any((beside / name).is_file() for name in _TOKENIZER_FILES):
+        return partial(_fitting, str(beside), shape, str(path))
+    if shape.vocab_size == STANDARD_VOCABULARY:
+        return partial(standard_tokenizer, str(path), shape.context_length)
+    return partial(_no_tokenizer, str(path), shape.vocab_size)
+
+
+def _fitting(source: str, shape: ClipShape, id: str) -> Any:
+    tokenizer = load_tokenizer(source, id)
+    if len(tokenizer) > shape.vocab_size:
+        raise UserError(
+            f"{id}: the tokenizer of {source} has {len(tokenizer):,} tokens, the model "
+            f"{shape.vocab_size:,}. Give the model's own: tokenizer=."
+        )
+    return tokenizer
+
+
+def _no_tokenizer(id: str, vocabulary: int) -> Any:
+    raise UserError(
+        f"{id}: has a vocabulary of its own ({vocabulary:,} tokens), and no tokenizer beside it. "
+        "Put its tokenizer.json into the same folder, or give tokenizer=."
+    )

@@ -1,0 +1,426 @@
+"""`save_model`: a model on disk as the programs of others read it, and proof that they do."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import new_folder, write_json
+from sparsight.vision.byte_pairs import from_open_clip, is_standard
+from sparsight.vision.clip_shape import (
+    ClipShape,
+    open_clip_config,
+    shape_of_open_clip,
+    shape_of_transformers,
+    transformers_config,
+)
+from sparsight.vision.layouts import (
+    KEPT_POSITIONS,
+    RES,
+    gmp_parts,
+    is_huggingface,
+    is_openai,
+    plain,
+    to_huggingface,
+    to_openai,
+)
+from sparsight.vision.load import load_model
+from sparsight.vision.model import VisionModel
+from sparsight.vision.open_clip_models import OpenClipModel, import_open_clip
+from sparsight.vision.openai_files import METADATA, image_processor, load_openai
+from sparsight.vision.transformers_models import ProcessorTransform, TransformersModel, quiet
+
+Layout = Literal["huggingface", "openai", "open_clip"]
+
+WEIGHTS = "model.safetensors"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+TEXTS = (
+    "a photo of a cat",
+    "an anchor",
+    "the words on the sign say umbrella, and below it stands a small red house with 2 windows",
+)
+"""What a model is compared on with what was read back, beside pictures of noise."""
+
+FILES = (".safetensors", ".pt")
+"""How the name of a single file ends."""
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest relative difference of embeddings, by the narrower dtype of the two."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What was written.
+
+    Attributes:
+        path: the folder or file.
+        loads_as: the id by which `load_model` finds it.
+        difference: ‖e − e'‖ / ‖e‖ between the embeddings of the model and of what was read back,
+            the larger one of pictures and texts.
+        notes: what others' programs must be told, since the layout does not say it.
+    """
+
+    path: Path
+    loads_as: str
+    difference: float
+    notes: tuple[str, ...] = ()
+
+
+def save_model(
+    model: VisionModel,
+    out: str | Path,
+    layout: Layout = "huggingface",
+    *,
+    dtype: torch.dtype | None = None,
+    gmp: bool = False,
+) -> Path:
+    """Write a model; see `write_model`.
+
+    Returns:
+        The folder or file.
+    """
+    return write_model(model, out, layout, dtype=dtype, gmp=gmp).path
+
+
+def write_model(
+    model: VisionModel,
+    out: str | Path,
+    layout: Layout = "huggingface",
+    *,
+    dtype: torch.dtype | None = None,
+    gmp: bool = False,
+    long: bool = False,
+) -> SavedModel:
+    """Write a model, read it back, and compare the two; only then it gets its name.
+
+    - `huggingface`: a folder that `transformers.CLIPModel.from_pretrained` and
+      `transformers.CLIPProcessor.from_pretrained` load alone. Models of `transformers` other than
+      CLIP have this layout only.
+    - `openai`: a state dict with the names of OpenAI's code: a folder with `model.safetensors`,
+      tokenizer and image processor; or one file, if `out` ends with `.safetensors` or `.pt`.
+    - `open_clip`: a folder that `open_clip.create_model("local-dir:FOLDER")` loads alone.
+
+    Weights that were split for training, geometric parametrisation and Long-CLIP's tables, are
+    merged, unless they are asked for.
+
+    Args:
+        model: any of `transformers`, or a CLIP of open_clip's own towers.
+        out: folder, new or empty; or a new file.
+        layout: whose.
+        dtype: of the weights on disk; default that of the model.
+        gmp: write the MLPs in the geometric parametrisation; `openai` only.
+        long: write Long-CLIP's two tables of positions; `openai` only.
+
+    Raises:
+        UserError: the layout cannot express the model, or `out` is there already.
+        MissingExtra: `open_clip` is asked for and not installed.
+        SparsightError: it could not be written, or what was read back differs.
+    """
+    out = Path(out)
+    if layout not in get_args(Layout):
+        raise UserError(f"layout={layout!r} is not known, only: {', '.join(get_args(Layout))}.")
+    if (gmp or long) and layout != "openai":
+        asked = "gmp" if gmp else "long"
+        raise UserError(f"{asked}: only the openai layout has this form; {layout} has plain ones.")
+    if out.suffix in FILES and layout != "openai":
+        raise UserError(f"{out}: the {layout} layout is a folder; only openai has single files.")
+    if layout == "open_clip":
+        import_open_clip()
+    kind = dtype or model.dtype
+    notes: tuple[str, ...] = ()
+    parts = None if layout == "huggingface" and _other_architecture(model) else _parts(model)
+    with _place(out) as place, quiet():
+        if parts is None:
+            assert isinstance(model, TransformersModel)
+            _save_pretrained(model, place, kind)
+        elif layout == "huggingface":
+            _write_huggingface(parts, place, kind)
+        elif layout == "open_clip":
+            _write_open_clip(parts, place, kind)
+        else:
+            notes = _write_openai(parts, place, kind, gmp=gmp, long=long)
+        difference = _difference(model, _read_back(parts, model, place, layout))
+        if not difference <= max(_TOLERANCE[kind], _TOLERANCE[model.dtype]):
+            raise SparsightError(
+                f"{out}: not written. The embeddings of what was read back differ by "
+                f"{difference:.1e} from those of {model.id}. Please report this."
+            )
+    loads_as = f"open_clip:local-dir:{out}" if layout == "open_clip" else str(out)
+    return SavedModel(out, loads_as, difference, notes)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A CLIP apart from any library."""
+
+    id: str
+    state: dict[str, Tensor]
+    """In OpenAI's layout, plain."""
+    shape: ClipShape
+    processor: Any
+    tokenizer: Any
+    config: Any
+    """Of `transformers`, where the model came with one."""
+    kept: int
+    """How many positions are Long-CLIP's kept ones, where there are two tables."""
+
+
+def _parts(model: VisionModel) -> _Parts:
+    found = {key: value.detach().cpu() for key, value in model.module.state_dict().items()}
+    kept = kept_positions(model.module)
+    if isinstance(model, TransformersModel) and not _other_architecture(model):
+        state = to_openai(plain(found, kept))
+        config = copy.deepcopy(model.module.config)
+        shape = shape_of_transformers(config)
+        tokenizer = model.tokenizer
+    elif isinstance(model, OpenClipModel):
+        renamed = {key.removeprefix("text."): value for key, value in found.items()}
+        if not is_openai(renamed):
+            raise UserError(
+                f"{model.id}: its towers are not open_clip's own, so it has no form in the layouts "
+                "of CLIP."
+            )
+        # There and back: what is no CLIP's is refused by name.
+        state, config = to_openai(to_huggingface(plain(renamed, kept))), None
+        shape = shape_of_open_clip(model.module, state, model.id)
+        tokenizer = from_open_clip(model.tokenizer, shape.context_length)
+    else:
+        raise UserError(f"{model.id} ({model.family}) is no CLIP, so it has no such layout.")
+    if shape.context_length != len(state["positional_embedding"]):
+        raise SparsightError(
+            f"{model.id}: says {shape.context_length} positions of texts and has "
+            f"{len(state['positional_embedding'])}."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = shape.context_length
+    state["logit_scale"] = state["logit_scale"].reshape(())
+    return _Parts(model.id, state, shape, _processor(model), tokenizer, config, kept)
+
+
+def kept_positions(module: nn.Module) -> int:
+    """How many positions of a text tower in Long-CLIP's two tables are the kept ones."""
+    found = (getattr(each, "kept_positions", None) for each in module.modules())
+    return next((kept for kept in found if kept is not None), KEPT_POSITIONS)
+
+
+def _other_architecture(model: VisionModel) -> bool:
+    return isinstance(model, TransformersModel) and not is_huggingface(model.module.state_dict())
+
+
+def _processor(model: VisionModel) -> Any:
+    if isinstance(model.transform, ProcessorTransform):
+        return model.transform.processor
+    given = model.preprocessing
+    size = given["size"]
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    mode = given.get("resize_mode", "shortest")
+    if sides[0] != sides[1] or mode not in ("shortest", "squash"):
+        raise UserError(
+            f"{model.id}: its pictures are resized by {mode!r} to {sides}, which CLIP's image "
+            "processor cannot."
+        )
+    side = {"height": sides[0], "width": sides[1]}
+    return image_processor(
+        sides[0],
+        image_mean=list(given["mean"]),
+        image_std=list(given["std"]),
+        resample=int(_RESAMPLING[given.get("interpolation", "bicubic")]),
+        **({"size": side} if mode == "squash" else {}),
+    )
+
+
+def _open_clip_preprocessing(processor: Any, id: str) -> dict[str, Any]:
+    """What open_clip calls it.
+
+    Raises:
+        UserError: open_clip cannot do it.
+    """
+    said = processor.to_dict()
+    size, crop = dict(said["size"]), dict(said.get("crop_size") or said["size"])
+    sides = {crop.get("height"), crop.get("width")}
+    squashed = size == crop
+    names = {int(value): name for name, value in _RESAMPLING.items()}
+    expressible = (
+        len(sides) == 1
+        and (squashed or {size.get("shortest_edge")} == sides)
+        and int(said["resample"]) in names
+        and all(said.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize"))
+        and abs(said.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-6
+    )
+    if not expressible:
+        raise UserError(
+            f"{id}: open_clip's preprocessing cannot do what this image processor does (resize to "
+            f"{size}, cut to {crop}, filter {said['resample']})."
+        )
+    return {
+        "size": sides.pop(),
+        "mode": "RGB",
+        "mean": list(said["image_mean"]),
+        "std": list(said["image_std"]),
+        "interpolation": names[int(said["resample"])],
+        "resize_mode": "squash" if squashed else "shortest",
+    }
+
+
+def _write_huggingface(parts: _Parts, folder: Path, dtype: torch.dtype) -> None:
+    tokenizer = parts.tokenizer
+    config = parts.config
+    if config is None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config = transformers_config(
+            parts.shape,
+            end=tokenizer.eos_token_id,
+            **{name: value for name, value in ids.items() if value is not None},
+        )
+    config.architectures = ["CLIPModel"]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    save_file(
+        _cast(to_huggingface(parts.state), dtype), folder / WEIGHTS, metadata={"format": "pt"}
+    )
+    _write_tools(parts, folder)
+
+
+def _write_openai(
+    parts: _Parts, place: Path, dtype: torch.dtype, *, gmp: bool, long: bool
+) -> tuple[str, ...]:
+    state = dict(parts.state)
+    notes = parts.shape.surprises()
+    if long:
+        state[RES] = state["positional_embedding"].clone()
+    if gmp:
+        state = _in_gmp(state)
+    state = _cast(state, dtype)
+    if place.is_dir():
+        _write_tools(parts, place)
+        place = place / WEIGHTS
+    if place.suffix == ".safetensors":
+        said = {
+            "layout": "openai",
+            "clip": parts.shape.to_json(),
+            "kept_positions": parts.kept,
+            "processor": _settings(parts.processor),
+        }
+        save_file(state, place, metadata={"format": "pt", METADATA: json.dumps(said)})
+    else:
+        if notes:
+            raise UserError(
+                f"{parts.id}: a .pt file of weights cannot say what is not as in OpenAI's CLIPs: "
+                f"{'; '.join(notes)}. Write .safetensors, whose metadata can, or another layout."
+            )
+        torch.save(state, place)
+    return tuple(notes)
+
+
+def _write_open_clip(parts: _Parts, folder: Path, dtype: torch.dtype) -> None:
+    config = open_clip_config(parts.shape, parts.id)
+    if not is_standard(parts.tokenizer):
+        # Any name makes open_clip take the tokenizer in the folder itself.
+        config["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
+    found = {
+        "model_cfg": config,
+        "preprocess_cfg": _open_clip_preprocessing(parts.processor, parts.id),
+    }
+    write_json(folder / OPEN_CLIP_CONFIG, found)
+    save_file(_cast(parts.state, dtype), folder / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
+    parts.tokenizer.save_pretrained(folder)
+
+
+def _write_tools(parts: _Parts, folder: Path) -> None:
+    parts.tokenizer.save_pretrained(folder)
+    parts.processor.save_pretrained(folder)
+
+
+def _save_pretrained(model: TransformersModel, folder: Path, dtype: torch.dtype) -> None:
+    module = model.module if dtype == model.dtype else copy.deepcopy(model.module).to(dtype=dtype)
+    module.save_pretrained(folder)
+    _processor(model).save_pretrained(folder)
+    if model.has_text:
+        model.tokenizer.save_pretrained(folder)
+
+
+def _settings(processor: Any) -> dict[str, Any]:
+    """The image processor's, as its constructor takes them."""
+    kept = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
+    said = json.loads(processor.to_json_string())
+    flags = {key: value for key, value in said.items() if key.startswith("do_")}
+    return {**flags, **{key: said[key] for key in kept if said.get(key) is not None}}
+
+
+def _in_gmp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        base = key.removesuffix(".weight")
+        if base != key and base.endswith((".c_fc", ".c_proj")):
+            found[f"{base}.r"], found[f"{base}.theta"] = gmp_parts(value)
+        else:
+            found[key] = value
+    return found
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: value.to(dtype).contiguous() for key, value in state.items()}
+
+
+@contextmanager
+def _place(out: Path) -> Iterator[Path]:
+    """Where to write: a folder, or a file in one, beside `out`; it gets its name if all is well."""
+    if out.suffix not in FILES:
+        with new_folder(out) as folder:
+            yield folder
+        return
+    if out.exists():
+        raise UserError(f"{out}: is there already. Choose another name.")
+    beside = out.with_name(f".{out.name}.tmp")
+    with new_folder(beside) as folder:
+        yield folder / out.name
+    try:
+        (beside / out.name).replace(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _read_back(
+    parts: _Parts | None, model: VisionModel, place: Path, layout: Layout
+) -> VisionModel:
+    if place.is_file() and parts is not None:
+        return load_openai(
+            place,
+            id=str(place),
+            device=model.device,
+            dtype=model.dtype,
+            tokenizer=lambda: parts.tokenizer,
+        )
+    prefix = "open_clip:local-dir:" if layout == "open_clip" else ""
+    return load_model(f"{prefix}{place}", device=model.device, dtype=model.dtype)
+
+
+@torch.no_grad()
+def _difference(one: VisionModel, other: VisionModel) -> float:
+    """The largest relative difference of embeddings, of pictures and of texts."""
+    training = one.module.training
+    one.module.eval()
+    try:
+        pixels = torch.randn((4, *one.input_shape), generator=torch.Generator().manual_seed(0))
+        pairs = [(one.embed_images(pixels), other.embed_images(pixels))]
+        if one.has_text:
+            pairs.append((one.embed_texts(TEXTS), other.embed_texts(TEXTS)))
+    finally:
+        one.module.train(training)
+    return max(float((x - y).norm() / x.norm().clamp(min=1e-30)) for x, y in pairs)
