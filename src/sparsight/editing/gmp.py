@@ -40,14 +40,15 @@ class GeometricLinear(nn.Linear):
     r: nn.Parameter
     theta: nn.Parameter
 
-    @property  # type: ignore[override]
-    def weight(self) -> Float[Tensor, "out in"]:
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
         """W = r · θ / ‖θ‖; norms are taken in float32 at least."""
         theta = self.theta
         wide = torch.promote_types(theta.dtype, torch.float32)
         norm = torch.linalg.vector_norm(theta, dim=1, keepdim=True, dtype=wide)
         unit = theta / norm.clamp(min=torch.finfo(wide).tiny)
-        return (self.r * unit).to(theta.dtype)
+        weight: Tensor = self.r * unit
+        return weight.to(theta.dtype)
 
 
 def parametrize(module: M) -> M:
@@ -124,4 +125,4 @@ def _merge(layer: GeometricLinear) -> None:
     trained = layer.theta.requires_grad
     del layer.r, layer.theta
     layer.__class__ = nn.Linear  # type: ignore[assignment]
-    layer.weight = nn.Parameter(weight, trained)
+    layer.register_parameter("weight", nn.Parameter(weight, trained))

@@ -425,7 +425,7 @@ class VisionModel(ABC):
             return
         first = long[0]
         text = texts[first] if len(texts[first]) <= 80 else f"{texts[first][:77]}..."
-        others = f" So are {len(long) - 1} others." if len(long) > 1 else ""
+        others = f" {len(long)} texts are." if len(long) > 1 else ""
         raise UserError(
             f"Text {first + 1} of {len(texts)} is too long for {self.id}: it has {counts[first]} "
             f"tokens, and {limit} fit, start and end included ({text!r}).{others} Shorten it, or "

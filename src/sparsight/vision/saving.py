@@ -348,7 +348,9 @@ def _write_tools(parts: _Parts, folder: Path) -> None:
 
 
 def _save_pretrained(model: TransformersModel, folder: Path, dtype: torch.dtype) -> None:
-    module = model.module if dtype == model.dtype else copy.deepcopy(model.module).to(dtype=dtype)
+    module: Any = model.module
+    if dtype != model.dtype:
+        module = copy.deepcopy(module).to(dtype=dtype)
     module.save_pretrained(folder)
     _processor(model).save_pretrained(folder)
     if model.has_text:
