@@ -19,9 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsight import pickles
 from sparsight.errors import SparsightError
-from sparsight.pickles import PickleError, Storage
+from sparsight.pickles import (
+    PickleError,
+    Reader,
+    Storage,
+    budget_of,
+    fill,
+    read_legacy,
+    storage_dtype,
+)
 
 LONGEST_HEADER = 100 * 2**20
 """Bytes of a safetensors header: the limit of the format."""
@@ -139,7 +146,7 @@ def read_torch_stream(file: io.BufferedIOBase, size: int, path: Path) -> Any:
     try:
         if zipped:
             return _read_zip(file, size)
-        return pickles.read_legacy(_Clamped(file, size), size)
+        return read_legacy(_Clamped(file, size), size)
     except Exception as error:
         # zipfile and torch have many kinds for archives that no writer makes.
         raise damaged(path, error) from error
@@ -162,8 +169,8 @@ def read_gzipped_pickle(path: Path, limit: int = LARGEST_UNZIPPED) -> Any:
                 content += block
                 if len(content) > limit:
                     raise damaged(path, f"it unfolds to more than {limit:,} bytes")
-        budget = pickles.budget_of(len(content))
-        return pickles.Reader(budget=budget).load(io.BytesIO(content))
+        budget = budget_of(len(content))
+        return Reader(budget=budget).load(io.BytesIO(content))
     except (PickleError, zlib.error, EOFError, OSError, MemoryError) as error:
         raise damaged(path, error) from error
 
@@ -250,19 +257,19 @@ def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
                 raise PickleError("a storage's name is no text")
             if key not in storages:
                 entry = entries.get(f"{root}data/{key}")
-                dtype = pickles.storage_dtype(kind)
+                dtype = storage_dtype(kind)
                 if entry is None or entry.file_size != elements * dtype.itemsize:
                     raise PickleError(f"the storage {key!r} is missing or of another size")
                 data = torch.zeros(elements, dtype=dtype)
                 with archive.open(entry) as source:
-                    pickles.fill(source, data)  # type: ignore[arg-type]
+                    fill(source, data)  # type: ignore[arg-type]
                     source.read(1)  # at its end the checksum is compared
                 storages[key] = Storage(data)
             return storages[key]
 
         program = archive.read(f"{root}data.pkl")
-        budget = pickles.budget_of(len(program))
-        return pickles.Reader(storage, budget).load(io.BytesIO(program))
+        budget = budget_of(len(program))
+        return Reader(storage, budget).load(io.BytesIO(program))
 
 
 class _Part(io.RawIOBase):

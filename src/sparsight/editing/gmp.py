@@ -92,7 +92,7 @@ def to_plain(module: M) -> M:
     """
     for layer in module.modules():
         if isinstance(layer, GeometricLinear):
-            _merge(layer)
+            _merge(layer, layer.r, layer.theta)
     return module
 
 
@@ -120,9 +120,8 @@ def _split(layer: nn.Linear) -> None:
     layer.register_parameter("theta", nn.Parameter(theta, weight.requires_grad))
 
 
-def _merge(layer: GeometricLinear) -> None:
-    weight = gmp_weight(layer.r, layer.theta).to(layer.theta.dtype)
-    trained = layer.theta.requires_grad
+def _merge(layer: nn.Linear, r: Tensor, theta: Tensor) -> None:
     del layer.r, layer.theta
-    layer.__class__ = nn.Linear  # type: ignore[assignment]
-    layer.register_parameter("weight", nn.Parameter(weight, trained))
+    layer.__class__ = nn.Linear
+    weight = gmp_weight(r, theta).to(theta.dtype)
+    layer.register_parameter("weight", nn.Parameter(weight, theta.requires_grad))

@@ -13,9 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsight import reading
 from sparsight.errors import SparsightError, UserError
 from sparsight.pickles import shown
+from sparsight.reading import (
+    begins_with_json,
+    read_config,
+    read_gzipped_pickle,
+    read_safetensors,
+    read_torch,
+    safetensors_keys,
+)
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.places import CONFIGS, is_weights
@@ -186,7 +193,7 @@ class Candidate:
         """
         for file in files:
             if file not in self._configs and self.has(file):
-                self._configs[file] = reading.read_config(self.folder / file)
+                self._configs[file] = read_config(self.folder / file)
             if file in self._configs:
                 return self._configs[file]
         return {}
@@ -200,13 +207,13 @@ class Candidate:
         if file not in self._payloads:
             path = self.folder / file
             if file.endswith(".safetensors"):
-                self._payloads[file] = reading.read_safetensors(path)
+                self._payloads[file] = read_safetensors(path)
             elif file.endswith(".gz"):
-                self._payloads[file] = reading.read_gzipped_pickle(path)
-            elif reading.begins_with_json(path):
+                self._payloads[file] = read_gzipped_pickle(path)
+            elif begins_with_json(path):
                 self._payloads[file] = {}  # saev's, whose reader looks for itself
             else:
-                self._payloads[file] = reading.read_torch(path)
+                self._payloads[file] = read_torch(path)
         return self._payloads[file]
 
     def tensors(self, file: str) -> dict[str, Tensor]:
@@ -228,7 +235,7 @@ class Candidate:
             SparsightError: it is damaged.
         """
         if file.endswith(".safetensors") and file not in self._payloads:
-            return frozenset(reading.safetensors_keys(self.folder / file))
+            return frozenset(safetensors_keys(self.folder / file))
         found = self.payload(file)
         return frozenset(map(str, found)) if isinstance(found, dict) else frozenset()
 

@@ -1,0 +1,178 @@
+"""open_clip's own CLIP has OpenAI's layout: an independent check of every conversion."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_clips import OPEN_CLIP, open_clip_module, shake
+
+from sparsight.editing import parametrize, to_plain
+from sparsight.errors import UserError
+from sparsight.vision import load_model
+from sparsight.vision.layouts import to_openai
+from sparsight.vision.saving import save_model, write_model
+
+open_clip = pytest.importorskip(
+    "open_clip", reason="open_clip is not installed (extra open-clip)", exc_type=ImportError
+)
+
+TEXTS = ["a photo of a cat", "the SUN, in 1987!", "it's a red umbrella"]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["quick_gelu", "gelu"])
+def theirs(request, tmp_path_factory):
+    """A folder that open_clip loads, its module, and ours."""
+    folder = tmp_path_factory.mktemp("local")
+    torch.manual_seed(0)
+    module = open_clip_module(open_clip, quick_gelu=request.param)
+    torch.save(module.state_dict(), folder / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {**OPEN_CLIP, "quick_gelu": request.param}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return module, load_model(f"open_clip:local-dir:{folder}", device="cpu")
+
+
+@torch.no_grad()
+def test_transformers_embed_as_open_clip_does(theirs, tmp_path, pixels):
+    module, model = theirs
+    saved = write_model(model, tmp_path / "hf")
+    assert saved.difference < 1e-5
+    again = load_model(str(saved.path), device="cpu")
+    torch.testing.assert_close(
+        again.embed_images(pixels), module.encode_image(pixels), rtol=1e-5, atol=1e-5
+    )
+    tokens = open_clip.tokenize(TEXTS)
+    torch.testing.assert_close(
+        again.embed_texts(TEXTS), module.encode_text(tokens), rtol=1e-5, atol=1e-5
+    )
+    assert again.logit_scale == pytest.approx(float(module.logit_scale.exp()))
+    act = type(module.visual.transformer.resblocks[0].mlp.gelu).__name__
+    said = {"QuickGELU": "quick_gelu", "GELU": "gelu"}[act]
+    assert again.module.config.vision_config.hidden_act == said
+    assert again.module.config.text_config.hidden_act == said
+    from transformers import CLIPProcessor
+
+    ids = CLIPProcessor.from_pretrained(saved.path)(text=TEXTS[:1])["input_ids"][0]
+    assert ids == tokens[0][: len(ids)].tolist()
+    assert again.preprocessing["image_mean"] == pytest.approx(model.preprocessing["mean"])
+
+
+@torch.no_grad()
+def test_around_all_three_layouts_and_back_keeps_every_bit(theirs, tmp_path, pixels):
+    module, model = theirs
+    first = load_model(str(save_model(model, tmp_path / "hf")), device="cpu")
+    second = load_model(str(save_model(first, tmp_path / "openai", "openai")), device="cpu")
+    last = load_model(str(save_model(second, tmp_path / "oc", "open_clip")), device="cpu")
+    assert last.id.startswith("open_clip:local-dir:")
+    end = last.module.state_dict()
+    assert end.keys() == module.state_dict().keys()
+    assert all(torch.equal(end[key], value) for key, value in module.state_dict().items())
+    assert torch.equal(last.embed_images(pixels), model.embed_images(pixels))
+    assert torch.equal(last.embed_texts(TEXTS), model.embed_texts(TEXTS))
+    assert last.preprocessing == model.preprocessing
+
+
+@torch.no_grad()
+def test_the_same_weights_in_both_classes_give_the_same(pixels, tmp_path):
+    """From transformers' side: a CLIPModel in OpenAI's layout, in open_clip's class."""
+    ours = load_model("calibration", device="cpu")
+    saved = write_model(ours, tmp_path / "oc", "open_clip")
+    assert saved.difference < 1e-5
+    model = open_clip.create_model(f"local-dir:{saved.path}").eval()
+    state = model.state_dict()
+    expected = to_openai(ours.module.state_dict())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    pictures = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        model.encode_image(pictures), ours.embed_images(pictures), rtol=1e-5, atol=1e-5
+    )
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{saved.path}")
+    texts = ["a photo of a sun", "a red anchor"]
+    torch.testing.assert_close(
+        model.encode_text(tokenizer(texts)), ours.embed_texts(texts), rtol=1e-5, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_custom_text_towers_of_open_clips_own_kind_are_saved_too(tmp_path, pixels):
+    module = shake(open_clip.model.CustomTextCLIP(**OPEN_CLIP, quick_gelu=True)).eval()
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    torch.save(module.state_dict(), folder / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {**OPEN_CLIP, "quick_gelu": True, "custom_text": True}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    model = load_model(f"open_clip:local-dir:{folder}", device="cpu")
+    saved = write_model(model, tmp_path / "hf")
+    assert saved.difference < 1e-5
+
+
+def test_what_clip_does_not_do_is_refused_by_name(theirs, tmp_path):
+    _, model = theirs
+    odd = copy.copy(model)
+    odd.module = copy.deepcopy(model.module)
+    odd.module.visual.pool_type = "avg"
+    with pytest.raises(UserError, match="pictures pooled by 'avg'"):
+        save_model(odd, tmp_path / "x")
+    odd.module = copy.deepcopy(model.module)
+    odd.module.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(UserError, match="'extra' has no place"):
+        save_model(odd, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_texts_are_refused_when_they_are_not_to_be_cut(theirs):
+    _, model = theirs
+    with pytest.raises(UserError, match=r"Text 1 of 1 .* it has 102 tokens, and 77 fit"):
+        model.embed_texts(["cat " * 100], truncate=False)
+    assert model.tokenize(["cat " * 100])["input_ids"].shape == (1, 77)
+    assert model.tokenize(["cat"], truncate=False)["input_ids"].shape == (1, 77)
+
+
+def test_single_files_take_the_tokenizer_of_open_clip_where_the_hub_is_out_of_reach(
+    theirs, tmp_path
+):
+    _, model = theirs
+    path = save_model(model, tmp_path / "clip.safetensors", "openai")
+    again = load_model(str(path), device="cpu")
+    torch.testing.assert_close(again.embed_texts(TEXTS), model.embed_texts(TEXTS))
+
+
+@torch.no_grad()
+def test_the_geometric_parametrisation_of_open_clips_class(theirs, tmp_path, pixels):
+    module, model = theirs
+    plain = copy.deepcopy(module).double()
+    split = parametrize(copy.deepcopy(plain))
+    tokens = open_clip.tokenize(TEXTS)
+    with torch.enable_grad():
+        for each in (split, plain):
+            pictures = each.encode_image(pixels.double())
+            (pictures.square().sum() + each.encode_text(tokens).sum()).backward()
+    same = {"rtol": 1e-9, "atol": 1e-10}
+    torch.testing.assert_close(
+        split.encode_image(pixels.double()), plain.encode_image(pixels.double()), **same
+    )
+    torch.testing.assert_close(split.encode_text(tokens), plain.encode_text(tokens), **same)
+    for name in ("visual.transformer.resblocks.1.mlp.c_fc", "transformer.resblocks.0.mlp.c_proj"):
+        layer, gradient = split.get_submodule(name), plain.get_submodule(name).weight.grad
+        unit = layer.theta / layer.theta.norm(dim=1, keepdim=True)
+        along = (gradient * unit).sum(dim=1, keepdim=True)
+        torch.testing.assert_close(layer.r.grad, along, **same)
+        torch.testing.assert_close(layer.theta.grad, layer.r * (gradient - along * unit), **same)
+
+    trained = copy.copy(model)
+    trained.module = parametrize(copy.deepcopy(module))
+    saved = write_model(trained, tmp_path / "gmp.safetensors", "openai", gmp=True)
+    fresh = parametrize(copy.deepcopy(module))
+    fresh.load_state_dict(load_file(saved.path))  # every name as in the module, none left over
+    torch.testing.assert_close(
+        fresh.encode_image(pixels), module.encode_image(pixels), rtol=1e-4, atol=1e-5
+    )
+    for layout in ("huggingface", "openai", "open_clip"):
+        assert write_model(trained, tmp_path / layout, layout).difference < 1e-5
+    back = to_plain(trained.module).state_dict()
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(back[key], value, rtol=1e-6, atol=0)
