@@ -17,7 +17,7 @@ from memory_activations import sparse_mixtures
 from test_resume import CONFIG, SITES
 
 from sparsight import files
-from sparsight.training import checkpoint, train, trainer
+from sparsight.training import checkpoint_files, train, trainer
 
 
 def die(*_: object) -> None:
@@ -45,7 +45,7 @@ def main(out: str, where: str, what: str = "train") -> None:
                 die()
             write_json(path, value)
 
-        checkpoint.write_json = write_or_die
+        checkpoint_files.write_json = write_or_die
     elif where == "while it finishes":
         trainer.Loop._finish = die
     torch.set_num_threads(1)

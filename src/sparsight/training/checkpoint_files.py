@@ -1,0 +1,132 @@
+"""Folders of checkpoints: written under another name and renamed when whole, checked when read.
+
+`FOLDER/STEP/state.json` holds the format's version, the step and a checksum of each file beside it;
+what else is in it is the business of who writes it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import read_json, sha256_file, write_json
+
+FORMAT_VERSION = 1
+KEPT = 2
+STATE = "state.json"
+
+Found = TypeVar("Found")
+
+
+def write(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    write_files: Callable[[Path], Iterable[str]],
+) -> Path:
+    """Write a checkpoint and drop the oldest beyond the last two.
+
+    Args:
+        folder: of all checkpoints.
+        step: steps that were done.
+        state: JSON-able, besides version, step and checksums.
+        write_files: writes the files into a folder, and tells their names in it.
+
+    Raises:
+        SparsightError: it could not be written; earlier ones are untouched.
+    """
+    target = folder / f"{step:09d}"
+    partial = folder / f".{step:09d}.tmp"
+    _remove_partial(folder)
+    try:
+        files = write_files(partial)
+        write_json(
+            partial / STATE,
+            {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                **state,
+                "sha256": {file: sha256_file(partial / file) for file in files},
+            },
+        )
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except (OSError, SparsightError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SparsightError(f"{target}: the checkpoint could not be written ({error})") from error
+    for old in found(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def read_latest(
+    folder: Path, read: Callable[[Path, dict[str, Any]], Found]
+) -> tuple[Found | None, list[str]]:
+    """The newest whole checkpoint, and what is wrong with newer ones.
+
+    Args:
+        folder: of all checkpoints.
+        read: makes something of a checkpoint's folder and state, once its checksums are right.
+
+    Raises:
+        UserError: one that is looked at is of another version of the format.
+        SparsightError: there are checkpoints, and none is whole.
+    """
+    problems: list[str] = []
+    candidates = found(folder)
+    for path in reversed(candidates):
+        try:
+            return _read(path, read), problems
+        except UserError:
+            raise  # it may be whole: to go on from an older one would lose work
+        except SparsightError as error:
+            problems.append(str(error))
+    if candidates:
+        raise SparsightError(
+            f"{folder}: no checkpoint is whole. {' '.join(problems)} "
+            "Remove the folder to train from the start."
+        )
+    return None, problems
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint, unread."""
+    return next(reversed(found(folder)), None)
+
+
+def found(folder: Path) -> list[Path]:
+    """All checkpoints, oldest first, unread."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove what a killed `write` left."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _read(path: Path, read: Callable[[Path, dict[str, Any]], Found]) -> Found:
+    try:
+        state = read_json(path / STATE)
+    except UserError as error:  # as a damaged file it is no one's mistake
+        raise SparsightError(str(error)) from error
+    version = state.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path / STATE}: format_version is {version!r}; this Sparsight reads "
+            f"{FORMAT_VERSION}. Go on with the Sparsight that wrote it, or choose another folder."
+        )
+    try:
+        for file, expected in state["sha256"].items():
+            if not (path / file).exists() or sha256_file(path / file) != expected:
+                raise SparsightError(f"{path / file}: is missing or damaged (checksum).")
+        return read(path, state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SparsightError(
+            f"{path / STATE}: lacks {error} or holds it in another form."
+        ) from error
