@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         extract,
     )
     from sparsight.demo import run_demo
+    from sparsight.editing.finetuning import FinetuneConfig, FinetuneRun, finetune
     from sparsight.errors import MissingExtra, SparsightError, UserError
     from sparsight.evaluation import EvaluationReport, SweepMeasures, evaluate
     from sparsight.images import ImageInfo, ImageSource, load_batches, open_images
@@ -64,6 +65,7 @@ _HOMES = {
         "extract",
     ),
     "sparsight.demo": ("run_demo",),
+    "sparsight.editing.finetuning": ("FinetuneConfig", "FinetuneRun", "finetune"),
     "sparsight.errors": ("MissingExtra", "SparsightError", "UserError"),
     "sparsight.evaluation": ("EvaluationReport", "SweepMeasures", "evaluate"),
     "sparsight.images": ("ImageInfo", "ImageSource", "load_batches", "open_images"),
@@ -110,6 +112,8 @@ __all__ = [
     "BatchTopK",
     "CodeStore",
     "EvaluationReport",
+    "FinetuneConfig",
+    "FinetuneRun",
     "Gated",
     "GhostGradients",
     "GroupMax",
@@ -143,6 +147,7 @@ __all__ = [
     "encode",
     "evaluate",
     "extract",
+    "finetune",
     "load_batches",
     "load_model",
     "open_images",

@@ -2,7 +2,7 @@
 
 Builds on `vision`, `sae` and `latents`. Start at `intervene` (interventions.py) and the actions
 that an edit may have (actions.py); `fold` (folding.py) writes an edit into
-the model's weights.
+the model's weights; `attacks` and `finetuning` are rooms of their own.
 """
 
 from __future__ import annotations

@@ -306,6 +306,15 @@ class VisionModel(ABC):
         self._require_text()
         return self._context_length()
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has before it is cut, start and end included.
+
+        Raises:
+            UserError: the model has no text tower.
+        """
+        self._require_text()
+        return self._count_tokens(texts)
+
     def tokenize(self, texts: Sequence[str], *, truncate: bool = True) -> dict[str, Tensor]:
         """Turn texts into what `embed_tokens` takes.
 
@@ -370,7 +379,7 @@ class VisionModel(ABC):
             UserError: the model has no text tower.
         """
         self._require_text()
-        return float(self.module.logit_scale.exp())  # type: ignore[operator]
+        return float(self.module.logit_scale.detach().exp())  # type: ignore[operator]
 
     @property
     def logit_bias(self) -> float:

@@ -1,0 +1,493 @@
+"""`finetune`: train a copy of a CLIP on pairs and attacks, resumed exactly where it was cut."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.editing.finetuning import losses
+from sparsight.editing.finetuning.batches import BatchLoader, PairBatch
+from sparsight.editing.finetuning.config import FinetuneConfig, FinetuneRecipe
+from sparsight.editing.finetuning.groups import Member, set_trainable
+from sparsight.editing.finetuning.optimisers import AdaBelief, rate_factor
+from sparsight.editing.finetuning.pairs import CaptionedImages, captioned, check_lengths
+from sparsight.editing.finetuning.penalty import LatentPenalty, PenalisedLatents
+from sparsight.editing.finetuning.run import FinetuneRun
+from sparsight.editing.finetuning.sampling import Pair, PairSampler
+from sparsight.editing.finetuning.scaling import ScaledNeurons
+from sparsight.editing.gmp import parametrize, to_plain
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import sha256_json
+from sparsight.images import ImageSource
+from sparsight.progress import logger, progress
+from sparsight.sae.files import load_tensors, save_tensors
+from sparsight.training import checkpoint_files
+from sparsight.training.loggers import JsonLines
+from sparsight.training.run import CONFIG
+from sparsight.vision import VisionModel
+from sparsight.vision.hashing import weights_hash
+from sparsight.vision.saving import Layout, save_model
+
+_TENSORS = "training.safetensors"
+_TERMS = ("contrastive", "distillation", "pull", "penalty")
+
+
+@runtime_checkable
+class PairedAttacks(Protocol):
+    """Pictures with words on them, and the same without; `sparsight.editing.attacks` makes them."""
+
+    @property
+    def attacked(self) -> ImageSource:
+        """With the words, under the true labels."""
+
+    @property
+    def clean(self) -> ImageSource:
+        """The same pictures in the same order, without."""
+
+
+def finetune(
+    model: VisionModel,
+    data: ImageSource | CaptionedImages,
+    config: FinetuneConfig | None = None,
+    out: str | Path = "runs/tuned",
+    *,
+    attack: ImageSource | CaptionedImages | PairedAttacks | None = None,
+    latents: PenalisedLatents | None = None,
+    neurons: Mapping[int, Sequence[int]] | None = None,
+    layout: Layout = "huggingface",
+    workers: int | None = None,
+    max_failed: float = 0.01,
+    resume: bool = True,
+    quiet: bool = False,
+) -> FinetuneRun:
+    """Fine-tune a copy of a CLIP so that words in pictures fool it less.
+
+    Args:
+        model: with a text tower; it stays as it is, and is what distillation keeps to.
+        data: clean pictures with captions or labels.
+        config: how to train.
+        out: folder of the run. A finished run of the same configuration is returned as it is, a
+            cut one goes on from its last checkpoint with the same bits.
+        attack: pictures that fool the model, with true captions or labels; none trains on the
+            data alone.
+        latents: of an SAE, to be penalised with `config.penalty`.
+        neurons: to be scaled, by block; default those of each batch (`config.scaling`).
+        layout: of the exported model, in the run's `model/`.
+        workers: processes that decode pictures; see `load_batches`.
+        max_failed: share of the pictures that may be broken; they are left out and counted.
+        resume: False refuses a folder that holds a run.
+        quiet: no progress line.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: `out` holds another run, another process trains into it, or the configuration
+            does not fit model and pictures.
+        SparsightError: a loss or gradient is not finite, or too many pictures are broken; the last
+            checkpoint stays.
+    """
+    config = config or FinetuneConfig()
+    run = FinetuneRun(Path(out))
+    if not model.has_text:
+        raise UserError(f"{model.id} has no text tower, so there are no captions to train it on.")
+    clean = attack.clean if isinstance(attack, PairedAttacks) else None
+    pictures = attack.attacked if isinstance(attack, PairedAttacks) else attack
+    pairs = _with_captions(data, config.captions, config)
+    attacks = None
+    if pictures is not None:
+        attacks = _with_captions(pictures, config.attack_captions, config)
+    recipe = FinetuneRecipe(
+        model=model.id,
+        weights=weights_hash({"all": model.module.parameters()}),
+        data=pairs.source.spec,
+        data_fingerprint=pairs.fingerprint,
+        attack=None if attacks is None else attacks.source.spec,
+        attack_fingerprint=None if attacks is None else attacks.fingerprint,
+        latents=None if latents is None else _identity(latents),
+        neurons=None if neurons is None else _neurons_text(neurons),
+        train=config,
+    )
+    if _settled(run, recipe, resume):
+        return run
+    texts = list(dict.fromkeys([*pairs.distinct(), *(attacks.distinct() if attacks else ())]))
+    cut = check_lengths(model, texts, config.truncate_captions)
+    if cut and not quiet:
+        logger().info(
+            f"{cut:,} of {len(texts):,} captions are cut to {model.context_length} tokens."
+        )
+    with run.claimed():
+        loader = BatchLoader(
+            model,
+            pairs.source,
+            None if attacks is None else attacks.source,
+            clean if config.pull else None,
+            max_failed=max_failed,
+            workers=workers,
+        )
+        loop = _Loop(model, pairs, attacks, loader, recipe, run, latents, neurons)
+        loop.run_to_end(quiet)
+        loop.export(layout)
+    return run
+
+
+class _Loop:
+    """The state of everything that trains."""
+
+    def __init__(
+        self,
+        original: VisionModel,
+        data: CaptionedImages,
+        attack: CaptionedImages | None,
+        loader: BatchLoader,
+        recipe: FinetuneRecipe,
+        run: FinetuneRun,
+        latents: PenalisedLatents | None,
+        neurons: Mapping[int, Sequence[int]] | None,
+    ) -> None:
+        self.original, self.loader, self.run = original, loader, run
+        self.config = recipe.train
+        config = self.config
+        sampler = PairSampler(
+            data,
+            attack,
+            batch_size=config.batch_size,
+            attack_share=config.attack_share,
+            duplicates=config.duplicates,
+            seed=config.seed,
+        )
+        self.per_epoch = len(data) / sampler.n_data
+        n_batches = config.n_batches(len(data), sampler.n_data)
+        self.planned: list[list[Pair]] = list(islice(sampler.batches(), n_batches))
+        self.n_steps = config.n_steps(n_batches)
+        self.model = working_copy(original, geometric=config.parametrisation == "geometric")
+        self.trained = set_trainable(self.model, config.rates, config.first_block)
+        self.optimiser = make_optimiser(self.trained, config, self._width())
+        self.penalty: LatentPenalty | None = None
+        if latents is not None and config.penalty:
+            self.penalty = LatentPenalty(self.model, latents, latents.place(original))
+        self.scaled: ScaledNeurons | None = None
+        if attack is not None and config.scaling.factor != 1:
+            self.scaled = ScaledNeurons(self.model, config.scaling, neurons)
+        self.step = 0
+        self.summed: dict[str, float] = {}
+        self._restore()
+        write_toml(run.out / CONFIG, recipe)
+        self.log = JsonLines(run.out, self.step)
+        self.logged = time.monotonic()
+
+    def run_to_end(self, quiet: bool) -> None:
+        """Train, log and save until the planned batches are done."""
+        config = self.config
+        every = config.every(config.log_every, self.n_steps, 100)
+        save_every = config.every(config.checkpoint_every, self.n_steps, 10)
+        batches = self.loader.load(self.planned[self.step * config.accumulation :])
+        with progress("finetune", self.n_steps, "steps", done=self.step, quiet=quiet) as line:
+            self.model.module.train()
+            while self.step < self.n_steps:
+                norms = self._take_step(batches)
+                self.step += 1
+                last = self.step == self.n_steps
+                note = self._log(norms) if self.step % every == 0 or last else ""
+                if self.step % save_every == 0 and not last:
+                    self._save()
+                line.advance(1, note)
+        self.model.module.eval()
+
+    def _take_step(self, batches: Iterator[PairBatch]) -> dict[str, Tensor]:
+        """One step of the optimiser; the norm of each layer's gradient before clipping."""
+        config = self.config
+        factor = rate_factor(config.schedule, self.step, self.n_steps, config.warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimiser.zero_grad(set_to_none=True)
+        first = self.step * config.accumulation
+        n = len(self.planned[first : first + config.accumulation])
+        with _own_random_numbers(config.seed, self.step):
+            for _ in range(n):
+                loss = self._loss(next(batches))
+                (loss / n).backward()
+        norms = gradient_norms(self.trained)
+        whole = torch.stack(list(norms.values())).norm()
+        self._check_finite("gradient", whole)
+        if config.grad_clip is not None and whole > config.grad_clip:
+            for member in self.trained:
+                if member.parameter.grad is not None:
+                    member.parameter.grad.mul_(config.grad_clip / whole)
+        self.optimiser.step()
+        self._clamp_scale()
+        self._add("steps", 1.0)
+        return {"all": whole, **norms}
+
+    def _loss(self, batch: PairBatch) -> Tensor:
+        """Everything that is minimised, of one batch."""
+        config, model = self.config, self.model
+        texts = list(dict.fromkeys(batch.captions))
+        own = torch.tensor([texts.index(caption) for caption in batch.captions])
+        attack = batch.attack
+        factor = config.scaling.factor_at(self.step, self.n_steps)
+        device = model.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with (
+                self.scaled.applied(attack, factor) if self.scaled else _nothing(),
+                self.penalty.reading() if self.penalty else _nothing(),
+            ):
+                images = model.embed_images(batch.pixels)
+            distinct = model.embed_texts(texts)
+        captions = distinct[own.to(distinct.device)]
+        terms = {"contrastive": self._contrastive(images, captions, batch.captions)}
+        attacked = attack.to(images.device)
+        if config.distillation:
+            kept: list[Tensor] = []
+            with torch.no_grad():
+                wanted = self.original.embed_texts(texts)
+                calm = (
+                    self.original.embed_images(batch.pixels[~attack]) if not all(attack) else None
+                )
+            kept.append(losses.distillation(distinct, wanted))
+            if calm is not None:
+                kept.append(losses.distillation(images[~attacked], calm))
+            terms["distillation"] = torch.stack(kept).sum()
+        if batch.clean is not None and any(attack):
+            with torch.no_grad():
+                calm = self.original.embed_images(batch.clean)
+            terms["pull"] = losses.distillation(images[attacked], calm)
+        if self.penalty:
+            rows = attack if any(attack) else torch.ones_like(attack)
+            terms["penalty"] = self.penalty.value(rows.float())
+        weights = {"contrastive": 1.0} | {name: getattr(config, name) for name in _TERMS[1:]}
+        total = sum(weights[name] * term for name, term in terms.items())
+        assert isinstance(total, Tensor)
+        self._check_finite("loss", total)
+        for name, term in {"loss": total, **terms}.items():
+            self._add(name, float(term.detach()))
+        self._add("batches", 1.0)
+        return total
+
+    def _contrastive(self, images: Tensor, captions: Tensor, texts: Sequence[str]) -> Tensor:
+        config = self.config
+        if config.loss == "similarity_of_similarities":
+            return losses.similarity_of_similarities(
+                images, captions, config.temperature, config.smoothing, config.entropy
+            )
+        groups = losses.caption_groups(texts)
+        targets = losses.contrastive_targets(groups, config.smoothing).to(images.device)
+        scale = self.model.module.logit_scale.float().reshape(())  # type: ignore[operator]
+        return losses.info_nce(images, captions, scale, targets, config.entropy)
+
+    @torch.no_grad()
+    def _clamp_scale(self) -> None:
+        scale = self.model.module.logit_scale
+        if isinstance(scale, Tensor) and scale.requires_grad:
+            scale.clamp_(max=losses.LARGEST_LOG_SCALE)
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        found = float(value.detach())
+        if math.isfinite(found):
+            return
+        newest = checkpoint_files.newest(self.run.checkpoints)
+        stays = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        raise SparsightError(
+            f"The {what} is {found} at step {self.step + 1} of {self.n_steps}. Fine-tuning "
+            f"stops; {stays}. A lower lr may help"
+            + (", or precision float32." if self.config.precision != "float32" else ".")
+        )
+
+    def _add(self, name: str, value: float) -> None:
+        self.summed[name] = self.summed.get(name, 0.0) + value
+
+    def _log(self, norms: Mapping[str, Tensor]) -> str:
+        """Write a line: means since the last one, gradient norms of this step."""
+        now, summed = time.monotonic(), self.summed
+        batches, steps = summed.pop("batches"), summed.pop("steps")
+        config = self.config
+        means = {name: value / batches for name, value in summed.items()}
+        whole = norms["all"]
+        figures = {
+            "step": self.step,
+            "epoch": min(self.step * config.accumulation, len(self.planned)) / self.per_epoch,
+            **means,
+            "logit_scale": self.model.logit_scale,
+            "lr_factor": rate_factor(config.schedule, self.step - 1, self.n_steps, config.warmup),
+            "lr": {group["part"]: group["lr"] for group in self.optimiser.param_groups},
+            "scaling": config.scaling.factor_at(self.step - 1, self.n_steps),
+            "gradient_norm": float(whole),
+            "clipped": config.grad_clip is not None and float(whole) > config.grad_clip,
+            "gradient_norms": {name: float(norm) for name, norm in norms.items() if name != "all"},
+            "failed": len(self.loader.failures),
+            "seconds_per_step": (now - self.logged) / steps,
+        }
+        self.log.log(figures)
+        self.logged, self.summed = now, {}
+        return " · ".join(f"{name} {value:.4f}" for name, value in means.items())
+
+    def _save(self) -> None:
+        tensors = {f"model/{name}": value for name, value in self.model.module.state_dict().items()}
+        for member in self.trained:
+            for key, value in self.optimiser.state[member.parameter].items():
+                tensors[f"optimiser/{member.name}/{key}"] = value
+
+        def write_files(folder: Path) -> list[str]:
+            own = {
+                name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()
+            }
+            save_tensors(own, folder / _TENSORS)
+            return [_TENSORS]
+
+        failures = {str(place): reason for place, reason in self.loader.failures.items()}
+        state = {"summed": self.summed, "failures": failures}
+        checkpoint_files.write(self.run.checkpoints, self.step, state, write_files)
+
+    def _restore(self) -> None:
+        def read(path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            return state, load_tensors(path / _TENSORS)
+
+        found, problems = checkpoint_files.read_latest(self.run.checkpoints, read)
+        for problem in problems:
+            warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
+        if found is None:
+            return
+        state, tensors = found
+        self.step, self.summed = state["step"], dict(state["summed"])
+        self.loader.failures = {int(place): why for place, why in state["failures"].items()}
+        head = "model/"
+        own = {name[len(head) :]: x for name, x in tensors.items() if name.startswith(head)}
+        self.model.module.load_state_dict(own)
+        for member in self.trained:
+            head = f"optimiser/{member.name}/"
+            kept = {name[len(head) :]: x for name, x in tensors.items() if name.startswith(head)}
+            if kept:
+                device = member.parameter.device
+                self.optimiser.state[member.parameter] = {
+                    key: x if key == "step" else x.to(device) for key, x in kept.items()
+                }
+
+    def _width(self) -> int:
+        return self.model.d_in("blocks.0.resid_pre")
+
+    def export(self, layout: Layout) -> None:
+        """Write the model, whole or not at all, under its final name."""
+        to_plain(self.model.module)
+        save_model(self.model, self.run.folder, layout)
+        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # thrice the model, and of no use
+
+
+def working_copy(original: VisionModel, geometric: bool = False) -> VisionModel:
+    """A copy to be trained, in float32; with MLPs as W = r θ/‖θ‖ if `geometric`."""
+    model = copy.deepcopy(original)
+    model.__dict__.pop("weights_hash", None)  # of weights that will not be these
+    model.module.float()
+    if geometric:
+        parametrize(model.module)
+    return model
+
+
+def make_optimiser(
+    trained: Sequence[Member], config: FinetuneConfig, width: int
+) -> torch.optim.Optimizer:
+    """The optimiser, with a group for each part and for what decays in it.
+
+    Args:
+        trained: what is trained.
+        config: rates and the rest.
+        width: of the vision tower, for the default rate.
+    """
+    lr = config.learning_rate(width)
+    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    for member in trained:
+        groups.setdefault((member.part, member.decays), []).append(member.parameter)
+    made = [
+        {
+            "params": parameters,
+            "part": part,
+            "peak": lr * getattr(config.rates, part),
+            "lr": lr * getattr(config.rates, part),
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (part, decays), parameters in groups.items()
+    ]
+    if config.optimiser == "adabelief":
+        eps = 1e-14 if config.eps is None else config.eps
+        return AdaBelief(made, lr, config.betas, eps, rectify=config.rectify)
+    eps = 1e-8 if config.eps is None else config.eps
+    return torch.optim.AdamW(made, lr, config.betas, eps)
+
+
+@torch.no_grad()
+def gradient_norms(trained: Sequence[Member]) -> dict[str, Tensor]:
+    """The norm of each layer's gradient: `visual.0`, …, `text.0`, …, and the other parts."""
+    layers: dict[str, list[Tensor]] = {}
+    for member in trained:
+        if member.parameter.grad is not None:
+            layers.setdefault(member.layer, []).append(member.parameter.grad.float().norm())
+    return {layer: torch.stack(norms).norm() for layer, norms in layers.items()}
+
+
+def _with_captions(
+    pictures: ImageSource | CaptionedImages, use: Any, config: FinetuneConfig
+) -> CaptionedImages:
+    if isinstance(pictures, CaptionedImages):
+        return pictures
+    return captioned(pictures, use, config.templates)
+
+
+def _settled(run: FinetuneRun, recipe: FinetuneRecipe, resume: bool) -> bool:
+    """Whether the run is finished; makes sure that what is there is a part of the same run."""
+    path = run.out / CONFIG
+    if not path.exists():
+        return False
+    if not resume:
+        raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
+    field = first_difference(_what_counts(load(FinetuneRecipe, path)), _what_counts(recipe))
+    if field is not None:
+        raise UserError(
+            f"{path}: holds a run that differs in {field!r}. Choose another folder, or remove "
+            "this one."
+        )
+    return run.is_finished
+
+
+def _what_counts(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """What two parts of a run share. Folders may have moved; fingerprints know the contents."""
+    return to_dict(dataclasses.replace(recipe, model="", data="", attack=None))
+
+
+def _identity(latents: PenalisedLatents) -> str:
+    weights = {name: list(value.shape) for name, value in latents.sae.state_dict().items()}
+    digest = hashlib.sha256(json.dumps([weights, list(latents.latents), latents.site]).encode())
+    for value in latents.sae.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _neurons_text(neurons: Mapping[int, Sequence[int]]) -> str:
+    return sha256_json({str(block): list(chosen) for block, chosen in neurons.items()})
+
+
+@contextmanager
+def _own_random_numbers(seed: int, step: int) -> Iterator[None]:
+    """Dropout, where a model has some, draws from the step alone."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

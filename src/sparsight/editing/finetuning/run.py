@@ -1,0 +1,74 @@
+"""A fine-tuning run on disk."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsight.config import load
+from sparsight.editing.finetuning.config import FinetuneRecipe
+from sparsight.errors import UserError
+from sparsight.files import lock
+from sparsight.training.run import CONFIG, METRICS, read_metrics
+from sparsight.vision import VisionModel, load_model
+from sparsight.vision.saving import OPEN_CLIP_CONFIG
+
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """A finished or unfinished run.
+
+    Attributes:
+        out: its folder: `config.toml`, `metrics.jsonl`, `checkpoints/`, and `model/` in the end.
+    """
+
+    out: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.out / "checkpoints"
+
+    @property
+    def folder(self) -> Path:
+        """The fine-tuned model, as `load_model` and the library of its layout read it."""
+        return self.out / MODEL
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model is there."""
+        return self.folder.is_dir()
+
+    @property
+    def recipe(self) -> FinetuneRecipe:
+        """What was trained on what, and how."""
+        return load(FinetuneRecipe, self.out / CONFIG)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return read_metrics(self.out / METRICS)
+
+    def model(self, device: str | None = None) -> VisionModel:
+        """Load the fine-tuned model.
+
+        Raises:
+            UserError: the run has not finished.
+        """
+        if not self.is_finished:
+            raise UserError(f"{self.out}: the fine-tuning has not finished; the same call goes on.")
+        of_open_clip = (self.folder / OPEN_CLIP_CONFIG).exists()
+        prefix = "open_clip:local-dir:" if of_open_clip else ""
+        return load_model(f"{prefix}{self.folder}", device=device)
+
+    def claimed(self) -> AbstractContextManager[None]:
+        """While it lasts no other process may train into the folder.
+
+        Raises:
+            UserError: another process does.
+            SparsightError: the folder cannot be made or written.
+        """
+        return lock(self.out / ".lock", f"{self.out}: another process is fine-tuning into it.")
