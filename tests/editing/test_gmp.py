@@ -1,4 +1,4 @@
-"""On the real class of transformers; open_clip's stands in tests/vision/test_open_clip.py."""
+"""On the real class of transformers; open_clip's stands in test_weights_open_clip.py."""
 
 from __future__ import annotations
 

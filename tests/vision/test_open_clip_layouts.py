@@ -7,10 +7,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_clips import OPEN_CLIP, open_clip_module, shake
 
-from sparsight.editing import parametrize, to_plain
 from sparsight.errors import UserError
 from sparsight.vision import load_model
 from sparsight.vision.layouts import to_openai
@@ -139,40 +137,3 @@ def test_single_files_take_the_tokenizer_of_open_clip_where_the_hub_is_out_of_re
     path = save_model(model, tmp_path / "clip.safetensors", "openai")
     again = load_model(str(path), device="cpu")
     torch.testing.assert_close(again.embed_texts(TEXTS), model.embed_texts(TEXTS))
-
-
-@torch.no_grad()
-def test_the_geometric_parametrisation_of_open_clips_class(theirs, tmp_path, pixels):
-    module, model = theirs
-    plain = copy.deepcopy(module).double()
-    split = parametrize(copy.deepcopy(plain))
-    tokens = open_clip.tokenize(TEXTS)
-    with torch.enable_grad():
-        for each in (split, plain):
-            pictures = each.encode_image(pixels.double())
-            (pictures.square().sum() + each.encode_text(tokens).sum()).backward()
-    same = {"rtol": 1e-9, "atol": 1e-10}
-    torch.testing.assert_close(
-        split.encode_image(pixels.double()), plain.encode_image(pixels.double()), **same
-    )
-    torch.testing.assert_close(split.encode_text(tokens), plain.encode_text(tokens), **same)
-    for name in ("visual.transformer.resblocks.1.mlp.c_fc", "transformer.resblocks.0.mlp.c_proj"):
-        layer, gradient = split.get_submodule(name), plain.get_submodule(name).weight.grad
-        unit = layer.theta / layer.theta.norm(dim=1, keepdim=True)
-        along = (gradient * unit).sum(dim=1, keepdim=True)
-        torch.testing.assert_close(layer.r.grad, along, **same)
-        torch.testing.assert_close(layer.theta.grad, layer.r * (gradient - along * unit), **same)
-
-    trained = copy.copy(model)
-    trained.module = parametrize(copy.deepcopy(module))
-    saved = write_model(trained, tmp_path / "gmp.safetensors", "openai", gmp=True)
-    fresh = parametrize(copy.deepcopy(module))
-    fresh.load_state_dict(load_file(saved.path))  # every name as in the module, none left over
-    torch.testing.assert_close(
-        fresh.encode_image(pixels), module.encode_image(pixels), rtol=1e-4, atol=1e-5
-    )
-    for layout in ("huggingface", "openai", "open_clip"):
-        assert write_model(trained, tmp_path / layout, layout).difference < 1e-5
-    back = to_plain(trained.module).state_dict()
-    for key, value in module.state_dict().items():
-        torch.testing.assert_close(back[key], value, rtol=1e-6, atol=0)

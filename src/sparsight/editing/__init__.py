@@ -17,6 +17,14 @@ from sparsight.editing.interventions import (
     interventions,
     mean_codes,
 )
+from sparsight.editing.long_clip import (
+    LongPositions,
+    is_split,
+    keep_positions,
+    lengthen,
+    merge_positions,
+    stretched,
+)
 
 __all__ = [
     "Action",
@@ -27,6 +35,7 @@ __all__ = [
     "Intervention",
     "Keep",
     "LatentEdit",
+    "LongPositions",
     "MeanAblation",
     "NeuronEdit",
     "Off",
@@ -37,7 +46,12 @@ __all__ = [
     "intervene",
     "interventions",
     "is_parametrized",
+    "is_split",
+    "keep_positions",
+    "lengthen",
     "mean_codes",
+    "merge_positions",
     "parametrize",
+    "stretched",
     "to_plain",
 ]
