@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     )
     from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
     from sparsight.vision import VisionModel, load_model, zero_shot
+    from sparsight.vision.saving import save_model
 
 __version__ = "0.1.0"
 
@@ -100,6 +101,7 @@ _HOMES = {
     ),
     "sparsight.training": ("Run", "Sweep", "SweepConfig", "TrainConfig", "sweep", "train"),
     "sparsight.vision": ("VisionModel", "load_model", "zero_shot"),
+    "sparsight.vision.saving": ("save_model",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -153,6 +155,7 @@ __all__ = [
     "open_images",
     "push_to_hub",
     "run_demo",
+    "save_model",
     "sweep",
     "train",
     "write_report",

@@ -52,7 +52,7 @@ def test_other_lengths_and_factors():
     assert torch.equal(stretched(p, kept=20, factor=1), p)
     assert factor_for(248, 77) == 4
     assert factor_for(68, 32) == 4
-    with pytest.raises(UserError, match=r"250 positions .*: 134, 191, 248"):
+    with pytest.raises(UserError, match=r"250 positions .* gives: 134, 191, 248"):
         factor_for(250, 77)
     with pytest.raises(UserError, match="16 positions, of which 20 are kept"):
         stretched(torch.zeros(16, 2))

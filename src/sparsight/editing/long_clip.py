@@ -8,7 +8,6 @@ what `save_model` writes, unless Long-CLIP's own two tables are asked for.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -63,8 +62,8 @@ def factor_for(positions: int, before: int, kept: int = KEPT_POSITIONS) -> int:
     if rest < 2 or left or factor < 1:
         can = ", ".join(str(kept + f * rest) for f in (2, 3, 4)) if rest >= 2 else "none"
         raise UserError(
-            f"{positions} positions cannot be made of {before} of which {kept} are kept; what can, "
-            f"two-, three- and four-fold: {can}."
+            f"{positions} positions cannot be made of {before} of which {kept} are kept. Two-, "
+            f"three- and four-fold gives: {can}."
         )
     return factor
 
@@ -148,7 +147,6 @@ class LongPositions(nn.Embedding):
         return _merged(self, "weight")
 
 
-@cache
 def _long_class(base: type[nn.Module]) -> type[nn.Module]:
     """open_clip's tower, whose `positional_embedding` is made of two parts in every pass."""
 

@@ -220,7 +220,7 @@ def shape_of_open_clip(module: nn.Module, state: State, name: str) -> ClipShape:
     return shape_of_weights(state, stated, name)
 
 
-def transformers_config(shape: ClipShape, *, end: int | None = None, **text: int) -> Any:
+def transformers_config(shape: ClipShape, *, end: int | None = None, **text: int | None) -> Any:
     """The `transformers.CLIPConfig` of a shape.
 
     Args:
@@ -245,8 +245,9 @@ def transformers_config(shape: ClipShape, *, end: int | None = None, **text: int
             "projection_dim": shape.embed_dim,
         }
 
-    if shape.vocab_size == STANDARD_VOCABULARY:
-        text = {"bos_token_id": last - 1, "pad_token_id": last, **text}
+    standard = shape.vocab_size == STANDARD_VOCABULARY
+    start, pad = (last - 1, last) if standard else (None, None)
+    text = {"bos_token_id": start, "pad_token_id": pad, **text}
     return CLIPConfig(
         text_config={
             **tower(shape.text),

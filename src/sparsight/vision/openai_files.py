@@ -76,7 +76,6 @@ def load_openai(
     for part, count in zip(("vision", "text"), heads or (), strict=False):
         stated[part] = {**(stated.get(part) or {}), "heads": count}
     shape = shape_of_weights(state, stated, str(path))
-    ends = None if shape.end is None else shape.end
     return clip_model(
         state,
         shape,
@@ -85,7 +84,6 @@ def load_openai(
         load_tokenizer=_tokenizer(path, shape, tokenizer),
         device=device,
         dtype=dtype,
-        end=ends,
     )
 
 
@@ -98,7 +96,6 @@ def clip_model(
     load_tokenizer: Callable[[], Any],
     device: torch.device,
     dtype: torch.dtype,
-    end: int | None = None,
 ) -> TransformersModel:
     """A `transformers.CLIPModel` of weights in OpenAI's layout, with what it takes to run.
 
@@ -107,7 +104,7 @@ def clip_model(
     """
     from transformers import CLIPModel
 
-    module = CLIPModel(transformers_config(shape, end=end))
+    module = CLIPModel(transformers_config(shape))
     try:
         module.load_state_dict(to_huggingface(state))
     except RuntimeError as error:
@@ -256,5 +253,6 @@ def _fitting(source: str, shape: ClipShape, id: str) -> Any:
 def _no_tokenizer(id: str, vocabulary: int) -> Any:
     raise UserError(
         f"{id}: has a vocabulary of its own ({vocabulary:,} tokens), and no tokenizer beside it. "
-        "Put its tokenizer.json into the same folder, or give tokenizer=."
+        "Put its tokenizer.json into the same folder, or name one (tokenizer=; for export, "
+        "--tokenizer)."
     )

@@ -1,0 +1,108 @@
+"""`sparsight export`: a CLIP in the layout of another program, and proof that it is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sparsight.cli.options import CommandOptions, parse
+from sparsight.cli.printing import print_notes
+from sparsight.errors import UserError
+from sparsight.vision.layouts import KEPT_POSITIONS
+from sparsight.vision.load import DTYPES, load_model
+from sparsight.vision.saving import FILES, Layout, SavedModel, write_model
+
+
+@dataclass(frozen=True)
+class ExportOptions(CommandOptions):
+    """Write a CLIP in another layout, read it back, and compare the embeddings of the two.
+
+    MODEL is what every verb takes: a Hub id, a folder, `open_clip:NAME/PRETRAINED`, `calibration`,
+    or a file of weights in OpenAI's layout, as programs for fine-tuning write them.
+    """
+
+    model: tyro.conf.Positional[str] = ""
+    """Hub id, folder, file, `open_clip:…` or `calibration`."""
+
+    layout: Layout = "huggingface"
+    """huggingface: a folder for transformers; openai: a state dict with the names of OpenAI's code;
+    open_clip: a folder for open_clip's local-dir:."""
+
+    out: Path | None = None
+    """Folder to write into, new or empty; with the openai layout also a new file that ends with
+    .safetensors or .pt. Must be given."""
+
+    gmp: bool = False
+    """Write the MLPs in the geometric parametrisation (.r and .theta); openai layout only."""
+
+    positions: int | None = None
+    """Let texts have so many tokens: 248 makes Long-CLIP's table of CLIP's 77 positions."""
+
+    kept: int = KEPT_POSITIONS
+    """How many of the first positions stay as they are when there shall be more."""
+
+    long_clip: bool = False
+    """Write Long-CLIP's two tables of positions, not one; openai layout only."""
+
+    dtype: str | None = None
+    """Of the weights on disk: float32, float16 or bfloat16; default float32."""
+
+    tokenizer: str | None = None
+    """Folder or Hub id of a tokenizer, where the model comes without its own."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, write, print what and how exactly."""
+    options = parse(ExportOptions, "export", arguments)
+    if not options.model:
+        raise UserError("Which model? Name a Hub id, a folder, a file, or calibration.")
+    if options.out is None:
+        raise UserError("Where to? Give --out with a new folder.")
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise UserError(f"--dtype {options.dtype}: choose one of: {', '.join(DTYPES)}.")
+    from sparsight.editing.long_clip import factor_for, lengthen
+
+    model = load_model(
+        options.model, device="cpu", revision=options.revision, tokenizer=options.tokenizer
+    )
+    if options.positions is not None and options.positions != model.context_length:
+        factor = factor_for(options.positions, model.context_length, options.kept)
+        lengthen(model.module, kept=options.kept, factor=factor)
+    saved = write_model(
+        model,
+        options.out,
+        options.layout,
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
+        gmp=options.gmp,
+        long=options.long_clip,
+    )
+    print(f"{saved.path} · {model.id} → {options.layout} · {_size(saved)}")
+    print(f"read back: embeddings differ by {saved.difference:.1e} of their norm")
+    print(f"load it with: {_how(saved, options.layout)}")
+    print_notes(
+        f"OpenAI's own code reads weights alone, and would take otherwise: {note}"
+        for note in saved.notes
+    )
+
+
+def _size(saved: SavedModel) -> str:
+    files = [saved.path] if saved.path.is_file() else sorted(saved.path.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    return f"{size / 1e6:,.1f} MB in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+
+def _how(saved: SavedModel, layout: Layout) -> str:
+    ours = f"sparsight.load_model({saved.loads_as!r})"
+    if layout == "huggingface":
+        return f"transformers.AutoModel.from_pretrained({str(saved.path)!r}), or {ours}"
+    if layout == "open_clip":
+        return f"open_clip.create_model('local-dir:{saved.path}'), or {ours}"
+    if saved.path.suffix in FILES[:1] or saved.path.is_dir():
+        return ours
+    return f"torch.load({str(saved.path)!r}, weights_only=True), or {ours}"
