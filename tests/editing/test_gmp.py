@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPModel
 
 from sparsight.editing import GeometricLinear, is_parametrized, parametrize, to_plain
 from sparsight.errors import UserError
 from sparsight.vision import load_model
+from sparsight.vision.saving import write_model
 
 TOKENS = torch.tensor([[2, 259, 297, 286, 1, 0], [2, 300, 301, 1, 0, 0]])
 
@@ -97,6 +100,25 @@ def test_there_and_back_is_the_same_to_rounding(model):
         assert difference <= 1e-6, key
         torch.testing.assert_close(value, before[key], rtol=1e-6, atol=0)
     assert sorted(name for name, _ in model.module.named_parameters()) == sorted(order)
+
+
+def test_saved_plain_for_transformers_and_split_for_openai(model, tmp_path):
+    before = {key: value.clone() for key, value in model.module.state_dict().items()}
+    parametrize(model.module)
+    saved = write_model(model, tmp_path / "plain")
+    found = CLIPModel.from_pretrained(saved.path).state_dict()
+    assert found.keys() == before.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, before[key], rtol=1e-6, atol=0)
+    path = tmp_path / "split.safetensors"
+    assert write_model(model, path, "openai", gmp=True).difference < 1e-5
+    parts, layer = load_file(path), model.module.vision_model.encoder.layers[2].mlp.fc1
+    torch.testing.assert_close(
+        parts["visual.transformer.resblocks.2.mlp.c_fc.r"], layer.r, rtol=1e-6, atol=0
+    )
+    again = load_model(str(path), device="cpu").module
+    for key, value in again.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-6, atol=0)
 
 
 def test_a_row_of_zeros_can_grow_and_comes_back_as_zeros(wide):

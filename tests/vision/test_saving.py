@@ -10,7 +10,7 @@ from malicious_pickle import Opens
 from sparsight.errors import SparsightError, UserError
 from sparsight.vision import load_model
 from sparsight.vision.layouts import RES
-from sparsight.vision.openai_files import read_clip
+from sparsight.vision.openai_files import load_openai, read_clip
 from sparsight.vision.saving import save_model, write_model
 
 TEXTS = ["a photo of the cat", "red sun . blue anchor"]
@@ -204,13 +204,25 @@ def test_weights_that_do_not_fit_are_refused(standard, tmp_path):
         load_model(str(tmp_path / "c.pt"))
 
 
-def test_heads_that_no_one_states_are_asked_for(calibration, tmp_path):
-    path = save_model(calibration, tmp_path / "clip.safetensors", "openai")
-    state = {key: value[:, :96] for key, value in load_file(path).items() if key == "visual.conv1"}
-    assert not state
-    odd = {**load_file(path)}
-    odd["visual.conv1.weight"] = odd["visual.conv1.weight"][:100].contiguous()
-    save_file(odd, tmp_path / "odd.safetensors")
+@torch.no_grad()
+def test_heads_that_no_one_states_are_taken_as_openai_does_or_asked_for(calibration, tmp_path):
+    said = save_model(calibration, tmp_path / "clip.safetensors", "openai")
+    state = load_file(said)
+    save_file(state, tmp_path / "bare.safetensors")  # without metadata
+    bare = load_model(str(tmp_path / "bare.safetensors"), device="cpu")
+    assert bare.module.config.vision_config.num_attention_heads == 3
+    assert bare.module.config.text_config.num_attention_heads == 2
+    told = load_openai(
+        tmp_path / "bare.safetensors",
+        id="bare",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        heads=(6, 4),
+    )
+    assert told.module.config.vision_config.num_attention_heads == 6
+    assert told.module.config.text_config.num_attention_heads == 4
+    state["visual.conv1.weight"] = state["visual.conv1.weight"][:100].contiguous()
+    save_file(state, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match=r"100 wide.*how many heads"):
         load_model(str(tmp_path / "odd.safetensors"))
 

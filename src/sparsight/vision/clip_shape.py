@@ -105,7 +105,8 @@ def shape_of_weights(state: State, stated: dict[str, Any] | None, name: str) -> 
             if heads * HEAD_WIDTH != width:
                 raise UserError(
                     f"{name}: its {part} tower is {width} wide, which is no multiple of "
-                    f"{HEAD_WIDTH}, and the file does not say how many heads it has. Give heads=."
+                    f"{HEAD_WIDTH}, and the file does not say how many heads it has. "
+                    "sparsight.vision.openai_files.load_openai takes heads=."
                 )
         blocks = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
         return TowerShape(
