@@ -225,7 +225,7 @@ def test_switching_off_what_sees_writing_wins_back_what_words_cost(calibration, 
     assert not report.same_pictures and len(report.edits) == 2
     assert report.to_dict()["random"]["density"] == pytest.approx(report.density, abs=0.1)
     head, *rows = report.table()
-    assert [row[0] for row in rows] == ["as it is", "found", "random, 2 draws"]
+    assert [row[0] for row in rows] == ["as it is", "found", "random ×2"]
     assert all(len(row) == len(head) for row in rows)
     again = causal_check(calibration, some, targets, draws=2, workers=0)
     assert again.to_dict() == report.to_dict()
@@ -267,7 +267,7 @@ def test_an_sae_of_another_model_or_of_another_table_is_refused(calibration, pai
     table = find_text_salient(calibration, pairs.select(range(4)), sae, permutations=99, workers=0)
     with pytest.raises(UserError, match="give the SAE with it"):
         Target(table, [1])
-    with pytest.raises(UserError, match="it is another one"):
+    with pytest.raises(UserError, match="is of another SAE than the one"):
         Target(table, [1], other)
     with pytest.raises(UserError, match="has no latent 96, only 0 to 95"):
         Target(table, [96], sae)

@@ -126,3 +126,22 @@ def test_code_in_weights_is_not_run(checkpoint, tmp_path):
         load_model(f"open_clip:ViT-tiny-test/{path}")
     assert not made.exists()
     assert "weights_only" not in str(told.value)
+
+
+def test_mixtures_of_words_run_through_the_text_tower(ours):
+    from sparsight.editing.attacks import clip_opinion
+    from sparsight.vision.soft_text import SoftText
+
+    text = SoftText(ours)
+    names = list(text.words.values())
+    chosen = torch.tensor([[names.index("cat"), names.index("sun")]])
+    with torch.no_grad():
+        torch.testing.assert_close(text.embed_ids(chosen), ours.embed_texts(["cat sun"]))
+    images = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+    (opinion,) = clip_opinion(ours, images, words=2, steps=3, swaps=1)
+    with torch.no_grad():
+        random = ours.embed_texts(
+            [f"{one} {two}" for one, two in zip(names[:40], names[40:80], strict=True)]
+        )
+    cosines = torch.nn.functional.cosine_similarity(random, images)
+    assert opinion.similarity > float(cosines.max())

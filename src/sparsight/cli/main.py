@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "measure an SAE beside its baselines: error, sparsity, zero-shot, truth",
     "encode": "keep the active latents of every vector on disk",
     "index": "find the images and patches that every latent responds to",
+    "attack": "write words on pictures: what they cost, what in the model reads them",
     "export": "write a CLIP for transformers, open_clip or OpenAI's code, and compare the two",
     "convert": "write an SAE in another project's format, or another project's in ours",
     "report": "write one HTML page about some runs",

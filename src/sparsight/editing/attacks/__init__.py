@@ -1,14 +1,16 @@
 """Words on pictures: how far they fool a model, what in it reads them, and what that is worth.
 
 Builds on `interventions`, and on `images.writing`, which draws the words. Start at `make_pairs`
-(pairs.py), then `measure_attack` (measuring.py), `find_text_salient` (salience.py) and
-`causal_check` (causal.py).
+(pairs.py), then `measure_attack` (measuring.py), `find_text_salient` (salience.py),
+`causal_check` (causal.py) and `curate` (curating.py).
 """
 
 from __future__ import annotations
 
 from sparsight.editing.attacks.causal import CausalReport, Target, causal_check
+from sparsight.editing.attacks.curating import CuratedSet, curate
 from sparsight.editing.attacks.measuring import AttackReport, measure_attack
+from sparsight.editing.attacks.opinion import Opinion, clip_opinion
 from sparsight.editing.attacks.pairs import AttackPairs, make_pairs
 from sparsight.editing.attacks.salience import (
     SalienceTable,
@@ -22,12 +24,16 @@ __all__ = [
     "AttackPairs",
     "AttackReport",
     "CausalReport",
+    "CuratedSet",
+    "Opinion",
     "SalienceTable",
     "Target",
     "TextStyle",
     "WorldBand",
     "benjamini_hochberg",
     "causal_check",
+    "clip_opinion",
+    "curate",
     "find_text_salient",
     "make_pairs",
     "measure_attack",

@@ -35,6 +35,7 @@ NEAREST = 8
 """Of how many neighbours in density a random one is drawn, at least."""
 
 _KINDS = ("clean", "attacked", "same", "control")
+_RANDOM_KINDS = ("clean", "attacked")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class RandomEffects:
         draws: share won back, of each draw.
         won_back: their mean, with Student's 95 % interval over draws.
         clean_change: mean change of clean accuracy.
-        accuracy: mean accuracy by kind.
+        accuracy: mean accuracy on clean and on attacked pictures.
         density: mean density of those drawn; compare with that of the found ones.
     """
 
@@ -130,8 +131,9 @@ class CausalReport:
         )  # fmt: skip
         if self.random is not None:
             rows.append(
-                (f"random, {len(self.random.draws)} draws",
-                 *(_percent(value) for value in self.random.accuracy.values()), "",
+                (f"random ×{len(self.random.draws)}",
+                 *(_percent(self.random.accuracy[kind]) if kind in self.random.accuracy else ""
+                   for kind in self.original), "",
                  _with_interval(self.random.won_back),
                  f"{100 * self.random.clean_change:+.1f} points")
             )  # fmt: skip
@@ -157,17 +159,17 @@ class Target:
     tokens: Positions | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chosen", self.table.chosen(self.chosen))
         if (self.sae is None) == (self.table.about["unit"] == "latent"):
             raise UserError(
                 f"The test at {self.table.site} is of {self.table.about['unit']}s; "
                 + ("give the SAE with it." if self.sae is None else "it goes without an SAE.")
             )
-        if self.sae is not None and self.sae.n_latents != len(self.table):
+        if self.sae is not None and self.sae.fingerprint() != self.table.about["sae"]:
             raise UserError(
-                f"The test at {self.table.site} is of {len(self.table):,} latents, the SAE has "
-                f"{self.sae.n_latents:,}: it is another one."
+                f"The test at {self.table.site} is of another SAE than the one that was given; "
+                "its latents mean other things. Find them anew."
             )
+        object.__setattr__(self, "chosen", self.table.chosen(self.chosen))
 
     def edit(self, chosen: Sequence[int] | None = None) -> Edit:
         """The edit of those chosen, or of others in their place."""
@@ -218,29 +220,37 @@ def causal_check(
     variants: dict[str, list[Edit]] = {FOUND: [target.edit() for target in given]}
     densities = []
     for number in range(draws):
-        others = [draw_like(target.table, target.chosen or [], rng) for target in given]
+        drawn_here = [draw_like(target.table, target.chosen or [], rng) for target in given]
         variants[f"random {number}"] = [
-            target.edit(other) for target, other in zip(given, others, strict=True)
+            target.edit(other) for target, other in zip(given, drawn_here, strict=True)
         ]
-        densities.append(_density(given, others))
-    seen = outcomes(
-        model, pairs, variants, kinds=_KINDS, templates=templates, check=check,
-        batch_size=batch_size, workers=workers, quiet=quiet,
-    )  # fmt: skip
+        densities.append(_density(given, drawn_here))
+    options: dict[str, Any] = {
+        "templates": templates,
+        "check": check,
+        "batch_size": batch_size,
+        "workers": workers,
+        "quiet": quiet,
+    }
+    found_edits = {FOUND: variants.pop(FOUND)}
+    seen = outcomes(model, pairs, found_edits, kinds=_KINDS, **options)
     before = seen.by_variant[ORIGINAL]
     loss = require_loss(before["clean"], before["attacked"])
-    effects = {name: _effect(before, seen.by_variant[name], seed) for name in variants}
-    found = effects.pop(FOUND)
-    won = [effect.won_back.value for effect in effects.values()]
+    found = _effect(before, seen.by_variant[FOUND], seed)
+    others: list[Effect] = []
+    if variants:
+        drawn = outcomes(model, pairs, variants, kinds=_RANDOM_KINDS, **options).by_variant
+        others = [_effect(drawn[ORIGINAL], drawn[name], seed) for name in variants]
+    won = [effect.won_back.value for effect in others]
     random = None
     if won:
         random = RandomEffects(
             draws=won,
             won_back=Mean(float(np.mean(won)), t_interval(won)),
-            clean_change=float(np.mean([each.clean_change.value for each in effects.values()])),
+            clean_change=float(np.mean([each.clean_change.value for each in others])),
             accuracy={
-                kind: float(np.mean([each.accuracy[kind].value for each in effects.values()]))
-                for kind in _KINDS
+                kind: float(np.mean([each.accuracy[kind].value for each in others]))
+                for kind in _RANDOM_KINDS
             },
             density=float(np.mean(densities)),
         )
@@ -252,7 +262,7 @@ def causal_check(
         found=found,
         random=random,
         density=_density(given, [list(target.chosen or []) for target in given]),
-        edits=[describe(edit) for edit in variants[FOUND]],
+        edits=[describe(edit) for edit in found_edits[FOUND]],
         failed=seen.failed,
         pairs=pairs.about,
         same_pictures=any(

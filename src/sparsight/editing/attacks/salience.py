@@ -324,6 +324,7 @@ def find_text_salient(
         "weights_hash": model.weights_hash,
         "unit": "neuron" if sae is None else "latent",
         "site": place,
+        "sae": None if sae is None else sae.fingerprint(),
         "tokens": where,
         "contrast": contrast,
         "compares": f"{first} - {second}",
