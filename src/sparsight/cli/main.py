@@ -21,6 +21,8 @@ VERBS = {
     "index": "find the images and patches that every latent responds to",
     "attack": "write words on pictures: what they cost, what in the model reads them",
     "export": "write a CLIP for transformers, open_clip or OpenAI's code, and compare the two",
+    "steer": "turn latents up and down: zero-shot and retrieval over a range of strengths",
+    "search": "find images by text or picture, with embeddings plain, reconstructed or edited",
     "convert": "write an SAE in another project's format, or another project's in ours",
     "report": "write one HTML page about some runs",
     "push": "upload a run to the Hugging Face Hub, with a model card",

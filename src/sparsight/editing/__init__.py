@@ -2,12 +2,14 @@
 
 Builds on `vision`, `sae` and `latents`. Start at `intervene` (interventions.py) and the actions
 that an edit may have (actions.py); `fold` (folding.py) writes an edit into
-the model's weights; `attacks` and `finetuning` are rooms of their own.
+the model's weights; `steer` (steering.py) and `embed_collection` (retrieval.py) show what edits do;
+`attacks` and `finetuning` are rooms of their own.
 """
 
 from __future__ import annotations
 
 from sparsight.editing.actions import Action, Clamp, Keep, MeanAblation, Off, Scale, Set
+from sparsight.editing.contact_sheet import write_contact_sheet
 from sparsight.editing.edits import DirectionAblation, Edit, LatentEdit, NeuronEdit
 from sparsight.editing.folding import every_write, fold
 from sparsight.editing.gmp import GeometricLinear, is_parametrized, parametrize, to_plain
@@ -17,6 +19,7 @@ from sparsight.editing.interventions import (
     interventions,
     mean_codes,
 )
+from sparsight.editing.latent_search import find_latents
 from sparsight.editing.long_clip import (
     LongPositions,
     is_split,
@@ -25,13 +28,18 @@ from sparsight.editing.long_clip import (
     merge_positions,
     stretched,
 )
+from sparsight.editing.retrieval import Collection, Hit, SearchResult, embed_collection
+from sparsight.editing.steering import SteerReport, steer
+from sparsight.editing.steering_files import save_steering
 
 __all__ = [
     "Action",
     "Clamp",
+    "Collection",
     "DirectionAblation",
     "Edit",
     "GeometricLinear",
+    "Hit",
     "Intervention",
     "Keep",
     "LatentEdit",
@@ -40,8 +48,12 @@ __all__ = [
     "NeuronEdit",
     "Off",
     "Scale",
+    "SearchResult",
     "Set",
+    "SteerReport",
+    "embed_collection",
     "every_write",
+    "find_latents",
     "fold",
     "intervene",
     "interventions",
@@ -52,6 +64,9 @@ __all__ = [
     "mean_codes",
     "merge_positions",
     "parametrize",
+    "save_steering",
+    "steer",
     "stretched",
     "to_plain",
+    "write_contact_sheet",
 ]

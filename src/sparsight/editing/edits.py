@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.editing.actions import Action, Keep
@@ -171,14 +171,15 @@ def decoder_rows(sae: SparseAutoencoder, latents: Sequence[int]) -> Float[Tensor
     return rows if sae.normaliser.per_vector else rows * sae.normaliser.scale
 
 
-def touched(edit: LatentEdit) -> list[int]:
-    """The latents that an edit may change."""
+def touched(edit: LatentEdit) -> Int[Tensor, " touched"]:
+    """The latents that an edit may change; in order, as its action has them."""
     n = edit.sae.n_latents
-    chosen = list(numbers(edit.latents, n))
-    if isinstance(edit.action, Keep):
-        kept = set(chosen)
-        return [i for i in range(n) if i not in kept]
-    return chosen
+    chosen = torch.tensor(list(numbers(edit.latents, n)), dtype=torch.int64)
+    if not isinstance(edit.action, Keep):
+        return chosen
+    dropped = torch.ones(n, dtype=torch.bool)
+    dropped[chosen] = False
+    return dropped.nonzero()[:, 0]
 
 
 def _site_of(sae: SparseAutoencoder, site: str | None) -> str | None:

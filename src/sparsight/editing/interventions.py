@@ -7,6 +7,7 @@ module that maps a site's activations, to be used anywhere.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -31,7 +32,8 @@ from sparsight.editing.edits import (
 from sparsight.errors import UserError
 from sparsight.evaluation.data import Passes, find_site
 from sparsight.latents import LatentIndex
-from sparsight.sae import SparseAutoencoder
+from sparsight.sae import SparseAutoencoder, SparseCode
+from sparsight.sae.code import Frame
 from sparsight.sae.kernels import backend
 from sparsight.vision import VisionModel
 
@@ -79,9 +81,19 @@ def intervene(
 
 
 def interventions(
-    model: VisionModel, edits: Sequence[Edit] | Edit, *, check: bool = True
+    model: VisionModel,
+    edits: Sequence[Edit] | Edit,
+    *,
+    check: bool = True,
+    memo: CodeMemo | None = None,
 ) -> dict[str, Intervention]:
     """What `intervene` puts at each site; see there.
+
+    Args:
+        model: whose sites.
+        edits: what to do.
+        check: as in `intervene`.
+        memo: see `Intervention`.
 
     Returns:
         By site, on the model's device; `model.edit` and `embed_variants` take them.
@@ -96,9 +108,36 @@ def interventions(
             n_prefix=model.n_prefix,
             per_image=model.token_count(site, "all") == 1,
             device=model.device,
+            memo=memo,
         )
         for site, some in by_site.items()
     }
+
+
+class CodeMemo:
+    """The codes of the tensor that was seen last, for interventions that differ in what they do.
+
+    Meant for `embed_variants` without gradients: each vector is encoded once for all variants.
+    """
+
+    def __init__(self) -> None:
+        self._x: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._codes: dict[tuple[int, str], SparseCode] = {}
+
+    def code(self, x: Tensor, key: tuple[int, str], encode: Callable[[], SparseCode]) -> SparseCode:
+        """The code of (some positions of) this very tensor, unchanged since.
+
+        Args:
+            x: the tensor, by identity.
+            key: SAE and positions.
+            encode: makes it.
+        """
+        if self._x is None or self._x() is not x or self._version != x._version:
+            self._x, self._version, self._codes = weakref.ref(x), x._version, {}
+        if key not in self._codes:
+            self._codes[key] = encode()
+        return self._codes[key]
 
 
 class Intervention(nn.Module):
@@ -112,6 +151,7 @@ class Intervention(nn.Module):
         n_prefix: positions before the patches: CLS, then registers.
         per_image: the site has one vector a picture, and so no positions to choose from.
         device: where it computes; default that of the first SAE.
+        memo: shared by interventions that get the same tensors, one after another.
     """
 
     def __init__(
@@ -121,6 +161,7 @@ class Intervention(nn.Module):
         n_prefix: int = 1,
         per_image: bool = False,
         device: torch.device | str | None = None,
+        memo: CodeMemo | None = None,
     ) -> None:
         super().__init__()
         latents = [each for each in edits if isinstance(each, LatentEdit)]
@@ -130,13 +171,15 @@ class Intervention(nn.Module):
             return "all" if per_image else str(edit.tokens)
 
         def where(edit: Edit) -> slice:
-            return _WHERE[tokens(edit)](n_prefix)
+            return WHERE[tokens(edit)](n_prefix)
 
         groups: dict[tuple[int, str], list[LatentEdit]] = {}
         for each in latents:
             groups.setdefault((id(each.sae), tokens(each)), []).append(each)
         # All latents first, from one x; then the others one after another.
-        self._latents = [_Latents(group, where(group[0])) for group in groups.values()]
+        self._latents = [
+            _Latents(group, where(group[0]), memo or CodeMemo()) for group in groups.values()
+        ]
         self._others: list[_Neurons | _Projection] = [
             *(_Neurons(each, where(each)) for each in edits if isinstance(each, NeuronEdit)),
             *(
@@ -162,7 +205,7 @@ class Intervention(nn.Module):
             flat: Tensor = self(x[:, None])
             return flat[:, 0]
         if self._latents:
-            x = _added(x, [(part.where, part(x[:, part.where])) for part in self._latents])
+            x = added(x, [(part.where, part(x)) for part in self._latents])
         for part in self._others:
             here: Tensor = part(x[:, part.where])
             if here.shape == x.shape:
@@ -173,7 +216,7 @@ class Intervention(nn.Module):
         return x
 
 
-class _Change(NamedTuple):
+class Change(NamedTuple):
     """What is to be added to some vectors."""
 
     delta: Float[Tensor, "batch positions d_in"]
@@ -183,7 +226,7 @@ class _Change(NamedTuple):
     """The vectors for which it is not 0."""
 
 
-def _added(x: Tensor, changes: Sequence[tuple[slice, _Change]]) -> Tensor:
+def added(x: Tensor, changes: Sequence[tuple[slice, Change]]) -> Tensor:
     """x with all changes, in its own dtype."""
     delta, changed = changes[0][1]
     if len(changes) > 1 or delta.shape != x.shape:
@@ -200,37 +243,40 @@ def _added(x: Tensor, changes: Sequence[tuple[slice, _Change]]) -> Tensor:
 class _Latents(nn.Module):
     """Edits of one SAE at the same positions; its code is computed once."""
 
-    def __init__(self, edits: Sequence[LatentEdit], where: slice) -> None:
+    def __init__(self, edits: Sequence[LatentEdit], where: slice, memo: CodeMemo) -> None:
         super().__init__()
         self.where = where
-        self.sae = _frozen(edits[0].sae)
+        self._memo, self._key = memo, (id(edits[0].sae), str(where))
+        self.sae = frozen(edits[0].sae)
         self.actions = []
         for i, edit in enumerate(edits):
             chosen = touched(edit)
-            self.register_buffer(f"chosen_{i}", torch.tensor(chosen, dtype=torch.int64))
+            self.register_buffer(f"chosen_{i}", chosen)
             place = torch.full((edit.sae.n_latents,), -1)
             place[chosen] = torch.arange(len(chosen))
             self.register_buffer(f"place_{i}", place)
             self.actions.append(edit.action)
 
-    def forward(self, x: Float[Tensor, "batch positions d_in"]) -> _Change:
-        """See `_Part`."""
+    def forward(self, x: Float[Tensor, "batch positions d_in"]) -> Change:
+        """The change of the vectors at its positions, `where`."""
         if x.shape[-1] != self.sae.d_in:
             raise UserError(
                 f"The SAE takes vectors of width {self.sae.d_in}; the site's have {x.shape[-1]}."
             )
-        vectors = x.flatten(0, 1).to(self.sae.W_dec.dtype)
+        here = x[:, self.where]
+        vectors = here.flatten(0, 1).to(self.sae.W_dec.dtype)
         if torch.compiler.is_compiling():
             delta, changed = self._dense(vectors)
+        elif torch.is_grad_enabled():
+            delta, changed = self._sparse(vectors, self.sae.encode(vectors))
         else:
-            delta, changed = self._sparse(vectors)
-        return _Change(delta.view(*x.shape[:2], -1), changed.view(*x.shape[:2], 1))
+            code = self._memo.code(x, self._key, lambda: self.sae.encode(vectors))
+            delta, changed = self._sparse(vectors, code)
+        return Change(delta.view(*here.shape[:2], -1), changed.view(*here.shape[:2], 1))
 
-    def _sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _sparse(self, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
         """Touches the active latents alone, where the action leaves the others alone."""
-        code = self.sae.encode(x)
         rows, W_dec = code.rows, self.sae.W_dec
-        no_bias = W_dec.new_zeros(W_dec.shape[1])
         z = torch.zeros_like(x)
         changed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for i, action in enumerate(self.actions):
@@ -238,11 +284,8 @@ class _Latents(nn.Module):
             hit = place[code.indices] >= 0
             if action.keeps_zero:
                 values = code.values[hit]
-                change = action(values) - values
-                starts = functional.pad(hit.cumsum(0), (1, 0))[code.offsets]
-                indices = code.indices[hit]
-                z = z + backend().decode(change, indices, starts, W_dec, no_bias)
-                changed = changed.index_put((rows[hit][change != 0],), changed.new_ones(()))
+                part, moved = active_change(self.sae, code, hit, action(values) - values)
+                z, changed = z + part, changed | moved
                 continue
             columns = place[code.indices[hit]]
             f = x.new_zeros(len(x), len(chosen))
@@ -250,8 +293,7 @@ class _Latents(nn.Module):
             change = action(f) - f
             z = z + change @ W_dec[chosen]
             changed = changed | (change != 0).any(dim=1)
-        frame = code.frame
-        return z * (self.sae.normaliser.scale if frame is None else frame.scale), changed
+        return z * units(self.sae, code.frame), changed
 
     def _dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same in operations whose shapes do not depend on the code."""
@@ -266,11 +308,38 @@ class _Latents(nn.Module):
             change = action(f[:, chosen]) - f[:, chosen]
             z = z + change @ sae.W_dec[chosen]
             changed = changed | (change != 0).any(dim=1)
-        frame = sae.normaliser.frame(x)
-        return z * (sae.normaliser.scale if frame is None else frame.scale), changed
+        return z * units(sae, sae.normaliser.frame(x)), changed
 
     def _chosen(self, i: int) -> tuple[Int[Tensor, " chosen"], Int[Tensor, " n_latents"]]:
         return getattr(self, f"chosen_{i}"), getattr(self, f"place_{i}")
+
+
+def active_change(
+    sae: SparseAutoencoder,
+    code: SparseCode,
+    hit: Bool[Tensor, " active"],
+    change: Float[Tensor, " hit"],
+) -> tuple[Float[Tensor, "rows d_in"], Bool[Tensor, " rows"]]:
+    """What changes of some active latents do to vectors, in normalised space; and to which.
+
+    Args:
+        sae: the SAE.
+        code: of the vectors.
+        hit: the entries of the code that change.
+        change: of each of them.
+    """
+    starts = functional.pad(hit.cumsum(0), (1, 0))[code.offsets]
+    no_bias = sae.W_dec.new_zeros(sae.W_dec.shape[1])
+    z = backend().decode(change, code.indices[hit], starts, sae.W_dec, no_bias)
+    changed = torch.zeros(len(code), dtype=torch.bool, device=z.device)
+    moved = code.rows[hit][change != 0]
+    return z, changed.index_put((moved,), changed.new_ones(()))
+
+
+def units(sae: SparseAutoencoder, frame: Frame | None) -> Tensor:
+    """What a difference in normalised space is multiplied by to be one in the model's units."""
+    scale: Tensor = sae.normaliser.scale if frame is None else frame.scale
+    return scale
 
 
 class _Neurons(nn.Module):
@@ -361,7 +430,7 @@ def mean_codes(
         density = torch.tensor(table["density"].to_pylist(), dtype=torch.float64)
         means = [value or 0.0 for value in table["mean_activation"].to_pylist()]
         return (density * torch.tensor(means, dtype=torch.float64)).float()
-    view = _frozen(sae)
+    view = frozen(sae)
     total = torch.zeros(sae.n_latents, dtype=torch.float64, device=view.W_dec.device)
     n = 0
     passes = Passes(
@@ -382,8 +451,8 @@ def mean_codes(
     return (total / n).float()
 
 
-def _frozen(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same SAE in use, whose weights get no gradients; the tensors are shared, not copied."""
+def frozen(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same SAE in use (`eval`), its weights without gradients; the tensors are shared."""
     view = copy.copy(sae)
     view._parameters = {
         name: None if each is None else nn.Parameter(each.detach(), requires_grad=False)
@@ -402,7 +471,7 @@ def _refuse_twice(edits: Sequence[LatentEdit], per_image: bool) -> None:
             apart = {first.tokens, second.tokens} == {"cls", "patches"} and not per_image
             if first.sae is not second.sae or apart:
                 continue
-            both = sorted(set(touched(first)) & set(touched(second)))
+            both = sorted(set(touched(first).tolist()) & set(touched(second).tolist()))
             if both:
                 shown = ", ".join(map(str, both[:5])) + (", …" if len(both) > 5 else "")
                 raise UserError(
@@ -476,8 +545,9 @@ def check_belongs(
         )
 
 
-_WHERE: dict[str, Callable[[int], slice]] = {
+WHERE: dict[str, Callable[[int], slice]] = {
     "all": lambda n_prefix: slice(None),
     "cls": lambda n_prefix: slice(0, 1),
     "patches": lambda n_prefix: slice(n_prefix, None),
 }
+"""Positions by name, from how many stand before the patches."""

@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from sparsight.files import write_text
+from sparsight.files import write_bytes, write_text
 
 PALETTE = ("#2f6f8f", "#d1793a", "#6d8f3c", "#8a5a9e", "#a63d40", "#5f6b76")
 """Series, in order; their lightness differs."""
@@ -65,10 +65,21 @@ SETTINGS: Any = {
 
 
 @contextmanager
-def plot_style() -> Iterator[None]:
-    """Matplotlib settings of Sparsight inside the `with` block."""
-    with matplotlib.rc_context(SETTINGS):
+def plot_style(*, on_white: bool = False) -> Iterator[None]:
+    """Matplotlib settings of Sparsight inside the `with` block.
+
+    Args:
+        on_white: for a file of pixels, whose colours no page can change.
+    """
+    settings = SETTINGS
+    if on_white:
+        settings = {key: _fixed(value) for key, value in SETTINGS.items()}
+    with matplotlib.rc_context(settings):
         yield
+
+
+def _fixed(value: Any) -> Any:
+    return _ON_WHITE.get(value, value) if isinstance(value, str) else value
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
@@ -118,3 +129,10 @@ def save_svg(drawn: Figure, path: Path) -> None:
     for stand_in, colour in _ON_WHITE.items():
         text = text.replace(stand_in, colour)
     write_text(path, text)
+
+
+def save_png(drawn: Figure, path: Path, dpi: int = 160) -> None:
+    """Write a plot that was drawn `on_white` as pixels."""
+    out = io.BytesIO()
+    drawn.savefig(out, format="png", dpi=dpi, facecolor="#ffffff", metadata={"Software": None})
+    write_bytes(path, out.getvalue())

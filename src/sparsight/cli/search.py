@@ -1,0 +1,203 @@
+"""`sparsight search`: find pictures by text or picture, with embeddings plain or edited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from sparsight.cli.options import ModelOptions, parse
+from sparsight.cli.printing import print_notes
+from sparsight.editing.actions import Set
+from sparsight.editing.contact_sheet import WORDS, write_contact_sheet
+from sparsight.editing.edits import LatentEdit
+from sparsight.editing.interventions import check_belongs
+from sparsight.editing.latent_search import find_latents
+from sparsight.editing.retrieval import SITE, Mode, SearchResult, embed_collection
+from sparsight.errors import UserError
+from sparsight.files import write_json
+from sparsight.images import ImageError, decode_image, open_images
+from sparsight.images.decoding import read_picture
+from sparsight.latents import LatentIndex
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import load_model
+
+Asked = Literal["plain", "reconstructed", "filtered", "query", "steered"]
+
+
+@dataclass(frozen=True)
+class SearchOptions(ModelOptions):
+    """Search images by text or by picture.
+
+    With an SAE on the site `embedding`, also by what it reconstructs, by some of its latents alone,
+    or with latents set to something.
+    """
+
+    query: tyro.conf.Positional[str] = ""
+    """A text; or give --picture."""
+
+    picture: Path | None = None
+    """Search by this picture instead."""
+
+    images: str | None = None
+    """Images to search, in any form that `extract` takes; default those that the SAE was trained
+    on."""
+
+    model: str | None = None
+    """Vision model; default the one that the SAE names."""
+
+    sae: str | None = None
+    """Run folder or other place of an SAE on the site `embedding`."""
+
+    modes: tuple[Asked, ...] = ()
+    """What to compare, side by side; default plain, and with --sae reconstructed, too."""
+
+    latents: tuple[str, ...] = ()
+    """Of modes filtered and steered: numbers, or words out of the index's names."""
+
+    activation: float | None = None
+    """Of mode steered: what the latents are set to; default their largest in the collection."""
+
+    query_latents: int = 8
+    """Of mode query: how many of the query's strongest latents are kept."""
+
+    top: int = 24
+    """Pictures to find."""
+
+    index: Path | None = None
+    """Latent index to look names up in; default index/ in the run, if it is there."""
+
+    out: Path | None = None
+    """Folder for search.json and search.html; default search/."""
+
+    max_images: int | None = None
+    """Only the first so many images."""
+
+    batch_images: int = 64
+    """Images at a time."""
+
+    check: bool = True
+    """Refuse an SAE that was trained on other weights, or at another site."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, search, print a table, write the page."""
+    options = parse(SearchOptions, "search", arguments)
+    if bool(options.query) == (options.picture is not None):
+        raise UserError("Give a text to search for, or --picture, one of the two.")
+    asked: str | Image.Image = options.query
+    if options.picture is not None:
+        asked = _picture(options.picture)
+    sae = None if options.sae is None else SparseAutoencoder.from_pretrained(options.sae)
+    modes: tuple[Mode, ...] = options.modes or (
+        ("plain",) if sae is None else ("plain", "reconstructed")
+    )
+    latents: list[int] = []
+    if sae is not None:
+        latents = list(find_latents(options.latents, sae.n_latents, _index(options, sae)))
+    _check(options, modes, latents)
+    about = {} if sae is None else sae.metadata.get("model") or {}
+    id = options.model or about.get("id")
+    spec = options.images or (None if sae is None else sae.metadata.get("images"))
+    if id is None or spec is None:
+        raise UserError("Give --model and --images, or an SAE that names both.")
+    model = load_model(
+        id,
+        device=options.device,
+        dtype=options.model_dtype or about.get("dtype"),
+        revision=options.revision,
+        scale_jpegs=options.scale_jpegs,
+    )
+    if sae is not None:
+        check_belongs(sae, model, model.canonical_site(SITE), strict=options.check)
+    images = open_images(spec, table=options.table)
+    print_notes(images.notes)
+    collection = embed_collection(
+        model,
+        images,
+        max_images=options.max_images,
+        batch_images=options.batch_images,
+        workers=options.workers,
+        quiet=False,
+    )
+    if collection.failed:
+        print_notes([f"{len(collection.failed)} images could not be read and are left out."])
+    edits: list[LatentEdit] = []
+    if "steered" in modes:
+        assert sae is not None
+        value: float | list[float] = options.activation or 0.0
+        if options.activation is None:
+            value = collection.highest(sae, latents)
+        edits = [LatentEdit(sae, latents, Set(value), SITE, "all")]
+    name = None if options.picture is None else options.picture.name
+    results = [
+        collection.search(
+            asked,
+            mode,
+            sae=sae,
+            latents=latents,
+            edits=edits,
+            top=options.top,
+            n_query_latents=options.query_latents,
+            check=options.check,
+            name=name,
+        )
+        for mode in modes
+    ]
+    out = options.out or Path("search")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "search.json", {"results": [result.to_dict() for result in results]})
+    write_contact_sheet(results, images, out / "search.html")
+    _print(results)
+    print(f"{out} · search.json, search.html")
+
+
+def _picture(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such picture.")
+    try:
+        return decode_image(read_picture(path))
+    except ImageError as error:
+        raise UserError(f"{path}: cannot be searched by ({error.reason}).") from error
+
+
+def _check(options: SearchOptions, modes: Sequence[Mode], latents: Sequence[int]) -> None:
+    edited = [mode for mode in modes if mode != "plain"]
+    if edited and options.sae is None:
+        raise UserError(f"Mode {edited[0]!r} needs --sae: an SAE on the site embedding.")
+    for mode in ("filtered", "steered"):
+        if mode in modes and not latents:
+            raise UserError(f"Mode {mode!r} needs --latents.")
+    if options.latents and not {"filtered", "steered"} & set(modes):
+        raise UserError("--latents are for --modes filtered or steered.")
+
+
+def _index(options: SearchOptions, sae: SparseAutoencoder) -> LatentIndex | None:
+    place = options.index or Path(options.sae or "") / "index"
+    if options.index is None and not (place / "manifest.json").exists():
+        return None
+    return LatentIndex.open(place, sae)
+
+
+def _print(results: Sequence[SearchResult]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("", justify="right")
+    for result in results:
+        table.add_column(WORDS[result.mode], overflow="fold")
+    for i in range(max(len(result.hits) for result in results)):
+        cells = []
+        for result in results:
+            hit = result.hits[i] if i < len(result.hits) else None
+            words = "" if hit is None else f"{hit.cosine:.3f}  {hit.label or hit.id}"
+            cells.append(words)
+        table.add_row(str(i + 1), *cells)
+    Console().print(table)
+    for result in results:
+        if result.latents:
+            print(f"{WORDS[result.mode]}: {', '.join(map(str, result.latents))}")

@@ -1,0 +1,170 @@
+"""`sparsight steer`: turn latents up and down, and see what the model makes of the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from sparsight.cli.options import parse
+from sparsight.cli.printing import print_notes
+from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.editing.latent_search import find_latents
+from sparsight.editing.steering import STRENGTHS, SteerReport, steer
+from sparsight.editing.steering_files import rows_to_print, save_steering
+from sparsight.errors import UserError
+from sparsight.latents import LatentIndex
+from sparsight.sae import SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class SteerOptions(SubjectOptions):
+    """Change latents of an SAE over a range of strengths; measure zero-shot and retrieval.
+
+    Beside that: accuracy with only, and without, the k latents that each class uses most.
+    """
+
+    run: tyro.conf.Positional[Path] = tyro.MISSING
+    """Run folder with the SAE."""
+
+    latents: tuple[str, ...] = ()
+    """Numbers, or words out of the index's names: `--latents 12 anchor`."""
+
+    strengths: tuple[float, ...] = STRENGTHS
+    """In `--unit`; 0 switches the latent off."""
+
+    unit: Literal["max", "absolute", "factor"] = "max"
+    """What 1 is: the latent's largest activation on the images; an activation of 1; or a factor on
+    whatever its activation is."""
+
+    tokens: Literal["cls", "patches", "all"] | None = None
+    """Positions that are changed; default those that the SAE was trained on."""
+
+    curves: bool = True
+    """Measure accuracy with only the k latents of each image's class, and without them."""
+
+    ks: tuple[int, ...] | None = None
+    """Of the curves; default 1, 2, 5, 10, … and all."""
+
+    templates: str = "openai80"
+    """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
+
+    index: Path | None = None
+    """Latent index to look names up in; default index/ in the run, if it is there."""
+
+    out: Path | None = None
+    """Folder for steer.json, .csv, .png and .svg; default steer/ in the run."""
+
+    max_images: int | None = 1000
+    """Only the first so many images; every other one serves to choose latents, the rest to
+    measure."""
+
+    batch_images: int = 64
+    """Images at a time."""
+
+    seed: int = 0
+    """Of the random latents beside the curves."""
+
+    check: bool = True
+    """Refuse an SAE that was trained on other weights, or at another site."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, steer, print a table, write the files."""
+    options = parse(SteerOptions, "steer", arguments)
+    if options.store is not None:
+        raise UserError("steer runs the model over pictures: give --images, not --store.")
+    saes = open_saes([options.run], options.device)
+    if len(saes) > 1:
+        raise UserError(f"{options.run} holds {len(saes)} SAEs; name one run.")
+    (folder, sae), = saes.items()  # fmt: skip
+    index = _index(options, folder, sae)
+    found = find_latents(options.latents, sae.n_latents, index)
+    subjects = Subjects(options)
+    report = steer(
+        subjects.model(folder, sae),
+        subjects.images(folder, sae),
+        sae,
+        list(found),
+        strengths=options.strengths,
+        unit=options.unit,
+        tokens=options.tokens,
+        templates=options.templates,
+        curves=options.curves,
+        ks=options.ks,
+        names={latent: name for latent, name in found.items() if name},
+        max_images=options.max_images,
+        batch_images=options.batch_images,
+        workers=options.workers,
+        seed=options.seed,
+        check=options.check,
+        quiet=False,
+    )
+    paths = save_steering(report, options.out or folder / "steer")
+    print_notes(f"no {what}: {reason}" for what, reason in report.omitted.items())
+    if report.about["failed"]:
+        print_notes([f"{report.about['failed']} images could not be read and are left out."])
+    _print(report)
+    print(f"{paths[0].parent} · {', '.join(path.name for path in paths)}")
+
+
+def _index(options: SteerOptions, folder: Path, sae: SparseAutoencoder) -> LatentIndex | None:
+    place = options.index or folder / "index"
+    if options.index is None and not (place / "manifest.json").exists():
+        return None
+    return LatentIndex.open(place, sae)
+
+
+def _print(report: SteerReport) -> None:
+    console = Console()
+    original = report.original
+    if report.latents:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("latent", overflow="ellipsis", no_wrap=True, max_width=18)
+        table.add_column("×", justify="right")
+        if "top1" in original:
+            table.add_column("top-1", justify="right")
+            table.add_column("change [95 %]", justify="right", no_wrap=True)
+        if "change" in original:
+            table.add_column("raised most", no_wrap=True)
+            table.add_column("KL", justify="right")
+        if "image_to_text" in original:
+            table.add_column("i→t", justify="right")
+            table.add_column("t→i", justify="right")
+        last = None
+        for cells in rows_to_print(report):
+            if last is not None and cells[0] != last:
+                table.add_section()
+            table.add_row("" if cells[0] == last else cells[0], *cells[1:])
+            last = cells[0]
+        console.print(table)
+    if report.curves:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("k", justify="right")
+        heads = {
+            ("on", "class"): "keep class's",
+            ("on", "random"): "random",
+            ("off", "class"): "drop class's",
+            ("off", "random"): "random",
+        }
+        for head in heads.values():
+            table.add_column(head, justify="right", no_wrap=True)
+        by_key = {(row["kind"], row["latents"], row["k"]): row for row in report.curves}
+        for k in sorted({row["k"] for row in report.curves if row["k"]}):
+            table.add_row(f"{k:,}", *(_share(by_key[(*key, k)]) for key in heads))
+        console.print(table)
+    if "top1" in original:
+        print(
+            f"unsteered: top-1 {_share(original)} of {original['n']:,} images in "
+            f"{report.about['n_classes']} classes"
+        )
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{row['top1']:.1%} [{100 * low:.0f}, {100 * high:.0f}]"

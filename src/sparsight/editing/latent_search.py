@@ -1,0 +1,72 @@
+"""Latents by number, or by what the index says about them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from sparsight.errors import UserError
+from sparsight.latents import LatentIndex
+
+MOST = 3
+"""Latents that one word may stand for."""
+
+
+def find_latents(
+    words: Sequence[str | int], n_latents: int, index: LatentIndex | None = None
+) -> dict[int, str | None]:
+    """The latents that are meant, with their names.
+
+    Args:
+        words: numbers; or words that stand in a name, else in the label of most of a latent's
+            strongest images. Of several the best-named, or the most common, come first.
+        n_latents: of the SAE.
+        index: of the SAE; needed for words.
+
+    Raises:
+        UserError: a number is too large, or nothing is called so.
+    """
+    found: dict[int, str | None] = {}
+    for word in words:
+        text = str(word).strip()
+        if text.lstrip("-").isdigit():
+            latent = int(text)
+            if not 0 <= latent < n_latents:
+                raise UserError(f"There is no latent {latent}; the SAE has 0 to {n_latents - 1}.")
+            found.setdefault(latent, None if index is None else _name(index, latent))
+            continue
+        if index is None:
+            raise UserError(
+                f"{text!r} is no number, and there is no index whose names could be searched. Make "
+                "one with `sparsight index`, or give the latent's number."
+            )
+        for latent in _called(text, index):
+            found.setdefault(latent, _name(index, latent))
+    return found
+
+
+def _called(text: str, index: LatentIndex) -> list[int]:
+    rows = index.table.select(
+        ["latent", "name", "name_score", "top_label", "top_label_share", "density"]
+    ).to_pylist()
+    wanted = text.casefold()
+
+    def matches(column: str, score: str) -> list[int]:
+        hits = [row for row in rows if wanted in (row[column] or "").casefold()]
+        exact = [row for row in hits if (row[column] or "").casefold() == wanted]
+        hits = sorted(exact or hits, key=lambda row: -(row[score] or 0.0))
+        return [row["latent"] for row in hits[:MOST]]
+
+    found = matches("name", "name_score") or matches("top_label", "top_label_share")
+    if found:
+        return found
+    known = sorted({row[key] for row in rows for key in ("name", "top_label") if row[key]})
+    close = difflib.get_close_matches(text, known, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise UserError(f"{index.folder}: no latent is called {text!r}.{hint}")
+
+
+def _name(index: LatentIndex, latent: int) -> str | None:
+    row = index.row(latent)
+    name: str | None = row["name"] or row["top_label"]
+    return name

@@ -1,0 +1,346 @@
+"""Search a collection of pictures by text or picture, with embeddings as they are or edited.
+
+The edits are those of an SAE on the site `embedding`: search by what it reconstructs, by some of
+its latents alone, or with latents turned up and down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sparsight.editing.edits import LatentEdit
+from sparsight.editing.interventions import Intervention, check_belongs, frozen
+from sparsight.errors import UserError
+from sparsight.images import ImageSource, load_batches
+from sparsight.progress import progress
+from sparsight.sae import SparseAutoencoder, SparseCode
+from sparsight.vision import VisionModel
+
+SITE = "embedding"
+Mode = Literal["plain", "reconstructed", "filtered", "query", "steered"]
+"""How embeddings are compared; see `Collection.search`."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One picture that was found.
+
+    Attributes:
+        rank: from 1.
+        image: its place in the source.
+        id: of the image.
+        label: where it has one.
+        caption: likewise.
+        cosine: with the query.
+    """
+
+    rank: int
+    image: int
+    id: str
+    label: str | None
+    caption: str | None
+    cosine: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, and with what.
+
+    Attributes:
+        query: the text, or the picture's name.
+        mode: see `Collection.search`.
+        hits: the best first.
+        latents: those that were kept or steered; empty in modes without.
+        about: facts for the record.
+    """
+
+    query: str
+    mode: Mode
+    hits: tuple[Hit, ...]
+    latents: tuple[int, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON-able values."""
+        return {
+            "query": self.query,
+            "mode": self.mode,
+            "latents": list(self.latents),
+            "about": dict(self.about),
+            "hits": [dict(vars(hit)) for hit in self.hits],
+        }
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Pictures and their embeddings.
+
+    Attributes:
+        model: what embedded them.
+        images: the source.
+        places: those that could be read, by their place in the source.
+        embeddings: as they come, not normalised.
+        failed: pictures that could not be read, with the reason.
+    """
+
+    model: VisionModel
+    images: ImageSource
+    places: tuple[int, ...]
+    embeddings: Float[Tensor, "n d_embed"]
+    failed: tuple[tuple[int, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def embed_query(self, query: str | Image.Image) -> Float[Tensor, " d_embed"]:
+        """Embed a text or a picture.
+
+        Raises:
+            UserError: a text, and the model has no text tower; or an empty one.
+        """
+        if isinstance(query, str):
+            if not query.strip():
+                raise UserError("The query is empty. Give a text, or a picture.")
+            with torch.no_grad():
+                return self.model.embed_texts([query])[0].cpu()
+        with torch.no_grad():
+            pixels = self.model.transform(query.convert("RGB"))[None]
+            return self.model.embed_images(pixels)[0].cpu()
+
+    @torch.no_grad()
+    def highest(self, sae: SparseAutoencoder, latents: Sequence[int]) -> list[float]:
+        """The largest activation of each of these latents in the collection."""
+        view = frozen(sae).cpu()
+        code = view.encode(self.embeddings.to(view.W_dec.dtype))
+        found = torch.zeros(sae.n_latents, dtype=code.values.dtype)
+        found.scatter_reduce_(0, code.indices, code.values, "amax")
+        return [float(found[latent]) for latent in latents]
+
+    @torch.no_grad()
+    def search(
+        self,
+        query: str | Image.Image | Float[Tensor, " d_embed"],
+        mode: Mode = "plain",
+        *,
+        sae: SparseAutoencoder | None = None,
+        latents: Sequence[int] = (),
+        edits: Sequence[LatentEdit] | LatentEdit = (),
+        top: int = 24,
+        n_query_latents: int = 8,
+        check: bool = True,
+        name: str | None = None,
+    ) -> SearchResult:
+        """The pictures whose embeddings are closest to the query's, by cosine.
+
+        - `plain`: as they are.
+        - `reconstructed`: dec(f), the SAE's reconstruction of each picture.
+        - `filtered`: dec of the chosen `latents` alone, without the decoder's bias, which is the
+          same for all. A picture on which none is active comes last.
+        - `query`: `filtered` by the query's own strongest latents, `n_query_latents` of them.
+        - `steered`: x + dec(f′) − dec(f) with `edits`.
+
+        A picture as query is treated as the collection is. A text keeps its own embedding, which
+        the SAE has never seen the like of; only in mode `query` is it encoded, moved by the
+        difference of the collection's mean and the mean of its labels or captions (the modality
+        gap: Liang et al. 2022, "Mind the gap"). In `filtered` and `query` the text is compared in
+        the same centred way.
+
+        Args:
+            query: a text, a picture, or an embedding of one that counts as a picture.
+            mode: how embeddings are compared.
+            sae: on the site `embedding`; needed in all modes but `plain` and `steered`.
+            latents: of mode `filtered`.
+            edits: of mode `steered`.
+            top: pictures to give.
+            n_query_latents: of mode `query`.
+            check: make sure that the SAE was trained on this model's weights and site.
+            name: of the query, for the record.
+
+        Raises:
+            UserError: the mode lacks something, or the SAE is of another model or site.
+        """
+        if top < 1:
+            raise UserError(f"top is {top}; it must be at least 1.")
+        is_text = isinstance(query, str)
+        vector = query if isinstance(query, Tensor) else self.embed_query(query)
+        shown = name or (query if isinstance(query, str) else "picture")
+        chosen: tuple[int, ...] = tuple(int(each) for each in latents)
+        if mode == "plain":
+            cosine = _cosine(self.embeddings, vector)
+        elif mode == "steered":
+            given = [edits] if isinstance(edits, LatentEdit) else list(edits)
+            if not given:
+                raise UserError("Mode 'steered' needs edits: LatentEdit(sae, [latent], Set(…)).")
+            for edit in given:
+                check_belongs(edit.sae, self.model, SITE, strict=check)
+            change = Intervention(given, per_image=True)
+            chosen = tuple(i for edit in given for i in edit.latents or ())
+            asked = vector if is_text else change(vector[None])[0]
+            cosine = _cosine(change(self.embeddings), asked)
+        else:
+            if sae is None:
+                raise UserError(f"Mode {mode!r} needs an SAE on the site 'embedding'.")
+            check_belongs(sae, self.model, SITE, strict=check)
+            cosine, chosen = self._through(sae, mode, vector, is_text, chosen, n_query_latents)
+        order = cosine.argsort(descending=True, stable=True)[:top]
+        hits = []
+        for rank, place in enumerate(order.tolist(), start=1):
+            info = self.images.info(self.places[place])
+            hits.append(
+                Hit(
+                    rank,
+                    self.places[place],
+                    info.id,
+                    info.label,
+                    info.caption,
+                    float(cosine[place]),
+                )
+            )
+        about = {
+            "model": self.model.id,
+            "images": self.images.spec,
+            "n_images": len(self),
+            "failed": len(self.failed),
+        }
+        return SearchResult(shown, mode, tuple(hits), chosen, about)
+
+    def _through(
+        self,
+        sae: SparseAutoencoder,
+        mode: Mode,
+        vector: Float[Tensor, " d_embed"],
+        is_text: bool,
+        chosen: tuple[int, ...],
+        n_query_latents: int,
+    ) -> tuple[Float[Tensor, " n"], tuple[int, ...]]:
+        """Cosines behind an SAE, and the latents that were kept."""
+        view = frozen(sae).cpu()
+        code = view.encode(self.embeddings.to(view.W_dec.dtype))
+        if mode == "reconstructed":
+            asked = vector
+            if not is_text:
+                asked = view.decode(view.encode(vector[None].to(view.W_dec.dtype)))[0]
+            return _cosine(view.decode(code), asked), ()
+        if is_text:
+            vector = self._as_picture(vector)
+        own = view.encode(vector[None].to(view.W_dec.dtype))
+        if mode == "query":
+            if n_query_latents < 1:
+                raise UserError(f"n_query_latents is {n_query_latents}; it must be at least 1.")
+            strongest = own.values.abs().argsort(descending=True)[:n_query_latents]
+            chosen = tuple(own.indices[strongest].tolist())
+        if not chosen:
+            raise UserError(
+                "Mode 'filtered' needs latents."
+                if mode == "filtered"
+                else "No latent is active on the query: nothing is left to compare."
+            )
+        wrong = [each for each in chosen if not 0 <= each < sae.n_latents]
+        if wrong:
+            raise UserError(f"There is no latent {wrong[0]}; the SAE has 0 to {sae.n_latents - 1}.")
+        kept = torch.zeros(sae.n_latents, dtype=torch.bool)
+        kept[list(chosen)] = True
+        rows = view.W_dec * (1 if view.normaliser.per_vector else view.normaliser.scale)
+        pictures = _only(code, kept) @ rows[kept]
+        asked = _only(own, kept)[0] @ rows[kept]
+        if is_text and not bool(asked.any()):
+            # No chosen latent is active on the text: compare with the text's share along them.
+            centred = vector - self.embeddings.mean(dim=0)
+            basis = torch.linalg.qr(rows[kept].double().T).Q.to(centred.dtype)
+            asked = basis @ (basis.T @ centred)
+        return _cosine(pictures, asked), chosen
+
+    def _as_picture(self, vector: Float[Tensor, " d_embed"]) -> Float[Tensor, " d_embed"]:
+        """A text's embedding, moved to where pictures' are."""
+        length = float(self.embeddings.norm(dim=1).mean())
+        unit = normalize(vector, dim=0)
+        middle = normalize(self.embeddings, dim=1).mean(dim=0)
+        texts = self._own_texts()
+        if texts is not None:
+            unit = unit - texts.mean(dim=0) + middle
+        return length * unit
+
+    def _own_texts(self) -> Float[Tensor, "texts d_embed"] | None:
+        """Unit embeddings of what the collection says about itself; None if nothing."""
+        infos = [self.images.info(i) for i in self.places]
+        found = {
+            info.caption or f"a photo of a {info.label}"
+            for info in infos
+            if info.caption or info.label
+        }
+        if not found:
+            return None
+        return normalize(self.model.embed_texts(sorted(found)[:1000]).cpu(), dim=1)
+
+
+@torch.no_grad()
+def embed_collection(
+    model: VisionModel,
+    images: ImageSource,
+    *,
+    max_images: int | None = None,
+    batch_images: int = 64,
+    workers: int | None = None,
+    quiet: bool = True,
+) -> Collection:
+    """Embed every picture of a source; edits that are active on the model are seen.
+
+    Args:
+        model: one with a joint embedding.
+        images: the pictures.
+        max_images: only the first so many.
+        batch_images: pictures at a time.
+        workers: processes that decode.
+        quiet: no progress line.
+
+    Raises:
+        UserError: the model has no joint embedding, or no picture could be read.
+    """
+    model.canonical_site(SITE)
+    total = len(images) if max_images is None else min(max_images, len(images))
+    places: list[int] = []
+    rows: list[Tensor] = []
+    failed: list[tuple[int, str]] = []
+    with progress("embedding", total, "images", quiet=quiet) as line:
+        for batch in load_batches(
+            images,
+            model.transform,
+            batch_images,
+            indices=range(total),
+            workers=workers,
+            min_side=model.min_side,
+        ):
+            failed += batch.failures
+            line.advance(len(batch.indices) + len(batch.failures))
+            if batch.indices:
+                places += batch.indices
+                rows.append(model.embed_images(batch.pixels).cpu())
+    if not rows:
+        first = f" The first: {failed[0][1]}." if failed else ""
+        raise UserError(f"{images.spec}: none of its {total} pictures could be read.{first}")
+    return Collection(model, images, tuple(places), torch.cat(rows), tuple(failed))
+
+
+def _cosine(
+    rows: Float[Tensor, "n d_embed"], vector: Float[Tensor, " d_embed"]
+) -> Float[Tensor, " n"]:
+    """Rows of zeros are as far away as can be."""
+    cosine = normalize(rows.float(), dim=1) @ normalize(vector.float(), dim=0)
+    found: Tensor = torch.where((rows != 0).any(dim=1), cosine, -1.0)
+    return found
+
+
+def _only(code: SparseCode, kept: Tensor) -> Float[Tensor, "rows kept"]:
+    """Activations of some latents, dense."""
+    place = kept.cumsum(0) - 1
+    hit = kept[code.indices]
+    out = code.values.new_zeros(len(code), int(kept.sum()))
+    return out.index_put((code.rows[hit], place[code.indices[hit]]), code.values[hit])
