@@ -85,6 +85,17 @@ def test_colour_band_and_opacity_are_what_is_seen() -> None:
     assert [192, 64, 64] in (pixels(half).reshape(-1, 3) // 2 * 2).tolist()
 
 
+def test_an_outline_runs_round_the_letters_alone() -> None:
+    plain = pixels(write_on_image(GREY, "word", TextStyle(colour="white", size=0.3)))
+    edged = pixels(
+        write_on_image(GREY, "word", TextStyle(colour="white", outline="auto", size=0.3))
+    )
+    inside = (plain == 255).all(axis=-1)
+    assert (edged[inside] >= 250).all()
+    around = (edged == 0).all(axis=-1)
+    assert 0 < around.sum() < 4 * inside.sum() and not (around & inside).any()
+
+
 def test_letters_stand_out_from_what_is_under_them_by_themselves() -> None:
     for ground, letters in ((20, 255), (230, 0)):
         picture = Image.new("RGB", (200, 120), (ground,) * 3)

@@ -45,6 +45,7 @@ from sparsight.images.writing import Nonsense
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, load_model
 
+WIDTH = 120
 VERBS = {
     "measure": "how far words on pictures mislead a model, as it is or with what was found off",
     "find": "which latents or neurons respond to words, and what switching them off wins back",
@@ -433,4 +434,7 @@ def _print(rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in body:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # figures with their intervals need room; a pipe has it
+        console = Console(width=WIDTH)
+    console.print(table)

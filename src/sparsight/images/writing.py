@@ -59,6 +59,7 @@ _FILES: dict[Font, str] = {
     "mono": "DejaVuSansMono",
     "mono-bold": "DejaVuSansMono-Bold",
 }
+_Colour = tuple[int, int, int]
 _DRAWS = 6
 _TRIES = 64
 
@@ -96,6 +97,9 @@ class TextStyle:
     band: str = "none"
     """none; auto: black or white under letters of the other; or the colour of a plain band."""
 
+    outline: str = "none"
+    """none; auto: black or white round letters of the other; or the colour of a thin outline."""
+
     fit: Literal["shrink", "refuse"] = "shrink"
     """What becomes of a word for which the picture has no room."""
 
@@ -112,6 +116,7 @@ class TextStyle:
         for name, colour, also in (
             ("colour", self.colour, ("auto",)),
             ("band", self.band, ("auto", "none")),
+            ("outline", self.outline, ("auto", "none")),
         ):
             if colour not in also:
                 _rgb(colour, name, also)
@@ -147,12 +152,12 @@ def write_on_image(
         raise UserError(f"The text {text!r} cannot be written: one line of letters is needed.")
     u = (0.5, 0.5, 0.5) if u is None else u
     turn = style.rotation + (2 * u[2] - 1) * style.tilt
-    letters, box = _fitting(image, text, style, turn)
+    letters, outline, box = _fitting(image, text, style, turn)
     x, y = _corner(style, image.size, letters.size, u)
     under = (x, y, x + letters.width, y + letters.height)
-    ink, paper = _colours(style, image, under)
+    ink, edge, paper = _colours(style, image, under)
     out = image.copy()
-    for mask, colour in ((box, paper), (letters, ink)):
+    for mask, colour in ((box, paper), (outline, edge), (letters, ink)):
         if colour is not None:
             faded = mask.point([round(level * style.opacity) for level in range(256)])
             out.paste(Image.new("RGB", mask.size, colour), (x, y), faded)
@@ -482,19 +487,20 @@ def _check_names(names: Mapping[str, str], spec: str) -> None:
 
 def _fitting(
     image: Image.Image, text: str, style: TextStyle, turn: float
-) -> tuple[Image.Image, Image.Image]:
-    """The opacity of letters and of their band, turned, in the largest size that fits."""
+) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """The opacity of letters, outline and band, turned, in the largest size that fits."""
     wanted = round(style.size * min(image.size))
     size = wanted
     while size >= SMALLEST:
-        letters, box = _letters(text, style.font, size)
+        letters, outline, box = _letters(text, style.font, size)
         if turn % 360:
-            letters, box = (
-                each.rotate(turn, Image.Resampling.BICUBIC, expand=True) for each in (letters, box)
+            letters, outline, box = (
+                each.rotate(turn, Image.Resampling.BICUBIC, expand=True)
+                for each in (letters, outline, box)
             )
         excess = max(letters.width / image.width, letters.height / image.height)
         if excess <= 1:
-            return letters, box
+            return letters, outline, box
         if style.fit == "refuse":
             break
         size = min(size - 1, math.ceil(size / excess))
@@ -522,8 +528,8 @@ def _corner(
 
 def _colours(
     style: TextStyle, image: Image.Image, box: tuple[int, int, int, int]
-) -> tuple[tuple[int, int, int], tuple[int, int, int] | None]:
-    """Of the letters, and of the band if there is one."""
+) -> tuple[_Colour, _Colour | None, _Colour | None]:
+    """Of the letters, and of their outline and band if there are any."""
     black, white = (0, 0, 0), (255, 255, 255)
     light = np.asarray(image.crop(box).convert("L"), np.float32).mean() >= 128
     paper = None
@@ -531,20 +537,27 @@ def _colours(
         paper = (black if light else white) if style.band == "auto" else _rgb(style.band)
         light = np.dot(paper, (0.299, 0.587, 0.114)) >= 128
     ink = (black if light else white) if style.colour == "auto" else _rgb(style.colour)
-    return ink, paper
+    edge = None
+    if style.outline != "none":
+        dark = np.dot(ink, (0.299, 0.587, 0.114)) < 128
+        edge = (white if dark else black) if style.outline == "auto" else _rgb(style.outline)
+    return ink, edge, paper
 
 
 @cache
-def _letters(text: str, font: Font, size: int) -> tuple[Image.Image, Image.Image]:
-    """A word's opacity, and that of the band it stands on: a box with a little air."""
+def _letters(text: str, font: Font, size: int) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """A word's opacity, its outline's, and its band's: a box with a little air."""
     face = _font(font, size)
     left, top, right, bottom = face.getbbox(text)
     _, high, _, low = face.getbbox("bdfghklpqty")
     top, bottom = min(top, high), max(bottom, low)
     air = max(1, size // 8)
     page = Image.new("L", (int(right - left) + 2 * air, int(bottom - top) + 2 * air))
-    ImageDraw.Draw(page).text((air - left, air - top), text, font=face, fill=255)
-    return page, Image.new("L", page.size, 255)
+    edged = page.copy()
+    at = (air - left, air - top)
+    ImageDraw.Draw(page).text(at, text, font=face, fill=255)
+    ImageDraw.Draw(edged).text(at, text, font=face, fill=255, stroke_width=max(1, size // 14))
+    return page, edged, Image.new("L", page.size, 255)
 
 
 @cache
