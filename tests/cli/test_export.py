@@ -40,7 +40,7 @@ def test_longer_texts_are_an_option(tmp_path, capsys):
         ([], "Which model?"),
         (["calibration"], "Where to?"),
         (["calibration", "--out", "{}", "--gmp"], "only the openai layout"),
-        (["calibration", "--out", "{}", "--dtype", "int8"], "--dtype int8"),
+        (["calibration", "--out", "{}", "--dtype", "int8"], "int8"),
         (["calibration", "--out", "{}.pt", "--layout", "openai"], "Write .safetensors"),
         (["calibration", "--out", "{}.pt"], "only openai has single files"),
         (["missing.pt", "--out", "{}"], "no such file"),

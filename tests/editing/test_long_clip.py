@@ -185,6 +185,8 @@ def test_twice_longer_is_longer_still(model):
     assert len(model.module.text_model.embeddings.position_embedding.weight) == 68
 
 
-def test_models_without_text_are_refused():
+def test_models_without_text_of_clips_kind_are_refused(tiny):
+    with pytest.raises(UserError, match="SiglipModel has no text tower of CLIP's kind"):
+        lengthen(tiny("siglip").module)
     with pytest.raises(UserError, match="no text tower of CLIP's kind"):
         lengthen(nn.Linear(2, 2))

@@ -108,6 +108,34 @@ def test_custom_text_towers_of_open_clips_own_kind_are_saved_too(tmp_path, pixel
     assert saved.difference < 1e-5
 
 
+@torch.no_grad()
+def test_the_loader_of_openais_files_reads_a_pt_file(tmp_path, pixels):
+    """open_clip's copy of OpenAI's `build_model`, which reads weights alone."""
+    config = copy.deepcopy(OPEN_CLIP)
+    config["vision_cfg"]["head_width"] = 64
+    config["text_cfg"].update(width=64, heads=1)
+    folder = tmp_path / "local"
+    folder.mkdir()
+    module = shake(open_clip.model.CLIP(**config, quick_gelu=True)).eval()
+    torch.save(module.state_dict(), folder / "open_clip_pytorch_model.bin")
+    said = {"model_cfg": {**config, "quick_gelu": True}}
+    (folder / "open_clip_config.json").write_text(json.dumps(said))
+    model = load_model(str(folder), device="cpu")
+    saved = write_model(model, tmp_path / "clip.pt", "openai")
+    assert saved.notes == ()
+    state = torch.load(saved.path, weights_only=True)
+    theirs = open_clip.model.build_model_from_openai_state_dict(state, cast_dtype=torch.float32)
+    theirs.float()
+    # It rounds what it loads to float16.
+    torch.testing.assert_close(
+        theirs.encode_image(pixels), model.embed_images(pixels), rtol=2e-2, atol=2e-2
+    )
+    tokens = open_clip.tokenize(TEXTS)
+    torch.testing.assert_close(
+        theirs.encode_text(tokens), model.embed_texts(TEXTS), rtol=2e-2, atol=2e-2
+    )
+
+
 def test_what_clip_does_not_do_is_refused_by_name(theirs, tmp_path):
     _, model = theirs
     odd = copy.copy(model)

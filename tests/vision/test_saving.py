@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny_models
 import torch
@@ -7,11 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from malicious_pickle import Opens
+from sparsight.editing import parametrize
 from sparsight.errors import SparsightError, UserError
 from sparsight.vision import load_model
 from sparsight.vision.layouts import RES
 from sparsight.vision.openai_files import load_openai, read_clip
 from sparsight.vision.saving import save_model, write_model
+from sparsight.vision.tower import find_tower
 
 TEXTS = ["a photo of the cat", "red sun . blue anchor"]
 
@@ -116,6 +120,8 @@ def test_files_in_half_precision_merge_in_full(standard, tmp_path):
     path = save_model(standard, tmp_path / "gmp.pt", "openai", gmp=True, dtype=torch.float16)
     key = "visual.transformer.resblocks.0.mlp.c_fc"
     parts = torch.load(path, weights_only=True)
+    # Published: lengths and directions are halved, the biases beside them not.
+    assert {value.dtype for value in parts.values()} == {torch.float16}
     r, theta = parts[f"{key}.r"].double(), parts[f"{key}.theta"].double()
     exact = r * theta / theta.norm(dim=1, keepdim=True)
     assert torch.equal(read_clip(path)[0][f"{key}.weight"], exact.float())
@@ -269,6 +275,10 @@ def test_other_architectures_are_saved_for_transformers_only(model, tmp_path):
         assert saved.difference == 0
         with pytest.raises(UserError, match="is no CLIP"):
             write_model(model(family), tmp_path / "other", "openai")
+    split = copy.copy(model("siglip"))
+    split.module = parametrize(copy.deepcopy(split.module))
+    split._tower = find_tower(split.module, "split")
+    assert write_model(split, tmp_path / "merged").difference < 1e-5
 
 
 def test_long_texts_are_refused_when_they_are_not_to_be_cut(calibration, model):

@@ -241,7 +241,8 @@ class _OpenClip(_Tower):
 def _tower(module: nn.Module) -> _Tower:
     text: Any = getattr(module, "text_model", None)
     positions = getattr(getattr(text, "embeddings", None), "position_embedding", None)
-    if isinstance(positions, nn.Embedding) and hasattr(module, "config"):
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if isinstance(positions, nn.Embedding) and kind == "clip":
         return _Transformers(module, positions, "weight")
     holder = getattr(module, "text", module)
     table = holder._parameters.get("positional_embedding")

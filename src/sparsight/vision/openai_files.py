@@ -104,12 +104,15 @@ def clip_model(
     """
     from transformers import CLIPModel
 
-    module = CLIPModel(transformers_config(shape))
+    with torch.device("meta"):  # random weights, to be replaced, take longer than all the rest
+        module = CLIPModel(transformers_config(shape))
     try:
-        module.load_state_dict(to_huggingface(state))
+        module.load_state_dict(to_huggingface(state), assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
         raise SparsightError(f"{id}: its weights do not fit one another ({lines[0]}).") from error
+    for part in (module.text_model.embeddings, module.vision_model.embeddings):
+        part.position_ids = torch.arange(part.position_ids.shape[-1]).expand((1, -1))
     return model_of(
         module,
         id=id,

@@ -30,6 +30,7 @@ from sparsight.vision.layouts import (
     KEPT_POSITIONS,
     RES,
     gmp_parts,
+    is_gmp,
     is_huggingface,
     is_openai,
     plain,
@@ -220,7 +221,10 @@ def kept_positions(module: nn.Module) -> int:
 
 
 def _other_architecture(model: VisionModel) -> bool:
-    return isinstance(model, TransformersModel) and not is_huggingface(model.module.state_dict())
+    if not isinstance(model, TransformersModel):
+        return False
+    # Kin of CLIP have its names and do other things.
+    return model.family != "clip" or not is_huggingface(model.module.state_dict())
 
 
 def _processor(model: VisionModel) -> Any:
@@ -351,7 +355,8 @@ def _save_pretrained(model: TransformersModel, folder: Path, dtype: torch.dtype)
     module: Any = model.module
     if dtype != model.dtype:
         module = copy.deepcopy(module).to(dtype=dtype)
-    module.save_pretrained(folder)
+    found = module.state_dict()
+    module.save_pretrained(folder, state_dict=plain(found) if is_gmp(found) else None)
     _processor(model).save_pretrained(folder)
     if model.has_text:
         model.tokenizer.save_pretrained(folder)
