@@ -29,8 +29,8 @@ class SteerOptions(SubjectOptions):
     Beside that: accuracy with only, and without, the k latents that each class uses most.
     """
 
-    run: tyro.conf.Positional[Path] = tyro.MISSING
-    """Run folder with the SAE."""
+    run: tyro.conf.Positional[Path | None] = None
+    """Run folder with the SAE. Must be given."""
 
     latents: tuple[str, ...] = ()
     """Numbers, or words out of the index's names: `--latents 12 anchor`."""
@@ -77,6 +77,8 @@ class SteerOptions(SubjectOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, steer, print a table, write the files."""
     options = parse(SteerOptions, "steer", arguments)
+    if options.run is None:
+        raise UserError("Which SAE? Name a run folder.")
     if options.store is not None:
         raise UserError("steer runs the model over pictures: give --images, not --store.")
     saes = open_saes([options.run], options.device)

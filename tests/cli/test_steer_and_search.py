@@ -1,0 +1,101 @@
+"""The verbs `steer` and `search` on the calibration CLIP, from the shell to the files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import sparsight as sp
+from sparsight.cli import main
+from sparsight.sae import Normaliser, SAEConfig, SparseAutoencoder, TopK
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """SAEs of two sites, untrained, with what training writes about them."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = sp.load_model("calibration", device="cpu")
+    images = sp.open_images("calibration:6")
+    pixels = torch.stack([model.transform(images.load(i)) for i in range(6)])
+    for name, site in (("stream", "blocks.-1.resid_post"), ("embedding", "embedding")):
+        site = model.canonical_site(site)
+        x = model.read(pixels, [site])[site].flatten(0, 1).double()
+        sae = SparseAutoencoder(
+            x.shape[1],
+            SAEConfig(64, sparsity=TopK(4)),
+            normaliser=Normaliser.fit("scale", x.mean(dim=0), x.square().mean(dim=0)),
+            metadata={
+                "model": {"id": "calibration", "weights_hash": model.weights_hash},
+                "images": "calibration:12:3:single",
+                "site": site,
+                "tokens": "all",
+            },
+        )
+        sae.save_pretrained(folder / name)
+    return folder
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(each) for each in arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_steer_writes_figures_and_plots(runs, tmp_path, capsys):
+    code, out, err = run(
+        capsys, "steer", runs / "stream", "--latents", "3", "--strengths", "0", "2", "--unit",
+        "absolute", "--ks", "2", "64", "--images", "calibration:140:3:single", "--templates",
+        "simple", "--workers", 0, "--device", "cpu", "--out", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "steer.json").read_text())
+    assert [each["strength"] for each in found["latents"][0]["strengths"]] == [0, 2]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".png", ".svg"}
+    assert "latent 3" in out and "unsteered: top-1" in out
+
+
+def test_search_writes_a_page_of_pictures(runs, tmp_path, capsys):
+    code, out, err = run(
+        capsys, "search", "a photo of a sun", "--sae", runs / "embedding", "--modes", "plain",
+        "reconstructed", "query", "steered", "--latents", 5, "--top", 3, "--workers", 0,
+        "--device", "cpu", "--out", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "search.json").read_text())["results"]
+    assert [each["mode"] for each in found] == ["plain", "reconstructed", "query", "steered"]
+    assert (tmp_path / "search.html").read_text().count("data:image/jpeg") == 12
+    assert "search.html" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["steer", "stream", "--latents", "64"], "no latent 64"),
+        (["steer", "stream", "--latents", "sun"], "sparsight index"),
+        (["steer", "stream", "--store", "x", "--latents", "1"], "--images, not --store"),
+        (["search", "--sae", "embedding"], "a text to search for, or --picture"),
+        (["search", "sun", "--sae", "stream"], "width 192"),
+        (["search", "sun"], "--model and --images"),
+        (["search", "sun", "--sae", "embedding", "--modes", "steered"], "needs --latents"),
+        (["search", "sun", "--modes", "query"], "needs --sae"),
+        (["search", "--picture", "gone.png", "--sae", "embedding"], "no such picture"),
+    ],
+)
+def test_mistakes_are_answered_with_one_message(runs, arguments, message, capsys):
+    given = [runs / each if each in ("stream", "embedding") else each for each in arguments]
+    code, _, err = run(capsys, *given)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_an_sae_of_other_weights_is_refused_and_taken_when_told(runs, tmp_path, capsys):
+    sae = SparseAutoencoder.from_pretrained(runs / "embedding")
+    sae.metadata["model"]["weights_hash"] = "0" * 64
+    sae.save_pretrained(tmp_path / "other")
+    search = ["search", "sun", "--sae", tmp_path / "other", "--workers", 0, "--out", tmp_path]
+    code, _, err = run(capsys, *search)
+    assert code == 2 and "00000000" in err and "calibration" in err
+    assert run(capsys, *search, "--no-check")[0] == 0
