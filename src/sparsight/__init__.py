@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         intervene,
         steer,
     )
+    from sparsight.editing.attacks import find_text_salient, make_pairs, measure_attack
     from sparsight.editing.finetuning import FinetuneConfig, FinetuneRun, finetune
     from sparsight.errors import MissingExtra, SparsightError, UserError
     from sparsight.evaluation import EvaluationReport, SweepMeasures, evaluate
@@ -84,6 +85,7 @@ _HOMES = {
         "intervene",
         "steer",
     ),
+    "sparsight.editing.attacks": ("find_text_salient", "make_pairs", "measure_attack"),
     "sparsight.editing.finetuning": ("FinetuneConfig", "FinetuneRun", "finetune"),
     "sparsight.errors": ("MissingExtra", "SparsightError", "UserError"),
     "sparsight.evaluation": ("EvaluationReport", "SweepMeasures", "evaluate"),
@@ -171,11 +173,14 @@ __all__ = [
     "encode",
     "evaluate",
     "extract",
+    "find_text_salient",
     "finetune",
     "fold",
     "intervene",
     "load_batches",
     "load_model",
+    "make_pairs",
+    "measure_attack",
     "open_images",
     "push_to_hub",
     "run_demo",

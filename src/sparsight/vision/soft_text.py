@@ -34,7 +34,7 @@ class SoftText:
     def __init__(self, model: VisionModel) -> None:
         model._require_text()
         self.model = model
-        self._tokenizer: Any = getattr(model, "_tokenizer", None)
+        self._tokenizer: Any = getattr(model, "tokenizer", None)
         tables = [
             part
             for name, part in model.module.named_modules()
