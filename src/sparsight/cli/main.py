@@ -25,6 +25,7 @@ VERBS = {
     "search": "find images by text or picture, with embeddings plain, reconstructed or edited",
     "convert": "write an SAE in another project's format, or another project's in ours",
     "report": "write one HTML page about some runs",
+    "finetune": "train a CLIP against words in pictures; measure it before and after",
     "push": "upload a run to the Hugging Face Hub, with a model card",
     "pretrained": "list autoencoders that others have published, and their names on the Hub",
 }

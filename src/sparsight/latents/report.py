@@ -141,14 +141,14 @@ def _page(
     ids = dict.fromkeys(
         without_folders(str(run.model["id"])) for run in runs if run.model.get("id")
     )
-    return _template().render(
+    return template().render(
         title=title or " · ".join(ids) or runs[0].name,
         facts=_facts(runs),
         runs=views,
         glossary=scores.GLOSSARY,
         not_measured=scores.NOT_MEASURED,
         top_shown=TOP_SHOWN,
-        css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        css=page_css(),
         picture_css=Markup(_picture_css(views, thumbnail)),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -168,7 +168,7 @@ def _facts(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
         ("Sites", ", ".join(dict.fromkeys(run.site for run in runs))),
         ("Images", "; ".join(images)),
         ("Date", f"{datetime.datetime.now(datetime.UTC):%-d %B %Y, %H:%M} UTC"),
-        ("Made with", _made_with()),
+        ("Made with", made_with()),
     ]
     seed = first.sae.metadata.get("seed")
     if seed is not None:
@@ -196,15 +196,29 @@ def _picture_css(views: Sequence[RunView], thumbnail: int) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str = "report.html.jinja", folder: Path = TEMPLATES) -> jinja2.Template:
+    """A page's template; it may import the macros of the report.
+
+    Args:
+        name: of the file.
+        folder: where it lies.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader([folder, TEMPLATES]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.globals.update(figure=scores.figure, percent=scores.percent)
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
-def _made_with() -> str:
+def page_css() -> Markup:
+    """The look of every page."""
+    return Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+
+
+def made_with() -> str:
+    """Versions of Sparsight, torch and Python."""
     try:
         version = " " + importlib.metadata.version("sparsight")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree
