@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from sparsight.editing import is_split, keep_positions, lengthen, merge_positions, stretched
+from sparsight.editing.finetuning.groups import Rates, set_trainable
 from sparsight.editing.long_clip import factor_for
 from sparsight.errors import UserError
 from sparsight.vision import load_model
@@ -142,6 +143,16 @@ def test_trained_positions_are_parameters_and_only_they_move(model):
     assert torch.equal(table.weight[:20], whole[:20])
     assert (table.positional_embedding_res[20:length] != before[20:length]).any(dim=1).all()
     assert torch.equal(table.weight[20:], table.positional_embedding_res[20:])
+
+
+def test_fine_tuning_has_the_trained_positions_in_a_group_of_their_part(model):
+    """Published: they are in none."""
+    lengthen(model.module)
+    trained = {each.name: each for each in set_trainable(model, Rates())}
+    member = trained[f"text_model.embeddings.position_embedding.{RES}"]
+    assert member.part == "positions"
+    assert member.parameter.requires_grad
+    assert not member.decays
 
 
 def test_copies_states_and_casts_keep_both_parts(model):
