@@ -212,8 +212,8 @@ def _help() -> str:
         "usage: sparsight attack {measure,find,curate} [OPTIONS]\n\n"
         "Words on pictures: how far they fool a model, and what in it reads them.\n\n"
         f"verbs:\n{verbs}\n\n"
-        "`sparsight attack VERB --help` lists a verb's options; each reads them from\n"
-        "`--config FILE.toml` too."
+        "`sparsight attack VERB --help` lists a verb's options; each writes what it finds to\n"
+        "`--out`, and reads its options from `--config FILE.toml` too."
     )
 
 
