@@ -14,7 +14,7 @@ WITH_PEERS := SPARSIGHT_PEERS=$(PEERS)
 TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest \
 	tests/vision/test_open_clip.py tests/vision/test_open_clip_layouts.py \
 	tests/editing/test_folding_open_clip.py tests/editing/test_weights_open_clip.py \
-	tests/vision/test_open_clip_finetuning.py
+	tests/editing/finetuning/test_finetuning_open_clip.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format docs bench bench-peers clean
