@@ -253,6 +253,15 @@ def test_one_class_or_no_labels_cannot_be_attacked(tmp_path: Path) -> None:
         written(open_images(tmp_path), "attacked", class_names={"a": "a", "b": "b"})
 
 
+def test_a_name_in_letters_that_the_font_lacks_is_refused(tmp_path: Path) -> None:
+    for label in ("cat", "犬"):
+        write_picture(tmp_path / label / "0.png")
+    with pytest.raises(UserError, match="font sans-bold has no '犬'"):
+        written(open_images(tmp_path), "attacked")
+    names = {"cat": "cat", "犬": "señor dog"}
+    assert len(written(open_images(tmp_path), "attacked", class_names=names)) == 2
+
+
 def test_a_picture_too_small_for_its_word_is_a_failure_with_its_reason(tmp_path: Path) -> None:
     for label in ("cat", "rhinoceros"):
         write_picture(tmp_path / label / "0.png", width=32, height=24)

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import parse_qsl, urlencode
@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, urlencode
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from sparsight.config import check_seed, check_types
@@ -215,6 +216,8 @@ class WrittenImages(ImageSource):
         self._given_names = class_names is not None
         self.class_names = dict(class_names) if class_names is not None else _names(source)
         _check_names(self.class_names, source.spec)
+        if isinstance(self.style, TextStyle):
+            _check_letters(self.class_names, self.style.font)
         self._places, self.notes = self._choose()
         self.spec = self._spec()
 
@@ -485,6 +488,23 @@ def _check_names(names: Mapping[str, str], spec: str) -> None:
             raise UserError(f"The name of the class {label!r} is {name!r}: it cannot be written.")
 
 
+def _check_letters(names: Mapping[str, str], font: Font) -> None:
+    """A letter that a font lacks would be an empty box, the same for all of them."""
+    known = _known_letters(font)
+    for name in names.values():
+        lacking = "".join(c for c in dict.fromkeys(name) if not c.isspace() and ord(c) not in known)
+        if lacking:
+            raise UserError(
+                f"The class name {name!r} cannot be written: the font {font} has no {lacking!r}. "
+                "Give class_names in letters that it has, or another font."
+            )
+
+
+@cache
+def _known_letters(font: Font) -> frozenset[int]:
+    return frozenset(FT2Font(str(_font_file(font))).get_charmap())
+
+
 def _fitting(
     image: Image.Image, text: str, style: TextStyle, turn: float
 ) -> tuple[Image.Image, Image.Image, Image.Image]:
@@ -544,7 +564,7 @@ def _colours(
     return ink, edge, paper
 
 
-@cache
+@lru_cache(maxsize=64)  # nonsense hardly ever comes twice
 def _letters(text: str, font: Font, size: int) -> tuple[Image.Image, Image.Image, Image.Image]:
     """A word's opacity, its outline's, and its band's: a box with a little air."""
     face = _font(font, size)
@@ -562,10 +582,12 @@ def _letters(text: str, font: Font, size: int) -> tuple[Image.Image, Image.Image
 
 @cache
 def _font(name: Font, size: int) -> ImageFont.FreeTypeFont:
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     # The basic layout engine is always there; Raqm, which kerns otherwise, is not.
-    path = str(folder / f"{_FILES[name]}.ttf")
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(_font_file(name), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _font_file(name: Font) -> Path:
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{_FILES[name]}.ttf"
 
 
 def _explicit(place: str) -> tuple[float, float]:
