@@ -68,7 +68,11 @@ def test_what_was_found_is_switched_off_on_other_pictures(
 ) -> None:
     flags = ["--images", "calibration:6:3:single", "--off", str(found), "--workers", "0"]
     assert run("measure", *flags, "--draws", "1") == 0
-    assert "random ×1" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "random ×1" in told.out
+    assert "they were found" not in told.err
+    assert run("measure", "--images", SCENES, *flags[2:], "--draws", "0") == 0
+    assert "on 8 of these 16 pictures they were found" in capsys.readouterr().err
 
 
 def test_a_set_is_curated(found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

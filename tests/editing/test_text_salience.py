@@ -236,7 +236,18 @@ def test_measuring_on_the_pictures_of_the_search_is_told(calibration, pairs):
         calibration, pairs, site="blocks.2.mlp_post", contrast="attack", workers=0
     )
     report = causal_check(calibration, pairs, Target(table, table.found[:3]), draws=0, workers=0)
-    assert report.same_pictures and report.random is None
+    assert report.same_pictures == len(pairs) and report.random is None
+
+
+def test_some_pictures_of_the_search_among_others_are_told(calibration, pairs):
+    search, rest = pairs.halves()
+    table = find_text_salient(
+        calibration, search, site="blocks.2.mlp_post", contrast="attack", workers=0
+    )
+    target = Target(table, table.found[:3])
+    assert causal_check(calibration, rest, target, draws=0, workers=0).same_pictures == 0
+    report = causal_check(calibration, pairs, target, draws=0, workers=0)
+    assert report.same_pictures == len(search)
 
 
 @pytest.mark.unchecked

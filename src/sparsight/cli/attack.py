@@ -237,7 +237,12 @@ def _measure(arguments: Sequence[str]) -> None:
             quiet=False,
         )
         if report.same_pictures:
-            print_notes(["these are the pictures on which they were found: measure on others."])
+            print_notes(
+                [
+                    f"on {report.same_pictures:,} of these {len(pairs):,} pictures they were found, "
+                    "so the figures flatter them. Measure on others."
+                ]
+            )
     else:
         report = measure_attack(
             model,
@@ -325,6 +330,7 @@ def _find(arguments: Sequence[str]) -> None:
             workers=options.workers,
             quiet=False,
         )
+        _check_failed(report.failed, len(others), options.max_failed)
         report.save(place / "causal.json")
         _print(report.table())
 
@@ -403,7 +409,12 @@ def _target(table: SalienceTable, selectivity: float | None, device: str | None)
     sae = None
     if table.about["unit"] == "latent":
         folder = table.about.get("sae_folder")
-        if folder is None or not Path(folder).is_dir():
+        if folder is None:
+            raise UserError(
+                f"{table.site}: the table does not say where the SAE of these latents is; only "
+                "tables that `sparsight attack find` wrote do. Use causal_check in Python."
+            )
+        if not Path(folder).is_dir():
             raise UserError(
                 f"{table.site}: the SAE of these latents was at {folder}, and is not there now."
             )

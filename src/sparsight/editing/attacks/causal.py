@@ -22,7 +22,7 @@ from sparsight.editing.attacks.measuring import (
 )
 from sparsight.editing.attacks.outcomes import ORIGINAL, Outcome, outcomes
 from sparsight.editing.attacks.pairs import AttackPairs
-from sparsight.editing.attacks.salience import SalienceTable
+from sparsight.editing.attacks.salience import SalienceTable, picture_marks
 from sparsight.editing.edits import Edit, LatentEdit, NeuronEdit, Positions
 from sparsight.errors import UserError
 from sparsight.files import write_json
@@ -90,7 +90,7 @@ class CausalReport:
         edits: what was done, in words.
         failed: pictures that did not load, by kind.
         pairs: how the words were made.
-        same_pictures: whether they were found on the very pictures that this was measured on.
+        same_pictures: on how many of these very pictures they were found; 0 if all is well.
     """
 
     n: int
@@ -103,7 +103,7 @@ class CausalReport:
     edits: list[str]
     failed: dict[str, int]
     pairs: dict[str, Any] = field(repr=False)
-    same_pictures: bool = False
+    same_pictures: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON-able values."""
@@ -254,6 +254,7 @@ def causal_check(
             },
             density=float(np.mean(densities)),
         )
+    searched = {mark for target in given for mark in target.table.about["pictures"]}
     return CausalReport(
         n=seen.n,
         original={kind: share_of(before[kind].right) for kind in _KINDS},
@@ -265,9 +266,7 @@ def causal_check(
         edits=[describe(edit) for edit in found_edits[FOUND]],
         failed=seen.failed,
         pairs=pairs.about,
-        same_pictures=any(
-            target.table.about["pictures"] == pairs.clean.fingerprint() for target in given
-        ),
+        same_pictures=sum(mark in searched for mark in picture_marks(pairs)),
     )
 
 

@@ -17,6 +17,7 @@ latents is held by Benjamini and Hochberg (1995).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -338,7 +339,7 @@ def find_text_salient(
         "n_tested": int(tested.sum()),
         "failed": seen.failed,
         "pairs": pairs.about,
-        "pictures": pairs.clean.fingerprint(),
+        "pictures": picture_marks(pairs),
     }
     return SalienceTable(
         mean={kind: values.mean(axis=0) for kind, values in seen.values.items()},
@@ -351,6 +352,12 @@ def find_text_salient(
         tested=tested,
         about=about,
     )
+
+
+def picture_marks(pairs: AttackPairs) -> list[str]:
+    """A short mark of each picture's address, to tell whether it is met again."""
+    addresses = (pairs.clean.info(i).uri for i in range(len(pairs)))
+    return [hashlib.sha256(each.encode()).hexdigest()[:12] for each in addresses]
 
 
 def sign_flip_p(
