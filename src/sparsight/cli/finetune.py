@@ -186,6 +186,12 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
         on, test = _keep_back(on, seed)
         if named["attack_on"] is None:
             data = on
+    if options.report:
+        seen = {
+            source.info(i).uri for source in (test, images) if source for i in range(len(source))
+        }
+        data = _apart(data, seen)
+        on = None if on is None else _apart(on, seen)
     attack: ImageSource | AttackPairs | None = None
     if options.attack == WRITTEN:
         if on is None:
@@ -227,6 +233,25 @@ def _without_words(source: ImageSource) -> ImageSource:
     if not isinstance(source, CalibrationImages):
         return source
     return source.select([i for i in range(len(source)) if source.scene(i).writing is None])
+
+
+def _apart(source: ImageSource, seen: set[str]) -> ImageSource:
+    """The pictures that are not among those that are measured on."""
+    kept = [i for i in range(len(source)) if source.info(i).uri not in seen]
+    if len(kept) == len(source):
+        return source
+    if not kept:
+        raise UserError(
+            f"{source.spec}: all of its pictures are among those that are measured on (--test, "
+            "--images); there is nothing left to train on."
+        )
+    print_notes(
+        [
+            f"{source.spec}: {len(source) - len(kept):,} of {len(source):,} pictures are among "
+            "those that are measured on; they are not trained on."
+        ]
+    )
+    return source.select(kept)
 
 
 def _keep_back(source: ImageSource, seed: int) -> tuple[ImageSource, ImageSource]:

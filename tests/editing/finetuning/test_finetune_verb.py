@@ -56,6 +56,15 @@ def test_without_a_test_set_some_pictures_are_kept_back(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_what_is_measured_on_is_not_trained_on_though_it_is_named_twice(tmp_path, capsys):
+    scenes = "calibration:20:75:single"
+    flags = ["--data", scenes, "--attack-on", scenes, "--no-latents", "--out", tmp_path / "run"]
+    assert finetune(*flags, *SMALL) == 0
+    assert "2 of 20 pictures are among those that are measured on" in capsys.readouterr().err
+    told = fails(capsys, "--data", scenes, "--test", scenes, "--out", tmp_path / "other", *SMALL)
+    assert "nothing left to train on" in told
+
+
 def fails(capsys, *arguments, model="calibration"):
     assert finetune(*arguments, model=model) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]

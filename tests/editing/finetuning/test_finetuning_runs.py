@@ -146,6 +146,9 @@ def test_the_schedule_counts_steps_of_the_optimiser_not_batches(model, tmp_path)
     lines = tune(model, tmp_path / "run", config).metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["lr_factor"] == pytest.approx(1 / 250_000)
+    for line in lines:  # `OneCycleLR` with one maximum for all would make them equal
+        assert line["lr"]["text_blocks"] == pytest.approx(0.1 * line["lr"]["visual_blocks"])
+        assert line["lr"]["rest"] == pytest.approx(0.033 * line["lr"]["visual_blocks"])
     assert lines[-1]["epoch"] == pytest.approx(21 / 20)
 
 
@@ -176,10 +179,13 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(model, tmp_path, m
         torch.testing.assert_close(gradient, mean, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_gradients_are_clipped_as_a_whole_and_hold_nothing_of_the_step_before(
-    model, tmp_path, monkeypatch
+    model, tmp_path, monkeypatch, accumulation
 ):
-    free = dataclasses.replace(CONFIG, grad_clip=None, lr=1e-12, optimiser="adamw")
+    free = dataclasses.replace(
+        CONFIG, grad_clip=None, lr=1e-12, optimiser="adamw", accumulation=accumulation
+    )
     plain = gradients(model, tmp_path / "a", monkeypatch, free, keep=2)
     clipped = gradients(
         model, tmp_path / "b", monkeypatch, dataclasses.replace(free, grad_clip=0.01), keep=2
@@ -212,6 +218,59 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_check
     monkeypatch.undo()
     assert not (tmp_path / "run" / "model").exists()
     assert tune(model, tmp_path / "run").is_finished
+
+
+def test_weights_that_are_not_finite_are_neither_kept_nor_handed_back(model, tmp_path, monkeypatch):
+    real = loop._Loop._clamp_scale
+
+    def broken(self):
+        real(self)
+        if self.step == 2:
+            next(self.model.module.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(loop._Loop, "_clamp_scale", broken)
+    with pytest.raises(SparsightError, match=r"sum of .* is nan at step 3 of 4.*000000002"):
+        tune(model, tmp_path / "run")
+    last = dataclasses.replace(CONFIG, steps=3)
+    with pytest.raises(SparsightError, match=r"is nan at step 3 of 3"):
+        tune(model, tmp_path / "last", last)
+    assert not (tmp_path / "last" / "model").exists()
+    monkeypatch.undo()
+    assert tune(model, tmp_path / "run").is_finished
+
+
+def test_what_is_handed_back_is_the_last_step_and_nothing_in_a_run_is_a_pickle(
+    model, tmp_path, monkeypatch
+):
+    """His second script loads the checkpoint of an epoch that the first one never reaches."""
+    states, kinds = [], set()
+    real = loop._Loop._take_step
+
+    def watched(self, batches):
+        kinds.update(path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file())
+        norms = real(self, batches)
+        states.append({k: v.clone() for k, v in self.model.module.state_dict().items()})
+        return norms
+
+    monkeypatch.setattr(loop._Loop, "_take_step", watched)
+    run = tune(model, tmp_path / "run")
+    assert len(states) == 4
+    found = weights(run)
+    assert all(torch.equal(found[name], value) for name, value in states[-1].items())
+    assert any(not torch.equal(found[name], value) for name, value in states[-2].items())
+    kinds.update(path.suffix for path in run.out.rglob("*") if path.is_file())
+    assert ".safetensors" in kinds
+    assert not kinds & {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
+
+
+def test_what_attacks_are_pulled_to_belongs_to_the_run(model, whole, tmp_path):
+    with pytest.raises(UserError, match="differs in 'clean_fingerprint'"):
+        tune(model, whole.out, EVERYTHING, attack=Pairs(ATTACK, NoisePictures(9, CAPTIONS[:2])))
+
+
+def test_a_finished_run_in_another_layout_is_told_how_to_write_it(model, whole):
+    with pytest.raises(UserError, match=r"layout huggingface.*sparsight export.*layout openai"):
+        tune(model, whole.out, EVERYTHING, layout="openai")
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(model, tmp_path, monkeypatch):
@@ -310,6 +369,15 @@ def test_broken_pictures_are_left_out_of_their_batch_and_counted(model, tmp_path
     assert batch.captions == ["caption 3", "caption 5", "caption 6"]
     torch.testing.assert_close(batch.pixels[1], model.transform(DATA.load(5)))
     assert loader.failures == {4: "cannot be decoded"}
+
+
+def test_a_picture_that_failed_once_and_loads_again_has_its_own_row(model):
+    loader = BatchLoader(model, DATA, None, None, max_failed=1, workers=0)
+    loader.failures = {4: "the network was away"}
+    (batch,) = loader.load([[Pair(place, f"caption {place}", False) for place in (3, 4, 5)]])
+    assert batch.captions == ["caption 3", "caption 4", "caption 5"]
+    for row, place in enumerate((3, 4, 5)):
+        torch.testing.assert_close(batch.pixels[row], model.transform(DATA.load(place)))
 
 
 def test_an_attack_without_its_clean_picture_is_left_out_with_it(model):

@@ -121,7 +121,8 @@ class BatchLoader:
         for pairs, places, batch in zip(planned, rows, loaded, strict=True):
             self.failures.update(batch.failures)
             self._check()
-            yield self._assemble(pairs, places, batch.pixels)
+            failed = {place for place, _ in batch.failures}
+            yield self._assemble(pairs, places, failed, batch.pixels)
 
     def _places(self, pairs: Sequence[Pair]) -> list[int]:
         """Where a batch's pictures lie in `images`: all, then those of attacks without words."""
@@ -131,8 +132,11 @@ class BatchLoader:
             places += [starts[2] + pair.place for pair in pairs if pair.attack]
         return places
 
-    def _assemble(self, pairs: Sequence[Pair], places: list[int], pixels: Tensor) -> PairBatch:
-        whole = [place not in self.failures for place in places]
+    def _assemble(
+        self, pairs: Sequence[Pair], places: list[int], failed: set[int], pixels: Tensor
+    ) -> PairBatch:
+        # Of this batch alone: a picture that failed once may have loaded now, and have its row.
+        whole = [place not in failed for place in places]
         row = list(itertools.accumulate(whole, initial=0))
         behind = itertools.count(len(pairs))
         kept: list[tuple[Pair, int, int | None]] = []

@@ -206,11 +206,17 @@ class FinetuneRecipe:
     attack_fingerprint: str | None = None
     """Of pictures and captions."""
 
+    clean_fingerprint: str | None = None
+    """Of the attacked pictures without words, where they are pulled to."""
+
     latents: str | None = None
     """Of the SAE and the latents that are penalised."""
 
     neurons: str | None = None
     """Of the neurons that are scaled, where they are named."""
+
+    layout: str = "huggingface"
+    """Of the model that is handed back."""
 
     train: FinetuneConfig = field(default_factory=FinetuneConfig)
     """How."""

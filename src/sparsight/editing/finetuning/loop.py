@@ -106,7 +106,7 @@ def finetune(
     run = FinetuneRun(Path(out))
     if not model.has_text:
         raise UserError(f"{model.id} has no text tower, so there are no captions to train it on.")
-    clean = attack.clean if isinstance(attack, PairedAttacks) else None
+    clean = attack.clean if isinstance(attack, PairedAttacks) and config.pull else None
     pictures = attack.attacked if isinstance(attack, PairedAttacks) else attack
     pairs = _with_captions(data, config.captions, config)
     attacks = None
@@ -119,11 +119,18 @@ def finetune(
         data_fingerprint=pairs.fingerprint,
         attack=None if attacks is None else attacks.source.spec,
         attack_fingerprint=None if attacks is None else attacks.fingerprint,
+        clean_fingerprint=None if clean is None else clean.fingerprint(),
         latents=None if latents is None else _identity(latents),
         neurons=None if neurons is None else _neurons_text(neurons),
+        layout=layout,
         train=config,
     )
     if _settled(run, recipe, resume):
+        if run.recipe.layout != layout:
+            raise UserError(
+                f"{run.folder}: is finished, in the layout {run.recipe.layout}. `sparsight export` "
+                f"writes it in the layout {layout}."
+            )
         return run
     texts = list(dict.fromkeys([*pairs.distinct(), *(attacks.distinct() if attacks else ())]))
     cut = check_lengths(model, texts, config.truncate_captions)
@@ -136,7 +143,7 @@ def finetune(
             model,
             pairs.source,
             None if attacks is None else attacks.source,
-            clean if config.pull else None,
+            clean,
             max_failed=max_failed,
             workers=workers,
         )
@@ -208,6 +215,7 @@ class _Loop:
                     self._save()
                 line.advance(1, note)
         self.model.module.eval()
+        self._check_weights()
 
     def _take_step(self, batches: Iterator[PairBatch]) -> dict[str, Tensor]:
         """One step of the optimiser; the norm of each layer's gradient before clipping."""
@@ -296,14 +304,21 @@ class _Loop:
         if isinstance(scale, Tensor) and scale.requires_grad:
             scale.clamp_(max=losses.LARGEST_LOG_SCALE)
 
-    def _check_finite(self, what: str, value: Tensor) -> None:
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Before they are kept: a step may be too long for them though its gradient was finite."""
+        for member in self.trained:
+            self._check_finite(f"sum of {member.name}", member.parameter.sum(), self.step)
+
+    def _check_finite(self, what: str, value: Tensor, step: int | None = None) -> None:
         found = float(value.detach())
         if math.isfinite(found):
             return
+        step = self.step + 1 if step is None else step
         newest = checkpoint_files.newest(self.run.checkpoints)
         stays = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise SparsightError(
-            f"The {what} is {found} at step {self.step + 1} of {self.n_steps}. Fine-tuning "
+            f"The {what} is {found} at step {step} of {self.n_steps}. Fine-tuning "
             f"stops; {stays}. A lower lr may help"
             + (", or precision float32." if self.config.precision != "float32" else ".")
         )
@@ -337,6 +352,7 @@ class _Loop:
         return " · ".join(f"{name} {value:.4f}" for name, value in means.items())
 
     def _save(self) -> None:
+        self._check_weights()
         tensors = {f"model/{name}": value for name, value in self.model.module.state_dict().items()}
         for member in self.trained:
             for key, value in self.optimiser.state[member.parameter].items():
@@ -464,7 +480,7 @@ def _settled(run: FinetuneRun, recipe: FinetuneRecipe, resume: bool) -> bool:
 
 def _what_counts(recipe: FinetuneRecipe) -> dict[str, Any]:
     """What two parts of a run share. Folders may have moved; fingerprints know the contents."""
-    return to_dict(dataclasses.replace(recipe, model="", data="", attack=None))
+    return to_dict(dataclasses.replace(recipe, model="", data="", attack=None, layout=""))
 
 
 def _identity(latents: PenalisedLatents) -> str:
