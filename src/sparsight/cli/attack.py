@@ -236,11 +236,11 @@ def _measure(arguments: Sequence[str]) -> None:
             workers=options.workers,
             quiet=False,
         )
-        if report.same_pictures:
+        if again := report.same_pictures:
             print_notes(
                 [
-                    f"on {report.same_pictures:,} of these {len(pairs):,} pictures they were found, "
-                    "so the figures flatter them. Measure on others."
+                    f"on {again:,} of these {len(pairs):,} pictures they were found: the figures "
+                    "flatter them, measure on others."
                 ]
             )
     else:
