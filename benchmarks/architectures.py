@@ -51,7 +51,12 @@ from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
 
 FROM_DATA = "TopK, rows from data"
-PRICES = {"ReLU": (0.7, 1.5, 3.0, 6.0), "Gated": (1.2, 2.5, 5.0, 10.0)}
+WEIGHTED = "ReLU, weighted"
+PRICES = {
+    "ReLU": (0.7, 1.5, 3.0, 6.0),
+    WEIGHTED: (0.7, 1.5, 3.0, 6.0),
+    "Gated": (1.2, 2.5, 5.0, 10.0),
+}
 """Where L0 follows from a price: those that ours is trained with."""
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -66,7 +71,7 @@ class Options:
     """Where the peers are installed."""
 
     only: tuple[str, ...] = ()
-    """Packages; all by default."""
+    """Packages, or packages and their architectures ("sae_lens Standard"); all by default."""
 
     site: str = "blocks.-1.resid_post"
     """Where to read the calibration CLIP."""
@@ -120,9 +125,9 @@ def peers(options: Options) -> list[Peer]:
         Peer("overcomplete", "JumpSAE", "JumpReLU", {"penalty": 6e-5}),
         Peer("sae_lens", "Gated", "Gated", {"l1_coefficient": 4.0}),
         Peer("dictionary_learning", "Gated", "Gated", {"l1_penalty": 2.0 / 192**0.5}),
-        Peer("sae_lens", "Standard", "ReLU", {"l1_coefficient": 2.0}),
+        Peer("sae_lens", "Standard", WEIGHTED, {"l1_coefficient": 2.0}),
         Peer("dictionary_learning", "Standard", "ReLU", {"l1_penalty": 1.5 / 192**0.5}),
-        Peer("dictionary_learning", "StandardApril", "ReLU", {"l1_penalty": 1.5 / 192**0.5}),
+        Peer("dictionary_learning", "StandardApril", WEIGHTED, {"l1_penalty": 1.5 / 192**0.5}),
         Peer("saev", "ReLU", "ReLU", {"sparsity_coeff": 0.005}),
         Peer(
             "sae_lens", "MatryoshkaBatchTopK", "Matryoshka", {"k": k, "matryoshka_widths": widths}
@@ -137,7 +142,11 @@ def peers(options: Options) -> list[Peer]:
 
 
 def main(options: Options) -> None:
-    chosen = [each for each in peers(options) if not options.only or each.package in options.only]
+    chosen = [
+        each
+        for each in peers(options)
+        if not options.only or {each.package, f"{each.package} {each.name}"} & {*options.only}
+    ]
     with tempfile.TemporaryDirectory() as folder:
         train, test = vectors(options, Path(folder))
         data = Path(folder) / "vectors.pt"
@@ -291,6 +300,8 @@ class Ours:
             config = dataclasses.replace(config, matryoshka=Matryoshka(SHARES))
         if name == "Archetypal":
             sae = dataclasses.replace(sae, dictionary=Archetypal())
+        if name == WEIGHTED:
+            sae = dataclasses.replace(sae, unit_norm_decoder=False)
         if name == FROM_DATA:
             sae = dataclasses.replace(sae, decoder_init="data")
         found = self._run(dataclasses.replace(config, sae=sae), lr)
@@ -327,6 +338,7 @@ def _sparsity(name: str, value: float) -> AnySparsity:
         "JumpReLU": lambda: JumpReLU(target_l0=value),
         "Gated": lambda: Gated(value),
         "ReLU": lambda: ReLU(value),
+        WEIGHTED: lambda: ReLU(value, weighted=True),
         "MatchingPursuit": lambda: MatchingPursuit(k),
         "Archetypal": lambda: TopK(k),
     }
