@@ -57,7 +57,7 @@ docs: $(VENV)/.developer
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.developer
-	@set -e; for name in world stream extract remedies attack finetune; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done
+	@set -e; for name in world stream extract remedies attack finetune retrieval; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done
 
 bench-peers: $(VENV)/.developer $(PEERS)/.installed
 	@set -e; for name in train_step encode architectures; do echo "== $$name"; \
