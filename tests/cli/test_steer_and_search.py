@@ -99,3 +99,16 @@ def test_an_sae_of_other_weights_is_refused_and_taken_when_told(runs, tmp_path, 
     code, _, err = run(capsys, *search)
     assert code == 2 and "00000000" in err and "calibration" in err
     assert run(capsys, *search, "--no-check")[0] == 0
+
+
+def test_a_latent_that_no_picture_activates_is_not_steered_to_nothing(runs, tmp_path, capsys):
+    sae = SparseAutoencoder.from_pretrained(runs / "embedding")
+    with torch.no_grad():
+        sae.b_enc[5] = -1e6
+    sae.save_pretrained(tmp_path / "never")
+    code, _, err = run(
+        capsys, "search", "sun", "--sae", tmp_path / "never", "--modes", "steered", "--latents",
+        5, "--workers", 0, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2 and "Latent 5 is not active on any picture" in err
+    assert not (tmp_path / "out").exists()

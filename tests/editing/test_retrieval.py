@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from editing_parts import belonging, make_sae
@@ -117,9 +119,21 @@ def test_a_search_that_lacks_something_says_what(model, collection, sae):
         (("a", "reconstructed"), {"sae": other}, "trained at blocks.0.mlp_out"),
         (("a", "reconstructed"), {"sae": stranger}, "trained on someone/else"),
         (("a",), {"top": 0}, "top is 0"),
+        (("cat " * 200,), {}, r"\d+ tokens, and \d+ fit"),
     ):
         with pytest.raises(UserError, match=message):
             collection.search(*arguments, **settings)
+
+
+def test_latents_that_say_nothing_are_refused_and_not_ranked(collection, sae):
+    f = sae.encode(collection.embeddings).dense()
+    silent = (f[4] == 0) & (f != 0).any(dim=0)
+    never = (f == 0).all(dim=0).nonzero()[:, 0].tolist()
+    search = partial(collection.search, mode="filtered", sae=sae)
+    with pytest.raises(UserError, match="none is active on the picture that is searched by"):
+        search(collection.embeddings[4], latents=silent.nonzero()[:1, 0].tolist())
+    with pytest.raises(UserError, match=f"none is active on any of the {N} pictures"):
+        search("a photo of a cat", latents=never)
 
 
 def test_pictures_that_cannot_be_read_are_counted_and_left_out(model):

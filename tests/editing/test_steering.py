@@ -216,6 +216,19 @@ def test_what_cannot_be_steered_is_said(model, images, sae):
         run(images, never, [5])
 
 
+def test_a_factor_is_no_activation(model, images, sae):
+    got = steer(
+        model, images, sae, [3], strengths=(2.0,), unit="factor", curves=False, workers=0,
+        templates="simple", max_images=8,
+    )  # fmt: skip
+    assert got.latents[0]["strengths"][0]["activation"] is None
+    absolute = steer(
+        model, images, sae, [3], strengths=(2.0,), unit="absolute", curves=False, workers=0,
+        templates="simple", max_images=8,
+    )  # fmt: skip
+    assert absolute.latents[0]["strengths"][0]["activation"] == 2
+
+
 def test_without_labels_probabilities_of_given_classes_are_measured(model, images, sae):
     class Unlabelled(Pictures):
         def info(self, index):

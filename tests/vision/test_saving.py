@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import tiny_models
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
@@ -210,6 +212,36 @@ def test_weights_that_do_not_fit_are_refused(standard, tmp_path):
         load_model(str(tmp_path / "c.pt"))
 
 
+def test_damage_of_any_kind_is_one_message_that_names_the_file(calibration, tmp_path):
+    path = save_model(calibration, tmp_path / "clip.safetensors", "openai")
+    state = load_file(path)
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["sparsight"])
+    block = "visual.transformer.resblocks.0"
+    parts = dict(state)
+    parts[f"{block}.mlp.c_fc.theta"] = parts.pop(f"{block}.mlp.c_fc.weight")
+    for tensors, metadata in (
+        ({**state, "text_projection": torch.zeros(())}, said),
+        ({**state, "token_embedding.weight": torch.zeros(5)}, said),
+        ({**state, "visual.positional_embedding": torch.zeros(())}, said),
+        ({**state, "visual.conv1.weight": torch.zeros(2)}, said),
+        ({**state, f"{block}.attn.in_proj_weight": torch.zeros(2)}, said),
+        ({**state, f"{block}.mlp.c_fc.weight": torch.zeros(())}, said),
+        ({**parts, f"{block}.mlp.c_fc.r": torch.ones(5, 1)}, said),
+        (state, {**said, "clip": "x"}),
+        (state, {**said, "clip": {"vision": 5}}),
+        (state, {**said, "clip": {"vision": {"heads": 0}}}),
+        (state, {**said, "clip": {"vision": {"heads": 7}}}),
+        (state, {**said, "clip": {"vision": {"activation": "none"}}}),
+    ):
+        save_file(
+            tensors, tmp_path / "bad.safetensors", metadata={"sparsight": json.dumps(metadata)}
+        )
+        with pytest.raises(SparsightError, match=r"bad\.safetensors") as caught:
+            load_model(str(tmp_path / "bad.safetensors"), device="cpu")
+        assert caught.value.exit_code == 1
+
+
 @torch.no_grad()
 def test_heads_that_no_one_states_are_taken_as_openai_does_or_asked_for(calibration, tmp_path):
     said = save_model(calibration, tmp_path / "clip.safetensors", "openai")
@@ -267,6 +299,23 @@ def test_nothing_is_left_when_what_is_read_back_differs(calibration, tmp_path, m
     with pytest.raises(SparsightError, match="not written"):
         save_model(calibration, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["last position", "scale"])
+def test_what_is_read_back_is_compared_to_the_last_position_and_in_its_scale(
+    calibration, tmp_path, monkeypatch, part
+):
+    from sparsight.vision import saving
+
+    other = load_model("calibration", device="cpu")
+    if part == "scale":
+        other.module.logit_scale += 0.1
+    else:
+        other.module.text_model.embeddings.position_embedding.weight[-1] *= -3
+    monkeypatch.setattr(saving, "_read_back", lambda *_: other)
+    with pytest.raises(SparsightError, match="not written"):
+        save_model(calibration, tmp_path / "out")
 
 
 def test_other_architectures_are_saved_for_transformers_only(model, tmp_path):

@@ -134,6 +134,11 @@ def main(arguments: Sequence[str]) -> None:
         value: float | list[float] = options.activation or 0.0
         if options.activation is None:
             value = collection.highest(sae, latents)
+            if never := [n for n, most in zip(latents, value, strict=True) if most <= 0]:
+                raise UserError(
+                    f"Latent {never[0]} is not active on any picture, so that there is no largest "
+                    "activation to set it to. Give --activation."
+                )
         edits = [LatentEdit(sae, latents, Set(value), SITE, "all")]
     name = None if options.picture is None else options.picture.name
     results = [

@@ -535,13 +535,13 @@ def check_belongs(
         raise UserError(
             f"The SAE was trained on {named} (weights {str(trained)[:8]}), this model is "
             f"{model.id} (weights {model.weights_hash[:8]}): its latents mean other things there. "
-            "Pass check=False to take it all the same."
+            "Pass check=False (--no-check) to take it all the same."
         )
     own = sae.metadata.get("site")
     if own is not None and model.canonical_site(str(own)) != site:
         raise UserError(
-            f"The SAE was trained at {own} of {named}, the edit is at {site}. Pass check=False to "
-            "take it all the same."
+            f"The SAE was trained at {own} of {named}, the edit is at {site}. Pass check=False "
+            "(--no-check) to take it all the same."
         )
 
 

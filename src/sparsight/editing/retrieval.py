@@ -104,11 +104,17 @@ class Collection:
         """Embed a text or a picture.
 
         Raises:
-            UserError: a text, and the model has no text tower; or an empty one.
+            UserError: a text, and the model has no text tower; or one that is empty or too long.
         """
         if isinstance(query, str):
             if not query.strip():
                 raise UserError("The query is empty. Give a text, or a picture.")
+            count, most = self.model.count_tokens([query])[0], self.model.context_length
+            if count > most:
+                raise UserError(
+                    f"The query has {count} tokens, and {most} fit into {self.model.id}, start and "
+                    "end included. Shorten it."
+                )
             with torch.no_grad():
                 return self.model.embed_texts([query])[0].cpu()
         with torch.no_grad():
@@ -148,10 +154,10 @@ class Collection:
         - `steered`: x + dec(f′) − dec(f) with `edits`.
 
         A picture as query is treated as the collection is. A text keeps its own embedding, which
-        the SAE has never seen the like of; only in mode `query` is it encoded, moved by the
-        difference of the collection's mean and the mean of its labels or captions (the modality
-        gap: Liang et al. 2022, "Mind the gap"). In `filtered` and `query` the text is compared in
-        the same centred way.
+        the SAE has never seen the like of; only in `filtered` and `query` is it encoded, moved by
+        the difference of the collection's mean and the mean of its labels or captions (the modality
+        gap: Liang et al. 2022, "Mind the gap"). If none of the chosen latents is active on it
+        there, what counts is its share along their decoder rows, the collection's mean taken off.
 
         Args:
             query: a text, a picture, or an embedding of one that counts as a picture.
@@ -165,7 +171,8 @@ class Collection:
             name: of the query, for the record.
 
         Raises:
-            UserError: the mode lacks something, or the SAE is of another model or site.
+            UserError: the mode lacks something, the SAE is of another model or site, or no chosen
+                latent is active on any picture, or on the picture that is searched by.
         """
         if top < 1:
             raise UserError(f"top is {top}; it must be at least 1.")
@@ -181,7 +188,7 @@ class Collection:
                 raise UserError("Mode 'steered' needs edits: LatentEdit(sae, [latent], Set(…)).")
             for edit in given:
                 check_belongs(edit.sae, self.model, SITE, strict=check)
-            change = Intervention(given, per_image=True)
+            change = Intervention(given, per_image=True, device="cpu")
             chosen = tuple(i for edit in given for i in edit.latents or ())
             asked = vector if is_text else change(vector[None])[0]
             cosine = _cosine(change(self.embeddings), asked)
@@ -251,7 +258,11 @@ class Collection:
         rows = view.W_dec * (1 if view.normaliser.per_vector else view.normaliser.scale)
         pictures = _only(code, kept) @ rows[kept]
         asked = _only(own, kept)[0] @ rows[kept]
-        if is_text and not bool(asked.any()):
+        if not bool(pictures.any()):
+            raise UserError(_inactive(chosen, f"any of the {len(self)} pictures"))
+        if not is_text and not bool(asked.any()):
+            raise UserError(_inactive(chosen, "the picture that is searched by"))
+        if not bool(asked.any()):
             # No chosen latent is active on the text: compare with the text's share along them.
             centred = vector - self.embeddings.mean(dim=0)
             basis = torch.linalg.qr(rows[kept].double().T).Q.to(centred.dtype)
@@ -336,6 +347,11 @@ def _cosine(
     cosine = normalize(rows.float(), dim=1) @ normalize(vector.float(), dim=0)
     found: Tensor = torch.where((rows != 0).any(dim=1), cosine, -1.0)
     return found
+
+
+def _inactive(latents: Sequence[int], where: str) -> str:
+    some = ", ".join(map(str, latents[:8])) + (", …" if len(latents) > 8 else "")
+    return f"Of the chosen latents ({some}) none is active on {where}: nothing can be compared."
 
 
 def _only(code: SparseCode, kept: Tensor) -> Float[Tensor, "rows kept"]:

@@ -200,7 +200,8 @@ def steer(
         found = []
         for strength in strengths:
             figures = tallies[f"{latent} {strength}"].result()
-            value = strength * unit_of[latent]
+            # A factor makes another activation of each.
+            value = None if unit == "factor" else strength * unit_of[latent]
             found.append({"strength": strength, "activation": value, **figures})
         rows.append(
             {

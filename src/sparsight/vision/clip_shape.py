@@ -108,6 +108,11 @@ def shape_of_weights(state: State, stated: dict[str, Any] | None, name: str) -> 
                     f"{HEAD_WIDTH}, and the file does not say how many heads it has. "
                     "sparsight.vision.openai_files.load_openai takes heads=."
                 )
+        elif not (isinstance(heads, int) and heads > 0 and width % heads == 0):
+            raise SparsightError(
+                f"{name}: its {part} tower is {width} wide, which cannot be shared by {heads!r} "
+                "heads."
+            )
         blocks = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
         return TowerShape(
             width=width,

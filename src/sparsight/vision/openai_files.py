@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,20 @@ def load_openai(
         SparsightError: it is damaged.
     """
     state, said = read_clip(path)
-    stated = dict(said.get("clip") or {})
-    for part, count in zip(("vision", "text"), heads or (), strict=False):
-        stated[part] = {**(stated.get(part) or {}), "heads": count}
-    shape = shape_of_weights(state, stated, str(path))
-    return clip_model(
-        state,
-        shape,
-        id=id,
-        processor=_processor(path, shape, said.get("processor")),
-        load_tokenizer=_tokenizer(path, shape, tokenizer),
-        device=device,
-        dtype=dtype,
-    )
+    with _damage(path):
+        stated = dict(said.get("clip") or {})
+        for part, count in zip(("vision", "text"), heads or (), strict=False):
+            stated[part] = {**(stated.get(part) or {}), "heads": count}
+        shape = shape_of_weights(state, stated, str(path))
+        return clip_model(
+            state,
+            shape,
+            id=id,
+            processor=_processor(path, shape, said.get("processor")),
+            load_tokenizer=_tokenizer(path, shape, tokenizer),
+            device=device,
+            dtype=dtype,
+        )
 
 
 def clip_model(
@@ -140,15 +142,29 @@ def read_clip(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         _refuse_program(path)
         found = read_torch(path)
     state = _state(found)
-    if is_huggingface(state):
-        state = to_openai(state)
-    if not is_openai(state):
-        raise UserError(f"{path}: {_what(state)} {_EXPECTED}")
     try:
-        kept = int(said.get("kept_positions", KEPT_POSITIONS))
-        return plain(state, kept), said
+        with _damage(path):
+            if is_huggingface(state):
+                state = to_openai(state)
+            if is_openai(state):
+                return plain(state, int(said.get("kept_positions", KEPT_POSITIONS))), said
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    raise UserError(f"{path}: {_what(state)} {_EXPECTED}")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Tensors and settings of any shape and kind may stand in a file: say that it is the file."""
+    try:
+        yield
+    except SparsightError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'}"
+        raise SparsightError(
+            f"{path}: its weights, or what it says about them, do not fit one another ({reason})."
+        ) from e
 
 
 _EXPECTED = (

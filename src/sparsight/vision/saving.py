@@ -54,7 +54,7 @@ TEXTS = (
     "an anchor",
     "the words on the sign say umbrella, and below it stands a small red house with 2 windows",
 )
-"""What a model is compared on with what was read back, beside pictures of noise."""
+"""What a model is compared on with what was read back, beside pictures of noise and a long text."""
 
 FILES = (".safetensors", ".pt")
 """How the name of a single file ends."""
@@ -420,14 +420,19 @@ def _read_back(
 
 @torch.no_grad()
 def _difference(one: VisionModel, other: VisionModel) -> float:
-    """The largest relative difference of embeddings, of pictures and of texts."""
+    """The largest relative difference of embeddings, of pictures and of texts, or of the scale.
+
+    One of the texts fills every position that there is.
+    """
     training = one.module.training
     one.module.eval()
     try:
         pixels = torch.randn((4, *one.input_shape), generator=torch.Generator().manual_seed(0))
         pairs = [(one.embed_images(pixels), other.embed_images(pixels))]
         if one.has_text:
-            pairs.append((one.embed_texts(TEXTS), other.embed_texts(TEXTS)))
+            texts = [*TEXTS, "a photo of a cat " * one.context_length]
+            pairs.append((one.embed_texts(texts), other.embed_texts(texts)))
+            pairs.append((torch.tensor(one.logit_scale), torch.tensor(other.logit_scale)))
     finally:
         one.module.train(training)
     return max(float((x - y).norm() / x.norm().clamp(min=1e-30)) for x, y in pairs)
