@@ -61,8 +61,8 @@ def test_steer_writes_figures_and_plots(runs, tmp_path, capsys):
 def test_search_writes_a_page_of_pictures(runs, tmp_path, capsys):
     code, out, err = run(
         capsys, "search", "a photo of a sun", "--sae", runs / "embedding", "--modes", "plain",
-        "reconstructed", "query", "steered", "--latents", 5, "--top", 3, "--workers", 0,
-        "--device", "cpu", "--out", tmp_path,
+        "reconstructed", "query", "steered", "--latents", 5, "--activation", 3, "--top", 3,
+        "--workers", 0, "--device", "cpu", "--out", tmp_path,
     )  # fmt: skip
     assert code == 0, err
     found = json.loads((tmp_path / "search.json").read_text())["results"]
