@@ -119,6 +119,21 @@ def test_flips_that_change_nothing_count_as_what_was_seen():
     assert sign_flip_p(difference, permutations=999)[0] == pytest.approx(0.5, abs=0.06)
 
 
+def test_few_flips_say_how_many_must_be_found_together(calibration, pairs):
+    some = pairs.select(range(12))
+    table = find_text_salient(
+        calibration, some, site="blocks.2.mlp_post", permutations=99, workers=0
+    )
+    n, fewest = table.about["n_tested"], table.fewest
+    p = np.ones(n)
+    p[: fewest - 1] = 1 / 100
+    assert benjamini_hochberg(p).min() > 0.05
+    p[:fewest] = 1 / 100
+    assert benjamini_hochberg(p).min() <= 0.05
+    table.about["permutations"] = 10**6
+    assert table.fewest == 1
+
+
 def test_q_is_that_of_benjamini_and_hochberg():
     p = np.array([0.01, 0.04, 0.03, 0.5, 0.02])
     expected = np.array([0.05, 0.05, 0.05, 0.5, 0.05])

@@ -314,6 +314,14 @@ def _find(arguments: Sequence[str]) -> None:
             f"{len(table.selective):,} of them with a selectivity of "
             f"{table.about['selectivity']} or more"
         )
+        if table.fewest > 1:
+            print_notes(
+                [
+                    f"{site}: with {table.about['permutations']:,} flips fewer than {table.fewest} "
+                    f"of {table.about['n_tested']:,} {kind}s are never found, however strong; more "
+                    "--permutations find single ones."
+                ]
+            )
         if others is None:
             continue
         if not table.selective:

@@ -21,7 +21,13 @@ from sparsight.editing.finetuning.measures import (
     modality_gap,
     retrieval,
 )
-from sparsight.editing.finetuning.report import FIGURES, PAGE, read_figures, report_finetuning
+from sparsight.editing.finetuning.report import (
+    FIGURES,
+    PAGE,
+    read_figures,
+    report_finetuning,
+    write_page,
+)
 from sparsight.errors import UserError
 from sparsight.images import ImageInfo
 from sparsight.sae import SAEConfig, TopK
@@ -149,6 +155,8 @@ def test_both_models_are_measured_on_the_same_pictures(told):
     back = attacked["after"]["accuracy"] - attacked["before"]["accuracy"]
     assert found["won_back"] == pytest.approx(back / cost)
     assert attacked["change"]["value"] == pytest.approx(back)
+    low, high = found["won_back_interval"]
+    assert low <= found["won_back"] <= high
     for family in ("zero_shot", "in_batch_accuracy", "retrieval", "modality_gap", "logit_scale"):
         assert set(found[family]) == {"before", "after"}
     latents = found["latents"]
@@ -169,6 +177,15 @@ def test_the_page_tells_the_figures_and_stands_alone(told):
     assert page.count('class="example"') == 14
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert str(run.out.parent) not in page
+
+
+def test_a_page_tells_what_did_not_load(told):
+    run, subjects, found = told
+    assert "Did not load" not in (run.out / PAGE).read_text()
+    write_page(run, {**found, "failed": {"attacked": 3}}, subjects)
+    page = (run.out / PAGE).read_text()
+    assert "Did not load" in page
+    assert "3 of those to measure on" in page
 
 
 def test_a_page_names_what_was_not_measured(told, model):

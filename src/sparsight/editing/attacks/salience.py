@@ -18,6 +18,7 @@ latents is held by Benjamini and Hochberg (1995).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,13 @@ class SalienceTable:
             "selective": selective,
         }
         return pa.table({name: values[order] for name, values in columns.items()})
+
+    @property
+    def fewest(self) -> int:
+        """How many must be found together, or none can be: p is never below 1 / (1 + flips)."""
+        least = 1 / (1 + int(self.about["permutations"]))
+        share = float(self.about["n_tested"] * least / self.about["fdr"])
+        return max(1, math.ceil(share - 1e-9))
 
     def to_dict(self) -> dict[str, Any]:
         """What was done, and which were found: JSON-able."""

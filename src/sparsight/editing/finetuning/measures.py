@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsight.activations import LiveActivations
 from sparsight.editing.attacks import AttackPairs, find_text_salient
+from sparsight.editing.attacks.causal import bootstrap
 from sparsight.editing.attacks.measuring import change_of, share_of
 from sparsight.editing.attacks.outcomes import ORIGINAL, Outcome, outcomes
 from sparsight.editing.attacks.salience import Contrast
@@ -82,9 +83,10 @@ def compare(
     Returns:
         `attack`: by kind of picture accuracy and success of the attack before and after, with the
         change over the same pictures; `won_back`: the share of the accuracy that words cost that is
-        there again; `clean_cost`: what clean pictures lost; `in_batch_accuracy`, `zero_shot`,
-        `retrieval`, `modality_gap`, `logit_scale`: `before` and `after` of each; `latents` (see
-        `compare_latents`); `examples`. What there are no pictures or no SAE for is left out.
+        there again, with its bootstrap interval (`won_back_interval`); `clean_cost`: what clean
+        pictures lost; `in_batch_accuracy`, `zero_shot`, `retrieval`, `modality_gap`, `logit_scale`:
+        `before` and `after` of each; `latents` (see `compare_latents`); `examples`. What there are
+        no pictures or no SAE for is left out.
 
     Raises:
         UserError: no picture loads, or the SAE is not of the model before.
@@ -118,6 +120,7 @@ def compare(
         "attack": attack,
         "words_cost": lost,
         "won_back": attacked["change"]["value"] / lost if lost > 0 else None,
+        "won_back_interval": _won_interval(kinds, subjects.seed) if lost > 0 else None,
         "clean_cost": -clean["change"]["value"],
         "logit_scale": {name: model.logit_scale for name, model in models.items()},
         "examples": _examples(subjects, kinds),
@@ -128,6 +131,23 @@ def compare(
     if subjects.sae is not None:
         found["latents"] = compare_latents(before, after, subjects, quiet=quiet)
     return found
+
+
+def _won_interval(
+    kinds: Mapping[str, Mapping[str, Outcome]], seed: int
+) -> tuple[float, float] | None:
+    """95 %, by a bootstrap over pictures."""
+    clean, attacked, after = (
+        kinds[name][kind].right.astype(np.float64)
+        for name, kind in (("before", "clean"), ("before", "attacked"), ("after", "attacked"))
+    )
+
+    def won(weights: Float64[np.ndarray, "rows n"]) -> Float64[np.ndarray, " rows"]:
+        lost = weights @ (clean - attacked)
+        change = weights @ (after - attacked)
+        return np.divide(change, lost, out=np.zeros_like(lost), where=lost != 0)
+
+    return bootstrap(won, len(clean), seed).interval
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,7 @@ def _facts(
         ("Trained on", _source(recipe.data)),
         ("Attacks", _source(recipe.attack or "none")),
         ("Measured on", f"{found['n']:,} pictures, {found['n_classes']:,} classes"),
+        *([("Did not load", _lost(log, found))] if _lost(log, found) else []),
         ("Steps", f"{steps:,} of {batch} pairs"),
         ("Loss", loss),
         ("Optimiser", {"adamw": "AdamW", "adabelief": "AdaBelief"}[config.optimiser]),
@@ -222,6 +223,20 @@ def _facts(
         ("Seed", str(config.seed)),
     ]
     return facts
+
+
+def _lost(log: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> str:
+    """Pictures that were left out, in training and in measuring."""
+    trained = log[-1].get("failed", 0) if log else 0
+    parts = [
+        f"{count:,} {what}"
+        for count, what in (
+            (trained, "of those to train on"),
+            (max(found["failed"].values(), default=0), "of those to measure on"),
+        )
+        if count
+    ]
+    return " and ".join(parts)
 
 
 def _tiles(found: Mapping[str, Any]) -> list[Change]:
@@ -239,7 +254,7 @@ def _tiles(found: Mapping[str, Any]) -> list[Change]:
     if found["won_back"] is not None:
         made.append(
             Change("Loss won back", "won back", "", f"{100 * found['won_back']:.0f} %",
-                   f"of {100 * found['words_cost']:.1f} points")
+                   _won(found))
         )  # fmt: skip
     shown = dig(found, "attack.attacked")
     made.append(
@@ -256,6 +271,14 @@ def _tiles(found: Mapping[str, Any]) -> list[Change]:
             term = "zero-shot" if path.startswith("zero") else "modality gap"
             made.append(Change(name[0].upper() + name[1:], term, *map(show, values)))
     return made
+
+
+def _won(found: Mapping[str, Any]) -> str:
+    note = f"of {100 * found['words_cost']:.1f} points"
+    if found["won_back_interval"] is None:
+        return note
+    low, high = found["won_back_interval"]
+    return f"{note}; {100 * low:.0f} to {100 * high:.0f} %"
 
 
 def _tables(found: Mapping[str, Any]) -> list[Table]:
