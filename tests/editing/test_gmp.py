@@ -195,3 +195,14 @@ def test_models_without_such_layers_are_refused():
     holder.mlp.c_fc = Odd(2, 2)
     with pytest.raises(UserError, match=r"mlp\.c_fc is a Odd"):
         parametrize(holder)
+
+
+def test_half_weights_are_split_in_double_and_come_back_as_they_were(wide):
+    """Decomposed in half precision, as published, weights lose bits for good."""
+    half = copy.deepcopy(wide).half()
+    layer = half.text_model.encoder.layers[1].mlp.fc1
+    before = layer.weight.detach().clone()
+    parametrize(half.float())
+    r = layer.r.detach().flatten()
+    torch.testing.assert_close(r.double(), before.double().norm(dim=1), rtol=1e-7, atol=0)
+    assert torch.equal(to_plain(half).half().text_model.encoder.layers[1].mlp.fc1.weight, before)
