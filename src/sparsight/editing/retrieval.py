@@ -172,7 +172,7 @@ class Collection:
 
         Raises:
             UserError: the mode lacks something, the SAE is of another model or site, or no chosen
-                latent is active on any picture, or on the picture that is searched by.
+                latent of `filtered` is active on any picture, or on the one searched by.
         """
         if top < 1:
             raise UserError(f"top is {top}; it must be at least 1.")
@@ -258,7 +258,7 @@ class Collection:
         rows = view.W_dec * (1 if view.normaliser.per_vector else view.normaliser.scale)
         pictures = _only(code, kept) @ rows[kept]
         asked = _only(own, kept)[0] @ rows[kept]
-        if not bool(pictures.any()):
+        if mode == "filtered" and not bool(pictures.any()):
             raise UserError(_inactive(chosen, f"any of the {len(self)} pictures"))
         if not is_text and not bool(asked.any()):
             raise UserError(_inactive(chosen, "the picture that is searched by"))
