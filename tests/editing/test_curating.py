@@ -152,6 +152,30 @@ def test_broken_pictures_are_counted_and_many_stop_the_run(calibration, target, 
         curate(calibration, source, target, tmp_path / "other", max_failed=0.5, workers=0)
 
 
+def test_a_picture_that_goes_away_between_scoring_and_captioning_is_named(
+    calibration, target, tmp_path, monkeypatch
+):
+    from sparsight.editing.attacks import curating
+
+    for i in range(3):
+        Image.new("RGB", (64, 64), (i * 80, 200, 9)).save(tmp_path / f"{i}.png")
+
+    calls = []
+
+    def late(source, *given, **options):
+        if calls:
+            (tmp_path / "1.png").unlink()
+        calls.append(source)
+        return load_batches(source, *given, **options)
+
+    source = open_images(tmp_path)
+    monkeypatch.setattr(curating, "load_batches", late)
+    options = {"captions": "opinion", "words": 1, "workers": 0}
+    with pytest.raises(SparsightError, match=r"1\.png.* was there a moment ago"):
+        curate(calibration, source, target, tmp_path / "set", **options)
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -55,6 +55,12 @@ def test_it_is_the_latents_mean_activation_on_the_pictures_that_count(model, sae
     assert float(penalty.value(rows)) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_the_callers_sae_stays_trainable(model, sae, busy):
+    own = copy.deepcopy(sae).requires_grad_(True)
+    LatentPenalty(model, PenalisedLatents(own, busy), SITE)
+    assert all(each.requires_grad for each in own.parameters())
+
+
 def test_its_gradient_reaches_the_weights_before_the_site_and_none_behind(model, sae, pixels, busy):
     penalty = LatentPenalty(model, PenalisedLatents(sae, busy), SITE)
     layers = model.module.vision_model.encoder.layers

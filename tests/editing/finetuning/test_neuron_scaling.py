@@ -105,6 +105,19 @@ def test_the_factor_rises_and_ends_with_its_share_of_the_run():
     assert [NeuronScaling(factor=7, until=1).factor_at(s, 3) for s in range(3)] == [7, 7, 7]
 
 
+def test_a_block_that_is_named_twice_or_from_the_end_is_one(model, pixels):
+    last = model.n_blocks - 1
+    scaled = ScaledNeurons(model, NeuronScaling(factor=3, blocks=(-1, last)))
+    assert list(scaled.sites) == [last]
+    named = ScaledNeurons(model, NeuronScaling(factor=3), {-1: [2, 5]})
+    with named.applied(torch.ones(len(pixels), dtype=torch.bool), 3.0):
+        model.embed_images(pixels)
+    assert named.chosen[last].tolist() == [2, 5]
+    for nothing in ({}, {1: []}):
+        with pytest.raises(UserError, match="no neuron to scale"):
+            ScaledNeurons(model, NeuronScaling(factor=3), nothing)
+
+
 def test_a_block_or_neuron_that_is_not_there_is_refused(model):
     with pytest.raises(UserError, match=r"no site 'blocks\.5\.mlp_pre'"):
         ScaledNeurons(model, NeuronScaling(2.0, blocks=(5,)))

@@ -257,12 +257,12 @@ def _captions(
             return [list(info.captions) for info in infos]
         names = names_by_label([info.label or "" for info in infos], None)
         return [[sentence.replace("{}", names[info.label or ""])] for info in infos]
-    embedded = torch.cat(
-        [
-            model.embed_images(batch.pixels).cpu()
-            for batch in load_batches(source, model.transform, batch_size, indices=kept, workers=0)
-        ]
-    )
+    parts = []
+    for batch in load_batches(source, model.transform, batch_size, indices=kept, workers=0):
+        for index, reason in batch.failures:
+            raise _gone(source.info(index).uri, reason)
+        parts.append(model.embed_images(batch.pixels).cpu())
+    embedded = torch.cat(parts)
     if captions == "opinion":
         return [[each.text] for each in clip_opinion(model, embedded, words=words, seed=seed)]
     classes = list(names_by_label(source.labels(), class_names).values())
@@ -273,6 +273,10 @@ def _captions(
     weights = classifier_weights(model, classes, sentence).cpu()
     best = classify(embedded, weights).argmax(dim=1)
     return [[sentence.replace("{}", classes[int(place)])] for place in best]
+
+
+def _gone(uri: str, reason: str) -> SparsightError:
+    return SparsightError(f"{uri}: was there a moment ago, and cannot be read now ({reason}).")
 
 
 def _write(
@@ -292,9 +296,7 @@ def _write(
             try:
                 png = _png(source.load(index))
             except ImageError as error:
-                raise SparsightError(
-                    f"{info.uri}: was there a moment ago, and cannot be read now ({error.reason})."
-                ) from error
+                raise _gone(info.uri, error.reason) from error
             write_bytes(folder / "images" / f"{key}.png", png)
             lines.append(json.dumps({"file_name": f"images/{key}.png", **record}))
             _add(tar, f"{key}.png", png)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ class LatentPenalty:
     _seen: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.what.sae.requires_grad_(False).to(self.model.device)
+        # The caller's own stays where it is, and trainable.
+        self._sae = copy.deepcopy(self.what.sae).requires_grad_(False).to(self.model.device)
         self._latents = torch.tensor(sorted(set(self.what.latents)), device=self.model.device)
 
     @contextmanager
@@ -97,7 +99,7 @@ class LatentPenalty:
         x = self._seen[-1].float()
         if x.shape[1] > 1:
             x = select_tokens(x, self.what.tokens, self.model.n_prefix, self.model.has_cls)
-        code = self.what.sae.encode(x.flatten(0, 1))
+        code = self._sae.encode(x.flatten(0, 1))
         counted = torch.isin(code.indices, self._latents)
         row = torch.repeat_interleave(
             torch.arange(len(x) * x.shape[1], device=x.device), code.offsets.diff()

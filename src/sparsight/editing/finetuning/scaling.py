@@ -85,8 +85,14 @@ class ScaledNeurons:
         self.model = model
         self.settings = settings
         self.chosen: dict[int, Int[Tensor, " top"]] = {}
+        if neurons is not None:
+            neurons = {i % model.n_blocks if i < 0 else i: each for i, each in neurons.items()}
+            if not neurons or not all(neurons.values()):
+                raise UserError("scaling: a block, or all, has no neuron to scale; leave it out.")
         blocks = neurons or settings.blocks or range(model.n_blocks // 2, model.n_blocks)
-        self.sites = {i: model.canonical_site(f"blocks.{i}.mlp_pre") for i in blocks}
+        # -1 and the last block's number are one site.
+        places = [model.canonical_site(f"blocks.{i}.mlp_pre") for i in blocks]
+        self.sites = {int(site.split(".")[1]): site for site in places}
         self._named: dict[int, Int[Tensor, " top"]] = {}
         for i, site in self.sites.items():
             width = model.d_in(site)
