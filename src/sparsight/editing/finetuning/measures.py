@@ -385,8 +385,10 @@ def compare_latents(
 ) -> dict[str, Any]:
     """What became of the latents of the SAE of the model before.
 
-    The same SAE reads both models. A latent has lost its response to words if it was found
-    text-salient before and is not after, on the same pictures with the same test. How far latents
+    The same SAE reads both models. Latents count as text-salient before if they are found on one
+    half of the pairs and again on the other; there their response is compared, so that those which
+    looked stronger by chance do not seem to have lost it. One has lost it if it is not found any
+    more after, on the same pictures with the same test. How far latents
     have drifted is told by correlation: of each latent's activation (mean over positions) before
     with its own after over the same clean pictures; and, matched one to one, with any latent's
     after, so that one that took another's place shows.
@@ -414,12 +416,18 @@ def compare_latents(
         "seed": subjects.seed,
         "contrast": subjects.contrast,
     }
-    tables = [
-        find_text_salient(model, subjects.pairs, sae, check=check, **common)
-        for model, check in ((before, True), (after, False))
-    ]
-    first, second = tables
-    was, now = set(first.found), set(second.found)
+    search, rest = subjects.pairs.halves(subjects.seed)
+    chosen, first, second = (
+        find_text_salient(model, pairs, sae, check=check, **common)
+        for model, pairs, check in (
+            (before, search, True),
+            (before, rest, True),
+            (after, rest, False),
+        )
+    )
+    again = set(first.found)
+    confirmed = [latent for latent in chosen.found if latent in again]
+    was, now = set(confirmed), set(second.found)
     site, tokens = first.site, str(first.about["tokens"])
     means = [
         mean_activations(model, sae, subjects.pairs.clean, site, tokens, subjects.max_images)
@@ -435,9 +443,9 @@ def compare_latents(
         "found_after": len(now),
         "lost": len(was - now),
         "kept": len(was & now),
-        "new": len(now - was),
-        "effect_before": float(first.effect[first.found].sum()),
-        "effect_after": float(second.effect[first.found].sum()),
+        "new": len(now - again),
+        "effect_before": float(first.effect[confirmed].sum()),
+        "effect_after": float(second.effect[confirmed].sum()),
         "latents": [
             {
                 "latent": latent,
@@ -446,7 +454,7 @@ def compare_latents(
                 "q_before": float(first.q[latent]),
                 "q_after": float(second.q[latent]),
             }
-            for latent in first.found[:SHOWN_LATENTS]
+            for latent in confirmed[:SHOWN_LATENTS]
         ],
         "drift": drift(*means),
         **_truth(before, after, subjects, site),

@@ -387,8 +387,9 @@ def _latents_table(found: Mapping[str, Any]) -> Table | None:
         f"Latents at {each['site']}",
         ("before", "after"),
         tuple(rows),
-        f"One SAE, of the model before, reads both: {each['n_latents']:,} latents. Tests on "
-        f"{each['n_pairs']:,} pairs, false discovery rate {each['fdr']:g}.",
+        f"One SAE, of the model before, reads both: {each['n_latents']:,} latents. Found on other "
+        f"pairs, tested again and compared on {each['n_pairs']:,}; false discovery rate "
+        f"{each['fdr']:g}.",
         strong=1,
     )
 
