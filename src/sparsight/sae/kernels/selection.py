@@ -25,8 +25,8 @@ with warnings.catch_warnings():
 TILE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Entries of the widest temporary: pre-activations of a tile, or gathered rows."""
 
-GROUP = 16
-"""Latents of which the strongest stands for all in the first round."""
+GROUPS = (16, 4)
+"""Latents of which the strongest stands for all, round after round."""
 
 
 def tile_rows(x: Tensor, width: int) -> int:
@@ -224,21 +224,30 @@ def batch_topk(
         values[full] = found.gather(1, order)
 
 
-def strongest(scores: Float[Tensor, "rows n"], k: int) -> Int[Tensor, "rows k"]:
+def strongest(
+    scores: Float[Tensor, "rows n"], k: int, groups: tuple[int, ...] = GROUPS
+) -> Int[Tensor, "rows k"]:
     """Places of the k largest of each row, in any order.
 
-    The k largest lie in the k groups with the largest maxima, so that only a 16th of the entries,
-    and the members of those groups, are ranked.
+    The k largest lie in the k groups with the largest maxima, so that only the maxima, and in the
+    next round the members of those groups, are ranked.
+
+    Args:
+        scores: what is ranked.
+        k: how many.
+        groups: sizes of the groups of the rounds; a round that would not pay is left out.
     """
     rows, n = scores.shape
-    n_groups = n // GROUP
-    if n % GROUP or n_groups < 4 * k:
+    if not groups:
         return scores.topk(k, dim=1, sorted=False).indices
-    groups = scores.view(rows, GROUP, n_groups).amax(dim=1).topk(k, dim=1, sorted=False).indices
-    members = (
-        groups[:, None] + n_groups * torch.arange(GROUP, device=scores.device)[:, None]
-    ).view(rows, GROUP * k)
-    return members.gather(1, scores.gather(1, members).topk(k, dim=1, sorted=False).indices)
+    size, *rest = groups
+    if n % size or n // size < 4 * k:
+        return strongest(scores, k, tuple(rest))
+    maxima = scores.view(rows, size, n // size).amax(dim=1)
+    chosen = maxima.topk(k, dim=1, sorted=False).indices
+    places = torch.arange(0, n, n // size, device=scores.device)
+    members = (chosen[:, None] + places[:, None]).view(rows, size * k)
+    return members.gather(1, strongest(scores.gather(1, members), k, tuple(rest)))
 
 
 def chosen_products(

@@ -51,8 +51,8 @@ class TorchStep(FusedStep):
         self.of_b_dec = _Adam(self, ["b_dec"], slice(None))
         self.low: tuple[Tensor, Tensor] | None = None
         self.scores = torch.empty(0)
-        # Gradients of a chunk, and room to multiply in: fresh memory costs page faults.
-        self.sums = self.W_enc.new_empty(3, min(size, self.n_latents), self.d_in)
+        # Gradients of a chunk: fresh memory costs page faults.
+        self.sums = self.W_enc.new_empty(2, min(size, self.n_latents), self.d_in)
         use_large_pages(
             *(getattr(self, name) for name in MATRICES),
             *(each for name in MATRICES for each in self.moments[name]),
@@ -177,13 +177,14 @@ class TorchStep(FusedStep):
         if aux is not None:
             of_bias.index_add_(0, aux.latents, aux.b_enc)
         of_b_dec = errors[: len(x)].sum(dim=0) - of_bias @ self.W_enc
+        along = self._along(entries, aux) if self.unit_norm else None
         small = of_b_dec.double().square().sum() + of_bias.double().square().sum()
         ends = [0, len(entries.vectors)]
         if len(self.chunks) > 1:
             ends = [0, *entries.ends[[chunk.last - 1 for chunk in self.chunks]].tolist()]
         spans = list(zip(self.chunks, ends, ends[1:], strict=False))
         if len(self.chunks) == 1:
-            self.chunks[0].differentiate(x, errors, entries, 0, ends[1], aux)
+            self.chunks[0].differentiate(x, errors, entries, 0, ends[1], aux, along)
             norm = (self.chunks[0].square() + small).sqrt()
             clip = self._clip(norm)
         else:
@@ -191,13 +192,13 @@ class TorchStep(FusedStep):
             if self._may_need_clipping(x, errors, entries, aux, small):
                 total = small
                 for chunk, first, last in spans:
-                    chunk.differentiate(x, errors, entries, first, last, aux)
+                    chunk.differentiate(x, errors, entries, first, last, aux, along)
                     total = total + chunk.square()
                 clip = self._clip(total.sqrt())
             norm = small
         for chunk, first, last in spans:
             if len(self.chunks) > 1:
-                chunk.differentiate(x, errors, entries, first, last, aux)
+                chunk.differentiate(x, errors, entries, first, last, aux, along)
                 norm = norm + chunk.square()
             chunk.update(of_bias, clip, lr, number, self.low)
         if len(self.chunks) > 1:
@@ -206,6 +207,17 @@ class TorchStep(FusedStep):
             {"b_dec": of_b_dec if clip is None else of_b_dec * clip.to(of_b_dec.dtype)}, lr, number
         )
         return norm
+
+    def _along(self, entries: _Ordered, aux: Auxiliary | None) -> Float[Tensor, " n_latents"]:
+        """Products of the decoder's rows with their gradients, from those of the code.
+
+        An entry adds `value · error` to the gradient of its row, and `error · row` is the gradient
+        of its pre-activation.
+        """
+        along = _sums_by_latent(entries.values * entries.grads, entries.ends)
+        if aux is not None:
+            along.index_add_(0, aux.latents, (aux.W_dec * self.W_dec[aux.latents]).sum(dim=1))
+        return along
 
     def _clip(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""] | None:
         if self.adam.max_norm is None:
@@ -275,7 +287,7 @@ class _Chunk:
         self.first, self.last = first, last
         self.whole = step
         self.optimiser = _Adam(step, [*MATRICES, "b_enc"], slice(first, last))
-        self.of_enc = self.of_dec = torch.empty(0)
+        self.sums = self.of_enc = self.of_dec = torch.empty(0)
 
     def differentiate(
         self,
@@ -285,25 +297,29 @@ class _Chunk:
         begin: int,
         end: int,
         aux: Auxiliary | None,
+        along: Float[Tensor, " n_latents"] | None,
     ) -> None:
-        """Sum the gradients of these latents' rows, whose entries are `begin` to `end`."""
+        """Sum the gradients of these latents' rows, whose entries are `begin` to `end`.
+
+        The parts `along` the decoder's rows are taken out.
+        """
         part = slice(begin, end)
         starts = functional.pad(entries.ends[self.first : self.last], (1, 0), value=begin) - begin
-        self.of_enc, self.of_dec, spare = self.whole.sums[:, : self.last - self.first]
+        self.sums = self.whole.sums[:, : self.last - self.first]
+        self.of_enc, self.of_dec = self.sums
         _sum_rows(entries.vectors[part], entries.grads[part], starts, x, self.of_enc)
         _sum_rows(entries.error_rows[part], entries.values[part], starts, errors, self.of_dec)
         if aux is not None:
             inside = (aux.latents >= self.first) & (aux.latents < self.last)
             _add(self.of_enc, aux.latents, aux.W_enc, inside, self.first)
             _add(self.of_dec, aux.latents, aux.W_dec, inside, self.first)
-        if self.whole.unit_norm:
+        if along is not None:
             W_dec = self.optimiser.parts["W_dec"]
-            along = torch.mul(self.of_dec, W_dec, out=spare).sum(dim=1, keepdim=True)
-            self.of_dec.addcmul_(along, W_dec, value=-1)
+            self.of_dec.addcmul_(along[self.first : self.last, None], W_dec, value=-1)
 
     def square(self) -> Float[Tensor, ""]:
         """The squared norm of the gradients."""
-        return _square(self.of_enc) + _square(self.of_dec)
+        return _square(self.sums)
 
     def update(
         self,
@@ -360,9 +376,9 @@ def _sum_rows(
         out.copy_(_weighted_sums(indices, weights, starts[:-1], rows))
 
 
-def _square(x: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:
+def _square(x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, ""]:
     """The sum of squares, of rows in their own precision, of all in float64."""
-    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return norms.double().square().sum()
 
 
