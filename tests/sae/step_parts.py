@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsight.sae.kernels import Adam, FusedStep, Objective, fused_step
+from sparsight.sae.kernels.native import build, library
 from sparsight.sae.objectives import Plan, dense_loss
 from sparsight.sae.sparsity import Weights
 
@@ -31,6 +33,17 @@ def objectives(n_latents: int = N_LATENTS) -> dict[str, Objective]:
 
 
 OBJECTIVES = objectives()
+
+
+def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the native kernels that were compiled for one set of instructions, or skip the test."""
+    path = build.library(variant)
+    if not path.exists():
+        pytest.skip(f"{variant} was not built: another processor or compiler")
+    compiled = ctypes.CDLL(str(path))
+    if not compiled.sparsight_runs_here():
+        pytest.skip(f"{variant} does not run on this processor")
+    monkeypatch.setattr(library, "load", lambda: (compiled, variant))
 
 
 def with_aux(objective: Objective, aux_k: int = 8) -> Objective:

@@ -18,6 +18,7 @@ from step_parts import (
     assert_same_steps,
     dead_latents,
     make_problem,
+    use_variant,
     with_aux,
 )
 
@@ -194,15 +195,7 @@ def test_vectors_that_are_not_finite_do_not_break_native_selection() -> None:
 def test_each_compiled_variant_gives_the_same_step(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ctypes
-
-    path = build.library(variant)
-    if not path.exists():
-        pytest.skip(f"{variant} was not built: another processor or compiler")
-    compiled = ctypes.CDLL(str(path))
-    if not compiled.sparsight_runs_here():
-        pytest.skip(f"{variant} does not run on this processor")
-    monkeypatch.setattr(library, "load", lambda: (compiled, variant))
+    use_variant(variant, monkeypatch)
     for name in ("topk", "batch-topk"):
         for precision in ("int8", "bfloat16"):
             test_gradients_and_ten_steps_are_those_of_dense_autograd(

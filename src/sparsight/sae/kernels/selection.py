@@ -158,15 +158,11 @@ def exact_topk(
     W: Float[Tensor, "n_latents d_in"],
     b: Float[Tensor, " n_latents"],
     k: int,
-    among: Int[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest scores, strongest first, among some latents or all."""
-    if among is not None:
-        W, b = W[among], b[among]
+    """The k largest scores, strongest first."""
     values, latents = _select_exactly(x, W, b, k, None)
     values, order = values.sort(dim=1, descending=True)
-    latents = latents.gather(1, order)
-    return values, latents if among is None else among.long()[latents]
+    return values, latents.gather(1, order)
 
 
 def exact_above(

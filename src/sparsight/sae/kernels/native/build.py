@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.c", "pool.c")
+SOURCES = ("kernels.c", "blocks.c", "pool.c")
 COMMON = [
     "-O3",
     "-std=c11",

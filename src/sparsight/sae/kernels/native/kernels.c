@@ -4,6 +4,7 @@
  * The pre-activations never leave the registers: a tile of 6 vectors and 64 latents is scored in low
  * precision, and what can still be among the k strongest is kept. Those are scored again exactly.
  */
+#include "blocks.h"
 #include "dictionary.h"
 #include "pool.h"
 

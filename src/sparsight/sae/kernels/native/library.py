@@ -25,14 +25,8 @@ CHUNKS = 64
 ROWS_OF_A_TASK = 16
 """Vectors whose errors `reconstruct` sums."""
 
-HEAVY = 96
-"""Entries from which on `update` sums a latent beside others."""
-
-BLOCK = 128
-"""Latents whose decoder rows stay in a processor's cache while vectors go through them."""
-
-LAST = torch.iinfo(torch.int32).max
-"""Larger than any latent."""
+BLOCK = 96
+"""Columns of a block; see blocks.h."""
 
 _KINDS = {"int8": 0, "bfloat16": 1}
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -68,12 +62,9 @@ class _Reconstruction(Structure):
         ("target_norms", c_void_p),
         ("error_norms", c_void_p),
         ("error_sums", c_void_p),
-        ("limits", c_void_p),
-        ("n_limits", c_int64),
         ("n_vectors", c_int64),
         ("n_stages", c_int64),
         ("d", c_int64),
-        ("first_row", c_int64),
         ("rows_of_a_task", c_int64),
     )
 
@@ -89,14 +80,19 @@ class _Update(Structure):
         *((name, c_double) for name in ("eps", "clip")),
         *((name, c_void_p) for name in ("since_fired", "partial_b_dec", "partial_square")),
         ("dictionary", POINTER(_Dictionary)),
-        ("heavy", c_void_p),
-        ("heavy_sums", c_void_p),
-        *(
-            (name, c_int64)
-            for name in ("n", "d", "chunk", "n_main_errors", "n_main_rows", "n_vectors")
-        ),
-        *((name, c_int64) for name in ("unit_norm", "apply", "has_auxiliary", "heavy_from")),
-        *((name, c_int64) for name in ("n_heavy", "group")),
+        *((name, c_void_p) for name in ("extra", "extra_enc", "extra_dec", "extra_bias")),
+        *((name, c_int64) for name in ("n", "d", "chunk", "n_main_errors", "n_vectors", "n_extra")),
+        *((name, c_int64) for name in ("unit_norm", "apply")),
+    )
+
+
+class _Blocks(Structure):
+    _fields_ = (
+        ("n_rows", c_int64),
+        ("n_columns", c_int64),
+        ("starts", c_void_p),
+        ("columns", c_void_p),
+        ("entries", c_void_p),
     )
 
 
@@ -160,18 +156,15 @@ class Dictionary:
         W: encoder rows, float32 or float64.
         b: encoder bias.
         precision: of the copy.
-        latents: which rows; all if None.
     """
 
     def __init__(
         self,
-        W: Float[Tensor, "n_all d_in"],
-        b: Float[Tensor, " n_all"],
+        W: Float[Tensor, "n_latents d_in"],
+        b: Float[Tensor, " n_latents"],
         precision: Literal["int8", "bfloat16"],
-        latents: Int[Tensor, " n"] | None = None,
     ) -> None:
-        self.latents = None if latents is None else latents.to(torch.int32).contiguous()
-        n, d = len(W) if latents is None else len(latents), W.shape[1]
+        n, d = W.shape
         padded = -(-n // TILE_LATENTS) * TILE_LATENTS
         groups = -(-d // 4) if precision == "int8" else -(-d // 2)
         self.tensors = (
@@ -189,18 +182,18 @@ class Dictionary:
         """Norms of the encoder rows; of an int8 copy only."""
         return self.tensors[4][: self.struct.n_latents]
 
-    def refresh(self, W: Float[Tensor, "n_all d_in"], b: Float[Tensor, " n_all"]) -> None:
+    def refresh(self, W: Float[Tensor, "n_latents d_in"], b: Float[Tensor, " n_latents"]) -> None:
         """Copy the encoder anew."""
         _function("pack", W.dtype)(
-            byref(self.struct), c_void_p(_at(W)), c_void_p(_at(b)), c_void_p(_at(self.latents)),
+            byref(self.struct), c_void_p(_at(W)), c_void_p(_at(b)),
             c_int(torch.get_num_threads()),
         )  # fmt: skip
 
     def select(
         self,
         x: Float[Tensor, "batch d_in"],
-        W: Float[Tensor, "n_all d_in"],
-        b: Float[Tensor, " n_all"],
+        W: Float[Tensor, "n_latents d_in"],
+        b: Float[Tensor, " n_latents"],
         *,
         k: int = 0,
         k_inner: int = 0,
@@ -228,17 +221,17 @@ class Dictionary:
         counts = torch.empty(len(x), dtype=torch.int32)
         _function("select", x.dtype)(
             byref(self.struct), c_void_p(_at(x)), c_int64(len(x)), c_void_p(_at(W)),
-            c_void_p(_at(b)), c_void_p(_at(self.latents)), c_int64(k), c_int64(k_inner),
-            _real(x.dtype, threshold), c_int64(values.shape[1]), c_void_p(_at(values)),
-            c_void_p(_at(latents)), c_void_p(_at(counts)), c_int(torch.get_num_threads()),
+            c_void_p(_at(b)), c_int64(k), c_int64(k_inner), _real(x.dtype, threshold),
+            c_int64(values.shape[1]), c_void_p(_at(values)), c_void_p(_at(latents)),
+            c_void_p(_at(counts)), c_int(torch.get_num_threads()),
         )  # fmt: skip
         return counts
 
     def topk(
         self,
         x: Float[Tensor, "batch d_in"],
-        W: Float[Tensor, "n_all d_in"],
-        b: Float[Tensor, " n_all"],
+        W: Float[Tensor, "n_latents d_in"],
+        b: Float[Tensor, " n_latents"],
         k: int,
         *,
         k_inner: int = 0,
@@ -254,7 +247,7 @@ class Dictionary:
         counts = self.select(x, W, b, k=k, k_inner=k_inner, threshold=threshold, out=out)
         failed = (counts < 0).nonzero()[:, 0]
         if len(failed):
-            values[failed], found = exact_topk(x[failed], W, b, k, self.latents)
+            values[failed], found = exact_topk(x[failed], W, b, k)
             latents[failed] = found.to(torch.int32)
             counts[failed] = k
         return counts, len(failed)
@@ -262,8 +255,8 @@ class Dictionary:
     def above(
         self,
         x: Float[Tensor, "batch d_in"],
-        W: Float[Tensor, "n_all d_in"],
-        b: Float[Tensor, " n_all"],
+        W: Float[Tensor, "n_latents d_in"],
+        b: Float[Tensor, " n_latents"],
         threshold: float,
         room: int = 512,
     ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
@@ -303,9 +296,7 @@ def reconstruct(
     errors: Float[Tensor, "rows d_in"],
     target_norms: Float[Tensor, " batch"],
     error_norms: Float[Tensor, " rows"],
-    error_sums: Float[Tensor, "tasks d_in"] | None = None,
-    first_row: int = 0,
-    limits: Int[Tensor, " blocks"] | None = None,
+    error_sums: Float[Tensor, "tasks d_in"],
 ) -> Float[Tensor, "batch stages"]:
     """Decode in stages, and give the gradients of Σ weight / 2 · ‖x̂ − target‖².
 
@@ -323,30 +314,73 @@ def reconstruct(
         target_norms: out: norms of the targets, float64.
         error_norms: out: norms of the rows of `errors`, float64.
         error_sums: out: sums of the first stage's errors over `ROWS_OF_A_TASK` vectors each.
-        first_row: where they begin in `errors`.
-        limits: where a vector has many entries, latents (int32) before which blocks end that the
-            vectors go through together, the last of them larger than all; latents then rise. Not
-            with `error_sums`.
 
     Returns:
         Squared errors, float64.
     """
-    assert limits is None or error_sums is None
-    rows_of_a_task = ROWS_OF_A_TASK
-    if limits is None:
-        limits = torch.tensor([LAST], dtype=torch.int32)
-    else:  # more vectors share a block, as far as there is work for all threads
-        rows_of_a_task = max(16, min(512, -(-len(target) // (2 * torch.get_num_threads()))))
     losses = torch.empty(ends.shape, dtype=torch.float64)
     scaled = torch.tensor(weights, dtype=torch.float64)
     struct = _Reconstruction(
         *map(_at, (target, W_dec, starts, ends, latents, values, grads, error_rows, errors)),
         *map(_at, (scaled, losses, target_norms, error_norms, error_sums)),
-        _at(limits), len(limits), len(target), len(weights), target.shape[1], first_row,
-        rows_of_a_task,
+        len(target), len(weights), target.shape[1], ROWS_OF_A_TASK,
     )  # fmt: skip
     _function("reconstruct", target.dtype)(byref(struct), c_int(torch.get_num_threads()))
     return losses
+
+
+class Blocks:
+    """A code with many entries a vector, as a sparse matrix whose sums share rows; see blocks.h.
+
+    Args:
+        latents: of each vector's entries, int32; -1 where there is none.
+        n_latents: how many there are.
+        by_latent: whether latents are the matrix's rows and vectors its columns, or the other way
+            round.
+    """
+
+    def __init__(self, latents: Int[Tensor, "batch k"], n_latents: int, *, by_latent: bool) -> None:
+        n_vectors, k = latents.shape
+        rows, columns = (n_latents, n_vectors) if by_latent else (n_vectors, n_latents)
+        self.starts = int32(-(-columns // BLOCK) * rows + 1)
+        self.columns, self.entries = int32(latents.numel()), int32(latents.numel())
+        self.struct = _Blocks(rows, columns, *map(_at, (self.starts, self.columns, self.entries)))
+        loaded = load()
+        assert loaded is not None
+        loaded[0].sparsight_order_blocks(
+            c_void_p(_at(latents)), c_int64(n_vectors), c_int64(n_latents), c_int64(k),
+            c_int(by_latent), byref(self.struct), c_int(torch.get_num_threads()),
+        )  # fmt: skip
+        used = int(self.starts[-1])
+        self.columns, self.entries = self.columns[:used], self.entries[:used]
+
+    def ordered(self, of_code: Float[Tensor, "batch k"]) -> Float[Tensor, " entries"]:
+        """Numbers of the code's entries in the order of this matrix."""
+        return of_code.flatten().index_select(0, self.entries)
+
+    def add_sums(
+        self,
+        weights: Float[Tensor, " entries"],
+        base: Float[Tensor, "columns d_in"],
+        out: Float[Tensor, "rows d_in"],
+    ) -> None:
+        """Add to each row of `out` its entries' rows of `base`, weighted."""
+        _function("block_sums", out.dtype)(
+            byref(self.struct), c_void_p(_at(weights)), c_void_p(_at(base)),
+            c_int64(out.shape[1]), c_void_p(_at(out)), c_int(torch.get_num_threads()),
+        )  # fmt: skip
+
+    def products(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        base: Float[Tensor, "columns d_in"],
+        out: Float[Tensor, "batch k"],
+    ) -> None:
+        """For each entry of the code the dot product of its row of `x` with its row of `base`."""
+        _function("block_products", x.dtype)(
+            byref(self.struct), c_void_p(_at(x)), c_void_p(_at(base)), c_int64(x.shape[1]),
+            c_void_p(_at(out)), c_int(torch.get_num_threads()),
+        )  # fmt: skip
 
 
 def by_latent(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from sparsight.sae.kernels.auxiliary import Auxiliary
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import library
@@ -31,6 +32,7 @@ class NativeStep(FusedStep):
         self.partial_square = torch.empty(n_chunks, dtype=torch.float64)
         self.starts_by_latent = library.int32(self.n_latents + 1)
         self.dictionary: library.Dictionary | None = None
+        self.memory: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         use_large_pages(
             *(getattr(self, name) for name in MATRICES),
@@ -52,15 +54,12 @@ class NativeStep(FusedStep):
     ) -> StepFigures:
         n, objective = len(z), self.objective
         x = torch.sub(z, self.b_dec, out=self._buffer("x", n, self.d_in))
-        n_main = n * objective.selected
-        with_aux = dead is not None and len(dead) > 0
-        aux_k = min(objective.aux_k, len(dead)) if dead is not None else 0
-        room = n_main + (n * aux_k if with_aux else 0)
+        room = n * objective.selected
         latents = self._buffer("latents", room, dtype=torch.int32)
         values, grads = self._buffer("values", room), self._buffer("grads", room)
         error_rows = self._buffer("error_rows", room, dtype=torch.int32)
         vectors = self._buffer("vectors", room, dtype=torch.int32)
-        errors = self._buffer("errors", (objective.n_stages + with_aux) * n, self.d_in)
+        errors = self._buffer("errors", objective.n_stages * n, self.d_in)
 
         if objective.per_batch:
             starts = self._select_of_batch(x, values, latents)
@@ -68,9 +67,9 @@ class NativeStep(FusedStep):
             of_vector = (n, objective.selected)
             self._select(
                 x, objective.selected, objective.k if objective.larger_k else 0,
-                (values[:n_main].view(of_vector), latents[:n_main].view(of_vector)),
+                (values.view(of_vector), latents.view(of_vector)),
             )  # fmt: skip
-            starts = torch.arange(0, n_main + 1, objective.selected)
+            starts = torch.arange(0, room + 1, objective.selected)
         used = int(starts[-1])
         ends = self.stage_ends(starts, latents[:used])
         rows = torch.arange(n, dtype=torch.int32)
@@ -88,16 +87,13 @@ class NativeStep(FusedStep):
         loss = loss / (n * self.variance)
         own = self.own_values(values[:used], n)
         active, least = (own > 0).sum(), least_positive(own)
-        aux_loss = torch.zeros((), dtype=torch.float64)
-        if with_aux:
-            main = errors[: objective.n_stages * n].view(objective.n_stages, n, self.d_in)
-            target, spread = self._left_over(main, weights, sums)
+        aux, aux_loss = None, torch.zeros((), dtype=torch.float64)
+        if dead is not None and len(dead) > 0:
+            target, spread = self._left_over(errors, weights, sums)
             if spread > 0:
-                aux_loss = self._auxiliary(x, target, cast(Tensor, dead), aux_k, spread, used)
-                vectors[used : used + n * aux_k].view(n, aux_k).copy_(rows[:, None])
-                used += n * aux_k
+                aux, aux_loss = self._auxiliary(x, target, dead, spread)
         loss = loss + objective.aux_alpha * aux_loss
-        norm = self._update(x, errors, vectors, used, lr, number)
+        norm = self._update(x, errors, vectors, used, aux, lr, number)
         return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
 
     def _take_bfloat16(self) -> None:
@@ -172,16 +168,15 @@ class NativeStep(FusedStep):
 
     def _left_over(
         self,
-        errors: Float[Tensor, "stages batch d_in"],
+        errors: Float[Tensor, "rows d_in"],
         weights: list[float],
         squared: Float[Tensor, " stages"],
     ) -> tuple[Float[Tensor, "batch d_in"], float]:
         """z − ẑ, and its squared distance from its mean."""
         if len(weights) > 1:
-            target = self.residual(errors, weights)
+            target = self.residual(errors.view(len(weights), -1, self.d_in), weights)
             return target, (target - target.mean(dim=0)).double().square().sum().item()
-        target = self._buffer("target", *errors[0].shape)
-        torch.mul(errors[0], -1 / weights[0], out=target)
+        target = torch.mul(errors, -1 / weights[0], out=self._buffer("target", *errors.shape))
         mean = self.buffers["error_sums"].sum(dim=0, dtype=torch.float64) / weights[0] / len(target)
         spread = (squared[0] - len(target) * mean.square().sum()).item()
         noise = 64 * torch.finfo(self.dtype).eps * float(squared[0])
@@ -192,31 +187,38 @@ class NativeStep(FusedStep):
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_in"],
         dead: Int[Tensor, " dead"],
-        k: int,
         spread: float,
-        used: int,
-    ) -> Float[Tensor, ""]:
-        """Add the entries of the dead latents behind the others."""
-        n, stages = len(x), self.objective.n_stages
-        entries = slice(used, used + n * k)
-        values, latents = self.buffers["values"][entries], self.buffers["latents"][entries]
+    ) -> tuple[Auxiliary, Float[Tensor, ""]]:
+        """As `dense_auxiliary`, of the latents alone that a vector activates."""
+        n, k = len(x), min(self.objective.aux_k, len(dead))
+        W_enc, W_dec, of_enc, of_dec = (
+            self._buffer(name, len(dead), self.d_in)
+            for name in ("aux_W_enc", "aux_W_dec", "aux_of_enc", "aux_of_dec")
+        )
+        b_enc = self.b_enc[dead]
+        torch.index_select(self.W_enc, 0, dead, out=W_enc)
+        torch.index_select(self.W_dec, 0, dead, out=W_dec)
+        values, grads = self._buffer("aux_values", n, k), self._buffer("aux_grads", n, k)
+        latents = self._buffer("aux_latents", n, k, dtype=torch.int32)
         precision = "int8" if self.precision == "float32" else self.precision
-        dictionary = library.Dictionary(self.W_enc, self.b_enc, precision, dead)
-        counts, _ = dictionary.topk(
-            x, self.W_enc, self.b_enc, k, threshold=0.0,
-            out=(values.view(n, k), latents.view(n, k)),
-        )  # fmt: skip
-        starts = torch.arange(0, n * k + 1, k)
-        limits = torch.cat([dead[library.BLOCK :: library.BLOCK], dead.new_tensor([library.LAST])])
-        squared = library.reconstruct(
-            target, self.W_dec, starts, (starts[:-1] + counts)[:, None], latents, values,
-            [2 * self.objective.aux_alpha / spread], grads=self.buffers["grads"][entries],
-            error_rows=self.buffers["error_rows"][entries], errors=self.buffers["errors"],
-            target_norms=torch.empty(n, dtype=torch.float64),
-            error_norms=self.buffers["error_norms"], first_row=stages * n,
-            limits=limits.to(torch.int32),
-        )  # fmt: skip
-        return squared.sum() / spread
+        dictionary = library.Dictionary(W_enc, b_enc, precision)
+        dictionary.topk(x, W_enc, b_enc, k, threshold=0.0, out=(values, latents))
+        values.relu_()  # those that were scored in full may be negative
+        by_vector = library.Blocks(latents, len(dead), by_latent=False)
+        error = torch.neg(target, out=self._buffer("aux_error", n, self.d_in))
+        by_vector.add_sums(by_vector.ordered(values), W_dec, error)
+        norms = torch.linalg.vector_norm(error, dim=1)
+        weight = 2 * self.objective.aux_alpha / spread
+        by_vector.products(error, W_dec, grads)
+        grads.mul_(weight).masked_fill_(values <= 0, 0)
+        by_latent = library.Blocks(latents, len(dead), by_latent=True)
+        of_code = by_latent.ordered(grads)
+        by_latent.add_sums(of_code, x, of_enc.zero_())
+        by_latent.add_sums(by_latent.ordered(values).mul_(weight), error, of_dec.zero_())
+        of_bias = torch.zeros_like(b_enc)
+        by_latent.add_sums(of_code, x.new_ones(n, 1), of_bias[:, None])
+        aux = Auxiliary(dead.to(torch.int32), of_enc, of_bias, of_dec)
+        return aux, norms.double().square().sum() / spread
 
     def _update(
         self,
@@ -224,6 +226,7 @@ class NativeStep(FusedStep):
         errors: Float[Tensor, "rows d_in"],
         vectors: Int[Tensor, " room"],
         used: int,
+        aux: Auxiliary | None,
         lr: float,
         number: int,
     ) -> Float[Tensor, ""]:
@@ -249,8 +252,14 @@ class NativeStep(FusedStep):
             "since_fired": self.since_fired, "partial_b_dec": self.partial_b_dec,
             "partial_square": self.partial_square, "b_enc": self.b_enc,
         }  # fmt: skip
-        tensors["heavy"] = self._buffer("heavy", used // library.HEAVY, dtype=torch.int32)
-        tensors["heavy_sums"] = self._buffer("heavy_sums", used // library.HEAVY, 2 * self.d_in)
+        if aux is not None:
+            tensors |= {
+                "extra": aux.latents, "extra_enc": aux.W_enc,
+                "extra_dec": aux.W_dec, "extra_bias": aux.b_enc,
+            }  # fmt: skip
+            sizes = [torch.linalg.vector_norm(each).item() for each in aux[1:]]
+            bound = (math.sqrt(bound) + math.hypot(*sizes)) ** 2
+            grad_sum += aux.b_enc.abs().sum().item()
         for name in (*MATRICES, "b_enc"):
             tensors[name] = getattr(self, name)
             tensors[f"{name}_m"], tensors[f"{name}_v"] = self.moments[name]
@@ -259,9 +268,8 @@ class NativeStep(FusedStep):
             "beta2": adam.betas[1], "root_correction2": math.sqrt(1 - adam.betas[1] ** number),
             "eps": adam.eps, "clip": 1.0, "n": self.n_latents, "d": self.d_in,
             "chunk": self.chunk, "n_main_errors": (self.objective.main_stage + 1) * n,
-            "n_main_rows": self.objective.n_stages * n,
-            "n_vectors": n, "unit_norm": int(self.unit_norm), "apply": 1,
-            "has_auxiliary": len(errors) > self.objective.n_stages * n, "heavy_from": library.HEAVY,
+            "n_vectors": n, "n_extra": len(aux.latents) if aux is not None else 0,
+            "unit_norm": int(self.unit_norm), "apply": 1,
         }  # fmt: skip
         of_main = self.buffers["error_sums"].sum(dim=0)
         # The norm is known when the update is done. Where it cannot reach the limit, which is so
@@ -294,10 +302,12 @@ class NativeStep(FusedStep):
         return float(torch.linalg.matrix_norm(self.W_enc))
 
     def _buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor that is kept from step to step while its shape stays."""
-        kept = self.buffers.get(name)
-        if kept is None or kept.shape != shape:
-            kept = torch.empty(*shape, dtype=dtype or self.dtype)
+        """A tensor whose memory is kept from step to step while it is large enough."""
+        n = math.prod(shape)
+        kept = self.memory.get(name)
+        if kept is None or len(kept) < n:
+            kept = torch.empty(n + n // 8, dtype=dtype or self.dtype)
             use_large_pages(kept)
-            self.buffers[name] = kept
-        return kept
+            self.memory[name] = kept
+        self.buffers[name] = kept[:n].view(shape)
+        return self.buffers[name]
