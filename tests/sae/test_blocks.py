@@ -37,15 +37,14 @@ def test_sums_and_products_in_blocks_are_those_of_the_dense_matrix(
     try:
         by_vector = library.Blocks(latents, n_latents, by_latent=False)
         by_latent = library.Blocks(latents, n_latents, by_latent=True)
-        decoded, gradients = x.clone(), W.clone()
-        by_vector.add_sums(by_vector.ordered(values), W, decoded)
-        by_latent.add_sums(by_latent.ordered(values), x, gradients)
+        decoded = by_vector.sums(by_vector.ordered(values), W, x.clone(), add=True)
+        gradients = by_latent.sums(by_latent.ordered(values), x, torch.full_like(W, 7.0))
         products = torch.full_like(values, 7.0)
         by_vector.products(x, W, products)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(decoded, x + code @ W, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradients, W + code.T @ x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients, code.T @ x, rtol=1e-12, atol=1e-12)
     dense = (x @ W.T).gather(1, latents.clamp(min=0).long())
     expected = dense.masked_fill(missing, 7.0)
     torch.testing.assert_close(products, expected, rtol=1e-12, atol=1e-12)

@@ -337,13 +337,21 @@ class Blocks:
         n_latents: how many there are.
         by_latent: whether latents are the matrix's rows and vectors its columns, or the other way
             round.
+        room: for the columns and the places of the entries.
     """
 
-    def __init__(self, latents: Int[Tensor, "batch k"], n_latents: int, *, by_latent: bool) -> None:
+    def __init__(
+        self,
+        latents: Int[Tensor, "batch k"],
+        n_latents: int,
+        *,
+        by_latent: bool,
+        room: Int[Tensor, "2 entries"] | None = None,
+    ) -> None:
         n_vectors, k = latents.shape
         rows, columns = (n_latents, n_vectors) if by_latent else (n_vectors, n_latents)
         self.starts = int32(-(-columns // BLOCK) * rows + 1)
-        self.columns, self.entries = int32(latents.numel()), int32(latents.numel())
+        self.columns, self.entries = int32(2, latents.numel()) if room is None else room
         self.struct = _Blocks(rows, columns, *map(_at, (self.starts, self.columns, self.entries)))
         loaded = load()
         assert loaded is not None
@@ -358,17 +366,21 @@ class Blocks:
         """Numbers of the code's entries in the order of this matrix."""
         return of_code.flatten().index_select(0, self.entries)
 
-    def add_sums(
+    def sums(
         self,
         weights: Float[Tensor, " entries"],
         base: Float[Tensor, "columns d_in"],
         out: Float[Tensor, "rows d_in"],
-    ) -> None:
-        """Add to each row of `out` its entries' rows of `base`, weighted."""
+        *,
+        add: bool = False,
+    ) -> Float[Tensor, "rows d_in"]:
+        """For each row the sum of its entries' rows of `base`, weighted; `add` adds it to `out`."""
         _function("block_sums", out.dtype)(
             byref(self.struct), c_void_p(_at(weights)), c_void_p(_at(base)),
-            c_int64(out.shape[1]), c_void_p(_at(out)), c_int(torch.get_num_threads()),
+            c_int64(out.shape[1]), c_int(add), c_void_p(_at(out)),
+            c_int(torch.get_num_threads()),
         )  # fmt: skip
+        return out
 
     def products(
         self,

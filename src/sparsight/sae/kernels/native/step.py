@@ -204,19 +204,19 @@ class NativeStep(FusedStep):
         dictionary = library.Dictionary(W_enc, b_enc, precision)
         dictionary.topk(x, W_enc, b_enc, k, threshold=0.0, out=(values, latents))
         values.relu_()  # those that were scored in full may be negative
-        by_vector = library.Blocks(latents, len(dead), by_latent=False)
+        room = self._buffer("aux_entries", 2, n * k, dtype=torch.int32)
+        matrix = library.Blocks(latents, len(dead), by_latent=False, room=room)
         error = torch.neg(target, out=self._buffer("aux_error", n, self.d_in))
-        by_vector.add_sums(by_vector.ordered(values), W_dec, error)
+        matrix.sums(matrix.ordered(values), W_dec, error, add=True)
         norms = torch.linalg.vector_norm(error, dim=1)
-        weight = 2 * self.objective.aux_alpha / spread
-        by_vector.products(error, W_dec, grads)
-        grads.mul_(weight).masked_fill_(values <= 0, 0)
-        by_latent = library.Blocks(latents, len(dead), by_latent=True)
-        of_code = by_latent.ordered(grads)
-        by_latent.add_sums(of_code, x, of_enc.zero_())
-        by_latent.add_sums(by_latent.ordered(values).mul_(weight), error, of_dec.zero_())
-        of_bias = torch.zeros_like(b_enc)
-        by_latent.add_sums(of_code, x.new_ones(n, 1), of_bias[:, None])
+        error.mul_(2 * self.objective.aux_alpha / spread)
+        matrix.products(error, W_dec, grads)
+        grads.masked_fill_(values <= 0, 0)
+        matrix = library.Blocks(latents, len(dead), by_latent=True, room=room)
+        of_code = matrix.ordered(grads)
+        matrix.sums(of_code, x, of_enc)
+        matrix.sums(matrix.ordered(values), error, of_dec)
+        of_bias = matrix.sums(of_code, x.new_ones(n, 1), torch.empty_like(b_enc)[:, None])[:, 0]
         aux = Auxiliary(dead.to(torch.int32), of_enc, of_bias, of_dec)
         return aux, norms.double().square().sum() / spread
 
