@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -68,6 +70,33 @@ def test_selection_in_bfloat16_chooses_what_exact_selection_does(massive: bool) 
     same = (exact[1].sort().values == low[1].sort().values).all(dim=1).double().mean()
     assert same >= (0.90 if massive else 0.99)
     torch.testing.assert_close(low[0].sum(), exact[0].sum(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["even", "massive", "alike", "few latents", "bias", "not finite"])
+def test_selection_in_bfloat16_with_a_bound_is_the_exact_one(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    n_latents = 20 if kind == "few latents" else 1024
+    x = torch.randn(500, 64, generator=generator)
+    W = torch.nn.functional.normalize(torch.randn(n_latents, 64, generator=generator), dim=1)
+    b = torch.zeros(n_latents)
+    if kind == "massive":
+        x[:, :2] *= 100
+    if kind == "alike":  # 200 latents for each of some directions
+        W = W[torch.arange(n_latents) % 5] + 1e-4 * W
+    if kind == "bias":
+        b = torch.randn(n_latents, generator=generator)
+    if kind == "not finite":
+        x[::7] = math.nan
+    monkeypatch.setitem(selection.TILE_ELEMENTS, "cpu", 100 * n_latents)  # five tiles
+    values, latents = selection.select_surely(x, W, b, 16)
+    exact = selection.select_topk(x, W, b, 16)
+    finite = x.isfinite().all(dim=1)
+    assert torch.equal(latents[finite], exact[1][finite])
+    torch.testing.assert_close(values[finite], exact[0][finite])
+    if kind == "alike":  # else this would be a test of nothing
+        assert not torch.equal(selection.select_topk(x, W, b, 16, "bfloat16")[1], exact[1])
 
 
 def test_gradients_have_the_same_bits_each_time_on_two_threads() -> None:

@@ -30,6 +30,7 @@ from sparsight.sae.kernels.interface import (
 )
 from sparsight.sae.kernels.native.library import load as load_native
 from sparsight.sae.kernels.native.step import NativeStep
+from sparsight.sae.kernels.selection import fast_bfloat16
 from sparsight.sae.kernels.torch_step import TorchStep
 
 __all__ = [
@@ -122,7 +123,7 @@ def choose(
         if kernels == "native":
             precision = "int8"
         else:
-            in_bfloat16 = kernels in ("torch", "triton") and _fast_bfloat16(device)
+            in_bfloat16 = kernels in ("torch", "triton") and fast_bfloat16(device)
             precision = "bfloat16" if in_bfloat16 else "float32"
     return kernels, precision
 
@@ -172,13 +173,6 @@ def _check_triton(device: torch.device) -> None:
             "kernels 'triton' need a GPU of compute capability 8.0 or more; "
             f"{torch.cuda.get_device_name(device)} has less. Take 'torch'."
         )
-
-
-def _fast_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and supported is not None and bool(supported())
 
 
 def fused_step(

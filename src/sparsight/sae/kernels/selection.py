@@ -25,8 +25,19 @@ with warnings.catch_warnings():
 TILE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Entries of the widest temporary: pre-activations of a tile, or gathered rows."""
 
+DEVIATIONS = 3.0
+"""Of rounding errors, beyond which none is expected."""
+
 GROUPS = (16, 4)
 """Latents of which the strongest stands for all, round after round."""
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and supported is not None and bool(supported())
 
 
 def tile_rows(x: Tensor, width: int) -> int:
@@ -71,12 +82,62 @@ def select_topk(
         scores = torch.addmm(
             bias, tile.to(weights.dtype), weights.T, out=_room(buffer, tile, n_latents, weights)
         )
-        chosen = strongest(scores, candidates)
-        exact = chosen_products(tile, W, chosen) + b[chosen]
-        kept = exact.topk(k, dim=1, sorted=False).indices
-        latents[part], order = chosen.gather(1, kept).sort(dim=1)
-        values[part] = exact.gather(1, kept).gather(1, order)
+        values[part], latents[part] = _strongest_of(tile, W, b, strongest(scores, candidates), k)
     return values, latents
+
+
+def select_surely(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """As `select_topk` in bfloat16, but what rounding leaves in question is scored in full.
+
+    A vector is in question where a latent that was passed over could reach its k-th score. The
+    rounding of x and W moves a score by DEVIATIONS standard deviations of independent errors at
+    most, that of the score and its bias by half a place.
+    """
+    n_latents = len(W)
+    weights, bias = W.bfloat16(), b.bfloat16()
+    of_row = DEVIATIONS * math.sqrt(2 / 3) / 512 * torch.linalg.vector_norm(W, ord=math.inf)
+    of_bias = b.abs().amax() / 256
+    values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
+    latents = latents.to(x.device)
+    rows = tile_rows(x, n_latents)
+    candidates = enough_candidates(k, n_latents)
+    pays = candidates < n_latents
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        tile = x[part]
+        if not pays:
+            values[part], latents[part] = _select_exactly(tile, W, b, k, None)
+            continue
+        scores = torch.addmm(bias, tile.bfloat16(), weights.T)
+        chosen = strongest(scores, candidates)
+        passed = scores.gather(1, chosen).amin(dim=1).float()
+        values[part], latents[part] = _strongest_of(tile, W, b, chosen, k)
+        error = of_row * tile.norm(dim=1) + of_bias + passed.abs() / 256
+        unsure = (~(values[part].amin(dim=1) > passed + error)).nonzero()[:, 0]
+        pays = 2 * len(unsure) < len(tile)
+        if len(unsure):
+            exact = _select_exactly(tile[unsure], W, b, k, None)
+            values[first + unsure], latents[first + unsure] = exact
+    return values, latents
+
+
+def _strongest_of(
+    x: Float[Tensor, "rows d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    chosen: Int[Tensor, "rows candidates"],
+    k: int,
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """The k largest scores among candidates, exactly, and their latents in rising order."""
+    exact = chosen_products(x, W, chosen) + b[chosen]
+    kept = exact.topk(k, dim=1, sorted=False).indices
+    latents, order = chosen.gather(1, kept).sort(dim=1)
+    return exact.gather(1, kept).gather(1, order), latents
 
 
 def enough_candidates(k: int, n_latents: int) -> int:
