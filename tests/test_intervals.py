@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from sparsight.errors import UserError
-from sparsight.evaluation import bootstrap_interval, paired_difference, wilson_interval
-from sparsight.intervals import t_interval
+from sparsight.intervals import (
+    bootstrap,
+    bootstrap_interval,
+    paired_difference,
+    t_interval,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_solves_its_equation():
@@ -45,7 +50,7 @@ def test_bootstrap_interval_of_a_mean_is_close_to_that_of_theory():
     assert low == pytest.approx(np.mean(values) - spread, abs=0.02)
     assert high == pytest.approx(np.mean(values) + spread, abs=0.02)
     assert bootstrap_interval(values, seed=0) == (low, high)
-    assert bootstrap_interval(values[:1]) is None
+    assert bootstrap_interval([1.0]) is None
 
 
 @pytest.mark.parametrize("n", [2, 3, 6, 11, 12, 40])
@@ -61,3 +66,13 @@ def test_one_seed_has_no_interval_and_equal_ones_have_none_to_speak_of() -> None
     assert t_interval([0.3]) is None
     assert t_interval([0.25, 0.25]) == (0.25, 0.25)
     assert t_interval([0.1, 0.9], 0, 1) == (0, 1)
+
+
+def test_bootstrap_of_a_mean_is_that_of_resampled_means(monkeypatch):
+    values = np.random.default_rng(0).normal(size=50)
+    drawn = np.random.default_rng(3).integers(50, size=(500, 50))
+    expected = pytest.approx(tuple(np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))))
+    assert bootstrap(lambda weights: weights @ values / 50, 50, seed=3, resamples=500) == expected
+    monkeypatch.setattr("sparsight.intervals.WEIGHTS_AT_ONCE", 50 * 7)
+    assert bootstrap_interval(values.tolist(), seed=3, resamples=500) == expected
+    assert bootstrap_interval([1.0]) is None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sparsight.errors import UserError
 
 Z_95 = 1.959964
 RESAMPLES = 2000
+WEIGHTS_AT_ONCE = 1 << 22
+"""Of a bootstrap: bounds its memory."""
 
 
 def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
@@ -58,11 +61,35 @@ def bootstrap_interval(
     values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
     array = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    low, high = np.quantile(array[drawn].mean(axis=1), (0.025, 0.975))
+    n = len(array)
+    return bootstrap(lambda weights: weights @ array / n, n, seed, resamples)
+
+
+def bootstrap(
+    statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
+    n: int,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of a statistic; None for fewer than two items.
+
+    Args:
+        statistic: from rows of weights `[rows, n]`, how often an item was drawn, to a value a row.
+        n: items.
+        seed: of the resampling.
+        resamples: how many.
+    """
+    if n < 2:
+        return None
+    generator, found = np.random.default_rng(seed), []
+    rows = max(1, WEIGHTS_AT_ONCE // n)
+    for first in range(0, resamples, rows):
+        drawn = generator.integers(n, size=(min(rows, resamples - first), n))
+        drawn += n * np.arange(len(drawn))[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        found.append(statistic(weights.astype(np.float64)))
+    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from sparsight.editing import NeuronEdit, Off, intervene
 from sparsight.editing.attacks import TextStyle, make_pairs, measure_attack
-from sparsight.editing.attacks.causal import bootstrap
 from sparsight.errors import UserError
 from sparsight.images import load_batches, open_images
 from sparsight.intervals import wilson_interval
@@ -142,16 +141,3 @@ def test_a_report_is_saved_and_shown(calibration, pairs, tmp_path):
 def test_a_model_without_text_cannot_be_attacked(tiny, pairs):
     with pytest.raises(UserError, match="no text tower"):
         measure_attack(tiny("dinov2"), pairs, workers=0)
-
-
-def test_a_bootstrap_of_a_mean_is_that_of_resampled_means():
-    values = np.random.default_rng(0).normal(size=50)
-
-    def mean(weights):
-        return weights @ values / weights.sum(axis=1)
-
-    found = bootstrap(mean, 50, seed=3, resamples=500)
-    drawn = np.random.default_rng(3).integers(50, size=(500, 50))
-    expected = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
-    assert found.value == pytest.approx(values.mean())
-    assert found.interval == pytest.approx(tuple(expected))

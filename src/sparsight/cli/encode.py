@@ -9,8 +9,9 @@ from typing import Literal
 
 import tyro
 
+from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
-from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.latents import encode
 

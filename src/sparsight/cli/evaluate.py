@@ -9,9 +9,10 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_scores
-from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
 

@@ -43,21 +43,14 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, extract, print what the store holds."""
     options = parse(ExtractOptions, "extract", arguments)
     from sparsight.activations import extract
+    from sparsight.cli.opening import open_model
     from sparsight.cli.printing import print_notes
     from sparsight.images import open_images
-    from sparsight.vision import load_model
 
     images = open_images(options.images, table=options.table)
     print_notes(images.notes)
-    model = load_model(
-        options.model,
-        device=options.device,
-        dtype=options.model_dtype,
-        scale_jpegs=options.scale_jpegs,
-        revision=options.revision,
-    )
     store = extract(
-        model,
+        open_model(options.model, options),
         images,
         sites=options.sites,
         tokens=options.tokens,

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from sparsight.cli.opening import open_model
 from sparsight.cli.options import ModelOptions, parse
-from sparsight.cli.printing import print_notes
+from sparsight.cli.printing import plain_table, print_notes
 from sparsight.editing.attacks import AttackPairs, SalienceTable, find_text_salient, make_pairs
 from sparsight.editing.finetuning import (
     CaptionedImages,
@@ -29,7 +29,7 @@ from sparsight.errors import UserError
 from sparsight.images import CalibrationImages, ImageSource, open_images
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import TrainConfig, train
-from sparsight.vision import VisionModel, load_model
+from sparsight.vision import VisionModel
 from sparsight.vision.saving import Layout
 
 WRITTEN = "written"
@@ -113,13 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(FinetuneOptions, "finetune", arguments)
     if options.model is None:
         raise UserError("Name the CLIP to fine-tune: sparsight finetune calibration, for example.")
-    model = load_model(
-        options.model,
-        device=options.device,
-        dtype=options.model_dtype,
-        revision=options.revision,
-        scale_jpegs=options.scale_jpegs,
-    )
+    model = open_model(options.model, options)
     pictures = _pictures(options)
     sae = _sae(options, model, pictures.data)
     latents, neurons = _salient(options, model, sae, pictures.attack)
@@ -326,7 +320,7 @@ def _captioned(source: ImageSource | None) -> CaptionedImages | None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = plain_table()
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right")
     for row in table_rows(found):

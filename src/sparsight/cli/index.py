@@ -8,8 +8,9 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
-from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.files import read_json
 from sparsight.latents import CodeStore, build_index, name_from_truth

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sparsight.latents.scores import BASELINES, dig, figure, percent, truth_by_kind
 
+WIDTH = 120
 PERCENTAGES = ("dead", "zero_shot.reconstructed.top1", "zero_shot.original.top1")
 HEADLINES = {
     "FVU": "fvu",
@@ -28,6 +29,25 @@ def print_notes(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
+def plain_table() -> Table:
+    """A table without lines."""
+    return Table(box=None, header_style="bold", pad_edge=False)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of words, the first of them heads, the first column names."""
+    table = plain_table()
+    head, *body = rows
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in body:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # figures with their intervals need room; a pipe has it
+        console = Console(width=WIDTH)
+    console.print(table)
+
+
 def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> None:
     """Print the headline figures of some SAEs, a column each, baselines in brackets below.
 
@@ -35,7 +55,7 @@ def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> 
         names: heads of the columns.
         metrics: what `metrics.json` holds, in the same order.
     """
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = plain_table()
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
@@ -66,7 +86,7 @@ def print_sweep(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         out: folder of the sweep.
         rows: what `Sweep.table` gives, or the members of `compare`.
     """
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = plain_table()
     table.add_column(f"in {out}", overflow="fold")
     table.add_column("site", overflow="fold")
     accurate = any(row.get("accuracy") is not None for row in rows)

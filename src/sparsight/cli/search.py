@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
+from sparsight.cli.opening import open_index, open_model
 from sparsight.cli.options import ModelOptions, parse
-from sparsight.cli.printing import print_notes
+from sparsight.cli.printing import plain_table, print_notes
 from sparsight.editing.actions import Set
 from sparsight.editing.contact_sheet import WORDS, write_contact_sheet
 from sparsight.editing.edits import LatentEdit
@@ -24,9 +24,7 @@ from sparsight.errors import UserError
 from sparsight.files import write_json
 from sparsight.images import ImageError, decode_image, open_images
 from sparsight.images.decoding import read_picture
-from sparsight.latents import LatentIndex
 from sparsight.sae import SparseAutoencoder
-from sparsight.vision import load_model
 
 Asked = Literal["plain", "reconstructed", "filtered", "query", "steered"]
 
@@ -100,20 +98,21 @@ def main(arguments: Sequence[str]) -> None:
     )
     latents: list[int] = []
     if sae is not None:
-        latents = list(find_latents(options.latents, sae.n_latents, _index(options, sae)))
+        latents = list(
+            find_latents(
+                options.latents,
+                sae.n_latents,
+                open_index(options.index, Path(options.sae or ""), sae),
+            )
+        )
     _check(options, modes, latents)
     about = {} if sae is None else sae.metadata.get("model") or {}
     id = options.model or about.get("id")
     spec = options.images or (None if sae is None else sae.metadata.get("images"))
     if id is None or spec is None:
         raise UserError("Give --model and --images, or an SAE that names both.")
-    model = load_model(
-        id,
-        device=options.device,
-        dtype=options.model_dtype or about.get("dtype"),
-        revision=options.revision,
-        scale_jpegs=options.scale_jpegs,
-    )
+    dtype = options.model_dtype or about.get("dtype")
+    model = open_model(id, replace(options, model_dtype=dtype))
     if sae is not None:
         check_belongs(sae, model, model.canonical_site(SITE), strict=options.check)
     images = open_images(spec, table=options.table)
@@ -183,15 +182,8 @@ def _check(options: SearchOptions, modes: Sequence[Mode], latents: Sequence[int]
         raise UserError("--latents are for --modes filtered or steered.")
 
 
-def _index(options: SearchOptions, sae: SparseAutoencoder) -> LatentIndex | None:
-    place = options.index or Path(options.sae or "") / "index"
-    if options.index is None and not (place / "manifest.json").exists():
-        return None
-    return LatentIndex.open(place, sae)
-
-
 def _print(results: Sequence[SearchResult]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = plain_table()
     table.add_column("", justify="right")
     for result in results:
         table.add_column(WORDS[result.mode], overflow="fold")

@@ -9,17 +9,15 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from sparsight.cli.opening import open_index, open_saes
 from sparsight.cli.options import parse
-from sparsight.cli.printing import print_notes
-from sparsight.cli.subject import SubjectOptions, Subjects, open_saes
+from sparsight.cli.printing import plain_table, print_notes
+from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.editing.latent_search import find_latents
 from sparsight.editing.steering import STRENGTHS, SteerReport, steer
 from sparsight.editing.steering_files import rows_to_print, save_steering
 from sparsight.errors import UserError
-from sparsight.latents import LatentIndex
-from sparsight.sae import SparseAutoencoder
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(saes) > 1:
         raise UserError(f"{options.run} holds {len(saes)} SAEs; name one run.")
     (folder, sae), = saes.items()  # fmt: skip
-    index = _index(options, folder, sae)
+    index = open_index(options.index, folder, sae)
     found = find_latents(options.latents, sae.n_latents, index)
     subjects = Subjects(options)
     report = steer(
@@ -115,18 +113,11 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{paths[0].parent} · {', '.join(path.name for path in paths)}")
 
 
-def _index(options: SteerOptions, folder: Path, sae: SparseAutoencoder) -> LatentIndex | None:
-    place = options.index or folder / "index"
-    if options.index is None and not (place / "manifest.json").exists():
-        return None
-    return LatentIndex.open(place, sae)
-
-
 def _print(report: SteerReport) -> None:
     console = Console()
     original = report.original
     if report.latents:
-        table = Table(box=None, header_style="bold", pad_edge=False)
+        table = plain_table()
         table.add_column("latent", overflow="ellipsis", no_wrap=True, max_width=18)
         table.add_column("×", justify="right")
         if "top1" in original:
@@ -146,7 +137,7 @@ def _print(report: SteerReport) -> None:
             last = cells[0]
         console.print(table)
     if report.curves:
-        table = Table(box=None, header_style="bold", pad_edge=False)
+        table = plain_table()
         table.add_column("k", justify="right")
         heads = {
             ("on", "class"): "keep class's",

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
+from sparsight.cli.opening import open_model
 from sparsight.cli.options import ModelOptions
 from sparsight.cli.printing import print_notes
 from sparsight.config import load
 from sparsight.errors import UserError
 from sparsight.images import ImageSource, open_images
-from sparsight.latents.run_files import find_runs
 from sparsight.sae import SparseAutoencoder
 from sparsight.training import TrainRecipe
-from sparsight.vision import VisionModel, load_model
+from sparsight.vision import VisionModel
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,8 @@ class Subjects:
         scaled = self.options.scale_jpegs or "jpeg_min_side" in about.get("preprocessing", {})
         key = f"{id} {revision} {dtype} {scaled}"
         if key not in self._models:
-            self._models[key] = load_model(
-                id,
-                device=self.options.device,
-                dtype=dtype,
-                revision=revision,
-                scale_jpegs=scaled,
-            )
+            named = replace(self.options, revision=revision, model_dtype=dtype, scale_jpegs=scaled)
+            self._models[key] = open_model(id, named)
         return self._models[key]
 
     def images(self, folder: Path, sae: SparseAutoencoder) -> ImageSource:
@@ -125,16 +117,3 @@ class Subjects:
     def _open_store(self, path: Path) -> ActivationStore:
         self._stores[path] = ActivationStore(path, verify=self.options.verify)
         return self._stores[path]
-
-
-def open_saes(runs: Iterable[Path], device: str | None = None) -> dict[Path, SparseAutoencoder]:
-    """The SAEs in some folders, by their own folder, on `device` (default a GPU if there is one).
-
-    Raises:
-        UserError: a folder is not there, or holds none.
-    """
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        folder: SparseAutoencoder.from_pretrained(folder, device=place)
-        for folder in find_runs(runs)
-    }

@@ -11,12 +11,12 @@ import tyro
 
 from sparsight.activations import ActivationStore, LiveActivations
 from sparsight.cli.architecture import ArchitectureOptions, with_choices
+from sparsight.cli.opening import open_model
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
 from sparsight.images import open_images
 from sparsight.training import TrainConfig, TrainRecipe, train
-from sparsight.vision import load_model
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,8 @@ def activations_of(options: TrainOptions) -> ActivationStore | LiveActivations:
         raise UserError("Which sites? Name one at least, e.g. --sites blocks.-1.resid_post.")
     images = open_images(options.images, table=options.table)
     print_notes(images.notes)
-    model = load_model(
-        options.model,
-        device=options.device,
-        dtype=options.model_dtype,
-        scale_jpegs=options.scale_jpegs,
-        revision=options.revision,
-    )
     return LiveActivations(
-        model,
+        open_model(options.model, options),
         images,
         options.sites,
         options.tokens or "all",

@@ -8,6 +8,7 @@ what `save_model` writes, unless Long-CLIP's own two tables are asked for.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
@@ -169,7 +170,7 @@ def _merged(holder: Any, name: str) -> Tensor:
     return merged_positions(fixed, holder.positional_embedding_res, holder.kept_positions)
 
 
-class _Tower:
+class _Tower(ABC):
     """A text tower's table of positions, wherever a library keeps it."""
 
     def __init__(self, module: nn.Module, holder: nn.Module, name: str) -> None:
@@ -202,11 +203,13 @@ class _Tower:
         del holder.positional_embedding_res, holder.kept_positions
         self.set_table(merged)
 
+    @abstractmethod
     def set_length(self, length: int) -> None:
-        raise NotImplementedError
+        """Let the tower take texts of so many tokens."""
 
+    @abstractmethod
     def _become(self, *, long: bool) -> None:
-        raise NotImplementedError
+        """Make the holder one whose table is in two parts, or of one again."""
 
 
 class _Transformers(_Tower):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sparsight.config import check_seed
 from sparsight.editing.actions import Action, Off
@@ -19,6 +18,7 @@ from sparsight.editing.attacks.measuring import (
     describe,
     require_loss,
     share_of,
+    won_back,
 )
 from sparsight.editing.attacks.outcomes import ORIGINAL, Outcome, outcomes
 from sparsight.editing.attacks.pairs import AttackPairs
@@ -26,7 +26,7 @@ from sparsight.editing.attacks.salience import SalienceTable, picture_marks
 from sparsight.editing.edits import Edit, LatentEdit, NeuronEdit, Positions
 from sparsight.errors import UserError
 from sparsight.files import write_json
-from sparsight.intervals import RESAMPLES, t_interval
+from sparsight.intervals import t_interval
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
 
@@ -310,45 +310,14 @@ def _density(targets: Sequence[Target], chosen: Sequence[Sequence[int]]) -> floa
 
 
 def _effect(before: dict[str, Outcome], after: dict[str, Outcome], seed: int) -> Effect:
-    def won(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        clean, attacked, edited = (
-            weights @ outcome.right
-            for outcome in (before["clean"], before["attacked"], after["attacked"])
-        )
-        loss = clean - attacked
-        return np.divide(edited - attacked, loss, out=np.zeros_like(loss), where=loss != 0)
-
-    n = len(before["clean"].right)
     return Effect(
         accuracy={kind: share_of(outcome.right) for kind, outcome in after.items()},
         fooled=share_of(after["attacked"].fooled),
-        won_back=bootstrap(won, n, seed),
+        won_back=won_back(
+            before["clean"].right, before["attacked"].right, after["attacked"].right, seed
+        ),
         clean_change=change_of(before["clean"].right, after["clean"].right),
     )
-
-
-def bootstrap(
-    statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
-    n: int,
-    seed: int,
-    resamples: int = RESAMPLES,
-) -> Mean:
-    """A statistic of weighted pictures, and its 95 % percentile bootstrap interval.
-
-    Args:
-        statistic: from rows of weights `[rows, n]` to a value a row.
-        n: pictures.
-        seed: of the resampling.
-        resamples: how many.
-    """
-    value = float(statistic(np.ones((1, n)))[0])
-    if n < 2:
-        return Mean(value, None)
-    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    weights = np.zeros((resamples, n))
-    np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1.0)
-    low, high = np.quantile(statistic(weights), (0.025, 0.975))
-    return Mean(value, (float(low), float(high)))
 
 
 def _percent(value: float) -> str:

@@ -15,7 +15,12 @@ from sparsight.editing.attacks.pairs import AttackPairs
 from sparsight.editing.edits import Edit
 from sparsight.errors import UserError
 from sparsight.files import write_json
-from sparsight.intervals import bootstrap_interval, paired_difference, wilson_interval
+from sparsight.intervals import (
+    bootstrap,
+    bootstrap_interval,
+    paired_difference,
+    wilson_interval,
+)
 from sparsight.vision import VisionModel
 
 EDITED = "edited"
@@ -165,6 +170,30 @@ def change_of(before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]) -> Sh
 def mean_of(values: npt.NDArray[np.float64]) -> Mean:
     """The mean over pictures."""
     return Mean(float(values.mean()), bootstrap_interval(values.tolist()))
+
+
+def won_back(
+    clean: npt.NDArray[np.bool_],
+    attacked: npt.NDArray[np.bool_],
+    edited: npt.NDArray[np.bool_],
+    seed: int,
+) -> Mean:
+    """Share of what attacked pictures lose that an edit wins back, 0 where they lose nothing.
+
+    Args:
+        clean: whether a picture is classified right.
+        attacked: whether it is with words on it.
+        edited: whether it is with words on it and the edit.
+        seed: of the resampling.
+    """
+
+    def share(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        before, after, best = (weights @ each for each in (attacked, edited, clean))
+        loss = best - before
+        return np.divide(after - before, loss, out=np.zeros_like(loss), where=loss != 0)
+
+    value = float(share(np.ones((1, len(clean))))[0])
+    return Mean(value, bootstrap(share, len(clean), seed))
 
 
 def describe(edit: Edit) -> str:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from sparsight.activations import LiveActivations
 from sparsight.editing.attacks import AttackPairs, find_text_salient
-from sparsight.editing.attacks.causal import bootstrap
-from sparsight.editing.attacks.measuring import change_of, share_of
+from sparsight.editing.attacks.measuring import change_of, share_of, won_back
 from sparsight.editing.attacks.outcomes import ORIGINAL, Outcome, outcomes
 from sparsight.editing.attacks.salience import Contrast
 from sparsight.editing.finetuning.pairs import CaptionedImages
@@ -112,6 +111,12 @@ def compare(
     }
     clean, attacked = (attack[kind] for kind in ("clean", "attacked"))
     lost = clean["before"]["accuracy"] - attacked["before"]["accuracy"]
+    won = won_back(
+        kinds["before"]["clean"].right,
+        kinds["before"]["attacked"].right,
+        kinds["after"]["attacked"].right,
+        subjects.seed,
+    )
     found: dict[str, Any] = {
         "n": seen["before"].n,
         "n_classes": len(subjects.pairs.class_names),
@@ -119,8 +124,8 @@ def compare(
         "pairs": subjects.pairs.about,
         "attack": attack,
         "words_cost": lost,
-        "won_back": attacked["change"]["value"] / lost if lost > 0 else None,
-        "won_back_interval": _won_interval(kinds, subjects.seed) if lost > 0 else None,
+        "won_back": won.value if lost > 0 else None,
+        "won_back_interval": won.interval if lost > 0 else None,
         "clean_cost": -clean["change"]["value"],
         "logit_scale": {name: model.logit_scale for name, model in models.items()},
         "examples": _examples(subjects, kinds),
@@ -131,23 +136,6 @@ def compare(
     if subjects.sae is not None:
         found["latents"] = compare_latents(before, after, subjects, quiet=quiet)
     return found
-
-
-def _won_interval(
-    kinds: Mapping[str, Mapping[str, Outcome]], seed: int
-) -> tuple[float, float] | None:
-    """95 %, by a bootstrap over pictures."""
-    clean, attacked, after = (
-        kinds[name][kind].right.astype(np.float64)
-        for name, kind in (("before", "clean"), ("before", "attacked"), ("after", "attacked"))
-    )
-
-    def won(weights: Float64[np.ndarray, "rows n"]) -> Float64[np.ndarray, " rows"]:
-        lost = weights @ (clean - attacked)
-        change = weights @ (after - attacked)
-        return np.divide(change, lost, out=np.zeros_like(lost), where=lost != 0)
-
-    return bootstrap(won, len(clean), seed).interval
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""`sparsight attack find`: which latents or neurons respond to words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sparsight.cli.attack.shared import PairOptions, check_failed, pairs_of
+from sparsight.cli.opening import open_model, open_saes
+from sparsight.cli.options import parse
+from sparsight.cli.printing import print_notes, print_table
+from sparsight.editing.attacks import Target, causal_check, find_text_salient
+from sparsight.editing.attacks.salience import (
+    FDR,
+    PERMUTATIONS,
+    SELECTIVE,
+    Alternative,
+    Contrast,
+    Read,
+    Statistic,
+)
+from sparsight.errors import UserError
+from sparsight.sae import SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class FindOptions(PairOptions):
+    """Test each latent or neuron for a response to words, on one half of the pictures; switch off
+    what was found on the other half."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders of SAEs; each is tested at its own site."""
+
+    neurons: tuple[str, ...] = ()
+    """Sites whose own coordinates are tested, e.g. blocks.7.mlp_post."""
+
+    out: Path = Path("attack")
+    """Gets a folder a site."""
+
+    contrast: Contrast = "attack"
+    """word: class name against nonsense. writing: nonsense against nothing. attack: class name
+    against nothing."""
+
+    statistic: Statistic = "mean"
+    """Over a picture's positions."""
+
+    alternative: Alternative = "greater"
+    """More active, or otherwise active either way."""
+
+    tokens: Read | None = None
+    """Positions that are read and edited; default those that the SAE was trained on, else all."""
+
+    fdr: float = FDR
+    """False discovery rate."""
+
+    selectivity: float = SELECTIVE
+    """Of those found, switch off those of at least so much: 0.9 is 19 times as active with as
+    without."""
+
+    permutations: int = PERMUTATIONS
+    """Sign flips of the test."""
+
+    check: bool = True
+    """Switch off what was found, beside random ones. Without, all pictures are for the search."""
+
+    draws: int = 10
+    """Sets of random ones."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, test, switch off, save and print what came out."""
+    options = parse(FindOptions, "attack find", arguments)
+    if not options.runs and not options.neurons:
+        raise UserError(
+            "Nothing to test: name run folders of SAEs, or sites with --neurons, e.g. "
+            "blocks.-2.mlp_post."
+        )
+    saes = open_saes(options.runs, options.device) if options.runs else {}
+    ids = {(sae.metadata.get("model") or {}).get("id") for sae in saes.values()} - {None}
+    if options.model is None and len(ids) != 1:
+        raise UserError("Which model? Name it with --model.")
+    model = open_model(options.model or str(ids.pop()), options)
+    whole = pairs_of(options)
+    pairs, others = whole.halves(options.seed) if options.check else (whole, None)
+    jobs: list[tuple[str, Path | None, SparseAutoencoder | None]] = [
+        *((str(sae.metadata.get("site")), folder, sae) for folder, sae in saes.items()),
+        *((model.canonical_site(site), None, None) for site in options.neurons),
+    ]
+    names = [site if sae is not None else f"{site}-neurons" for site, _, sae in jobs]
+    if len(set(names)) < len(names):
+        raise UserError("Two of the runs are at one site; find them one by one, with other --out.")
+    for name, (site, folder, sae) in zip(names, jobs, strict=True):
+        table = find_text_salient(
+            model,
+            pairs,
+            sae,
+            site=site,
+            tokens=options.tokens,
+            contrast=options.contrast,
+            statistic=options.statistic,
+            alternative=options.alternative,
+            fdr=options.fdr,
+            selectivity=options.selectivity,
+            permutations=options.permutations,
+            seed=options.seed,
+            batch_size=options.batch_images,
+            workers=options.workers,
+            quiet=False,
+        )
+        check_failed(table.about["failed"], len(pairs), options.max_failed)
+        if folder is not None:
+            table.about["sae_folder"] = str(folder.absolute())
+        place = table.save(options.out / name)
+        kind = table.about["unit"]
+        print(
+            f"{place}: {len(table.found):,} of {table.about['n_tested']:,} {kind}s respond to "
+            f"{table.about['compares']} (false discovery rate {table.about['fdr']}), "
+            f"{len(table.selective):,} of them with a selectivity of "
+            f"{table.about['selectivity']} or more"
+        )
+        if table.fewest > 1:
+            print_notes(
+                [
+                    f"{site}: with {table.about['permutations']:,} flips fewer than {table.fewest} "
+                    f"of {table.about['n_tested']:,} {kind}s are never found, however strong; more "
+                    "--permutations find single ones."
+                ]
+            )
+        if others is None:
+            continue
+        if not table.selective:
+            print_notes([f"{site}: nothing to switch off."])
+            continue
+        report = causal_check(
+            model,
+            others,
+            Target(table, None, sae),
+            draws=options.draws,
+            seed=options.seed,
+            templates=options.templates,
+            batch_size=options.batch_images,
+            workers=options.workers,
+            quiet=False,
+        )
+        check_failed(report.failed, len(others), options.max_failed)
+        report.save(place / "causal.json")
+        print_table(report.table())

@@ -1,0 +1,72 @@
+"""`sparsight attack measure`: how far words mislead a model, as it is or edited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsight.cli.attack.shared import PairOptions, check_failed, model_of, pairs_of, target_of
+from sparsight.cli.options import parse
+from sparsight.cli.printing import print_notes, print_table
+from sparsight.editing.attacks import SalienceTable, causal_check, measure_attack
+
+
+@dataclass(frozen=True)
+class MeasureOptions(PairOptions):
+    """Measure a model on clean pictures, and with words of another class, of their own, of none."""
+
+    off: tuple[Path, ...] = ()
+    """Folders that `attack find` wrote: switch off what was found, beside random ones."""
+
+    selectivity: float | None = None
+    """Switch off those of at least so much; default what `attack find` was asked for."""
+
+    draws: int = 10
+    """Sets of random ones."""
+
+    out: Path | None = None
+    """File for the figures, as JSON."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, measure, print a table."""
+    options = parse(MeasureOptions, "attack measure", arguments)
+    tables = [SalienceTable.load(folder) for folder in options.off]
+    model = model_of(options, options.model, tables)
+    pairs = pairs_of(options)
+    report: Any
+    if tables:
+        targets = [target_of(table, options.selectivity, options.device) for table in tables]
+        report = causal_check(
+            model,
+            pairs,
+            targets,
+            draws=options.draws,
+            seed=options.seed,
+            templates=options.templates,
+            batch_size=options.batch_images,
+            workers=options.workers,
+            quiet=False,
+        )
+        if again := report.same_pictures:
+            print_notes(
+                [
+                    f"on {again:,} of these {len(pairs):,} pictures they were found: the figures "
+                    "flatter them, measure on others."
+                ]
+            )
+    else:
+        report = measure_attack(
+            model,
+            pairs,
+            templates=options.templates,
+            batch_size=options.batch_images,
+            workers=options.workers,
+            quiet=False,
+        )
+    check_failed(report.failed, len(pairs), options.max_failed)
+    print_table(report.table())
+    if options.out is not None:
+        print(report.save(options.out))

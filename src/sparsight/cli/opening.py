@@ -1,0 +1,46 @@
+"""What flags name: a model, the SAEs of some folders, an index of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from sparsight.cli.options import ModelOptions
+from sparsight.latents import LatentIndex
+from sparsight.latents.run_files import find_runs
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel, load_model
+
+
+def open_model(id: str, options: ModelOptions) -> VisionModel:
+    """The model of an id, as the options want it to run."""
+    return load_model(
+        id,
+        device=options.device,
+        dtype=options.model_dtype,
+        revision=options.revision,
+        scale_jpegs=options.scale_jpegs,
+    )
+
+
+def open_saes(runs: Iterable[Path], device: str | None = None) -> dict[Path, SparseAutoencoder]:
+    """The SAEs in some folders, by their own folder, on `device` (default a GPU if there is one).
+
+    Raises:
+        UserError: a folder is not there, or holds none.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        folder: SparseAutoencoder.from_pretrained(folder, device=place)
+        for folder in find_runs(runs)
+    }
+
+
+def open_index(named: Path | None, folder: Path, sae: SparseAutoencoder) -> LatentIndex | None:
+    """The index that was named, else the one in an SAE's folder, if it is there."""
+    place = named or folder / "index"
+    if named is None and not (place / "manifest.json").exists():
+        return None
+    return LatentIndex.open(place, sae)
