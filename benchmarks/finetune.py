@@ -25,7 +25,8 @@ from sparsight.calibration import CLIP_FOLDER
 from sparsight.calibration.clip import zero_shot_figures
 from sparsight.editing.attacks import make_pairs
 from sparsight.editing.finetuning import NeuronScaling, Rates
-from sparsight.editing.finetuning.measures import Subjects, compare
+from sparsight.editing.finetuning.measures import compare
+from sparsight.editing.finetuning.subjects import Subjects
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from sparsight.editing.finetuning import (
     finetune,
     open_pairs,
 )
-from sparsight.editing.finetuning.measures import Subjects
 from sparsight.editing.finetuning.report import PAGE, lead, report_finetuning, table_rows
+from sparsight.editing.finetuning.subjects import Subjects
 from sparsight.errors import UserError
 from sparsight.images import CalibrationImages, ImageSource, open_images
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK

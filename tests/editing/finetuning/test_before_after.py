@@ -13,10 +13,9 @@ from finetuning_samples import NoisePictures, tiny_clip
 import sparsight as sp
 from sparsight.editing.attacks import make_pairs
 from sparsight.editing.finetuning import FinetuneConfig, captioned, finetune
+from sparsight.editing.finetuning.latents import drift
 from sparsight.editing.finetuning.measures import (
-    Subjects,
     discriminant,
-    drift,
     in_batch_accuracy,
     modality_gap,
     retrieval,
@@ -28,6 +27,7 @@ from sparsight.editing.finetuning.report import (
     report_finetuning,
     write_page,
 )
+from sparsight.editing.finetuning.subjects import Subjects
 from sparsight.errors import UserError
 from sparsight.images import ImageInfo
 from sparsight.sae import SAEConfig, TopK

@@ -15,13 +15,12 @@ from sparsight.cli.printing import print_notes, print_table
 from sparsight.editing.attacks import Target, causal_check, find_text_salient
 from sparsight.editing.attacks.salience import (
     FDR,
-    PERMUTATIONS,
     SELECTIVE,
-    Alternative,
     Contrast,
     Read,
     Statistic,
 )
+from sparsight.editing.attacks.significance import PERMUTATIONS, Alternative
 from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
 

@@ -12,12 +12,8 @@ from sparsight.editing.attacks.curating import CuratedSet, curate
 from sparsight.editing.attacks.measuring import AttackReport, measure_attack
 from sparsight.editing.attacks.opinion import Opinion, clip_opinion
 from sparsight.editing.attacks.pairs import AttackPairs, make_pairs
-from sparsight.editing.attacks.salience import (
-    SalienceTable,
-    benjamini_hochberg,
-    find_text_salient,
-    sign_flip_p,
-)
+from sparsight.editing.attacks.salience import SalienceTable, find_text_salient
+from sparsight.editing.attacks.significance import benjamini_hochberg, sign_flip_p
 from sparsight.images import TextStyle, WorldBand
 
 __all__ = [

@@ -30,11 +30,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.config import check_seed
 from sparsight.editing.attacks.pairs import AttackPairs
+from sparsight.editing.attacks.significance import (
+    PERMUTATIONS,
+    Alternative,
+    benjamini_hochberg,
+    sign_flip_p,
+)
 from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, write_json
@@ -49,9 +55,6 @@ Contrast = Literal["word", "writing", "attack"]
 Statistic = Literal["mean", "max"]
 """Over a picture's positions."""
 
-Alternative = Literal["greater", "two-sided"]
-"""More active on the first picture of the pair; or otherwise active, either way."""
-
 Read = Literal["all", "patches", "cls"]
 
 CONTRASTS: dict[Contrast, tuple[str, str]] = {
@@ -60,14 +63,10 @@ CONTRASTS: dict[Contrast, tuple[str, str]] = {
     "attack": ("attacked", "clean"),
 }
 KINDS = ("clean", "control", "attacked")
-PERMUTATIONS = 9_999
 FDR = 0.05
 SELECTIVE = 0.9
 TABLE, ABOUT = "salience.parquet", "salience.json"
 VERSION = 1
-
-_CHUNK = 1_000
-_COLUMNS = 4_096
 
 
 @dataclass(frozen=True)
@@ -366,67 +365,6 @@ def picture_marks(pairs: AttackPairs) -> list[str]:
     """A short mark of each picture's address, to tell whether it is met again."""
     addresses = (pairs.clean.info(i).uri for i in range(len(pairs)))
     return [hashlib.sha256(each.encode()).hexdigest()[:12] for each in addresses]
-
-
-def sign_flip_p(
-    difference: Float64[np.ndarray, "pairs latents"],
-    *,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
-    alternative: Alternative = "greater",
-) -> Float64[np.ndarray, " latents"]:
-    """p of each column's mean under flips of the signs of whole rows.
-
-    With all 2ⁿ flips where they are no more than `permutations`, p is the share whose mean is at
-    least as large as what was seen; else (1 + hits) / (1 + permutations), what was seen counted as
-    one of its own flips (Phipson and Smyth 2010).
-
-    Args:
-        difference: of each pair, in each latent.
-        permutations: random flips.
-        seed: of the flips.
-        alternative: `greater`, or `two-sided` for the mean's absolute value.
-    """
-    n, width = difference.shape
-    every = n < 63 and 2**n <= permutations
-    count = 2**n if every else permutations
-    rng = np.random.default_rng(seed)
-    hits = np.zeros(width, np.int64)
-    seen = difference.sum(axis=0)
-    # Sums of equal numbers in another order must count as equal.
-    slack = 1e-9 * np.abs(difference).sum(axis=0)
-    x = torch.from_numpy(np.ascontiguousarray(difference))
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
-        bits: npt.NDArray[Any]
-        if every:
-            bits = (np.arange(start, stop)[:, None] >> np.arange(n)) & 1
-        else:
-            bits = rng.random((stop - start, n)) < 0.5
-        signs = torch.from_numpy(1.0 - 2.0 * bits)
-        for left in range(0, width, _COLUMNS):
-            here = slice(left, left + _COLUMNS)
-            flipped = (signs @ x[:, here]).numpy()
-            if alternative == "greater":
-                hits[here] += (flipped >= seen[here] - slack[here]).sum(axis=0)
-            else:
-                hits[here] += (np.abs(flipped) >= np.abs(seen[here]) - slack[here]).sum(axis=0)
-    return hits / count if every else (1 + hits) / (1 + count)
-
-
-def benjamini_hochberg(p: Float64[np.ndarray, " tests"]) -> Float64[np.ndarray, " tests"]:
-    """The q of each p: the smallest false discovery rate at which it is rejected.
-
-    q of the i-th smallest is the least of p(j) · m / j over j ≥ i.
-    """
-    m = len(p)
-    if not m:
-        return p
-    order = np.argsort(p, kind="stable")
-    scaled = p[order] * m / np.arange(1, m + 1)
-    q = np.empty(m)
-    q[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1.0)
-    return q
 
 
 @dataclass

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from sparsight.editing.finetuning import plots
 from sparsight.editing.finetuning.config import FinetuneRecipe
-from sparsight.editing.finetuning.measures import Subjects, compare
+from sparsight.editing.finetuning.measures import compare
 from sparsight.editing.finetuning.run import FinetuneRun
+from sparsight.editing.finetuning.subjects import Subjects
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, without_folders, write_json, write_text
 from sparsight.latents.cards import encode_picture, is_crisp
