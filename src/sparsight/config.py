@@ -104,6 +104,17 @@ def check_seed(seed: int, name: str = "seed") -> None:
         raise UserError(f"{name} is {seed}; it must be 0 or more, and below 2^64.")
 
 
+def check_positive(**values: int | None) -> None:
+    """Make sure that counts, by their names, are 1 or more, or None.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more.")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 

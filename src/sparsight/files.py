@@ -115,6 +115,23 @@ def lock(path: Path, message: str) -> Iterator[None]:
             os.close(handle)
 
 
+def check_folder(path: Path) -> Path:
+    """Make sure, before work begins, that a folder is there to write to or can be made.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: it or a folder above it is a file, or may not be written to.
+    """
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise UserError(f"{path}: no folder can be made here, for {there} is a file.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{path}: no folder can be made here, for {there} may not be written to.")
+    return path
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     with atomic_path(path) as temporary:

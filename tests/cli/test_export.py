@@ -44,6 +44,7 @@ def test_longer_texts_are_an_option(tmp_path, capsys):
         (["calibration", "--out", "{}.pt", "--layout", "openai"], "Write .safetensors"),
         (["calibration", "--out", "{}.pt"], "only openai has single files"),
         (["missing.pt", "--out", "{}"], "no such file"),
+        (["calibration", "--out", "{}", "--kept", "10"], "--kept is for more --positions"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(arguments, message, tmp_path, capsys):

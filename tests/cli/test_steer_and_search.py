@@ -83,9 +83,17 @@ def test_search_writes_a_page_of_pictures(runs, tmp_path, capsys):
         (["search", "sun", "--sae", "embedding", "--modes", "steered"], "needs --latents"),
         (["search", "sun", "--modes", "query"], "needs --sae"),
         (["search", "--picture", "gone.png", "--sae", "embedding"], "no such picture"),
+        (["steer", "stream", "--latents", "1", "--max-images", "-1"], "max_images is -1"),
+        (["steer", "stream", "--latents", "1", "--ks", "0"], "ks are [0]"),
+        (["steer", "stream", "--latents", "1", "--out", __file__], "no folder can be made"),
+        (["search", "sun", "--sae", "embedding", "--max-images", "0"], "max_images is 0"),
+        (["search", "sun", "--sae", "embedding", "--out", __file__], "no folder can be made"),
     ],
 )
-def test_mistakes_are_answered_with_one_message(runs, arguments, message, capsys):
+def test_mistakes_are_answered_with_one_message(
+    runs, arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     given = [runs / each if each in ("stream", "embedding") else each for each in arguments]
     code, _, err = run(capsys, *given)
     assert code == 2 and message in err and "Traceback" not in err

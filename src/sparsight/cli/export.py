@@ -42,8 +42,8 @@ class ExportOptions(CommandOptions):
     positions: int | None = None
     """Let texts have so many tokens: 248 makes Long-CLIP's table of CLIP's 77 positions."""
 
-    kept: int = KEPT_POSITIONS
-    """How many of the first positions stay as they are when there shall be more."""
+    kept: int | None = None
+    """How many of the first positions stay as they are when there shall be more; default 20."""
 
     long_clip: bool = False
     """Write Long-CLIP's two tables of positions, not one; openai layout only."""
@@ -65,14 +65,17 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("Which model? Name a Hub id, a folder, a file, or calibration.")
     if options.out is None:
         raise UserError("Where to? Give --out with a new folder.")
+    if options.kept is not None and options.positions is None:
+        raise UserError("--kept is for more --positions; name how many there shall be.")
+    kept = KEPT_POSITIONS if options.kept is None else options.kept
     from sparsight.editing.long_clip import factor_for, lengthen
 
     model = load_model(
         options.model, device="cpu", revision=options.revision, tokenizer=options.tokenizer
     )
     if options.positions is not None and options.positions != model.context_length:
-        factor = factor_for(options.positions, model.context_length, options.kept)
-        lengthen(model.module, kept=options.kept, factor=factor)
+        factor = factor_for(options.positions, model.context_length, kept)
+        lengthen(model.module, kept=kept, factor=factor)
     saved = write_model(
         model,
         options.out,

@@ -21,7 +21,7 @@ from sparsight.editing.interventions import check_belongs
 from sparsight.editing.latent_search import find_latents
 from sparsight.editing.retrieval import SITE, Mode, SearchResult, embed_collection
 from sparsight.errors import UserError
-from sparsight.files import write_json
+from sparsight.files import check_folder, write_json
 from sparsight.images import ImageError, decode_image, open_images
 from sparsight.images.decoding import read_picture
 from sparsight.sae import SparseAutoencoder
@@ -117,6 +117,7 @@ def main(arguments: Sequence[str]) -> None:
         check_belongs(sae, model, model.canonical_site(SITE), strict=options.check)
     images = open_images(spec, table=options.table)
     print_notes(images.notes)
+    out = check_folder(options.out or Path("search"))
     collection = embed_collection(
         model,
         images,
@@ -154,7 +155,6 @@ def main(arguments: Sequence[str]) -> None:
         )
         for mode in modes
     ]
-    out = options.out or Path("search")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "search.json", {"results": [result.to_dict() for result in results]})
     write_contact_sheet(results, images, out / "search.html")

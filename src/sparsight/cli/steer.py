@@ -18,6 +18,7 @@ from sparsight.editing.latent_search import find_latents
 from sparsight.editing.steering import STRENGTHS, SteerReport, steer
 from sparsight.editing.steering_files import rows_to_print, save_steering
 from sparsight.errors import UserError
+from sparsight.files import check_folder
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     index = open_index(options.index, folder, sae)
     found = find_latents(options.latents, sae.n_latents, index)
     subjects = Subjects(options)
+    out = check_folder(options.out or folder / "steer")
     report = steer(
         subjects.model(folder, sae),
         subjects.images(folder, sae),
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
         check=options.check,
         quiet=False,
     )
-    paths = save_steering(report, options.out or folder / "steer")
+    paths = save_steering(report, out)
     print_notes(f"no {what}: {reason}" for what, reason in report.omitted.items())
     if report.about["failed"]:
         print_notes([f"{report.about['failed']} images could not be read and are left out."])

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparsight.editing.edits import LatentEdit
+from sparsight.config import check_positive
+from sparsight.editing.edits import LatentEdit, checked_numbers
 from sparsight.editing.interventions import Intervention, check_belongs, frozen
 from sparsight.errors import UserError
 from sparsight.images import ImageSource, load_batches
@@ -128,7 +129,8 @@ class Collection:
         code = view.encode(self.embeddings.to(view.W_dec.dtype))
         found = torch.zeros(sae.n_latents, dtype=code.values.dtype)
         found.scatter_reduce_(0, code.indices, code.values, "amax")
-        return [float(found[latent]) for latent in latents]
+        chosen = checked_numbers(latents, sae.n_latents, "latent", "the SAE") or ()
+        return [float(found[latent]) for latent in chosen]
 
     @torch.no_grad()
     def search(
@@ -316,6 +318,7 @@ def embed_collection(
         UserError: the model has no joint embedding, or no picture could be read.
     """
     model.canonical_site(SITE)
+    check_positive(max_images=max_images, batch_images=batch_images)
     total = len(images) if max_images is None else min(max_images, len(images))
     places: list[int] = []
     rows: list[Tensor] = []

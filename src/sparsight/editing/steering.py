@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsight.config import check_positive
 from sparsight.editing.actions import Off, Scale, Set
 from sparsight.editing.class_codes import ClassCodes, class_codes, matched_latents
 from sparsight.editing.edits import NO_SITE, LatentEdit, Positions
@@ -155,6 +156,8 @@ def steer(
         UserError: model, images, SAE and latents do not fit each other, or there is nothing to
             measure.
     """
+    check_positive(max_images=max_images, batch_images=batch_images)
+    asked_ks = _checked_ks(ks, sae.n_latents)
     total = len(images) if max_images is None else min(max_images, len(images))
     infos = [images.info(i) for i in range(total)]
     labels = sorted({each.label for each in infos if each.label})
@@ -214,7 +217,7 @@ def steer(
         )
     shown = []
     if curves and "curves" not in omitted:
-        shown = _curves(bench, sae, where, plan.tokens, each_class, ks, seed, **settings)
+        shown = _curves(bench, sae, where, plan.tokens, each_class, asked_ks, seed, **settings)
     about = {
         "model": {"id": model.id, "weights_hash": model.weights_hash},
         "sae": sae.fingerprint(),
@@ -230,6 +233,13 @@ def steer(
         "seed": seed,
     }
     return SteerReport(about, original, rows, shown, omitted)
+
+
+def _checked_ks(ks: Sequence[int] | None, n_latents: int) -> list[int]:
+    asked = sorted(set(ks)) if ks is not None else default_ks(n_latents)
+    if not asked or asked[0] < 1 or asked[-1] > n_latents:
+        raise UserError(f"ks are {asked}; give numbers from 1 to {n_latents}.")
+    return asked
 
 
 def default_ks(n_latents: int) -> list[int]:
@@ -476,15 +486,12 @@ def _curves(
     site: str,
     tokens: Positions,
     found: ClassCodes,
-    ks: Sequence[int] | None,
+    ks: Sequence[int],
     seed: int,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """On-k and off-k for the latents of the classes, and for random ones of equal density."""
     n = sae.n_latents
-    asked = sorted(set(ks)) if ks is not None else default_ks(n)
-    if not asked or asked[0] < 1 or asked[-1] > n:
-        raise UserError(f"ks are {asked}; give numbers from 1 to {n}.")
     by_class = torch.zeros(len(bench.classes), n, dtype=torch.int64)
     by_class[[bench.classes.index(label) for label in found.classes]] = found.strongest()
     orders = {"class": by_class, "random": matched_latents(found.density, seed)[by_class]}
@@ -498,7 +505,7 @@ def _curves(
         f"{kind} {chosen} {k}": edits.edit(kind, chosen, k)
         for kind in ("on", "off")
         for chosen in orders
-        for k in asked
+        for k in ks
     }
     tallies = bench.run(variants, "curves", begin=edits.begin, captions=False, **settings)
     keys = ("top1", "interval", "difference", "difference_interval", "mean_of_classes", "n")

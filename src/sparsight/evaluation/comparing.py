@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
+from sparsight.config import check_positive
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.evaluation.data import Passes, find_site, find_target
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
@@ -76,8 +77,7 @@ class SweepMeasures:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_images is not None and self.max_images < 1:
-            raise UserError(f"max_images is {self.max_images}; it must be 1 or more.")
+        check_positive(max_images=self.max_images)
         if self.accuracy_images < 0:
             raise UserError(f"accuracy_images is {self.accuracy_images}; it must be 0 or more.")
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsight.config import check_positive
 from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
 
@@ -87,9 +88,7 @@ class Passes:
         device: torch.device | str = "cpu",
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        for name, value in {"max_images": max_images, "batch_images": batch_images}.items():
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be 1 or more.")
+        check_positive(max_images=max_images, batch_images=batch_images)
         self.source = source
         self.site = site
         self.target = target or site
