@@ -272,6 +272,15 @@ def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         choose("auto", "int8", cpu)
 
 
+@pytest.mark.parametrize("variant", build.VARIANTS)
+def test_int8_is_taken_where_the_processor_is_quick_at_it(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_variant(variant, monkeypatch)
+    expected = "float32" if variant == "portable" else "int8"
+    assert choose("native", "auto", torch.device("cpu")) == ("native", expected)
+
+
 @pytest.mark.parametrize("ratio", [100, 600])
 def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -29,6 +29,7 @@ from sparsight.sae.kernels.interface import (
     StepFigures,
 )
 from sparsight.sae.kernels.native.library import load as load_native
+from sparsight.sae.kernels.native.library import multiplies_int8
 from sparsight.sae.kernels.native.step import NativeStep
 from sparsight.sae.kernels.selection import fast_bfloat16
 from sparsight.sae.kernels.torch_step import TorchStep
@@ -121,7 +122,7 @@ def choose(
         raise UserError(f"precision 'int8' is one of the native kernels, not of {kernels!r}.")
     if precision == "auto":
         if kernels == "native":
-            precision = "int8"
+            precision = "int8" if multiplies_int8() else "float32"
         else:
             in_bfloat16 = kernels in ("torch", "triton") and fast_bfloat16(device)
             precision = "bfloat16" if in_bfloat16 else "float32"

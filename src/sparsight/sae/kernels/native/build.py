@@ -30,6 +30,7 @@ COMMON = [
 ]
 VARIANTS = {
     "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512"],
+    "avx512-vnni": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
     "avx2": ["-march=x86-64-v3"],
     "portable": [],
 }

@@ -37,19 +37,25 @@
 #define MOST_LOST 0.1f
 #define LARGE_CODE 16
 
-/* Vectors of sums that are held in registers. */
+/* What a register holds, and vectors of sums that are held in registers. Wider vectors than the
+ * processor's are taken apart by compilers number by number. */
 #if defined(WITH_AVX512)
+#define VECTOR_BYTES 64
 #define SLAB_VECTORS 16
+#elif defined(WITH_AVX2)
+#define VECTOR_BYTES 32
+#define SLAB_VECTORS 8
 #else
-#define SLAB_VECTORS 6
+#define VECTOR_BYTES 16
+#define SLAB_VECTORS 8
 #endif
 
 #define API __attribute__((visibility("default")))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 
 API const char *sparsight_sources(void) { return SOURCES; }
 
@@ -57,7 +63,11 @@ API int sparsight_runs_here(void) {
 #if defined(WITH_AVX512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512vnni")
+#if defined(__AVX512BF16__)
+           && __builtin_cpu_supports("avx512bf16")
+#endif
+        ;
 #elif defined(WITH_AVX2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
@@ -162,7 +172,24 @@ typedef struct {
 #define ADD_PRODUCT(sum, a, b) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
 MULTIPLY(multiply_int8)
 #undef ADD_PRODUCT
+#if defined(__AVX512BF16__)
 #define ADD_PRODUCT(sum, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
+#else
+static inline __m512 first_of_pairs(__m512i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+}
+
+static inline __m512 second_of_pairs(__m512i v) {
+    return _mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(0xffff), v));
+}
+
+static inline __m512i add_pairs(__m512i sum, __m512i a, __m512i b) {
+    const __m512 one = _mm512_fmadd_ps(first_of_pairs(a), first_of_pairs(b),
+                                       _mm512_castsi512_ps(sum));
+    return _mm512_castps_si512(_mm512_fmadd_ps(second_of_pairs(a), second_of_pairs(b), one));
+}
+#define ADD_PRODUCT(sum, a, b) sum = add_pairs(sum, a, b)
+#endif
 MULTIPLY(multiply_bfloat16) /* offsets are 0, and so is the float with their bits */
 #undef ADD_PRODUCT
 
@@ -250,15 +277,34 @@ static void score_panel(const Dictionary *w, const uint8_t *codes, const uint8_t
 #endif
         for (int l = 0; l < PANEL; l++) out[l] = (float)(sums[l] - offset[l]);
     } else {
-        const uint16_t *q = (const uint16_t *)codes, *p = (const uint16_t *)x;
-        Floats sums = {0};
-        for (int64_t j = 0; j < n_groups; j++, q += 32)
-            for (int t = 0; t < 2; t++) {
-                Floats of_latents;
-                for (int l = 0; l < PANEL; l++) of_latents[l] = from_bfloat16(q[2 * l + t]);
-                sums += of_latents * from_bfloat16(p[2 * j + t]);
+        const uint16_t *p = (const uint16_t *)x; /* the second of a pair is the upper half */
+#if defined(WITH_AVX2)
+        const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+        __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
+        for (int64_t j = 0; j < n_groups; j++) {
+            const __m256 first = _mm256_set1_ps(from_bfloat16(p[2 * j]));
+            const __m256 second = _mm256_set1_ps(from_bfloat16(p[2 * j + 1]));
+            const __m256i a = _mm256_loadu_si256((const __m256i *)(codes + j * 64));
+            const __m256i b = _mm256_loadu_si256((const __m256i *)(codes + j * 64 + 32));
+            low = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), first, low);
+            high = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), first, high);
+            low = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a, upper)), second, low);
+            high = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(b, upper)), second, high);
+        }
+        _mm256_storeu_ps(out, low);
+        _mm256_storeu_ps(out + 8, high);
+#else
+        enum { PARTS = 64 / VECTOR_BYTES };
+        const Ints *pairs = (const Ints *)codes;
+        Floats sums[PARTS] = {{0}};
+        for (int64_t j = 0; j < n_groups; j++)
+            for (int c = 0; c < PARTS; c++) {
+                const Ints both = pairs[j * PARTS + c];
+                sums[c] += (Floats)(both << 16) * from_bfloat16(p[2 * j]);
+                sums[c] += (Floats)(both & ~0xffff) * from_bfloat16(p[2 * j + 1]);
             }
-        memcpy(out, &sums, sizeof sums);
+        memcpy(out, sums, sizeof sums);
+#endif
     }
 }
 
@@ -359,16 +405,16 @@ static void drop_hopeless(Candidates *of, int64_t k, float *lower) {
 
 #define REAL float
 #define INTEGER int32_t
-#define LANES 16
+#define ROOT sqrtf
 #define NAME(name) sparsight_##name##_f32
 #include "real.inc"
 #undef REAL
 #undef INTEGER
-#undef LANES
+#undef ROOT
 #undef NAME
 
 #define REAL double
 #define INTEGER int64_t
-#define LANES 8
+#define ROOT sqrt
 #define NAME(name) sparsight_##name##_f64
 #include "real.inc"
