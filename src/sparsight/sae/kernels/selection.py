@@ -41,8 +41,9 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def tile_rows(x: Tensor, width: int) -> int:
-    """Vectors of a tile in which each has `width` entries."""
-    return max(1, TILE_ELEMENTS.get(x.device.type, 1 << 25) // width)
+    """Vectors of a tile in which each has `width` entries; tiles are about equally large."""
+    most = max(1, TILE_ELEMENTS.get(x.device.type, 1 << 25) // width)
+    return max(1, -(-len(x) // max(1, -(-len(x) // most))))
 
 
 def select_topk(

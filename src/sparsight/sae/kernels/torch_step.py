@@ -13,10 +13,10 @@ from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.selection import (
-    TILE_ELEMENTS,
     ragged_products,
     select_code,
     select_topk,
+    tile_rows,
 )
 
 CHUNK = 1024
@@ -110,7 +110,7 @@ class TorchStep(FusedStep):
     def _select(self, x: Float[Tensor, "batch d_in"], k: int) -> tuple[Tensor, Tensor]:
         low = self.low
         dtype = torch.bfloat16 if low else x.dtype
-        wanted = min(TILE_ELEMENTS.get(x.device.type, 1 << 25), len(x) * self.n_latents)
+        wanted = tile_rows(x, self.n_latents) * self.n_latents
         if self.scores.numel() < wanted or self.scores.dtype != dtype:
             self.scores = torch.empty(wanted, dtype=dtype, device=x.device)
             use_large_pages(self.scores)
