@@ -96,6 +96,24 @@ def test_clipping_is_that_of_the_whole_gradient(kernels: str, precision: str, cl
         assert_same_gradients(ours, truth)
 
 
+@pytest.mark.parametrize("name", ["topk", "batch-matryoshka"])
+@pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
+def test_vectors_and_dead_latents_may_be_more_or_fewer_at_each_step(
+    kernels: str, precision: str, name: str
+) -> None:
+    objective = with_aux(OBJECTIVES[name])
+    ours = Ours(kernels, precision, objective, make_problem(torch.float64, batch=200))
+    problem = make_problem(torch.float64, batch=200)
+    truth = Reference(objective, problem)
+    sizes = [(30, 12), (200, N_LATENTS), (1, 5), (97, 100), (96, 1), (150, 0)]
+    for number, (z, (n, n_dead)) in enumerate(zip(problem.batches, sizes, strict=False), start=1):
+        dead = torch.arange(N_LATENTS - n_dead, N_LATENTS) if n_dead else None
+        mine = ours.fused.step(z[:n], lr=LR, number=number, dead=dead)
+        found = truth.step(z[:n], dead)
+        torch.testing.assert_close(mine.loss.double(), found.loss.detach(), rtol=1e-10, atol=0)
+        assert_same_gradients(ours, truth)
+
+
 @pytest.mark.parametrize(("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16")])
 def test_auxk_sends_gradient_to_the_encoder_of_dead_latents(kernels: str, precision: str) -> None:
     problem = make_problem(torch.float32)
@@ -180,6 +198,14 @@ def test_native_selection_is_the_exact_one(
     assert abs(int(counts.sum()) - int((scores >= threshold).sum())) <= 2
     rows = torch.repeat_interleave(torch.arange(1500), counts)
     torch.testing.assert_close(found, scores[rows, of], rtol=1e-5, atol=1e-3)
+
+
+def test_native_selection_from_no_vectors_finds_nothing() -> None:
+    x, W, b = torch.empty(0, 9), torch.ones(70, 9), torch.zeros(70)
+    dictionary = library.Dictionary(W, b, "int8")
+    counts, _ = dictionary.topk(x, W, b, 3, out=(torch.empty(0, 3), library.int32(0, 3)))
+    assert len(counts) == 0
+    assert all(len(each) == 0 for each in dictionary.above(x, W, b, 0.5))
 
 
 def test_vectors_that_are_not_finite_do_not_break_native_selection() -> None:

@@ -235,7 +235,7 @@ class FusedStep(ABC):
             z: normalised activations.
             lr: learning rate.
             number: of the step, from 1, for Adam's bias correction.
-            dead: latents that the auxiliary loss may use.
+            dead: latents that the auxiliary loss may use, rising.
         """
         if self._versions != self._versions_now():
             self._copy_encoder()  # somebody else changed it

@@ -433,7 +433,7 @@ def update(
     numbers: dict[str, float],
     dictionary: Dictionary | None,
 ) -> None:
-    """One step of Adam for all latents; see `Update` in real.inc for the names."""
+    """One step of Adam for all latents; see `Update` in update.inc for the names."""
     fields = {name: _at(each) for name, each in tensors.items()} | numbers
     if dictionary is not None:
         fields["dictionary"] = ctypes.pointer(dictionary.struct)  # type: ignore[assignment]
