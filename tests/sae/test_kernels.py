@@ -99,6 +99,26 @@ def test_selection_in_bfloat16_with_a_bound_is_the_exact_one(
         assert not torch.equal(selection.select_topk(x, W, b, 16, "bfloat16")[1], exact[1])
 
 
+def test_selection_in_bfloat16_with_a_bound_takes_the_first_of_equal_scores() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, W = (torch.randn(n, 64, generator=generator) for n in (300, 1024))
+    W[512:] = W[:512].flip(0)  # each latent has a twin
+    b = torch.zeros(1024)
+    latents = selection.select_surely(x, W, b, 15)[1]
+    assert torch.equal(latents, selection.select_topk(x, W, b, 15)[1])
+    assert ((latents < 512).sum(dim=1) == 8).all()
+
+
+def test_a_device_that_only_emulates_bfloat16_does_not_count_as_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert not selection.fast_bfloat16(torch.device("cuda"))
+
+
 def test_gradients_have_the_same_bits_each_time_on_two_threads() -> None:
     generator = torch.Generator().manual_seed(2)
     x, W_enc, W_dec = (torch.randn(n, 96, generator=generator) for n in (3000, 700, 700))

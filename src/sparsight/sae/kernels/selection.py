@@ -35,7 +35,7 @@ GROUPS = (16, 4)
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 faster than in float32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return device.type == "cpu" and supported is not None and bool(supported())
 
@@ -74,8 +74,7 @@ def select_topk(
     weights, bias = low or (W.bfloat16(), b.bfloat16())
     n_latents = len(W)
     candidates = enough_candidates(k, n_latents)
-    values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    latents = latents.to(x.device)
+    values, latents = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
     rows = tile_rows(x, n_latents)
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
@@ -103,8 +102,7 @@ def select_surely(
     weights, bias = W.bfloat16(), b.bfloat16()
     of_row = DEVIATIONS * math.sqrt(2 / 3) / 512 * torch.linalg.vector_norm(W, ord=math.inf)
     of_bias = b.abs().amax() / 256
-    values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    latents = latents.to(x.device)
+    values, latents = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
     rows = tile_rows(x, n_latents)
     candidates = enough_candidates(k, n_latents)
     pays = candidates < n_latents
@@ -135,10 +133,10 @@ def _strongest_of(
     k: int,
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
     """The k largest scores among candidates, exactly, and their latents in rising order."""
+    chosen = chosen.sort(dim=1).values
     exact = chosen_products(x, W, chosen) + b[chosen]
-    kept = exact.topk(k, dim=1, sorted=False).indices
-    latents, order = chosen.gather(1, kept).sort(dim=1)
-    return exact.gather(1, kept).gather(1, order), latents
+    kept = _first_of_equal(exact, exact.topk(k, dim=1, sorted=False).indices).sort(dim=1).values
+    return exact.gather(1, kept), chosen.gather(1, kept)
 
 
 def enough_candidates(k: int, n_latents: int) -> int:
@@ -179,7 +177,7 @@ def _select_exactly(
     x: Tensor, W: Tensor, b: Tensor, k: int, buffer: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     values = x.new_empty(len(x), k)
-    latents = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    latents = x.new_empty(len(x), k, dtype=torch.int64)
     rows = tile_rows(x, len(W))
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
