@@ -29,7 +29,7 @@ VERBS = {
     "push": "upload a run to the Hugging Face Hub, with a model card",
     "pretrained": "list autoencoders that others have published, and their names on the Hub",
 }
-"""Every verb, in the order of the work; the file of the same name in this folder runs it."""
+"""Every verb, in the order of the work; the module of the same name in this folder runs it."""
 
 FAULT = 1
 USAGE_ERROR = 2
