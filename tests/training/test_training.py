@@ -4,6 +4,7 @@ import dataclasses
 import math
 import struct
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file
 from sparsight.images import open_images
 from sparsight.sae import AuxK, BatchTopK, SAEConfig, SparseAutoencoder, TopK
-from sparsight.sae.kernels import Kernels, choose
+from sparsight.sae.kernels import Kernels, choose, selection
 from sparsight.training import TrainConfig, train
 from sparsight.training.loggers import JsonLines
 from sparsight.training.schedule import learning_rate_factor
@@ -199,7 +200,12 @@ class _Fetches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_is_fetched_from_the_device_between_lines_of_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nothing_is_fetched_from_the_device_between_lines_of_the_log(
+    precision: Literal["float32", "bfloat16"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The rule for equal scores, which has to wait, holds on a CPU alone.
+    monkeypatch.setattr(selection, "_first_of_equal", lambda scores, chosen: chosen)
     counts = []
     for n_steps in (10, 40):
         n = 32 * n_steps
@@ -211,6 +217,7 @@ def test_nothing_is_fetched_from_the_device_between_lines_of_the_log(tmp_path: P
             auxk=None,
             ema=0.9,
             kernels="torch",  # what runs on a GPU
+            precision=precision,
         )
         with _Fetches() as fetches:
             train(sparse_mixtures(), config, out=tmp_path / f"{n_steps}", quiet=True)
