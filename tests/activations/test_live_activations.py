@@ -141,7 +141,7 @@ def test_mistakes_are_refused(model: VisionModel, photos: ImageSource) -> None:
         LiveActivations(model, photos, [])
     with pytest.raises(UserError, match="has no site"):
         LiveActivations(model, photos, ["blocks.9.resid_post"])
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="1 or more"):
         LiveActivations(model, photos, SITES, batch_size=0)
     with pytest.raises(UserError, match="share"):
         LiveActivations(model, photos, SITES, max_failed=-1)

@@ -115,7 +115,7 @@ def test_a_search_that_lacks_something_says_what(model, collection, sae):
         (("a", "filtered"), {"sae": sae}, "needs latents"),
         (("a", "filtered"), {"sae": sae, "latents": [99]}, "no latent 99"),
         (("a", "steered"), {}, "needs edits"),
-        (("a", "query"), {"sae": sae, "n_query_latents": 0}, "at least 1"),
+        (("a", "query"), {"sae": sae, "n_query_latents": 0}, "1 or more"),
         (("a", "reconstructed"), {"sae": other}, "trained at blocks.0.mlp_out"),
         (("a", "reconstructed"), {"sae": stranger}, "trained on someone/else"),
         (("a",), {"top": 0}, "top is 0"),

@@ -20,7 +20,7 @@ from sparsight.activations.source import matching_sites
 from sparsight.activations.statistics import all_finite
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.writer import JOURNAL, ShardBuffer, StoreWriter
-from sparsight.config import first_difference
+from sparsight.config import check_positive, first_difference
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock
 from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource, load_batches
@@ -111,8 +111,7 @@ def extract(
         raise UserError(f"{out}: stores are written to local folders only; give a path.")
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
-    if batch_size < 1 or (shard_images is not None and shard_images < 1):
-        raise UserError("batch_size and shard_images must be at least 1.")
+    check_positive(batch_size=batch_size, shard_images=shard_images)
     if isinstance(sites, str) or not sites:
         raise UserError(f"sites is {sites!r}; it is a list, e.g. [{model.sites[-1]!r}].")
     tally = FailureTally(len(images), max_failed)

@@ -17,6 +17,7 @@ from sparsight.activations.manifest import describe_model
 from sparsight.activations.source import OrderedBatch, matching_sites, same_count
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
+from sparsight.config import check_positive
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_json
 from sparsight.images import ImageBatch, ImageSource, load_batches
@@ -71,8 +72,9 @@ class LiveActivations:
     ) -> None:
         if isinstance(sites, str) or not sites:
             raise UserError(f"sites is {sites!r}; it is a list, e.g. [{model.sites[-1]!r}].")
-        if min(batch_size, window_bytes, statistics_images) < 1:
-            raise UserError("batch_size, window_bytes and statistics_images must be at least 1.")
+        check_positive(
+            batch_size=batch_size, window_bytes=window_bytes, statistics_images=statistics_images
+        )
         if not len(images):
             raise UserError(f"{images.spec}: holds no images.")
         self.model = model
@@ -222,8 +224,7 @@ class LiveActivations:
         See `ActivationSource.ordered` for `after`.
         """
         names = [self._site(site) for site in sites]
-        if batch_images < 1:
-            raise UserError(f"batch_images is {batch_images}; it must be at least 1.")
+        check_positive(batch_images=batch_images)
         start = 0 if after is None else (after // batch_images + 1) * batch_images
         batches = self._batches(np.arange(start, len(self.images)), batch_images)
         return (

@@ -25,6 +25,7 @@ from sparsight.activations.shards import check_size, map_shard, read_tensors
 from sparsight.activations.source import OrderedBatch, other_tokens, same_count
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
+from sparsight.config import check_positive
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file, sha256_json
 from sparsight.images import ImageSource, reopen_images
@@ -246,8 +247,7 @@ class ActivationStore:
             SparsightError: an activation is NaN or infinite; the shard is named.
         """
         names = [self._site(site) for site in sites]
-        if batch_images < 1:
-            raise UserError(f"batch_images is {batch_images}; it must be at least 1.")
+        check_positive(batch_images=batch_images)
         done = 0 if after is None else int(np.searchsorted(self.image_indices, after, side="right"))
         return self._ordered(names, batch_images, -(-done // batch_images) * batch_images)
 

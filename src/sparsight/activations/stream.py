@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.activations.statistics import all_finite
+from sparsight.config import check_positive
 from sparsight.errors import SparsightError, UserError
 
 
@@ -109,8 +110,7 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         where: Callable[[npt.NDArray[np.int64], str], str],
         prefetch: bool,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+        check_positive(batch_size=batch_size)
         if seed < 0:
             raise UserError(f"seed is {seed}; it must be 0 or more.")
         self.plan = plan

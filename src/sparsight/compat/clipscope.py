@@ -18,6 +18,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from sparsight.config import check_positive
 from sparsight.errors import UserError
 from sparsight.evaluation import ReconstructionMeter
 from sparsight.reading import read_torch
@@ -117,8 +118,7 @@ class ConfiguredViT:
         place = _location(location)
         if place not in self._sites:
             raise UserError(f"{location} is not read here; the locations are {[*self._sites]}.")
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+        check_positive(batch_size=batch_size)
         waiting: list[Image.Image] = []
         for picture in pictures:
             waiting.append(picture)

@@ -176,8 +176,7 @@ class Collection:
             UserError: the mode lacks something, the SAE is of another model or site, or no chosen
                 latent of `filtered` is active on any picture, or on the one searched by.
         """
-        if top < 1:
-            raise UserError(f"top is {top}; it must be at least 1.")
+        check_positive(top=top)
         is_text = isinstance(query, str)
         vector = query if isinstance(query, Tensor) else self.embed_query(query)
         shown = name or (query if isinstance(query, str) else "picture")
@@ -242,8 +241,7 @@ class Collection:
             vector = self._as_picture(vector)
         own = view.encode(vector[None].to(view.W_dec.dtype))
         if mode == "query":
-            if n_query_latents < 1:
-                raise UserError(f"n_query_latents is {n_query_latents}; it must be at least 1.")
+            check_positive(n_query_latents=n_query_latents)
             strongest = own.values.abs().argsort(descending=True)[:n_query_latents]
             chosen = tuple(own.indices[strongest].tolist())
         if not chosen:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, empty, get_num_threads, set_num_threads
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from sparsight.config import check_positive
 from sparsight.errors import SparsightError, UserError
 from sparsight.images.decoding import ImageError, whole_size
 from sparsight.images.source import ImageSource
@@ -80,10 +81,7 @@ def load_batches(
         UserError: a number below its range, or an index that the source lacks.
         SparsightError: the transform failed (not with `ImageError`), or a worker died.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be 1 or more.")
-    if prefetch < 1:
-        raise UserError(f"prefetch is {prefetch}; it must be 1 or more.")
+    check_positive(batch_size=batch_size, prefetch=prefetch)
     if workers is not None and workers < 0:
         raise UserError(f"workers is {workers}; it must be 0 (this process) or more.")
     chosen = range(len(source)) if indices is None else [int(index) for index in indices]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from sparsight.config import check_seed, check_types
+from sparsight.config import check_positive, check_seed, check_types
 from sparsight.errors import UserError
 from sparsight.images.decoding import ImageError
 from sparsight.images.source import ImageInfo, ImageSource
@@ -199,8 +199,7 @@ class WrittenImages(ImageSource):
             raise UserError(f"kind is {kind!r}; expected {', '.join(KINDS)}.")
         if nonsense not in get_args(Nonsense):
             raise UserError(f"nonsense is {nonsense!r}; expected letters or anagram.")
-        if n is not None and n < 1:
-            raise UserError(f"n is {n}; it must be 1 or more.")
+        check_positive(n=n)
         check_seed(seed)
         self.source = source
         self.kind: Kind = kind

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from sparsight.activations import ActivationSource
-from sparsight.config import check_seed
+from sparsight.config import check_positive, check_seed
 from sparsight.errors import UserError
 from sparsight.images import ImageInfo, ImageSource
 from sparsight.latents.codes import CodeBatch, CodeStore
@@ -78,14 +78,12 @@ def build_index(
         UserError: SAE, site and activations do not belong together, or a number below 1.
         SparsightError: an activation is NaN or infinite, or a file of the codes is damaged.
     """
-    for name, value in {
-        "top_n": top_n,
-        "quantiles": quantiles,
-        "samples_per_quantile": samples_per_quantile,
-        "batch_images": batch_images,
-    }.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more.")
+    check_positive(
+        top_n=top_n,
+        quantiles=quantiles,
+        samples_per_quantile=samples_per_quantile,
+        batch_images=batch_images,
+    )
     check_seed(seed)
     data, site, batches = _passed(sae, given, images, site, batch_images, workers)
     device = "cpu" if isinstance(data, CodeStore) else sae.W_enc.device

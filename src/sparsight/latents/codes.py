@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from sparsight.activations.shards import check_size, map_tensors, write_tensors
-from sparsight.config import from_dict, to_dict
+from sparsight.config import check_positive, from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, sha256_file, write_json
 from sparsight.images import ImageSource, reopen_images
@@ -119,9 +119,9 @@ class CodeManifest:
             if getattr(self, name) not in choices:
                 known = ", ".join(choices)
                 raise UserError(f"{name} is {getattr(self, name)!r}; known: {known}.")
-        for name in ("n_tokens", "batch_images", "shard_bytes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_positive(
+            n_tokens=self.n_tokens, batch_images=self.batch_images, shard_bytes=self.shard_bytes
+        )
         if {"hash", "n_latents", "d_in"} - set(self.sae) or not _positive(self.sae["n_latents"]):
             raise UserError("sae must give hash, n_latents and d_in.")
         if {"spec", "fingerprint", "n_images"} - set(self.images):
@@ -358,8 +358,7 @@ class CodeStore:
 
     def ordered(self, batch_images: int = 64) -> Iterator[CodeBatch]:
         """All images once, in order, so many at a time."""
-        if batch_images < 1:
-            raise UserError(f"batch_images is {batch_images}; it must be at least 1.")
+        check_positive(batch_images=batch_images)
         return (
             self._read(first, min(first + batch_images, self.n_images))
             for first in range(0, self.n_images, batch_images)

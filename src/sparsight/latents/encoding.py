@@ -15,7 +15,7 @@ import torch
 
 from sparsight.activations import ActivationSource, LiveActivations
 from sparsight.activations.shards import check_size
-from sparsight.config import first_difference
+from sparsight.config import check_positive, first_difference
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation.data import find_site
 from sparsight.files import lock, remove_temporaries
@@ -84,9 +84,7 @@ def encode(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
-    for name, value in {"batch_images": batch_images, "shard_bytes": shard_bytes}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more.")
+    check_positive(batch_images=batch_images, shard_bytes=shard_bytes)
     folder = Path(out)
     activations, site = find_activations(sae, given, images, site, workers)
     source = activations.source()

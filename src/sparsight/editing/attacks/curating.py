@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from sparsight.config import check_positive
 from sparsight.editing.attacks.causal import Target
 from sparsight.editing.attacks.opinion import clip_opinion
 from sparsight.editing.attacks.salience import latent_reducer
@@ -181,8 +182,7 @@ def _check(
 ) -> None:
     if not targets:
         raise UserError("Nothing to curate by: no target was given.")
-    if n < 1:
-        raise UserError(f"n is {n}; it must be 1 or more.")
+    check_positive(n=n)
     if captions not in get_args(Captions):
         raise UserError(f"captions is {captions!r}; expected {', '.join(get_args(Captions))}.")
     if "{}" not in sentence:
