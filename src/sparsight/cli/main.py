@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import sparsight
+from sparsight.cli.verbs import HELP, guess, listed, run
 from sparsight.errors import SparsightError
 
 VERBS = {
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--traceback" in given or bool(os.environ.get("SPARSIGHT_DEBUG"))
     given = [argument for argument in given if argument != "--traceback"]
-    if not given or given[0] in ("-h", "--help", "help"):
+    if not given or given[0] in HELP:
         print(_help())
         return 0 if given else USAGE_ERROR
     if given[0] in ("-V", "--version"):
@@ -56,9 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = given
     if verb not in VERBS:
-        return _complain(f"There is no verb {verb!r}.{_guess(verb)} `sparsight --help` lists them.")
+        return _complain(
+            f"There is no verb {verb!r}.{guess(verb, VERBS)} `sparsight --help` lists them."
+        )
     try:
-        importlib.import_module(f"sparsight.cli.{verb}").main(rest)
+        run(verb, rest)
     except SystemExit as stop:  # the parser: --help, or a flag that is wrong
         return stop.code if isinstance(stop.code, int) else USAGE_ERROR
     except SparsightError as error:
@@ -81,20 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     return (
         "usage: sparsight VERB [OPTIONS]\n\n"
         "Open up CLIP and other vision transformers with sparse autoencoders.\n\n"
-        f"verbs:\n{verbs}\n\n"
+        f"verbs:\n{listed(VERBS)}\n\n"
         "`sparsight VERB --help` lists a verb's options; every verb reads them from\n"
         "`--config FILE.toml` too. `--traceback` shows where an error came from."
     )
-
-
-def _guess(verb: str) -> str:
-    close = difflib.get_close_matches(verb, VERBS, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _of_system(error: OSError) -> str:

@@ -5,10 +5,9 @@ A file a verb; what they share is in `shared`.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Sequence
 
+from sparsight.cli.verbs import HELP, guess, listed, run
 from sparsight.errors import UserError
 
 VERBS = {
@@ -20,24 +19,22 @@ VERBS = {
 
 def main(arguments: Sequence[str]) -> None:
     """Find the verb behind `attack` and run it."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in HELP:
         print(_help())
         raise SystemExit(0 if arguments else 2)
     verb, *rest = arguments
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"attack: there is no {verb!r}; it has {', '.join(VERBS)}.{hint}")
-    importlib.import_module(f"sparsight.cli.attack.{verb}").main(rest)
+        raise UserError(
+            f"attack: there is no {verb!r}; it has {', '.join(VERBS)}.{guess(verb, VERBS)}"
+        )
+    run(f"attack.{verb}", rest)
 
 
 def _help() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     return (
         "usage: sparsight attack {measure,find,curate} [OPTIONS]\n\n"
         "Words on pictures: how far they fool a model, and what in it reads them.\n\n"
-        f"verbs:\n{verbs}\n\n"
+        f"verbs:\n{listed(VERBS)}\n\n"
         "`sparsight attack VERB --help` lists a verb's options; each writes what it finds to\n"
         "`--out`, and reads its options from `--config FILE.toml` too."
     )

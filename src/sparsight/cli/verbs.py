@@ -1,0 +1,26 @@
+"""Verbs of a command: how they are listed, found, and guessed at when misspelt."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+
+HELP = ("-h", "--help", "help")
+
+
+def listed(verbs: Mapping[str, str]) -> str:
+    """A line a verb, with what it does."""
+    width = max(map(len, verbs))
+    return "\n".join(f"  {verb:<{width}}  {text}" for verb, text in verbs.items())
+
+
+def guess(verb: str, verbs: Mapping[str, str]) -> str:
+    """What may have been meant, as a sentence after a space; nothing if no verb is close."""
+    close = difflib.get_close_matches(verb, verbs, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def run(module: str, arguments: Sequence[str]) -> None:
+    """Run the verb that a module is."""
+    importlib.import_module(f"sparsight.cli.{module}").main(arguments)
