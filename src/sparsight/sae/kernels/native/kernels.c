@@ -59,6 +59,9 @@ typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 
 API const char *sparsight_sources(void) { return SOURCES; }
 
+/* By which callers make room. */
+API const int64_t sparsight_tile_latents = TILE_LATENTS, sparsight_block = BLOCK;
+
 API int sparsight_runs_here(void) {
 #if defined(WITH_AVX512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

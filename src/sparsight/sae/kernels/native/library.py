@@ -18,15 +18,11 @@ from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import build
 from sparsight.sae.kernels.selection import exact_above, exact_topk
 
-TILE_LATENTS = 64
 CHUNKS = 64
 """Parts of the update whose sums are added in order, so that threads do not change the bits."""
 
 ROWS_OF_A_TASK = 16
 """Vectors whose errors `reconstruct` sums."""
-
-BLOCK = 96
-"""Columns of a block; see blocks.h."""
 
 _KINDS = {"int8": 0, "bfloat16": 1}
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -137,11 +133,19 @@ def _of_these_sources(found: ctypes.CDLL) -> bool:
     return bool(found.sparsight_sources() == build.fingerprint().encode())
 
 
-def _function(name: str, dtype: torch.dtype) -> Any:
+def _loaded() -> ctypes.CDLL:
     loaded = load()
     if loaded is None:
         raise SparsightError("The native kernels are not built, or do not run on this processor.")
-    return getattr(loaded[0], f"sparsight_{name}_{_SUFFIXES[dtype]}")
+    return loaded[0]
+
+
+def _function(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_loaded(), f"sparsight_{name}_{_SUFFIXES[dtype]}")
+
+
+def _constant(name: str) -> int:
+    return c_int64.in_dll(_loaded(), f"sparsight_{name}").value
 
 
 def _at(tensor: Tensor | None) -> int | None:
@@ -171,7 +175,8 @@ class Dictionary:
         precision: Literal["int8", "bfloat16"],
     ) -> None:
         n, d = W.shape
-        padded = -(-n // TILE_LATENTS) * TILE_LATENTS
+        tile = _constant("tile_latents")
+        padded = -(-n // tile) * tile
         groups = -(-d // 4) if precision == "int8" else -(-d // 2)
         self.tensors = (
             torch.empty(padded * groups * 4, dtype=torch.uint8),
@@ -356,12 +361,10 @@ class Blocks:
     ) -> None:
         n_vectors, k = latents.shape
         rows, columns = (n_latents, n_vectors) if by_latent else (n_vectors, n_latents)
-        self.starts = int32(-(-columns // BLOCK) * rows + 1)
+        self.starts = int32(-(-columns // _constant("block")) * rows + 1)
         self.columns, self.entries = int32(2, latents.numel()) if room is None else room
         self.struct = _Blocks(rows, columns, *map(_at, (self.starts, self.columns, self.entries)))
-        loaded = load()
-        assert loaded is not None
-        loaded[0].sparsight_order_blocks(
+        _loaded().sparsight_order_blocks(
             c_void_p(_at(latents)), c_int64(n_vectors), c_int64(n_latents), c_int64(k),
             c_int(by_latent), byref(self.struct), c_int(torch.get_num_threads()),
         )  # fmt: skip
