@@ -287,7 +287,7 @@ class _Chunk:
         self.first, self.last = first, last
         self.whole = step
         self.optimiser = _Adam(step, [*MATRICES, "b_enc"], slice(first, last))
-        self.sums = self.of_enc = self.of_dec = torch.empty(0)
+        self.sums = torch.empty(0)
 
     def differentiate(
         self,
@@ -306,16 +306,16 @@ class _Chunk:
         part = slice(begin, end)
         starts = functional.pad(entries.ends[self.first : self.last], (1, 0), value=begin) - begin
         self.sums = self.whole.sums[:, : self.last - self.first]
-        self.of_enc, self.of_dec = self.sums
-        _sum_rows(entries.vectors[part], entries.grads[part], starts, x, self.of_enc)
-        _sum_rows(entries.error_rows[part], entries.values[part], starts, errors, self.of_dec)
+        of_enc, of_dec = self.sums
+        _sum_rows(entries.vectors[part], entries.grads[part], starts, x, of_enc)
+        _sum_rows(entries.error_rows[part], entries.values[part], starts, errors, of_dec)
         if aux is not None:
             inside = (aux.latents >= self.first) & (aux.latents < self.last)
-            _add(self.of_enc, aux.latents, aux.W_enc, inside, self.first)
-            _add(self.of_dec, aux.latents, aux.W_dec, inside, self.first)
+            _add(of_enc, aux.latents, aux.W_enc, inside, self.first)
+            _add(of_dec, aux.latents, aux.W_dec, inside, self.first)
         if along is not None:
             W_dec = self.optimiser.parts["W_dec"]
-            self.of_dec.addcmul_(along[self.first : self.last, None], W_dec, value=-1)
+            of_dec.addcmul_(along[self.first : self.last, None], W_dec, value=-1)
 
     def square(self) -> Float[Tensor, ""]:
         """The squared norm of the gradients."""
@@ -331,7 +331,8 @@ class _Chunk:
     ) -> None:
         """Adam, norms, and the copies in low precision."""
         part = slice(self.first, self.last)
-        gradients = {"W_enc": self.of_enc, "W_dec": self.of_dec, "b_enc": of_bias[part]}
+        of_enc, of_dec = self.sums
+        gradients = {"W_enc": of_enc, "W_dec": of_dec, "b_enc": of_bias[part]}
         if clip is not None:
             gradients = {name: each * clip.to(each.dtype) for name, each in gradients.items()}
         self.optimiser.step(gradients, lr, number)
