@@ -68,7 +68,9 @@ def test_latents_with_many_entries_are_summed_as_others(
     assert_same_steps(ours, truth, problems[1].batches[:3], dead)
 
 
-@pytest.mark.parametrize(("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16"), ("torch", "int8")]
+)
 def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
     kernels: str, precision: str
 ) -> None:
@@ -286,16 +288,15 @@ def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="run on the CPU, not on cuda"):
         choose("native", "auto", torch.device("cuda"))
-    with pytest.raises(UserError, match="'int8' is one of the native kernels"):
-        choose("torch", "int8", cpu)
+    with pytest.raises(UserError, match="'int8' is for the CPU, not for kernels 'torch' on cuda"):
+        choose("torch", "int8", torch.device("cuda"))
     import sparsight.sae.kernels as kernels
 
     monkeypatch.setattr(kernels, "load_native", lambda: None)
     assert choose("auto", "float32", cpu) == ("torch", "float32")
     with pytest.raises(UserError, match="no C compiler"):
         choose("native", "auto", cpu)
-    with pytest.raises(UserError, match="needs the native kernels"):
-        choose("auto", "int8", cpu)
+    assert choose("auto", "int8", cpu) == ("torch", "int8")
 
 
 @pytest.mark.parametrize("variant", build.VARIANTS)
@@ -305,6 +306,18 @@ def test_int8_is_taken_where_the_processor_is_quick_at_it(
     use_variant(variant, monkeypatch)
     expected = "float32" if variant == "portable" else "int8"
     assert choose("native", "auto", torch.device("cpu")) == ("native", expected)
+
+
+@pytest.mark.parametrize(
+    ("has_int8", "has_bfloat16", "expected"),
+    [(True, True, "int8"), (True, False, "int8"), (False, True, "bfloat16")],
+)
+def test_plain_torch_selects_in_what_the_processor_is_quick_at(
+    has_int8: bool, has_bfloat16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_int8)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    assert choose("torch", "auto", torch.device("cpu")) == ("torch", expected)
 
 
 @pytest.mark.parametrize("ratio", [100, 600])
@@ -324,15 +337,17 @@ def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
     assert given_up == (400 if ratio == 600 else 0)
 
 
-def test_int8_is_left_where_it_does_not_fit() -> None:
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_int8_is_left_where_it_does_not_fit(kernels: str) -> None:
     problem = make_problem(torch.float32, n_latents=3000)
     for z in problem.batches:
         z[:, 0] += 2000.0
     problem.parameters["W_enc"][:, 0] *= 1e-3
-    ours = Ours("native", "int8", OBJECTIVES["topk"], problem)
-    assert ours.fused.name.startswith("native-int8")
-    ours.fused.step(problem.batches[0], lr=LR, number=1)
-    assert ours.fused.name.startswith("native-bfloat16")
+    ours = Ours(kernels, "int8", OBJECTIVES["topk"], problem)
+    assert ours.fused.name.startswith(f"{kernels}-int8")
+    for number, z in enumerate(problem.batches[:2], start=1):
+        ours.fused.step(z, lr=LR, number=number)
+        assert ours.fused.name.startswith(f"{kernels}-bfloat16")
 
 
 def test_a_library_of_other_sources_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparsight.sae.kernels import decode_topk, dense, encode_topk, selection
+from sparsight.sae.kernels import bounds, decode_topk, dense, encode_topk, selection
 
 D_IN, N_LATENTS, K, BATCH = 12, 40, 5, 30
 
@@ -72,41 +72,83 @@ def test_selection_in_bfloat16_chooses_what_exact_selection_does(massive: bool) 
     torch.testing.assert_close(low[0].sum(), exact[0].sum(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["even", "massive", "alike", "few latents", "bias", "not finite"])
-def test_selection_in_bfloat16_with_a_bound_is_the_exact_one(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+def _bounds(
+    precision: str, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor
+) -> bounds.Bfloat16Bounds | bounds.Int8Bounds:
+    if precision == "bfloat16":
+        return bounds.Bfloat16Bounds(x, W, b)
+    return bounds.Int8Bounds(bounds.Int8Encoder(W), x, b)
+
+
+KINDS = ["even", "massive", "alike", "few latents", "bias", "huge bias", "lengths", "not finite"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_selection_with_bounds_is_the_exact_one(
+    precision: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     n_latents = 20 if kind == "few latents" else 1024
-    x = torch.randn(500, 64, generator=generator)
-    W = torch.nn.functional.normalize(torch.randn(n_latents, 64, generator=generator), dim=1)
+    x = torch.randn(500, 63, generator=generator)
+    W = torch.nn.functional.normalize(torch.randn(n_latents, 63, generator=generator), dim=1)
     b = torch.zeros(n_latents)
     if kind == "massive":
         x[:, :2] *= 100
     if kind == "alike":  # 200 latents for each of some directions
         W = W[torch.arange(n_latents) % 5] + 1e-4 * W
-    if kind == "bias":
+    if kind in ("bias", "huge bias"):
+        b = torch.randn(n_latents, generator=generator)
+    if kind == "huge bias":
+        b[3] = 1e9
+    if kind == "lengths":
+        W *= torch.logspace(-3, 1, n_latents)[:, None]
+        x *= torch.logspace(-9, 3, len(x))[:, None]
+        x[7] = 0
         b = torch.randn(n_latents, generator=generator)
     if kind == "not finite":
         x[::7] = math.nan
     monkeypatch.setitem(selection.TILE_ELEMENTS, "cpu", 100 * n_latents)  # five tiles
-    values, latents = selection.select_surely(x, W, b, 16)
+    made = _bounds(precision, x, W, b)
+    values, latents, n_unsure = bounds.select_surely(x, W, b, 16, made)
     exact = selection.select_topk(x, W, b, 16)
     finite = x.isfinite().all(dim=1)
     assert torch.equal(latents[finite], exact[1][finite])
     torch.testing.assert_close(values[finite], exact[0][finite])
     if kind == "alike":  # else this would be a test of nothing
         assert not torch.equal(selection.select_topk(x, W, b, 16, "bfloat16")[1], exact[1])
+    if kind in ("even", "bias"):
+        assert n_unsure <= 5
 
 
-def test_selection_in_bfloat16_with_a_bound_takes_the_first_of_equal_scores() -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_selection_with_bounds_takes_the_first_of_equal_scores(precision: str) -> None:
     generator = torch.Generator().manual_seed(1)
     x, W = (torch.randn(n, 64, generator=generator) for n in (300, 1024))
     W[512:] = W[:512].flip(0)  # each latent has a twin
     b = torch.zeros(1024)
-    latents = selection.select_surely(x, W, b, 15)[1]
+    latents = bounds.select_surely(x, W, b, 15, _bounds(precision, x, W, b))[1]
     assert torch.equal(latents, selection.select_topk(x, W, b, 15)[1])
     assert ((latents < 512).sum(dim=1) == 8).all()
+
+
+def test_bounds_in_int8_hold_and_are_near() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, W = (torch.randn(n, 256, generator=generator) for n in (200, 2048))
+    W *= torch.rand(2048, 1, generator=generator) + 0.2
+    x *= torch.rand(200, 1, generator=generator) + 0.2
+    b = 5 * torch.randn(2048, generator=generator)
+    copy = bounds.Int8Encoder(W / 3)
+    for first in range(0, 2048, 500):  # as training copies rows that have changed
+        copy.refresh(W[first : first + 500], first)
+    truth = x.double() @ W.double().T + b.double()
+    for of in (copy, bounds.Int8Encoder(W)):
+        n, rows = 512, slice(50, 200)
+        chosen, passed = bounds.Int8Bounds(of, x, b).candidates(rows, n, None)
+        rest = truth[rows].scatter(1, chosen, -math.inf).amax(dim=1)
+        assert (rest <= passed).double().mean() > 0.99
+        ranked = truth[rows].sort(dim=1, descending=True).values
+        assert (passed - ranked[:, n]).abs().max() < 0.1 * truth.std()
 
 
 def test_a_device_that_only_emulates_bfloat16_does_not_count_as_fast(
@@ -116,7 +158,7 @@ def test_a_device_that_only_emulates_bfloat16_does_not_count_as_fast(
         return including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert not selection.fast_bfloat16(torch.device("cuda"))
+    assert not bounds.fast_bfloat16(torch.device("cuda"))
 
 
 def test_gradients_have_the_same_bits_each_time_on_two_threads() -> None:

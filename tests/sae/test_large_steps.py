@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparsight.sae.kernels import Objective
+from sparsight.sae.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
 from sparsight.sae.kernels.native import library
 from sparsight.sae.kernels.selection import select_topk
 
@@ -18,7 +19,12 @@ SHAPES = [
     pytest.param(*SMALL, id="small"),
     pytest.param(*MEDIUM, id="medium", marks=pytest.mark.slow),
 ]
-LOW_PRECISION = [("native", "int8"), ("native", "bfloat16"), ("torch", "bfloat16")]
+LOW_PRECISION = [
+    ("native", "int8"),
+    ("native", "bfloat16"),
+    ("torch", "int8"),
+    ("torch", "bfloat16"),
+]
 
 
 def mixture(n: int, d_in: int, massive: bool) -> Tensor:
@@ -90,6 +96,8 @@ def test_selected_sets_are_those_of_dense_scores(
     if kernels == "native":
         latents = library.int32(n, K)
         library.Dictionary(W, b, precision).topk(x, W, b, K, out=(torch.empty(n, K), latents))
+    elif precision == "int8":
+        latents = select_surely(x, W, b, K, Int8Bounds(Int8Encoder(W), x, b))[1]
     else:
         latents = select_topk(x, W, b, K, precision)[1]
     same = 0

@@ -163,13 +163,14 @@ def test_all_kernels_train_to_the_same_place(tmp_path: Path) -> None:
         ("dense", "auto"),
         ("torch", "float32"),
         ("torch", "bfloat16"),
+        ("torch", "int8"),
         ("native", "int8"),
         ("native", "bfloat16"),
     ):
         config = dataclasses.replace(CONFIG, n_vectors=3200, kernels=kernels, precision=precision)
         run = train(data, config, out=tmp_path / f"{kernels}-{precision}", quiet=True)
         fvus[run.metrics()[-1]["kernels"]] = run.metrics()[-1]["fvu"]
-    assert len(fvus) == 5
+    assert len(fvus) == 6
     for fvu in fvus.values():
         assert fvu == pytest.approx(fvus["dense-float32"], rel=1e-3)
 

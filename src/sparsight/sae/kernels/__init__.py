@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparsight.errors import UserError
 from sparsight.sae.kernels import dense, inference, sparse
+from sparsight.sae.kernels.bounds import fast_bfloat16, fast_int8
 from sparsight.sae.kernels.interface import (
     Adam,
     Backend,
@@ -31,7 +32,6 @@ from sparsight.sae.kernels.interface import (
 from sparsight.sae.kernels.native.library import load as load_native
 from sparsight.sae.kernels.native.library import multiplies_int8
 from sparsight.sae.kernels.native.step import NativeStep
-from sparsight.sae.kernels.selection import fast_bfloat16
 from sparsight.sae.kernels.torch_step import TorchStep
 
 __all__ = [
@@ -102,11 +102,6 @@ def choose(
     """
     if kernels == "auto":
         kernels = _quickest(device)
-        if precision == "int8" and kernels != "native":
-            raise UserError(
-                "precision 'int8' needs the native kernels, which are not built or do not run on "
-                f"{device.type}. Leave precision out."
-            )
     if kernels == "native" and device.type != "cpu":
         raise UserError(f"kernels 'native' run on the CPU, not on {device.type}.")
     if kernels == "native" and load_native() is None:
@@ -118,11 +113,15 @@ def choose(
         _check_triton(device)
     if kernels == "dense" and precision not in ("auto", "float32"):
         raise UserError(f"kernels 'dense' select exactly; leave out precision {precision!r}.")
-    if precision == "int8" and kernels != "native":
-        raise UserError(f"precision 'int8' is one of the native kernels, not of {kernels!r}.")
+    if precision == "int8" and (kernels == "triton" or device.type != "cpu"):
+        raise UserError(
+            f"precision 'int8' is for the CPU, not for kernels {kernels!r} on {device.type}. Leave "
+            "precision out."
+        )
     if precision == "auto":
-        if kernels == "native":
-            precision = "int8" if multiplies_int8() else "float32"
+        in_int8 = {"native": multiplies_int8(), "torch": fast_int8(device)}
+        if in_int8.get(kernels, False):
+            precision = "int8"
         else:
             in_bfloat16 = kernels in ("torch", "triton") and fast_bfloat16(device)
             precision = "bfloat16" if in_bfloat16 else "float32"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsight.sae.kernels import selection
+from sparsight.sae.kernels import bounds, selection
 from sparsight.sae.kernels.interface import Precision
 from sparsight.sae.kernels.native import library
 
@@ -38,8 +38,12 @@ def strongest_latents(
         out = (x.new_empty(len(x), k), library.int32(len(x), k))
         library.Dictionary(W, b, "int8").topk(x.contiguous(), W, b, k, out=out)
         return out[1].long()
-    if precision is None and _bfloat16_pays(x, W):
-        return selection.select_surely(x, W, b, k)[1]
+    if precision in (None, "int8") and x.dtype == W.dtype == torch.float32 and len(x) >= FEWEST:
+        if bounds.fast_int8(x.device):
+            found = bounds.Int8Bounds(bounds.Int8Encoder(W), x, b)
+            return bounds.select_surely(x, W, b, k, found)[1]
+        if bounds.fast_bfloat16(x.device):
+            return bounds.select_surely(x, W, b, k, bounds.Bfloat16Bounds(x, W, b))[1]
     return selection.select_topk(x, W, b, k, precision or "float32")[1]
 
 
@@ -64,11 +68,6 @@ def batch_topk(
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
     """The k · batch largest scores of all, their latents, and how many each vector has."""
     return selection.batch_topk(x, W, b, k, lambda x, k: selection.select_topk(x, W, b, k))
-
-
-def _bfloat16_pays(x: Tensor, W: Tensor) -> bool:
-    in_float32 = x.dtype == W.dtype == torch.float32
-    return in_float32 and len(x) >= FEWEST and selection.fast_bfloat16(x.device)
 
 
 def _native_pays(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,19 +25,8 @@ with warnings.catch_warnings():
 TILE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Entries of the widest temporary: pre-activations of a tile, or gathered rows."""
 
-DEVIATIONS = 3.0
-"""Of rounding errors, beyond which none is expected."""
-
 GROUPS = (16, 4)
 """Latents of which the strongest stands for all, round after round."""
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 faster than in float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and supported is not None and bool(supported())
 
 
 def tile_rows(x: Tensor, width: int) -> int:
@@ -70,7 +59,7 @@ def select_topk(
         Scores, and latents in rising order.
     """
     if precision == "float32" or x.dtype != torch.float32:
-        return _select_exactly(x, W, b, k, buffer)
+        return select_exactly(x, W, b, k, buffer)
     weights, bias = low or (W.bfloat16(), b.bfloat16())
     n_latents = len(W)
     candidates = enough_candidates(k, n_latents)
@@ -80,52 +69,16 @@ def select_topk(
         part = slice(first, first + rows)
         tile = x[part]
         scores = torch.addmm(
-            bias, tile.to(weights.dtype), weights.T, out=_room(buffer, tile, n_latents, weights)
+            bias,
+            tile.to(weights.dtype),
+            weights.T,
+            out=room_of(buffer, len(tile), n_latents, weights.dtype),
         )
-        values[part], latents[part] = _strongest_of(tile, W, b, strongest(scores, candidates), k)
+        values[part], latents[part] = strongest_of(tile, W, b, strongest(scores, candidates), k)
     return values, latents
 
 
-def select_surely(
-    x: Float[Tensor, "batch d_in"],
-    W: Float[Tensor, "n_latents d_in"],
-    b: Float[Tensor, " n_latents"],
-    k: int,
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """As `select_topk` in bfloat16, but what rounding leaves in question is scored in full.
-
-    A vector is in question where a latent that was passed over could reach its k-th score. The
-    rounding of x and W moves a score by DEVIATIONS standard deviations of independent errors at
-    most, that of the score and its bias by half a place.
-    """
-    n_latents = len(W)
-    weights, bias = W.bfloat16(), b.bfloat16()
-    of_row = DEVIATIONS * math.sqrt(2 / 3) / 512 * torch.linalg.vector_norm(W, ord=math.inf)
-    of_bias = b.abs().amax() / 256
-    values, latents = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
-    rows = tile_rows(x, n_latents)
-    candidates = enough_candidates(k, n_latents)
-    pays = candidates < n_latents
-    for first in range(0, len(x), rows):
-        part = slice(first, first + rows)
-        tile = x[part]
-        if not pays:
-            values[part], latents[part] = _select_exactly(tile, W, b, k, None)
-            continue
-        scores = torch.addmm(bias, tile.bfloat16(), weights.T)
-        chosen = strongest(scores, candidates)
-        passed = scores.gather(1, chosen).amin(dim=1).float()
-        values[part], latents[part] = _strongest_of(tile, W, b, chosen, k)
-        error = of_row * tile.norm(dim=1) + of_bias + passed.abs() / 256
-        unsure = (~(values[part].amin(dim=1) > passed + error)).nonzero()[:, 0]
-        pays = 2 * len(unsure) < len(tile)
-        if len(unsure):
-            exact = _select_exactly(tile[unsure], W, b, k, None)
-            values[first + unsure], latents[first + unsure] = exact
-    return values, latents
-
-
-def _strongest_of(
+def strongest_of(
     x: Float[Tensor, "rows d_in"],
     W: Float[Tensor, "n_latents d_in"],
     b: Float[Tensor, " n_latents"],
@@ -173,15 +126,21 @@ def select_code(
     return values.flatten().relu_(), latents.flatten(), starts
 
 
-def _select_exactly(
-    x: Tensor, W: Tensor, b: Tensor, k: int, buffer: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def select_exactly(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    buffer: Tensor | None = None,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """`select_topk` with scores in the precision of x."""
     values = x.new_empty(len(x), k)
     latents = x.new_empty(len(x), k, dtype=torch.int64)
     rows = tile_rows(x, len(W))
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
-        scores = torch.addmm(b, x[part], W.T, out=_room(buffer, x[part], len(W), W))
+        room = room_of(buffer, len(x[part]), len(W), W.dtype)
+        scores = torch.addmm(b, x[part], W.T, out=room)
         latents[part] = _first_of_equal(scores, strongest(scores, k)).sort(dim=1).values
         values[part] = scores.gather(1, latents[part])
     return values, latents
@@ -207,10 +166,13 @@ def _first_of_equal(
     return chosen
 
 
-def _room(buffer: Tensor | None, tile: Tensor, width: int, like: Tensor) -> Tensor | None:
-    if buffer is None or buffer.dtype != like.dtype or buffer.numel() < len(tile) * width:
+def room_of(
+    buffer: Tensor | None, rows: int, width: int, dtype: torch.dtype
+) -> Shaped[Tensor, "rows width"] | None:
+    """A part of a buffer, if there is one of that dtype that is large enough."""
+    if buffer is None or buffer.dtype != dtype or buffer.numel() < rows * width:
         return None
-    return buffer[: len(tile) * width].view(len(tile), width)
+    return buffer[: rows * width].view(rows, width)
 
 
 def exact_topk(
@@ -220,7 +182,7 @@ def exact_topk(
     k: int,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k largest scores, strongest first."""
-    values, latents = _select_exactly(x, W, b, k, None)
+    values, latents = select_exactly(x, W, b, k)
     values, order = values.sort(dim=1, descending=True)
     return values, latents.gather(1, order)
 
@@ -281,7 +243,7 @@ def batch_topk(
 
 
 def strongest(
-    scores: Float[Tensor, "rows n"], k: int, groups: tuple[int, ...] = GROUPS
+    scores: Real[Tensor, "rows n"], k: int, groups: tuple[int, ...] = GROUPS
 ) -> Int[Tensor, "rows k"]:
     """Places of the k largest of each row, in any order.
 

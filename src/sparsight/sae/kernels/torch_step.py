@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
+from sparsight.sae.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.selection import (
@@ -21,6 +22,9 @@ from sparsight.sae.kernels.selection import (
 
 CHUNK = 1024
 """Latents whose gradients exist at one time, on a CPU."""
+
+MOST_UNSURE = 0.05
+"""Share of vectors that int8 may leave to be scored in full; beyond it bfloat16 is quicker."""
 
 
 class _Code(NamedTuple):
@@ -37,8 +41,6 @@ class TorchStep(FusedStep):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.precision == "int8":
-            raise ValueError("Plain torch selects in float32 or bfloat16.")
         if self.W_enc.dtype != torch.float32:
             self.precision = "float32"
         self.name = f"torch-{self.precision}"
@@ -49,7 +51,7 @@ class TorchStep(FusedStep):
             for first in range(0, self.n_latents, size)
         ]
         self.of_b_dec = _Adam(self, ["b_dec"], slice(None))
-        self.low: tuple[Tensor, Tensor] | None = None
+        self.low: Int8Encoder | tuple[Tensor, Tensor] | None = None
         self.scores = torch.empty(0)
         # Gradients of a chunk: fresh memory costs page faults.
         self.sums = self.W_enc.new_empty(2, min(size, self.n_latents), self.d_in)
@@ -59,7 +61,9 @@ class TorchStep(FusedStep):
         )
 
     def _copy_encoder(self) -> None:
-        if self.precision == "bfloat16":
+        if self.precision == "int8":
+            self.low = Int8Encoder(self.W_enc)
+        elif self.precision == "bfloat16":
             self.low = self.W_enc.bfloat16(), self.b_enc.bfloat16()
             use_large_pages(self.low[0])
 
@@ -108,13 +112,30 @@ class TorchStep(FusedStep):
         return _Code(values, latents, starts, self.stage_ends(starts, latents))
 
     def _select(self, x: Float[Tensor, "batch d_in"], k: int) -> tuple[Tensor, Tensor]:
-        low = self.low
-        dtype = torch.bfloat16 if low else x.dtype
+        low, W, b = self.low, self.W_enc, self.b_enc
+        if isinstance(low, Int8Encoder):
+            room = self._room(x, torch.int32)
+            bounds = Int8Bounds(low, x, b)
+            values, latents, n_unsure = select_surely(x, W, b, k, bounds, room)
+            if n_unsure > MOST_UNSURE * len(x):
+                self._take_bfloat16()
+            return values, latents
+        room = self._room(x, torch.bfloat16 if low else x.dtype)
+        return select_topk(x, W, b, k, self.precision, low, room)
+
+    def _room(self, x: Float[Tensor, "batch d_in"], dtype: torch.dtype) -> Tensor:
+        """For the pre-activations of a tile."""
         wanted = tile_rows(x, self.n_latents) * self.n_latents
         if self.scores.numel() < wanted or self.scores.dtype != dtype:
             self.scores = torch.empty(wanted, dtype=dtype, device=x.device)
             use_large_pages(self.scores)
-        return select_topk(x, self.W_enc, self.b_enc, k, self.precision, low, self.scores)
+        return self.scores
+
+    def _take_bfloat16(self) -> None:
+        """Leave int8, which does not fit these activations: a few dimensions are huge in them."""
+        self.precision = "bfloat16"
+        self.name = f"torch-{self.precision}"
+        self._copy_encoder()
 
     def _errors(
         self, x: Float[Tensor, "batch d_in"], code: _Code, weights: list[float]
@@ -183,6 +204,8 @@ class TorchStep(FusedStep):
         if len(self.chunks) > 1:
             ends = [0, *entries.ends[[chunk.last - 1 for chunk in self.chunks]].tolist()]
         spans = list(zip(self.chunks, ends, ends[1:], strict=False))
+        if isinstance(self.low, Int8Encoder):
+            self.low.set_unit()
         if len(self.chunks) == 1:
             self.chunks[0].differentiate(x, errors, entries, 0, ends[1], aux, along)
             norm = (self.chunks[0].square() + small).sqrt()
@@ -200,7 +223,7 @@ class TorchStep(FusedStep):
             if len(self.chunks) > 1:
                 chunk.differentiate(x, errors, entries, first, last, aux, along)
                 norm = norm + chunk.square()
-            chunk.update(of_bias, clip, lr, number, self.low)
+            chunk.update(of_bias, clip, lr, number)
         if len(self.chunks) > 1:
             norm = norm.sqrt()
         self.of_b_dec.step(
@@ -327,9 +350,8 @@ class _Chunk:
         clip: Float[Tensor, ""] | None,
         lr: float,
         number: int,
-        low: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Adam, norms, and the copies in low precision."""
+        """Adam, norms, and the copy in low precision."""
         part = slice(self.first, self.last)
         of_enc, of_dec = self.sums
         gradients = {"W_enc": of_enc, "W_dec": of_dec, "b_enc": of_bias[part]}
@@ -340,7 +362,10 @@ class _Chunk:
         if self.whole.unit_norm:
             W_dec = parts["W_dec"]
             W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_(min=1e-12))
-        if low is not None:
+        low = self.whole.low
+        if isinstance(low, Int8Encoder):
+            low.refresh(parts["W_enc"], self.first, room=of_enc)
+        elif low is not None:
             low[0][part].copy_(parts["W_enc"])
             low[1][part].copy_(parts["b_enc"])
 

@@ -1,0 +1,240 @@
+"""Selection in low precision that finds the latents of full precision, in plain torch.
+
+What rounding may have hidden is known, so that latents are chosen by bounds of their scores and the
+chosen ones scored again exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+from sparsight.sae.kernels.memory import use_large_pages
+from sparsight.sae.kernels.selection import (
+    enough_candidates,
+    room_of,
+    select_exactly,
+    strongest,
+    strongest_of,
+    tile_rows,
+)
+
+DEVIATIONS = 3.0
+"""Of rounding errors, supposed independent, beyond which none is expected."""
+
+LARGEST_CODE = 127
+"""Of rows and vectors in int8."""
+
+LARGEST_FACTOR = 64
+"""Of rows, when the unit is set."""
+
+LARGEST_BIAS_FACTOR = 4095
+"""Of vectors: each turns a bias in common units into one in its own."""
+
+LARGEST_SUM = 2.0**31
+"""Where int32 ends."""
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and supported is not None and bool(supported())
+
+
+def fast_int8(device: torch.device) -> bool:
+    """Whether torch multiplies int8 on a device faster than bfloat16, as far as is known here."""
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return device.type == "cpu" and supported is not None and bool(supported())
+
+
+def select_surely(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    bounds: Bounds,
+    buffer: Tensor | None = None,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], int]:
+    """As `select_topk`, but what rounding leaves in question is scored in full.
+
+    A vector is in question where a latent that was passed over could reach its k-th score.
+
+    Args:
+        x: vectors, the decoder's bias subtracted.
+        W: encoder rows.
+        b: encoder bias.
+        k: how many.
+        bounds: chooses latents in low precision.
+        buffer: room for the pre-activations of a tile.
+
+    Returns:
+        Scores, latents in rising order, and how many vectors were in question.
+    """
+    n_latents = len(W)
+    values, latents = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+    rows = tile_rows(x, n_latents)
+    candidates = enough_candidates(k, n_latents)
+    pays, n_unsure = candidates < n_latents, 0
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        tile = x[part]
+        if not pays:
+            values[part], latents[part] = select_exactly(tile, W, b, k)
+            n_unsure += len(tile)
+            continue
+        chosen, passed = bounds.candidates(part, candidates, buffer)
+        values[part], latents[part] = strongest_of(tile, W, b, chosen, k)
+        unsure = (~(values[part].amin(dim=1) > passed)).nonzero()[:, 0]
+        n_unsure += len(unsure)
+        pays = 2 * len(unsure) < len(tile)
+        if len(unsure):
+            exact = select_exactly(tile[unsure], W, b, k)
+            values[first + unsure], latents[first + unsure] = exact
+    return values, latents, n_unsure
+
+
+class Bounds(Protocol):
+    """Chooses latents for some vectors and knows what it may have missed."""
+
+    def candidates(
+        self, part: slice, k: int, room: Tensor | None
+    ) -> tuple[Int[Tensor, "rows k"], Float[Tensor, " rows"]]:
+        """Latents, in any order, and a score that none of the others exceeds.
+
+        Args:
+            part: of the vectors.
+            k: how many latents.
+            room: for pre-activations.
+        """
+
+
+class Bfloat16Bounds:
+    """By scores in bfloat16; see `select_surely`.
+
+    The rounding of x and W moves a score by DEVIATIONS standard deviations of independent errors at
+    most, that of the score and its bias by half a place.
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W: Float[Tensor, "n_latents d_in"],
+        b: Float[Tensor, " n_latents"],
+    ) -> None:
+        self.x, self.W, self.b = x, W.bfloat16(), b.bfloat16()
+        self.of_row = DEVIATIONS * math.sqrt(2 / 3) / 512 * torch.linalg.vector_norm(W, math.inf)
+        self.of_bias = b.abs().amax() / 256
+
+    def candidates(
+        self, part: slice, k: int, room: Tensor | None
+    ) -> tuple[Int[Tensor, "rows k"], Float[Tensor, " rows"]]:
+        """See `Bounds`."""
+        x = self.x[part]
+        out = room_of(room, len(x), len(self.W), torch.bfloat16)
+        scores = torch.addmm(self.b, x.bfloat16(), self.W.T, out=out)
+        chosen = strongest(scores, k)
+        passed = scores.gather(1, chosen).amin(dim=1).float()
+        error = self.of_row * x.norm(dim=1) + self.of_bias + passed.abs() / 256
+        return chosen, passed + error
+
+
+class Int8Encoder:
+    """A copy of encoder rows, for torch's product of integers.
+
+    A row is `unit · factor · codes` and a vector `scale · codes`: a product of codes, times the
+    row's factor, is a score in units of `unit · scale`.
+
+    Args:
+        W: the rows, in float32.
+    """
+
+    def __init__(self, W: Float[Tensor, "n_latents d_in"]) -> None:
+        self.codes = torch.empty(W.shape, dtype=torch.int8)
+        self.factors = torch.empty(len(W), dtype=torch.int32)
+        self.largest, self.norms = W.abs().amax(dim=1), torch.empty(len(W))
+        use_large_pages(self.codes)
+        self.set_unit()
+        rows = tile_rows(W, W.shape[1])
+        for first in range(0, len(W), rows):
+            self.refresh(W[first : first + rows], first)
+
+    def set_unit(self) -> None:
+        """Take the unit that fits the rows as they were copied last; all are to be copied anew."""
+        self.unit = float(self.largest.max()) / (LARGEST_CODE * LARGEST_FACTOR) or 1.0
+
+    def refresh(
+        self,
+        rows: Float[Tensor, "rows d_in"],
+        first: int = 0,
+        room: Float[Tensor, "room d_in"] | None = None,
+    ) -> None:
+        """Copy rows that have changed.
+
+        Args:
+            rows: what they are now.
+            first: where they begin.
+            room: for as many numbers, whose content is lost.
+        """
+        part = slice(first, first + len(rows))
+        room = torch.empty_like(rows) if room is None else room[: len(rows)]
+        torch.amax(torch.abs(rows, out=room), dim=1, out=self.largest[part])
+        torch.linalg.vector_norm(rows, dim=1, out=self.norms[part])
+        factors = (self.largest[part] / (LARGEST_CODE * self.unit)).ceil_().clamp_(min=1)
+        self.factors[part] = factors.int()
+        torch.mul(rows, (1 / (self.unit * factors))[:, None], out=room)
+        self.codes[part] = room.round_()
+
+
+class Int8Bounds:
+    """The bounds of some vectors' scores, in int32; see `Bounds`.
+
+    Args:
+        of: the encoder's rows.
+        x: the vectors, in float32.
+        b: the encoder's bias.
+    """
+
+    def __init__(
+        self, of: Int8Encoder, x: Float[Tensor, "batch d_in"], b: Float[Tensor, " n_latents"]
+    ) -> None:
+        self.encoder = of
+        scale = x.abs().amax(dim=1) / LARGEST_CODE
+        scale.clamp_(min=max(float(scale.max()) / 1024, torch.finfo(x.dtype).tiny))
+        self.codes: Int8[Tensor, "batch d_in"] = (x / scale[:, None]).round_().to(torch.int8)
+        self.scale = scale.double() * of.unit
+        size = float((x.norm(dim=1) / scale).max())
+        # b / (unit · scale) as a product of two integers, one of the latent and one of the vector.
+        common = LARGEST_BIAS_FACTOR * scale.min()
+        self.of_vector: Int[Tensor, " batch"] = (common / scale).round_().int()
+        of_latent = (b / (of.unit * common)).round_()
+        # Roundings of a row meet the numbers of x and the other way round, each even within ± 1/2.
+        factors, sizes = of.factors, of.norms / of.unit
+        hidden = DEVIATIONS / math.sqrt(12) * torch.hypot(factors * size, sizes)
+        hidden += (LARGEST_BIAS_FACTOR + of_latent.abs()) / 2 + 1
+        rounding = math.sqrt(x.shape[1]) / 2
+        most = (size + rounding) * (sizes + rounding * factors)
+        most += LARGEST_BIAS_FACTOR * of_latent.abs() + hidden
+        self.fits = bool(most.max() < LARGEST_SUM)
+        if self.fits:
+            self.of_latent, self.hidden = of_latent.int(), hidden.ceil_().int()
+
+    def candidates(
+        self, part: slice, k: int, room: Tensor | None
+    ) -> tuple[Int[Tensor, "rows k"], Float[Tensor, " rows"]]:
+        """See `Bounds`."""
+        codes, scale, of = self.codes[part], self.scale[part], self.encoder
+        if not self.fits:
+            return torch.arange(k).expand(len(codes), k), torch.full_like(scale, math.inf)
+        n_latents = len(of.codes)
+        out = room_of(room, len(codes), n_latents, torch.int32)
+        found = torch._int_mm(codes, of.codes.T, out=out)
+        torch.addcmul(self.hidden, found, of.factors, out=found)
+        found.addcmul_(self.of_latent, self.of_vector[part, None])
+        chosen = strongest(found, k)
+        return chosen, found.gather(1, chosen).amin(dim=1) * scale
