@@ -110,15 +110,15 @@ def test_selection_with_bounds_is_the_exact_one(
         x[::7] = math.nan
     monkeypatch.setitem(selection.TILE_ELEMENTS, "cpu", 100 * n_latents)  # five tiles
     made = _bounds(precision, x, W, b)
-    values, latents, n_unsure = bounds.select_surely(x, W, b, 16, made)
+    values, latents, candidates = bounds.select_surely(x, W, b, 16, made)
     exact = selection.select_topk(x, W, b, 16)
     finite = x.isfinite().all(dim=1)
     assert torch.equal(latents[finite], exact[1][finite])
     torch.testing.assert_close(values[finite], exact[0][finite])
     if kind == "alike":  # else this would be a test of nothing
         assert not torch.equal(selection.select_topk(x, W, b, 16, "bfloat16")[1], exact[1])
-    if kind in ("even", "bias"):
-        assert n_unsure <= 5
+    pays = {"even": True, "bias": True, "few latents": False, "huge bias": False}
+    assert (candidates < n_latents) == pays.get(kind, candidates < n_latents)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])

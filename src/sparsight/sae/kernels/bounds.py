@@ -26,6 +26,9 @@ from sparsight.sae.kernels.selection import (
 DEVIATIONS = 3.0
 """Of rounding errors, supposed independent, beyond which none is expected."""
 
+MOST_UNSURE = 0.02
+"""Share of vectors in question from which on more candidates are taken."""
+
 LARGEST_CODE = 127
 """Of rows and vectors in int8."""
 
@@ -59,11 +62,13 @@ def select_surely(
     b: Float[Tensor, " n_latents"],
     k: int,
     bounds: Bounds,
+    candidates: int | None = None,
     buffer: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], int]:
     """As `select_topk`, but what rounding leaves in question is scored in full.
 
-    A vector is in question where a latent that was passed over could reach its k-th score.
+    A vector is in question where a latent that was passed over could reach its k-th score. Where
+    many are, more latents are taken for candidates, until that would cost more than it saves.
 
     Args:
         x: vectors, the decoder's bias subtracted.
@@ -71,32 +76,35 @@ def select_surely(
         b: encoder bias.
         k: how many.
         bounds: chooses latents in low precision.
+        candidates: how many it chooses at first; default `enough_candidates`.
         buffer: room for the pre-activations of a tile.
 
     Returns:
-        Scores, latents in rising order, and how many vectors were in question.
+        Scores, latents in rising order, and how many candidates were taken at last: all latents
+        where low precision did not pay.
     """
     n_latents = len(W)
     values, latents = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
     rows = tile_rows(x, n_latents)
-    candidates = enough_candidates(k, n_latents)
-    pays, n_unsure = candidates < n_latents, 0
+    if candidates is None:
+        candidates = enough_candidates(k, n_latents)
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
         tile = x[part]
-        if not pays:
+        if candidates >= n_latents:
             values[part], latents[part] = select_exactly(tile, W, b, k)
-            n_unsure += len(tile)
             continue
         chosen, passed = bounds.candidates(part, candidates, buffer)
         values[part], latents[part] = strongest_of(tile, W, b, chosen, k)
         unsure = (~(values[part].amin(dim=1) > passed)).nonzero()[:, 0]
-        n_unsure += len(unsure)
-        pays = 2 * len(unsure) < len(tile)
         if len(unsure):
             exact = select_exactly(tile[unsure], W, b, k)
             values[first + unsure], latents[first + unsure] = exact
-    return values, latents, n_unsure
+        if len(unsure) > MOST_UNSURE * len(tile):
+            candidates += candidates // 2
+            if 2 * len(unsure) > len(tile) or candidates > 4 * k + 32:
+                candidates = n_latents
+    return values, latents, candidates
 
 
 class Bounds(Protocol):

@@ -14,6 +14,7 @@ from sparsight.sae.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.selection import (
+    enough_candidates,
     ragged_products,
     select_code,
     select_topk,
@@ -22,9 +23,6 @@ from sparsight.sae.kernels.selection import (
 
 CHUNK = 1024
 """Latents whose gradients exist at one time, on a CPU."""
-
-MOST_UNSURE = 0.05
-"""Share of vectors that int8 may leave to be scored in full; beyond it bfloat16 is quicker."""
 
 
 class _Code(NamedTuple):
@@ -52,6 +50,7 @@ class TorchStep(FusedStep):
         ]
         self.of_b_dec = _Adam(self, ["b_dec"], slice(None))
         self.low: Int8Encoder | tuple[Tensor, Tensor] | None = None
+        self.candidates = 0
         self.scores = torch.empty(0)
         # Gradients of a chunk: fresh memory costs page faults.
         self.sums = self.W_enc.new_empty(2, min(size, self.n_latents), self.d_in)
@@ -115,9 +114,11 @@ class TorchStep(FusedStep):
         low, W, b = self.low, self.W_enc, self.b_enc
         if isinstance(low, Int8Encoder):
             room = self._room(x, torch.int32)
-            bounds = Int8Bounds(low, x, b)
-            values, latents, n_unsure = select_surely(x, W, b, k, bounds, room)
-            if n_unsure > MOST_UNSURE * len(x):
+            enough = max(self.candidates, enough_candidates(k, self.n_latents))
+            values, latents, self.candidates = select_surely(
+                x, W, b, k, Int8Bounds(low, x, b), enough, room
+            )
+            if self.candidates >= self.n_latents > enough:
                 self._take_bfloat16()
             return values, latents
         room = self._room(x, torch.bfloat16 if low else x.dtype)
