@@ -29,6 +29,9 @@ DEVIATIONS = 3.0
 MOST_UNSURE = 0.02
 """Share of vectors in question from which on more candidates are taken."""
 
+CACHED = 1 << 20
+"""Numbers that are copied at a time, so that they are read from memory once."""
+
 LARGEST_CODE = 127
 """Of rows and vectors in int8."""
 
@@ -53,7 +56,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 def fast_int8(device: torch.device) -> bool:
     """Whether torch multiplies int8 on a device faster than bfloat16, as far as is known here."""
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    return device.type == "cpu" and supported is not None and bool(supported())
+    has_product = supported is not None and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and has_product and bool(supported())
 
 
 def select_surely(
@@ -88,6 +92,9 @@ def select_surely(
     rows = tile_rows(x, n_latents)
     if candidates is None:
         candidates = enough_candidates(k, n_latents)
+    if buffer is None and candidates < n_latents:
+        buffer = torch.empty(rows * n_latents, dtype=bounds.dtype, device=x.device)
+        use_large_pages(buffer)
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
         tile = x[part]
@@ -109,6 +116,9 @@ def select_surely(
 
 class Bounds(Protocol):
     """Chooses latents for some vectors and knows what it may have missed."""
+
+    dtype: torch.dtype
+    """Of its pre-activations."""
 
     def candidates(
         self, part: slice, k: int, room: Tensor | None
@@ -135,6 +145,7 @@ class Bfloat16Bounds:
         W: Float[Tensor, "n_latents d_in"],
         b: Float[Tensor, " n_latents"],
     ) -> None:
+        self.dtype = torch.bfloat16
         self.x, self.W, self.b = x, W.bfloat16(), b.bfloat16()
         self.of_row = DEVIATIONS * math.sqrt(2 / 3) / 512 * torch.linalg.vector_norm(W, math.inf)
         self.of_bias = b.abs().amax() / 256
@@ -144,7 +155,7 @@ class Bfloat16Bounds:
     ) -> tuple[Int[Tensor, "rows k"], Float[Tensor, " rows"]]:
         """See `Bounds`."""
         x = self.x[part]
-        out = room_of(room, len(x), len(self.W), torch.bfloat16)
+        out = room_of(room, len(x), len(self.W), self.dtype)
         scores = torch.addmm(self.b, x.bfloat16(), self.W.T, out=out)
         chosen = strongest(scores, k)
         passed = scores.gather(1, chosen).amin(dim=1).float()
@@ -165,12 +176,16 @@ class Int8Encoder:
     def __init__(self, W: Float[Tensor, "n_latents d_in"]) -> None:
         self.codes = torch.empty(W.shape, dtype=torch.int8)
         self.factors = torch.empty(len(W), dtype=torch.int32)
-        self.largest, self.norms = W.abs().amax(dim=1), torch.empty(len(W))
+        self.largest, self.norms = torch.empty(len(W)), torch.empty(len(W))
         use_large_pages(self.codes)
+        parts = W.split(max(1, CACHED // W.shape[1]))
+        starts = range(0, len(W), len(parts[0]))
+        room = torch.empty_like(parts[0])
+        for part, first in zip(parts, starts, strict=True):
+            self._measure(part, first, room)
         self.set_unit()
-        rows = tile_rows(W, W.shape[1])
-        for first in range(0, len(W), rows):
-            self.refresh(W[first : first + rows], first)
+        for part, first in zip(parts, starts, strict=True):
+            self.refresh(part, first, room)
 
     def set_unit(self) -> None:
         """Take the unit that fits the rows as they were copied last; all are to be copied anew."""
@@ -191,12 +206,16 @@ class Int8Encoder:
         """
         part = slice(first, first + len(rows))
         room = torch.empty_like(rows) if room is None else room[: len(rows)]
-        torch.amax(torch.abs(rows, out=room), dim=1, out=self.largest[part])
+        self._measure(rows, first, room)
         torch.linalg.vector_norm(rows, dim=1, out=self.norms[part])
         factors = (self.largest[part] / (LARGEST_CODE * self.unit)).ceil_().clamp_(min=1)
         self.factors[part] = factors.int()
         torch.mul(rows, (1 / (self.unit * factors))[:, None], out=room)
         self.codes[part] = room.round_()
+
+    def _measure(self, rows: Tensor, first: int, room: Tensor) -> None:
+        largest = self.largest[first : first + len(rows)]
+        torch.amax(torch.abs(rows, out=room[: len(rows)]), dim=1, out=largest)
 
 
 class Int8Bounds:
@@ -211,7 +230,7 @@ class Int8Bounds:
     def __init__(
         self, of: Int8Encoder, x: Float[Tensor, "batch d_in"], b: Float[Tensor, " n_latents"]
     ) -> None:
-        self.encoder = of
+        self.dtype, self.encoder = torch.int32, of
         scale = x.abs().amax(dim=1) / LARGEST_CODE
         scale.clamp_(min=max(float(scale.max()) / 1024, torch.finfo(x.dtype).tiny))
         self.codes: Int8[Tensor, "batch d_in"] = (x / scale[:, None]).round_().to(torch.int8)
@@ -240,7 +259,7 @@ class Int8Bounds:
         if not self.fits:
             return torch.arange(k).expand(len(codes), k), torch.full_like(scale, math.inf)
         n_latents = len(of.codes)
-        out = room_of(room, len(codes), n_latents, torch.int32)
+        out = room_of(room, len(codes), n_latents, self.dtype)
         found = torch._int_mm(codes, of.codes.T, out=out)
         torch.addcmul(self.hidden, found, of.factors, out=found)
         found.addcmul_(self.of_latent, self.of_vector[part, None])

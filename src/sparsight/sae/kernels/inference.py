@@ -38,13 +38,7 @@ def strongest_latents(
         out = (x.new_empty(len(x), k), library.int32(len(x), k))
         library.Dictionary(W, b, "int8").topk(x.contiguous(), W, b, k, out=out)
         return out[1].long()
-    if precision in (None, "int8") and x.dtype == W.dtype == torch.float32 and len(x) >= FEWEST:
-        if bounds.fast_int8(x.device):
-            found = bounds.Int8Bounds(bounds.Int8Encoder(W), x, b)
-            return bounds.select_surely(x, W, b, k, found)[1]
-        if bounds.fast_bfloat16(x.device):
-            return bounds.select_surely(x, W, b, k, bounds.Bfloat16Bounds(x, W, b))[1]
-    return selection.select_topk(x, W, b, k, precision or "float32")[1]
+    return _select(x, W, b, k, precision)[1]
 
 
 def latents_above(
@@ -67,7 +61,24 @@ def batch_topk(
     k: int,
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
     """The k · batch largest scores of all, their latents, and how many each vector has."""
-    return selection.batch_topk(x, W, b, k, lambda x, k: selection.select_topk(x, W, b, k))
+    return selection.batch_topk(x, W, b, k, lambda x, k: _select(x, W, b, k))
+
+
+def _select(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    precision: Precision | None = None,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """Scores and latents, in plain torch."""
+    if precision in (None, "int8") and x.dtype == W.dtype == torch.float32 and len(x) >= FEWEST:
+        if bounds.fast_int8(x.device):
+            copy = bounds.Int8Encoder(W)
+            return bounds.select_surely(x, W, b, k, bounds.Int8Bounds(copy, x, b))[:2]
+        if bounds.fast_bfloat16(x.device):
+            return bounds.select_surely(x, W, b, k, bounds.Bfloat16Bounds(x, W, b))[:2]
+    return selection.select_topk(x, W, b, k, precision or "float32")
 
 
 def _native_pays(x: Tensor) -> bool:
