@@ -56,8 +56,9 @@ def fast_bfloat16(device: torch.device) -> bool:
 def fast_int8(device: torch.device) -> bool:
     """Whether torch multiplies int8 on a device faster than bfloat16, as far as is known here."""
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    has_product = supported is not None and torch.backends.mkldnn.is_available()
-    return device.type == "cpu" and has_product and bool(supported())
+    if device.type != "cpu" or supported is None or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(supported())
 
 
 def select_surely(
