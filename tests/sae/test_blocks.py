@@ -26,8 +26,9 @@ def test_sums_and_products_in_blocks_are_those_of_the_dense_matrix(
     generator = torch.Generator().manual_seed(0)
     latents = torch.rand(n, n_latents, generator=generator).topk(k, dim=1).indices
     values = torch.randn(n, k, generator=generator, dtype=torch.float64)
+    latents = latents.sort(dim=1).values
     code = torch.zeros(n, n_latents, dtype=torch.float64)
-    missing = torch.rand(n, k, generator=generator) < 0.2
+    missing = torch.arange(k) >= torch.randint(0, k + 1, (n, 1), generator=generator)
     code.scatter_(1, latents, values.masked_fill(missing, 0))
     latents = latents.masked_fill(missing, -1).to(torch.int32)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
@@ -35,9 +36,9 @@ def test_sums_and_products_in_blocks_are_those_of_the_dense_matrix(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        by_vector = library.Blocks(latents, n_latents, by_latent=False)
-        by_latent = library.Blocks(latents, n_latents, by_latent=True)
-        decoded = by_vector.sums(by_vector.ordered(values), W, x.clone(), add=True)
+        by_vector = library.VectorsByLatents(latents, n_latents)
+        by_latent = library.LatentsByVectors(latents, n_latents)
+        decoded = by_vector.sums(values.flatten(), W, x.clone(), add=True)
         gradients = by_latent.sums(by_latent.ordered(values), x, torch.full_like(W, 7.0))
         products = torch.full_like(values, 7.0)
         by_vector.products(x, W, products)

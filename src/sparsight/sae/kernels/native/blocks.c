@@ -3,50 +3,44 @@
 
 #include <string.h>
 
+#define API __attribute__((visibility("default")))
+
 typedef struct {
-    const int32_t *latents; /* [n_vectors, k]; -1 where there is none */
+    const int32_t *latents; /* [n_vectors, k]; behind the last of a vector -1 */
     int64_t n_vectors, n_latents, k;
-    int by_latent; /* whether latents are the rows of the matrix, else vectors */
     Blocks *out;
 } Ordering;
-
-/* The block and row that an entry belongs to. */
-static inline int64_t cell(const Ordering *of, int64_t vector, int64_t latent) {
-    if (of->by_latent) return vector / BLOCK * of->n_latents + latent;
-    return latent / BLOCK * of->n_vectors + vector;
-}
 
 static inline int64_t end_of(const Ordering *of, int64_t task) {
     const int64_t end = (task + 1) * BLOCK;
     return end < of->n_vectors ? end : of->n_vectors;
 }
 
-/* Tasks share no cell: those of a vector, or of a block of vectors, are counted by one. */
+/* Tasks share no block. */
 static void count_entries(void *context, int64_t task) {
     const Ordering *of = context;
-    for (int64_t v = task * BLOCK; v < end_of(of, task); v++)
-        for (int64_t e = v * of->k; e < (v + 1) * of->k; e++)
-            if (of->latents[e] >= 0) of->out->starts[cell(of, v, of->latents[e])]++;
+    int32_t *counts = of->out->starts + task * of->n_latents;
+    for (int64_t e = task * BLOCK * of->k; e < end_of(of, task) * of->k; e++)
+        if (of->latents[e] >= 0) counts[of->latents[e]]++;
 }
 
 static void place_entries(void *context, int64_t task) {
     const Ordering *of = context;
+    int32_t *next = of->out->starts + task * of->n_latents;
     for (int64_t v = task * BLOCK; v < end_of(of, task); v++)
         for (int64_t e = v * of->k; e < (v + 1) * of->k; e++) {
             if (of->latents[e] < 0) continue;
-            const int32_t to = of->out->starts[cell(of, v, of->latents[e])]++;
-            of->out->columns[to] = of->by_latent ? (int32_t)v : of->latents[e];
+            const int32_t to = next[of->latents[e]]++;
+            of->out->columns[to] = (int32_t)v;
             of->out->entries[to] = (int32_t)e;
         }
 }
 
-/* Put the entries of a code, k a vector, into blocks; those of a cell stay in their order. */
-__attribute__((visibility("default"))) void sparsight_order_blocks(
-    const int32_t *latents, int64_t n_vectors, int64_t n_latents, int64_t k, int by_latent,
-    Blocks *out, int threads) {
-    Ordering of = {latents, n_vectors, n_latents, k, by_latent, out};
-    const int64_t tasks = (n_vectors + BLOCK - 1) / BLOCK;
-    const int64_t cells = (out->n_columns + BLOCK - 1) / BLOCK * out->n_rows;
+/* Put the entries of a code, k a vector, into blocks of vectors; those of a latent stay in order. */
+API void sparsight_blocks_by_latent(const int32_t *latents, int64_t n_vectors, int64_t k,
+                                    int64_t n_latents, Blocks *out, int threads) {
+    Ordering of = {latents, n_vectors, n_latents, k, out};
+    const int64_t tasks = (n_vectors + BLOCK - 1) / BLOCK, cells = tasks * n_latents;
     memset(out->starts, 0, (size_t)(cells + 1) * 4);
     parallel_for(tasks, threads, count_entries, &of);
     int32_t place = 0;
@@ -58,4 +52,24 @@ __attribute__((visibility("default"))) void sparsight_order_blocks(
     parallel_for(tasks, threads, place_entries, &of); /* which leaves the ends in the starts */
     memmove(out->starts + 1, out->starts, (size_t)cells * 4);
     out->starts[0] = 0;
+}
+
+static void find_starts(void *context, int64_t task) {
+    const Ordering *of = context;
+    const int64_t blocks = (of->n_latents + BLOCK - 1) / BLOCK;
+    for (int64_t v = task * BLOCK; v < end_of(of, task); v++) {
+        const int32_t *latents = of->latents + v * of->k;
+        int64_t e = 0;
+        for (int64_t block = 0; block <= blocks; block++) {
+            while (e < of->k && latents[e] >= 0 && latents[e] < block * BLOCK) e++;
+            of->out->starts[block * of->n_vectors + v] = (int32_t)(v * of->k + e);
+        }
+    }
+}
+
+/* Find where blocks of latents begin in a code whose latents rise. */
+API void sparsight_blocks_by_vector(const int32_t *latents, int64_t n_vectors, int64_t k,
+                                    int64_t n_latents, Blocks *out, int threads) {
+    Ordering of = {latents, n_vectors, n_latents, k, out};
+    parallel_for((n_vectors + BLOCK - 1) / BLOCK, threads, find_starts, &of);
 }

@@ -89,6 +89,7 @@ class _Blocks(Structure):
         ("starts", c_void_p),
         ("columns", c_void_p),
         ("entries", c_void_p),
+        ("to_end", c_int64),
     )
 
 
@@ -340,40 +341,31 @@ def reconstruct(
     return losses
 
 
-class Blocks:
-    """A code with many entries a vector, as a sparse matrix whose sums share rows; see blocks.h.
-
-    Args:
-        latents: of each vector's entries, int32; -1 where there is none.
-        n_latents: how many there are.
-        by_latent: whether latents are the matrix's rows and vectors its columns, or the other way
-            round.
-        room: for the columns and the places of the entries.
-    """
+class _CodeInBlocks:
+    """A code with many entries a vector, as a sparse matrix whose sums share rows; see blocks.h."""
 
     def __init__(
         self,
+        order: Literal["by_vector", "by_latent"],
         latents: Int[Tensor, "batch k"],
         n_latents: int,
-        *,
-        by_latent: bool,
-        room: Int[Tensor, "2 entries"] | None = None,
+        shape: tuple[int, int],
+        columns: Int[Tensor, " entries"],
+        entries: Int[Tensor, " entries"] | None,
     ) -> None:
-        n_vectors, k = latents.shape
-        rows, columns = (n_latents, n_vectors) if by_latent else (n_vectors, n_latents)
-        self.starts = int32(-(-columns // _constant("block")) * rows + 1)
-        self.columns, self.entries = int32(2, latents.numel()) if room is None else room
-        self.struct = _Blocks(rows, columns, *map(_at, (self.starts, self.columns, self.entries)))
-        _loaded().sparsight_order_blocks(
-            c_void_p(_at(latents)), c_int64(n_vectors), c_int64(n_latents), c_int64(k),
-            c_int(by_latent), byref(self.struct), c_int(torch.get_num_threads()),
+        n_rows, n_columns = shape
+        blocks = -(-n_columns // _constant("block"))
+        by_vector = order == "by_vector"
+        self.starts = int32((blocks + 1) * n_rows if by_vector else blocks * n_rows + 1)
+        self.struct = _Blocks(
+            n_rows, n_columns, *map(_at, (self.starts, columns, entries)),
+            n_rows if by_vector else 1,
         )  # fmt: skip
-        used = int(self.starts[-1])
-        self.columns, self.entries = self.columns[:used], self.entries[:used]
-
-    def ordered(self, of_code: Float[Tensor, "batch k"]) -> Float[Tensor, " entries"]:
-        """Numbers of the code's entries in the order of this matrix."""
-        return of_code.flatten().index_select(0, self.entries)
+        self.columns = columns  # kept for the struct
+        getattr(_loaded(), f"sparsight_blocks_{order}")(
+            c_void_p(_at(latents)), *map(c_int64, (*latents.shape, n_latents)),
+            byref(self.struct), c_int(torch.get_num_threads()),
+        )  # fmt: skip
 
     def sums(
         self,
@@ -383,7 +375,14 @@ class Blocks:
         *,
         add: bool = False,
     ) -> Float[Tensor, "rows d_in"]:
-        """For each row the sum of its entries' rows of `base`, weighted; `add` adds it to `out`."""
+        """For each row the sum of its entries' rows of `base`, weighted; `add` adds it to `out`.
+
+        Args:
+            weights: in the order of the entries.
+            base: a row for each column of the matrix.
+            out: changed in place.
+            add: keep what is in `out`.
+        """
         _function("block_sums", out.dtype)(
             byref(self.struct), c_void_p(_at(weights)), c_void_p(_at(base)),
             c_int64(out.shape[1]), c_int(add), c_void_p(_at(out)),
@@ -391,17 +390,55 @@ class Blocks:
         )  # fmt: skip
         return out
 
+
+class VectorsByLatents(_CodeInBlocks):
+    """A code as it stands, with vectors for rows.
+
+    Args:
+        latents: of each vector's entries, int32, rising; behind the last -1.
+        n_latents: how many there are.
+    """
+
+    def __init__(self, latents: Int[Tensor, "batch k"], n_latents: int) -> None:
+        shape = len(latents), n_latents
+        super().__init__("by_vector", latents, n_latents, shape, latents.flatten(), None)
+
     def products(
         self,
-        x: Float[Tensor, "rows d_in"],
-        base: Float[Tensor, "columns d_in"],
+        x: Float[Tensor, "batch d_in"],
+        base: Float[Tensor, "n_latents d_in"],
         out: Float[Tensor, "batch k"],
     ) -> None:
-        """For each entry of the code the dot product of its row of `x` with its row of `base`."""
+        """For each entry the dot product of its row of `x` with its row of `base`."""
         _function("block_products", x.dtype)(
             byref(self.struct), c_void_p(_at(x)), c_void_p(_at(base)), c_int64(x.shape[1]),
             c_void_p(_at(out)), c_int(torch.get_num_threads()),
         )  # fmt: skip
+
+
+class LatentsByVectors(_CodeInBlocks):
+    """A code with latents for rows, in an order of its own.
+
+    Args:
+        latents: of each vector's entries, int32; -1 where there is none.
+        n_latents: how many there are.
+        room: for the columns and the places of the entries.
+    """
+
+    def __init__(
+        self,
+        latents: Int[Tensor, "batch k"],
+        n_latents: int,
+        room: Int[Tensor, "2 entries"] | None = None,
+    ) -> None:
+        shape = n_latents, len(latents)
+        columns, entries = int32(2, latents.numel()) if room is None else room
+        super().__init__("by_latent", latents, n_latents, shape, columns, entries)
+        self.entries = entries[: int(self.starts[-1])]
+
+    def ordered(self, of_code: Float[Tensor, "batch k"]) -> Float[Tensor, " entries"]:
+        """Numbers of the code's entries in the order of this matrix."""
+        return of_code.flatten().index_select(0, self.entries)
 
 
 def by_latent(

@@ -204,19 +204,19 @@ class NativeStep(FusedStep):
         dictionary = library.Dictionary(W_enc, b_enc, precision)
         dictionary.topk(x, W_enc, b_enc, k, threshold=0.0, out=(values, latents))
         values.relu_()  # those that were scored in full may be negative
-        room = self._buffer("aux_entries", 2, n * k, dtype=torch.int32)
-        matrix = library.Blocks(latents, len(dead), by_latent=False, room=room)
+        matrix = library.VectorsByLatents(latents, len(dead))
         error = torch.neg(target, out=self._buffer("aux_error", n, self.d_in))
-        matrix.sums(matrix.ordered(values), W_dec, error, add=True)
+        matrix.sums(values.flatten(), W_dec, error, add=True)
         norms = torch.linalg.vector_norm(error, dim=1)
         error.mul_(2 * self.objective.aux_alpha / spread)
         matrix.products(error, W_dec, grads)
         grads.masked_fill_(values <= 0, 0)
-        matrix = library.Blocks(latents, len(dead), by_latent=True, room=room)
-        of_code = matrix.ordered(grads)
-        matrix.sums(of_code, x, of_enc)
-        matrix.sums(matrix.ordered(values), error, of_dec)
-        of_bias = matrix.sums(of_code, x.new_ones(n, 1), torch.empty_like(b_enc)[:, None])[:, 0]
+        room = self._buffer("aux_entries", 2, n * k, dtype=torch.int32)
+        turned = library.LatentsByVectors(latents, len(dead), room)
+        of_code = turned.ordered(grads)
+        turned.sums(of_code, x, of_enc)
+        turned.sums(turned.ordered(values), error, of_dec)
+        of_bias = turned.sums(of_code, x.new_ones(n, 1), torch.empty_like(b_enc)[:, None])[:, 0]
         aux = Auxiliary(dead.to(torch.int32), of_enc, of_bias, of_dec)
         return aux, norms.double().square().sum() / spread
 
