@@ -12,12 +12,14 @@ from step_parts import (
     LR,
     N_LATENTS,
     OBJECTIVES,
+    K,
     Ours,
     Reference,
     assert_same_gradients,
     assert_same_steps,
     dead_latents,
     make_problem,
+    objectives,
     use_variant,
     with_aux,
 )
@@ -50,6 +52,29 @@ def test_gradients_and_ten_steps_are_those_of_dense_autograd(
     problem = make_problem(torch.float64, massive)
     truth = Reference(objective, problem)
     assert_same_steps(ours, truth, problem.batches, dead)
+
+
+@pytest.mark.parametrize("with_dead", [False, True], ids=["plain", "auxk"])
+@pytest.mark.parametrize("name", ["topk", "batch-topk", "multi-topk", "matryoshka"])
+def test_vectors_that_are_scored_in_full_are_trained_on_as_others(
+    name: str, with_dead: bool
+) -> None:
+    problems = [make_problem(torch.float64, n_latents=1200) for _ in "ab"]
+    for problem in problems:  # latents so alike that int8 tells none of them apart
+        W_enc = problem.parameters["W_enc"]
+        W_enc.copy_(W_enc[0] + 1e-3 * W_enc)
+        problem.parameters["b_enc"].mul_(1e-3)
+    W, b = (problems[0].parameters[each] for each in ("W_enc", "b_enc"))
+    x = problems[0].batches[0]
+    out = x.new_empty(len(x), K), library.int32(len(x), K)
+    _, given_up = library.Dictionary(W, b, "int8").topk(x, W, b, K, out=out)
+    assert given_up > 0
+    dead = torch.arange(1, 1200, 2) if with_dead else None
+    objective = objectives(1200)[name]
+    if with_dead:
+        objective = with_aux(objective, 100)
+    ours = Ours("native", "int8", objective, problems[0])
+    assert_same_steps(ours, Reference(objective, problems[1]), problems[1].batches[:2], dead)
 
 
 @pytest.mark.parametrize("with_dead", [False, True], ids=["plain", "auxk"])

@@ -175,18 +175,6 @@ def room_of(
     return buffer[: rows * width].view(rows, width)
 
 
-def exact_topk(
-    x: Float[Tensor, "batch d_in"],
-    W: Float[Tensor, "n_latents d_in"],
-    b: Float[Tensor, " n_latents"],
-    k: int,
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest scores, strongest first."""
-    values, latents = select_exactly(x, W, b, k)
-    values, order = values.sort(dim=1, descending=True)
-    return values, latents.gather(1, order)
-
-
 def exact_above(
     x: Float[Tensor, "batch d_in"],
     W: Float[Tensor, "n_latents d_in"],
@@ -237,9 +225,8 @@ def batch_topk(
         width += room
         values = functional.pad(values, (0, room), value=-math.inf)
         latents = functional.pad(latents, (0, room))
-        found, of = exact_topk(x[full], W, b, width)
-        latents[full], order = of.to(latents.dtype).sort(dim=1)
-        values[full] = found.gather(1, order)
+        values[full], of = select_exactly(x[full], W, b, width)
+        latents[full] = of.to(latents.dtype)
 
 
 def strongest(

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsight.errors import SparsightError
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import build
-from sparsight.sae.kernels.selection import exact_above, exact_topk
+from sparsight.sae.kernels.selection import exact_above, select_exactly
 
 CHUNKS = 64
 """Parts of the update whose sums are added in order, so that threads do not change the bits."""
@@ -252,6 +252,8 @@ class Dictionary:
     ) -> tuple[Int[Tensor, " batch"], int]:
         """As `select`, with vectors that it gives up scored in full, whatever the threshold.
 
+        Latents rise, but for those of `k_inner`, which come first.
+
         Returns:
             How many each vector has, and how many vectors were scored in full.
         """
@@ -259,8 +261,11 @@ class Dictionary:
         counts = self.select(x, W, b, k=k, k_inner=k_inner, threshold=threshold, out=out)
         failed = (counts < 0).nonzero()[:, 0]
         if len(failed):
-            values[failed], found = exact_topk(x[failed], W, b, k)
-            latents[failed] = found.to(torch.int32)
+            scores, found = select_exactly(x[failed], W, b, k)
+            if k_inner:
+                scores, order = scores.sort(dim=1, descending=True)
+                found = found.gather(1, order)
+            values[failed], latents[failed] = scores, found.to(torch.int32)
             counts[failed] = k
         return counts, len(failed)
 
