@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsight.sae.kernels import Adam, FusedStep, Objective, fused_step
+from sparsight.sae.kernels.bounds import fast_int8
 from sparsight.sae.kernels.native import build, library
 from sparsight.sae.objectives import Plan, dense_loss
 from sparsight.sae.sparsity import Weights
@@ -33,6 +34,11 @@ def objectives(n_latents: int = N_LATENTS) -> dict[str, Objective]:
 
 
 OBJECTIVES = objectives()
+
+NEEDS_INT8 = pytest.mark.skipif(
+    not fast_int8(torch.device("cpu")), reason="torch does not multiply int8 quickly here"
+)
+TORCH_INT8 = pytest.param("torch", "int8", marks=NEEDS_INT8)
 
 
 def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ from step_parts import (
     BATCH,
     LR,
     N_LATENTS,
+    NEEDS_INT8,
     OBJECTIVES,
+    TORCH_INT8,
     K,
     Ours,
     Reference,
@@ -25,7 +27,7 @@ from step_parts import (
 )
 
 from sparsight.errors import UserError
-from sparsight.sae.kernels import choose
+from sparsight.sae.kernels import bounds, choose
 from sparsight.sae.kernels.native import build, library
 
 BACK_ENDS = [
@@ -93,9 +95,7 @@ def test_latents_with_many_entries_are_summed_as_others(
     assert_same_steps(ours, truth, problems[1].batches[:3], dead)
 
 
-@pytest.mark.parametrize(
-    ("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16"), ("torch", "int8")]
-)
+@pytest.mark.parametrize(("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16"), TORCH_INT8])
 def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
     kernels: str, precision: str
 ) -> None:
@@ -313,15 +313,19 @@ def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="run on the CPU, not on cuda"):
         choose("native", "auto", torch.device("cuda"))
-    with pytest.raises(UserError, match="'int8' is for the CPU, not for kernels 'torch' on cuda"):
+    with pytest.raises(UserError, match=r"'int8' needs the native kernels.* 'torch' on cuda"):
         choose("torch", "int8", torch.device("cuda"))
+    with pytest.raises(UserError, match="'dense' select exactly"):
+        choose("dense", "int8", cpu)
     import sparsight.sae.kernels as kernels
 
     monkeypatch.setattr(kernels, "load_native", lambda: None)
     assert choose("auto", "float32", cpu) == ("torch", "float32")
     with pytest.raises(UserError, match="no C compiler"):
         choose("native", "auto", cpu)
-    assert choose("auto", "int8", cpu) == ("torch", "int8")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(UserError, match=r"'int8' needs .* VNNI; these are 'torch' on cpu"):
+        choose("auto", "int8", cpu)
 
 
 @pytest.mark.parametrize("variant", build.VARIANTS)
@@ -341,6 +345,7 @@ def test_plain_torch_selects_in_what_the_processor_is_quick_at(
     has_int8: bool, has_bfloat16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_int8)
+    monkeypatch.setattr(bounds, "_multiplies_exactly", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     assert choose("torch", "auto", torch.device("cpu")) == ("torch", expected)
 
@@ -362,7 +367,7 @@ def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
     assert given_up == (400 if ratio == 600 else 0)
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("kernels", ["native", pytest.param("torch", marks=NEEDS_INT8)])
 def test_int8_is_left_where_it_does_not_fit(kernels: str) -> None:
     problem = make_problem(torch.float32, n_latents=3000)
     for z in problem.batches:

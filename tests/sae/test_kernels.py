@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from step_parts import NEEDS_INT8
 
 from sparsight.sae.kernels import bounds, decode_topk, dense, encode_topk, selection
 
@@ -80,48 +81,81 @@ def _bounds(
     return bounds.Int8Bounds(bounds.Int8Encoder(W), x, b)
 
 
-KINDS = ["even", "massive", "alike", "few latents", "bias", "huge bias", "lengths", "not finite"]
+PRECISIONS = ["bfloat16", pytest.param("int8", marks=NEEDS_INT8)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
-def test_selection_with_bounds_is_the_exact_one(
-    precision: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _inputs_of(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
     n_latents = 20 if kind == "few latents" else 1024
-    x = torch.randn(500, 63, generator=generator)
-    W = torch.nn.functional.normalize(torch.randn(n_latents, 63, generator=generator), dim=1)
+    x, W = normal(500, 63), normal(n_latents, 63)
     b = torch.zeros(n_latents)
     if kind == "massive":
         x[:, :2] *= 100
+    if kind == "offset":  # hidden behind a huge dimension, and the same in all vectors
+        x = 0.3 * x + 1
+        x[:, 0] += 300
+        W += 0.3 * normal(n_latents, 1)
+        W[:, 0] *= 0.01
+    W = torch.nn.functional.normalize(W, dim=1)
     if kind == "alike":  # 200 latents for each of some directions
         W = W[torch.arange(n_latents) % 5] + 1e-4 * W
-    if kind in ("bias", "huge bias"):
-        b = torch.randn(n_latents, generator=generator)
+    if kind in ("bias", "huge bias", "lengths"):
+        b = normal(n_latents)
     if kind == "huge bias":
         b[3] = 1e9
     if kind == "lengths":
         W *= torch.logspace(-3, 1, n_latents)[:, None]
         x *= torch.logspace(-9, 3, len(x))[:, None]
         x[7] = 0
-        b = torch.randn(n_latents, generator=generator)
+    if kind == "one long":
+        x = torch.rand(500, n_latents, generator=generator).topk(8).values @ W[:8]
+        x[0] *= 3e5
+    if kind == "tiny":
+        W *= 1e-36
     if kind == "not finite":
         x[::7] = math.nan
-    monkeypatch.setitem(selection.TILE_ELEMENTS, "cpu", 100 * n_latents)  # five tiles
+    return x, W, b
+
+
+@pytest.mark.parametrize(
+    ("kind", "pays"),
+    [
+        ("even", True),
+        ("bias", True),
+        ("massive", None),
+        ("offset", None),
+        ("alike", False),
+        ("few latents", False),
+        ("huge bias", False),
+        ("lengths", None),
+        ("one long", None),
+        ("tiny", False),
+        ("not finite", None),
+    ],
+)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_selection_with_bounds_is_the_exact_one(
+    precision: str, kind: str, pays: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, W, b = _inputs_of(kind)
+    monkeypatch.setitem(selection.TILE_ELEMENTS, "cpu", 100 * len(W))  # five tiles
     made = _bounds(precision, x, W, b)
     values, latents, candidates = bounds.select_surely(x, W, b, 16, made)
     exact = selection.select_topk(x, W, b, 16)
     finite = x.isfinite().all(dim=1)
     assert torch.equal(latents[finite], exact[1][finite])
     torch.testing.assert_close(values[finite], exact[0][finite])
+    if pays is not None:
+        assert (candidates < len(W)) == pays
     if kind == "alike":  # else this would be a test of nothing
         assert not torch.equal(selection.select_topk(x, W, b, 16, "bfloat16")[1], exact[1])
-    pays = {"even": True, "bias": True, "few latents": False, "huge bias": False}
-    assert (candidates < n_latents) == pays.get(kind, candidates < n_latents)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_selection_with_bounds_takes_the_first_of_equal_scores(precision: str) -> None:
     generator = torch.Generator().manual_seed(1)
     x, W = (torch.randn(n, 64, generator=generator) for n in (300, 1024))
@@ -132,13 +166,14 @@ def test_selection_with_bounds_takes_the_first_of_equal_scores(precision: str) -
     assert ((latents < 512).sum(dim=1) == 8).all()
 
 
+@NEEDS_INT8
 def test_bounds_in_int8_hold_and_are_near() -> None:
     generator = torch.Generator().manual_seed(1)
     x, W = (torch.randn(n, 256, generator=generator) for n in (200, 2048))
     W *= torch.rand(2048, 1, generator=generator) + 0.2
     x *= torch.rand(200, 1, generator=generator) + 0.2
     b = 5 * torch.randn(2048, generator=generator)
-    copy = bounds.Int8Encoder(W / 3)
+    copy = bounds.Int8Encoder((W / 3).requires_grad_())
     for first in range(0, 2048, 500):  # as training copies rows that have changed
         copy.refresh(W[first : first + 500], first)
     truth = x.double() @ W.double().T + b.double()

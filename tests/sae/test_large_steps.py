@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_parts import LR, Ours, Problem, Reference
+from step_parts import LR, TORCH_INT8, Ours, Problem, Reference
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -22,7 +22,7 @@ SHAPES = [
 LOW_PRECISION = [
     ("native", "int8"),
     ("native", "bfloat16"),
-    ("torch", "int8"),
+    TORCH_INT8,
     ("torch", "bfloat16"),
 ]
 

@@ -113,10 +113,14 @@ def choose(
         _check_triton(device)
     if kernels == "dense" and precision not in ("auto", "float32"):
         raise UserError(f"kernels 'dense' select exactly; leave out precision {precision!r}.")
-    if precision == "int8" and (kernels == "triton" or device.type != "cpu"):
+    if (
+        precision == "int8"
+        and kernels != "native"
+        and not (kernels == "torch" and fast_int8(device))
+    ):
         raise UserError(
-            f"precision 'int8' is for the CPU, not for kernels {kernels!r} on {device.type}. Leave "
-            "precision out."
+            "precision 'int8' needs the native kernels, or 'torch' on a processor with VNNI; these "
+            f"are {kernels!r} on {device.type}. Leave precision out."
         )
     if precision == "auto":
         in_int8 = {"native": multiplies_int8(), "torch": fast_int8(device)}

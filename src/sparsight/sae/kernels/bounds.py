@@ -1,17 +1,19 @@
 """Selection in low precision that finds the latents of full precision, in plain torch.
 
-What rounding may have hidden is known, so that latents are chosen by bounds of their scores and the
-chosen ones scored again exactly.
+Latents are chosen by bounds of their scores, and the chosen ones scored again exactly. A bound adds
+what rounding hides: three standard deviations, if the errors of a vector's numbers are independent.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.selection import (
@@ -44,6 +46,15 @@ LARGEST_BIAS_FACTOR = 4095
 LARGEST_SUM = 2.0**31
 """Where int32 ends."""
 
+MOST_LOST = 0.1
+"""Share of the energy of all codes below LARGE_CODE that may be rounded to 0: where it is more,
+errors are those numbers themselves, and no longer independent."""
+
+LARGE_CODE = 16
+
+SMALLEST = 1e-30
+"""Scores and units below it lose their precision."""
+
 
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 faster than in float32."""
@@ -54,11 +65,18 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def fast_int8(device: torch.device) -> bool:
-    """Whether torch multiplies int8 on a device faster than bfloat16, as far as is known here."""
+    """Whether torch multiplies int8 on a device exactly, and faster than bfloat16."""
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
     if device.type != "cpu" or supported is None or not torch.backends.mkldnn.is_available():
         return False
-    return bool(supported())
+    return bool(supported()) and _multiplies_exactly()
+
+
+@lru_cache(maxsize=1)
+def _multiplies_exactly() -> bool:
+    """Without VNNI, or told to do without, oneDNN saturates sums of two products."""
+    ones = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(ones, ones.T) == 64 * 127**2).all())
 
 
 def select_surely(
@@ -77,11 +95,11 @@ def select_surely(
 
     Args:
         x: vectors, the decoder's bias subtracted.
-        W: encoder rows.
-        b: encoder bias.
+        W: encoder rows, in the precision of x.
+        b: encoder bias, likewise.
         k: how many.
         bounds: chooses latents in low precision.
-        candidates: how many it chooses at first; default `enough_candidates`.
+        candidates: how many it chooses at first, k or more; default `enough_candidates`.
         buffer: room for the pre-activations of a tile.
 
     Returns:
@@ -124,7 +142,7 @@ class Bounds(Protocol):
     def candidates(
         self, part: slice, k: int, room: Tensor | None
     ) -> tuple[Int[Tensor, "rows k"], Float[Tensor, " rows"]]:
-        """Latents, in any order, and a score that none of the others exceeds.
+        """Latents, in any order, and a score that none of the others is expected to exceed.
 
         Args:
             part: of the vectors.
@@ -149,7 +167,7 @@ class Bfloat16Bounds:
         self.dtype = torch.bfloat16
         self.x, self.W, self.b = x, W.bfloat16(), b.bfloat16()
         self.of_row = DEVIATIONS * math.sqrt(2 / 3) / 512 * torch.linalg.vector_norm(W, math.inf)
-        self.of_bias = b.abs().amax() / 256
+        self.of_bias = b.abs().amax() / 256 + SMALLEST
 
     def candidates(
         self, part: slice, k: int, room: Tensor | None
@@ -175,9 +193,11 @@ class Int8Encoder:
     """
 
     def __init__(self, W: Float[Tensor, "n_latents d_in"]) -> None:
+        W = W.detach()
         self.codes = torch.empty(W.shape, dtype=torch.int8)
         self.factors = torch.empty(len(W), dtype=torch.int32)
-        self.largest, self.norms = torch.empty(len(W)), torch.empty(len(W))
+        # Of each row: its largest number; in codes its norm, and what was lost of it.
+        self.largest, self.sizes, self.lost = (torch.empty(len(W)) for _ in range(3))
         use_large_pages(self.codes)
         parts = W.split(max(1, CACHED // W.shape[1]))
         starts = range(0, len(W), len(parts[0]))
@@ -197,6 +217,8 @@ class Int8Encoder:
         rows: Float[Tensor, "rows d_in"],
         first: int = 0,
         room: Float[Tensor, "room d_in"] | None = None,
+        *,
+        check: bool = True,
     ) -> None:
         """Copy rows that have changed.
 
@@ -204,19 +226,41 @@ class Int8Encoder:
             rows: what they are now.
             first: where they begin.
             room: for as many numbers, whose content is lost.
+            check: look at what is rounded to 0, too, which few changes change.
         """
         part = slice(first, first + len(rows))
         room = torch.empty_like(rows) if room is None else room[: len(rows)]
         self._measure(rows, first, room)
-        torch.linalg.vector_norm(rows, dim=1, out=self.norms[part])
         factors = (self.largest[part] / (LARGEST_CODE * self.unit)).ceil_().clamp_(min=1)
         self.factors[part] = factors.int()
         torch.mul(rows, (1 / (self.unit * factors))[:, None], out=room)
+        torch.linalg.vector_norm(room, dim=1, out=self.sizes[part])
+        if check:
+            self.lost[part] = _lost(room, self.sizes[part])
         self.codes[part] = room.round_()
 
     def _measure(self, rows: Tensor, first: int, room: Tensor) -> None:
         largest = self.largest[first : first + len(rows)]
         torch.amax(torch.abs(rows, out=room[: len(rows)]), dim=1, out=largest)
+
+
+def _lost(
+    exact: Float[Tensor, "rows d_in"], sizes: Float[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """Norm of what is rounded to 0; 0 where that is little.
+
+    Args:
+        exact: codes before they are rounded.
+        sizes: their norms.
+    """
+    energy = sizes.square()
+    in_zeros, in_small = (
+        energy - torch.linalg.vector_norm(functional.hardshrink(exact, below), dim=1).square()
+        for below in (0.5, LARGE_CODE)
+    )
+    # Differences of large numbers: what they cannot tell from 0 is none.
+    noise = 64 * torch.finfo(exact.dtype).eps * energy
+    return torch.where(in_zeros > MOST_LOST * in_small + noise, in_zeros, 0).sqrt()
 
 
 class Int8Bounds:
@@ -233,36 +277,40 @@ class Int8Bounds:
     ) -> None:
         self.dtype, self.encoder = torch.int32, of
         scale = x.abs().amax(dim=1) / LARGEST_CODE
-        scale.clamp_(min=max(float(scale.max()) / 1024, torch.finfo(x.dtype).tiny))
-        self.codes: Int8[Tensor, "batch d_in"] = (x / scale[:, None]).round_().to(torch.int8)
+        scale.clamp_(min=max(float(scale.median()) / 64, SMALLEST))
+        exact = x / scale[:, None]
+        sizes = exact.norm(dim=1)
+        self.fit = _lost(exact, sizes) == 0
+        self.codes: Int8[Tensor, "batch d_in"] = exact.round_().to(torch.int8)
         self.scale = scale.double() * of.unit
-        size = float((x.norm(dim=1) / scale).max())
+        size = float(sizes.max())
         # b / (unit · scale) as a product of two integers, one of the latent and one of the vector.
         common = LARGEST_BIAS_FACTOR * scale.min()
         self.of_vector: Int[Tensor, " batch"] = (common / scale).round_().int()
         of_latent = (b / (of.unit * common)).round_()
         # Roundings of a row meet the numbers of x and the other way round, each even within ± 1/2.
-        factors, sizes = of.factors, of.norms / of.unit
-        hidden = DEVIATIONS / math.sqrt(12) * torch.hypot(factors * size, sizes)
+        deviations = DEVIATIONS / math.sqrt(12)
+        hidden = of.factors * torch.hypot((deviations + of.lost) * size, deviations * of.sizes)
         hidden += (LARGEST_BIAS_FACTOR + of_latent.abs()) / 2 + 1
         rounding = math.sqrt(x.shape[1]) / 2
-        most = (size + rounding) * (sizes + rounding * factors)
+        most = of.factors * ((size + rounding) * (of.sizes + rounding))
         most += LARGEST_BIAS_FACTOR * of_latent.abs() + hidden
-        self.fits = bool(most.max() < LARGEST_SUM)
-        if self.fits:
+        if of.unit < SMALLEST or not bool(most.max() < LARGEST_SUM):
+            self.fit.zero_()
+        else:
             self.of_latent, self.hidden = of_latent.int(), hidden.ceil_().int()
 
     def candidates(
         self, part: slice, k: int, room: Tensor | None
     ) -> tuple[Int[Tensor, "rows k"], Float[Tensor, " rows"]]:
         """See `Bounds`."""
-        codes, scale, of = self.codes[part], self.scale[part], self.encoder
-        if not self.fits:
+        codes, scale, fit, of = self.codes[part], self.scale[part], self.fit[part], self.encoder
+        if not bool(fit.any()):
             return torch.arange(k).expand(len(codes), k), torch.full_like(scale, math.inf)
-        n_latents = len(of.codes)
-        out = room_of(room, len(codes), n_latents, self.dtype)
+        out = room_of(room, len(codes), len(of.codes), self.dtype)
         found = torch._int_mm(codes, of.codes.T, out=out)
         torch.addcmul(self.hidden, found, of.factors, out=found)
         found.addcmul_(self.of_latent, self.of_vector[part, None])
         chosen = strongest(found, k)
-        return chosen, found.gather(1, chosen).amin(dim=1) * scale
+        passed = found.gather(1, chosen).amin(dim=1) * scale + SMALLEST
+        return chosen, torch.where(fit, passed, math.inf)

@@ -72,13 +72,15 @@ def _select(
     precision: Precision | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Scores and latents, in plain torch."""
-    if precision in (None, "int8") and x.dtype == W.dtype == torch.float32 and len(x) >= FEWEST:
-        if bounds.fast_int8(x.device):
-            copy = bounds.Int8Encoder(W)
-            return bounds.select_surely(x, W, b, k, bounds.Int8Bounds(copy, x, b))[:2]
-        if bounds.fast_bfloat16(x.device):
-            return bounds.select_surely(x, W, b, k, bounds.Bfloat16Bounds(x, W, b))[:2]
-    return selection.select_topk(x, W, b, k, precision or "float32")
+    if precision in (None, "int8"):
+        if x.dtype == W.dtype == torch.float32 and len(x) >= FEWEST:
+            if bounds.fast_int8(x.device):
+                copy = bounds.Int8Encoder(W)
+                return bounds.select_surely(x, W, b, k, bounds.Int8Bounds(copy, x, b))[:2]
+            if bounds.fast_bfloat16(x.device):
+                return bounds.select_surely(x, W, b, k, bounds.Bfloat16Bounds(x, W, b))[:2]
+        precision = "float32"
+    return selection.select_topk(x, W, b, k, precision)
 
 
 def _native_pays(x: Tensor) -> bool:

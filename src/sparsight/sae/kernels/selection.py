@@ -51,7 +51,7 @@ def select_topk(
         W: encoder rows.
         b: encoder bias.
         k: how many.
-        precision: of the selection; "int8" counts as "bfloat16".
+        precision: of the selection; "int8" counts as "bfloat16", see `bounds` for more.
         low: copies of W and b in bfloat16, if there are any.
         buffer: room for the pre-activations of a tile.
 
@@ -93,7 +93,7 @@ def strongest_of(
 
 
 def enough_candidates(k: int, n_latents: int) -> int:
-    """How many of the largest scores in bfloat16 hold the true k: rounding moves few ranks."""
+    """How many of the largest scores in low precision hold the true k: rounding moves few ranks."""
     return min(n_latents, k + max(k // 2, 8))
 
 

@@ -24,6 +24,9 @@ from sparsight.sae.kernels.selection import (
 CHUNK = 1024
 """Latents whose gradients exist at one time, on a CPU."""
 
+CHECK_EVERY = 16
+"""Steps after which it is looked whether int8 still fits the encoder."""
+
 
 class _Code(NamedTuple):
     """Entries of all vectors, vector after vector, and where each vector's and stage's end."""
@@ -133,7 +136,7 @@ class TorchStep(FusedStep):
         return self.scores
 
     def _take_bfloat16(self) -> None:
-        """Leave int8, which does not fit these activations: a few dimensions are huge in them."""
+        """Leave int8, which does not fit: dimensions are huge, or too many scores are close."""
         self.precision = "bfloat16"
         self.name = f"torch-{self.precision}"
         self._copy_encoder()
@@ -365,7 +368,8 @@ class _Chunk:
             W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_(min=1e-12))
         low = self.whole.low
         if isinstance(low, Int8Encoder):
-            low.refresh(parts["W_enc"], self.first, room=of_enc)
+            check = number % CHECK_EVERY == 0
+            low.refresh(parts["W_enc"], self.first, room=of_enc, check=check)
         elif low is not None:
             low[0][part].copy_(parts["W_enc"])
             low[1][part].copy_(parts["b_enc"])

@@ -366,7 +366,7 @@ class _CodeInBlocks:
             n_rows, n_columns, *map(_at, (self.starts, columns, entries)),
             n_rows if by_vector else 1,
         )  # fmt: skip
-        self.columns = columns  # kept for the struct
+        self.kept = columns, entries  # while the struct points to them
         getattr(_loaded(), f"sparsight_blocks_{order}")(
             c_void_p(_at(latents)), *map(c_int64, (*latents.shape, n_latents)),
             byref(self.struct), c_int(torch.get_num_threads()),
@@ -412,12 +412,14 @@ class VectorsByLatents(_CodeInBlocks):
         self,
         x: Float[Tensor, "batch d_in"],
         base: Float[Tensor, "n_latents d_in"],
+        values: Float[Tensor, "batch k"],
         out: Float[Tensor, "batch k"],
     ) -> None:
-        """For each entry the dot product of its row of `x` with its row of `base`."""
+        """For each entry the dot product of its row of `x` with its row of `base`, if its value is
+        above 0, else 0."""
         _function("block_products", x.dtype)(
             byref(self.struct), c_void_p(_at(x)), c_void_p(_at(base)), c_int64(x.shape[1]),
-            c_void_p(_at(out)), c_int(torch.get_num_threads()),
+            c_void_p(_at(values)), c_void_p(_at(out)), c_int(torch.get_num_threads()),
         )  # fmt: skip
 
 
@@ -439,11 +441,23 @@ class LatentsByVectors(_CodeInBlocks):
         shape = n_latents, len(latents)
         columns, entries = int32(2, latents.numel()) if room is None else room
         super().__init__("by_latent", latents, n_latents, shape, columns, entries)
-        self.entries = entries[: int(self.starts[-1])]
 
-    def ordered(self, of_code: Float[Tensor, "batch k"]) -> Float[Tensor, " entries"]:
-        """Numbers of the code's entries in the order of this matrix."""
-        return of_code.flatten().index_select(0, self.entries)
+    def ordered(
+        self, of_code: Float[Tensor, "batch k"], room: Float[Tensor, " room"] | None = None
+    ) -> tuple[Float[Tensor, " entries"], Float[Tensor, " n_latents"]]:
+        """Numbers of the code's entries in the order of this matrix, and their sums by latents.
+
+        Args:
+            of_code: the numbers.
+            room: for as many.
+        """
+        out = torch.empty_like(of_code).flatten() if room is None else room
+        sums = of_code.new_empty(self.struct.n_rows)
+        _function("block_order", of_code.dtype)(
+            byref(self.struct), *(c_void_p(_at(each)) for each in (of_code, out, sums)),
+            c_int(torch.get_num_threads()),
+        )  # fmt: skip
+        return out, sums
 
 
 def by_latent(

@@ -89,9 +89,9 @@ class NativeStep(FusedStep):
         active, least = (own > 0).sum(), least_positive(own)
         aux, aux_loss = None, torch.zeros((), dtype=torch.float64)
         if dead is not None and len(dead) > 0:
-            target, spread = self._left_over(errors, weights, sums)
+            error, spread = self._left_over(errors, weights, sums)
             if spread > 0:
-                aux, aux_loss = self._auxiliary(x, target, dead, spread)
+                aux, aux_loss = self._auxiliary(x, error, dead, spread)
         loss = loss + objective.aux_alpha * aux_loss
         norm = self._update(x, errors, vectors, used, aux, lr, number)
         return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
@@ -172,24 +172,24 @@ class NativeStep(FusedStep):
         weights: list[float],
         squared: Float[Tensor, " stages"],
     ) -> tuple[Float[Tensor, "batch d_in"], float]:
-        """z − ẑ, and its squared distance from its mean."""
+        """ẑ − z, and its squared distance from its mean."""
         if len(weights) > 1:
-            target = self.residual(errors.view(len(weights), -1, self.d_in), weights)
-            return target, (target - target.mean(dim=0)).double().square().sum().item()
-        target = torch.mul(errors, -1 / weights[0], out=self._buffer("target", *errors.shape))
-        mean = self.buffers["error_sums"].sum(dim=0, dtype=torch.float64) / weights[0] / len(target)
-        spread = (squared[0] - len(target) * mean.square().sum()).item()
+            error = -self.residual(errors.view(len(weights), -1, self.d_in), weights)
+            return error, (error - error.mean(dim=0)).double().square().sum().item()
+        error = torch.mul(errors, 1 / weights[0], out=self._buffer("aux_error", *errors.shape))
+        mean = self.buffers["error_sums"].sum(dim=0, dtype=torch.float64) / weights[0] / len(error)
+        spread = (squared[0] - len(error) * mean.square().sum()).item()
         noise = 64 * torch.finfo(self.dtype).eps * float(squared[0])
-        return target, spread if spread > noise else 0.0
+        return error, spread if spread > noise else 0.0
 
     def _auxiliary(
         self,
         x: Float[Tensor, "batch d_in"],
-        target: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_in"],
         dead: Int[Tensor, " dead"],
         spread: float,
     ) -> tuple[Auxiliary, Float[Tensor, ""]]:
-        """As `dense_auxiliary`, of the latents alone that a vector activates."""
+        """As `dense_auxiliary`, of the latents alone that a vector activates; changes `error`."""
         n, k = len(x), min(self.objective.aux_k, len(dead))
         W_enc, W_dec, of_enc, of_dec = (
             self._buffer(name, len(dead), self.d_in)
@@ -205,18 +205,16 @@ class NativeStep(FusedStep):
         dictionary.topk(x, W_enc, b_enc, k, threshold=0.0, out=(values, latents))
         values.relu_()  # those that were scored in full may be negative
         matrix = library.VectorsByLatents(latents, len(dead))
-        error = torch.neg(target, out=self._buffer("aux_error", n, self.d_in))
         matrix.sums(values.flatten(), W_dec, error, add=True)
         norms = torch.linalg.vector_norm(error, dim=1)
         error.mul_(2 * self.objective.aux_alpha / spread)
-        matrix.products(error, W_dec, grads)
-        grads.masked_fill_(values <= 0, 0)
+        matrix.products(error, W_dec, values, grads)
         room = self._buffer("aux_entries", 2, n * k, dtype=torch.int32)
         turned = library.LatentsByVectors(latents, len(dead), room)
-        of_code = turned.ordered(grads)
+        ordered = self._buffer("aux_ordered", n * k)
+        of_code, of_bias = turned.ordered(grads, ordered)
         turned.sums(of_code, x, of_enc)
-        turned.sums(turned.ordered(values), error, of_dec)
-        of_bias = turned.sums(of_code, x.new_ones(n, 1), torch.empty_like(b_enc)[:, None])[:, 0]
+        turned.sums(turned.ordered(values, ordered)[0], error, of_dec)
         aux = Auxiliary(dead.to(torch.int32), of_enc, of_bias, of_dec)
         return aux, norms.double().square().sum() / spread
 
