@@ -11,19 +11,13 @@ from sparsight.images.calibration import CalibrationImages
 from sparsight.images.decoding import ImageError, decode_image
 from sparsight.images.folder import FolderImages
 from sparsight.images.huggingface import HuggingFaceImages
+from sparsight.images.lettering import TextStyle, write_on_image
 from sparsight.images.loading import ImageBatch, load_batches
 from sparsight.images.opening import open_images, reopen_images
 from sparsight.images.parquet import ParquetImages
 from sparsight.images.source import ImageInfo, ImageSource, SelectedImages
 from sparsight.images.tar_shards import TarShardImages
-from sparsight.images.writing import (
-    TextStyle,
-    WorldBand,
-    WrittenImages,
-    WrittenScenes,
-    write_on_image,
-    written,
-)
+from sparsight.images.writing import WorldBand, WrittenImages, WrittenScenes, written
 
 __all__ = [
     "CalibrationImages",
