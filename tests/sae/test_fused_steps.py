@@ -367,8 +367,18 @@ def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
     assert given_up == (400 if ratio == 600 else 0)
 
 
-@pytest.mark.parametrize("kernels", ["native", pytest.param("torch", marks=NEEDS_INT8)])
-def test_int8_is_left_where_it_does_not_fit(kernels: str) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "has_bfloat16", "next_best"),
+    [
+        ("native", True, "bfloat16"),
+        pytest.param("torch", True, "bfloat16", marks=NEEDS_INT8),
+        pytest.param("torch", False, "float32", marks=NEEDS_INT8),
+    ],
+)
+def test_int8_is_left_where_it_does_not_fit(
+    kernels: str, has_bfloat16: bool, next_best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     problem = make_problem(torch.float32, n_latents=3000)
     for z in problem.batches:
         z[:, 0] += 2000.0
@@ -377,7 +387,7 @@ def test_int8_is_left_where_it_does_not_fit(kernels: str) -> None:
     assert ours.fused.name.startswith(f"{kernels}-int8")
     for number, z in enumerate(problem.batches[:2], start=1):
         ours.fused.step(z, lr=LR, number=number)
-        assert ours.fused.name.startswith(f"{kernels}-bfloat16")
+        assert ours.fused.name.startswith(f"{kernels}-{next_best}")
 
 
 def test_a_library_of_other_sources_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
-from sparsight.sae.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
+from sparsight.sae.kernels.bounds import (
+    Int8Bounds,
+    Int8Encoder,
+    fast_bfloat16,
+    select_surely,
+)
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.selection import (
@@ -122,7 +127,7 @@ class TorchStep(FusedStep):
                 x, W, b, k, Int8Bounds(low, x, b), enough, room
             )
             if self.candidates >= self.n_latents > enough:
-                self._take_bfloat16()
+                self._leave_int8()
             return values, latents
         room = self._room(x, torch.bfloat16 if low else x.dtype)
         return select_topk(x, W, b, k, self.precision, low, room)
@@ -135,9 +140,10 @@ class TorchStep(FusedStep):
             use_large_pages(self.scores)
         return self.scores
 
-    def _take_bfloat16(self) -> None:
-        """Leave int8, which does not fit: dimensions are huge, or too many scores are close."""
-        self.precision = "bfloat16"
+    def _leave_int8(self) -> None:
+        """It does not fit: dimensions are huge, or too many scores are close."""
+        self.precision = "bfloat16" if fast_bfloat16(self.W_enc.device) else "float32"
+        self.low = None
         self.name = f"torch-{self.precision}"
         self._copy_encoder()
 
