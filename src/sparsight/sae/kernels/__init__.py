@@ -113,22 +113,19 @@ def choose(
         _check_triton(device)
     if kernels == "dense" and precision not in ("auto", "float32"):
         raise UserError(f"kernels 'dense' select exactly; leave out precision {precision!r}.")
-    if (
-        precision == "int8"
-        and kernels != "native"
-        and not (kernels == "torch" and fast_int8(device))
-    ):
+    in_torch = kernels == "torch" and fast_int8(device)
+    if precision == "int8" and kernels != "native" and not in_torch:
         raise UserError(
             "precision 'int8' needs the native kernels, or 'torch' on a processor with VNNI; these "
             f"are {kernels!r} on {device.type}. Leave precision out."
         )
     if precision == "auto":
-        in_int8 = {"native": multiplies_int8(), "torch": fast_int8(device)}
-        if in_int8.get(kernels, False):
+        if in_torch or (kernels == "native" and multiplies_int8()):
             precision = "int8"
+        elif kernels in ("torch", "triton") and fast_bfloat16(device):
+            precision = "bfloat16"
         else:
-            in_bfloat16 = kernels in ("torch", "triton") and fast_bfloat16(device)
-            precision = "bfloat16" if in_bfloat16 else "float32"
+            precision = "float32"
     return kernels, precision
 
 

@@ -206,7 +206,7 @@ class Int8Encoder:
             self._measure(part, first, room)
         self.set_unit()
         for part, first in zip(parts, starts, strict=True):
-            self.refresh(part, first, room)
+            self._copy(part, first, room, check=True)
 
     def set_unit(self) -> None:
         """Take the unit that fits the rows as they were copied last; all are to be copied anew."""
@@ -228,9 +228,16 @@ class Int8Encoder:
             room: for as many numbers, whose content is lost.
             check: look at what is rounded to 0, too, which few changes change.
         """
-        part = slice(first, first + len(rows))
-        room = torch.empty_like(rows) if room is None else room[: len(rows)]
+        room = torch.empty_like(rows) if room is None else room
         self._measure(rows, first, room)
+        self._copy(rows, first, room, check=check)
+
+    def _measure(self, rows: Tensor, first: int, room: Tensor) -> None:
+        largest = self.largest[first : first + len(rows)]
+        torch.amax(torch.abs(rows, out=room[: len(rows)]), dim=1, out=largest)
+
+    def _copy(self, rows: Tensor, first: int, room: Tensor, *, check: bool) -> None:
+        part, room = slice(first, first + len(rows)), room[: len(rows)]
         factors = (self.largest[part] / (LARGEST_CODE * self.unit)).ceil_().clamp_(min=1)
         self.factors[part] = factors.int()
         torch.mul(rows, (1 / (self.unit * factors))[:, None], out=room)
@@ -238,10 +245,6 @@ class Int8Encoder:
         if check:
             self.lost[part] = _lost(room, self.sizes[part])
         self.codes[part] = room.round_()
-
-    def _measure(self, rows: Tensor, first: int, room: Tensor) -> None:
-        largest = self.largest[first : first + len(rows)]
-        torch.amax(torch.abs(rows, out=room[: len(rows)]), dim=1, out=largest)
 
 
 def _lost(

@@ -68,12 +68,8 @@ def select_topk(
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
         tile = x[part]
-        scores = torch.addmm(
-            bias,
-            tile.to(weights.dtype),
-            weights.T,
-            out=room_of(buffer, len(tile), n_latents, weights.dtype),
-        )
+        room = room_of(buffer, len(tile), n_latents, weights.dtype)
+        scores = torch.addmm(bias, tile.to(weights.dtype), weights.T, out=room)
         values[part], latents[part] = strongest_of(tile, W, b, strongest(scores, candidates), k)
     return values, latents
 

@@ -3,8 +3,6 @@
 
 #include <string.h>
 
-#define API __attribute__((visibility("default")))
-
 typedef struct {
     const int32_t *latents; /* [n_vectors, k]; behind the last of a vector -1 */
     int64_t n_vectors, n_latents, k;

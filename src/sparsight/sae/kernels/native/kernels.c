@@ -50,7 +50,6 @@
 #define SLAB_VECTORS 8
 #endif
 
-#define API __attribute__((visibility("default")))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 

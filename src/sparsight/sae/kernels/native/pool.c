@@ -12,7 +12,7 @@ static void forget_openmp(void) { /* GNU's hangs in the child of a fork */
     openmp = NULL;
 }
 
-__attribute__((visibility("default"))) void sparsight_use_openmp(OpenMP parallel) {
+API void sparsight_use_openmp(OpenMP parallel) {
     openmp = parallel;
     pthread_atfork(NULL, NULL, forget_openmp);
 }

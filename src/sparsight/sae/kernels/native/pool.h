@@ -6,6 +6,9 @@
 
 #include <stdint.h>
 
+/* What Python calls. */
+#define API __attribute__((visibility("default")))
+
 /* Call body(context, i) for each i in [0, n), on at most `threads` threads, in any order. */
 void parallel_for(int64_t n, int threads, void (*body)(void *context, int64_t i), void *context);
 
