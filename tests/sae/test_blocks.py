@@ -4,7 +4,7 @@ import pytest
 import torch
 from step_parts import use_variant
 
-from sparsight.sae.kernels.native import build, library
+from sparsight.sae.kernels.native import blocks, build
 
 
 @pytest.mark.parametrize("variant", build.VARIANTS)
@@ -36,8 +36,8 @@ def test_sums_and_products_in_blocks_are_those_of_the_dense_matrix(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        by_vector = library.VectorsByLatents(latents, n_latents)
-        by_latent = library.LatentsByVectors(latents, n_latents)
+        by_vector = blocks.VectorsByLatents(latents, n_latents)
+        by_latent = blocks.LatentsByVectors(latents, n_latents)
         decoded = by_vector.sums(values.flatten(), W, x.clone(), add=True)
         weights, sums = by_latent.ordered(values)
         gradients = by_latent.sums(weights, x, torch.full_like(W, 7.0))

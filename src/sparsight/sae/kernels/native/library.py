@@ -82,17 +82,6 @@ class _Update(Structure):
     )
 
 
-class _Blocks(Structure):
-    _fields_ = (
-        ("n_rows", c_int64),
-        ("n_columns", c_int64),
-        ("starts", c_void_p),
-        ("columns", c_void_p),
-        ("entries", c_void_p),
-        ("to_end", c_int64),
-    )
-
-
 @lru_cache(maxsize=1)
 def load() -> tuple[ctypes.CDLL, str] | None:
     """The quickest compiled variant that this processor runs, and its name; None without one."""
@@ -134,22 +123,30 @@ def _of_these_sources(found: ctypes.CDLL) -> bool:
     return bool(found.sparsight_sources() == build.fingerprint().encode())
 
 
-def _loaded() -> ctypes.CDLL:
+def opened() -> ctypes.CDLL:
+    """The compiled variant in use.
+
+    Raises:
+        SparsightError: there is none.
+    """
     loaded = load()
     if loaded is None:
         raise SparsightError("The native kernels are not built, or do not run on this processor.")
     return loaded[0]
 
 
-def _function(name: str, dtype: torch.dtype) -> Any:
-    return getattr(_loaded(), f"sparsight_{name}_{_SUFFIXES[dtype]}")
+def function(name: str, dtype: torch.dtype) -> Any:
+    """A function of the kernels, for numbers of this dtype."""
+    return getattr(opened(), f"sparsight_{name}_{_SUFFIXES[dtype]}")
 
 
-def _constant(name: str) -> int:
-    return c_int64.in_dll(_loaded(), f"sparsight_{name}").value
+def constant(name: str) -> int:
+    """A size that the kernels make known."""
+    return c_int64.in_dll(opened(), f"sparsight_{name}").value
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def at(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers are; None for none."""
     if tensor is None:
         return None
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
@@ -176,7 +173,7 @@ class Dictionary:
         precision: Literal["int8", "bfloat16"],
     ) -> None:
         n, d = W.shape
-        tile = _constant("tile_latents")
+        tile = constant("tile_latents")
         padded = -(-n // tile) * tile
         groups = -(-d // 4) if precision == "int8" else -(-d // 2)
         self.tensors = (
@@ -186,7 +183,7 @@ class Dictionary:
             *(torch.empty(padded) for _ in range(3)),
         )
         use_large_pages(self.tensors[0])
-        self.struct = _Dictionary(_KINDS[precision], n, d, *(_at(each) for each in self.tensors))
+        self.struct = _Dictionary(_KINDS[precision], n, d, *(at(each) for each in self.tensors))
         self.refresh(W, b)
 
     @property
@@ -196,8 +193,8 @@ class Dictionary:
 
     def refresh(self, W: Float[Tensor, "n_latents d_in"], b: Float[Tensor, " n_latents"]) -> None:
         """Copy the encoder anew."""
-        _function("pack", W.dtype)(
-            byref(self.struct), c_void_p(_at(W)), c_void_p(_at(b)),
+        function("pack", W.dtype)(
+            byref(self.struct), c_void_p(at(W)), c_void_p(at(b)),
             c_int(torch.get_num_threads()),
         )  # fmt: skip
 
@@ -231,11 +228,11 @@ class Dictionary:
         """
         values, latents = out
         counts = torch.empty(len(x), dtype=torch.int32)
-        _function("select", x.dtype)(
-            byref(self.struct), c_void_p(_at(x)), c_int64(len(x)), c_void_p(_at(W)),
-            c_void_p(_at(b)), c_int64(k), c_int64(k_inner), _real(x.dtype, threshold),
-            c_int64(values.shape[1]), c_void_p(_at(values)), c_void_p(_at(latents)),
-            c_void_p(_at(counts)), c_int(torch.get_num_threads()),
+        function("select", x.dtype)(
+            byref(self.struct), c_void_p(at(x)), c_int64(len(x)), c_void_p(at(W)),
+            c_void_p(at(b)), c_int64(k), c_int64(k_inner), _real(x.dtype, threshold),
+            c_int64(values.shape[1]), c_void_p(at(values)), c_void_p(at(latents)),
+            c_void_p(at(counts)), c_int(torch.get_num_threads()),
         )  # fmt: skip
         return counts
 
@@ -338,126 +335,12 @@ def reconstruct(
     losses = torch.empty(ends.shape, dtype=torch.float64)
     scaled = torch.tensor(weights, dtype=torch.float64)
     struct = _Reconstruction(
-        *map(_at, (target, W_dec, starts, ends, latents, values, grads, error_rows, errors)),
-        *map(_at, (scaled, losses, target_norms, error_norms, error_sums)),
+        *map(at, (target, W_dec, starts, ends, latents, values, grads, error_rows, errors)),
+        *map(at, (scaled, losses, target_norms, error_norms, error_sums)),
         len(target), len(weights), target.shape[1], ROWS_OF_A_TASK,
     )  # fmt: skip
-    _function("reconstruct", target.dtype)(byref(struct), c_int(torch.get_num_threads()))
+    function("reconstruct", target.dtype)(byref(struct), c_int(torch.get_num_threads()))
     return losses
-
-
-class _CodeInBlocks:
-    """A code with many entries a vector, as a sparse matrix whose sums share rows; see blocks.h."""
-
-    def __init__(
-        self,
-        order: Literal["by_vector", "by_latent"],
-        latents: Int[Tensor, "batch k"],
-        n_latents: int,
-        shape: tuple[int, int],
-        columns: Int[Tensor, " entries"],
-        entries: Int[Tensor, " entries"] | None,
-    ) -> None:
-        n_rows, n_columns = shape
-        blocks = -(-n_columns // _constant("block"))
-        by_vector = order == "by_vector"
-        self.starts = int32((blocks + 1) * n_rows if by_vector else blocks * n_rows + 1)
-        self.struct = _Blocks(
-            n_rows, n_columns, *map(_at, (self.starts, columns, entries)),
-            n_rows if by_vector else 1,
-        )  # fmt: skip
-        self.kept = columns, entries  # while the struct points to them
-        getattr(_loaded(), f"sparsight_blocks_{order}")(
-            c_void_p(_at(latents)), *map(c_int64, (*latents.shape, n_latents)),
-            byref(self.struct), c_int(torch.get_num_threads()),
-        )  # fmt: skip
-
-    def sums(
-        self,
-        weights: Float[Tensor, " entries"],
-        base: Float[Tensor, "columns d_in"],
-        out: Float[Tensor, "rows d_in"],
-        *,
-        add: bool = False,
-    ) -> Float[Tensor, "rows d_in"]:
-        """For each row the sum of its entries' rows of `base`, weighted; `add` adds it to `out`.
-
-        Args:
-            weights: in the order of the entries.
-            base: a row for each column of the matrix.
-            out: changed in place.
-            add: keep what is in `out`.
-        """
-        _function("block_sums", out.dtype)(
-            byref(self.struct), c_void_p(_at(weights)), c_void_p(_at(base)),
-            c_int64(out.shape[1]), c_int(add), c_void_p(_at(out)),
-            c_int(torch.get_num_threads()),
-        )  # fmt: skip
-        return out
-
-
-class VectorsByLatents(_CodeInBlocks):
-    """A code as it stands, with vectors for rows.
-
-    Args:
-        latents: of each vector's entries, int32, rising; behind the last -1.
-        n_latents: how many there are.
-    """
-
-    def __init__(self, latents: Int[Tensor, "batch k"], n_latents: int) -> None:
-        shape = len(latents), n_latents
-        super().__init__("by_vector", latents, n_latents, shape, latents.flatten(), None)
-
-    def products(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        base: Float[Tensor, "n_latents d_in"],
-        values: Float[Tensor, "batch k"],
-        out: Float[Tensor, "batch k"],
-    ) -> None:
-        """For each entry the dot product of its row of `x` with its row of `base`, if its value is
-        above 0, else 0."""
-        _function("block_products", x.dtype)(
-            byref(self.struct), c_void_p(_at(x)), c_void_p(_at(base)), c_int64(x.shape[1]),
-            c_void_p(_at(values)), c_void_p(_at(out)), c_int(torch.get_num_threads()),
-        )  # fmt: skip
-
-
-class LatentsByVectors(_CodeInBlocks):
-    """A code with latents for rows, in an order of its own.
-
-    Args:
-        latents: of each vector's entries, int32; -1 where there is none.
-        n_latents: how many there are.
-        room: for the columns and the places of the entries.
-    """
-
-    def __init__(
-        self,
-        latents: Int[Tensor, "batch k"],
-        n_latents: int,
-        room: Int[Tensor, "2 entries"] | None = None,
-    ) -> None:
-        shape = n_latents, len(latents)
-        columns, entries = int32(2, latents.numel()) if room is None else room
-        super().__init__("by_latent", latents, n_latents, shape, columns, entries)
-
-    def ordered(
-        self, of_code: Float[Tensor, "batch k"], room: Float[Tensor, " room"] | None = None
-    ) -> tuple[Float[Tensor, " entries"], Float[Tensor, " n_latents"]]:
-        """Numbers of the code's entries in the order of this matrix, and their sums by latents.
-
-        Args:
-            of_code: the numbers.
-            room: for as many.
-        """
-        out = torch.empty_like(of_code).flatten() if room is None else room
-        sums = of_code.new_empty(self.struct.n_rows)
-        _function("block_order", of_code.dtype)(
-            byref(self.struct), *(c_void_p(_at(each)) for each in (of_code, out, sums)),
-            c_int(torch.get_num_threads()),
-        )  # fmt: skip
-        return out, sums
 
 
 def by_latent(
@@ -475,12 +358,12 @@ def by_latent(
         What the squared norm of the gradients of all latents cannot exceed, and the sum of the
         sizes of the code's gradients.
     """
-    function = _function("by_latent", inputs[2].dtype)
-    function.restype = c_double
+    find = function("by_latent", inputs[2].dtype)
+    find.restype = c_double
     gradient_sum = c_double()
-    square = function(
-        c_void_p(_at(latents)), c_int64(len(latents)), c_int64(n_latents), c_void_p(_at(starts)),
-        *(c_void_p(_at(each)) for each in (*inputs, *outputs, vector_norms, error_norms)),
+    square = find(
+        c_void_p(at(latents)), c_int64(len(latents)), c_int64(n_latents), c_void_p(at(starts)),
+        *(c_void_p(at(each)) for each in (*inputs, *outputs, vector_norms, error_norms)),
         byref(gradient_sum), c_int(torch.get_num_threads()),
     )  # fmt: skip
     return float(square), gradient_sum.value
@@ -493,11 +376,11 @@ def update(
     dictionary: Dictionary | None,
 ) -> None:
     """One step of Adam for all latents; see `Update` in update.inc for the names."""
-    fields = {name: _at(each) for name, each in tensors.items()} | numbers
+    fields = {name: at(each) for name, each in tensors.items()} | numbers
     if dictionary is not None:
         fields["dictionary"] = ctypes.pointer(dictionary.struct)  # type: ignore[assignment]
     struct = _Update(**fields)
-    _function("update", dtype)(byref(struct), c_int(torch.get_num_threads()))
+    function("update", dtype)(byref(struct), c_int(torch.get_num_threads()))
 
 
 def int32(*shape: int) -> Tensor:

@@ -14,6 +14,7 @@ from sparsight.sae.kernels.auxiliary import Auxiliary
 from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
 from sparsight.sae.kernels.memory import use_large_pages
 from sparsight.sae.kernels.native import library
+from sparsight.sae.kernels.native.blocks import LatentsByVectors, VectorsByLatents
 from sparsight.sae.kernels.selection import batch_topk, exact_above, select_topk
 
 MOST_GIVEN_UP = 0.01
@@ -204,13 +205,13 @@ class NativeStep(FusedStep):
         dictionary = library.Dictionary(W_enc, b_enc, precision)
         dictionary.topk(x, W_enc, b_enc, k, threshold=0.0, out=(values, latents))
         values.relu_()  # those that were scored in full may be negative
-        matrix = library.VectorsByLatents(latents, len(dead))
+        matrix = VectorsByLatents(latents, len(dead))
         matrix.sums(values.flatten(), W_dec, error, add=True)
         norms = torch.linalg.vector_norm(error, dim=1)
         error.mul_(2 * self.objective.aux_alpha / spread)
         matrix.products(error, W_dec, values, grads)
         room = self._buffer("aux_entries", 2, n * k, dtype=torch.int32)
-        turned = library.LatentsByVectors(latents, len(dead), room)
+        turned = LatentsByVectors(latents, len(dead), room)
         ordered = self._buffer("aux_ordered", n * k)
         of_code, of_bias = turned.ordered(grads, ordered)
         turned.sums(of_code, x, of_enc)
