@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsight.sae.kernels import Adam, FusedStep, Objective, fused_step
-from sparsight.sae.kernels.bounds import fast_int8
+from sparsight.sae.kernels.bounds import supports_int8
 from sparsight.sae.kernels.native import build, library
 from sparsight.sae.objectives import Plan, dense_loss
 from sparsight.sae.sparsity import Weights
@@ -36,7 +36,7 @@ def objectives(n_latents: int = N_LATENTS) -> dict[str, Objective]:
 OBJECTIVES = objectives()
 
 NEEDS_INT8 = pytest.mark.skipif(
-    not fast_int8(torch.device("cpu")), reason="torch does not multiply int8 quickly here"
+    not supports_int8(torch.device("cpu")), reason="torch does not multiply int8 exactly here"
 )
 TORCH_INT8 = pytest.param("torch", "int8", marks=NEEDS_INT8)
 

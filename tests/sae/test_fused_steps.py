@@ -257,6 +257,23 @@ def test_each_compiled_variant_gives_the_same_step(
     test_latents_with_many_entries_are_summed_as_others("native", "int8", "topk", True)
 
 
+def test_what_amx_holds_for_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_variant("amx", monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 70, generator=generator).bfloat16() for n in (90, 110))
+    expected = x @ W.T
+    dictionary = library.Dictionary(W.float(), torch.zeros(110), "bfloat16")
+    for _ in range(3):
+        dictionary.topk(
+            x.float(),
+            W.float(),
+            torch.zeros(110),
+            5,
+            out=(torch.empty(90, 5), library.int32(90, 5)),
+        )
+        assert torch.equal(x @ W.T, expected)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
 def test_steps_on_many_threads_start_no_new_ones() -> None:
     def largest() -> int:
@@ -338,13 +355,23 @@ def test_int8_is_taken_where_the_processor_is_quick_at_it(
 
 
 @pytest.mark.parametrize(
-    ("has_int8", "has_bfloat16", "expected"),
-    [(True, True, "int8"), (True, False, "int8"), (False, True, "bfloat16")],
+    ("has_int8", "has_bfloat16", "has_tiles", "expected"),
+    [
+        (True, True, False, "int8"),
+        (True, False, False, "int8"),
+        (False, True, False, "bfloat16"),
+        (True, True, True, "bfloat16"),
+    ],
 )
 def test_plain_torch_selects_in_what_the_processor_is_quick_at(
-    has_int8: bool, has_bfloat16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    has_int8: bool,
+    has_bfloat16: bool,
+    has_tiles: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_int8)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
     monkeypatch.setattr(bounds, "_multiplies_exactly", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     assert choose("torch", "auto", torch.device("cpu")) == ("torch", expected)

@@ -18,7 +18,7 @@ from sparsight.files import sha256_file
 from sparsight.images import open_images
 from sparsight.sae import AuxK, BatchTopK, SAEConfig, SparseAutoencoder, TopK
 from sparsight.sae.kernels import Kernels, choose, selection
-from sparsight.sae.kernels.bounds import fast_int8
+from sparsight.sae.kernels.bounds import supports_int8
 from sparsight.training import TrainConfig, train
 from sparsight.training.loggers import JsonLines
 from sparsight.training.schedule import learning_rate_factor
@@ -167,7 +167,7 @@ def test_all_kernels_train_to_the_same_place(tmp_path: Path) -> None:
         ("native", "int8"),
         ("native", "bfloat16"),
     ]
-    if fast_int8(torch.device("cpu")):
+    if supports_int8(torch.device("cpu")):
         tried.append(("torch", "int8"))
     for kernels, precision in tried:
         config = dataclasses.replace(CONFIG, n_vectors=3200, kernels=kernels, precision=precision)

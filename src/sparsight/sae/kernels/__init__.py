@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsight.errors import UserError
 from sparsight.sae.kernels import dense, inference, sparse
-from sparsight.sae.kernels.bounds import fast_bfloat16, fast_int8
+from sparsight.sae.kernels.bounds import fast_bfloat16, fast_int8, supports_int8
 from sparsight.sae.kernels.interface import (
     Adam,
     Backend,
@@ -113,14 +113,14 @@ def choose(
         _check_triton(device)
     if kernels == "dense" and precision not in ("auto", "float32"):
         raise UserError(f"kernels 'dense' select exactly; leave out precision {precision!r}.")
-    in_torch = kernels == "torch" and fast_int8(device)
+    in_torch = kernels == "torch" and supports_int8(device)
     if precision == "int8" and kernels != "native" and not in_torch:
         raise UserError(
             "precision 'int8' needs the native kernels, or 'torch' on a processor with VNNI; these "
             f"are {kernels!r} on {device.type}. Leave precision out."
         )
     if precision == "auto":
-        if in_torch or (kernels == "native" and multiplies_int8()):
+        if (in_torch and fast_int8(device)) or (kernels == "native" and multiplies_int8()):
             precision = "int8"
         elif kernels in ("torch", "triton") and fast_bfloat16(device):
             precision = "bfloat16"

@@ -65,7 +65,16 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def fast_int8(device: torch.device) -> bool:
-    """Whether torch multiplies int8 on a device exactly, and faster than bfloat16."""
+    """Whether torch multiplies int8 on a device exactly, and faster than bfloat16.
+
+    Where a processor has AMX, oneDNN uses it for bfloat16, but not for `torch._int_mm`.
+    """
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supports_int8(device) and not (tiles is not None and tiles())
+
+
+def supports_int8(device: torch.device) -> bool:
+    """Whether torch multiplies int8 on a device exactly, and faster than float32."""
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
     if device.type != "cpu" or supported is None or not torch.backends.mkldnn.is_available():
         return False

@@ -28,9 +28,11 @@ COMMON = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+_AVX512 = ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"]
 VARIANTS = {
-    "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512"],
-    "avx512-vnni": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "avx512": [*_AVX512, "-mavx512bf16"],
+    "avx512-vnni": _AVX512,
     "avx2": ["-march=x86-64-v3"],
     "portable": [],
 }

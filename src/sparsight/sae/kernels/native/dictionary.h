@@ -13,14 +13,20 @@
 
 #include <stdint.h>
 
-enum { PANEL = 16, TILE_PANELS = 4, TILE_LATENTS = PANEL * TILE_PANELS, TILE_ROWS = 6 };
+/* What is scored at a time; a dictionary is padded to whole tiles. */
+#if defined(__AMX_INT8__)
+enum { PANEL = 16, TILE_PANELS = 2, TILE_ROWS = 32, TILE_GROUPS = 16 };
+#else
+enum { PANEL = 16, TILE_PANELS = 4, TILE_ROWS = 6, TILE_GROUPS = 1 };
+#endif
+enum { TILE_LATENTS = PANEL * TILE_PANELS };
 enum { INT8 = 0, BFLOAT16 = 1 };
 
 typedef struct {
     int64_t kind;       /* INT8 or BFLOAT16 */
     int64_t n_latents;
     int64_t d_in;
-    void *codes;        /* ceil(n / 64) * 4 panels, padded with latents that are never selected */
+    void *codes;        /* panels, padded with latents that are never selected */
     float *scale;       /* of a latent's codes */
     int32_t *offset;    /* what the offset of the vectors' codes adds to a product */
     float *bias;        /* -inf in the padding */

@@ -176,6 +176,7 @@ class Dictionary:
         tile = constant("tile_latents")
         padded = -(-n // tile) * tile
         groups = -(-d // 4) if precision == "int8" else -(-d // 2)
+        groups = -(-groups // constant("tile_groups")) * constant("tile_groups")
         self.tensors = (
             torch.empty(padded * groups * 4, dtype=torch.uint8),
             torch.empty(padded),
