@@ -53,7 +53,7 @@ class Options:
     steps: int = 3
     """Steps each round."""
 
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
     """Of the selection."""
 
     device: str = "cpu"

@@ -56,7 +56,7 @@ class Options:
     data: Data = "mixture"
     """A synthetic mixture, or activations of the calibration CLIP."""
 
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
     """Of our selection."""
 
     rounds: int = 5

@@ -55,6 +55,12 @@ def test_where_triton_does_not_run_it_is_refused(monkeypatch: pytest.MonkeyPatch
         choose("triton", "float32", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose("triton", "float32", cuda) == ("triton", "float32")
+    assert choose("triton", "float8", cuda) == ("triton", "float8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(UserError, match=r"'float8' needs .* 8\.9 or more; these are 'triton'"):
+        choose("triton", "float8", cuda)
+    with pytest.raises(UserError, match=r"'float8' needs .* these are 'torch' on cpu"):
+        choose("torch", "float8", cpu)
     monkeypatch.delitem(sys.modules, "sparsight.sae.kernels.triton_step")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert kernels._load_triton() is None

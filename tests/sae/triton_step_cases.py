@@ -73,7 +73,9 @@ def test_steps_in_float32_have_the_losses_of_dense_autograd() -> None:
         assert float(mine.loss) == pytest.approx(truth.step(z, DEAD).loss.item(), abs=1e-6)
     assert isinstance(ours.fused, TritonStep)
     # The interpreter cuts digits off where a GPU rounds.
-    torch.testing.assert_close(ours.fused.low.float(), ours.parameters["W_enc"], rtol=2**-7, atol=0)
+    assert ours.fused.low is not None
+    low = ours.fused.low.rows.float()
+    torch.testing.assert_close(low, ours.parameters["W_enc"], rtol=2**-7, atol=0)
     norms = ours.parameters["W_enc"].square().sum(dim=1)
     torch.testing.assert_close(ours.fused.encoder_squares, norms)
 
@@ -87,10 +89,29 @@ def test_a_step_counts_how_long_latents_have_been_silent() -> None:
     assert (ours.since_fired[10:] == 0).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["topk", "batch-matryoshka"])
+def test_steps_with_selection_in_float8_are_those_of_dense_autograd(name: str) -> None:
+    ours = Ours("triton", "float8", OBJECTIVES[name], _problem(torch.float64, massive=True))
+    problem = _problem(torch.float64, massive=True)
+    assert_same_steps(ours, Reference(OBJECTIVES[name], problem), problem.batches[:2], None)
+    assert isinstance(ours.fused, TritonStep) and ours.fused.low is not None
+    rows, scales = ours.fused.low
+    W = ours.parameters["W_enc"].float()
+    torch.testing.assert_close(scales, W.abs().amax(dim=1) / 448)
+    # A half of the last place is a 16th; the interpreter cuts off, and loses the carry of what it
+    # rounds up to a power of two. Near 0 places have an even width.
+    found = rows.float() * scales[:, None]
+    off = (found - W).abs()
+    if DEVICE == "cpu":
+        off = torch.minimum(off, (2 * found - W).abs()) / 2
+    assert (off <= 1.01 * torch.maximum(W.abs() / 16, scales[:, None] / 1024)).all()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
 @pytest.mark.parametrize(("n_latents", "d_in", "k"), [(1500, 70, 24), (1029, 26, 7), (30, 26, 30)])
-def test_selection_is_the_exact_one(n_latents: int, d_in: int, k: int) -> None:
+def test_selection_is_the_exact_one(n_latents: int, d_in: int, k: int, precision: str) -> None:
     problem = make_problem(torch.float32, n_latents=n_latents, d_in=d_in).to(DEVICE)
-    fused = Ours("triton", "bfloat16", OBJECTIVES["topk"], problem).fused
+    fused = Ours("triton", precision, OBJECTIVES["topk"], problem).fused
     assert isinstance(fused, TritonStep)
     fused._copy_encoder()
     x = problem.batches[0]

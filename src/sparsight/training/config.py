@@ -92,7 +92,7 @@ class TrainConfig:
     (plain autograd, the slow truth); "auto" is the quickest that runs here. All train to the same
     numbers, up to rounding. What is neither TopK nor BatchTopK of the usual form is "dense"."""
 
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
     """Of the product that selects latents; the selected ones are always scored in float32. "auto"
     is the lowest that the kernels and the processor are quick at."""
 

@@ -119,6 +119,11 @@ def choose(
             "precision 'int8' needs the native kernels, or 'torch' on a processor with VNNI; these "
             f"are {kernels!r} on {device.type}. Leave precision out."
         )
+    if precision == "float8" and (kernels != "triton" or not _multiplies_float8(device)):
+        raise UserError(
+            "precision 'float8' needs the kernels 'triton' on a GPU of compute capability 8.9 or "
+            f"more; these are {kernels!r} on {device.type}. Leave precision out."
+        )
     if precision == "auto":
         if (in_torch and fast_int8(device)) or (kernels == "native" and multiplies_int8()):
             precision = "int8"
@@ -144,6 +149,12 @@ def native_is_absent(device: torch.device) -> bool:
 def _new_enough(device: torch.device) -> bool:
     """Whether Triton supports this GPU, and the GPU multiplies in bfloat16."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _multiplies_float8(device: torch.device) -> bool:
+    if device.type != "cuda":  # in Triton's interpreter
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _load_triton() -> ModuleType | None:

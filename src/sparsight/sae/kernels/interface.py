@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Precision = Literal["float32", "bfloat16", "int8"]
+Precision = Literal["float32", "bfloat16", "int8", "float8"]
 """Of the product that selects latents; what was selected is scored in the precision of x."""
 
 MATRICES = ("W_enc", "W_dec")

@@ -51,7 +51,7 @@ def select_topk(
         W: encoder rows.
         b: encoder bias.
         k: how many.
-        precision: of the selection; "int8" counts as "bfloat16", see `bounds` for more.
+        precision: of the selection; "int8" and "float8" count as "bfloat16"; see `bounds`.
         low: copies of W and b in bfloat16, if there are any.
         buffer: room for the pre-activations of a tile.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, no_type_check
 
+import torch
 import triton
 import triton.language as tl
 
@@ -17,6 +18,12 @@ GROUP = 16
 
 LATENTS_OF_A_PROGRAM = 8
 """Updated one after the other, with one partial sum for the decoder's bias."""
+
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST_FLOAT8 = tl.constexpr(448.0)
+SMALLEST = tl.constexpr(1e-30)
+"""Largest number of a row below which it is coded as if it were that."""
 
 
 class Tile(NamedTuple):
@@ -57,8 +64,10 @@ def rows_of(d_in: int) -> Rows:
 @triton.jit
 @no_type_check
 def score_groups(
-    x,  # [n_vectors, d] bfloat16
-    W,  # [n_latents, d] bfloat16
+    x,  # [n_vectors, d] bfloat16, or with SCALED float8
+    W,  # [n_latents, d], likewise
+    x_scales,  # [n_vectors] float32, with SCALED: what a vector's numbers are to be multiplied by
+    W_scales,  # [n_latents] float32, with SCALED: what a latent's are
     b,  # [n_latents]
     scores,  # [n_vectors, width] bfloat16, out; -infinity behind the last latent
     maxima,  # [n_vectors, width / GROUP] bfloat16, out: the largest score of each group
@@ -71,6 +80,7 @@ def score_groups(
     LATENTS: tl.constexpr,
     DEPTH: tl.constexpr,
     TOGETHER: tl.constexpr,
+    SCALED: tl.constexpr,
     AS_FLOAT: tl.constexpr,
 ):
     """A tile of `W x + b`, rounded, and its largest of each group."""
@@ -99,9 +109,12 @@ def score_groups(
             mask=real_latents[None, :] & real[:, None],
             other=0.0,
         )
-        if AS_FLOAT:  # the interpreter multiplies no bfloat16
+        if AS_FLOAT:  # the interpreter multiplies neither bfloat16 nor float8
             of_x, of_W = of_x.to(tl.float32), of_W.to(tl.float32)
         total = tl.dot(of_x, of_W, total)
+    if SCALED:
+        total *= tl.load(x_scales + rows, mask=real_rows, other=0.0)[:, None]
+        total *= tl.load(W_scales + latents, mask=real_latents, other=0.0)[None, :]
     total += tl.load(b + latents, mask=real_latents, other=0.0).to(tl.float32)[None, :]
     total = tl.where(real_latents[None, :], total, float("-inf"))
     rounded = total.to(tl.bfloat16)
@@ -254,7 +267,8 @@ def update_latents(
     W_dec,  # [n_latents, d], as its two moments
     W_dec_mean,
     W_dec_square,
-    low,  # [n_latents, d] bfloat16, out, with LOW: the encoder
+    low,  # [n_latents, d] bfloat16, or with SCALED float8, out, with LOW: the encoder
+    low_scales,  # [n_latents] float32, out, with LOW and SCALED: of its rows
     encoder_squares,  # [n_latents], out: squared norms of the encoder's rows
     since_fired,  # [n_latents]
     aux_rows,  # [n_latents], with AUX: a latent's row of the next three, or -1
@@ -273,6 +287,7 @@ def update_latents(
     UNIT_NORM: tl.constexpr,
     AUX: tl.constexpr,
     LOW: tl.constexpr,
+    SCALED: tl.constexpr,
     APPLY: tl.constexpr,
     LATENTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -339,7 +354,14 @@ def update_latents(
             tl.store(W_enc_square + at, square, mask=real)
             tl.store(encoder_squares + latent, tl.sum(enc * enc, axis=0))
             if LOW:
-                tl.store(low + at, enc.to(tl.float32).to(tl.bfloat16), mask=real)
+                row = enc.to(tl.float32)
+                if SCALED:
+                    scale_of_row = (
+                        tl.maximum(tl.max(tl.abs(row), axis=0), SMALLEST) / LARGEST_FLOAT8
+                    )
+                    tl.store(low_scales + latent, scale_of_row)
+                    row = row / scale_of_row
+                tl.store(low + at, row.to(low.dtype.element_ty), mask=real)
 
             mean = tl.load(W_dec_mean + at, mask=real, other=0.0)
             square = tl.load(W_dec_square + at, mask=real, other=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,8 @@ class NativeStep(FusedStep):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.precision == "float8":
+            raise ValueError("Native kernels select in float32, bfloat16 or int8.")
         self.dtype = self.W_enc.dtype
         self.chunk = 16 * -(-self.n_latents // (16 * library.CHUNKS))
         n_chunks = -(-self.n_latents // self.chunk)
@@ -43,7 +45,7 @@ class NativeStep(FusedStep):
         self.name = f"native-{self.precision}" + (f" ({loaded[1]})" if loaded else "")
 
     def _copy_encoder(self) -> None:
-        if self.precision != "float32":
+        if self.precision == "int8" or self.precision == "bfloat16":
             self.dictionary = library.Dictionary(self.W_enc, self.b_enc, self.precision)
 
     def _step(
@@ -201,8 +203,8 @@ class NativeStep(FusedStep):
         torch.index_select(self.W_dec, 0, dead, out=W_dec)
         values, grads = self._buffer("aux_values", n, k), self._buffer("aux_grads", n, k)
         latents = self._buffer("aux_latents", n, k, dtype=torch.int32)
-        precision = "int8" if self.precision == "float32" else self.precision
-        dictionary = library.Dictionary(W_enc, b_enc, precision)
+        low: Literal["bfloat16", "int8"] = "bfloat16" if self.precision == "bfloat16" else "int8"
+        dictionary = library.Dictionary(W_enc, b_enc, low)
         dictionary.topk(x, W_enc, b_enc, k, threshold=0.0, out=(values, latents))
         values.relu_()  # those that were scored in full may be negative
         matrix = VectorsByLatents(latents, len(dead))
