@@ -26,10 +26,10 @@ help:
 	@echo "make lint         style, types, import rules"
 	@echo "make format       put the code into the house style"
 	@echo "make docs         build the documentation into site/"
-	@echo "make bench        measure world, store, extraction, remedies for dead latents, attacks,"
-	@echo "                  fine-tuning and search; tables go to benchmarks/RESULTS.md and QUALITY.md"
-	@echo "make bench-peers  measure training, encoding and what is learnt beside other packages,"
-	@echo "                  installed apart"
+	@echo "make bench        measure world, remedies for dead latents, attacks, fine-tuning and search;"
+	@echo "                  tables go to benchmarks/RESULTS.md and QUALITY.md"
+	@echo "make bench-peers  measure training, encoding, extraction, the store and what is learnt beside"
+	@echo "                  other packages, installed apart"
 	@echo "make clean        remove the virtual environment and what was built"
 
 demo: $(VENV)/.user
@@ -57,10 +57,10 @@ docs: $(VENV)/.developer
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.developer
-	@set -e; for name in world stream extract remedies attack finetune retrieval; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done
+	@set -e; for name in world remedies attack finetune retrieval; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done
 
-bench-peers: $(VENV)/.developer $(PEERS)/.installed
-	@set -e; for name in train_step encode architectures; do echo "== $$name"; \
+bench-peers: $(VENV)/.developer $(PEERS)/.installed $(OPEN_CLIP)/.installed
+	@set -e; for name in train_step encode extract stream architectures; do echo "== $$name"; \
 		$(OFFLINE) $(BIN)/python benchmarks/$$name.py --peers-folder $(PEERS); done
 
 clean:

@@ -318,7 +318,7 @@ def serve() -> None:
                 contender, batches = _build(request)
                 training = contender.task.dictionary is None
                 note = contender.note if training else contender.encode_note
-                answer({"note": note, "built_gib": _peak_gib("cpu")})
+                answer({"note": note, "built_gib": peak_gib("cpu")})
             elif request["do"] == "finish":
                 answer(_outcome(contender, batches))
             else:
@@ -361,7 +361,7 @@ def _time(contender: Contender, what: str, x: Tensor) -> float:
 
 
 def _outcome(contender: Contender, batches: Tensor) -> dict[str, Any]:
-    found: dict[str, Any] = {"peak_gib": _peak_gib(contender.task.device)}
+    found: dict[str, Any] = {"peak_gib": peak_gib(contender.task.device)}
     x = batches[0]
     with torch.no_grad():
         if contender.task.dictionary is None:
@@ -372,7 +372,7 @@ def _outcome(contender: Contender, batches: Tensor) -> dict[str, Any]:
     return found | {"loss": None, "latents": chosen[:64].tolist()}
 
 
-def _peak_gib(device: str) -> float:
+def peak_gib(device: str) -> float:
     """The most memory that the process has had: of the graphics card, or VmHWM.
 
     `getrusage` will not do: its peak is inherited from the process that started this one.

@@ -1,9 +1,14 @@
 """Where the time of an extraction goes, and what an early site saves.
 
-    python benchmarks/extract.py [--images FOLDER] [--n-images N] [--out FILE]
+    make bench-peers                                   # installs the peers, runs this, too
+    python benchmarks/extract.py [--images FOLDER] [--n-images N] [--peers saev] [--out FILE]
 
 A CLIP of the shapes of ViT-B/32 with random weights, saved and loaded as any other, reads JPEGs of
 500 × 375. Each site is extracted in a process of its own, so that peak memory is its own, too.
+
+Others extract one block's activations of all tokens, in float32, to disk, in batches as large and
+with as many workers; rounds go A B C, C B A. Loading the model is not counted. Ours must have what
+the same weights give by hand.
 """
 
 from __future__ import annotations
@@ -19,9 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from data_path import BLOCK, EXTRACTORS, Photos
 from PIL import Image
-from tables import RESULTS, keep
+from tables import RESULTS, cores, keep
+from train_step import OPEN_CLIP, PEERS, versions
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from turns import take_turns, told
 
 from sparsight.activations import extract
 from sparsight.images import open_images
@@ -54,8 +62,23 @@ class Options:
     device: str = "cpu"
     """Where the model runs."""
 
+    peers: tuple[str, ...] = ("by hand", "vit-prisma", "saev")
+    """Others, or "none"."""
+
+    rounds: int = 3
+    """How many times each of them, and ours, extracts."""
+
+    n_beside: int = 256
+    """How many pictures they read each time."""
+
+    peers_folder: Path = PEERS
+    """Where other packages are installed."""
+
+    open_clip_folder: Path = OPEN_CLIP
+    """Where open_clip is, which saev needs."""
+
     out: Path = RESULTS
-    """File that keeps the table."""
+    """File that keeps the tables."""
 
 
 def main(options: Options) -> None:
@@ -63,6 +86,8 @@ def main(options: Options) -> None:
         folder = Path(name)
         save_model(folder / "model")
         images = options.images or save_photos(folder / "photos", options.n_images)
+        if options.peers != ("none",):
+            beside_others(folder, images, options)
         rows: list[dict[str, Any]] = []
         for label, sites in SITES.items():
             out = folder / label
@@ -79,6 +104,50 @@ def main(options: Options) -> None:
         for row in rows:
             row["of the late site's cost"] = row["ms an image in forward"] / whole
         keep("Extraction, ViT-B/32 shapes, all tokens", rows, options.out, name="extract")
+
+
+AGREE = 1e-4
+"""Largest distance of an activation from that by hand, as a share of the vectors' norm."""
+
+
+def beside_others(folder: Path, images: Path, options: Options) -> None:
+    some = folder / "some" / "all"  # not all packages can be told how many to read
+    some.mkdir(parents=True)
+    for path in sorted(images.rglob("*.jpg"))[: options.n_beside]:
+        (some / path.name).symlink_to(path.absolute())
+    n_images = sum(1 for _ in some.iterdir())
+    photos = Photos(
+        some.parent,
+        n_images,
+        folder / "model",
+        folder / "beside",
+        peers=options.peers_folder.absolute(),
+        open_clip=options.open_clip_folder.absolute(),
+        batch_size=options.batch_size,
+        workers=cores(),
+    )
+    jobs = {
+        name: job
+        for name, job in EXTRACTORS.items()
+        if name in options.peers or name.startswith("sparsight")
+    }
+    results = take_turns(jobs, photos, options.rounds)
+    samples = {
+        result.name: torch.tensor(result.facts.pop("sample"))
+        for result in results
+        if "sample" in result.facts
+    }
+    if {"sparsight", "by hand"} <= samples.keys():
+        mine, truth = samples["sparsight"], samples["by hand"]
+        off = float((mine - truth).norm(dim=1).max() / truth.norm(dim=1).mean())
+        if not off <= AGREE:
+            results[0].facts["note"] = f"differs from what is got by hand by {off:.1e}"
+    keep(
+        f"Extraction beside others: ViT-B/32 shapes, block {BLOCK}, all tokens, float32",
+        told(results, "images", n_images, "sparsight"),
+        options.out,
+        versions(options.peers, options.peers_folder),
+    )
 
 
 def measure(
@@ -121,13 +190,14 @@ def save_model(folder: Path) -> None:
 def save_photos(folder: Path, n: int) -> Path:
     """Smooth noise with grain, as JPEG: about as many bytes as a photo has."""
     random = np.random.default_rng(0)
-    folder.mkdir()
+    inside = folder / "all"  # some packages want a folder for each class
+    inside.mkdir(parents=True)
     for i in range(n):
         small = random.integers(0, 256, (16, 21, 3), dtype=np.uint8)
         picture = Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC)
         grain = random.normal(0, 8, (375, 500, 1))
         noisy = np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(folder / f"{i:05d}.jpg", quality=90)
+        Image.fromarray(noisy).save(inside / f"{i:05d}.jpg", quality=90)
     return folder
 
 

@@ -1,11 +1,15 @@
 """How fast an activation store is written, streamed back and checked, from the page cache.
 
-    python benchmarks/stream.py [--gb 1] [--folder DIR] [--out FILE]
+    make bench-peers                                   # installs the peers, runs this, too
+    python benchmarks/stream.py [--gb 1] [--folder DIR] [--peers saev] [--out FILE]
 
 Rates are gigabytes of stored activations a second: of processor time (all threads of the process
 together, so of one core) and of wall time. Writing includes SHA-256, the exact statistics and
 fsync; streaming includes the shuffle, the check for NaN and the conversion to float32. A plain
 write of the same bytes, with fsync and nothing else, stands beside: no store can be faster.
+
+Beside others all have the same vectors in float32 and as many workers; each job has a process of
+its own, and rounds go A B C, C B A.
 """
 
 from __future__ import annotations
@@ -18,9 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
-from tables import RESULTS, keep
+from data_path import D_IN, N_TOKENS, READERS, WRITERS, Vectors
+from jaxtyping import Float
+from tables import RESULTS, cores, keep
+from torch import Tensor
+from train_step import OPEN_CLIP, PEERS, versions
+from turns import take_turns, told
 
 from sparsight.activations import ActivationStore
 from sparsight.activations.extraction import SHARD_BYTES
@@ -29,7 +39,6 @@ from sparsight.activations.writer import StoreWriter
 from sparsight.images import ImageInfo
 
 SITE = "blocks.9.resid_post"
-D_IN = 768
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,20 @@ class Options:
     folder: Path | None = None
     """Where the stores go, one at a time; default a temporary folder."""
 
+    peers: tuple[str, ...] = ("by hand", "saev")
+    """Others, or "none"."""
+
+    rounds: int = 3
+    """How many times each of them, and ours, does its job."""
+
+    peers_folder: Path = PEERS
+    """Where other packages are installed."""
+
+    open_clip_folder: Path = OPEN_CLIP
+    """Where torchvision is, which saev needs."""
+
     out: Path = RESULTS
-    """File that keeps the table."""
+    """File that keeps the tables."""
 
 
 @dataclass
@@ -64,17 +85,53 @@ class Clock:
 
 
 def main(options: Options) -> None:
+    if options.peers != ("none",):
+        beside_others(options)
     torch.set_num_threads(1)
     rows = []
     for dtype, tokens, n_tokens in (
-        ("float16", "all", 50),
+        ("float16", "all", N_TOKENS),
         ("float16", "cls", 1),
-        ("bfloat16", "all", 50),
-        ("float32", "all", 50),
+        ("bfloat16", "all", N_TOKENS),
+        ("float32", "all", N_TOKENS),
     ):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             rows += measure(Path(folder) / "store", dtype, tokens, n_tokens, options)
     keep(f"Activation store, {D_IN} wide, {options.gb:g} GB each", rows, options.out, name="stream")
+
+
+def beside_others(options: Options) -> None:
+    n_images = SHARD_BYTES // (N_TOKENS * D_IN * 4)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        batches = Path(folder) / "batches.npy"
+        generator = torch.Generator().manual_seed(0)
+        np.save(batches, torch.randn(n_images, N_TOKENS, D_IN, generator=generator).numpy())
+        repeats = max(1, round(options.gb * 1e9 / SHARD_BYTES))
+        patches = n_images * repeats * (N_TOKENS - 1)  # saev reads no CLS
+        vectors = Vectors(
+            batches,
+            repeats=repeats,
+            n_read=max(1, min(50, patches // options.batch_size - 1)),
+            out=Path(folder) / "out",
+            peers=options.peers_folder.absolute(),
+            open_clip=options.open_clip_folder.absolute(),
+            batch_size=options.batch_size,
+            workers=cores(),
+        )
+        for title, jobs, amount in (
+            ("Writing", WRITERS, n_images * N_TOKENS * vectors.repeats),
+            ("Streaming, shuffled", READERS, vectors.n_read * vectors.batch_size),
+        ):
+            some = {
+                name: job for name, job in jobs.items() if name in ("sparsight", *options.peers)
+            }
+            results = take_turns(some, vectors, options.rounds)
+            keep(
+                f"{title}: vectors of {D_IN} in float32, beside others",
+                told(results, "vectors", amount, "sparsight"),
+                options.out,
+                versions(options.peers, options.peers_folder),
+            )
 
 
 def measure(
@@ -133,39 +190,43 @@ def plain_write(path: Path, n_bytes: int) -> Clock:
 
 
 def write(folder: Path, dtype: str, tokens: str, n_tokens: int, n_images: int) -> Clock:
-    """Write a store as `extract` does, without a model."""
+    """Write a store of random numbers."""
     shard_images = SHARD_BYTES // (n_tokens * D_IN * DTYPES[dtype].itemsize)
+    torch.manual_seed(0)
+    x = torch.randn(shard_images, n_tokens, D_IN).to(DTYPES[dtype])
+    clock = Clock()
+    clock.time(lambda: write_store(folder, x, n_images, tokens))
+    return clock
+
+
+def write_store(
+    folder: Path, x: Float[Tensor, "images tokens d_in"], n_images: int, tokens: str = "all"
+) -> None:
+    """Write a store as `extract` does, without a model: shards of x, again and again."""
+    shard_images, n_tokens, _ = x.shape
     manifest = Manifest(
         model={},
         preprocessing={},
         images={"spec": "random", "fingerprint": "", "n_images": n_images},
         sites=(SITE,),
         tokens=tokens,
-        dtype=dtype,
+        dtype=str(x.dtype).removeprefix("torch."),
         d_in={SITE: D_IN},
         n_tokens={SITE: n_tokens},
         batch_size=shard_images,
         shard_images=shard_images,
     )
-    torch.manual_seed(0)
-    x = torch.randn(shard_images, n_tokens, D_IN).to(DTYPES[dtype])
     rows = [ImageInfo(f"{i}", f"{i}") for i in range(shard_images)]
-    clock = Clock()
-
-    def work() -> None:
-        writer = StoreWriter(folder, manifest)
-        with writer:
-            for first in range(0, n_images, shard_images):
-                stop = min(first + shard_images, n_images)
-                buffer = writer.buffer(first, stop)
-                for i in range(stop - first):
-                    buffer.add_row(first + i, rows[i], (1, 1), None)
-                buffer.add({SITE: x[: stop - first]})
-                writer.commit(buffer)
-        writer.close_store()
-
-    clock.time(work)
-    return clock
+    writer = StoreWriter(folder, manifest)
+    with writer:
+        for first in range(0, n_images, shard_images):
+            stop = min(first + shard_images, n_images)
+            buffer = writer.buffer(first, stop)
+            for i in range(stop - first):
+                buffer.add_row(first + i, rows[i], (1, 1), None)
+            buffer.add({SITE: x[: stop - first]})
+            writer.commit(buffer)
+    writer.close_store()
 
 
 if __name__ == "__main__":

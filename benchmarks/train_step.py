@@ -29,6 +29,7 @@ from tables import RESULTS, cores, keep
 from sparsight.files import write_text
 
 PEERS = Path(__file__).parent.parent / ".venv" / "peers"
+OPEN_CLIP = PEERS.with_name("open_clip")
 CPU_KERNELS = ("dense", "torch", "native")
 SPARSE = ("sparsify", "sparsify-as-shipped", "sparsight-torch", "sparsight-native")
 """Contenders that hold few tensors of `[batch, n_latents]`."""

@@ -1,0 +1,350 @@
+"""Extraction, writing and streaming of activations: ours, other packages', and by hand.
+
+Each function does one job, gives the seconds that it took, without what it loads before, and a part
+of what came out, where others do the same. `turns` calls them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stubs import stub
+from torch import Tensor
+
+BLOCK, LAST_BLOCK = 9, 11
+D_IN, N_TOKENS = 768, 50
+"""Of ViT-B/32."""
+
+
+@dataclass(frozen=True)
+class Photos:
+    """What is extracted: activations of one block, all tokens, in float32."""
+
+    images: Path
+    """Folder of a folder of JPEGs."""
+    n_images: int
+    model: Path
+    """A CLIP of `transformers`, which others build anew with weights of their own."""
+    out: Path
+    """Folder for what is written."""
+    peers: Path
+    """Where other packages are installed."""
+    open_clip: Path
+    """Where open_clip and torchvision are."""
+    batch_size: int = 64
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What is written and streamed: activations in float32, made once."""
+
+    batches: Path
+    """File of `[images, N_TOKENS, D_IN]`, which is written again and again."""
+    repeats: int
+    n_read: int
+    """Batches that are read."""
+    out: Path
+    peers: Path
+    open_clip: Path
+    batch_size: int = 4096
+    """Vectors of a batch that is read."""
+    workers: int = 2
+
+
+@contextmanager
+def _clean(folder: Path) -> Iterator[Path]:
+    """A folder for one job."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+# Extraction
+
+
+def extract_ours(photos: Photos, dtype: str = "float32") -> dict[str, Any]:
+    """`sparsight.extract`; with another dtype the model and the store have it."""
+    from sparsight.activations import extract
+    from sparsight.images import open_images
+    from sparsight.vision import load_model
+
+    model = load_model(str(photos.model), dtype=dtype)
+    source = open_images(str(photos.images)).subset(0, photos.n_images)
+    with _clean(photos.out / "ours") as out:
+        seconds = _timed(
+            lambda: extract(
+                model, source, sites=[f"blocks.{BLOCK}.resid_post"], out=out / "store",
+                dtype=dtype, batch_size=photos.batch_size, workers=photos.workers, quiet=True,
+            )
+        )  # fmt: skip
+        from sparsight.activations import ActivationStore
+
+        store = ActivationStore(out / "store")
+        first = next(iter(store.ordered(store.sites, 1)))
+        vectors = next(iter(first.activations.values())).float().reshape(-1, D_IN)
+    return {"seconds": seconds, "sample": vectors[:N_TOKENS].tolist()}
+
+
+class _Pictures(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, photos: Photos) -> None:
+        from transformers import CLIPImageProcessor
+
+        self.paths = sorted(photos.images.rglob("*.jpg"))[: photos.n_images]
+        self.processor = CLIPImageProcessor.from_pretrained(photos.model)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Tensor:
+        from PIL import Image
+
+        with Image.open(self.paths[i]) as picture:
+            pixels = self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return torch.as_tensor(pixels)[0]
+
+
+def _extract_by_loader(photos: Photos, activations: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    loader = torch.utils.data.DataLoader(
+        _Pictures(photos), photos.batch_size, num_workers=photos.workers
+    )
+    with _clean(photos.out / "by-loader") as folder:
+        shape = (photos.n_images, N_TOKENS, D_IN)
+        out = np.lib.format.open_memmap(folder / "acts.npy", "w+", np.float32, shape)
+
+        def work() -> None:
+            done = 0
+            with torch.inference_mode():
+                for pixels in loader:
+                    out[done : done + len(pixels)] = activations(pixels).numpy()
+                    done += len(pixels)
+            out.flush()
+
+        return {"seconds": _timed(work), "sample": out[0].tolist()}
+
+
+def extract_by_hand(photos: Photos) -> dict[str, Any]:
+    """What one writes with `transformers`: hidden states into a memory map of numpy."""
+    from transformers import CLIPVisionModel
+
+    model = CLIPVisionModel.from_pretrained(photos.model).eval()
+    found = _extract_by_loader(
+        photos,
+        lambda pixels: model(pixels, output_hidden_states=True).hidden_states[BLOCK + 1],
+    )
+    return found | {"note": "transformers, DataLoader, numpy"}
+
+
+def extract_prisma(photos: Photos) -> dict[str, Any]:
+    """ViT-Prisma's `HookedViT.run_with_cache` in the same loop: it has none of its own."""
+    _prepare(photos)
+    stub("plotly", "cv2", "timm", "wandb", "torchvision", "matplotlib", "kaleido", "circuitsvis")
+    from vit_prisma.configs.HookedViTConfig import HookedViTConfig
+    from vit_prisma.models.base_vit import HookedViT
+
+    model = HookedViT(
+        HookedViTConfig(
+            n_layers=LAST_BLOCK + 1, d_model=D_IN, d_head=64, d_mlp=4 * D_IN, n_heads=12,
+            patch_size=32, image_size=224, layer_norm_pre=True,
+        )
+    ).eval()  # fmt: skip
+    name = f"blocks.{BLOCK}.hook_resid_post"
+
+    def activations(pixels: Tensor) -> Tensor:
+        cached = model.run_with_cache(pixels, names_filter=name, stop_at_layer=BLOCK + 1)[1]
+        vectors: Tensor = cached[name]
+        return vectors
+
+    found = _extract_by_loader(photos, activations)
+    found.pop("sample")  # weights of its own
+    return found | {"note": "HookedViT in that loop, weights of its own"}
+
+
+def extract_saev(photos: Photos) -> dict[str, Any]:
+    """saev's own worker, with open_clip's ViT-B/32; the model is loaded before the clock starts."""
+    _prepare(photos, with_torchvision=True)
+    import open_clip
+    from saev import activations, config
+
+    model, _, transform = open_clip.create_model_and_transforms("ViT-B-32", pretrained=None)
+
+    class Clip(torch.nn.Module):  # its own asks the Hub for weights
+        name = "clip"
+
+        def __init__(self) -> None:
+            super().__init__()
+            model.visual.proj, model.visual.output_tokens = None, True
+            self.model = model.visual.eval()
+
+        get_residuals = activations.Clip.get_residuals
+        get_patches = activations.Clip.get_patches
+        forward = activations.Clip.forward
+
+    activations.make_vit = lambda family, checkpoint: Clip()
+    activations.make_img_transform = lambda family, checkpoint: transform
+    with _clean(photos.out / "saev") as out:
+        settings = config.Activations(
+            data=config.ImageFolderDataset(root=str(photos.images)), dump_to=str(out),
+            vit_batch_size=photos.batch_size, n_workers=photos.workers, d_vit=D_IN,
+            vit_layers=[BLOCK], n_patches_per_img=N_TOKENS - 1, device="cpu",
+            n_patches_per_shard=(photos.n_images + 1) * N_TOKENS,
+        )  # fmt: skip
+        seconds = _timed(lambda: activations.worker_fn(settings))
+    return {"seconds": seconds, "note": "open_clip, weights of its own"}
+
+
+# Writing and streaming
+
+
+def write_ours(vectors: Vectors) -> dict[str, Any]:
+    """A store in float32, with checksums and statistics."""
+    with _clean(vectors.out / "ours") as out:
+        return {"seconds": _timed(lambda: _write_ours(vectors, out / "store"))}
+
+
+def stream_ours(vectors: Vectors) -> dict[str, Any]:
+    """`ActivationStore.stream`."""
+    from sparsight.activations import ActivationStore
+
+    with _clean(vectors.out / "ours") as out:
+        _write_ours(vectors, out / "store")
+        store = ActivationStore(out / "store")
+        stream = store.stream(store.sites, vectors.batch_size)
+
+        def work() -> None:
+            for _ in range(vectors.n_read):
+                next(stream)
+
+        work()  # once before, so that memory is there
+        return {"seconds": _timed(work)}
+
+
+def _write_ours(vectors: Vectors, folder: Path) -> None:
+    from stream import write_store
+
+    x = torch.from_numpy(np.load(vectors.batches))
+    write_store(folder, x, len(x) * vectors.repeats)
+
+
+def write_saev(vectors: Vectors) -> dict[str, Any]:
+    """saev's `ShardWriter`, one layer."""
+    activations, settings, x = _saev(vectors)
+    with _clean(vectors.out / "saev"):
+        return {
+            "seconds": _timed(lambda: _write_saev(activations, settings, x, vectors.repeats)),
+            "note": "no checksums, no statistics",
+        }
+
+
+def stream_saev(vectors: Vectors) -> dict[str, Any]:
+    """saev's `Dataset` in a `DataLoader`, as its trainer reads it."""
+    activations, settings, x = _saev(vectors)
+    from saev import config
+
+    with _clean(vectors.out / "saev"):
+        root = _write_saev(activations, settings, x, vectors.repeats)
+        data = activations.Dataset(
+            config.DataLoad(
+                shard_root=root, patches="patches", layer=BLOCK, scale_mean=False, scale_norm=False
+            )
+        )
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=vectors.batch_size, num_workers=vectors.workers, shuffle=True
+        )
+        batches = iter(loader)
+        next(batches)  # workers start
+
+        def work() -> None:
+            for _ in range(vectors.n_read):
+                next(batches)
+
+        seconds = _timed(work)
+        del batches
+    return {"seconds": seconds, "note": "a vector at a time; no CLS"}
+
+
+def _saev(vectors: Vectors) -> tuple[Any, Any, Tensor]:
+    _prepare(vectors, with_torchvision=True)
+    from saev import activations, config
+
+    x = torch.from_numpy(np.load(vectors.batches))
+    n_images = len(x) * vectors.repeats
+    pictures = vectors.out / "counted"  # it counts files
+    if not pictures.exists():
+        pictures.mkdir(parents=True)
+        for i in range(n_images):
+            (pictures / f"{i}.jpg").touch()
+    settings = config.Activations(
+        data=config.ImageFolderDataset(root=str(pictures)), dump_to=str(vectors.out / "saev"),
+        d_vit=D_IN, vit_layers=[BLOCK], n_patches_per_img=N_TOKENS - 1,
+        n_patches_per_shard=(n_images + 1) * N_TOKENS,
+    )  # fmt: skip
+    return activations, settings, x
+
+
+def _write_saev(activations: Any, settings: Any, x: Tensor, repeats: int) -> str:
+    writer = activations.ShardWriter(settings)
+    for repeat in range(repeats):
+        writer[repeat * len(x) : (repeat + 1) * len(x)] = x[:, None]
+    writer.flush()
+    root: str = writer.root
+    return root
+
+
+def stream_by_hand(vectors: Vectors) -> dict[str, Any]:
+    """What one writes with numpy: random rows of a memory map."""
+    x = np.load(vectors.batches).reshape(-1, D_IN)
+    with _clean(vectors.out / "by-hand") as folder:
+        shape = (len(x) * vectors.repeats, D_IN)
+        out = np.lib.format.open_memmap(folder / "acts.npy", "w+", np.float32, shape)
+        for repeat in range(vectors.repeats):
+            out[repeat * len(x) : (repeat + 1) * len(x)] = x
+        out.flush()
+        rows = np.load(folder / "acts.npy", mmap_mode="r")
+        order = np.random.default_rng(0).permutation(len(rows))
+
+        def work() -> None:
+            for i in range(vectors.n_read):
+                first = i * vectors.batch_size % (len(order) - vectors.batch_size)
+                torch.from_numpy(rows[np.sort(order[first : first + vectors.batch_size])])
+
+        work()
+        return {"seconds": _timed(work), "note": "a memory map of numpy, all of it in memory"}
+
+
+def _prepare(work: Photos | Vectors, *, with_torchvision: bool = False) -> None:
+    """Put the packages on the import path."""
+    sys.path[:0] = [str(work.peers)]
+    if with_torchvision:
+        sys.path[:0] = [str(work.open_clip)]
+        sys.path.append(str(Path(__file__).parent.parent / "tests" / "vision"))
+        import cpu_torchvision  # noqa: F401
+
+
+EXTRACTORS = {
+    "sparsight": extract_ours,
+    "sparsight, bfloat16": partial(extract_ours, dtype="bfloat16"),
+    "by hand": extract_by_hand,
+    "vit-prisma": extract_prisma,
+    "saev": extract_saev,
+}
+WRITERS = {"sparsight": write_ours, "saev": write_saev}
+READERS = {"sparsight": stream_ours, "by hand": stream_by_hand, "saev": stream_saev}
