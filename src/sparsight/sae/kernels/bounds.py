@@ -21,6 +21,7 @@ from sparsight.sae.kernels.selection import (
     room_of,
     select_exactly,
     strongest,
+    strongest_in_low_precision,
     strongest_of,
     tile_rows,
 )
@@ -164,7 +165,8 @@ class Bfloat16Bounds:
     """By scores in bfloat16; see `select_surely`.
 
     The rounding of x and W moves a score by DEVIATIONS standard deviations of independent errors at
-    most, that of the score and its bias by half a place.
+    most; that of the bias, and of the score before and after the bias is added, by half a place
+    each.
     """
 
     def __init__(
@@ -183,9 +185,7 @@ class Bfloat16Bounds:
     ) -> tuple[Int[Tensor, "rows k"], Float[Tensor, " rows"]]:
         """See `Bounds`."""
         x = self.x[part]
-        out = room_of(room, len(x), len(self.W), self.dtype)
-        scores = torch.addmm(self.b, x.bfloat16(), self.W.T, out=out)
-        chosen = strongest(scores, k)
+        scores, chosen = strongest_in_low_precision(x, self.W, self.b, k, room)
         passed = scores.gather(1, chosen).amin(dim=1).float()
         error = self.of_row * x.norm(dim=1) + self.of_bias + passed.abs() / 256
         return chosen, passed + error

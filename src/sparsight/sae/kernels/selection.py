@@ -68,10 +68,41 @@ def select_topk(
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
         tile = x[part]
-        room = room_of(buffer, len(tile), n_latents, weights.dtype)
-        scores = torch.addmm(bias, tile.to(weights.dtype), weights.T, out=room)
-        values[part], latents[part] = strongest_of(tile, W, b, strongest(scores, candidates), k)
+        chosen = strongest_in_low_precision(tile, weights, bias, candidates, buffer)[1]
+        values[part], latents[part] = strongest_of(tile, W, b, chosen, k)
     return values, latents
+
+
+def strongest_in_low_precision(
+    x: Float[Tensor, "rows d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    buffer: Tensor | None = None,
+) -> tuple[Float[Tensor, "rows n_latents"], Int[Tensor, "rows k"]]:
+    """Scores in the precision of W, and the latents of the k largest, in any order.
+
+    On a CPU scores lie latent after latent: then it is x that the library of products rearranges
+    for each tile, and not the encoder, which is far larger.
+
+    Args:
+        x: vectors, in any precision.
+        W: encoder rows.
+        b: encoder bias.
+        k: how many.
+        buffer: room for the scores.
+    """
+    x = x.to(W.dtype)
+    if x.device.type != "cpu":
+        scores = torch.addmm(b, x, W.T, out=room_of(buffer, len(x), len(W), W.dtype))
+        return scores, strongest(scores, k)
+    by_latent = torch.mm(W, x.T, out=room_of(buffer, len(W), len(x), W.dtype))
+    by_latent += b[:, None]
+    scores = by_latent.T
+    if not _grouping_pays(len(W), k, GROUPS[0]):
+        return scores, strongest(scores.contiguous(), k)
+    maxima = by_latent.view(GROUPS[0], -1, len(x)).amax(dim=0).T.contiguous()
+    return scores, _strongest_of_groups(scores, maxima, k, GROUPS)
 
 
 def strongest_of(
@@ -238,17 +269,30 @@ def strongest(
         k: how many.
         groups: sizes of the groups of the rounds; a round that would not pay is left out.
     """
-    rows, n = scores.shape
     if not groups:
         return scores.topk(k, dim=1, sorted=False).indices
-    size, *rest = groups
-    if n % size or n // size < 4 * k:
-        return strongest(scores, k, tuple(rest))
-    maxima = scores.view(rows, size, n // size).amax(dim=1)
+    rows, n = scores.shape
+    if not _grouping_pays(n, k, groups[0]):
+        return strongest(scores, k, groups[1:])
+    maxima = scores.view(rows, groups[0], n // groups[0]).amax(dim=1)
+    return _strongest_of_groups(scores, maxima, k, groups)
+
+
+def _grouping_pays(n: int, k: int, size: int) -> bool:
+    return n % size == 0 and n // size >= 4 * k
+
+
+def _strongest_of_groups(
+    scores: Real[Tensor, "rows n"],
+    maxima: Real[Tensor, "rows n_groups"],
+    k: int,
+    groups: tuple[int, ...],
+) -> Int[Tensor, "rows k"]:
+    """As `strongest`, from the maxima of groups whose members are `n_groups` apart."""
     chosen = maxima.topk(k, dim=1, sorted=False).indices
-    places = torch.arange(0, n, n // size, device=scores.device)
-    members = (chosen[:, None] + places[:, None]).view(rows, size * k)
-    return members.gather(1, strongest(scores.gather(1, members), k, tuple(rest)))
+    places = torch.arange(0, scores.shape[1], maxima.shape[1], device=scores.device)
+    members = (chosen[:, None] + places[:, None]).flatten(1)
+    return members.gather(1, strongest(scores.gather(1, members), k, groups[1:]))
 
 
 def chosen_products(
