@@ -29,7 +29,7 @@ from PIL import Image
 from tables import RESULTS, cores, keep
 from train_step import OPEN_CLIP, PEERS, versions
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-from turns import take_turns, told
+from turns import chosen, take_turns, told
 
 from sparsight.activations import extract
 from sparsight.images import open_images
@@ -106,6 +106,8 @@ def main(options: Options) -> None:
         keep("Extraction, ViT-B/32 shapes, all tokens", rows, options.out, name="extract")
 
 
+JPEGS = (".jpg", ".jpeg")
+
 AGREE = 1e-4
 """Largest distance of an activation from that by hand, as a share of the vectors' norm."""
 
@@ -113,8 +115,13 @@ AGREE = 1e-4
 def beside_others(folder: Path, images: Path, options: Options) -> None:
     some = folder / "some" / "all"  # not all packages can be told how many to read
     some.mkdir(parents=True)
-    for path in sorted(images.rglob("*.jpg"))[: options.n_beside]:
-        (some / path.name).symlink_to(path.absolute())
+    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in JPEGS)
+    if not paths:
+        raise SystemExit(
+            f"{images} holds no JPEGs. Name a folder that does, or leave --images out."
+        )
+    for i, path in enumerate(paths[: options.n_beside]):
+        (some / f"{i:05d}.jpg").symlink_to(path.absolute())
     n_images = sum(1 for _ in some.iterdir())
     photos = Photos(
         some.parent,
@@ -124,13 +131,9 @@ def beside_others(folder: Path, images: Path, options: Options) -> None:
         peers=options.peers_folder.absolute(),
         open_clip=options.open_clip_folder.absolute(),
         batch_size=options.batch_size,
-        workers=cores(),
+        workers=cores() if options.workers is None else options.workers,
     )
-    jobs = {
-        name: job
-        for name, job in EXTRACTORS.items()
-        if name in options.peers or name.startswith("sparsight")
-    }
+    jobs = chosen(EXTRACTORS, options.peers, "sparsight")
     results = take_turns(jobs, photos, options.rounds)
     samples = {
         result.name: torch.tensor(result.facts.pop("sample"))
@@ -143,8 +146,8 @@ def beside_others(folder: Path, images: Path, options: Options) -> None:
         if not off <= AGREE:
             results[0].facts["note"] = f"differs from what is got by hand by {off:.1e}"
     keep(
-        f"Extraction beside others: ViT-B/32 shapes, block {BLOCK}, all tokens, float32",
-        told(results, "images", n_images, "sparsight"),
+        f"Extraction beside others: ViT-B/32 shapes, block {BLOCK}, all tokens",
+        told(results, "images", n_images, "sparsight", memory=True),
         options.out,
         versions(options.peers, options.peers_folder),
     )

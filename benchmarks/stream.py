@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from data_path import D_IN, N_TOKENS, READERS, WRITERS, Vectors
+from data_path import D_IN, N_TOKENS, READERS, WARM_UP, WRITERS, Vectors
 from jaxtyping import Float
 from tables import RESULTS, cores, keep
 from torch import Tensor
 from train_step import OPEN_CLIP, PEERS, versions
-from turns import take_turns, told
+from turns import chosen, take_turns, told
 
 from sparsight.activations import ActivationStore
 from sparsight.activations.extraction import SHARD_BYTES
@@ -86,6 +86,7 @@ class Clock:
 
 def main(options: Options) -> None:
     if options.peers != ("none",):
+        chosen(READERS, options.peers, "sparsight")
         beside_others(options)
     torch.set_num_threads(1)
     rows = []
@@ -111,7 +112,7 @@ def beside_others(options: Options) -> None:
         vectors = Vectors(
             batches,
             repeats=repeats,
-            n_read=max(1, min(50, patches // options.batch_size - 1)),
+            n_read=max(1, min(50, patches // options.batch_size - WARM_UP - 1)),
             out=Path(folder) / "out",
             peers=options.peers_folder.absolute(),
             open_clip=options.open_clip_folder.absolute(),
@@ -122,13 +123,12 @@ def beside_others(options: Options) -> None:
             ("Writing", WRITERS, n_images * N_TOKENS * vectors.repeats),
             ("Streaming, shuffled", READERS, vectors.n_read * vectors.batch_size),
         ):
-            some = {
-                name: job for name, job in jobs.items() if name in ("sparsight", *options.peers)
-            }
+            names = [name for name in options.peers if name in jobs]
+            some = chosen(jobs, names, "sparsight")
             results = take_turns(some, vectors, options.rounds)
             keep(
                 f"{title}: vectors of {D_IN} in float32, beside others",
-                told(results, "vectors", amount, "sparsight"),
+                told(results, "vectors", amount, "sparsight", memory=False),
                 options.out,
                 versions(options.peers, options.peers_folder),
             )

@@ -48,18 +48,34 @@ def take_turns(jobs: Mapping[str, Job], work: Any, rounds: int) -> list[Result]:
     return list(results.values())
 
 
-def told(results: Sequence[Result], what: str, amount: float, ours: str) -> list[dict[str, Any]]:
-    """Rows for people: rates, the time relative to the quickest that is not ours, memory.
+def chosen(jobs: Mapping[str, Job], names: Sequence[str], ours: str) -> dict[str, Job]:
+    """Ours and the named.
+
+    Raises:
+        SystemExit: one of them is unknown.
+    """
+    for name in names:
+        if name not in jobs:
+            known = ", ".join(each for each in jobs if not each.startswith(ours))
+            raise SystemExit(f"No contender is called {name!r}; there are: {known}.")
+    return {name: job for name, job in jobs.items() if name in names or name.startswith(ours)}
+
+
+def told(
+    results: Sequence[Result], what: str, amount: float, ours: str, *, memory: bool
+) -> list[dict[str, Any]]:
+    """Rows for people: rates, the time relative to the quickest that is not ours, peak memory.
 
     Args:
         results: of the contenders.
         what: the amount is counted in, e.g. "images".
         amount: done in one go.
         ours: how the names of our own contenders begin.
+        memory: tell it; of no use where pages of mapped files count, too.
     """
     rows = [result.row() for result in results]
     others = [row["ms"] for row in rows if row["ms"] and not row["name"].startswith(ours)]
-    columns = (f"{what}/s", "time, of the quickest peer's", "peak GiB")
+    columns = [f"{what}/s", "time, of the quickest other's", *["peak GiB"][: int(memory)]]
     table = []
     for row in rows:
         if "error" in row:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -257,21 +259,38 @@ def test_each_compiled_variant_gives_the_same_step(
     test_latents_with_many_entries_are_summed_as_others("native", "int8", "topk", True)
 
 
-def test_what_amx_holds_for_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+HOLDING = r"""
+typedef struct { char bytes[64]; } Shapes;
+void hold(const Shapes *shapes) { __asm__ volatile("ldtilecfg %0" : : "m"(*shapes)); }
+void held(Shapes *shapes) { __asm__ volatile("sttilecfg %0" : "=m"(*shapes)); }
+"""
+
+
+def test_the_shapes_of_amx_tiles_are_left_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_variant("amx", monkeypatch)
+    source, compiled = tmp_path / "holding.c", tmp_path / "holding.so"
+    source.write_text(HOLDING)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", source, "-o", compiled], check=True)
+    other = ctypes.CDLL(str(compiled))
+    stated, found = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
+    stated[0] = 1  # palette
+    stated[16], stated[48] = 24, 5  # bytes of a row, and rows, of the first tile
     generator = torch.Generator().manual_seed(0)
-    x, W = (torch.randn(n, 70, generator=generator).bfloat16() for n in (90, 110))
-    expected = x @ W.T
-    dictionary = library.Dictionary(W.float(), torch.zeros(110), "bfloat16")
-    for _ in range(3):
-        dictionary.topk(
-            x.float(),
-            W.float(),
-            torch.zeros(110),
-            5,
-            out=(torch.empty(90, 5), library.int32(90, 5)),
-        )
-        assert torch.equal(x @ W.T, expected)
+    x, W = (torch.randn(n, 70, generator=generator) for n in (90, 110))
+    dictionary = library.Dictionary(W, torch.zeros(110), "int8")
+    out = torch.empty(90, 5), library.int32(90, 5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        other.hold(stated)
+        dictionary.topk(x, W, torch.zeros(110), 5, out=out)
+        other.held(found)
+        assert found.raw == stated.raw
+    finally:
+        other.hold(ctypes.create_string_buffer(64))
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
@@ -361,6 +380,7 @@ def test_int8_is_taken_where_the_processor_is_quick_at_it(
         (True, False, False, "int8"),
         (False, True, False, "bfloat16"),
         (True, True, True, "bfloat16"),
+        (True, False, True, "int8"),
     ],
 )
 def test_plain_torch_selects_in_what_the_processor_is_quick_at(

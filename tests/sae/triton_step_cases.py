@@ -107,10 +107,14 @@ def test_steps_with_selection_in_float8_are_those_of_dense_autograd(name: str) -
     assert (off <= 1.01 * torch.maximum(W.abs() / 16, scales[:, None] / 1024)).all()
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
+@pytest.mark.parametrize(
+    ("precision", "massive"), [("bfloat16", False), ("float8", False), ("float8", True)]
+)
 @pytest.mark.parametrize(("n_latents", "d_in", "k"), [(1500, 70, 24), (1029, 26, 7), (30, 26, 30)])
-def test_selection_is_the_exact_one(n_latents: int, d_in: int, k: int, precision: str) -> None:
-    problem = make_problem(torch.float32, n_latents=n_latents, d_in=d_in).to(DEVICE)
+def test_selection_is_the_exact_one(
+    n_latents: int, d_in: int, k: int, precision: str, massive: bool
+) -> None:
+    problem = make_problem(torch.float32, massive, n_latents, d_in).to(DEVICE)
     fused = Ours("triton", precision, OBJECTIVES["topk"], problem).fused
     assert isinstance(fused, TritonStep)
     fused._copy_encoder()

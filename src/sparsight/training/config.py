@@ -94,7 +94,7 @@ class TrainConfig:
 
     precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
     """Of the product that selects latents; the selected ones are always scored in float32. "auto"
-    is the lowest that the kernels and the processor are quick at."""
+    is the quickest of these kernels on this processor; "float8" is for "triton", on request."""
 
     seed: int = 0
     """Of the initial weights; and of the order of the data, unless `data_seed` is given."""

@@ -121,8 +121,9 @@ def choose(
         )
     if precision == "float8" and (kernels != "triton" or not _multiplies_float8(device)):
         raise UserError(
-            "precision 'float8' needs the kernels 'triton' on a GPU of compute capability 8.9 or "
-            f"more; these are {kernels!r} on {device.type}. Leave precision out."
+            "precision 'float8' needs kernels 'triton', asked for by name, on an NVIDIA GPU of "
+            f"compute capability 8.9 or more; these are {kernels!r} on {device.type}. "
+            "Leave precision out."
         )
     if precision == "auto":
         if (in_torch and fast_int8(device)) or (kernels == "native" and multiplies_int8()):

@@ -71,7 +71,8 @@ def fast_int8(device: torch.device) -> bool:
     Where a processor has AMX, oneDNN uses it for bfloat16, but not for `torch._int_mm`.
     """
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supports_int8(device) and not (tiles is not None and tiles())
+    quicker = tiles is not None and bool(tiles()) and fast_bfloat16(device)
+    return supports_int8(device) and not quicker
 
 
 def supports_int8(device: torch.device) -> bool:
@@ -165,8 +166,8 @@ class Bfloat16Bounds:
     """By scores in bfloat16; see `select_surely`.
 
     The rounding of x and W moves a score by DEVIATIONS standard deviations of independent errors at
-    most; that of the bias, and of the score before and after the bias is added, by half a place
-    each.
+    most. Half a place, 2⁻⁸ of what is rounded, is what the product, its sum with the bias, and the
+    bias itself are moved by.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Bfloat16Bounds:
         self.dtype = torch.bfloat16
         self.x, self.W, self.b = x, W.bfloat16(), b.bfloat16()
         self.of_row = DEVIATIONS * math.sqrt(2 / 3) / 512 * torch.linalg.vector_norm(W, math.inf)
-        self.of_bias = b.abs().amax() / 256 + SMALLEST
+        self.of_bias = b.abs().amax() / 127 + SMALLEST
 
     def candidates(
         self, part: slice, k: int, room: Tensor | None
@@ -187,7 +188,7 @@ class Bfloat16Bounds:
         x = self.x[part]
         scores, chosen = strongest_in_low_precision(x, self.W, self.b, k, room)
         passed = scores.gather(1, chosen).amin(dim=1).float()
-        error = self.of_row * x.norm(dim=1) + self.of_bias + passed.abs() / 256
+        error = self.of_row * x.norm(dim=1) + self.of_bias + passed.abs() / 127
         return chosen, passed + error
 
 

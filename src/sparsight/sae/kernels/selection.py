@@ -51,13 +51,18 @@ def select_topk(
         W: encoder rows.
         b: encoder bias.
         k: how many.
-        precision: of the selection; "int8" and "float8" count as "bfloat16"; see `bounds`.
+        precision: of the selection; "int8" counts as "bfloat16", see `bounds` for more.
         low: copies of W and b in bfloat16, if there are any.
         buffer: room for the pre-activations of a tile.
 
     Returns:
         Scores, and latents in rising order.
+
+    Raises:
+        ValueError: precision is "float8", in which only Triton's steps select.
     """
+    if precision == "float8":
+        raise ValueError("precision 'float8' is for training steps in Triton; leave it out here.")
     if precision == "float32" or x.dtype != torch.float32:
         return select_exactly(x, W, b, k, buffer)
     weights, bias = low or (W.bfloat16(), b.bfloat16())

@@ -13,8 +13,12 @@
 
 #include <stdint.h>
 
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define WITH_AMX 1
+#endif
+
 /* What is scored at a time; a dictionary is padded to whole tiles. */
-#if defined(__AMX_INT8__)
+#if defined(WITH_AMX)
 enum { PANEL = 16, TILE_PANELS = 2, TILE_ROWS = 32, TILE_GROUPS = 16 };
 #else
 enum { PANEL = 16, TILE_PANELS = 4, TILE_ROWS = 6, TILE_GROUPS = 1 };

@@ -5,6 +5,8 @@
  * latents is scored in low precision, and what can still be among the k strongest is kept. Those are
  * scored again exactly.
  */
+#define _GNU_SOURCE /* syscall, with -std=c11 */
+
 #include "blocks.h"
 #include "dictionary.h"
 #include "pool.h"
@@ -19,10 +21,6 @@
 #elif defined(__AVX2__)
 #define WITH_AVX2 1
 #include <immintrin.h>
-#endif
-
-#if defined(WITH_AVX512) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
-#define WITH_AMX 1
 #endif
 
 /* Codes of vectors: products of AVX want them from 0 on, with an offset. */
@@ -126,11 +124,11 @@ typedef struct {
 } Bounds;
 
 #if defined(WITH_AMX)
-#include "offer_avx512.inc"
 #include "score_amx.inc"
-#elif defined(WITH_AVX512)
 #include "offer_avx512.inc"
+#elif defined(WITH_AVX512)
 #include "score_avx512.inc"
+#include "offer_avx512.inc"
 #else
 #include "score_plain.inc"
 #endif
