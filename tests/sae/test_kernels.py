@@ -118,15 +118,15 @@ def _inputs_of(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         W *= 1e-36
     if kind == "not finite":
         x[::7] = math.nan
-    if kind == "rounded twice":  # the product, half a place down, and its sum with the bias
+    if kind == "rounded twice":  # the product half a place down, then its sum with the bias
         x, W, b = (
             torch.ones(500, 1024),
-            torch.full((1024, 1024), 1 / 64),
+            torch.full((1024, 1024), 2**-6),
             torch.full((1024,), -8.0625),
         )
-        b[:30] = -7.985
-        W[700] *= 16.0623 / 16
-        b[700] = -8.0315
+        b[:16] = -7.985  # scores of 8.015
+        W[700, :63] += 2**-10  # exact in bfloat16
+        b[700] = -8.0315  # 8.03, which is 7.9375 in bfloat16
     return x, W, b
 
 
