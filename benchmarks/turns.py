@@ -75,7 +75,7 @@ def told(
     """
     rows = [result.row() for result in results]
     others = [row["ms"] for row in rows if row["ms"] and not row["name"].startswith(ours)]
-    columns = [f"{what}/s", "time, of the quickest other's", *["peak GiB"][: int(memory)]]
+    columns = [f"{what}/s", "time, of the quickest other's", *(["peak GiB"] if memory else [])]
     table = []
     for row in rows:
         if "error" in row:
@@ -83,14 +83,14 @@ def told(
             table.append({"": row["name"], **dict.fromkeys(columns, "–"), "note": note})
             continue
         rate, low, high = (1000 * amount / row[each] for each in ("ms", "high", "low"))
-        cells = (
+        cells = [
             f"{rate:,.3g} [{low:,.3g} … {high:,.3g}]",
             f"{row['ms'] / min(others):.2f}" if others else "–",
-            f"{row['peak_gib']:.2f}",
-        )
-        table.append(
-            {"": row["name"], **dict(zip(columns, cells, strict=True)), "note": row["note"]}
-        )
+        ]
+        if memory:
+            cells.append(f"{row['peak_gib']:.2f}")
+        named = dict(zip(columns, cells, strict=True))
+        table.append({"": row["name"], **named, "note": row["note"]})
     return table
 
 
