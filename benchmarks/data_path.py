@@ -6,6 +6,7 @@ of what came out, where others do the same. `turns` calls them.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from stubs import stub
 from torch import Tensor
 
 BLOCK, LAST_BLOCK = 9, 11
+SITE = f"blocks.{BLOCK}.resid_post"
 D_IN, N_TOKENS = 768, 50
 """Of ViT-B/32."""
 
@@ -33,7 +36,7 @@ class Photos:
     """What is extracted: activations of one block, all tokens, in float32."""
 
     images: Path
-    """Folder of a folder of JPEGs."""
+    """Folder of a folder of JPEGs, all of which are read."""
     n_images: int
     model: Path
     """A CLIP of `transformers`, which others build anew with weights of their own."""
@@ -67,8 +70,6 @@ class Vectors:
 @contextmanager
 def _clean(folder: Path) -> Iterator[Path]:
     """A folder for one job."""
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
@@ -91,11 +92,11 @@ def extract_ours(photos: Photos, dtype: str = "float32") -> dict[str, Any]:
     from sparsight.vision import load_model
 
     model = load_model(str(photos.model), device="cpu", dtype=dtype)
-    source = open_images(str(photos.images)).subset(0, photos.n_images)
+    source = open_images(str(photos.images))
     with _clean(photos.out / "ours") as out:
         seconds = _timed(
             lambda: extract(
-                model, source, sites=[f"blocks.{BLOCK}.resid_post"], out=out / "store",
+                model, source, sites=[SITE], out=out / "store",
                 dtype=dtype, batch_size=photos.batch_size, workers=photos.workers, quiet=True,
             )
         )  # fmt: skip
@@ -112,7 +113,7 @@ class _Pictures(torch.utils.data.Dataset[Tensor]):
     def __init__(self, photos: Photos) -> None:
         from transformers import CLIPImageProcessor
 
-        self.paths = sorted(photos.images.rglob("*.jpg"))[: photos.n_images]
+        self.paths = sorted(photos.images.rglob("*.jpg"))
         self.processor = CLIPImageProcessor.from_pretrained(photos.model)
 
     def __len__(self) -> int:
@@ -222,18 +223,48 @@ def extract_saev(photos: Photos) -> dict[str, Any]:
 
 def write_ours(vectors: Vectors) -> dict[str, Any]:
     """A store in float32, with checksums and statistics."""
-    from stream import write_store
-
     x = torch.from_numpy(np.load(vectors.batches))
     with _clean(vectors.out / "ours") as out:
         work = partial(write_store, out / "store", x, len(x) * vectors.repeats)
         return {"seconds": _timed(work)}
 
 
+def write_store(
+    folder: Path, x: Float[Tensor, "images tokens d_in"], n_images: int, tokens: str = "all"
+) -> None:
+    """Write a store as `extract` does, without a model: shards of x, again and again."""
+    from sparsight.activations.manifest import Manifest
+    from sparsight.activations.writer import StoreWriter
+    from sparsight.images import ImageInfo
+
+    shard_images, n_tokens, _ = x.shape
+    manifest = Manifest(
+        model={},
+        preprocessing={},
+        images={"spec": "random", "fingerprint": "", "n_images": n_images},
+        sites=(SITE,),
+        tokens=tokens,
+        dtype=str(x.dtype).removeprefix("torch."),
+        d_in={SITE: D_IN},
+        n_tokens={SITE: n_tokens},
+        batch_size=shard_images,
+        shard_images=shard_images,
+    )
+    rows = [ImageInfo(f"{i}", f"{i}") for i in range(shard_images)]
+    writer = StoreWriter(folder, manifest)
+    with writer:
+        for first in range(0, n_images, shard_images):
+            stop = min(first + shard_images, n_images)
+            buffer = writer.buffer(first, stop)
+            for i in range(stop - first):
+                buffer.add_row(first + i, rows[i], (1, 1), None)
+            buffer.add({SITE: x[: stop - first]})
+            writer.commit(buffer)
+    writer.close_store()
+
+
 def stream_ours(vectors: Vectors) -> dict[str, Any]:
     """`ActivationStore.stream`."""
-    from stream import write_store
-
     from sparsight.activations import ActivationStore
 
     x = torch.from_numpy(np.load(vectors.batches))

@@ -25,20 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from data_path import D_IN, N_TOKENS, READERS, WARM_UP, WRITERS, Vectors
-from jaxtyping import Float
+from data_path import D_IN, N_TOKENS, READERS, SITE, WARM_UP, WRITERS, Vectors, write_store
 from tables import RESULTS, cores, keep
-from torch import Tensor
 from train_step import OPEN_CLIP, PEERS, versions
 from turns import chosen, take_turns, told
 
 from sparsight.activations import ActivationStore
 from sparsight.activations.extraction import SHARD_BYTES
-from sparsight.activations.manifest import DTYPES, Manifest
-from sparsight.activations.writer import StoreWriter
-from sparsight.images import ImageInfo
-
-SITE = "blocks.9.resid_post"
+from sparsight.activations.manifest import DTYPES
 
 
 @dataclass(frozen=True)
@@ -197,36 +191,6 @@ def write(folder: Path, dtype: str, tokens: str, n_tokens: int, n_images: int) -
     clock = Clock()
     clock.time(lambda: write_store(folder, x, n_images, tokens))
     return clock
-
-
-def write_store(
-    folder: Path, x: Float[Tensor, "images tokens d_in"], n_images: int, tokens: str = "all"
-) -> None:
-    """Write a store as `extract` does, without a model: shards of x, again and again."""
-    shard_images, n_tokens, _ = x.shape
-    manifest = Manifest(
-        model={},
-        preprocessing={},
-        images={"spec": "random", "fingerprint": "", "n_images": n_images},
-        sites=(SITE,),
-        tokens=tokens,
-        dtype=str(x.dtype).removeprefix("torch."),
-        d_in={SITE: D_IN},
-        n_tokens={SITE: n_tokens},
-        batch_size=shard_images,
-        shard_images=shard_images,
-    )
-    rows = [ImageInfo(f"{i}", f"{i}") for i in range(shard_images)]
-    writer = StoreWriter(folder, manifest)
-    with writer:
-        for first in range(0, n_images, shard_images):
-            stop = min(first + shard_images, n_images)
-            buffer = writer.buffer(first, stop)
-            for i in range(stop - first):
-                buffer.add_row(first + i, rows[i], (1, 1), None)
-            buffer.add({SITE: x[: stop - first]})
-            writer.commit(buffer)
-    writer.close_store()
 
 
 if __name__ == "__main__":

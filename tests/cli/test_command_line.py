@@ -170,7 +170,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(verb, "main", interrupted)
     assert main(["report", "runs/"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "same command" in capsys.readouterr().err
 
 
 def test_a_developer_may_ask_for_the_traceback(tmp_path):

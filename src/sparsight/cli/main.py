@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import sparsight
 from sparsight.cli.verbs import HELP, guess, listed, run
 from sparsight.errors import SparsightError
+from sparsight.interruption import Terminated, raise_terminated
 
 VERBS = {
     "demo": "everything below at once, on rendered pictures: minutes, offline, no GPU",
@@ -33,6 +36,7 @@ VERBS = {
 FAULT = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default those of the process.
 
     Returns:
-        Exit code: 0; 1 for a fault; 2 for a mistake of the user's; 130 after Ctrl-C.
+        Exit code: 0; 1 for a fault; 2 for a mistake of the user's; 130 after Ctrl-C; 143 after
+        SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--traceback" in given or bool(os.environ.get("SPARSIGHT_DEBUG"))
@@ -58,19 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(
             f"There is no verb {verb!r}.{guess(verb, VERBS)} `sparsight --help` lists them."
         )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, raise_terminated)
     try:
         run(verb, rest)
+    except Terminated as stop:
+        return _complain(_interrupted(stop, "Terminated."), TERMINATED)
     except SystemExit as stop:  # the parser: --help, or a flag that is wrong
         return stop.code if isinstance(stop.code, int) else USAGE_ERROR
     except SparsightError as error:
         if debug:
             raise
         return _complain(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _complain(
-            "Interrupted. What was finished is kept; the same command goes on.",
-            INTERRUPTED,
-        )
+    except KeyboardInterrupt as stop:
+        return _complain(_interrupted(stop, "Interrupted."), INTERRUPTED)
     except BrokenPipeError:  # `sparsight … | head`: whoever read has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -89,6 +95,11 @@ def _help() -> str:
         "`sparsight VERB --help` lists a verb's options; every verb reads them from\n"
         "`--config FILE.toml` too. `--traceback` shows where an error came from."
     )
+
+
+def _interrupted(stop: BaseException, what: str) -> str:
+    """What stopped the run, and what the code that was running says of what it kept."""
+    return " ".join([what, *getattr(stop, "__notes__", ["Run the same command again."])])
 
 
 def _of_system(error: OSError) -> str:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -190,10 +190,16 @@ class FusedStep(ABC):
         variance: of the activations: Σ over dimensions; the unit of the loss.
         unit_norm: keep decoder rows at norm 1, and take the gradient's part along them out.
         precision: of the selection.
+
+    Raises:
+        ValueError: the back end has no selection in that precision.
     """
 
     name: str
     """Of the back end."""
+
+    precisions: ClassVar[tuple[Precision, ...]]
+    """Of the selections that it has."""
 
     def __init__(
         self,
@@ -207,6 +213,9 @@ class FusedStep(ABC):
         unit_norm: bool,
         precision: Precision,
     ) -> None:
+        if precision not in self.precisions:
+            known = ", ".join(self.precisions)
+            raise ValueError(f"{type(self).__name__} selects in {known}, not in {precision}.")
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
             parameters[name].detach() for name in PARAMETERS
         )

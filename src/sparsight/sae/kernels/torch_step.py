@@ -45,10 +45,10 @@ class _Code(NamedTuple):
 class TorchStep(FusedStep):
     """See `FusedStep`."""
 
+    precisions = ("float32", "bfloat16", "int8")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.precision == "float8":
-            raise ValueError("Plain torch selects in float32, bfloat16 or int8.")
         if self.W_enc.dtype != torch.float32:
             self.precision = "float32"
         self.name = f"torch-{self.precision}"

@@ -56,10 +56,10 @@ class _Low(NamedTuple):
 class TritonStep(FusedStep):
     """See `FusedStep`; float32 or float64."""
 
+    precisions = ("float32", "bfloat16", "float8")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.precision == "int8":
-            raise ValueError("Triton's kernels select in float32, bfloat16 or float8.")
         self.device, self.dtype = self.W_enc.device, self.W_enc.dtype
         self.name = f"triton-{self.precision}"
         rows = triton_kernels.rows_of(self.d_in)

@@ -24,10 +24,10 @@ MOST_GIVEN_UP = 0.01
 class NativeStep(FusedStep):
     """See `FusedStep`; float32 or float64, on the CPU."""
 
+    precisions = ("float32", "bfloat16", "int8")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.precision == "float8":
-            raise ValueError("Native kernels select in float32, bfloat16 or int8.")
         self.dtype = self.W_enc.dtype
         self.chunk = 16 * -(-self.n_latents // (16 * library.CHUNKS))
         n_chunks = -(-self.n_latents // self.chunk)

@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM during long work: finish the step under way, keep what is done, then stop.
+
+A loop wraps itself in `postponed()` and asks `stop.check()` where its state is whole. The first
+signal is only noted until then, so that no buffer is left half filled; a second one stops at once.
+Whoever catches `STOPS` to keep what is in memory says with `add_note` how much that was, and
+raises again: the command line prints the notes.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived. Uncaught, the process ends with exit code 143 and no traceback."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+STOPS = (KeyboardInterrupt, Terminated)
+"""What Ctrl-C and SIGTERM raise."""
+
+
+class Stop:
+    """The signal that has arrived, if any."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def check(self) -> None:
+        """Raise what the signal stands for, if one has arrived.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            Terminated: after SIGTERM.
+        """
+        if self.signal is not None:
+            raise _exception(self.signal)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: remember the first signal, raise at the second."""
+        if self.signal is not None:
+            raise _exception(number)
+        self.signal = number
+
+
+@contextmanager
+def postponed() -> Iterator[Stop]:
+    """Hold back Ctrl-C and SIGTERM until `check` is called or the block ends.
+
+    A signal that came within a block that then ends by itself is raised at its end. Outside the
+    main thread, where Python allows no handlers, nothing is held back.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before: dict[int, Any] = {}
+    number: int
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        # Who ignores a signal, or has a handler of their own, keeps it.
+        if handler in (signal.default_int_handler, signal.SIG_DFL, raise_terminated) or isinstance(
+            getattr(handler, "__self__", None), Stop
+        ):
+            before[number] = signal.signal(number, stop.note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    stop.check()
+
+
+def raise_terminated(number: int, frame: FrameType | None) -> None:
+    """Signal handler for SIGTERM of programs that want it to unwind the stack as Ctrl-C does."""
+    raise Terminated
+
+
+def _exception(number: int) -> KeyboardInterrupt | Terminated:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
