@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import pytest
 from sparsight.activations import extract
 from sparsight.cli import main
 from sparsight.cli.main import VERBS
+from sparsight.cli.options import parse
 from sparsight.images import open_images
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.vision import load_model
@@ -25,7 +28,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 def sparsight(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A real process, as a shell would start it."""
     return subprocess.run(
-        [sys.executable, "-m", "sparsight.cli", *arguments],
+        [sys.executable, "-m", "sparsight", *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -63,13 +66,62 @@ def test_help_lists_every_verb_in_less_than_a_second():
     assert time.monotonic() - started < 1
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_its_options(verb, capsys):
-    assert main([verb, "--help"]) == 0
+EVERY_VERB = [*(verb for verb in VERBS if verb != "attack")]
+EVERY_VERB += [f"attack {verb}" for verb in ("measure", "find", "curate")]
+
+
+@pytest.mark.parametrize("verb", EVERY_VERB)
+def test_the_help_of_a_verb_is_one_screen_that_begins_with_examples(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"usage: sparsight {verb}" in shown
-    assert "--config" in shown
+    assert f"examples:\n  sparsight {verb}" in shown
     assert "--out" in shown or verb in ("pretrained", "push")  # which leave nothing behind
+    assert len(shown.splitlines()) <= 60
+    assert "None" not in shown.split("options:")[0]
+
+
+@pytest.mark.parametrize("verb", EVERY_VERB)
+def test_every_option_is_in_the_whole_help(verb, capsys):
+    assert main(["help", *verb.split(), "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert "--config" in shown and "--help-all` shows" not in shown
+
+
+@pytest.mark.parametrize("verb", EVERY_VERB)
+def test_the_examples_of_the_help_are_understood(verb, monkeypatch):
+    module = importlib.import_module(f"sparsight.cli.{verb.replace(' ', '.')}")
+
+    class Understood(Exception):
+        """In place of the work."""
+
+    def understood(*arguments, **options):
+        assert options["helped"].examples
+        parse(*arguments, **options)
+        raise Understood
+
+    monkeypatch.setattr(module, "parse", understood)
+    for example in module.HELP.examples:
+        with pytest.raises(Understood):
+            module.main(shlex.split(example))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("extract", "extract: missing --model, --images and --out."),
+        ("extract --model m --images i --out o --batch-size x", "--batch-size"),
+        ("extract --model m --images i --out o --tokens no", "'all', 'patches', 'cls', 'mean'"),
+        ("extract --model m --images i --out o --dtype", "'--dtype'"),
+        ("train --bach-size 3", "unknown option --bach-size; did you mean --batch-size?"),
+        ("train more words", "train: unknown arguments more and words."),
+    ],
+)
+def test_a_wrong_option_gives_one_line(command, message, fails):
+    told = fails(*command.split())
+    assert message in told
+    assert len(told.splitlines()) == 1 and "│" not in told
 
 
 def test_an_unknown_verb_exits_with_2_and_suggests_one():
@@ -335,7 +387,7 @@ def test_broken_photos_beyond_max_failed_stop_a_live_run_and_the_option_lets_it_
 
 
 def test_kinds_of_parts_are_chosen_by_name_and_bring_their_own_flags(capsys) -> None:
-    assert main(["train", "--sparsity", "jumprelu", "--remedy", "resampling", "--help"]) == 0
+    assert main(["train", "--sparsity", "jumprelu", "--remedy", "resampling", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert "--sae.sparsity.bandwidth" in shown and "--resampling.times" in shown
     assert "--auxk.alpha" not in shown

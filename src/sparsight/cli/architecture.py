@@ -26,7 +26,7 @@ class ArchitectureOptions:
 
     sparsity: str | None = None
     """Kind of sparsity: topk, batchtopk, abstopk, groupmax, relu, jumprelu, gated or
-    matchingpursuit; its own flags are then --sae.sparsity.…, and --help lists them."""
+    matchingpursuit; its own flags are then --sae.sparsity.…, which --help-all lists."""
 
     remedy: Remedy | None = None
     """For dead latents: auxk (the default), ghost gradients, resampling, or none."""

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.cli.help import Help
 from sparsight.cli.options import CommandOptions, parse
 from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.formats.converting import convert
+
+HELP = Help(
+    examples=(
+        "runs/b32-l9 --to saelens --out converted/",
+        "lewington/CLIP-ViT-L-scope/22_resid/1200013184.pt --out mine/",
+    ),
+    needed=("sae", "to", "out"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class ConvertOptions(CommandOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, convert, print where and how exactly."""
-    options = parse(ConvertOptions, "convert", arguments)
+    options = parse(ConvertOptions, "convert", arguments, helped=HELP)
     if not options.sae:
         raise UserError("Which SAE? Name a folder, a file, or a place on the Hub.")
     if options.out is None:

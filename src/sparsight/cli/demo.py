@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsight.cli.help import Help
 from sparsight.cli.options import CommandOptions, parse
 from sparsight.cli.printing import print_scores
 from sparsight.demo import DemoConfig, run_demo
+
+HELP = Help(
+    examples=("", "--out demo/"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class DemoOptions(DemoConfig, CommandOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table and where the page is."""
-    options = parse(DemoOptions, "demo", arguments)
+    options = parse(DemoOptions, "demo", arguments, helped=HELP)
     names = [field.name for field in dataclasses.fields(DemoConfig)]
     config = DemoConfig(**{name: getattr(options, name) for name in names})
     result = run_demo(options.out, config)

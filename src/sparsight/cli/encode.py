@@ -9,11 +9,17 @@ from typing import Literal
 
 import tyro
 
+from sparsight.cli.help import Help
 from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.latents import encode
+
+HELP = Help(
+    examples=("runs/b32-l9", "runs/b32-l9 --images photos/ --out codes/"),
+    needed=("runs",),
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class EncodeOptions(SubjectOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, encode, print what the codes hold."""
-    options = parse(EncodeOptions, "encode", arguments)
+    options = parse(EncodeOptions, "encode", arguments, helped=HELP)
     saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes the codes of one SAE; {len(saes)} are given. Leave it out.")

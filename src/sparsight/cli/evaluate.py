@@ -9,12 +9,18 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.cli.help import Help
 from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_scores
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
+
+HELP = Help(
+    examples=("runs/b32-l9", "runs/ --store acts-test/"),
+    needed=("runs",),
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class EvaluateOptions(SubjectOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print the headlines and what was left out."""
-    options = parse(EvaluateOptions, "evaluate", arguments)
+    options = parse(EvaluateOptions, "evaluate", arguments, helped=HELP)
     saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes one file; {len(saes)} SAEs are given. Leave it out.")

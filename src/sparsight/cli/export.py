@@ -9,12 +9,21 @@ from typing import Literal
 
 import tyro
 
+from sparsight.cli.help import Help
 from sparsight.cli.options import CommandOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
 from sparsight.vision.layouts import KEPT_POSITIONS
 from sparsight.vision.load import DTYPES, load_model
 from sparsight.vision.saving import FILES, Layout, SavedModel, write_model
+
+HELP = Help(
+    examples=(
+        "runs/tuned/model --layout openai --out tuned.safetensors",
+        "openai/clip-vit-large-patch14 --layout open_clip --out for-open-clip/",
+    ),
+    needed=("model", "out"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class ExportOptions(CommandOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, write, print what and how exactly."""
-    options = parse(ExportOptions, "export", arguments)
+    options = parse(ExportOptions, "export", arguments, helped=HELP)
     if not options.model:
         raise UserError("Which model? Name a Hub id, a folder, a file, or calibration.")
     if options.out is None:

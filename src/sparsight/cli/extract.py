@@ -9,7 +9,15 @@ from typing import Literal
 
 import tyro
 
+from sparsight.cli.help import Help
 from sparsight.cli.options import ModelOptions, parse
+
+HELP = Help(
+    examples=(
+        "--model openai/clip-vit-base-patch32 --images photos/ --out acts/",
+        "--model calibration --images calibration:500 --sites 'blocks.*.resid_post' --out acts/",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class ExtractOptions(ModelOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, extract, print what the store holds."""
-    options = parse(ExtractOptions, "extract", arguments)
+    options = parse(ExtractOptions, "extract", arguments, helped=HELP)
     from sparsight.activations import extract
     from sparsight.cli.opening import open_model
     from sparsight.cli.printing import print_notes

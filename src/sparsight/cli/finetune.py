@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from sparsight.cli.help import Help
 from sparsight.cli.opening import open_model
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import plain_table, print_notes
@@ -47,6 +48,30 @@ HELD_OUT = 0.1
 LARGEST_TEST = 1000
 SAE_VECTORS = 100_000
 SALIENCE_PAIRS = 256
+
+
+HELP = Help(
+    examples=(
+        "openai/clip-vit-base-patch32 --data photos/ --out runs/tuned",
+        "calibration --out runs/tuned --epochs 3",
+    ),
+    needed=("model", "data", "out"),
+    common=(
+        "attack",
+        "attack-on",
+        "test",
+        "images",
+        "sae",
+        "salience",
+        "layout",
+        "max-images",
+        "epochs",
+        "batch-size",
+        "lr",
+        "seed",
+        "report",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +135,7 @@ class FinetuneOptions(ModelOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, measure, print the table."""
-    options = parse(FinetuneOptions, "finetune", arguments)
+    options = parse(FinetuneOptions, "finetune", arguments, helped=HELP)
     if options.model is None:
         raise UserError("Name the CLIP to fine-tune: sparsight finetune calibration, for example.")
     model = open_model(options.model, options)

@@ -8,12 +8,18 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.cli.help import Help
 from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.files import read_json
 from sparsight.latents import CodeStore, build_index, name_from_truth
+
+HELP = Help(
+    examples=("runs/b32-l9", "runs/b32-l9 --codes runs/b32-l9/codes"),
+    needed=("runs",),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class IndexOptions(SubjectOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, print how many latents are alive and named."""
-    options = parse(IndexOptions, "index", arguments)
+    options = parse(IndexOptions, "index", arguments, helped=HELP)
     saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes one index; {len(saes)} SAEs are given. Leave it out.")

@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--traceback" in given or bool(os.environ.get("SPARSIGHT_DEBUG"))
     given = [argument for argument in given if argument != "--traceback"]
+    if len(given) > 1 and given[0] == "help":  # `help train` is `train --help`
+        given = [*given[1:], "--help"]
     if not given or given[0] in HELP:
         print(_help())
         return 0 if given else USAGE_ERROR
@@ -92,8 +94,9 @@ def _help() -> str:
         "usage: sparsight VERB [OPTIONS]\n\n"
         "Open up CLIP and other vision transformers with sparse autoencoders.\n\n"
         f"verbs:\n{listed(VERBS)}\n\n"
-        "`sparsight VERB --help` lists a verb's options; every verb reads them from\n"
-        "`--config FILE.toml` too. `--traceback` shows where an error came from."
+        "`sparsight VERB --help` shows examples and the options that matter most, `--help-all`\n"
+        "every option. Each verb reads its options from `--config FILE.toml`, too. `--traceback`\n"
+        "shows where an error came from."
     )
 
 

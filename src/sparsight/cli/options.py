@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import tyro
 
+from sparsight.cli.help import ASKS, Help, options_of, parser_of, render, wrong_option
 from sparsight.config import load
 from sparsight.errors import UserError
 
@@ -57,6 +60,7 @@ def parse(
     verb: str,
     arguments: Sequence[str],
     adapt: Callable[[Options, Sequence[str]], Options] | None = None,
+    helped: Help | None = None,
 ) -> Options:
     """Read the flags of a verb.
 
@@ -66,21 +70,41 @@ def parse(
         arguments: what follows the name.
         adapt: makes the options' defaults from themselves and the command line, where flags
             decide which other flags there are.
+        helped: examples for `--help`, and the options that it shows first.
 
     Raises:
-        UserError: the `--config` file is missing, no TOML, or has a key or value that `cls` lacks.
-        SystemExit: `--help` (code 0), or a flag that is unknown or wrong (code 2).
+        UserError: a flag is unknown, missing or wrong; or the `--config` file is missing, no TOML,
+            or has a key or value that `cls` lacks.
+        SystemExit: `--help` (code 0).
     """
+    asked = [argument for argument in arguments if argument in ASKS]
+    arguments = [argument for argument in arguments if argument not in ASKS]
     path = flag(arguments, "--config")
     default = cls() if path is None else load(cls, Path(path))
-    return tyro.cli(
-        cls,
-        prog=f"sparsight {verb}",
-        args=list(arguments),
-        default=default if adapt is None else adapt(default, arguments),
-        # A union such as `AuxK | None` becomes the flags of its default, not a sub-command.
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    default = default if adapt is None else adapt(default, arguments)
+    parser = parser_of(cls, verb, default) if asked else None
+    if parser is not None:
+        shared = [field.name.replace("_", "-") for field in fields(ModelOptions)]
+        whole = "--help-all" in asked
+        print(render(parser, verb, helped or Help(), last=shared, whole=whole))
+        raise SystemExit(0)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                cls,
+                prog=f"sparsight {verb}",
+                args=[*arguments, *(["--help"] if asked else [])],
+                default=default,
+                # A union such as `AuxK | None` becomes the flags of its default, not a sub-command.
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        parser = parser_of(cls, verb, default)
+        known = [f"--{option.name}" for option in options_of(parser)] if parser else []
+        raise UserError(wrong_option(verb, told.getvalue(), known)) from None
 
 
 def flag(arguments: Sequence[str], name: str) -> str | None:

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.padding import Padding
 
+from sparsight.cli.help import Help
 from sparsight.cli.options import CommandOptions, parse
 from sparsight.sae.pretrained import OTHER, Published, look_up
+
+HELP = Help(
+    examples=("", "--model vit-large --site resid_post"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class PretrainedOptions(CommandOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, look up, print."""
-    options = parse(PretrainedOptions, "pretrained", arguments)
+    options = parse(PretrainedOptions, "pretrained", arguments, helped=HELP)
     rows = look_up(model=options.model, site=options.site, format=options.format)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2, ensure_ascii=False))

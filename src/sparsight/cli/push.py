@@ -8,9 +8,18 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.cli.help import Help
 from sparsight.cli.options import CommandOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
+
+HELP = Help(
+    examples=(
+        "runs/b32-l9 --to org/name --dry-run preview/",
+        "runs/b32-l9 --to org/name --license mit",
+    ),
+    needed=("run", "to"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class PushOptions(CommandOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, push, print where to and how much."""
-    options = parse(PushOptions, "push", arguments)
+    options = parse(PushOptions, "push", arguments, helped=HELP)
     if options.run is None or options.to is None:
         raise UserError("Name a run folder and the repository: sparsight push RUN --to ORG/NAME.")
     from sparsight.publishing import push_to_hub

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.cli.help import Help
 from sparsight.cli.options import CommandOptions, parse
+
+HELP = Help(
+    examples=("runs/b32-l9", "runs/ --out report.html"),
+    needed=("runs",),
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class ReportOptions(CommandOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, write, print where."""
-    options = parse(ReportOptions, "report", arguments)
+    options = parse(ReportOptions, "report", arguments, helped=HELP)
     from sparsight.latents import write_report
 
     page = write_report(

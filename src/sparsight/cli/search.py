@@ -11,6 +11,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
+from sparsight.cli.help import Help
 from sparsight.cli.opening import open_index, open_model
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import plain_table, print_notes
@@ -27,6 +28,17 @@ from sparsight.images.decoding import read_picture
 from sparsight.sae import SparseAutoencoder
 
 Asked = Literal["plain", "reconstructed", "filtered", "query", "steered"]
+
+
+HELP = Help(
+    examples=(
+        "'a dog on a beach' --images photos/ --model openai/clip-vit-base-patch32",
+        "--picture query.jpg --images photos/ --model openai/clip-vit-base-patch32",
+        "'an anchor' --sae runs/embedding --modes plain reconstructed",
+    ),
+    needed=("query", "images", "model"),
+    common=("picture", "sae", "modes", "latents", "top", "out", "max-images"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class SearchOptions(ModelOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, search, print a table, write the page."""
-    options = parse(SearchOptions, "search", arguments)
+    options = parse(SearchOptions, "search", arguments, helped=HELP)
     if bool(options.query) == (options.picture is not None):
         raise UserError("Give a text to search for, or --picture, one of the two.")
     asked: str | Image.Image = options.query

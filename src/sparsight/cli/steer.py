@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from sparsight.cli.help import Help
 from sparsight.cli.opening import open_index, open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.printing import plain_table, print_notes
@@ -19,6 +20,15 @@ from sparsight.editing.steering import STRENGTHS, SteerReport, steer
 from sparsight.editing.steering_files import rows_to_print, save_steering
 from sparsight.errors import UserError
 from sparsight.files import check_folder
+
+HELP = Help(
+    examples=(
+        "runs/b32-l9 --latents 12 40",
+        "runs/b32-l9 --latents anchor --strengths 0 0.5 1 2",
+    ),
+    needed=("run", "latents"),
+    common=("strengths", "unit", "out", "images", "store", "curves", "max-images", "index"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class SteerOptions(SubjectOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, steer, print a table, write the files."""
-    options = parse(SteerOptions, "steer", arguments)
+    options = parse(SteerOptions, "steer", arguments, helped=HELP)
     if options.run is None:
         raise UserError("Which SAE? Name a run folder.")
     if options.store is not None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
+from sparsight.cli.help import Help
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_sweep
 from sparsight.cli.train import TrainOptions, activations_of, choose_parts
@@ -21,6 +22,18 @@ from sparsight.evaluation.comparing import ACCURACY_IMAGES
 from sparsight.latents.comparison import compare
 from sparsight.training import SweepConfig, sweep
 from sparsight.vision import VisionModel, load_model
+
+HELP = Help(
+    examples=(
+        "--store acts/ --vary k=16,32 seed=0,1 --out runs/sweep",
+        "--store acts/ --vary n_latents=1024,4096 --held-out acts-test/ --out runs/widths",
+    ),
+    needed=("store", "vary", "out"),
+    common=(
+        "sites", "sparsity", "remedy", "sae.n-latents", "sae.sparsity.k", "n-vectors", "held-out",
+        "evaluate", "max-images", "fresh", "config", "device",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class SweepOptions(TrainOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, print a line an autoencoder."""
-    options = parse(SweepOptions, "sweep", arguments, adapt=choose_parts)
+    options = parse(SweepOptions, "sweep", arguments, adapt=choose_parts, helped=HELP)
     config = SweepConfig(options.train, {**options.grid, **_varied(options.vary)})
     measures = SweepMeasures(
         max_images=options.max_images,

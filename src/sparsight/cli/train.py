@@ -11,12 +11,40 @@ import tyro
 
 from sparsight.activations import ActivationStore, LiveActivations
 from sparsight.cli.architecture import ArchitectureOptions, with_choices
+from sparsight.cli.help import Help
 from sparsight.cli.opening import open_model
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
 from sparsight.images import open_images
 from sparsight.training import TrainConfig, TrainRecipe, train
+
+HELP = Help(
+    examples=(
+        "--store acts/ --out runs/b32-l9",
+        "--store acts/ --out runs/wide --sae.n-latents 6144 --sae.sparsity.k 32",
+        "--model calibration --images photos/ --sites blocks.3.resid_post",
+    ),
+    needed=("store", "out"),
+    common=(
+        "model",
+        "images",
+        "sites",
+        "tokens",
+        "sparsity",
+        "remedy",
+        "sae.n-latents",
+        "sae.expansion",
+        "sae.sparsity.k",
+        "n-vectors",
+        "batch-size",
+        "lr",
+        "seed",
+        "fresh",
+        "config",
+        "device",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +68,7 @@ Options = TypeVar("Options", bound=TrainOptions)
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, print where each autoencoder lies."""
-    options = parse(TrainOptions, "train", arguments, adapt=choose_parts)
+    options = parse(TrainOptions, "train", arguments, adapt=choose_parts, helped=HELP)
     data = activations_of(options)
     run = train(
         data,

@@ -9,11 +9,17 @@ from pathlib import Path
 import tyro
 
 from sparsight.cli.attack.shared import model_of, target_of
+from sparsight.cli.help import Help
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.editing.attacks import SalienceTable, curate
 from sparsight.editing.attacks.curating import SENTENCE, Captions
 from sparsight.images import open_images
+
+HELP = Help(
+    examples=("attack/blocks.9.resid_post --images photos/ --out attack-set/",),
+    needed=("found", "images", "out"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class CurateOptions(ModelOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, choose, write, print what was made."""
-    options = parse(CurateOptions, "attack curate", arguments)
+    options = parse(CurateOptions, "attack curate", arguments, helped=HELP)
     tables = [SalienceTable.load(folder) for folder in options.found]
     model = model_of(options, options.model, tables)
     source = open_images(options.images, table=options.table)

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from sparsight.cli.attack.shared import PairOptions, check_failed, pairs_of
+from sparsight.cli.help import Help
 from sparsight.cli.opening import open_model, open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_table
@@ -23,6 +24,25 @@ from sparsight.editing.attacks.salience import (
 from sparsight.editing.attacks.significance import PERMUTATIONS, Alternative
 from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
+
+HELP = Help(
+    examples=(
+        "runs/b32-l9 --images photos/ --out attack/",
+        "--neurons blocks.7.mlp_post --model calibration --images calibration --out attack/",
+    ),
+    needed=("runs", "images", "out"),
+    common=(
+        "model",
+        "neurons",
+        "n",
+        "classes",
+        "contrast",
+        "tokens",
+        "fdr",
+        "selectivity",
+        "check",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,7 @@ class FindOptions(PairOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, test, switch off, save and print what came out."""
-    options = parse(FindOptions, "attack find", arguments)
+    options = parse(FindOptions, "attack find", arguments, helped=HELP)
     if not options.runs and not options.neurons:
         raise UserError(
             "Nothing to test: name run folders of SAEs, or sites with --neurons, e.g. "

@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.cli.attack.shared import PairOptions, check_failed, model_of, pairs_of, target_of
+from sparsight.cli.help import Help
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_table
 from sparsight.editing.attacks import SalienceTable, causal_check, measure_attack
+
+HELP = Help(
+    examples=(
+        "--model openai/clip-vit-base-patch32 --images photos/",
+        "--model openai/clip-vit-base-patch32 --images photos/ --off attack/blocks.9.resid_post",
+    ),
+    needed=("images", "model"),
+    common=("off", "n", "classes", "templates", "writing", "out", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class MeasureOptions(PairOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print a table."""
-    options = parse(MeasureOptions, "attack measure", arguments)
+    options = parse(MeasureOptions, "attack measure", arguments, helped=HELP)
     tables = [SalienceTable.load(folder) for folder in options.off]
     model = model_of(options, options.model, tables)
     pairs = pairs_of(options)

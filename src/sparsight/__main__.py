@@ -1,0 +1,7 @@
+"""`python -m sparsight VERB` is `sparsight VERB`."""
+
+import sys
+
+from sparsight.cli import main
+
+sys.exit(main())
