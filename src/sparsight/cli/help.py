@@ -18,10 +18,11 @@ WIDEST = 100
 NAME_COLUMN = 26
 SHARED = "options of most verbs"
 
-_BOX = re.compile(r"^[│\s]*|[│\s]*$")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# tyro draws a box; where standard output is not UTF-8, only rulers under title and parts.
+_BOX = re.compile(r"^│?\s*|\s*│?$")
 _BORDER = re.compile(r"^[╭╰].*[╮╯]$")
-_RULER = re.compile(r"^│\s*─+\s*│$")
+_RULER = re.compile(r"^│?\s*[─-]{8,}\s*│?$")
 _DEFAULT = re.compile(r"\s*\((default: (?P<value>.*)|required)\)$", re.DOTALL)
 
 
@@ -135,7 +136,8 @@ def wrong_option(verb: str, told: str, known: Sequence[str]) -> str:
         known: every option of the verb, with dashes.
     """
     rows = [_COLOUR.sub("", row).strip() for row in told.splitlines()]
-    inner = [row for row in rows if not _BORDER.match(row)]
+    boxed = any(_BORDER.match(row) for row in rows)
+    inner = [row for row in rows if not _BORDER.match(row)] if boxed else rows[2:]
     parts = "\n".join("─" if _RULER.match(row) else _BOX.sub("", row) for row in inner).split("─")
     said = [" ".join(part.split()) for part in parts]
     words: list[str] = []
