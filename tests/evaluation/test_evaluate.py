@@ -193,6 +193,7 @@ def test_a_perfect_sae_loses_nothing_on_any_positions(clip, tokens):
         assert metrics["baselines"]["pca"]["components_of_equal_fvu"] == 32
     assert "calibration world" in metrics["omitted"]["truth"]
     assert ("l0_cls" in metrics) == (tokens == "all")
+    assert ("fvu_cls" in metrics) == (tokens == "all")
 
 
 def test_the_mean_over_patches_has_no_downstream_and_says_so(clip):

@@ -113,3 +113,13 @@ def test_no_data_and_wrong_shapes_are_refused():
         meter.result()
     with pytest.raises(UserError, match=r"\[2, 4, 11\]"):
         meter.add(torch.zeros(2, 4, 11), torch.zeros(2, 4, 11))
+
+
+def test_cls_and_patches_each_have_an_fvu_about_their_own_mean(data):
+    x, x_hat = data
+    meter = ReconstructionMeter(x.shape[1], x.shape[2])
+    meter.add(x, x_hat)
+    apart = meter.result(n_prefix=2, has_cls=True)
+    assert apart["fvu_cls"] == pytest.approx(by_hand(x[:, :1], x_hat[:, :1])["fvu"])
+    assert apart["fvu_patches"] == pytest.approx(by_hand(x[:, 2:], x_hat[:, 2:])["fvu"])
+    assert "fvu_cls" not in meter.result(n_prefix=0, has_cls=False)

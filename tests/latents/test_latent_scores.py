@@ -126,3 +126,15 @@ def test_figures_have_three_digits(value: float | None, text: str) -> None:
 )
 def test_shares_are_given_in_per_cent(value: float | None, text: str) -> None:
     assert percent(value) == text
+
+
+def test_figures_say_whether_they_are_of_the_training_data_and_where_cls_is_hidden():
+    metrics = {"fvu": 0.057, "fvu_cls": 0.31, "fvu_patches": 0.05, "trained_on_these": True}
+    assert scores.measured_on(metrics).startswith("Measured on the training data")
+    assert "not trained on" in scores.measured_on({"trained_on_these": False})
+    assert scores.measured_on({}) == ""
+    assert "FVU 0.310" in scores.cls_warning(metrics)
+    assert scores.cls_warning(metrics | {"fvu_cls": 0.06}) == scores.cls_warning({}) == ""
+    note = scores.tiles(metrics)[0].note
+    assert "CLS 0.310, patches 0.0500" in note and "measured on the training data" in note
+    assert "training data" in scores.reconstruction_table(metrics).note

@@ -10,12 +10,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparsight.latents.scores import BASELINES, dig, figure, percent, truth_by_kind
+from sparsight.latents.scores import (
+    BASELINES,
+    cls_warning,
+    dig,
+    figure,
+    measured_on,
+    percent,
+    truth_by_kind,
+)
 
 WIDTH = 120
 PERCENTAGES = ("dead", "zero_shot.reconstructed.top1", "zero_shot.original.top1")
 HEADLINES = {
     "FVU": "fvu",
+    "FVU of CLS": "fvu_cls",
+    "FVU of patches": "fvu_patches",
     "L0": "l0",
     "dead": "dead",
     "zero-shot, original": "zero_shot.original.top1",
@@ -76,7 +86,19 @@ def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> 
             if any(kind in truth_by_kind(block) for block in blocks):
                 row = (_mean_auc(block, kind) for block in blocks)
                 table.add_row(f"  {name}", *row, style="dim")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for sentence in dict.fromkeys(map(measured_on, metrics)):
+        which = [n for n, each in zip(names, metrics, strict=True) if measured_on(each) == sentence]
+        _print_about(console, which if len(which) < len(names) else [], sentence)
+    for name, each in zip(names, metrics, strict=True):
+        _print_about(console, [name] if len(names) > 1 else [], cls_warning(each))
+
+
+def _print_about(console: Console, names: Sequence[str], sentence: str) -> None:
+    if sentence:
+        text = f"{', '.join(names)}: {sentence}" if names else sentence
+        console.print(text, style="dim", markup=False, highlight=False)
 
 
 def print_sweep(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:

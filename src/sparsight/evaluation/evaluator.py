@@ -351,10 +351,10 @@ class _Evaluation:
     def _figures(self, name: str) -> dict[str, Any]:
         """Keys of one block of `metrics.json`: the SAE's own, or a baseline's."""
         each, layout = self.measured[name], self.passes.layout
-        figures = each.raw.result()
+        figures = each.raw.result(layout.n_prefix, layout.has_cls)
         if each.sparsity is not None:
             figures |= each.sparsity.result(layout.n_prefix, layout.has_cls, self.dead_window)
-        figures["normalised"] = each.normalised.result()
+        figures["normalised"] = each.normalised.result(layout.n_prefix, layout.has_cls)
         figures |= self._block(name)
         if name in self.truth:
             figures["truth"] = self.truth[name].entries

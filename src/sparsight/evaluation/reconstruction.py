@@ -78,8 +78,14 @@ class ReconstructionMeter:
         self._batch_fvu += torch.where(counts, errors.sum() / variance, 0)
         self._batches += counts
 
-    def result(self) -> dict[str, Any]:
+    def result(self, n_prefix: int | None = None, has_cls: bool = False) -> dict[str, Any]:
         """The figures of `docs/design.md`, JSON-able; None where one is not defined.
+
+        Args:
+            n_prefix: positions before the first patch among those measured; None if they are no
+                grid of patches (one vector per image).
+            has_cls: whether the first of them is the CLS position. With patches behind it, both
+                get an FVU of their own, each centred on its own mean.
 
         Raises:
             UserError: there was not one vector.
@@ -94,7 +100,7 @@ class ReconstructionMeter:
         variance = squares - self._sum.sum(dim=0).square().sum() / n
         by_position = self._squares - self._sum.square().sum(dim=1) / self.n_images
         fvu = _ratio(errors, variance, squares)
-        return {
+        result: dict[str, Any] = {
             "fvu": fvu,
             "explained_variance": None if fvu is None else 1 - fvu,
             "mse": float(errors) / (n * d_in),
@@ -108,11 +114,21 @@ class ReconstructionMeter:
             ],
             "mse_by_position": (self._errors / (self.n_images * d_in)).tolist(),
         }
+        if n_prefix is not None and n_tokens > n_prefix > 0 and has_cls:
+            result["fvu_cls"] = self._fvu_of(0, 1)
+            result["fvu_patches"] = self._fvu_of(n_prefix, n_tokens)
+        return result
 
     def check_finite(self) -> None:
         """Raise a `SparsightError` if an activation or a reconstruction was NaN or infinite."""
         if not bool(torch.isfinite(self._errors).all() & torch.isfinite(self._squares).all()):
             raise SparsightError(f"{self.what}: activations or reconstructions are not finite.")
+
+    def _fvu_of(self, first: int, stop: int) -> float | None:
+        """FVU of the positions `first` … `stop − 1` alone."""
+        total = self._sum[first:stop].sum(dim=0)
+        squares, n = self._squares[first:stop].sum(), self.n_images * (stop - first)
+        return _ratio(self._errors[first:stop].sum(), squares - total.square().sum() / n, squares)
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:

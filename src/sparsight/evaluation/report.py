@@ -13,6 +13,8 @@ from sparsight.files import write_json
 
 ROWS = {
     "FVU": "fvu",
+    "FVU, CLS": "fvu_cls",
+    "FVU, patches": "fvu_patches",
     "cosine": "cosine",
     "relative bias": "relative_bias",
     "CLIP-Scope explained variance": "clipscope_ev",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ TRUTH_SCORES = {"auc": "AUC", "f1": "F1", "iou": "IoU"}
 EVERYWHERE = "iou_everywhere"
 ALL_PATCHES = "all patches"
 NOT_MEASURED = "not measured"
+CLS_WORSE = 2.0
+"""From this ratio to the patches' FVU on, a worse FVU of CLS is pointed out."""
 
 GLOSSARY: dict[str, str] = {
     "FVU": "Fraction of variance unexplained: squared error of the reconstruction over the "
@@ -101,14 +103,14 @@ def tiles(metrics: Metrics) -> list[Tile]:
     shot = metrics.get("zero_shot") or {}
     kinds = truth_by_kind(metrics)
     kind = "symbol" if "symbol" in kinds else next(iter(kinds), None)
-    window, n_vectors = metrics.get("dead_window"), metrics.get("n_vectors")
+    window = metrics.get("dead_window")
     made = [
         Tile(
             "FVU",
             "FVU",
             figure(metrics.get("fvu")),
             _beside(metrics, "fvu"),
-            f"{count(n_vectors)} vectors" if n_vectors else "",
+            "; ".join(_about_fvu(metrics)),
         ),
         Tile("L0", "L0", figure(metrics.get("l0")), _beside(metrics, "l0"), "latents a vector"),
         Tile(
@@ -152,10 +154,43 @@ def tiles(metrics: Metrics) -> list[Tile]:
     return made
 
 
+def measured_on(metrics: Metrics) -> str:
+    """A sentence that says whether the figures are of the training data; "" if it is not known."""
+    same = metrics.get("trained_on_these")
+    if same is None:
+        return ""
+    if same:
+        return "Measured on the training data: on new images an SAE does somewhat worse."
+    return "Measured on images that the SAE was not trained on."
+
+
+def cls_warning(metrics: Metrics) -> str:
+    """A sentence where the FVU over all positions hides that CLS is reconstructed much worse."""
+    cls, patches = metrics.get("fvu_cls"), metrics.get("fvu_patches")
+    if cls is None or patches is None or cls < CLS_WORSE * patches:
+        return ""
+    return (
+        f"CLS is reconstructed far worse (FVU {figure(cls)}) than the patches ({figure(patches)}), "
+        "which outnumber it: before you read CLS latents, train on CLS alone."
+    )
+
+
+def _about_fvu(metrics: Metrics) -> Iterator[str]:
+    """What stands under the tile of the FVU."""
+    if n_vectors := metrics.get("n_vectors"):
+        yield f"{count(n_vectors)} vectors"
+    if metrics.get("fvu_cls") is not None:
+        yield f"CLS {figure(metrics['fvu_cls'])}, patches {figure(metrics.get('fvu_patches'))}"
+    if (same := metrics.get("trained_on_these")) is not None:
+        yield "measured on the training data" if same else "measured on other images"
+
+
 def reconstruction_table(metrics: Metrics) -> Table | None:
     """Reconstruction, sparsity and life, with the baselines."""
     lines: list[tuple[str, str, str, Callable[[Any], str]]] = [
         ("FVU", "FVU", "fvu", figure),
+        ("FVU of CLS", "FVU", "fvu_cls", figure),
+        ("FVU of patches", "FVU", "fvu_patches", figure),
         ("cosine", "", "cosine", figure),
         ("MSE", "", "mse", figure),
         ("relative bias", "", "relative_bias", figure),
@@ -181,7 +216,15 @@ def reconstruction_table(metrics: Metrics) -> Table | None:
         "Reconstruction and sparsity",
         tuple(name for name, _ in blocks),
         rows,
-        f"Over {count(n)} vectors, in the units of the activations." if n else "",
+        " ".join(
+            part
+            for part in (
+                f"Over {count(n)} vectors, in the units of the activations." if n else "",
+                measured_on(metrics),
+                cls_warning(metrics),
+            )
+            if part
+        ),
     )
 
 

@@ -178,11 +178,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
         return "Not measured. `sparsight evaluate` measures, and the next push shows it."
     parts = []
     if images := metrics.get("images"):
-        same = metrics.get("trained_on_these")
-        which = {True: ": the images of training", False: ": other images than in training"}
-        parts.append(
-            f"On {escape(without_folders(str(images)))}{'' if same is None else which[same]}."
-        )
+        parts.append(f"On {escape(without_folders(str(images)))}.")
     if kept := _kept(metrics):
         parts.append(kept)
     for make in (scores.reconstruction_table, scores.downstream_table, scores.truth_table):
