@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from sparsight.config import first_difference, from_dict, load, to_dict, write_toml
+from sparsight.config import first_difference, from_dict, load, read_toml, to_dict, write_toml
 from sparsight.errors import UserError
 
 
@@ -108,3 +109,21 @@ def test_files_carry_a_schema_version_and_another_one_is_refused(tmp_path: Path)
         load(Drawing, path)
     path.write_text('name = "by hand"')
     assert load(Drawing, path) == Drawing("by hand")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (".".join(["a"] * 20_000) + " = 1", "line 1 holds a key of more than 64 parts"),
+        ("x = 1\n[" + ".".join(["a"] * 20_000) + "]", "line 2 holds a key of more than 64 parts"),
+        ("x = " + "[" * 50_000, "nested too deeply"),
+        ("x = " + "{a=" * 50_000, "nested too deeply"),
+    ],
+)
+def test_settings_that_are_nested_without_end_are_refused_at_once(tmp_path, text, message):
+    path = tmp_path / "deep.toml"
+    path.write_text(text)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        read_toml(path)
+    assert time.monotonic() - started < 2

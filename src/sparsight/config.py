@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
@@ -26,6 +27,9 @@ from sparsight.files import write_text
 Config = TypeVar("Config")
 
 NONE = "none"
+
+MOST_PARTS = 64
+_BETWEEN_KEYS = re.compile(r"[={},\[\]]")
 
 SCHEMA = "schema_version"
 SCHEMA_VERSION = 1
@@ -122,11 +126,27 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        _check_depth(path, text)
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
+    except RecursionError:
+        raise UserError(
+            f"{path}: cannot be read as TOML (lists or tables are nested too deeply)."
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML ({error}).") from error
+
+
+def _check_depth(path: Path, text: str) -> None:
+    """Refuse keys of very many parts: `tomllib` takes time in the square of their number."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if any(part.count(".") >= MOST_PARTS for part in _BETWEEN_KEYS.split(line)):
+            raise UserError(
+                f"{path}: line {number} holds a key of more than {MOST_PARTS} parts; settings have "
+                "a handful, such as train.sae.sparsity.k."
+            )
 
 
 def write_toml(path: Path, config: Any) -> None:
