@@ -109,7 +109,10 @@ def test_the_folder_holds_tables_for_people_and_programs_and_plots(
     assert [row["name"] for row in rows] == [row["name"] for row in table["members"]]
     assert float(rows[5]["fvu"]) == table["members"][5]["fvu"]
     text = (swept.out / "table.md").read_text()
-    head = "| site | k | latents | seeds | FVU | L0 | dead | cosine | accuracy | stability |"
+    head = (
+        "| site | k | latents | seeds | FVU | FVU, CLS | FVU, patches | L0 | dead | cosine "
+        "| accuracy | stability |"
+    )
     assert head in text and "Student's 95 % interval" in text
     assert text.count("\n| `blocks") == 4
     for name in ("fvu", "accuracy"):

@@ -22,7 +22,7 @@ from torch import Tensor
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
 from sparsight.config import check_positive
 from sparsight.errors import MissingExtra, SparsightError, UserError
-from sparsight.evaluation.data import Passes, find_site, find_target
+from sparsight.evaluation.data import Passes, find_site, find_target, trained_on
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
 from sparsight.evaluation.reconstruction import ReconstructionMeter
 from sparsight.evaluation.report import finite
@@ -39,6 +39,8 @@ from sparsight.vision import Tokens, VisionModel
 FORMAT_VERSION = 1
 FIGURES = {
     "fvu": (0.0, math.inf),
+    "fvu_cls": (0.0, math.inf),
+    "fvu_patches": (0.0, math.inf),
     "l0": (0.0, math.inf),
     "dead": (0.0, 1.0),
     "cosine": (-1.0, 1.0),
@@ -228,10 +230,14 @@ def _measure(
                 count.add(code)
             line.advance(len(batch.x))
     for member, sae, error, count in zip(members, saes.values(), errors, counts, strict=True):
-        figures = {**error.result(), **count.result(layout.n_prefix, layout.has_cls, None)}
+        positions = layout.n_prefix, layout.has_cls
+        figures = {**error.result(*positions), **count.result(*positions, None)}
         # What training logged is in `trained`: it is over other vectors.
         member.row["trained"] = {key: member.row.get(key) for key in ("fvu", "l0", "dead")}
         member.row |= {key: figures[key] for key in ("fvu", "l0", "dead", "cosine")}
+        apart = ("fvu_cls", "fvu_patches")
+        member.row |= {key: figures[key] for key in apart if key in figures}
+        member.row["trained_on_these"] = trained_on(sae, source)
         member.row["dead_window"] = figures["dead_window"]
         member.row["n_latents"] = sae.n_latents
         member.row["n_vectors"] = count.n_vectors

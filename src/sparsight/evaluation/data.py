@@ -197,3 +197,9 @@ def find_target(sae: SparseAutoencoder, source: ActivationSource) -> str | None:
             f"gives {sae.d_out}."
         )
     return target
+
+
+def trained_on(sae: SparseAutoencoder, source: ActivationSource) -> bool | None:
+    """Whether the activations are of the images that the SAE was trained on; None if not known."""
+    trained, own = sae.metadata.get("images"), source.model_info.get("images")
+    return trained == own if trained and own else None

@@ -23,7 +23,7 @@ from sparsight.evaluation.baselines import (
     untrained,
 )
 from sparsight.evaluation.choosing import choose_features
-from sparsight.evaluation.data import Passes, find_site, find_target
+from sparsight.evaluation.data import Passes, find_site, find_target, trained_on
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
 from sparsight.evaluation.localising import HeatCollector
 from sparsight.evaluation.pooling import PooledFeatures
@@ -337,7 +337,7 @@ class _Evaluation:
             },
             "images": source.model_info.get("images"),
             "downstream_images": self.downstream_images,
-            "trained_on_these": self._trained_on_these(),
+            "trained_on_these": trained_on(self.sae, source),
             "sae": sae.fingerprint(),
             "fvu_batch_images": passes.batch_images,
             "seed": self.seed,
@@ -375,11 +375,6 @@ class _Evaluation:
         if isinstance(each, Neurons):
             return {"l0": each.k}
         return {"seed": self.seed}
-
-    def _trained_on_these(self) -> bool | None:
-        """Whether these are the images that the SAE was trained on; None where it is not known."""
-        trained, own = self.sae.metadata.get("images"), self.passes.source.model_info.get("images")
-        return trained == own if trained and own else None
 
     def _block(self, name: str) -> dict[str, Any]:
         return self.blocks.setdefault(name, {})

@@ -19,6 +19,7 @@ from sparsight.evaluation import SweepMeasures, measure_sweep
 from sparsight.files import read_json, write_json, write_text
 from sparsight.images import ImageSource
 from sparsight.latents.plots import Spot, pareto
+from sparsight.latents.scores import measured_on
 from sparsight.latents.style import save_svg
 from sparsight.training import Sweep
 from sparsight.vision import VisionModel
@@ -26,6 +27,8 @@ from sparsight.vision import VisionModel
 TABLE = "table.json"
 COLUMNS = {
     "FVU": "fvu",
+    "FVU, CLS": "fvu_cls",
+    "FVU, patches": "fvu_patches",
     "L0": "l0",
     "dead": "dead",
     "cosine": "cosine",
@@ -182,6 +185,7 @@ def _notes(table: Mapping[str, Any], seeds: bool) -> list[str]:
     counts = sorted({row["n_vectors"] for row in rows})
     span = " to ".join(f"{n:,}" for n in dict.fromkeys((*counts[:1], *counts[-1:])))
     notes = [f"Measured on {span} vectors of {measured['images']}." if rows else ""]
+    notes += list(dict.fromkeys(map(measured_on, rows)))
     if seeds:
         notes[0] += " In brackets: Student's 95 % interval of the mean over the seeds."
         if any(group.get("stability") for group in table["groups"]):
