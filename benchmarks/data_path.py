@@ -234,7 +234,7 @@ def write_store(
 ) -> None:
     """Write a store as `extract` does, without a model: shards of x, again and again."""
     from sparsight.activations.manifest import Manifest
-    from sparsight.activations.writer import StoreWriter
+    from sparsight.activations.writer import StoreWriter, image_row
     from sparsight.images import ImageInfo
 
     shard_images, n_tokens, _ = x.shape
@@ -256,9 +256,8 @@ def write_store(
         for first in range(0, n_images, shard_images):
             stop = min(first + shard_images, n_images)
             buffer = writer.buffer(first, stop)
-            for i in range(stop - first):
-                buffer.add_row(first + i, rows[i], (1, 1), None)
-            buffer.add({SITE: x[: stop - first]})
+            found = [image_row(first + i, rows[i], (1, 1), None) for i in range(stop - first)]
+            buffer.add(found, {SITE: x[: stop - first]})
             writer.commit(buffer)
     writer.close_store()
 

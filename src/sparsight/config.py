@@ -119,6 +119,17 @@ def check_positive(**values: int | None) -> None:
             raise UserError(f"{name} is {value}; it must be 1 or more.")
 
 
+def check_seconds(**values: float) -> None:
+    """Make sure that spans of time, by their names, are above 0.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"{name} is {value}; it must be above 0.")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 

@@ -5,6 +5,9 @@ The command line prints the message alone, without a traceback, and exits with `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SparsightError(Exception):
     """A fault: a full disk, a damaged file, numbers that are not finite. Exit code 1."""
@@ -29,3 +32,32 @@ class MissingExtra(UserError):
             f"This needs {library}, which is not installed. Install it with: "
             f"pip install 'sparsight[{extra}]'"
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: torch tells that of a processor's by the words alone."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+
+
+@contextmanager
+def memory_told(advice: str) -> Iterator[None]:
+    """Turn an error about memory into one that says what to do.
+
+    Raises:
+        SparsightError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, advice) from error
+
+
+def out_of_memory(error: BaseException, advice: str) -> SparsightError:
+    """What is said where memory was short."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".") or "the system gave no reason"
+    return SparsightError(f"Memory ran out ({reason}). {advice}")

@@ -176,6 +176,11 @@ def sha256_json(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def checksum_of(values: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a mapping, the same before it is written as JSON and after it is read."""
+    return sha256_json(json.loads(json.dumps(values)))
+
+
 def without_folders(text: str) -> str:
     """Absolute paths by their last part alone: pages are mailed, and paths name people.
 

@@ -2,6 +2,7 @@
 
 A loop wraps itself in `postponed()` and asks `stop.check()` where its state is whole. The first
 signal is only noted until then, so that no buffer is left half filled; a second one stops at once.
+Where the loop only waits, for the next batch say, `with stop.at_once():` lets the first through.
 Whoever catches `STOPS` to keep what is in memory says with `add_note` how much that was, and
 raises again: the command line prints the notes.
 """
@@ -32,6 +33,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._waiting = False
 
     def check(self) -> None:
         """Raise what the signal stands for, if one has arrived.
@@ -43,11 +45,28 @@ class Stop:
         if self.signal is not None:
             raise _exception(self.signal)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal stop the block, which leaves the loop's state as it is, where it stands.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, also one that came before.
+            Terminated: after SIGTERM, also one that came before.
+        """
+        self._waiting = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._waiting = False
+
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: remember the first signal, raise at the second."""
-        if self.signal is not None:
+        """Signal handler: remember the first signal; raise at the second, or where one may."""
+        first = self.signal is None
+        if first:
+            self.signal = number
+        if self._waiting or not first:
             raise _exception(number)
-        self.signal = number
 
 
 @contextmanager

@@ -8,27 +8,33 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from sparsight.activations.failures import FailureTally
 from sparsight.activations.manifest import DTYPES, MANIFEST, Manifest, describe_model
 from sparsight.activations.source import matching_sites
 from sparsight.activations.statistics import all_finite
 from sparsight.activations.store import ActivationStore
-from sparsight.activations.writer import JOURNAL, ShardBuffer, StoreWriter
-from sparsight.config import check_positive, first_difference
-from sparsight.errors import SparsightError, UserError
+from sparsight.activations.writer import JOURNAL, Row, ShardBuffer, StoreWriter, image_row
+from sparsight.config import check_positive, check_seconds, first_difference
+from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.files import lock
 from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource, load_batches
+from sparsight.interruption import STOPS, Stop, postponed
 from sparsight.progress import ProgressLine, progress
 from sparsight.vision import VisionModel
 
 SHARD_BYTES = 128 << 20
 """Roughly how much a shard of all sites together holds; twice that is in memory."""
+
+FLUSH_SECONDS = 60.0
+"""So many seconds of work are at stake, at the most, where a process is killed."""
 
 FAILURES_BEFORE_STOP = 100
 """So many images may fail before extraction stops midway: the reasons of the first are told."""
@@ -75,6 +81,7 @@ def extract(
     dtype: str = "float16",
     batch_size: int = 64,
     shard_images: int | None = None,
+    flush_seconds: float = FLUSH_SECONDS,
     workers: int | None = None,
     max_failed: float = 0.01,
     quiet: bool = False,
@@ -82,8 +89,12 @@ def extract(
     """Read activations of all images at some sites, in one forward pass, and store them.
 
     An unfinished store of the same weights, preprocessing, images, sites, tokens and dtype is
-    continued at its first missing shard; a finished one is returned as it is. Continued with the
-    same settings, a store is the same, bit for bit, as one that was never cut.
+    continued at the first image that is not in it; a finished one is returned as it is. Continued
+    with the same settings, a store is the same, bit for bit, as one that was never cut.
+
+    Ctrl-C and SIGTERM keep every batch that went through the model, and so does an error; a second
+    Ctrl-C does not wait for that. A process that is killed loses the work of `flush_seconds` at
+    the most.
 
     Args:
         model: the vision model.
@@ -94,6 +105,7 @@ def extract(
         dtype: of the stored activations: "float16", "bfloat16" or "float32".
         batch_size: images in a forward pass.
         shard_images: images of a shard, in whole batches; by default some 128 MB for all sites.
+        flush_seconds: what is in memory is written at least this often, in seconds.
         workers: processes that decode; see `load_batches`.
         max_failed: share of the images that may fail before extraction stops.
         quiet: no progress line.
@@ -104,7 +116,9 @@ def extract(
     Raises:
         UserError: a setting is wrong, `out` holds something else, or another process is at it.
         SparsightError: activations are not finite or beyond the range of `dtype`, too many images
-            fail, or the disk is full. What was stored stays whole.
+            fail, the disk is full, memory is short, or what is there already is damaged. What was
+            stored stays whole.
+        KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM; a note says how many images are kept.
     """
     folder = Path(out)
     if "://" in str(out):
@@ -112,6 +126,7 @@ def extract(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
     check_positive(batch_size=batch_size, shard_images=shard_images)
+    check_seconds(flush_seconds=flush_seconds)
     if isinstance(sites, str) or not sites:
         raise UserError(f"sites is {sites!r}; it is a list, e.g. [{model.sites[-1]!r}].")
     tally = FailureTally(len(images), max_failed)
@@ -122,7 +137,7 @@ def extract(
             shutil.rmtree(folder / JOURNAL, ignore_errors=True)
         else:
             writer = StoreWriter(folder, manifest)
-            summary = _Extraction(model, images, writer, workers, tally).run(quiet)
+            summary = _Extraction(model, images, writer, workers, tally, flush_seconds).run(quiet)
             if not quiet:
                 print(f"extract: {summary}", file=sys.stderr)
     store = ActivationStore(folder)
@@ -217,12 +232,14 @@ class _Extraction:
         writer: StoreWriter,
         workers: int | None,
         tally: FailureTally,
+        flush_seconds: float,
     ) -> None:
         self.model = model
         self.images = images
         self.writer = writer
         self.workers = workers
         self.tally = tally
+        self.flush_seconds = flush_seconds
         self.done = writer.manifest.done
         tally.count = writer.manifest.failed
         for image_id, reason in writer.failures():
@@ -232,57 +249,115 @@ class _Extraction:
 
     def run(self, quiet: bool) -> ExtractionSummary:
         """Extract what is missing and close the store."""
-        start = time.perf_counter()
+        self.start = self.flushed = time.perf_counter()
+        n_bytes = self.writer.check_what_is_there()
+        if n_bytes and not quiet:
+            print(
+                f"extract: goes on behind image {self.done:,}; the {n_bytes / 1e6:,.0f} MB that "
+                "are there are compared with their checksums meanwhile",
+                file=sys.stderr,
+            )
         total = len(self.images)
-        with progress("extract", total, "images", done=self.done, quiet=quiet) as line:
-            with self.writer:
-                for buffer, batches in self._shards():
-                    self._fill(buffer, batches, line, start)
-                    self.writer.commit(buffer)
-            self.tally.check()
-            self.writer.close_store()
-        seconds = time.perf_counter() - start
+        try:
+            with (
+                postponed() as stop,
+                memory_told("Lower batch_size or shard_images, or take fewer workers."),
+                self.writer,
+                progress("extract", total, "images", done=self.done, quiet=quiet) as line,
+            ):
+                self._fill_shards(line, stop)
+                self.tally.check()
+                self.writer.close_store()
+        except STOPS as error:
+            error.add_note(self._kept())
+            raise
+        seconds = time.perf_counter() - self.start
         return ExtractionSummary(self.n_read, self.tally.count, seconds, self.seconds_in_forward)
 
-    def _shards(self) -> Iterator[tuple[ShardBuffer, Iterator[ImageBatch]]]:
-        """The shards to write, each with its batches, all from one chain of workers."""
+    def _kept(self) -> str:
         manifest = self.writer.manifest
-        batches = load_batches(
-            self.images,
-            self.model.transform,
-            manifest.batch_size,
-            indices=range(self.done, len(self.images)),
-            workers=self.workers,
-            min_side=self.model.min_side,
+        kept = f"Kept {manifest.done:,} of {len(self.images):,} images in {self.writer.folder}"
+        if manifest.state == "complete":
+            return f"{kept}; the store is complete."
+        return f"{kept}; the same command goes on."
+
+    def _fill_shards(self, line: ProgressLine, stop: Stop) -> None:
+        """Write all shards that are missing; whatever stops it, whole batches are kept."""
+        batches = cast(
+            Generator[ImageBatch, None, None],
+            load_batches(
+                self.images,
+                self.model.transform,
+                self.writer.manifest.batch_size,
+                indices=range(self.done, len(self.images)),
+                workers=self.workers,
+                min_side=self.model.min_side,
+            ),
         )
-        for first in range(self.done, len(self.images), manifest.shard_images):
-            stop = min(first + manifest.shard_images, len(self.images))
-            n_batches = -(-(stop - first) // manifest.batch_size)
-            yield self.writer.buffer(first, stop), (next(batches) for _ in range(n_batches))
+        with closing(batches):
+            for buffer, n_batches in self._shards():
+                try:
+                    for _ in range(n_batches):
+                        with stop.at_once():
+                            batch = next(batches)
+                        self._add(batch, buffer, line)
+                        self._flush(buffer)
+                    stop.check()
+                    self.writer.commit(buffer)
+                    self.flushed = time.perf_counter()
+                except STOPS as error:
+                    self._keep(buffer, error)
+                    raise
+                except Exception:
+                    with suppress(SparsightError):  # the first error is the one to tell
+                        self._keep(buffer)
+                    raise
+            self.writer.wait()
 
-    def _fill(
-        self,
-        buffer: ShardBuffer,
-        batches: Iterator[ImageBatch],
-        line: ProgressLine,
-        start: float,
-    ) -> None:
-        for batch in batches:
-            infos, batch = _described(self.images, batch)
-            for index, size, reason in _outcomes(batch):
-                info = infos[index]
-                buffer.add_row(index, info, size, reason)
-                if reason is not None:
-                    self.tally.add(info.id, reason)
-            self.tally.check(FAILURES_BEFORE_STOP)
-            if batch.indices:
-                self._read(batch, buffer)
-            share = self.seconds_in_forward / max(time.perf_counter() - start, 1e-9)
-            line.advance(
-                len(batch.indices) + len(batch.failures), f"{share:.0%} of the time in the model"
-            )
+    def _shards(self) -> Iterator[tuple[ShardBuffer, int]]:
+        """The shards to write, each with the number of batches that it lacks."""
+        manifest, total = self.writer.manifest, len(self.images)
+        first, done = self.writer.first, self.done
+        while first < total:
+            # Whole batches, also where they are other ones than those that are there.
+            n_missing = max(first + manifest.shard_images - done, 0)
+            stop = min(done + -(-n_missing // manifest.batch_size) * manifest.batch_size, total)
+            n_batches = -(-(stop - done) // manifest.batch_size)
+            yield self.writer.buffer(first, stop), n_batches
+            first = done = stop
 
-    def _read(self, batch: ImageBatch, buffer: ShardBuffer) -> None:
+    def _add(self, batch: ImageBatch, buffer: ShardBuffer, line: ProgressLine) -> None:
+        """Put a batch through the model and into the buffer."""
+        infos, batch = _described(self.images, batch)
+        rows: list[Row] = []
+        for index, size, reason in _outcomes(batch):
+            rows.append(image_row(index, infos[index], size, reason))
+            if reason is not None:
+                self.tally.add(infos[index].id, reason)
+        buffer.add(rows, self._read(batch, buffer.number) if batch.indices else {})
+        self.tally.check(FAILURES_BEFORE_STOP)
+        share = self.seconds_in_forward / max(time.perf_counter() - self.start, 1e-9)
+        line.advance(len(rows), f"{share:.0%} of the time in the model")
+
+    def _flush(self, buffer: ShardBuffer) -> None:
+        """Write what is in memory, if it has been there for long enough."""
+        now = time.perf_counter()
+        if now - self.flushed >= self.flush_seconds and self.writer.is_idle:
+            self.writer.keep(buffer)
+            self.flushed = now
+
+    def _keep(self, buffer: ShardBuffer, error: BaseException | None = None) -> None:
+        """Write what is in memory, and wait for that."""
+        try:
+            self.writer.keep(buffer)
+            self.writer.wait()
+        except SparsightError as failed:
+            if error is None:
+                raise
+            error.add_note(f"Not everything could be kept: {failed}")
+
+    def _read(self, batch: ImageBatch, shard: int) -> dict[str, Tensor]:
+        """A batch's activations at each site, in the type of the store."""
         manifest = self.writer.manifest
         start = time.perf_counter()
         read = self.model.read(batch.pixels, manifest.sites, manifest.tokens)  # type: ignore[arg-type]
@@ -295,7 +370,7 @@ class _Extraction:
                 continue
             bad = x.isfinite().flatten(1).all(dim=1).logical_not().nonzero()[:, 0].tolist()
             ids = [self.images.info(batch.indices[row]).id for row in bad]
-            where = f"shard {buffer.number}, image {', '.join(ids[:3])}{' …' * (len(ids) > 3)}"
+            where = f"shard {shard}, image {', '.join(ids[:3])}{' …' * (len(ids) > 3)}"
             if all_finite(read[site]):
                 raise SparsightError(
                     f"{site}: activations up to {float(read[site].abs().max()):.3g} do not fit "
@@ -304,7 +379,7 @@ class _Extraction:
             raise SparsightError(
                 f"{site}: activations are NaN or infinite ({where}). What was stored before stays."
             )
-        buffer.add(stored)
+        return stored
 
 
 def _described(images: ImageSource, batch: ImageBatch) -> tuple[dict[int, ImageInfo], ImageBatch]:

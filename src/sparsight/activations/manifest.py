@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 from sparsight.config import from_dict, to_dict
-from sparsight.errors import UserError
-from sparsight.files import read_json, write_json
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import checksum_of, read_json, write_json
 from sparsight.vision import VisionModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 has no checksums of the manifest and of the journal; it is read and continued."""
 MANIFEST = "manifest.json"
 IMAGES = "images.parquet"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 STATES = ("incomplete", "complete")
+CHECKSUM = "checksum"
 
 # The same extraction may be continued from another folder, in other batches; widths and counts
 # follow from the rest.
@@ -32,13 +34,34 @@ _NO_IDENTITY = {
 
 @dataclass(frozen=True)
 class Shard:
-    """Images `first` to `stop` (without) of the source; `n_images` of them were read."""
+    """Images `first` to `stop` (without) of the source; `n_images` of them were read.
+
+    Attributes:
+        first: first image of the source.
+        stop: the image after the last.
+        n_images: how many were read.
+        sha256: of each site's file, in hex.
+        n_bytes: of each site's file.
+        journal: SHA-256 of its files in the journal, by their ending, until the store is complete.
+        unfinished: the extraction stopped within the shard; a continued one fills it up. The names
+            of its files tell how far it reaches.
+    """
 
     first: int
     stop: int
     n_images: int
     sha256: dict[str, str]
     n_bytes: dict[str, int]
+    journal: dict[str, str] = field(default_factory=dict)
+    unfinished: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `manifest.json` says of it."""
+        values = dataclasses.asdict(self)
+        for name in ("journal", "unfinished"):
+            if not values[name]:
+                del values[name]
+        return values
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,9 @@ class Manifest:
                 raise UserError(f"shards[{number}] does not follow the one before it.")
             if {*shard.sha256} != {*self.sites} or {*shard.n_bytes} != {*self.sites}:
                 raise UserError(f"shards[{number}] must give sha256 and n_bytes of each site.")
+            last = number + 1 == len(self.shards)
+            if shard.unfinished and (not last or self.state == "complete"):
+                raise UserError(f"shards[{number}] is unfinished, and not the last of a store.")
             reached = shard.stop
         total = self.images["n_images"]
         if reached > total or (self.state == "complete" and reached != total):
@@ -117,6 +143,11 @@ class Manifest:
         """Images of the source that shards cover, failed ones included."""
         return self.shards[-1].stop if self.shards else 0
 
+    @property
+    def whole_shards(self) -> tuple[Shard, ...]:
+        """The shards without the last, if that is unfinished."""
+        return tuple(shard for shard in self.shards if not shard.unfinished)
+
     def identity(self) -> dict[str, Any]:
         """What two stores must share to be parts of one extraction."""
         values = dataclasses.asdict(self)
@@ -130,8 +161,9 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, whole or not at all."""
         values = to_dict(self)
-        values["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
-        write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **values})
+        values["shards"] = [shard.as_dict() for shard in self.shards]
+        values = {"format_version": FORMAT_VERSION, **values, CHECKSUM: _checksum(values)}
+        write_json(folder / MANIFEST, values)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -139,17 +171,36 @@ class Manifest:
 
         Raises:
             UserError: there is none, or it is of another format, or contradicts itself.
+            SparsightError: it has been altered since it was written.
         """
         path = folder / MANIFEST
         if not path.exists():
             raise UserError(f"{folder}: is no activation store (it has no {MANIFEST}).")
         values = read_json(path)
         version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if version not in range(1, FORMAT_VERSION + 1):
             raise UserError(
-                f"{path}: format_version is {version!r}; this Sparsight reads {FORMAT_VERSION}."
+                f"{path}: format_version is {version!r}; this Sparsight reads 1 to "
+                f"{FORMAT_VERSION}."
             )
-        return from_dict(cls, values, str(path))
+        checksum = values.pop(CHECKSUM, None)
+        manifest = from_dict(cls, values, str(path))
+        if version > 1 and checksum != _checksum(values):
+            raise SparsightError(
+                f"{path}: has been altered (its checksum differs). Remove the store and extract "
+                "again."
+            )
+        return manifest
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Covers what no other checksum does; an altered checksum is noticed at its own file."""
+    shards = [
+        {**shard, **{name: sorted(shard.get(name, ())) for name in ("sha256", "journal")}}
+        for shard in values.get("shards", ())
+    ]
+    rest = {name: value for name, value in values.items() if name not in ("state", CHECKSUM)}
+    return checksum_of({**rest, "shards": shards, "files": sorted(values.get("files", ()))})
 
 
 def describe_model(model: VisionModel) -> dict[str, Any]:
@@ -166,9 +217,17 @@ def describe_model(model: VisionModel) -> dict[str, Any]:
     }
 
 
-def shard_path(folder: Path, site: str, number: int) -> Path:
-    """Where a shard of a site lies."""
-    return folder / site / f"shard-{number:05d}.safetensors"
+def shard_path(folder: Path, site: str, number: int, until: int | None = None) -> Path:
+    """Where a shard of a site lies; `until` is the `stop` of an unfinished one."""
+    return folder / site / f"shard-{shard_name(number, until)}.safetensors"
+
+
+def shard_name(number: int, until: int | None = None) -> str:
+    """What the files of a shard are named after: an unfinished one also after how far it reaches.
+
+    A shard that grows thereby never takes the place of the file that the manifest still names.
+    """
+    return f"{number:05d}" if until is None else f"{number:05d}-until-{until:08d}"
 
 
 def stats_path(folder: Path, site: str) -> Path:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsight.errors import SparsightError
-from sparsight.files import atomic_path
+from sparsight.files import atomic_path, sha256_file
+from sparsight.progress import logger
 
 ACTIVATIONS = "activations"
 """The one key of a shard."""
@@ -32,16 +36,29 @@ _NAMES = {
 }
 _PIECE = 1 << 20
 _LONGEST_HEADER = 1 << 20
+_HASHING_THREADS = min(4, os.cpu_count() or 1)
+_TOLD_FROM = 4 << 30
+"""Comparing so many bytes with their checksums takes seconds, and a line says so."""
+
+_CHECKED: set[tuple[str, str, int, int, int, int]] = set()
+"""Files that this process has compared with their checksums, as they were then."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], cancelled: threading.Event | None = None
+) -> str:
     """Write a safetensors file, whole or not at all, without a second copy in memory.
+
+    Args:
+        path: of the file.
+        tensors: by their keys.
+        cancelled: once it is set, the file is given up.
 
     Returns:
         The file's SHA-256, in hex.
 
     Raises:
-        SparsightError: it could not be written, e.g. because the disk is full.
+        SparsightError: it could not be written, e.g. because the disk is full, or was given up.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -58,6 +75,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     with atomic_path(path) as temporary, temporary.open("wb", buffering=0) as file:
         for part in parts:
             for at in range(0, len(part), _PIECE):
+                if cancelled is not None and cancelled.is_set():
+                    raise SparsightError(f"{path}: was given up while it was written.")
                 piece = part[at : at + _PIECE]
                 digest.update(piece)
                 while piece:  # an unbuffered file may take a part of it
@@ -97,6 +116,70 @@ def check_size(path: Path, n_bytes: int, again: str = _AGAIN) -> None:
             f"{path}: has {size:,} bytes, {n_bytes:,} were written: it is cut off or altered. "
             f"{again}"
         )
+
+
+def check_sums(
+    expected: Iterable[tuple[Path, str]],
+    again: str = _AGAIN,
+    cancelled: threading.Event | None = None,
+) -> None:
+    """Compare files with their checksums: each once per process, as long as it does not change.
+
+    Args:
+        expected: the files, and the SHA-256 of each, in hex.
+        again: what to do if one is damaged.
+        cancelled: once it is set, the rest is left out.
+
+    Raises:
+        SparsightError: one is missing or altered; it is named.
+    """
+    left = [(path, sha256) for path, sha256 in expected if _key(path, sha256) not in _CHECKED]
+    if not left:
+        return
+    n_bytes = sum(path.stat().st_size for path, _ in left if path.exists())
+    if n_bytes >= _TOLD_FROM:
+        logger().info(
+            f"{left[0][0].parent}: {n_bytes / 1e9:,.0f} GB are compared with their checksums, once."
+        )
+
+    def check(entry: tuple[Path, str]) -> None:
+        if cancelled is None or not cancelled.is_set():
+            check_sum(*entry, again)
+
+    if len(left) == 1:
+        check(left[0])
+        return
+    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+        list(threads.map(check, left))
+
+
+def check_sum(path: Path, sha256: str, again: str = _AGAIN) -> None:
+    """Compare a file with its checksum, whether or not that was done before.
+
+    Raises:
+        SparsightError: it is missing or altered.
+    """
+    key = _key(path, sha256)
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise SparsightError(f"{path}: is missing or cannot be read ({error.strerror}).") from error
+    if found != sha256:
+        raise SparsightError(
+            f"{path}: is missing or has been altered (its checksum differs). {again}"
+        )
+    if key is not None:
+        _CHECKED.add(key)
+
+
+def _key(path: Path, sha256: str) -> tuple[str, str, int, int, int, int] | None:
+    """What a file that was compared is known by: it changes whenever the file is written to."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return (os.fspath(path.absolute()), sha256, found.st_ino, found.st_size, *times)
 
 
 def map_shard(

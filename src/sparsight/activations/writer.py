@@ -1,21 +1,27 @@
-"""Writes a store shard by shard, so that a cut at any byte costs one shard of work at most.
+"""Writes a store shard by shard, so that a cut at any byte costs little work.
 
 A shard is committed in one step: when the manifest that names it is renamed into place. All that
 is written before (the shard of each site, its sums, the rows about its images) is named after its
 number, and written again if the manifest never came. Sums and rows wait in `journal/` until the
 last shard; then they become `stats.safetensors` and `images.parquet`.
+
+A shard that is not full yet is kept in the same way, by time or because the extraction stops. It is
+marked as unfinished, its files are named after how far it reaches as well, and the next that is
+kept of the same shard replaces it. A continued extraction reads it back and fills it up: where
+shards end, and every byte of them, is as if nothing had stopped.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,16 +34,29 @@ from sparsight.activations.manifest import (
     IMAGES,
     Manifest,
     Shard,
+    shard_name,
     shard_path,
     stats_path,
 )
-from sparsight.activations.shards import ACTIVATIONS, check_size, read_tensors, write_tensors
+from sparsight.activations.shards import (
+    ACTIVATIONS,
+    check_size,
+    check_sum,
+    check_sums,
+    map_shard,
+    read_tensors,
+    write_tensors,
+)
 from sparsight.activations.statistics import RunningSums
 from sparsight.errors import SparsightError
 from sparsight.files import atomic_path, remove_temporaries, sha256_file
 from sparsight.images import ImageInfo
+from sparsight.interruption import STOPS
 
 JOURNAL = "journal"
+_ENDINGS = ("parquet", "safetensors")
+_OWN = re.compile(r"(shard-)?\d{5}(-until-\d{8})?\.(parquet|safetensors)")
+"""Names of files that this module gives, final ones of a complete store apart."""
 
 IMAGE_ROWS = pa.schema(
     [
@@ -56,6 +75,35 @@ IMAGE_ROWS = pa.schema(
 )
 
 
+Row = dict[str, Any]
+"""What `images.parquet` says of an image."""
+
+
+def image_row(
+    index: int, info: ImageInfo, size: tuple[int, int] | None, reason: str | None
+) -> Row:
+    """What is recorded of an image, read (`size`) or failed (`reason`)."""
+    width, height = size or (None, None)
+    return {
+        "index": index,
+        "id": info.id,
+        "uri": info.uri,
+        "label": info.label,
+        "caption": info.caption,
+        "width": width,
+        "height": height,
+        "status": "ok" if reason is None else "failed",
+        "reason": reason,
+    }
+
+
+class _Filled(NamedTuple):
+    """How much of a buffer counts; whole batches only."""
+
+    n_rows: int
+    n_images: int
+
+
 @dataclass
 class ShardBuffer:
     """One shard of every site, being filled.
@@ -63,54 +111,64 @@ class ShardBuffer:
     Attributes:
         number: of the shard.
         first: first image of the source that it covers.
-        stop: the image after the last.
         x: for each site, room for all its images.
-        n_images: images that are in.
         rows: of `images.parquet`.
-        n_ok: how many of them are of images that were read.
+        filled: how many rows and images are in; more may be on their way.
     """
 
     number: int
     first: int
-    stop: int
     x: Mapping[str, Float[Tensor, "images tokens d_in"]]
-    n_images: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    n_ok: int = 0
+    rows: list[Row] = field(default_factory=list)
+    filled: _Filled = _Filled(0, 0)
 
-    def add_row(
-        self, index: int, info: ImageInfo, size: tuple[int, int] | None, reason: str | None
+    def add(
+        self,
+        rows: Sequence[Row],
+        activations: Mapping[str, Float[Tensor, "batch tokens d_in"]],
     ) -> None:
-        """Record an image, read (`size`) or failed (`reason`); rows come in order."""
-        read = reason is None
-        width, height = size or (None, None)
-        self.rows.append(
-            {
-                "index": index,
-                "id": info.id,
-                "uri": info.uri,
-                "label": info.label,
-                "caption": info.caption,
-                "width": width,
-                "height": height,
-                "status": "ok" if read else "failed",
-                "reason": reason,
-                "shard": self.number if read else None,
-                "row": self.n_ok if read else None,
-            }
-        )
-        self.n_ok += read
+        """Put a batch behind the ones that are in.
 
-    def add(self, activations: Mapping[str, Float[Tensor, "batch tokens d_in"]]) -> None:
-        """Put a batch behind the ones that are in."""
-        n = len(next(iter(activations.values())))
+        Args:
+            rows: of all images of the batch, in order; see `image_row`.
+            activations: of those that were read; of no site where there are none.
+        """
+        start = stop = self.filled.n_images
+        for row in rows:
+            read = row["status"] == "ok"
+            row["shard"], row["row"] = (self.number, stop) if read else (None, None)
+            stop += read
         for site, x in activations.items():
-            self.x[site][self.n_images : self.n_images + n].copy_(x)
-        self.n_images += n
+            self.x[site][start:stop].copy_(x)
+        del self.rows[self.filled.n_rows :]
+        self.rows.extend(rows)
+        self.filled = _Filled(len(self.rows), stop)  # in one step: a stop may come at any point
+
+    def part(self, unfinished: bool) -> _Part:
+        """What is in now; what is added later does not touch it."""
+        n_rows, n_images = self.filled
+        x = {site: x[:n_images] for site, x in self.x.items()}
+        return _Part(self.number, self.first, x, self.rows[:n_rows], n_images, unfinished)
+
+
+class _Part(NamedTuple):
+    """A shard, or the part of one that is there so far, on its way to the disk."""
+
+    number: int
+    first: int
+    x: Mapping[str, Tensor]
+    rows: Sequence[Row]
+    n_images: int
+    unfinished: bool
+
+    @property
+    def stop(self) -> int:
+        """The image after the last."""
+        return self.first + len(self.rows)
 
 
 class StoreWriter:
-    """Commits shards in the background; used as a context around `commit`.
+    """Commits shards in the background; used as a context around `commit` and `keep`.
 
     Args:
         folder: of the store.
@@ -123,25 +181,92 @@ class StoreWriter:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._threads = ThreadPoolExecutor(2)  # one commits; one sums while it writes and hashes
+        # One commits; one sums while it writes and hashes; one looks at what is there already.
+        self._threads = ThreadPoolExecutor(3)
         self._pending: Future[None] | None = None
+        self._checking: Future[None] | None = None
+        self._checks_cancelled = threading.Event()
+        self._writes_cancelled = threading.Event()
         self._room: dict[int, dict[str, Tensor]] = {}
-        self._started = len(manifest.shards)
+        self._started = len(manifest.whole_shards)
         self._clean()
 
+    @property
+    def first(self) -> int:
+        """The image at which the next shard begins; some of it may be there."""
+        whole = self.manifest.whole_shards
+        return whole[-1].stop if whole else 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._pending is None or self._pending.done()
+
     def buffer(self, first: int, stop: int) -> ShardBuffer:
-        """The next shard to fill; at most two exist at a time, one filled and one written."""
+        """The next shard to fill; at most two exist at a time, one filled and one written.
+
+        It holds what a stopped extraction left of it.
+
+        Raises:
+            SparsightError: that is damaged.
+        """
         turn = self._started % 2
-        if turn not in self._room:
-            images = min(self.manifest.shard_images, self.manifest.images["n_images"])
-            self._room[turn] = {site: self._empty(site, images) for site in self.manifest.sites}
+        room = self._room.get(turn)
+        if room is None or min(map(len, room.values())) < stop - first:
+            room = self._room[turn] = {
+                site: self._empty(site, stop - first) for site in self.manifest.sites
+            }
+        buffer = ShardBuffer(self._started, first, room)
         self._started += 1
-        return ShardBuffer(self._started - 1, first, stop, self._room[turn])
+        left = self.manifest.shards[-1:]
+        if left and left[0].unfinished and left[0].first == first:
+            self._restore(buffer, left[0])
+        return buffer
 
     def commit(self, buffer: ShardBuffer) -> None:
         """Write a shard, once the one before is written; returns at once."""
         self._wait()
-        self._pending = self._threads.submit(self._commit, buffer)
+        self._pending = self._threads.submit(self._write, buffer.part(unfinished=False))
+
+    def keep(self, buffer: ShardBuffer) -> None:
+        """Write what is in a shard that is not full, once the one before is written; as `commit`.
+
+        Nothing is written where nothing was added since the last time, or where a shard before this
+        one is missing because it could not be written.
+        """
+        self._wait()
+        part = buffer.part(unfinished=True)
+        is_next = part.number == len(self.manifest.whole_shards)
+        if is_next and part.stop > max(part.first, self.manifest.done):
+            self._pending = self._threads.submit(self._write, part)
+
+    def wait(self) -> None:
+        """Wait until what was handed over is on disk.
+
+        Raises:
+            SparsightError: it could not be written.
+        """
+        self._wait()
+
+    def check_what_is_there(self) -> int:
+        """Begin to compare the shards that are there with their checksums, in the background.
+
+        What is wrong is raised by what is called next, by `close_store` at the latest.
+
+        Returns:
+            How many bytes there are.
+        """
+        manifest = self.manifest
+        paths = [
+            (shard_path(self.folder, site, number), shard.sha256[site])
+            for number, shard in enumerate(manifest.whole_shards)
+            for site in manifest.sites
+        ]
+        if paths:
+            self._checking = self._threads.submit(
+                check_sums, paths, cancelled=self._checks_cancelled
+            )
+        return sum(sum(shard.n_bytes.values()) for shard in manifest.whole_shards)
 
     def failures(self) -> Iterator[tuple[str, str]]:
         """Id and reason of each failed image of the shards so far.
@@ -160,8 +285,10 @@ class StoreWriter:
         """Bring sums and rows together and declare the store complete.
 
         Raises:
-            SparsightError: a file of the journal is damaged, or the disk is full.
+            SparsightError: a shard or a file of the journal is damaged, or the disk is full.
         """
+        if self._checking is not None:
+            self._checking.result()
         files = {}
         for position, site in enumerate(self.manifest.sites):
             running = RunningSums.nothing(self.manifest.d_in[site])
@@ -187,7 +314,8 @@ class StoreWriter:
             for number in range(len(self.manifest.shards)):
                 writer.write_table(self._journal_rows(number))
         files[IMAGES] = sha256_file(self.folder / IMAGES)
-        self.manifest = replace(self.manifest, state="complete", files=files)
+        shards = tuple(replace(shard, journal={}) for shard in self.manifest.shards)
+        self.manifest = replace(self.manifest, state="complete", shards=shards, files=files)
         self.manifest.write(self.folder)
         shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
 
@@ -203,59 +331,113 @@ class StoreWriter:
         try:
             if kind is None:
                 self._wait()
+            else:
+                self._checks_cancelled.set()
+            if kind is not None and issubclass(kind, STOPS):
+                # A first stop has waited for what was written; a second one does not.
+                self._writes_cancelled.set()
         finally:
             # After an error too, the shard under way is finished: it is whole.
             self._threads.shutdown()
 
     def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if self._checking is not None and self._checking.done():
+            self._checking.result()
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def _clean(self) -> None:
         """Remove what a killed process left, and look at what it committed."""
-        number = len(self.manifest.shards)
         folders = [self.folder / site for site in self.manifest.sites]
         for folder in (self.folder, self.folder / JOURNAL, *folders):
             remove_temporaries(folder)
-        for path in (each for folder in folders for each in folder.glob("shard-*.safetensors")):
-            found = re.fullmatch(r"shard-(\d+)", path.stem)
-            if found and int(found[1]) >= number:
+        named = {
+            path
+            for number, shard in enumerate(self.manifest.shards)
+            for path in self._files(number, shard)
+        }
+        for path in (each for at in (*folders, self.folder / JOURNAL) for each in at.glob("*")):
+            if path not in named and _OWN.fullmatch(path.name):
                 path.unlink()
+        shards = []
         for number, shard in enumerate(self.manifest.shards):
             for site in self.manifest.sites:
-                check_size(shard_path(self.folder, site, number), shard.n_bytes[site])
-            for ending in ("parquet", "safetensors"):
-                if not self._journal(number, ending).exists():
-                    raise _damaged(self._journal(number, ending), "there is no such file")
-            # Before hours of work: what is in them is needed when the last shard is written.
-            self._journal_rows(number)
-            self._journal_sums(number)
+                check_size(self._shard(site, number, shard), shard.n_bytes[site])
+            shards.append(replace(shard, journal=self._check_journal(number, shard)))
+        self.manifest = replace(self.manifest, shards=tuple(shards))
 
-    def _commit(self, buffer: ShardBuffer) -> None:
+    def _check_journal(self, number: int, shard: Shard) -> dict[str, str]:
+        """Look, before hours of work, at what is needed when the last shard is written.
+
+        Returns:
+            The checksums of a shard's files in the journal.
+        """
+        found = {}
+        for path in self._journal_files(number, shard):
+            ending = path.suffix[1:]
+            if not path.exists():
+                raise _damaged(path, "there is no such file")
+            found[ending] = sha256_file(path)
+            if found[ending] != shard.journal.get(ending, found[ending]):
+                raise _damaged(path, "its checksum differs")
+        self._journal_rows(number)
+        if not shard.unfinished:
+            self._journal_sums(number)
+        return found
+
+    def _write(self, part: _Part) -> None:
         """Write a shard of each site, its sums and rows, and last the manifest."""
-        number = buffer.number
-        sha256, n_bytes, sums = {}, {}, {}
-        for position, site in enumerate(self.manifest.sites):
-            x = buffer.x[site][: buffer.n_images]
-            summing = self._threads.submit(_sums, x.flatten(0, 1))
-            path = shard_path(self.folder, site, number)
-            sha256[site] = write_tensors(path, {ACTIVATIONS: x})
+        number, before = part.number, self.manifest
+        until = part.stop if part.unfinished else None
+        sha256, n_bytes, sums, journal = {}, {}, {}, {}
+        for position, site in enumerate(before.sites):
+            x = part.x[site]
+            summing = None
+            if not part.unfinished:
+                summing = self._threads.submit(_sums, x.flatten(0, 1))
+            path = shard_path(self.folder, site, number, until)
+            sha256[site] = write_tensors(path, {ACTIVATIONS: x}, self._writes_cancelled)
             n_bytes[site] = path.stat().st_size
-            found = summing.result()
-            sums[f"{position}.total"], sums[f"{position}.squares"] = found.total, found.squares
-        write_tensors(self._journal(number, "safetensors"), sums)
-        with atomic_path(self._journal(number, "parquet")) as temporary:
-            pq.write_table(pa.Table.from_pylist(buffer.rows, schema=IMAGE_ROWS), temporary)
-        shard = Shard(buffer.first, buffer.stop, buffer.n_images, sha256, n_bytes)
-        failed = self.manifest.failed + len(buffer.rows) - buffer.n_ok
-        manifest = replace(self.manifest, shards=(*self.manifest.shards, shard), failed=failed)
+            if summing is not None:
+                found = summing.result()
+                sums[f"{position}.total"], sums[f"{position}.squares"] = found.total, found.squares
+        if not part.unfinished:
+            path = self._journal(number, "safetensors")
+            journal["safetensors"] = write_tensors(path, sums)
+        with atomic_path(self._journal(number, "parquet", until)) as temporary:
+            pq.write_table(pa.Table.from_pylist(part.rows, schema=IMAGE_ROWS), temporary)
+            journal["parquet"] = sha256_file(temporary)
+        shard = Shard(
+            part.first, part.stop, part.n_images, sha256, n_bytes, journal, part.unfinished
+        )
+        shards = (*before.whole_shards, shard)
+        failed = sum(each.stop - each.first - each.n_images for each in shards)
+        manifest = replace(before, shards=shards, failed=failed)
+        if self._writes_cancelled.is_set():
+            return
         manifest.write(self.folder)
         self.manifest = manifest
+        if before.shards and before.shards[-1].unfinished:
+            for path in self._files(number, before.shards[-1]):
+                path.unlink(missing_ok=True)
+
+    def _restore(self, buffer: ShardBuffer, shard: Shard) -> None:
+        """Put what is there of an unfinished shard back into its buffer."""
+        for site in self.manifest.sites:
+            n_tokens, d_in = self.manifest.n_tokens[site], self.manifest.d_in[site]
+            path = self._shard(site, buffer.number, shard)
+            shape, dtype = (shard.n_images, n_tokens, d_in), DTYPES[self.manifest.dtype]
+            x = map_shard(path, shape, dtype, shard.n_bytes[site])
+            check_sum(path, shard.sha256[site])
+            buffer.x[site][: shard.n_images].copy_(x)
+        buffer.rows = self._journal_rows(buffer.number).to_pylist()
+        buffer.filled = _Filled(len(buffer.rows), shard.n_images)
 
     def _journal_rows(self, number: int) -> pa.Table:
         """The rows about a shard's images."""
-        path, shard = self._journal(number, "parquet"), self.manifest.shards[number]
+        shard = self.manifest.shards[number]
+        path = self._journal(number, "parquet", _until(shard))
         try:
             with pq.ParquetFile(path) as file:
                 rows = file.read()
@@ -282,8 +464,26 @@ class StoreWriter:
         n_tokens, d_in = self.manifest.n_tokens[site], self.manifest.d_in[site]
         return torch.empty(images, n_tokens, d_in, dtype=DTYPES[self.manifest.dtype])
 
-    def _journal(self, number: int, ending: str) -> Path:
-        return self.folder / JOURNAL / f"{number:05d}.{ending}"
+    def _files(self, number: int, shard: Shard) -> list[Path]:
+        """All files of a shard."""
+        own = [self._shard(site, number, shard) for site in self.manifest.sites]
+        return [*own, *self._journal_files(number, shard)]
+
+    def _shard(self, site: str, number: int, shard: Shard) -> Path:
+        return shard_path(self.folder, site, number, _until(shard))
+
+    def _journal_files(self, number: int, shard: Shard) -> list[Path]:
+        """Rows, and of a whole shard sums."""
+        endings = _ENDINGS[:1] if shard.unfinished else _ENDINGS
+        return [self._journal(number, ending, _until(shard)) for ending in endings]
+
+    def _journal(self, number: int, ending: str, until: int | None = None) -> Path:
+        return self.folder / JOURNAL / f"{shard_name(number, until)}.{ending}"
+
+
+def _until(shard: Shard) -> int | None:
+    """What tells the names of an unfinished shard's files from those of the whole one."""
+    return shard.stop if shard.unfinished else None
 
 
 def _sums(x: Float[Tensor, "vectors d_in"]) -> RunningSums:

@@ -46,6 +46,9 @@ class ExtractOptions(ModelOptions):
     batch_size: int = 64
     """Images in one forward pass."""
 
+    flush_seconds: float = 60.0
+    """What is in memory is written at least this often: a killed process loses no more."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, extract, print what the store holds."""
@@ -65,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         out=options.out,
         dtype=options.dtype,
         batch_size=options.batch_size,
+        flush_seconds=options.flush_seconds,
         workers=options.workers,
         max_failed=options.max_failed,
     )

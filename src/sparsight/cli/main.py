@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import sparsight
 from sparsight.cli.verbs import HELP, guess, listed, run
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, is_out_of_memory, out_of_memory
 from sparsight.interruption import Terminated, raise_terminated
 
 VERBS = {
@@ -86,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(_of_system(error), FAULT)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        return _complain(str(out_of_memory(error, "Give the run less to hold at a time.")), FAULT)
     return 0
 
 
