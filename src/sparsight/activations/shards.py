@@ -24,7 +24,7 @@ from sparsight.progress import logger
 ACTIVATIONS = "activations"
 """The one key of a shard."""
 
-_AGAIN = "Remove the store and extract again."
+AGAIN = "Remove the store and extract again."
 _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -96,7 +96,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise SparsightError(f"{path}: is missing or damaged ({error}).") from error
 
 
-def check_size(path: Path, n_bytes: int, again: str = _AGAIN) -> None:
+def check_size(path: Path, n_bytes: int, again: str = AGAIN) -> None:
     """Make sure that a file is as long as it was when it was written.
 
     Args:
@@ -120,7 +120,7 @@ def check_size(path: Path, n_bytes: int, again: str = _AGAIN) -> None:
 
 def check_sums(
     expected: Iterable[tuple[Path, str]],
-    again: str = _AGAIN,
+    again: str = AGAIN,
     cancelled: threading.Event | None = None,
 ) -> None:
     """Compare files with their checksums: each once per process, as long as it does not change.
@@ -153,7 +153,7 @@ def check_sums(
         list(threads.map(check, left))
 
 
-def check_sum(path: Path, sha256: str, again: str = _AGAIN) -> None:
+def check_sum(path: Path, sha256: str, again: str = AGAIN) -> None:
     """Compare a file with its checksum, whether or not that was done before.
 
     Raises:
@@ -166,7 +166,7 @@ def check_sum(path: Path, sha256: str, again: str = _AGAIN) -> None:
         raise SparsightError(f"{path}: is missing or cannot be read ({error.strerror}).") from error
     if found != sha256:
         raise SparsightError(
-            f"{path}: is missing or has been altered (its checksum differs). {again}"
+            f"{path}: is missing or damaged: it has been altered (its checksum differs). {again}"
         )
     if key is not None:
         _CHECKED.add(key)
@@ -193,7 +193,7 @@ def map_tensors(
     path: Path,
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     n_bytes: int,
-    again: str = _AGAIN,
+    again: str = AGAIN,
 ) -> dict[str, Tensor]:
     """Map a safetensors file into memory; nothing is read until it is looked at.
 

@@ -21,13 +21,20 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sparsight.activations.manifest import DTYPES, IMAGES, Manifest, shard_path, stats_path
-from sparsight.activations.shards import check_size, map_shard, read_tensors
+from sparsight.activations.shards import (
+    AGAIN,
+    check_size,
+    check_sum,
+    check_sums,
+    map_shard,
+    read_tensors,
+)
 from sparsight.activations.source import OrderedBatch, other_tokens, same_count
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.config import check_positive
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import sha256_file, sha256_json
+from sparsight.files import sha256_json
 from sparsight.images import ImageSource, reopen_images
 from sparsight.vision import Tokens, count_from_start, select_tokens
 from sparsight.vision.tokens import check_tokens
@@ -50,9 +57,11 @@ _HELD = {"all": ("patches", "cls", "mean"), "patches": ("mean",)}
 class ActivationStore:
     """What `extract` left in a folder.
 
+    Lengths are compared at once; a file's checksum when it is first read, once per process.
+
     Args:
         path: the folder.
-        verify: read every file and compare its checksum; lengths are always compared.
+        verify: read every file and compare its checksum now.
 
     Attributes:
         path: the folder.
@@ -89,6 +98,7 @@ class ActivationStore:
         self._rows: Rows = np.arange(self._starts[-1])
         self._stats: dict[str, SiteStatistics] = {}
         self._n_tokens: Mapping[str, int] = self.manifest.n_tokens
+        self._checked: set[tuple[str, int]] = set()  # shards; views share it
         for site in self.sites:
             for number, shard in enumerate(self.manifest.shards):
                 check_size(shard_path(self.path, site, number), shard.n_bytes[site])
@@ -227,16 +237,11 @@ class ActivationStore:
         Raises:
             SparsightError: one differs; its name is given.
         """
-        expected = {self.path / name: sha256 for name, sha256 in self.manifest.files.items()}
+        for name, sha256 in self.manifest.files.items():
+            check_sum(self.path / name, sha256)
         for number, shard in enumerate(self.manifest.shards):
-            for site in self.sites:
-                expected[shard_path(self.path, site, number)] = shard.sha256[site]
-        for path, sha256 in expected.items():
-            if not path.exists() or sha256_file(path) != sha256:
-                raise SparsightError(
-                    f"{path}: is missing or has been altered (its checksum differs). Remove the "
-                    "store and extract again."
-                )
+            for site in self.manifest.sites:
+                check_sum(shard_path(self.path, site, number), shard.sha256[site])
 
     def ordered(
         self, sites: Sequence[str], batch_images: int = 64, *, after: int | None = None
@@ -256,6 +261,8 @@ class ActivationStore:
     ) -> Iterator[OrderedBatch]:
         for first in range(start, len(self._rows), batch_images):
             rows = self._rows[first : first + batch_images]
+            for site in names:
+                self._check(site, rows)
             indices = torch.from_numpy(self.image_indices[first : first + batch_images].copy())
             stored = {s: self._gather(s, rows, self._room(s, len(rows))) for s in names}
             for site, x in stored.items():
@@ -292,6 +299,7 @@ class ActivationStore:
             rooms.reverse()
             rows = self._rows[images]
             for site in names:
+                self._check(site, rows)
                 if site not in rooms[0]:
                     rooms[0][site] = self._room(site, min(plan.window_images, self.n_images))
                 self._gather(site, rows, rooms[0][site])
@@ -371,6 +379,27 @@ class ActivationStore:
             out[first:stop].copy_(self._chosen(maps[number][start : start + stop - first], site))
         return out[: len(rows)]
 
+    def _check(self, site: str, rows: Rows) -> None:
+        """Compare the shards of some images with their checksums, each the first time."""
+        numbers = np.unique(self._shards_of(rows)).tolist()
+        numbers = [number for number in numbers if (site, number) not in self._checked]
+        if not numbers:
+            return
+        paths = {n: shard_path(self.path, site, n) for n in numbers}
+        for number in numbers:
+            self._map(site, number)  # tells more of a damaged header
+        try:
+            check_sums([(paths[n], self.manifest.shards[n].sha256[site]) for n in numbers])
+        except SparsightError as error:
+            for number, path in paths.items():
+                if str(path) in str(error) and not all_finite(self._map(site, number)):
+                    raise SparsightError(
+                        f"Activations at {site} are NaN or infinite in {path}, which has been "
+                        f"altered (its checksum differs). {AGAIN}"
+                    ) from error
+            raise
+        self._checked.update((site, number) for number in numbers)
+
     def _shards_of(self, rows: Rows) -> Rows:
         found: Rows = np.searchsorted(self._starts, rows, side="right") - 1
         return found
@@ -385,9 +414,16 @@ class ActivationStore:
     def _read_images(self, columns: list[str] | None) -> pa.Table:
         path = self.path / IMAGES
         try:
+            self._check_file(path)
             return pq.read_table(path, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            raise SparsightError(f"{path}: is missing or damaged ({error}).") from error
+            raise SparsightError(f"{path}: is missing or damaged ({error}). {AGAIN}") from error
+
+    def _check_file(self, path: Path) -> None:
+        """Compare a file beside the shards with its checksum, the first time."""
+        sha256 = self.manifest.files.get(path.relative_to(self.path).as_posix())
+        if sha256 is not None:
+            check_sums([(path, sha256)])
 
     def _read_stats(self, site: str) -> SiteStatistics:
         path = stats_path(self.path, site)
@@ -400,6 +436,7 @@ class ActivationStore:
             raise SparsightError(
                 f"{path}: does not fit the store: it counts {stats.count:,} vectors. Extract again."
             )
+        self._check_file(path)
         return stats
 
     def _compute_stats(self, site: str) -> SiteStatistics:

@@ -79,9 +79,7 @@ Row = dict[str, Any]
 """What `images.parquet` says of an image."""
 
 
-def image_row(
-    index: int, info: ImageInfo, size: tuple[int, int] | None, reason: str | None
-) -> Row:
+def image_row(index: int, info: ImageInfo, size: tuple[int, int] | None, reason: str | None) -> Row:
     """What is recorded of an image, read (`size`) or failed (`reason`)."""
     width, height = size or (None, None)
     return {
@@ -120,7 +118,7 @@ class ShardBuffer:
     first: int
     x: Mapping[str, Float[Tensor, "images tokens d_in"]]
     rows: list[Row] = field(default_factory=list)
-    filled: _Filled = _Filled(0, 0)
+    filled: _Filled = field(default=_Filled(0, 0))
 
     def add(
         self,

@@ -38,6 +38,9 @@ class EncodeOptions(SubjectOptions):
     batch_images: int | None = None
     """Images at a time; default 64, of a store as many as it takes for some 16,000 vectors."""
 
+    flush_seconds: float = 60.0
+    """What is in memory is written at least this often: a killed process loses no more."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, encode, print what the codes hold."""
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
             out=options.out or folder / "codes",
             dtype=options.dtype,
             batch_images=options.batch_images,
+            flush_seconds=options.flush_seconds,
         )
         print(
             f"{codes.path} · {codes.n_vectors:,} vectors, {codes.n_active / codes.n_vectors:.1f} "

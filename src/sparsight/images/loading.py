@@ -20,6 +20,7 @@ from sparsight.config import check_positive
 from sparsight.errors import SparsightError, UserError
 from sparsight.images.decoding import ImageError, whole_size
 from sparsight.images.source import ImageSource
+from sparsight.images.workers import deaf_children, end_workers, watch_parent
 
 MAX_DEFAULT_WORKERS = 8
 
@@ -101,6 +102,7 @@ def load_batches(
         num_workers=workers,
         prefetch_factor=prefetch,
         multiprocessing_context=start_method,
+        worker_init_fn=watch_parent,
     )
     return _from_workers(loader)
 
@@ -192,16 +194,20 @@ def _one_torch_thread() -> Iterator[None]:
 
 def _from_workers(loader: DataLoader[Any]) -> Iterator[ImageBatch]:
     batches = _started(loader)
+    wanted = True
     try:
         while True:
             try:
                 result = next(batches)
             except StopIteration:
+                wanted = False
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 raise SparsightError(_workers_failed(error)) from error
             yield _unwrapped(result)
     finally:
+        if wanted:
+            end_workers(batches)
         del batches  # its workers end with it
 
 
@@ -216,7 +222,8 @@ def _started(loader: DataLoader[Any]) -> Iterator[ImageBatch | _Fault]:
 
     def start() -> None:
         try:
-            started.append(iter(loader))
+            with deaf_children():
+                started.append(iter(loader))
         except BaseException as error:
             errors.append(error)
 

@@ -15,18 +15,26 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from sparsight.activations.shards import check_size, map_tensors, write_tensors
+from sparsight.activations.shards import (
+    check_size,
+    check_sum,
+    check_sums,
+    map_tensors,
+    write_tensors,
+)
 from sparsight.config import check_positive, from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, sha256_file, write_json
+from sparsight.files import checksum_of, read_json, write_json
 from sparsight.images import ImageSource, reopen_images
 from sparsight.sae import SparseAutoencoder, SparseCode
 
 FORMAT = "sparsight codes"
-VERSION = 1
+VERSION = 2
+"""Version 1 has no checksum of the manifest; it is read and continued."""
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 STATES = ("incomplete", "complete")
+CHECKSUM = "checksum"
 AGAIN = "Remove the codes and encode again."
 SMALLEST_FLOAT16 = 2.0**-24
 
@@ -73,6 +81,8 @@ class CodeShard:
         n_active: active latents of all its vectors together.
         sha256: of the file, in hex.
         n_bytes: of the file.
+        unfinished: the encoding stopped within the shard; a continued one fills it up. The name of
+            its file tells how far it reaches.
     """
 
     n_images: int
@@ -80,6 +90,14 @@ class CodeShard:
     n_active: int
     sha256: str
     n_bytes: int
+    unfinished: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `manifest.json` says of it."""
+        values = dataclasses.asdict(self)
+        if not self.unfinished:
+            del values["unfinished"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,9 @@ class CodeManifest:
         for number, shard in enumerate(self.shards):
             if shard.n_images < 1 or shard.last_image < last + shard.n_images or shard.n_active < 0:
                 raise UserError(f"shards[{number}] does not follow the one before it.")
+            is_last = number + 1 == len(self.shards)
+            if shard.unfinished and (not is_last or self.state == "complete"):
+                raise UserError(f"shards[{number}] is unfinished, and not the last of its codes.")
             last = shard.last_image
         if last >= self.images["n_images"]:
             raise UserError(f"shards reach image {last} of {self.images['n_images']:,}.")
@@ -143,6 +164,11 @@ class CodeManifest:
     def n_images(self) -> int:
         """Images whose codes are written."""
         return sum(shard.n_images for shard in self.shards)
+
+    @property
+    def whole_shards(self) -> tuple[CodeShard, ...]:
+        """The shards without the last, if that is unfinished."""
+        return tuple(shard for shard in self.shards if not shard.unfinished)
 
     @property
     def index_dtype(self) -> torch.dtype:
@@ -178,8 +204,9 @@ class CodeManifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, whole or not at all."""
         values = to_dict(self)
-        values["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
-        write_json(folder / MANIFEST, {"format": FORMAT, "format_version": VERSION, **values})
+        values["shards"] = [shard.as_dict() for shard in self.shards]
+        head = {"format": FORMAT, "format_version": VERSION}
+        write_json(folder / MANIFEST, {**head, **values, CHECKSUM: _checksum(values)})
 
     @classmethod
     def read(cls, folder: Path) -> CodeManifest:
@@ -187,6 +214,7 @@ class CodeManifest:
 
         Raises:
             UserError: there is none, or it is of another format, or contradicts itself.
+            SparsightError: it has been altered since it was written.
         """
         path = folder / MANIFEST
         if not path.exists():
@@ -195,16 +223,31 @@ class CodeManifest:
         if values.pop("format", None) != FORMAT:
             raise UserError(f"{path}: is no manifest of codes. Make some with `sparsight encode`.")
         version = values.pop("format_version", None)
-        if version != VERSION:
+        if version not in range(1, VERSION + 1):
             raise UserError(
-                f"{path}: format_version is {version!r}; this Sparsight reads {VERSION}."
+                f"{path}: format_version is {version!r}; this Sparsight reads 1 to {VERSION}."
             )
-        return from_dict(cls, values, str(path))
+        checksum = values.pop(CHECKSUM, None)
+        manifest = from_dict(cls, values, str(path))
+        if version > 1 and checksum != _checksum(values):
+            raise SparsightError(f"{path}: has been altered (its checksum differs). {AGAIN}")
+        return manifest
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard lies."""
-    return folder / f"shard-{number:05d}.safetensors"
+def _checksum(values: dict[str, Any]) -> str:
+    """Covers what no other checksum does; an altered checksum is noticed at its own file."""
+    shards = [{**shard, "sha256": None} for shard in values.get("shards", ())]
+    rest = {name: value for name, value in values.items() if name not in ("state", CHECKSUM)}
+    return checksum_of({**rest, "shards": shards})
+
+
+def shard_path(folder: Path, number: int, shard: CodeShard | None = None) -> Path:
+    """Where a shard lies; the name of an unfinished one tells how far it reaches.
+
+    A shard that grows thereby never takes the place of the file that the manifest still names.
+    """
+    until = f"-until-{shard.last_image:08d}" if shard is not None and shard.unfinished else ""
+    return folder / f"shard-{number:05d}{until}.safetensors"
 
 
 class ShardBuffer:
@@ -215,15 +258,15 @@ class ShardBuffer:
 
     Attributes:
         n_bytes: that they will take on disk, roughly.
+        n_images: whose codes are in.
     """
 
     def __init__(self, manifest: CodeManifest) -> None:
         self.n_bytes = 0
+        self.n_images = 0
         self._dtypes = {"values": DTYPES[manifest.dtype], "indices": manifest.index_dtype}
-        self._n_active = torch.zeros(manifest.n_latents, dtype=torch.int64)
-        self._parts: dict[str, list[Tensor]] = {
-            name: [] for name in ("image_indices", "l0", "values", "indices")
-        }
+        self._n_latents = manifest.n_latents
+        self._parts: list[dict[str, Tensor]] = []  # whole batches, wherever a stop comes
 
     def add(self, batch: CodeBatch) -> None:
         """Put a batch behind the ones that are in.
@@ -241,19 +284,36 @@ class ShardBuffer:
                     f"{int(images[0])} to {int(images[-1])}). Encode with dtype float32."
                 )
             values.clamp_(min=SMALLEST_FLOAT16)  # what is active stays active
-        self._n_active += torch.bincount(indices, minlength=len(self._n_active))
         new = {
             "image_indices": batch.image_indices.cpu().long(),
             "l0": code.l0.cpu(),
             "values": values,
             "indices": indices.to(self._dtypes["indices"]),
         }
-        for name, part in new.items():
-            self._parts[name].append(part)
-            self.n_bytes += part.numel() * part.element_size()
+        self._append(new)
 
-    def write(self, folder: Path, manifest: CodeManifest) -> CodeManifest:
-        """Write the next shard, then the manifest that names it; the buffer is spent.
+    def restore(self, folder: Path, manifest: CodeManifest) -> None:
+        """Put back what a stopped encoding left of the last shard.
+
+        Raises:
+            SparsightError: it is damaged.
+        """
+        number, shard = len(manifest.whole_shards), manifest.shards[-1]
+        path = shard_path(folder, number, shard)
+        stored = map_tensors(path, manifest.layout(shard), shard.n_bytes, AGAIN)
+        check_sum(path, shard.sha256, AGAIN)
+        part = {name: stored[name].clone() for name in ("image_indices", "values", "indices")}
+        self._append({**part, "l0": stored["offsets"].diff()})
+
+    def write(
+        self, folder: Path, manifest: CodeManifest, *, unfinished: bool = False
+    ) -> CodeManifest:
+        """Write the next shard, then the manifest that names it.
+
+        Args:
+            folder: of the codes.
+            manifest: of what is there.
+            unfinished: the shard is not full: more will be put in, by this encoding or the next.
 
         Returns:
             The manifest with the shard in it.
@@ -261,27 +321,41 @@ class ShardBuffer:
         Raises:
             SparsightError: the disk is full.
         """
-        tensors = {"n_active": self._n_active}
-        for name in list(self._parts):
-            tensors[name] = torch.cat(self._parts.pop(name))
+        tensors = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        tensors["n_active"] = torch.zeros(self._n_latents, dtype=torch.int64)
+        for part in self._parts:
+            found = torch.bincount(part["indices"].long(), minlength=self._n_latents)
+            tensors["n_active"] += found
         counts = tensors.pop("l0").long()
         tensors["offsets"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         images = tensors["image_indices"]
-        path = shard_path(folder, len(manifest.shards))
-        shard = CodeShard(len(images), int(images[-1]), len(tensors["values"]), "", 0)
+        n_active = len(tensors["values"])
+        shard = CodeShard(len(images), int(images[-1]), n_active, "", 0, unfinished)
+        path = shard_path(folder, len(manifest.whole_shards), shard)
         sha256 = write_tensors(path, {name: tensors[name] for name in manifest.layout(shard)})
         shard = dataclasses.replace(shard, sha256=sha256, n_bytes=path.stat().st_size)
-        manifest = dataclasses.replace(manifest, shards=(*manifest.shards, shard))
-        manifest.write(folder)
-        return manifest
+        grown = dataclasses.replace(manifest, shards=(*manifest.whole_shards, shard))
+        grown.write(folder)
+        if manifest.shards and manifest.shards[-1].unfinished:
+            old = shard_path(folder, len(manifest.whole_shards), manifest.shards[-1])
+            if old != path:
+                old.unlink(missing_ok=True)
+        return grown
+
+    def _append(self, new: dict[str, Tensor]) -> None:
+        self._parts.append(new)
+        self.n_bytes += sum(part.numel() * part.element_size() for part in new.values())
+        self.n_images += len(new["image_indices"])
 
 
 class CodeStore:
     """What `encode` left in a folder.
 
+    Lengths are compared at once; a shard's checksum when it is first read, once per process.
+
     Args:
         path: the folder.
-        verify: read every file and compare its checksum; lengths are always compared.
+        verify: read every file and compare its checksum now.
 
     Attributes:
         path: the folder.
@@ -316,6 +390,7 @@ class CodeStore:
         }
         counts = [0, *(shard.n_images for shard in self.manifest.shards)]
         self._starts: npt.NDArray[np.int64] = np.cumsum(counts)
+        self._checked: set[int] = set()
         for number, shard in enumerate(self.manifest.shards):
             check_size(shard_path(self.path, number), shard.n_bytes, AGAIN)
         if verify:
@@ -402,11 +477,7 @@ class CodeStore:
             SparsightError: one differs; its name is given.
         """
         for number, shard in enumerate(self.manifest.shards):
-            path = shard_path(self.path, number)
-            if not path.exists() or sha256_file(path) != shard.sha256:
-                raise SparsightError(
-                    f"{path}: is missing or has been altered (its checksum differs). {AGAIN}"
-                )
+            check_sum(shard_path(self.path, number), shard.sha256, AGAIN)
 
     def __repr__(self) -> str:
         return (
@@ -418,7 +489,11 @@ class CodeStore:
     def _map(self, number: int) -> dict[str, Tensor]:
         shard = self.manifest.shards[number]
         path = shard_path(self.path, number)
-        return map_tensors(path, self.manifest.layout(shard), shard.n_bytes, AGAIN)
+        mapped = map_tensors(path, self.manifest.layout(shard), shard.n_bytes, AGAIN)
+        if number not in self._checked:
+            check_sums([(path, shard.sha256)], AGAIN)
+            self._checked.add(number)
+        return mapped
 
     def _read(self, first: int, stop: int) -> CodeBatch:
         """The codes of some images that follow each other, by their places here."""

@@ -5,21 +5,25 @@ A shard is committed when the manifest that names it is renamed into place; see 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
 from sparsight.activations import ActivationSource, LiveActivations
-from sparsight.activations.shards import check_size
-from sparsight.config import check_positive, first_difference
-from sparsight.errors import SparsightError, UserError
+from sparsight.activations.extraction import FLUSH_SECONDS
+from sparsight.activations.shards import check_size, check_sums
+from sparsight.config import check_positive, check_seconds, first_difference
+from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.evaluation.data import find_site
 from sparsight.files import lock, remove_temporaries
 from sparsight.images import ImageSource, open_images
+from sparsight.interruption import STOPS, Stop, postponed
 from sparsight.latents.codes import (
     AGAIN,
     DTYPES,
@@ -30,7 +34,7 @@ from sparsight.latents.codes import (
     ShardBuffer,
     shard_path,
 )
-from sparsight.progress import progress
+from sparsight.progress import ProgressLine, progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
 
@@ -52,15 +56,19 @@ def encode(
     dtype: Literal["float32", "float16"] = "float32",
     batch_images: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    flush_seconds: float = FLUSH_SECONDS,
     workers: int | None = None,
     quiet: bool = False,
 ) -> CodeStore:
     """Encode the activations of all images; keep what is active on disk.
 
-    Unfinished codes of the same SAE, activations, site and dtype are continued at their first
-    missing shard, with the batches and shards that they were begun with; finished ones are returned
+    Unfinished codes of the same SAE, activations, site and dtype are continued behind the last
+    image in them, with the batches and shards that they were begun with; finished ones are returned
     as they are. Continued codes are the same, bit for bit, as ones that were never cut. Memory
     holds one batch of activations and one shard of codes.
+
+    Ctrl-C and SIGTERM keep every batch that was encoded, and so does an error; a second Ctrl-C does
+    not wait for that. A process that is killed loses the work of `flush_seconds` at the most.
 
     Args:
         sae: the SAE.
@@ -73,18 +81,22 @@ def encode(
             is too small for it is kept at its smallest number, 2⁻²⁴.
         batch_images: images at a time; default see `usual_batch`.
         shard_bytes: a shard ends with the batch that brings it to so many bytes.
+        flush_seconds: what is in memory is written at least this often, in seconds.
         workers: processes that decode pictures, with a model.
         quiet: no progress bar.
 
     Raises:
         UserError: SAE, site and activations do not belong together, a number is below 1, `out`
             holds something else, or another process is at it.
-        SparsightError: an activation is NaN, infinite or beyond the range of `dtype`, or the disk
-            is full. What was written stays whole.
+        SparsightError: an activation is NaN, infinite or beyond the range of `dtype`, the disk is
+            full, memory is short, or what is there already is damaged. What was written stays
+            whole.
+        KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM; a note says how many images are kept.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
     check_positive(batch_images=batch_images, shard_bytes=shard_bytes)
+    check_seconds(flush_seconds=flush_seconds)
     folder = Path(out)
     activations, site = find_activations(sae, given, images, site, workers)
     source = activations.source()
@@ -106,7 +118,7 @@ def encode(
     )
     with _claimed(folder, plan) as manifest:
         if manifest.state != "complete":
-            _encode_rest(sae, activations, folder, manifest, quiet)
+            _Encoding(sae, activations, folder, manifest, flush_seconds).run(quiet)
     return CodeStore(folder)
 
 
@@ -178,30 +190,102 @@ def find_activations(
     return live, find_site(sae, live, given.canonical_site(wanted))
 
 
-def _encode_rest(
-    sae: SparseAutoencoder,
-    activations: ActivationSource,
-    folder: Path,
-    manifest: CodeManifest,
-    quiet: bool,
-) -> None:
-    """Write the shards that are missing, and declare the codes complete."""
-    _clean(folder, manifest)
-    after = manifest.shards[-1].last_image if manifest.shards else None
-    buffer = ShardBuffer(manifest)
-    title, total, done = "encode", activations.n_images, manifest.n_images
-    with progress(title, total, "images", done=done, quiet=quiet) as line:
-        for batch in encoded(sae, activations, manifest.site, manifest.batch_images, after=after):
-            buffer.add(batch)
-            if buffer.n_bytes >= manifest.shard_bytes:
-                manifest = buffer.write(folder, manifest)
-                buffer = ShardBuffer(manifest)
-            line.advance(len(batch.image_indices))
-        if buffer.n_bytes:
-            manifest = buffer.write(folder, manifest)
-    if not manifest.shards:
-        raise UserError("There is not one image to encode.")
-    replace(manifest, state="complete").write(folder)
+class _Encoding:
+    """One call's part of an encoding: batches through the SAE, into shards."""
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        activations: ActivationSource,
+        folder: Path,
+        manifest: CodeManifest,
+        flush_seconds: float,
+    ) -> None:
+        self.sae = sae
+        self.activations = activations
+        self.folder = folder
+        self.manifest = manifest
+        self.flush_seconds = flush_seconds
+        _clean(folder, manifest)
+        self.buffer = ShardBuffer(manifest)
+        self.n_kept = 0  # images of the buffer that are on disk already
+        if manifest.shards and manifest.shards[-1].unfinished:
+            self.buffer.restore(folder, manifest)
+            self.n_kept = self.buffer.n_images
+
+    def run(self, quiet: bool) -> None:
+        """Write the shards that are missing, and declare the codes complete."""
+        self.flushed = time.perf_counter()
+        total, done = self.activations.n_images, self.manifest.n_images
+        try:
+            with (
+                postponed() as stop,
+                memory_told("Lower batch_images or shard_bytes."),
+                progress("encode", total, "images", done=done, quiet=quiet) as line,
+            ):
+                self._fill_shards(line, stop)
+                self._close()
+        except STOPS as error:
+            there = CodeManifest.read(self.folder)
+            kept = f"Kept {there.n_images:,} of {total:,} images in {self.folder}"
+            complete = there.state == "complete"
+            what = "the codes are complete" if complete else "the same command goes on"
+            error.add_note(f"{kept}; {what}.")
+            raise
+
+    def _fill_shards(self, line: ProgressLine, stop: Stop) -> None:
+        """Write all shards that are missing; whatever stops it, whole batches are kept."""
+        manifest = self.manifest
+        after = manifest.shards[-1].last_image if manifest.shards else None
+        batches = cast(
+            Generator[CodeBatch, None, None],
+            encoded(self.sae, self.activations, manifest.site, manifest.batch_images, after=after),
+        )
+        with closing(batches):
+            try:
+                while (batch := self._next(batches, stop)) is not None:
+                    self.buffer.add(batch)
+                    if self.buffer.n_bytes >= manifest.shard_bytes:
+                        self._write()
+                    elif time.perf_counter() - self.flushed >= self.flush_seconds:
+                        self._keep()
+                    line.advance(len(batch.image_indices))
+                if self.buffer.n_images:
+                    self._write()
+            except STOPS as error:
+                try:
+                    self._keep()
+                except SparsightError as failed:
+                    error.add_note(f"Not everything could be kept: {failed}")
+                raise
+            except Exception:
+                with suppress(SparsightError):  # the first error is the one to tell
+                    self._keep()
+                raise
+
+    def _next(self, batches: Generator[CodeBatch, None, None], stop: Stop) -> CodeBatch | None:
+        """The next batch, None behind the last; nothing is lost where a stop ends the wait."""
+        with stop.at_once():
+            return next(batches, None)
+
+    def _write(self) -> None:
+        """Write the shard that is full, or the last, and begin another."""
+        self.manifest = self.buffer.write(self.folder, self.manifest)
+        self.buffer, self.n_kept = ShardBuffer(self.manifest), 0
+        self.flushed = time.perf_counter()
+
+    def _keep(self) -> None:
+        """Write what is in memory of a shard that is not full."""
+        if self.buffer.n_images > self.n_kept:
+            self.manifest = self.buffer.write(self.folder, self.manifest, unfinished=True)
+            self.n_kept = self.buffer.n_images
+        self.flushed = time.perf_counter()
+
+    def _close(self) -> None:
+        if not self.manifest.shards:
+            raise UserError("There is not one image to encode.")
+        self.manifest = replace(self.manifest, state="complete")
+        self.manifest.write(self.folder)
 
 
 @contextmanager
@@ -239,6 +323,10 @@ def _manifest_of(folder: Path, plan: CodeManifest) -> CodeManifest | None:
 def _clean(folder: Path, manifest: CodeManifest) -> None:
     """Remove what a killed process left, and look at what it committed."""
     remove_temporaries(folder)
-    shard_path(folder, len(manifest.shards)).unlink(missing_ok=True)
-    for number, shard in enumerate(manifest.shards):
-        check_size(shard_path(folder, number), shard.n_bytes, AGAIN)
+    named = {shard_path(folder, n, shard): shard for n, shard in enumerate(manifest.shards)}
+    for path in folder.glob("shard-*.safetensors"):
+        if path not in named and re.fullmatch(r"shard-\d{5}(-until-\d{8})?", path.stem):
+            path.unlink()
+    for path, shard in named.items():
+        check_size(path, shard.n_bytes, AGAIN)
+    check_sums([(path, shard.sha256) for path, shard in named.items()], AGAIN)
