@@ -194,6 +194,14 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
     return None
 
 
+def value_at(values: Mapping[str, Any], dotted: str) -> Any:
+    """The value of a field of a nested mapping, by its dotted name; None where there is none."""
+    found: Any = values
+    for key in dotted.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"kind": _kind(type(value)), **to_dict(value)}

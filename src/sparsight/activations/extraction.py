@@ -18,14 +18,22 @@ from torch import Tensor
 
 from sparsight.activations.failures import FailureTally
 from sparsight.activations.manifest import DTYPES, MANIFEST, Manifest, describe_model
-from sparsight.activations.source import matching_sites
+from sparsight.activations.source import count_tokens, matching_sites
 from sparsight.activations.statistics import all_finite
 from sparsight.activations.store import ActivationStore
-from sparsight.activations.writer import JOURNAL, Row, ShardBuffer, StoreWriter, image_row
-from sparsight.config import check_positive, check_seconds, first_difference
+from sparsight.activations.writer import (
+    JOURNAL,
+    Row,
+    ShardBuffer,
+    StoreWriter,
+    image_row,
+    recorded_ids,
+)
+from sparsight.config import check_positive, check_seconds, first_difference, value_at
 from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.files import lock
 from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource, load_batches
+from sparsight.images.difference import images_difference
 from sparsight.interruption import STOPS, Stop, postponed
 from sparsight.progress import ProgressLine, progress
 from sparsight.vision import VisionModel
@@ -131,7 +139,7 @@ def extract(
         raise UserError(f"sites is {sites!r}; it is a list, e.g. [{model.sites[-1]!r}].")
     tally = FailureTally(len(images), max_failed)
     plan = _plan(model, images, sites, tokens, dtype, batch_size, shard_images)
-    with _claimed(folder, plan) as manifest:
+    with _claimed(folder, plan, images) as manifest:
         if manifest.state == "complete":
             summary = None
             shutil.rmtree(folder / JOURNAL, ignore_errors=True)
@@ -157,7 +165,7 @@ def _plan(
     if not len(images):
         raise UserError(f"{images.spec}: holds no images.")
     names = matching_sites(sites, model.sites, model.canonical_site)
-    n_tokens = {site: model.token_count(site, tokens) for site in names}
+    n_tokens = count_tokens(model, names, tokens)
     d_in = {site: model.d_in(site) for site in names}
     if shard_images is None:
         per_image = sum(n_tokens[site] * d_in[site] for site in names) * DTYPES[dtype].itemsize
@@ -182,16 +190,16 @@ def _plan(
 
 
 @contextmanager
-def _claimed(folder: Path, plan: Manifest) -> Iterator[Manifest]:
+def _claimed(folder: Path, plan: Manifest, images: ImageSource) -> Iterator[Manifest]:
     """The manifest to go on with, while no other process is at the same folder."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; a store is a folder.")
-    there = _manifest_of(folder, plan)
+    there = _manifest_of(folder, plan, images)
     if there is not None and there.state == "complete":
         yield there
         return
     with lock(folder / ".lock", f"{folder}: another process is extracting into it."):
-        there = _manifest_of(folder, plan)
+        there = _manifest_of(folder, plan, images)
         if there is None:
             plan.write(folder)
             yield plan
@@ -199,7 +207,7 @@ def _claimed(folder: Path, plan: Manifest) -> Iterator[Manifest]:
             yield replace(there, batch_size=plan.batch_size, shard_images=plan.shard_images)
 
 
-def _manifest_of(folder: Path, plan: Manifest) -> Manifest | None:
+def _manifest_of(folder: Path, plan: Manifest, images: ImageSource) -> Manifest | None:
     """The manifest that is there, if any; it must be of the same extraction."""
     if not (folder / MANIFEST).exists():
         if folder.is_dir() and any(each.name[0] != "." for each in folder.iterdir()):
@@ -209,17 +217,26 @@ def _manifest_of(folder: Path, plan: Manifest) -> Manifest | None:
     field = first_difference(there.identity(), plan.identity())
     if field is not None:
         raise UserError(
-            f"{folder}: holds a store whose {field} is {_at(there.identity(), field)!r}; asked "
-            f"for is {_at(plan.identity(), field)!r}. Choose another folder, or remove this one."
+            f"{folder}: holds a store {_in_words(field, folder, there, plan, images)}. Choose "
+            "another folder, or remove this one."
         )
     return there
 
 
-def _at(values: dict[str, Any], dotted: str) -> Any:
-    found: Any = values
-    for key in dotted.split("."):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+def _in_words(
+    field: str, folder: Path, there: Manifest, plan: Manifest, images: ImageSource
+) -> str:
+    """What a store that is there differs in: hashes are nothing to read."""
+    found, asked = value_at(there.identity(), field), value_at(plan.identity(), field)
+    if field.startswith("images."):
+        specs = f"{there.images['spec']} there, {images.spec} asked for"
+        ids = recorded_ids(folder, there)
+        how = images_difference(images, there.images["n_images"], ids)
+        return f"of other images ({field} differs): {how} ({specs})"
+    if field == "model.weights_hash":
+        models = [each.model.get("id") for each in (there, plan)]
+        return f"of other weights ({field} differs): {models[0]} there, {models[1]} asked for"
+    return f"whose {field} is {found!r}; asked for is {asked!r}"
 
 
 class _Extraction:

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from sparsight.activations.failures import FailureTally
 from sparsight.activations.manifest import describe_model
-from sparsight.activations.source import OrderedBatch, matching_sites, same_count
+from sparsight.activations.source import (
+    OrderedBatch,
+    count_tokens,
+    matching_sites,
+    same_count,
+)
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.config import check_positive
@@ -87,7 +92,7 @@ class LiveActivations:
         self.statistics_images = statistics_images
         self.failures: dict[int, str] = {}
         self._tally = FailureTally(len(images), max_failed)
-        self._n_tokens = {site: model.token_count(site, tokens) for site in self.sites}  # type: ignore[arg-type]
+        self._n_tokens = count_tokens(model, self.sites, tokens)
         self._stats: dict[str, SiteStatistics] = {}
         self.model_info: Mapping[str, Any] = {
             **describe_model(model),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,7 +14,7 @@ from sparsight.activations.statistics import SiteStatistics
 from sparsight.activations.stream import VectorStream
 from sparsight.errors import UserError
 from sparsight.images import ImageSource
-from sparsight.vision import Tokens
+from sparsight.vision import Tokens, VisionModel
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,21 @@ def matching_sites(
             raise UserError(f"No site fits {each!r}; there are: {', '.join(available)}.")
         found += fitting
     return tuple(dict.fromkeys(found))
+
+
+def count_tokens(model: VisionModel, sites: Sequence[str], tokens: str) -> dict[str, int]:
+    """How many vectors an image gives at each site.
+
+    Raises:
+        UserError: a site has no such positions.
+    """
+    counts = {site: model.token_count(site, cast(Tokens, tokens)) for site in sites}
+    if tokens == "patches" and "embedding" in counts:
+        raise UserError(
+            "embedding: has one position per image and no patches, so tokens='patches' is not "
+            "there. Use 'all', or a site such as blocks.-1.resid_post."
+        )
+    return counts
 
 
 def same_count(sites: Sequence[str], n_tokens: Mapping[str, int]) -> int:

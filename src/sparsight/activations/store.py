@@ -180,7 +180,13 @@ class ActivationStore:
             UserError: they are not there any more, or have changed.
         """
         about = self.manifest.images
-        return reopen_images(about["spec"], about["fingerprint"], str(self.path))
+        return reopen_images(
+            about["spec"],
+            about["fingerprint"],
+            str(self.path),
+            about["n_images"],
+            lambda: self._read_images(["id"])["id"].to_pylist(),
+        )
 
     def stats(self, site: str) -> SiteStatistics:
         """Exact statistics of a site, as written at extraction; of a selection, computed here."""

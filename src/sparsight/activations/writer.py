@@ -95,6 +95,23 @@ def image_row(index: int, info: ImageInfo, size: tuple[int, int] | None, reason:
     }
 
 
+def recorded_ids(folder: Path, manifest: Manifest) -> list[str]:
+    """The ids of the images in a store, complete or not, as far as they can be read."""
+    paths = [folder / IMAGES]
+    if manifest.state != "complete":
+        paths = [
+            folder / JOURNAL / f"{shard_name(number, _until(shard))}.parquet"
+            for number, shard in enumerate(manifest.shards)
+        ]
+    ids: list[str] = []
+    for path in paths:
+        try:
+            ids += pq.read_table(path, columns=["id"])["id"].to_pylist()
+        except (pa.ArrowException, OSError):
+            break
+    return ids
+
+
 class _Filled(NamedTuple):
     """How much of a buffer counts; whole batches only."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparsight.errors import UserError
 from sparsight.images.calibration import DEFAULT_SCENES, CalibrationImages
+from sparsight.images.difference import images_difference
 from sparsight.images.folder import FolderImages
 from sparsight.images.huggingface import HuggingFaceImages
 from sparsight.images.parquet import ParquetImages
@@ -63,20 +65,31 @@ def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = No
     return source if selection is None else source.select(selection)
 
 
-def reopen_images(spec: str, fingerprint: str, made: str) -> ImageSource:
+def reopen_images(
+    spec: str,
+    fingerprint: str,
+    made: str,
+    n_images: int | None = None,
+    ids: Callable[[], Sequence[str]] | None = None,
+) -> ImageSource:
     """Open the pictures that something was made from.
 
     Args:
         spec: what `open_images` was called with.
         fingerprint: of the source then.
         made: what was made from it, for the message.
+        n_images: how many images there were then, if that is known.
+        ids: gives the ids of the first of them, if they are known.
 
     Raises:
         UserError: they are not there any more, or have changed.
     """
     images = open_images(spec)
     if images.fingerprint() != fingerprint:
-        raise UserError(f"{images.spec}: the images have changed since {made} was made.")
+        how = ""
+        if n_images is not None:
+            how = f": {images_difference(images, n_images, ids() if ids is not None else ())}"
+        raise UserError(f"{images.spec}: the images have changed since {made} was made{how}.")
     return images
 
 

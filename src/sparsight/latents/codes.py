@@ -460,7 +460,7 @@ class CodeStore:
             UserError: they are not there any more, or have changed.
         """
         about = self.manifest.images
-        return reopen_images(about["spec"], about["fingerprint"], str(self.path))
+        return reopen_images(about["spec"], about["fingerprint"], str(self.path), about["n_images"])
 
     def check_sae(self, sae: SparseAutoencoder) -> None:
         """Raise a `UserError` unless the codes were made with these very parameters."""

@@ -18,7 +18,7 @@ import torch
 from sparsight.activations import ActivationSource, LiveActivations
 from sparsight.activations.extraction import FLUSH_SECONDS
 from sparsight.activations.shards import check_size, check_sums
-from sparsight.config import check_positive, check_seconds, first_difference
+from sparsight.config import check_positive, check_seconds, first_difference, value_at
 from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.evaluation.data import find_site
 from sparsight.files import lock, remove_temporaries
@@ -314,10 +314,27 @@ def _manifest_of(folder: Path, plan: CodeManifest) -> CodeManifest | None:
     field = first_difference(there.identity(), plan.identity())
     if field is not None:
         raise UserError(
-            f"{folder}: holds codes of another encoding ({field} differs). Choose another folder, "
-            "or remove this one."
+            f"{folder}: holds codes of another encoding ({field} differs): "
+            f"{_in_words(field, there, plan)}. Choose another folder, or remove this one."
         )
     return there
+
+
+def _in_words(field: str, there: CodeManifest, plan: CodeManifest) -> str:
+    """What codes that are there differ in: hashes are nothing to read."""
+    if field.startswith("images."):
+        counts = [f"{each.images['n_images']:,} images" for each in (there, plan)]
+        specs = [each.images["spec"] for each in (there, plan)]
+        return f"{counts[0]} of {specs[0]} there, {counts[1]} of {specs[1]} now"
+    words = {
+        "activations": "other weights of the model, preprocessing, images or selection of them",
+        "sae.hash": "other weights of the SAE",
+        "model.weights_hash": "other weights of the model",
+    }
+    if field in words:
+        return words[field]
+    found, asked = value_at(there.identity(), field), value_at(plan.identity(), field)
+    return f"{found!r} there, {asked!r} now"
 
 
 def _clean(folder: Path, manifest: CodeManifest) -> None:
