@@ -319,7 +319,6 @@ class _Extraction:
                             batch = next(batches)
                         self._add(batch, buffer, line)
                         self._flush(buffer)
-                    stop.check()
                     self.writer.commit(buffer)
                     self.flushed = time.perf_counter()
                 except STOPS as error:
