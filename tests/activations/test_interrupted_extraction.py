@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +219,37 @@ def test_a_stopped_extraction_goes_on_in_other_batches_and_shards(
         x = everything(store, BLOCK_1).flatten(0, 1).double()
         assert store.stats(BLOCK_1).count == len(x)
         torch.testing.assert_close(store.stats(BLOCK_1).mean, x.mean(0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize(
+    ("name", "code", "workers"), [("SIGINT", 130, 0), ("SIGINT", 130, 2), ("SIGTERM", 143, 2)]
+)
+def test_signals_at_random_moments_lose_nothing(
+    clip_folder: Path, tmp_path: Path, name: str, code: int, workers: int
+) -> None:
+    photos = save_photos(tmp_path / "photos", 60, broken=(7,))
+    here = Path(__file__).parent
+    program = [here / "stopped_extractions.py", clip_folder, photos, tmp_path, "10", name, workers]
+    done = subprocess.run(
+        [sys.executable, *map(str, program)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["bytes_differ"] == 0
+    before = 0
+    for stop in found["stops"]:
+        assert stop["code"] in (0, code), stop
+        assert "Traceback" not in stop["told"] and "Error" not in stop["told"], stop
+        assert stop["workers_are_gone"], stop
+        kept = re.search(r"Kept ([\d,]+) of 60 images", stop["told"])
+        assert kept is None or int(kept[1]) == stop["on_disk"], stop
+        assert stop["on_disk"] >= before, stop
+        before = stop["on_disk"] % 60
 
 
 def test_an_unfinished_store_of_the_first_version_is_continued(

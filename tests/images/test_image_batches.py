@@ -184,6 +184,55 @@ def test_an_interrupt_ends_the_run_and_its_workers(tmp_path: Path, source: Image
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+@pytest.mark.parametrize(
+    ("start_method", "number"),
+    [
+        ("fork", signal.SIGKILL),
+        pytest.param("fork", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("spawn", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_workers_end_within_a_second_of_their_parent(
+    tmp_path: Path, source: ImageSource, start_method: str, number: int
+) -> None:
+    program = tmp_path / "endless.py"
+    program.write_text(
+        "import sys, time, torch\n"
+        "from sparsight.images import load_batches, open_images\n"
+        "def transform(image): time.sleep(0.3); return torch.zeros(3)\n"
+        "if __name__ == '__main__':\n"
+        "    source = open_images(sys.argv[1])\n"
+        "    settings = {'indices': [0] * 10**6, 'workers': 2, 'start_method': sys.argv[2]}\n"
+        "    for batch in load_batches(source, transform, 1, **settings):\n"
+        "        print('going', flush=True)\n"
+    )
+    command = [sys.executable, str(program), source.spec, start_method]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"going\n"
+        workers = _children(process.pid)
+        os.kill(process.pid, number)  # the parent alone
+        process.wait()
+        deadline = time.monotonic() + 1
+        while any(map(_is_alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(workers) >= 2 and not any(map(_is_alive, workers))
+
+
+def _children(pid: int) -> list[int]:
+    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for each in lists for child in each.split()]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_loading_in_this_process_leaves_the_number_of_torch_threads(source: ImageSource) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,6 +199,95 @@ def test_what_was_encoded_is_not_encoded_again(
     assert sum(rows) == (codes.n_images - n_done) * 17
 
 
+def stopped_at(sae: SparseAutoencoder, source: ActivationStore, out: Path, n: int) -> None:
+    """Encode until Ctrl-C comes in the middle of the nth batch."""
+    encode_batch, seen = SparseAutoencoder.encode, []
+
+    def interrupted(self: SparseAutoencoder, x: Tensor) -> SparseCode:
+        seen.append(len(x))
+        if len(seen) == n:
+            os.kill(os.getpid(), signal.SIGINT)
+        return encode_batch(self, x)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SparseAutoencoder, "encode", interrupted)
+            with pytest.raises(KeyboardInterrupt) as caught:
+                encode(sae, source, out=out, **SMALL)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    n_kept = CodeManifest.read(out).n_images
+    assert caught.value.__notes__ == [
+        f"Kept {n_kept} of {source.n_images} images in {out}; the same command goes on."
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals work otherwise on Windows")
+@pytest.mark.parametrize("kind", ["store", "live"])
+def test_an_encoding_that_stops_keeps_its_batches_and_ends_in_the_same_bytes(
+    kind: str, sae: SparseAutoencoder, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(kind)
+    encode(sae, source, out=tmp_path / "whole", **SMALL)
+    kept = [0]
+    for n in (2, 3, 2):
+        stopped_at(sae, source, tmp_path / "codes", n)
+        kept.append(CodeManifest.read(tmp_path / "codes").n_images)
+        assert kept[-1] > kept[-2]
+    assert len(list((tmp_path / "codes").glob("shard-*"))) == len(
+        CodeManifest.read(tmp_path / "codes").shards
+    )
+    encode(sae, source, out=tmp_path / "codes", **SMALL)
+    assert digests(tmp_path / "codes") == digests(tmp_path / "whole")
+
+
+def test_codes_are_written_by_time(
+    sae: SparseAutoencoder, store: ActivationStore, tmp_path: Path
+) -> None:
+    whole = encode(sae, store, out=tmp_path / "whole", batch_images=5, quiet=True)
+    for number in (4, 7):
+        out = tmp_path / f"{number}"
+        with killed_at_rename(number), pytest.raises(Killed):
+            encode(sae, store, out=out, batch_images=5, flush_seconds=1e-9, quiet=True)
+        assert CodeManifest.read(out).n_images == 5 * ((number - 1) // 2)
+        encode(sae, store, out=out, quiet=True)
+        assert digests(out) == digests(whole.path)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_flipped_byte_of_codes_is_named_or_does_no_harm(
+    sae: SparseAutoencoder, store: ActivationStore, made: CodeStore, tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    if seed % 2:
+        shutil.copytree(made.path, tmp_path / "codes")
+    else:
+        with killed_at_rename(6), pytest.raises(Killed):
+            encode(sae, store, out=tmp_path / "codes", flush_seconds=1e-9, **SMALL)
+    named = [path for path in sorted((tmp_path / "codes").iterdir()) if path.name[0] != "."]
+    path = rng.choice(named)
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+    path.write_bytes(data)
+    try:
+        codes = encode(sae, store, out=tmp_path / "codes", **SMALL)
+        found = dense(list(codes.ordered()))
+    except SparsightError as error:
+        assert path.name in str(error)
+    else:
+        assert torch.equal(found, dense(list(made.ordered())))
+        assert codes.manifest.identity() == made.manifest.identity()
+
+
+def test_codes_of_the_first_version_are_opened(codes: CodeStore) -> None:
+    path = codes.path / "manifest.json"
+    values = json.loads(path.read_text()) | {"format_version": 1}
+    del values["checksum"]
+    path.write_text(json.dumps(values))
+    assert CodeStore(codes.path, verify=True).manifest == codes.manifest
+
+
 def test_finished_codes_are_given_back_as_they_are(
     codes: CodeStore, sae: SparseAutoencoder, store: ActivationStore
 ) -> None:
@@ -257,7 +349,7 @@ def test_a_shard_that_is_gone_is_named(
         encode(sae, store, out=codes.path, quiet=True)
 
 
-def test_a_flipped_bit_is_noticed_on_request(codes: CodeStore) -> None:
+def test_a_flipped_bit_is_noticed_on_request_and_when_it_is_read(codes: CodeStore) -> None:
     path = codes.path / "shard-00003.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -265,6 +357,8 @@ def test_a_flipped_bit_is_noticed_on_request(codes: CodeStore) -> None:
     CodeStore(codes.path)
     with pytest.raises(SparsightError, match=r"shard-00003.*checksum"):
         CodeStore.open(codes.path, verify=True)
+    with pytest.raises(SparsightError, match=r"shard-00003.*checksum.*encode again"):
+        list(CodeStore(codes.path).ordered())
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, raise_terminated)
     try:
         run(verb, rest)
+        if arguments is None:
+            _let_exit()
     except Terminated as stop:
         return _complain(_interrupted(stop, "Terminated."), TERMINATED)
     except SystemExit as stop:  # the parser: --help, or a flag that is wrong
@@ -91,6 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(str(out_of_memory(error, "Give the run less to hold at a time.")), FAULT)
     return 0
+
+
+def _let_exit() -> None:
+    """Everything is done: a signal that comes while the process ends does not make it a failure."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _help() -> str:

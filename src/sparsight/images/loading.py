@@ -219,6 +219,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[ImageBatch | _Fault]:
     """
     started: list[Iterator[ImageBatch | _Fault]] = []
     errors: list[BaseException] = []
+    done = threading.Event()  # a `join` that a signal interrupts takes the thread for ended
 
     def start() -> None:
         try:
@@ -226,10 +227,17 @@ def _started(loader: DataLoader[Any]) -> Iterator[ImageBatch | _Fault]:
                 started.append(iter(loader))
         except BaseException as error:
             errors.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=start, name="sparsight-start-workers")
-    thread.start()
-    thread.join()
+    threading.Thread(target=start, name="sparsight-start-workers").start()
+    try:
+        done.wait()
+    except BaseException:  # a stop
+        done.wait()
+        if started:
+            end_workers(started[0])
+        raise
     if errors:
         raise SparsightError(
             f"Image workers could not be started ({errors[0]}). Use workers=0."

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -45,6 +46,7 @@ def watch_parent(_: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _told_unless_parent_has_gone
     threading.Thread(target=_watch, name="sparsight-watch-parent", daemon=True).start()
 
 
@@ -71,6 +73,14 @@ def end_workers(batches: Any) -> None:
         batches._shutdown_workers()
     finally:
         timer.cancel()
+
+
+def _told_unless_parent_has_gone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Say nothing where a stopped parent no longer takes what a worker hands over."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _watch() -> None:
