@@ -17,6 +17,7 @@ from sparsight.cli import main
 from sparsight.cli.main import VERBS
 from sparsight.cli.options import parse
 from sparsight.images import open_images
+from sparsight.interruption import Terminated
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.vision import load_model
 
@@ -223,6 +224,43 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(verb, "main", interrupted)
     assert main(["report", "runs/"]) == 130
     assert "same command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "sparsight: Interrupted. Kept 3 of 5 images; go on.\n"),
+        (Terminated(), 143, "sparsight: Terminated. Kept 3 of 5 images; go on.\n"),
+    ],
+)
+def test_a_stop_says_what_is_kept(stop, code, message, monkeypatch, capsys):
+    import sparsight.cli.report as verb
+
+    def stopped(arguments):
+        stop.add_note("Kept 3 of 5 images; go on.")
+        raise stop
+
+    monkeypatch.setattr(verb, "main", stopped)
+    assert main(["report", "runs/"]) == code
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nmore"),
+    ],
+)
+def test_short_memory_is_one_message_and_exit_code_1(error, monkeypatch, fails):
+    import sparsight.cli.report as verb
+
+    def short(arguments):
+        raise error
+
+    monkeypatch.setattr(verb, "main", short)
+    message = fails("report", "runs/", code=1)
+    assert "Memory ran out" in message and message.count("\n") == 1
 
 
 def test_a_developer_may_ask_for_the_traceback(tmp_path):
