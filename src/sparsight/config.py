@@ -23,6 +23,7 @@ import tomli_w
 
 from sparsight.errors import UserError
 from sparsight.files import write_text
+from sparsight.text import path_of, without_surrogates
 
 Config = TypeVar("Config")
 
@@ -205,8 +206,8 @@ def value_at(values: Mapping[str, Any], dotted: str) -> Any:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"kind": _kind(type(value)), **to_dict(value)}
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, Path | str):
+        return without_surrogates(str(value))
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, Mapping):
@@ -290,7 +291,7 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise _wrong(where, path, value, "a finite number")
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return path_of(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise _wrong(where, path, value, f"{'an' if hint is int else 'a'} {hint.__name__}")

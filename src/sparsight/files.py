@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError, UserError
+from sparsight.text import LONE_SURROGATE, without_surrogates
 
 _SLASH, _NAME = r"[\\/]+", r"""[^\\/"'\n]+"""
 _TABLE = re.compile(r"""[\\/]*\?table=[^"'\n\[\]]*""")
@@ -139,13 +140,19 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
-    write_bytes(path, text.encode())
+    """Write `text` to `path` as UTF-8, whole or not at all; see `without_surrogates`."""
+    write_bytes(path, without_surrogates(text).encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON with a final newline; a lone surrogate as JSON escapes it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return (LONE_SURROGATE.sub(lambda one: f"\\u{ord(one[0]):04x}", text) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -200,9 +200,9 @@ def test_a_selection_keeps_ids_and_its_spec_opens_it_again(animals: Path) -> Non
 
 
 def test_a_selection_beyond_the_end_is_refused(animals: Path) -> None:
-    with pytest.raises(UserError, match="no picture 4; it has 4"):
+    with pytest.raises(UserError, match="no image 4; it has 4"):
         open_images(animals).select([0, 4])
-    with pytest.raises(UserError, match="no picture 9"):
+    with pytest.raises(UserError, match="no image 9"):
         open_images(f"{animals}[9]")
     with pytest.raises(IndexError):
         open_images(animals).info(-1)

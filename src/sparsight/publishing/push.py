@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import sparsight
 from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, without_folders, write_bytes
+from sparsight.files import json_bytes, read_json, without_folders, write_bytes
 from sparsight.latents.heatmaps import has_heatmaps
 from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
@@ -20,6 +19,7 @@ from sparsight.publishing import hub
 from sparsight.publishing.card import card_of, index_card
 from sparsight.publishing.pictures import LatentPictures, latent_pictures
 from sparsight.sae.files import CONFIG, WEIGHTS
+from sparsight.text import without_surrogates
 from sparsight.training import Run
 from sparsight.vision import VisionModel
 
@@ -99,16 +99,16 @@ def push_to_hub(
         start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
         pictures = _pictures(each, models, n=latents, seed=seed, quiet=quiet)
         card = card_of(each, place, pictures, revision=revision, license=license)
-        files[start + README] = card.text().encode()
+        files[start + README] = without_surrogates(card.text()).encode()
         files[start + CONFIG] = _config(each)
         files[start + WEIGHTS] = each.folder / WEIGHTS
         if each.metrics:
-            files[start + METRICS] = _json(_nameless(each.metrics))
+            files[start + METRICS] = json_bytes(_nameless(each.metrics))
         for picture in pictures.pictures if pictures else ():
             files[start + picture.file] = picture.png
     if "" not in runs:
         card_text = index_card(runs, repo_id, revision=revision, license=license)
-        files[README] = card_text.encode()
+        files[README] = without_surrogates(card_text).encode()
     url = None
     if target is not None:
         _write(target, files)
@@ -159,7 +159,7 @@ def _config(run: RunFiles) -> bytes:
             f"{run.folder}: holds an autoencoder of another project. `sparsight convert "
             f"{run.folder} --out FOLDER` makes it one of Sparsight's; push that."
         )
-    return _json({**description, "metadata": _nameless(description["metadata"])})
+    return json_bytes({**description, "metadata": _nameless(description["metadata"])})
 
 
 def _nameless(value: Any) -> Any:
@@ -169,10 +169,6 @@ def _nameless(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_nameless(each) for each in value]
     return without_folders(value) if isinstance(value, str) else value
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _empty(folder: Path) -> Path:
