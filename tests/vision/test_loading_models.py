@@ -11,25 +11,30 @@ import time
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 from transformers import (
     BeitConfig,
     BeitModel,
     BertConfig,
     CLIPConfig,
     CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
     DeiTConfig,
     DeiTImageProcessor,
     DeiTModel,
+    SiglipImageProcessorPil,
     SwinConfig,
     SwinModel,
 )
 
 from malicious_pickle import Opens
 from sparsight.errors import MissingExtra, SparsightError, UserError
+from sparsight.images import ImageError
 from sparsight.vision import load_model
+from sparsight.vision.transformers_models import ProcessorTransform
 
 
 @pytest.fixture(autouse=True)
@@ -331,3 +336,12 @@ def test_jpegs_may_be_scaled_to_twice_what_the_preprocessing_resizes_to() -> Non
     assert model.scale_jpegs().min_side == 512
     model.preprocessing = {"size": 80}
     assert model.scale_jpegs().min_side == 160
+
+
+def test_an_image_too_thin_to_be_resized_is_refused_and_a_thin_one_is_not() -> None:
+    transform = ProcessorTransform(CLIPImageProcessorPil())
+    with pytest.raises(ImageError, match=r"20000 × 1 pixels are too thin.*224, 1,003,520,000 pix"):
+        transform(Image.new("RGB", (20_000, 1)))
+    assert transform(Image.new("RGB", (1, 30), (9, 9, 9))).shape == (3, 224, 224)
+    squashed = ProcessorTransform(SiglipImageProcessorPil())
+    assert squashed(Image.new("RGB", (20_000, 1))).shape == (3, 224, 224)

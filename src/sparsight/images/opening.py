@@ -110,10 +110,11 @@ def _open(text: str, table: str | Path | None) -> ImageSource:
     if parts is not None and not _exists(text.partition(":")[2]):
         source = _open_left(rest, table, text, parts)
         return source.select(parse_selection(parts, len(source), text))
-    # What follows an ampersand there is an option of the written source itself.
-    rest, sample = split_sample(text, "?" if kind == "written" else "?&")
-    if sample is not None:
-        return _sampled(_open(rest, table), sample)
+    # The first question mark there, and each ampersand, begins an option of the source itself.
+    if kind != "written" or text.count("?") > 1:
+        rest, sample = split_sample(text, "?" if kind == "written" else "?&")
+        if sample is not None:
+            return _sampled(_open(rest, table), sample)
     return _open_whole(text, table)
 
 

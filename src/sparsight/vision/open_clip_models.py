@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +20,7 @@ from torch import Tensor
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.vision.hooks import Place
 from sparsight.vision.model import VisionModel
+from sparsight.vision.thin_images import check_resized
 from sparsight.vision.tower import find_tower
 
 PREFIX = "open_clip:"
@@ -144,10 +146,31 @@ def _parse(id: str, open_clip: Any) -> tuple[str, str | None]:
     )
 
 
-def _transform(settings: dict[str, Any]) -> Any:
-    """open_clip's own preprocessing for inference: PIL -> float32 tensor, picklable."""
+@dataclass(frozen=True)
+class OpenClipTransform:
+    """open_clip's own preprocessing for inference as a picklable function of one image."""
+
+    compose: Any
+    side: int | None
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        """Preprocess one RGB image.
+
+        Raises:
+            ImageError: it is so thin that resizing would blow it up; see `thin_images`.
+        """
+        check_resized(image, self.side)
+        return self.compose(image)  # type: ignore[no-any-return]
+
+
+def _transform(settings: dict[str, Any]) -> OpenClipTransform:
     transform = importlib.import_module("open_clip.transform")
-    return transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
+    compose = transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
+    size = settings["size"]
+    squashed = settings.get("resize_mode", "shortest") != "shortest"
+    return OpenClipTransform(
+        compose, None if squashed else size if isinstance(size, int) else max(size)
+    )
 
 
 def _shape(transform: Any) -> tuple[int, int, int]:

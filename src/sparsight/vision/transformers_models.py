@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from sparsight.errors import SparsightError, UserError
 from sparsight.vision.hooks import Place
 from sparsight.vision.model import VisionModel, used_parameters
+from sparsight.vision.thin_images import check_resized, shorter_side
 from sparsight.vision.tower import Tower, find_tower
 
 # SigLIP's text towers were trained on texts padded to the full length, without a mask.
@@ -40,7 +41,13 @@ class ProcessorTransform:
     processor: Any
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
-        """Preprocess one RGB picture."""
+        """Preprocess one RGB image.
+
+        Raises:
+            ImageError: it is so thin that resizing would blow it up; see `thin_images`.
+        """
+        if getattr(self.processor, "do_resize", True):
+            check_resized(image, shorter_side(getattr(self.processor, "size", None)))
         pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels.float()
 
