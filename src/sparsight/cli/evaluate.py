@@ -43,7 +43,7 @@ class EvaluateOptions(SubjectOptions):
     """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
 
     max_images: int | None = None
-    """Only the first so many images."""
+    """A random sample of so many images; default all."""
 
     batch_images: int = 64
     """Images at a time."""
@@ -52,7 +52,7 @@ class EvaluateOptions(SubjectOptions):
     """N of `dead`, in vectors; default 10,000,000, or all there are if fewer."""
 
     seed: int = 0
-    """Of the untrained SAE, and of the halves of the truth table."""
+    """Of the sample of images, of the untrained SAE, and of the halves of the truth table."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -127,7 +127,7 @@ class FinetuneOptions(ModelOptions):
     """Measure before and after, and write the page."""
 
     max_images: int = 1000
-    """Pictures that a figure is taken on, at most."""
+    """Images that a figure is taken on, at most; of more, a random sample."""
 
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue a run that is there."""
@@ -207,7 +207,7 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
             data = on
     if options.report:
         seen = {
-            source.info(i).uri for source in (test, images) if source for i in range(len(source))
+            source.known(i).uri for source in (test, images) if source for i in range(len(source))
         }
         data = _apart(data, seen)
         on = None if on is None else _apart(on, seen)
@@ -256,7 +256,7 @@ def _without_words(source: ImageSource) -> ImageSource:
 
 def _apart(source: ImageSource, seen: set[str]) -> ImageSource:
     """The pictures that are not among those that are measured on."""
-    kept = [i for i in range(len(source)) if source.info(i).uri not in seen]
+    kept = [i for i in range(len(source)) if source.known(i).uri not in seen]
     if len(kept) == len(source):
         return source
     if not kept:
@@ -339,7 +339,7 @@ def _block(site: str) -> int:
 
 
 def _captioned(source: ImageSource | None) -> CaptionedImages | None:
-    if source is None or not any(source.info(i).captions for i in range(len(source))):
+    if source is None or not any(source.known(i).captions for i in range(len(source))):
         return None
     return captioned(source, "captions")
 

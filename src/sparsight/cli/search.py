@@ -87,7 +87,7 @@ class SearchOptions(ModelOptions):
     """Folder for search.json and search.html; default search/."""
 
     max_images: int | None = None
-    """Only the first so many images."""
+    """Search in a random sample of so many images; default all."""
 
     batch_images: int = 64
     """Images at a time."""

@@ -201,7 +201,7 @@ class Collection:
         order = cosine.argsort(descending=True, stable=True)[:top]
         hits = []
         for rank, place in enumerate(order.tolist(), start=1):
-            info = self.images.info(self.places[place])
+            info = self.images.known(self.places[place])
             hits.append(
                 Hit(
                     rank,
@@ -281,7 +281,7 @@ class Collection:
 
     def _own_texts(self) -> Float[Tensor, "texts d_embed"] | None:
         """Unit embeddings of what the collection says about itself; None if nothing."""
-        infos = [self.images.info(i) for i in self.places]
+        infos = [self.images.known(i) for i in self.places]
         found = {
             info.caption or f"a photo of a {info.label}"
             for info in infos
@@ -298,6 +298,7 @@ def embed_collection(
     images: ImageSource,
     *,
     max_images: int | None = None,
+    seed: int = 0,
     batch_images: int = 64,
     workers: int | None = None,
     quiet: bool = True,
@@ -307,7 +308,8 @@ def embed_collection(
     Args:
         model: one with a joint embedding.
         images: the pictures.
-        max_images: only the first so many.
+        max_images: a random sample of so many; default all.
+        seed: of the sample.
         batch_images: pictures at a time.
         workers: processes that decode.
         quiet: no progress line.
@@ -317,7 +319,8 @@ def embed_collection(
     """
     model.canonical_site(SITE)
     check_positive(max_images=max_images, batch_images=batch_images)
-    total = len(images) if max_images is None else min(max_images, len(images))
+    images = images if max_images is None else images.sample(max_images, seed)
+    total = len(images)
     places: list[int] = []
     rows: list[Tensor] = []
     failed: list[tuple[int, str]] = []

@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from statistics import fmean
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
+from sparsight.activations import ActivationSource, LiveActivations, with_tokens
+from sparsight.activations.sampling import sampled
 from sparsight.config import check_positive
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.evaluation.data import Passes, find_site, find_target, trained_on
@@ -64,9 +64,9 @@ class SweepMeasures:
     """What the members of a sweep are measured by.
 
     Attributes:
-        max_images: images whose vectors are measured, spread over all; None is all of a store, and
+        max_images: images whose vectors are measured, a random sample; None is all of a store, and
             2,000 where the model must run.
-        accuracy_images: labelled images for zero-shot accuracy, spread over all; 0 leaves it out.
+        accuracy_images: images for zero-shot accuracy, a random sample; 0 leaves it out.
         templates: sentences for it: `simple`, `openai80`, or one with {} in it.
         batch_images: images at a time.
         workers: processes that decode images.
@@ -154,6 +154,7 @@ def measure_sweep(
         "images": source.model_info.get("images"),
         "activations": source.fingerprint,
         "max_images": measures.max_images,
+        "sample": "random",
         "accuracy_images": measures.accuracy_images,
         "templates": measures.templates,
         "downstream_images": images.spec if images is not None else None,
@@ -167,7 +168,8 @@ def measure_sweep(
     getter = _Model(model or getattr(source, "model", None))
     for (tokens, site), part in _by_place(todo).items():
         whole = with_tokens(source, cast(Tokens, tokens))
-        view = _some(whole, measures.max_images)
+        few = LIVE_IMAGES if isinstance(whole, LiveActivations) else None
+        view = sampled(whole, measures.max_images or few)
         for together in _portions(part):
             saes = {str(i): each.sae(place) for i, each in enumerate(together)}
             _measure(view, site, together, saes, measures, quiet)
@@ -299,7 +301,7 @@ def _accuracy(
     if reason is not None or model is None or images is None:
         omitted[what] = str(reason)
         return {}
-    chosen = images.select(_spread(len(images), measures.accuracy_images))
+    chosen = images.sample(measures.accuracy_images)
     found = downstream(
         model,
         chosen,
@@ -437,26 +439,6 @@ def _portions(members: Sequence[_Member]) -> Iterator[list[_Member]]:
         portion.append(each)
     if portion:
         yield portion
-
-
-def _some(source: ActivationSource, max_images: int | None) -> ActivationSource:
-    """Some of the images, spread over all of them."""
-    if isinstance(source, ActivationStore):
-        if max_images is None or max_images >= source.n_images:
-            return source
-        return source.select(source.image_indices[_spread(source.n_images, max_images)])
-    if isinstance(source, LiveActivations):
-        chosen = source.images.select(_spread(len(source.images), max_images or LIVE_IMAGES))
-        return LiveActivations(
-            source.model, chosen, source.sites, source.tokens, workers=source.workers
-        )
-    return source
-
-
-def _spread(n: int, wanted: int) -> list[int]:
-    """Places of `wanted` of `n` things, evenly apart."""
-    found: list[int] = np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64).tolist()
-    return found
 
 
 def _without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,7 +148,7 @@ class ImageSource(ABC):
         """The images at `places`, as what `spec` opens."""
         return SelectedImages(self, places, View.whole(spec, len(places)))
 
-    def _checked(self, indices: Iterable[int]) -> npt.NDArray[np.int64]:
+    def _checked(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         array = np.fromiter((int(index) for index in indices), dtype=np.int64)
         bad = array[(array < 0) | (array >= len(self))]
         if bad.size:

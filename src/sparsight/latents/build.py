@@ -183,7 +183,7 @@ def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:
 def _pictures(source: ImageSource, *examples: Examples) -> dict[int, ImageInfo]:
     """What is known about every image that is an example, by its place in the source."""
     images = torch.cat([found.image.flatten() for found in examples]).unique()
-    return {image: source.info(image) for image in images.tolist() if image >= 0}
+    return {image: source.known(image) for image in images.tolist() if image >= 0}
 
 
 def _image_table(pictures: dict[int, ImageInfo]) -> pa.Table:

@@ -204,7 +204,7 @@ class LatentIndex:
         wanted = self.info(image)
         source = self.source()
         place = image
-        if image >= len(source) or source.info(image).id != wanted.id:
+        if image >= len(source) or source.known(image).id != wanted.id:
             found = self._source_ids.get(wanted.id)
             if found is None:
                 raise UserError(
@@ -237,7 +237,7 @@ class LatentIndex:
 
     @cached_property
     def _source_ids(self) -> dict[str, int]:
-        return {self._source.info(i).id: i for i in range(len(self._source))}
+        return {self._source.known(i).id: i for i in range(len(self._source))}
 
     @cached_property
     def _places(self) -> dict[int, int]:

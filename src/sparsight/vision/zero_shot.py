@@ -210,6 +210,7 @@ def zero_shot(
     batch_size: int = 64,
     workers: int | None = None,
     limit: int | None = None,
+    seed: int = 0,
     quiet: bool = True,
 ) -> ZeroShotResult:
     """Classify every labelled picture of `source` among all classes, batch by batch.
@@ -224,7 +225,8 @@ def zero_shot(
         templates: see `classifier_weights`.
         batch_size: pictures at a time.
         workers: processes that decode; default that of `load_batches`.
-        limit: only the first so many pictures.
+        limit: a random sample of so many images; default all.
+        seed: of the sample.
         quiet: no progress line.
 
     Raises:
@@ -241,8 +243,9 @@ def zero_shot(
     scale = model.logit_scale
     tally = ZeroShotTally(list(names))
 
-    total = len(source) if limit is None else min(limit, len(source))
-    labels = [source.info(i).label for i in range(total)]
+    source = source if limit is None else source.sample(limit, seed)
+    total = len(source)
+    labels = [source.known(i).label for i in range(total)]
     scored = [i for i, label in enumerate(labels) if label in numbers]
     unlabelled = labels.count(None)
     failed = 0

@@ -244,7 +244,7 @@ def _captions(
     Raises:
         UserError: they cannot be had.
     """
-    infos = [source.info(i) for i in kept]
+    infos = [source.known(i) for i in kept]
     if captions in ("own", "labels"):
         without = sum(not (info.captions if captions == "own" else info.label) for info in infos)
         if without:
@@ -260,7 +260,7 @@ def _captions(
     parts = []
     for batch in load_batches(source, model.transform, batch_size, indices=kept, workers=0):
         for index, reason in batch.failures:
-            raise _gone(source.info(index).uri, reason)
+            raise _gone(source.known(index).uri, reason)
         parts.append(model.embed_images(batch.pixels).cpu())
     embedded = torch.cat(parts)
     if captions == "opinion":
@@ -291,7 +291,7 @@ def _write(
     lines = []
     with tarfile.open(folder / SHARD, "w", format=tarfile.PAX_FORMAT) as tar:
         for number, (index, said) in enumerate(zip(kept, captions, strict=True)):
-            key, info = f"{number:05d}", source.info(index)
+            key, info = f"{number:05d}", source.known(index)
             record = _record(info, said, float(scores[index]))
             try:
                 png = _png(source.load(index))
@@ -325,7 +325,7 @@ def _record(info: ImageInfo, captions: Sequence[str], score: float) -> dict[str,
 
 def _id(source: ImageSource, index: int) -> str | None:
     try:
-        return source.info(index).id
+        return source.known(index).id
     except ImageError:
         return None
 

@@ -363,7 +363,7 @@ def find_text_salient(
 
 def picture_marks(pairs: AttackPairs) -> list[str]:
     """A short mark of each picture's address, to tell whether it is met again."""
-    addresses = (pairs.clean.info(i).uri for i in range(len(pairs)))
+    addresses = (pairs.clean.known(i).uri for i in range(len(pairs)))
     return [hashlib.sha256(each.encode()).hexdigest()[:12] for each in addresses]
 
 
