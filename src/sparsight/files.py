@@ -32,9 +32,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     On an exception the temporary file is removed and `path` is untouched.
 
     Raises:
+        UserError: the path is not UTF-8, which the libraries that write cannot take.
         SparsightError: the disk is full or the folder cannot be written.
     """
-    path = Path(path)
+    path = _checked_name(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,10 +65,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     On an exception the temporary folder is removed and `path` is untouched.
 
     Raises:
-        UserError: `path` is there already, and no empty folder.
+        UserError: `path` is there already, and no empty folder; or it is not UTF-8.
         SparsightError: the disk is full or the folder cannot be written.
     """
-    path = Path(path)
+    path = _checked_name(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: is there already and not empty. Choose another folder.")
     partial = path.with_name(f".{path.name}.tmp")
@@ -102,10 +103,10 @@ def lock(path: Path, message: str) -> Iterator[None]:
         message: what to tell if another process holds it.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it; or the path is not UTF-8.
         SparsightError: the folder cannot be made or written.
     """
-    handle = _locked(Path(path), message)
+    handle = _locked(_checked_name(path), message)
     try:
         yield
     finally:
@@ -123,8 +124,10 @@ def check_folder(path: Path) -> Path:
         The path.
 
     Raises:
-        UserError: it or a folder above it is a file, or may not be written to.
+        UserError: it or a folder above it is a file, or may not be written to; or its name is not
+            UTF-8.
     """
+    path = _checked_name(path)
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not there.is_dir():
         raise UserError(f"{path}: no folder can be made here, for {there} is a file.")
@@ -200,6 +203,21 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what a killed `atomic_path` left in `folder`."""
     for leftover in Path(folder).glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def _checked_name(path: Path) -> Path:
+    """The path, if the libraries that write (Arrow, safetensors) can take its name.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    name = str(path)
+    if name != without_surrogates(name):
+        raise UserError(
+            f"{without_surrogates(name)}: the name is not UTF-8, so nothing can be written there. "
+            "Choose another."
+        )
+    return Path(path)
 
 
 def _locked(path: Path, message: str) -> int | None:

@@ -196,8 +196,8 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
     seed = options.train.seed
     on: ImageSource | None = data if data.labels() else None
     if named["attack_on"] is not None:
-        on = open_images(named["attack_on"])
-    test = None if named["test"] is None else open_images(named["test"])
+        on = _opened(named["attack_on"])
+    test = None if named["test"] is None else _opened(named["test"])
     for flag, source in (("attack-on", on), ("test", test)):
         if source is not None and not source.labels():
             raise UserError(f"--{flag} {source.spec}: has no labels; labelled pictures are needed.")
@@ -232,17 +232,22 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
 
 def _open(spec: str, options: FinetuneOptions) -> ImageSource:
     if options.table is not None and spec == options.data:
-        source = open_images(spec, table=options.table)
-    else:
-        of_pairs = options.pictures if spec == options.data else None
-        source = open_pairs(spec, of_pairs, options.max_failed)
+        return _opened(spec, options.table)
+    of_pairs = options.pictures if spec == options.data else None
+    source = open_pairs(spec, of_pairs, options.max_failed)
+    print_notes(source.notes)
+    return source
+
+
+def _opened(spec: str, table: Path | None = None) -> ImageSource:
+    source = open_images(spec, table=table)
     print_notes(source.notes)
     return source
 
 
 def _written(source: ImageSource, seed: int, n: int | None = None) -> AttackPairs:
     pairs = make_pairs(source, n=n, seed=seed)
-    print_notes(pairs.notes)
+    print_notes(note for note in pairs.notes if note not in source.notes)
     return pairs
 
 
@@ -350,6 +355,6 @@ def _print(found: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for row in table_rows(found):
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     console.print(f"\n{lead(found)}", highlight=False)

@@ -206,7 +206,7 @@ def _print(results: Sequence[SearchResult]) -> None:
             words = "" if hit is None else f"{hit.cosine:.3f}  {hit.label or hit.id}"
             cells.append(words)
         table.add_row(str(i + 1), *cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     for result in results:
         if result.latents:
             print(f"{WORDS[result.mode]}: {', '.join(map(str, result.latents))}")

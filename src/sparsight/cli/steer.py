@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _print(report: SteerReport) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)
     original = report.original
     if report.latents:
         table = plain_table()

@@ -28,7 +28,7 @@ from sparsight.images.columns import (
 )
 from sparsight.images.decoding import ImageError, decode_image
 from sparsight.images.source import ImageInfo, ImageSource
-from sparsight.images.tables import cells_of, decoded_cell
+from sparsight.images.tables import cells_of, decoded_cell, for_arrow
 from sparsight.text import without_surrogates
 
 PART_BYTES = 32 * 2**20
@@ -288,7 +288,7 @@ class ParquetImages(ImageSource):
     def _file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
             self._open.clear()  # reading goes file by file: one handle is enough
-            self._open[number] = pq.ParquetFile(self._files[number], **_STREAMED)
+            self._open[number] = pq.ParquetFile(for_arrow(self._files[number]), **_STREAMED)
         return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _is_hidden(file: Path, root: Path) -> bool:
 
 def _metadata(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
     try:
-        with pq.ParquetFile(file) as opened:
+        with pq.ParquetFile(for_arrow(file)) as opened:
             return opened.metadata, opened.schema_arrow
     except FileNotFoundError:
         raise UserError(f"{file}: no such Parquet file.") from None

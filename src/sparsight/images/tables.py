@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +23,7 @@ from sparsight.images.columns import (
     as_label,
     find_column,
 )
-from sparsight.text import decoded, lines
+from sparsight.text import decoded, lines, without_surrogates
 
 FOUND_BY_NAME = tuple(
     f"{stem}{suffix}"
@@ -183,14 +183,19 @@ def _rows(path: Path) -> tuple[list[str], Iterable[dict[str, Any]]]:
 
 
 def _parquet_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    names = pq.read_schema(path).names
+    names = pq.read_schema(for_arrow(path)).names
     known = {*FILE_COLUMNS, *LABEL_COLUMNS, *CAPTION_COLUMNS}
     wanted = [name for name in names if name.strip().lower() in known]
-    table = pq.read_table(path, columns=wanted)
+    table = pq.read_table(for_arrow(path), columns=wanted)
     columns = {name: cells_of(table.column(name)) for name in wanted}
     return names, [
         dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
     ]
+
+
+def for_arrow(path: Path) -> Path | BinaryIO:
+    """What Arrow reads a file from, which takes no name that is not UTF-8."""
+    return path if str(path) == without_surrogates(str(path)) else path.open("rb")
 
 
 def cells_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
