@@ -547,7 +547,10 @@ def test_splits_of_a_saved_data_set_are_chosen_by_name(hugging_face, tmp_path: P
 
     splits = {"train": hugging_face, "test": hugging_face.select(range(2))}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
-    check_hugging_face(open_images(f"hf:{tmp_path}/saved"))
+    source = open_images(f"hf:{tmp_path}/saved")
+    check_hugging_face(source)
+    assert source.notes == ("The split train is read; left out: test (2).",)
+    assert open_images(source.spec).notes == ()
     test = open_images(f"hf:{tmp_path}/saved:test")
     assert len(test) == 2 and test.info(1).id == "test/000001"
     with pytest.raises(UserError, match=r"no split 'val'.*saved:train, hf:.*saved:test"):

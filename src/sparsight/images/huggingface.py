@@ -20,6 +20,7 @@ from sparsight.images.columns import (
 from sparsight.images.decoding import decode_image, read_picture
 from sparsight.images.parquet import picture_bytes
 from sparsight.images.source import ImageInfo, ImageSource
+from sparsight.text import without_surrogates
 
 
 class HuggingFaceImages(ImageSource):
@@ -46,12 +47,17 @@ class HuggingFaceImages(ImageSource):
             name = str(folder.absolute())
         loaded = _load(datasets, name, split)
         if isinstance(loaded, dict):
-            split = _choose_split(name, list(loaded), split)
+            others = {each: len(part) for each, part in loaded.items()}
+            asked, split = split, _choose_split(name, list(loaded), split)
+            del others[split]
+            if asked is None and others:
+                sizes = ", ".join(f"{each} ({n:,})" for each, n in others.items())
+                self.notes = (f"The split {split} is read; left out: {sizes}.",)
             loaded = loaded[split]
         elif split is not None and folder.is_dir():
             raise UserError(f"hf:{name}: is one split, not several; leave ':{split}' out.")
         self.split = split
-        self.spec = f"hf:{name}" + (f":{split}" if split else "")
+        self.spec = without_surrogates(f"hf:{name}" + (f":{split}" if split else ""))
         if len(loaded) == 0:
             raise UserError(f"{self.spec}: holds no rows.")
         features = loaded.features
