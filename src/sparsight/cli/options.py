@@ -38,7 +38,7 @@ class ModelOptions(CommandOptions):
     """Share of images that may be broken before the run stops."""
 
     device: str | None = None
-    """Default: a GPU if there is one."""
+    """cpu, cuda, cuda:1, xpu or mps; default: a CUDA or Intel GPU if there is one, else cpu."""
 
     model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     """Of the model while it runs; default float32, or that which an autoencoder was made with.
@@ -74,7 +74,7 @@ def parse(
 
     Raises:
         UserError: a flag is unknown, missing or wrong; or the `--config` file is missing, no TOML,
-            or has a key or value that `cls` lacks.
+            or has a key or value that `cls` lacks; or torch finds no device of the name given.
         SystemExit: `--help` (code 0).
     """
     asked = [argument for argument in arguments if argument in ASKS]
@@ -91,7 +91,7 @@ def parse(
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(
+            options = tyro.cli(
                 cls,
                 prog=f"sparsight {verb}",
                 args=[*arguments, *(["--help"] if asked else [])],
@@ -105,6 +105,16 @@ def parse(
         parser = parser_of(cls, verb, default)
         known = [f"--{option.name}" for option in options_of(parser)] if parser else []
         raise UserError(wrong_option(verb, told.getvalue(), known)) from None
+    _check_device(getattr(options, "device", None))
+    return options
+
+
+def _check_device(named: str | None) -> None:
+    """Refuse a device that is not here before any work; without one, torch is not imported."""
+    if named is not None:
+        from sparsight.devices import choose_device
+
+        choose_device(named)
 
 
 def flag(arguments: Sequence[str], name: str) -> str | None:

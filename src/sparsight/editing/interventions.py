@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsight.activations import ActivationSource
+from sparsight.devices import choose_device
 from sparsight.editing.actions import Keep
 from sparsight.editing.edits import (
     NO_SITE,
@@ -190,7 +191,7 @@ class Intervention(nn.Module):
         ]
         self.parts = nn.ModuleList([*self._latents, *self._others])
         if device is not None:
-            self.to(device)
+            self.to(choose_device(device))
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Change activations.

@@ -21,6 +21,7 @@ from torch import Tensor
 from sparsight.activations import ActivationSource, LiveActivations, with_tokens
 from sparsight.activations.sampling import sampled
 from sparsight.config import check_positive
+from sparsight.devices import choose_device
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.evaluation.data import Passes, find_site, find_target, trained_on
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
@@ -101,7 +102,7 @@ class _Member:
     def n_bytes(self) -> int:
         return (self.run.folder(self.site) / WEIGHTS).stat().st_size
 
-    def sae(self, device: str) -> SparseAutoencoder:
+    def sae(self, device: torch.device) -> SparseAutoencoder:
         return SparseAutoencoder.from_pretrained(self.run.folder(self.site), device=device)
 
 
@@ -113,7 +114,7 @@ def measure_sweep(
     model: VisionModel | Callable[[], VisionModel] | None = None,
     images: ImageSource | None = None,
     previous: Mapping[str, Any] | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure every member of a sweep on the same vectors; JSON-able.
@@ -140,8 +141,8 @@ def measure_sweep(
         UserError: the activations are not those of the members' model, or lack a site.
         SparsightError: an activation is not finite.
     """
+    place = choose_device(device, float64=True)
     measures = measures or SweepMeasures()
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = sweep.table()
     members = [
         _Member(row, sweep.runs[row["name"]], group=_group_key(row))
@@ -331,7 +332,7 @@ def _groups(
     members: Sequence[_Member],
     known: Mapping[str, Any],
     omitted: dict[str, str],
-    device: str,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """The members that differ in their seed alone, with intervals over them."""
     parts: dict[str, list[_Member]] = {}
@@ -371,7 +372,7 @@ def _groups(
 
 
 def _stability(
-    members: Sequence[_Member], omitted: dict[str, str], device: str
+    members: Sequence[_Member], omitted: dict[str, str], device: torch.device
 ) -> dict[str, Any] | None:
     try:
         dictionaries = [each.sae(device).W_dec.detach() for each in members]
@@ -391,7 +392,9 @@ def _known(previous: Mapping[str, Any] | None, about: Mapping[str, Any]) -> Mapp
     return previous if previous.get("measured") == json.loads(json.dumps(about)) else {}
 
 
-def _unknown(members: Sequence[_Member], known: Mapping[str, Any], device: str) -> list[_Member]:
+def _unknown(
+    members: Sequence[_Member], known: Mapping[str, Any], device: torch.device
+) -> list[_Member]:
     """The members to measure; the others get the figures that are known.
 
     All seeds of a group are measured where one is new: matching them needs their living latents.
@@ -399,7 +402,7 @@ def _unknown(members: Sequence[_Member], known: Mapping[str, Any], device: str) 
     rows = {(row["name"], row["site"]): row for row in known.get("members", ())}
     fresh = set()
     for each in members:
-        fingerprint = each.sae("cpu").fingerprint()
+        fingerprint = each.sae(torch.device("cpu")).fingerprint()
         row = rows.get((each.row["name"], each.site), {})
         if row.get("sae") != fingerprint:
             fresh.add(each.group)

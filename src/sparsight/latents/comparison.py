@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsight.activations import ActivationSource
 from sparsight.errors import SparsightError
 from sparsight.evaluation import SweepMeasures, measure_sweep
@@ -46,7 +48,7 @@ def compare(
     *,
     model: VisionModel | Callable[[], VisionModel] | None = None,
     images: ImageSource | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure the members of a sweep that are not measured yet; write its table and its plots.

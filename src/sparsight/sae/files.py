@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparsight.config import from_dict, to_dict
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, write_json, write_text
 from sparsight.progress import logger
@@ -98,7 +99,7 @@ def load(
     revision: str | None = None,
     subfolder: str | None = None,
     filename: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> SparseAutoencoder:
     """Read an SAE, ours or one of another project, from a folder, a file or the Hub.
 
@@ -110,13 +111,14 @@ def load(
         revision: on the Hub.
         subfolder: in the folder or repository.
         filename: in that.
-        device: where the SAE is to be.
+        device: where the SAE is to be; default the CPU.
 
     Raises:
-        UserError: there is no SAE there, it is of an unknown format, or has a part that Sparsight
-            has no equal of.
+        UserError: torch finds no such device, there is no SAE there, it is of an unknown format,
+            or has a part that Sparsight has no equal of.
         SparsightError: a file is damaged.
     """
+    target = None if device is None else choose_device(device)
     place = find(name, revision=revision, subfolder=subfolder, filename=filename)
     if place.is_dir() and not _is_own(place):
         # Formats build SAEs and write with what is here.
@@ -128,7 +130,7 @@ def load(
         sae = _own(folder)
     else:
         sae = _foreign(place, str(name))
-    return sae.to(device) if device is not None else sae
+    return sae if target is None else sae.to(target)
 
 
 def _is_own(folder: Path) -> bool:

@@ -16,8 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsight.activations import ActivationSource
 from sparsight.config import load, write_toml
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock, read_json, write_json
 from sparsight.sae.files import WEIGHTS
@@ -127,7 +130,7 @@ def sweep(
     sites: Sequence[str] | None = None,
     tokens: Tokens | None = None,
     resume: bool = True,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> Sweep:
     """Train an SAE for every combination in a grid on each site, all in one pass.
@@ -158,6 +161,7 @@ def sweep(
         SparsightError: the activations are not finite, or the loss of every member ceases to be;
             the last checkpoint stays.
     """
+    place = choose_device(device, float64=True)
     out = Path(out)
     sources, names, config = _resolved(source, sites, tokens, config)
     first = next(iter(sources.values()))
@@ -181,7 +185,7 @@ def sweep(
             _refuse_to_drop(result)
             _write_recipe(first, names, config, out)
             read = with_target(names, config.train)
-            while _train_together(sources, read, result, recipes, device, quiet):
+            while _train_together(sources, read, result, recipes, place, quiet):
                 pass
     return _settled(result)
 
@@ -207,7 +211,7 @@ def _train_together(
     read: Sequence[str],
     sweep: Sweep,
     recipes: Mapping[str, TrainRecipe],
-    device: str | None,
+    device: torch.device,
     quiet: bool,
 ) -> bool:
     """Train what can share a pass; False if nothing is left to train."""

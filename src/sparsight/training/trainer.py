@@ -27,6 +27,7 @@ from sparsight.activations import (
     with_tokens,
 )
 from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
@@ -54,7 +55,7 @@ def train(
     sites: Sequence[str] | None = None,
     tokens: Tokens | None = None,
     resume: bool = True,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> Run:
     """Train an SAE on each site, all in one pass over the activations.
@@ -79,6 +80,7 @@ def train(
             does not fit the activations.
         SparsightError: the loss or the activations are not finite; the last checkpoint stays.
     """
+    place = choose_device(device, float64=True)
     config = config or TrainConfig()
     activations, names, config = resolve(source, config, sites, tokens)
     run = Run(Path(out), names)
@@ -90,7 +92,7 @@ def train(
     with run.claimed():
         members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
         read = with_target(run.sites, config)
-        Loop(activations, read, members, run.checkpoints, device).run_to_end("train", quiet)
+        Loop(activations, read, members, run.checkpoints, place).run_to_end("train", quiet)
     return run
 
 
@@ -140,14 +142,14 @@ class Loop:
         sites: Sequence[str],
         members: Sequence[Member],
         checkpoints: Path,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         *,
         drop_diverged: bool = False,
     ) -> None:
         self.members = {member.name: member for member in members}
         self.config = members[0].config  # for what all have in common
         self.checkpoints = checkpoints
-        self.device = torch.device(device or _best_device())
+        self.device = choose_device(device, float64=True)
         self.drop_diverged = drop_diverged
         self.step = 0
         stream = source.stream(sites, self.config.batch_size, seed=self.config.order_seed)
@@ -505,7 +507,3 @@ def mean_to_spread(statistics: SiteStatistics) -> float:
     """
     variance = (statistics.second_moment - statistics.mean**2).clamp(min=0).sum()
     return float(statistics.mean.norm() / variance.sqrt().clamp(min=1e-300))
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

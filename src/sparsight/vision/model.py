@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.vision.hashing import weights_hash
 from sparsight.vision.hooks import Edit, Place, StopForward, checked, touching
@@ -172,8 +173,12 @@ class VisionModel(ABC):
         return self
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the model to `device`, and give it back."""
-        self.module.to(device)
+        """Move the model to `device`, and give it back.
+
+        Raises:
+            UserError: torch finds no such device.
+        """
+        self.module.to(choose_device(device))
         return self
 
     def canonical_site(self, site: str) -> str:

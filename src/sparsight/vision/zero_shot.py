@@ -104,7 +104,7 @@ class ZeroShotTally:
                 f"{unknown_label} with a label that is not among the {len(self.classes)} classes, "
                 f"{failed} broken)."
             )
-        share = self._hits1.double() / self._seen
+        share = self._hits1.cpu().double() / self._seen
         return ZeroShotResult(
             top1=hits1 / n,
             top5=hits5 / n,

@@ -303,7 +303,7 @@ def modality_gap(
         `distance`, `separability`, `interval`, `matched_cosine`, `random_cosine` (of a picture and
         its own caption, and of another's) and `n`.
     """
-    one, two = (x.double().cpu().numpy() for x in (images, texts))
+    one, two = (x.cpu().double().numpy() for x in (images, texts))
     n = len(one)
     order = np.random.default_rng(seed).permutation(n)
     # A picture and its caption go the same way: no half has a pair that the other was fitted to.
