@@ -181,7 +181,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 
 def test_a_config_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no model could be loaded"):
+    with pytest.raises(UserError, match=r"config\.json: is missing, damaged or cut off"):
         load_model(str(tmp_path))
 
 
