@@ -221,7 +221,7 @@ def test_a_processor_of_another_size_than_the_model_is_refused(folder, tmp_path)
     path = tmp_path / "m" / "preprocessor_config.json"
     size = {"height": 16, "width": 16}
     path.write_text(json.dumps({**json.loads(path.read_text()), "crop_size": size}))
-    with pytest.raises(UserError, match="does not run on the 16 × 16 pictures"):
+    with pytest.raises(UserError, match="does not run on the 16 × 16 images"):
         load_model(str(tmp_path / "m"))
 
 

@@ -103,10 +103,13 @@ class VisionModel(ABC):
         self._tower = tower
         self._projection = tuple(projection)
         self.module.to(device=device, dtype=torch.float32)
-        self._anatomy: Anatomy = probe(id, tower, embedding, self._embed, input_shape)
+        self.has_cls = False
+        self._anatomy: Anatomy = probe(
+            id, tower, embedding, self._embed, input_shape, self._position_hint()
+        )
         if dtype != torch.float32:
             _ = self.weights_hash  # before the cast, which is no part of the model's identity
-        self.module.to(dtype=dtype)
+        self._cast(dtype)
         self.n_blocks = self._anatomy.n_blocks
         self.n_tokens = self._anatomy.n_tokens
         self.n_prefix = self._anatomy.n_prefix
@@ -399,6 +402,19 @@ class VisionModel(ABC):
             f"positions ({self.n_prefix} prefix + {rows} × {columns} patches), "
             f"{self.dtype} on {self.device})"
         )
+
+    def _position_hint(self) -> str:
+        """A setting that may be why the positions of a model are refused, for the message."""
+        return ""
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Bring the weights to `dtype`, but for the two numbers that logits depend on."""
+        names = ("logit_scale", "logit_bias")
+        exact = {name: getattr(self.module, name, None) for name in names}
+        kept = {name: x.detach().clone() for name, x in exact.items() if isinstance(x, Tensor)}
+        self.module.to(dtype=dtype)
+        for name, value in kept.items():
+            getattr(self.module, name).data = value
 
     def _site(self, site: str) -> Site:
         return self._anatomy.sites[self.canonical_site(site)]

@@ -80,7 +80,6 @@ class Tower:
     patches: nn.Conv2d
     blocks: tuple[nn.Module, ...]
     final_norm: nn.Module | None
-    has_cls_parameter: bool
 
     def places(self) -> dict[str, Place]:
         """The sites that the blocks and the final norm offer, in forward order."""
@@ -100,6 +99,11 @@ class Tower:
         if self.final_norm is not None:
             places["final_norm"] = Place(self.final_norm)
         return places
+
+    def cls_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are called a class token."""
+        named = self.module.named_parameters()
+        return [weight for key, weight in named if key.rsplit(".", 1)[-1] in CLS]
 
     def mlp_writes(self) -> dict[str, Place]:
         """What each MLP's second linear map gives: no site, but what `mlp_post` is held against."""
@@ -133,9 +137,6 @@ def find_tower(model: nn.Module, id: str) -> Tower:
                     patches=conv,
                     blocks=tuple(lists[0].children()),
                     final_norm=None if isinstance(norm, nn.Identity) else norm,
-                    has_cls_parameter=any(
-                        key.rsplit(".", 1)[-1] in CLS for key, _ in module.named_parameters()
-                    ),
                 )
     raise UserError(
         f"{id}: no vision transformer found in it ({type(model).__name__}). Sparsight looks for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.vision.hooks import Place
+from sparsight.vision.hooks import Place, first_tensor, touching
 from sparsight.vision.model import VisionModel, used_parameters
 from sparsight.vision.settings import (
     CONFIG,
@@ -73,20 +74,50 @@ class TransformersModel(VisionModel):
     def __init__(self, *, load_tokenizer: Callable[[], Any], has_text: bool, **rest: Any) -> None:
         self.has_text = has_text
         self._load_tokenizer = load_tokenizer  # pictures alone need none
-        self._head: nn.Module | None = getattr(rest["module"], "visual_projection", None)
+        self._head = _projection(rest["module"])
+        forward = inspect.signature(rest["tower"].module.forward)
+        self._shuffles = "noise" in forward.parameters
         super().__init__(**rest)
 
     def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "rows d"]:
-        output = self._tower.module(pixel_values=pixels)
+        tower = self._tower.module
+        output = tower(pixel_values=pixels, **self._in_reading_order(pixels))
+        pooled = getattr(output, "pooler_output", None)
         if self._head is not None:
-            return self._head(output.pooler_output)  # type: ignore[no-any-return]
-        if _pooling_head(self._tower) is not None:
-            return output.pooler_output  # type: ignore[no-any-return]
-        if hasattr(self._tower.module, "pre_layrnorm"):
-            # CLIP without its projection: only its pooled CLS went through the final norm.
-            return output.pooler_output  # type: ignore[no-any-return]
-        states: Tensor = output.last_hidden_state
-        return states[:, 0] if self._tower.has_cls_parameter else states.mean(dim=1)
+            return self._head(pooled)  # type: ignore[no-any-return]
+        # CLIP without its projection: only its pooled CLS went through the final norm.
+        one_vector = _pooling_head(self._tower) is not None or hasattr(tower, "pre_layrnorm")
+        if one_vector and pooled is not None:
+            return pooled  # type: ignore[no-any-return]
+        states = getattr(output, "last_hidden_state", output)
+        if hasattr(output, "feature_maps"):  # a backbone gives maps of several blocks
+            states = self._last_states(pixels)
+        states = first_tensor(states)
+        return states[:, 0] if self.has_cls else states.mean(dim=1)
+
+    def _last_states(self, pixels: Tensor) -> Tensor:
+        """What the last block gives, after the final norm where there is one."""
+        found: list[Tensor] = []
+        with touching(Place(self._tower.blocks[-1]), found.append):
+            self._tower.module(pixel_values=pixels, **self._in_reading_order(pixels))
+        norm = self._tower.final_norm
+        return found[-1] if norm is None else norm(found[-1])
+
+    def _in_reading_order(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What keeps the patches of a masked autoencoder in their order, for the tower."""
+        if not self._shuffles:
+            return {}
+        rows, columns = self._tower.patches.stride
+        n = (pixels.shape[-2] // int(rows)) * (pixels.shape[-1] // int(columns))
+        # It keeps those of the least noise, sorted by it.
+        noise = torch.arange(n, device=pixels.device, dtype=torch.float32)
+        return {"noise": noise.expand(len(pixels), -1)}
+
+    def _position_hint(self) -> str:
+        ratio = getattr(self._tower.module.config, "mask_ratio", 0)
+        if not ratio:
+            return ""
+        return f" (mask_ratio in config.json is {ratio}; set it to 0.0 to keep every patch)"
 
     def _tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         padded = self.family.startswith(_PADDED_WITHOUT_MASK)
@@ -112,7 +143,22 @@ class TransformersModel(VisionModel):
         return features if isinstance(features, Tensor) else features.pooler_output
 
     def _context_length(self) -> int:
-        return int(self.module.config.text_config.max_position_embeddings)
+        config = getattr(self.module.config, "text_config", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is None:  # relative positions: what the tokenizer was made for
+            limit = self.tokenizer.model_max_length
+        return int(limit) - self._padded_positions
+
+    @cached_property
+    def _padded_positions(self) -> int:
+        """How many positions RoBERTa and its kin leave out: they count from the padding's on."""
+        inside = f"{self._tower.name}."
+        for name, part in self.module.named_modules():
+            if name.endswith("position_embeddings") and not name.startswith(inside):
+                padding = getattr(part, "padding_idx", None)
+                if isinstance(part, nn.Embedding) and padding is not None:
+                    return int(padding) + 1
+        return 0
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -187,7 +233,7 @@ def model_of(
     input_shape = _input_shape(transform, id)
     tower = find_tower(module, id)
     _check_weights(module, tower, set(missing), id)
-    projection: nn.Module | None = getattr(module, "visual_projection", None)
+    projection = _projection(module)
     head = projection or _pooling_head(tower)
     return TransformersModel(
         load_tokenizer=load_tokenizer,
@@ -201,7 +247,7 @@ def model_of(
         transform=transform,
         preprocessing=_describe(processor, input_shape),
         input_shape=input_shape,
-        has_text=_has_text(module, set(missing)),
+        has_text=head is not None and _has_text(module, set(missing)),
         device=device,
         dtype=dtype,
     )
@@ -438,7 +484,8 @@ def _check_weights(module: nn.Module, tower: Tower, missing: set[str], id: str) 
     """Refuse a model of which a part that sites depend on was left at random values."""
     prefix = f"{tower.name}." if tower.name else ""
     used = {prefix + name for name, _ in used_parameters(tower)}
-    used |= {name for name, _ in module.named_parameters() if _is_projection(name)}
+    if _projection(module) is not None:
+        used |= {name for name, _ in module.named_parameters() if _is_projection(name)}
     lost = sorted(used & missing)
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -465,6 +512,13 @@ def _input_shape(transform: ProcessorTransform, id: str) -> tuple[int, int, int]
     return (shape[0], shape[1], shape[2])
 
 
+def _projection(module: nn.Module) -> nn.Module | None:
+    """The head of the joint space; GIT calls what feeds its language model the same."""
+    found = getattr(module, "visual_projection", None)
+    joint = isinstance(found, nn.Linear) or hasattr(module, "text_projection")
+    return found if joint else None
+
+
 def _pooling_head(tower: Tower) -> nn.Module | None:
     """SigLIP's attention pooling, whose output is the joint embedding."""
     head = getattr(tower.module, "head", None)
@@ -472,7 +526,9 @@ def _pooling_head(tower: Tower) -> nn.Module | None:
 
 
 def _has_text(module: nn.Module, missing: set[str]) -> bool:
-    return hasattr(module, "get_text_features") and not any(
+    """Whether texts come into the space of images; BLIP-2's text features are no vectors."""
+    whole = hasattr(module, "get_text_features") and hasattr(module, "logit_scale")
+    return whole and not any(
         name.startswith(("text_model.", "text_projection.", "logit_scale")) for name in missing
     )
 
