@@ -1,10 +1,11 @@
 """Which patch each position of the residual stream shows, found out with marked images.
 
-Image A and image B are two noises. In image number b, the patches whose index has bit b set come
-from B, all others from A. At a position that shows one patch, the b-th image looks like B or like
-A, so that a dozen images spell out the index of every position's patch, whatever the architecture.
-Where a convolution mixes neighbours, the nearer of the two still tells the patch of the strongest
-influence. Only what comes before the first block runs.
+Image A and image B are two noises. A marked image has some patches of B, all others of A. In marked
+image number b those patches come from B whose index has bit b set. At a position that shows one
+patch, the b-th image looks like B or like A, so that a dozen images spell out the index of every
+position's patch, whatever the architecture. Where a convolution mixes neighbours (ViTPose pads its
+patches), images with patches at random tell which one has the strongest influence. Only what comes
+before the first block runs.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from sparsight.errors import UserError
 AT_ONCE = 8
 """Images in one pass: large images of small patches take much memory."""
 
+RANDOM_MARKS = 128
+"""Images marked at random, where a dozen leave doubt."""
+
 _SAME = 1e-4
 """Relative difference below which two activations are the same."""
 
 _ONE_PATCH = 0.1
-"""How close, in distances between A and B, a position is to either if it shows one patch."""
+"""How close to A or B, on the way from one to the other, a position is that shows one patch."""
 
 Embed = Callable[[Tensor], Tensor]
 """From pixels `[batch, 3, height, width]` to what enters block 0, `[batch, positions, d_in]`."""
@@ -84,16 +88,74 @@ def _trace(
     grid: tuple[int, int],
 ) -> _Positions:
     n = grid[0] * grid[1]
-    noise = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(1))
+    noise = _noise(input_shape, seed=0)
     ends = embed(noise).float()
     apart = (ends[0] - ends[1]).norm(dim=-1)
-    index = torch.arange(n).view(1, 1, *grid)
-    code = torch.zeros(ends.shape[1], dtype=torch.int64)
-    doubt = torch.zeros(ends.shape[1])
-    bits = list(range(max(1, (n - 1).bit_length())))
-    for first in range(0, len(bits), AT_ONCE):
-        some = bits[first : first + AT_ONCE]
-        images = [_mixed(noise, (index >> bit) & 1, patch) for bit in some]
+    shows = (apart > _SAME * ends.norm(dim=-1).sum(dim=0)).cpu()
+    index = torch.arange(n)
+    bits = torch.stack([(index >> bit) & 1 for bit in range(max(1, (n - 1).bit_length()))])
+    shares = _shares(id, embed, noise, ends, bits, patch, grid)
+    read = (shares > 0.5).long()
+    code = (read << torch.arange(len(bits))[:, None]).sum(dim=0)
+    pure = ((shares - read).abs() < _ONE_PATCH).all(dim=0)
+    if not bool(pure[shows].all()):
+        influence = _influence(id, embed, input_shape, patch, grid)
+        code = torch.where(pure, code, influence.argmax(dim=1))
+    return _Positions(code, shows, pure)
+
+
+def _influence(
+    id: str,
+    embed: Embed,
+    input_shape: tuple[int, int, int],
+    patch: tuple[int, int],
+    grid: tuple[int, int],
+) -> Tensor:
+    """How strongly each patch acts on each position, `[positions, patches]`, by random marks.
+
+    Each pass has noises of its own: one patch of one noise may happen to change little.
+    """
+    random = torch.Generator().manual_seed(0)
+    total: Tensor | None = None
+    for seed in range(1, 1 + RANDOM_MARKS // AT_ONCE):
+        marks = torch.randint(2, (AT_ONCE, grid[0] * grid[1]), generator=random)
+        noise = _noise(input_shape, seed)
+        shares = _shares(id, embed, noise, embed(noise).float(), marks, patch, grid)
+        found = (shares - 0.5).mT @ (2.0 * marks - 1)
+        total = found if total is None else total + found
+    assert total is not None
+    return total
+
+
+def _noise(input_shape: tuple[int, int, int], seed: int) -> Tensor:
+    return torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _shares(
+    id: str,
+    embed: Embed,
+    noise: Tensor,
+    ends: Tensor,
+    marks: Tensor,
+    patch: tuple[int, int],
+    grid: tuple[int, int],
+) -> Tensor:
+    """How far each position is from A, 0, to B, 1, in each marked image: `[images, positions]`.
+
+    Args:
+        id: the model's, for messages.
+        embed: the model up to its first block.
+        noise: the images A and B.
+        ends: what they give.
+        marks: for each image, 1 for the patches of B, `[images, patches]`.
+        patch: height and width of a patch.
+        grid: rows and columns of patches.
+    """
+    way = ends[1] - ends[0]
+    length = way.square().sum(dim=-1).clamp(min=1e-30)
+    found = []
+    for some in marks.split(AT_ONCE):
+        images = [_mixed(noise, mark.view(1, 1, *grid), patch) for mark in some]
         states = embed(torch.cat([noise[:1], *images])).float()
         # What comes in another pass, beside other images, must be what it was.
         if not float((states[0] - ends[0]).norm()) <= _SAME * float(ends[0].norm()):
@@ -101,13 +163,8 @@ def _trace(
                 f"{id}: the same image gives other activations in another pass: the model draws "
                 "at random which patches it sees, or in which order."
             )
-        for bit, state in zip(some, states[1:], strict=True):
-            to_a, to_b = ((state - end).norm(dim=-1) for end in ends)
-            code |= (to_b < to_a).long().cpu() << bit
-            nearer = torch.minimum(to_a, to_b) / apart.clamp(min=1e-30)
-            doubt = torch.maximum(doubt, nearer.cpu())
-    scale = ends.norm(dim=-1).sum(dim=0)
-    return _Positions(code, (apart > _SAME * scale).cpu(), doubt < _ONE_PATCH)
+        found.append((((states[1:] - ends[0]) * way).sum(dim=-1) / length).cpu())
+    return torch.cat(found)
 
 
 def _mixed(noise: Tensor, chosen: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -145,13 +202,16 @@ def _reason(found: _Positions, grid: tuple[int, int]) -> str:
     )
 
 
-def find_cls(embed: Embed, parameters: Sequence[Tensor], input_shape: tuple[int, int, int]) -> bool:
-    """Whether position 0, and it alone, is made of one of these parameters.
+def find_cls(
+    embed: Embed, parameters: Sequence[Tensor], input_shape: tuple[int, int, int], n_prefix: int
+) -> bool:
+    """Whether position 0 is made of a class token, and no patch is.
 
     Args:
         embed: the model up to its first block.
         parameters: those that are called a class token; each is changed and put back.
         input_shape: channels, height, width of a preprocessed image.
+        n_prefix: how many positions stand before the patches.
     """
     pixels = torch.zeros((1, *input_shape))
     plain = embed(pixels)
@@ -159,9 +219,9 @@ def find_cls(embed: Embed, parameters: Sequence[Tensor], input_shape: tuple[int,
         kept = parameter.detach().clone()
         try:
             parameter.add_(1 + kept.abs().max())
-            changed = (embed(pixels) != plain).any(dim=-1)[0].nonzero().flatten().tolist()
+            changed = (embed(pixels) != plain).any(dim=-1)[0]
         finally:
             parameter.copy_(kept)
-        if changed == [0]:
+        if n_prefix and bool(changed[0]) and not bool(changed[n_prefix:].any()):
             return True
     return False

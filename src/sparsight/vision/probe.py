@@ -105,7 +105,7 @@ def probe(
         n_blocks=len(tower.blocks),
         n_tokens=seen.shapes["blocks.0.resid_pre"][1],
         n_prefix=n_prefix,
-        has_cls=n_prefix > 0 and find_cls(embed, tower.cls_parameters(), input_shape),
+        has_cls=find_cls(embed, tower.cls_parameters(), input_shape, n_prefix),
         patch_grid=(input_shape[1] // patch[0], input_shape[2] // patch[1]),
     )
 
@@ -141,7 +141,10 @@ def _odd_stream(stream: torch.Size | None) -> str:
         return f"two images give nothing at block 0, {expected}"
     found = f"two images give {list(stream)} at block 0, {expected}"
     if len(stream) == 3 and stream[1] == 2:
-        return f"{found} (open_clip before 2.27 puts positions first; install a newer one)"
+        return (
+            f"{found}: positions come first (open_clip before 2.27 does that; install a newer "
+            "one), or the model cuts each image into windows"
+        )
     if len(stream) == 3:
         return f"{found}: the model cuts each image into windows, crops or frames of its own"
     return (
@@ -198,7 +201,11 @@ class _Observer:
             self.moved.append(f"before block {block}")
         if part == "resid_post":
             adds_up = _adds_up(self._block)
-            if not adds_up and not _same_order(self._block.get("resid_pre"), x):
+            if (
+                not adds_up
+                and not _adds_up_scaled(self._block)
+                and not _same_order(self._block.get("resid_pre"), x)
+            ):
                 self.moved.append(f"in block {block}")
             self._last = x
             writes = adds_up and _writes(self._block)
@@ -259,6 +266,25 @@ def _adds_up(block: Mapping[str, Tensor]) -> bool:
     tensors = [part.cpu().double() for part in parts if part is not None]
     error = (sum(tensors, torch.zeros_like(tensors[0])) - total.cpu().double()).norm()
     return bool(error <= 1e-5 * sum(float(part.norm()) for part in tensors))
+
+
+def _adds_up_scaled(block: Mapping[str, Tensor]) -> bool:
+    """Whether attention and MLP are added, each times one number per dimension (BEiT, InternVL)."""
+    parts = [block.get(part) for part in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    if any(part is None or part.shape != block["resid_post"].shape for part in parts):
+        return False
+    before, attention, mlp, after = (
+        part.cpu().double().flatten(0, 1).mT for part in parts if part is not None
+    )
+    written = torch.stack([attention, mlp], dim=-1)
+    added = (after - before).unsqueeze(-1)
+    # The least squares of each dimension; the ridge is far below float32's rounding.
+    squares = written.mT @ written
+    ridge = 1e-12 * squares.diagonal(dim1=-2, dim2=-1).sum(dim=-1) + 1e-30
+    scales = torch.linalg.solve(
+        squares + ridge[:, None, None] * torch.eye(2, dtype=torch.float64), written.mT @ added
+    )
+    return bool((written @ scales - added).norm() <= 1e-5 * added.norm())
 
 
 def _writes(block: Mapping[str, Tensor]) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.vision.hooks import Place, first_tensor, touching
+from sparsight.vision.hooks import Place, touching
 from sparsight.vision.model import VisionModel, used_parameters
 from sparsight.vision.settings import (
     CONFIG,
@@ -81,7 +81,9 @@ class TransformersModel(VisionModel):
 
     def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "rows d"]:
         tower = self._tower.module
-        output = tower(pixel_values=pixels, **self._in_reading_order(pixels))
+        last: list[Tensor] = []
+        with touching(Place(self._tower.blocks[-1]), last.append):
+            output = tower(pixel_values=pixels, **self._in_reading_order(pixels))
         pooled = getattr(output, "pooler_output", None)
         if self._head is not None:
             return self._head(pooled)  # type: ignore[no-any-return]
@@ -89,19 +91,11 @@ class TransformersModel(VisionModel):
         one_vector = _pooling_head(self._tower) is not None or hasattr(tower, "pre_layrnorm")
         if one_vector and pooled is not None:
             return pooled  # type: ignore[no-any-return]
-        states = getattr(output, "last_hidden_state", output)
-        if hasattr(output, "feature_maps"):  # a backbone gives maps of several blocks
-            states = self._last_states(pixels)
-        states = first_tensor(states)
+        states = getattr(output, "last_hidden_state", None)
+        if states is None:  # a backbone gives maps of several blocks
+            norm = self._tower.final_norm
+            states = last[-1] if norm is None else norm(last[-1])
         return states[:, 0] if self.has_cls else states.mean(dim=1)
-
-    def _last_states(self, pixels: Tensor) -> Tensor:
-        """What the last block gives, after the final norm where there is one."""
-        found: list[Tensor] = []
-        with touching(Place(self._tower.blocks[-1]), found.append):
-            self._tower.module(pixel_values=pixels, **self._in_reading_order(pixels))
-        norm = self._tower.final_norm
-        return found[-1] if norm is None else norm(found[-1])
 
     def _in_reading_order(self, pixels: Tensor) -> dict[str, Tensor]:
         """What keeps the patches of a masked autoencoder in their order, for the tower."""
@@ -138,7 +132,13 @@ class TransformersModel(VisionModel):
 
     def _embed_tokens(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "n d_embed"]:
         encode: Any = self.module.get_text_features
-        features: Any = encode(**tokens)
+        try:
+            features: Any = encode(**tokens)
+        except (AttributeError, TypeError) as error:
+            raise UserError(
+                f"{self.id}: transformers gets no embedding of a text from its text tower "
+                f"({reason(error)})."
+            ) from error
         # transformers 5 gives an output object whose pooler_output is projected already.
         return features if isinstance(features, Tensor) else features.pooler_output
 
@@ -234,6 +234,7 @@ def model_of(
     tower = find_tower(module, id)
     _check_weights(module, tower, set(missing), id)
     projection = _projection(module)
+    joint = [projection, *_poolers(projection, tower)]
     head = projection or _pooling_head(tower)
     return TransformersModel(
         load_tokenizer=load_tokenizer,
@@ -243,7 +244,7 @@ def model_of(
         module=module,
         tower=tower,
         embedding=None if head is None else Place(head),
-        projection=list(projection.parameters()) if projection else [],
+        projection=[weight for part in joint if part for weight in part.parameters()],
         transform=transform,
         preprocessing=_describe(processor, input_shape),
         input_shape=input_shape,
@@ -484,8 +485,11 @@ def _check_weights(module: nn.Module, tower: Tower, missing: set[str], id: str) 
     """Refuse a model of which a part that sites depend on was left at random values."""
     prefix = f"{tower.name}." if tower.name else ""
     used = {prefix + name for name, _ in used_parameters(tower)}
-    if _projection(module) is not None:
+    projection = _projection(module)
+    if projection is not None:
         used |= {name for name, _ in module.named_parameters() if _is_projection(name)}
+    for pooler in _poolers(projection, tower):
+        used |= {f"{prefix}pooler.{name}" for name, _ in pooler.named_parameters()}
     lost = sorted(used & missing)
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -517,6 +521,12 @@ def _projection(module: nn.Module) -> nn.Module | None:
     found = getattr(module, "visual_projection", None)
     joint = isinstance(found, nn.Linear) or hasattr(module, "text_projection")
     return found if joint else None
+
+
+def _poolers(projection: nn.Module | None, tower: Tower) -> list[nn.Module]:
+    """What the joint embedding depends on between the tower's blocks and the projection."""
+    pooler = getattr(tower.module, "pooler", None)
+    return [pooler] if projection is not None and isinstance(pooler, nn.Module) else []
 
 
 def _pooling_head(tower: Tower) -> nn.Module | None:
