@@ -212,7 +212,7 @@ def test_a_processor_that_keeps_the_aspect_ratio_is_refused(folder, tmp_path):
     shutil.copytree(folder("dinov2"), tmp_path / "m")
     path = tmp_path / "m" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_center_crop": False}))
-    with pytest.raises(UserError, match="the same for every picture"):
+    with pytest.raises(UserError, match="the same for every image"):
         load_model(str(tmp_path / "m"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,10 @@ def _load(datasets: Any, name: str, split: str | None) -> Any:
     try:
         if folder.is_dir():
             return datasets.load_from_disk(name)
-        return datasets.load_dataset(name, split=split)
+        # Before version 4, datasets ran a script that came with the images, if it was allowed to.
+        may_run = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
+        options = {"trust_remote_code": False} if may_run else {}
+        return datasets.load_dataset(name, split=split, **options)
     except Exception as error:  # datasets and the Hub client raise dozens of kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         where = "a folder written by save_to_disk" if folder.is_dir() else "a folder or a Hub name"

@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.vision.hooks import Place
 from sparsight.vision.model import VisionModel
+from sparsight.vision.settings import no_code_of_models, reason
 from sparsight.vision.thin_images import check_resized
 from sparsight.vision.tower import find_tower
 
@@ -57,8 +58,20 @@ class OpenClipModel(VisionModel):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """open_clip's, for the model's name."""
-        return import_open_clip().get_tokenizer(self._name)
+        """open_clip's, for the model's name.
+
+        Raises:
+            UserError: it could not be loaded.
+        """
+        try:
+            with no_code_of_models():
+                return import_open_clip().get_tokenizer(self._name)
+        except MissingExtra:
+            raise
+        except Exception as error:  # its files may hold anything
+            raise UserError(
+                f"{self.id}: open_clip could not load its tokenizer ({reason(error)})."
+            ) from error
 
 
 def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> OpenClipModel:
@@ -72,7 +85,10 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
     open_clip = import_open_clip()
     name, pretrained = _parse(id, open_clip)
     try:
-        module = open_clip.create_model(name, pretrained=pretrained, device="cpu")
+        with no_code_of_models():
+            module = open_clip.create_model(name, pretrained=pretrained, device="cpu")
+    except UserError as error:
+        raise UserError(f"{id}: {error}.") from error
     except (SafetensorError, EOFError) as error:
         raise SparsightError(f"{id}: its weights are damaged ({error}).") from error
     except UnpicklingError as error:  # torch's own text advises to run what the file brings

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import dynamic_module_utils
 from transformers.activations import ACT2FN
 from transformers.utils.hub import cached_file
 
@@ -144,6 +146,28 @@ def refusal_of_code(name: str) -> str:
         f"{name} asks for code that comes with the model (auto_map), and Sparsight never runs "
         "such code"
     )
+
+
+@contextmanager
+def no_code_of_models() -> Iterator[None]:
+    """Keep transformers from running, or asking about, code that comes with a model.
+
+    For libraries that call transformers without a word on it; what Sparsight loads itself says
+    `trust_remote_code=False`.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UserError(refusal_of_code("The model"))
+
+    asked, fetch = dynamic_module_utils.TIME_OUT_REMOTE_CODE, "get_cached_module_file"
+    fetched = getattr(dynamic_module_utils, fetch)
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # no seconds to answer: not asked
+    setattr(dynamic_module_utils, fetch, refuse)
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = asked
+        setattr(dynamic_module_utils, fetch, fetched)
 
 
 def reason(error: BaseException) -> str:

@@ -500,18 +500,28 @@ def _check_weights(module: nn.Module, tower: Tower, missing: set[str], id: str) 
 
 
 def _input_shape(transform: ProcessorTransform, id: str) -> tuple[int, int, int]:
-    """The shape of a preprocessed picture, which must not depend on the picture's."""
+    """The shape of a preprocessed image, which must not depend on the image's.
+
+    Raises:
+        UserError: it does, or the image processor fails, or gives no finite numbers.
+    """
+    where = f"{id}: its image processor (preprocessor_config.json)"
     shapes = set()
     for size in ((640, 480), (480, 640)):
-        pixels = transform(Image.new("RGB", size, (128, 128, 128)))
+        try:
+            pixels = transform(Image.new("RGB", size, (128, 128, 128)))
+        except Exception as error:  # settings of any values go into it
+            raise UserError(f"{where} does not work on an image ({reason(error)}).") from error
+        if not bool(pixels.isfinite().all()):
+            raise UserError(f"{where} makes NaN or infinity of a grey image.")
         shapes.add(tuple(pixels.shape))
     shape = shapes.pop()
     if shapes or len(shape) != 3 or shape[0] != 3:
         found = " and ".join(str(list(s)) for s in sorted({shape, *shapes}))
         raise UserError(
-            f"{id}: its image processor gives {found} for a wide and a tall picture; Sparsight "
-            "needs [3, height, width], the same for every picture (no NaFlex, no free aspect "
-            "ratio: set a crop_size or a height and width in preprocessor_config.json)."
+            f"{where} gives {found} for a wide and a tall image; Sparsight needs "
+            "[3, height, width], the same for every image (no NaFlex, no free aspect ratio: set a "
+            "crop_size or a height and width in that file)."
         )
     return (shape[0], shape[1], shape[2])
 
