@@ -8,6 +8,7 @@ missing site, never a mislabelled one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -139,9 +140,26 @@ def find_tower(model: nn.Module, id: str) -> Tower:
                     final_norm=None if isinstance(norm, nn.Identity) else norm,
                 )
     raise UserError(
-        f"{id}: no vision transformer found in it ({type(model).__name__}). Sparsight looks for "
-        "a patch convolution and one list of blocks, each with attention and an MLP."
+        f"{id}: no vision transformer found in it ({type(model).__name__}{_other_patches(model)}). "
+        "Sparsight looks for a convolution (Conv2d) that cuts images of 3 channels into patches "
+        "without overlap, and one list of blocks, each with attention and an MLP."
     )
+
+
+def _other_patches(model: nn.Module) -> str:
+    """How a model without a patch convolution of ours seems to cut patches, for a message."""
+    for name, part in model.named_modules():
+        if not re.search(r"patch|embed|stem", name) or "text" in name:
+            continue
+        if isinstance(part, nn.Conv3d):
+            return f"; its {name} cuts videos"
+        if isinstance(part, nn.Conv2d) and part.kernel_size != part.stride:
+            return f"; the patches of its {name} overlap"
+        if isinstance(part, nn.Conv2d) and part.in_channels != 3 and part.stride[0] > 1:
+            return f"; its {name} takes images of {part.in_channels} channels"
+        if isinstance(part, nn.Linear) and "patch" in name:
+            return f"; its {name} takes patches that are cut already"
+    return ""
 
 
 def _cuts_patches(conv: nn.Conv2d) -> bool:

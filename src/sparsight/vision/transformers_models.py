@@ -300,8 +300,8 @@ def _load_config(source: str, id: str, revision: str | None) -> tuple[Any, str |
         raise UserError(f"{where}: cannot be used ({reason(error)}).") from error
     if not any(_says_vision(part) for part in _parts(config)):
         raise UserError(
-            f"{id}: not a vision model (its config has model_type {config.model_type!r} and "
-            "neither vision_config nor patch_size)."
+            f"{id}: not a vision model that Sparsight opens: its config.json (model_type "
+            f"{config.model_type!r}) has neither vision_config nor patch_size."
         )
     return config, commit
 
