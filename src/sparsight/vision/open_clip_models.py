@@ -86,7 +86,9 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
     name, pretrained = _parse(id, open_clip)
     try:
         with no_code_of_models():
-            module = open_clip.create_model(name, pretrained=pretrained, device="cpu")
+            module = open_clip.create_model(
+                name, pretrained=pretrained, device="cpu", require_pretrained=True
+            )
     except UserError as error:
         raise UserError(f"{id}: {error}.") from error
     except (SafetensorError, EOFError) as error:
