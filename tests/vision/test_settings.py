@@ -74,6 +74,7 @@ def test_switches_in_a_config_change_nothing(switches, family, edited, model, pi
         ({"num_attention_heads": 0}, r"num_attention_heads is 0"),
         ({"patch_size": [[8]]}, r"patch_size is \[\[8\]\]"),
         ({"patch_size": [8]}, r"patch_size is \[8\]; expected .* height and width"),
+        ({"image_size": 10**400}, r"image_size is 1000"),
         ({"image_size": True}, r"image_size is True"),
         ({"layer_norm_eps": "small"}, r"layer_norm_eps is 'small'"),
         ({"hidden_act": "zork"}, r"hidden_act is 'zork'; expected the name of an activation"),

@@ -213,7 +213,9 @@ def _wrong(where: str, field: str, value: Any, expected: str) -> UserError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:

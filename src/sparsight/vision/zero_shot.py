@@ -104,7 +104,7 @@ class ZeroShotTally:
                 f"{unknown_label} with a label that is not among the {len(self.classes)} classes, "
                 f"{failed} broken)."
             )
-        share = self._hits1.cpu().double() / self._seen
+        share = self._hits1.double() / self._seen
         return ZeroShotResult(
             top1=hits1 / n,
             top5=hits5 / n,
@@ -164,12 +164,13 @@ def classify(
     """Logits of pictures: `logit_scale` times the cosine with each class's direction.
 
     Args:
-        embeddings: of pictures, normalised or not.
+        embeddings: of pictures, normalised or not; half precision is computed in float32.
         weights: unit rows from `classifier_weights`.
         logit_scale: the model's; it changes probabilities, never the ranking. (SigLIP's bias is
             left out: it too changes no ranking.)
     """
-    return logit_scale * F.normalize(embeddings.float(), dim=-1) @ weights.to(embeddings.device).T
+    directions = weights.to(embeddings.device, torch.float32)
+    return logit_scale * F.normalize(embeddings.float(), dim=-1) @ directions.T
 
 
 def contrastive_loss(
