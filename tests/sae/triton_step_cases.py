@@ -24,6 +24,8 @@ from step_parts import (
 
 from sparsight.sae.kernels.triton_step import TritonStep
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N_LATENTS = 40
 OBJECTIVES = objectives(N_LATENTS)
