@@ -59,7 +59,7 @@ TESTS = ("-m", "gpu", "tests", "tests/sae/triton_step_cases.py")
 TESTS_SECONDS, POINT_SECONDS = 200.0, 100.0
 """At most, for the tests and for each shape: what hangs leaves the rest some time."""
 
-SITE = "blocks.9.resid_post"
+SITE = "blocks.-3.resid_post"
 COMPARED = 8
 """Images whose activations are compared."""
 

@@ -136,6 +136,7 @@ def test_a_wide_picture_has_a_wide_patch_grid(folder, tmp_path):
     assert read["final_norm"].shape == (2, 15, 32)
 
 
+@pytest.mark.alone
 def test_a_vit_b_32_reads_early_sites_for_less_than_late_ones(tmp_path):
     config = CLIPConfig(
         vision_config={"patch_size": 32}, text_config={"num_hidden_layers": 1, "vocab_size": 99}
