@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -17,6 +18,12 @@ from alone import pytest_runtest_protocol
 __all__ = ["pytest_runtest_protocol"]
 
 shape_checks.install()
+
+
+def pytest_collection_finish() -> None:
+    """What all those imports made stays: looking for garbage in it again and again takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
