@@ -14,7 +14,7 @@ from sparsight.cli.options import parse
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.files import read_json
-from sparsight.latents import CodeStore, build_index, name_from_truth
+from sparsight.latents import CodeStore, build_index
 
 HELP = Help(
     examples=("runs/b32-l9", "runs/b32-l9 --codes runs/b32-l9/codes"),
@@ -64,6 +64,8 @@ def main(arguments: Sequence[str]) -> None:
     subjects = Subjects(options)
     codes = None if options.codes is None else CodeStore(options.codes, verify=options.verify)
     for folder, sae in saes.items():
+        metrics = folder / "metrics.json"
+        known = read_json(metrics) if metrics.exists() else {}
         index = build_index(
             sae,
             subjects.activations(folder, sae) if codes is None else codes,
@@ -73,10 +75,8 @@ def main(arguments: Sequence[str]) -> None:
             samples_per_quantile=options.samples_per_quantile,
             batch_images=options.batch_images,
             seed=options.seed,
+            metrics=known if "truth" in known else None,
         )
-        metrics = folder / "metrics.json"
-        if metrics.exists() and "truth" in (found := read_json(metrics)):
-            index = name_from_truth(index, found)
         never = index.n_latents - sum(row > 0 for row in index.table["n_active"].to_pylist())
         named = index.n_latents - index.table["name"].null_count
         print(

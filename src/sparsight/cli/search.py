@@ -22,11 +22,12 @@ from sparsight.editing.interventions import check_belongs
 from sparsight.editing.latent_search import find_latents
 from sparsight.editing.retrieval import SITE, Mode, SearchResult, embed_collection
 from sparsight.errors import UserError
-from sparsight.files import check_folder, write_json
+from sparsight.files import check_folder, replaced, write_json
 from sparsight.images import ImageError, decode_image, open_images
 from sparsight.images.decoding import read_picture
 from sparsight.sae import SparseAutoencoder
 
+FIGURES, PAGE = "search.json", "search.html"
 Asked = Literal["plain", "reconstructed", "filtered", "query", "steered"]
 
 
@@ -167,11 +168,11 @@ def main(arguments: Sequence[str]) -> None:
         )
         for mode in modes
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "search.json", {"results": [result.to_dict() for result in results]})
-    write_contact_sheet(results, images, out / "search.html")
+    with replaced(out, (FIGURES, PAGE)) as staged:
+        write_json(staged / FIGURES, {"results": [result.to_dict() for result in results]})
+        write_contact_sheet(results, images, staged / PAGE)
     _print(results)
-    print(f"{out} · search.json, search.html")
+    print(f"{out} · {FIGURES}, {PAGE}")
 
 
 def _picture(path: Path) -> Image.Image:

@@ -10,8 +10,8 @@ from typing import Any
 
 import sparsight
 from sparsight.config import check_seed
-from sparsight.errors import SparsightError, UserError
-from sparsight.files import json_bytes, read_json, without_folders, write_bytes
+from sparsight.errors import UserError
+from sparsight.files import atomic_path, new_folder, read_json, without_folders, write_bytes
 from sparsight.latents.heatmaps import has_heatmaps
 from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
@@ -89,30 +89,18 @@ def push_to_hub(
     if latents < 0:
         raise UserError(f"latents is {latents}; it must be 0 or more.")
     hub.check_repo_id(repo_id)
-    target = None if dry_run is None else _empty(Path(dry_run))
-    if target is None:
-        hub.check_ready(token)
-    runs = _runs(run.out if isinstance(run, Run) else Path(run))
-    models = RunModels(model)
-    files: dict[str, bytes | Path] = {}
-    for folder, each in runs.items():
-        start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
-        pictures = _pictures(each, models, n=latents, seed=seed, quiet=quiet)
-        card = card_of(each, place, pictures, revision=revision, license=license)
-        files[start + README] = without_surrogates(card.text()).encode()
-        files[start + CONFIG] = _config(each)
-        files[start + WEIGHTS] = each.folder / WEIGHTS
-        if each.metrics:
-            files[start + METRICS] = json_bytes(_nameless(each.metrics))
-        for picture in pictures.pictures if pictures else ():
-            files[start + picture.file] = picture.png
-    if "" not in runs:
-        card_text = index_card(runs, repo_id, revision=revision, license=license)
-        files[README] = without_surrogates(card_text).encode()
+    root = run.out if isinstance(run, Run) else Path(run)
+    choice = _Choice(latents, seed, model, revision, license, quiet)
     url = None
-    if target is not None:
-        _write(target, files)
+    if dry_run is not None:
+        with new_folder(Path(dry_run)) as folder:
+            runs = _runs(root)
+            files = _files(runs, repo_id, choice)
+            _write(folder, files)
     else:
+        hub.check_ready(token)
+        runs = _runs(root)
+        files = _files(runs, repo_id, choice)
         url = hub.upload(
             repo_id,
             files,
@@ -129,6 +117,39 @@ def push_to_hub(
     }
     notes = [f"{each.name}: {lack}" for each in runs.values() for lack in each.missing]
     return Push(repo_id, url, sizes, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What the caller of `push_to_hub` wants of the cards."""
+
+    latents: int
+    seed: int
+    model: VisionModel | str | None
+    revision: str | None
+    license: str | None
+    quiet: bool
+
+
+def _files(runs: Mapping[str, RunFiles], repo_id: str, choice: _Choice) -> dict[str, bytes | Path]:
+    """What goes into the repository, by its path there."""
+    models = RunModels(choice.model)
+    files: dict[str, bytes | Path] = {}
+    for folder, each in runs.items():
+        start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
+        pictures = _pictures(each, models, n=choice.latents, seed=choice.seed, quiet=choice.quiet)
+        card = card_of(each, place, pictures, revision=choice.revision, license=choice.license)
+        files[start + README] = card.text().encode()
+        files[start + CONFIG] = _config(each)
+        files[start + WEIGHTS] = each.folder / WEIGHTS
+        if each.metrics:
+            files[start + METRICS] = _json(_nameless(each.metrics))
+        for picture in pictures.pictures if pictures else ():
+            files[start + picture.file] = picture.png
+    if "" not in runs:
+        card_text = index_card(runs, repo_id, revision=choice.revision, license=choice.license)
+        files[README] = card_text.encode()
+    return files
 
 
 def _runs(root: Path) -> dict[str, RunFiles]:
@@ -171,20 +192,14 @@ def _nameless(value: Any) -> Any:
     return without_folders(value) if isinstance(value, str) else value
 
 
-def _empty(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is not empty. Give a new folder to write the files into.")
-    return folder
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _write(folder: Path, files: hub.Files) -> None:
     for path, content in files.items():
         if isinstance(content, bytes):
             write_bytes(folder / path, content)
-            continue
-        try:
-            shutil.copyfile(content, folder / path)
-        except OSError as error:
-            raise SparsightError(
-                f"{folder / path}: could not be written ({error.strerror or error})."
-            ) from error
+        else:
+            with atomic_path(folder / path) as temporary:
+                shutil.copyfile(content, temporary)

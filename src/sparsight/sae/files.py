@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sparsight.config import from_dict, to_dict
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, read_json, write_json, write_text
+from sparsight.files import atomic_path, read_json, replaced, settled, write_json, write_text
 from sparsight.progress import logger
 from sparsight.reading import LONGEST_CONFIG
 from sparsight.sae.autoencoder import SparseAutoencoder
@@ -27,15 +26,15 @@ READ_VERSIONS = (1, 2)
 """Version 1 had no transcoders, and no other sparsities than those of the k largest."""
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
+README = "README.md"
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
 
 
 def save(sae: SparseAutoencoder, folder: Path) -> Path:
-    """Write an SAE into a folder, each file whole or not at all.
+    """Write an SAE into a folder; its files take the place of an SAE that is there at once.
 
-    The weights are on the disk before anything is replaced, and take their place last: a disk that
-    they do not fit on leaves an SAE that is there as it was.
+    Killed at any point, or on a disk that it does not fit on, the SAE there is the old or the new.
 
     Returns:
         The folder.
@@ -54,9 +53,10 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
         "config": to_dict(sae.config),
         "metadata": sae.metadata,
     }
-    with _written(tensors, folder / WEIGHTS):
-        write_json(folder / CONFIG, description)
-        write_text(folder / "README.md", model_card(sae).text())
+    with replaced(folder, (CONFIG, WEIGHTS, README)) as staged:
+        save_tensors(tensors, staged / WEIGHTS)
+        write_json(staged / CONFIG, description)
+        write_text(staged / README, model_card(sae).text())
     return folder
 
 
@@ -66,19 +66,11 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     Raises:
         SparsightError: the disk is full or the folder cannot be written.
     """
-    with _written(tensors, path):
-        pass
-
-
-@contextmanager
-def _written(tensors: Mapping[str, torch.Tensor], path: Path) -> Iterator[None]:
-    """Write a safetensors file under a temporary name; it is renamed when the block ends."""
     with atomic_path(path) as temporary:
         try:
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise SparsightError(f"{path}: could not be written ({error}).") from error
-        yield
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -134,6 +126,7 @@ def load(
 
 
 def _is_own(folder: Path) -> bool:
+    settled(folder)
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
         return False
     size = (folder / CONFIG).stat().st_size
@@ -163,6 +156,29 @@ def _foreign(place: Path, name: str) -> SparseAutoencoder:
 
 
 def _own(folder: Path) -> SparseAutoencoder:
+    while True:
+        before = _identity(folder / CONFIG)
+        try:
+            sae = _read_own(folder)
+        except SparsightError:
+            if _identity(folder / CONFIG) == before:
+                raise
+        else:
+            # Else another SAE took its place between the two files: read that.
+            if _identity(folder / CONFIG) == before:
+                return sae
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What differs when another file has taken the place of this one."""
+    try:
+        about = path.stat()
+    except OSError:
+        return ()
+    return about.st_dev, about.st_ino, about.st_mtime_ns
+
+
+def _read_own(folder: Path) -> SparseAutoencoder:
     description = _description(folder / CONFIG)
     d_in = description["d_in"]
     config = from_dict(SAEConfig, description["config"], str(folder / CONFIG))

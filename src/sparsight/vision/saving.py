@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import new_folder, write_json
+from sparsight.files import new_file, new_folder, write_json
 from sparsight.vision.byte_pairs import from_open_clip, is_standard
 from sparsight.vision.clip_shape import (
     ClipShape,
@@ -328,7 +328,8 @@ def _write_openai(
                 f"{parts.id}: a .pt file of weights cannot say what is not as in OpenAI's CLIPs: "
                 f"{'; '.join(notes)}. Write .safetensors, whose metadata can, or another layout."
             )
-        torch.save(state, place)
+        with place.open("wb") as file:
+            torch.save(state, file)
     return tuple(notes)
 
 
@@ -388,19 +389,11 @@ def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 @contextmanager
 def _place(out: Path) -> Iterator[Path]:
     """Where to write: a folder, or a file in one, beside `out`; it gets its name if all is well."""
-    if out.suffix not in FILES:
-        with new_folder(out) as folder:
-            yield folder
-        return
-    if out.exists():
-        raise UserError(f"{out}: is there already. Choose another name.")
-    beside = out.with_name(f".{out.name}.tmp")
-    with new_folder(beside) as folder:
-        yield folder / out.name
-    try:
-        (beside / out.name).replace(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with new_file(out) if out.suffix in FILES else new_folder(out) as place:
+        try:
+            yield place
+        except SafetensorError as error:
+            raise SparsightError(f"{out}: could not be written ({error}).") from error
 
 
 def _read_back(
