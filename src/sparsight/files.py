@@ -21,14 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.text import LONE_SURROGATE, without_surrogates
-
-_SLASH, _NAME = r"[\\/]+", r"""[^\\/"'\n]+"""
-_TABLE = re.compile(r"""[\\/]*\?table=[^"'\n\[\]]*""")
-_ABSOLUTE_PATH = re.compile(
-    rf"(?<![^\s\"':(\[=,<`])(?:[A-Za-z]:)?{_SLASH}(?:{_NAME}{_SLASH})+({_NAME})"
-)
-
+from sparsight.redaction import without_folders as without_folders
 
 _TEMPORARY = re.compile(
     r"\..+\.(?:(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-)?\w{8}\.tmp", re.ASCII
@@ -258,19 +251,6 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Mapping[str, Any]) -> str:
     """Hex SHA-256 of a mapping, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def checksum_of(values: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of a mapping, the same before it is written as JSON and after it is read."""
-    return sha256_json(json.loads(json.dumps(values)))
-
-
-def without_folders(text: str) -> str:
-    """Absolute paths by their last part alone: pages are mailed, and paths name people.
-
-    Of images, the file with their labels is left out, too.
-    """
-    return _ABSOLUTE_PATH.sub(r"\1", _TABLE.sub("", text))
 
 
 def remove_temporaries(folder: Path) -> None:

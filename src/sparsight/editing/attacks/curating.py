@@ -32,7 +32,7 @@ from sparsight.editing.attacks.opinion import clip_opinion
 from sparsight.editing.attacks.salience import latent_reducer
 from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, new_folder, write_bytes, write_json, write_text
+from sparsight.files import atomic_path, new_folder, write_json, write_text
 from sparsight.images import ImageError, ImageInfo, ImageSource, load_batches
 from sparsight.progress import progress
 from sparsight.vision import VisionModel, classifier_weights, classify, names_by_label
@@ -282,6 +282,7 @@ def _write(
     about: dict[str, Any],
 ) -> None:
     lines = []
+    (folder / "images").mkdir()
     with tarfile.open(folder / SHARD, "w", format=tarfile.PAX_FORMAT) as tar:
         for number, (index, said) in enumerate(zip(kept, captions, strict=True)):
             key, info = f"{number:05d}", source.known(index)
@@ -290,7 +291,7 @@ def _write(
                 png = _png(source.load(index))
             except ImageError as error:
                 raise _gone(info.uri, error.reason) from error
-            write_bytes(folder / "images" / f"{key}.png", png)
+            (folder / "images" / f"{key}.png").write_bytes(png)
             lines.append(json.dumps({"file_name": f"images/{key}.png", **record}))
             _add(tar, f"{key}.png", png)
             _add(tar, f"{key}.txt", said[0].encode())
