@@ -59,7 +59,10 @@ NESTED = urlencode({"of": "written:attack?" + urlencode({"of": "/home/ada/photos
             "written:attack?of=%2Fhome%2Fada%2Fphotos%3Ftable%3D%2Fhome%2Fada%2Fl.csv&seed=3",
             "written:attack?of=photos&seed=3",
         ),
-        (f"written:attack?{NESTED}", "written:attack?of=written%3Aattack%3Fof%3Dphotos%255B0%253A9%255D"),
+        (
+            f"written:attack?{NESTED}",
+            "written:attack?of=written%3Aattack%3Fof%3Dphotos%255B0%253A9%255D",
+        ),
         (quote(quote("/home/ada/x", safe=""), safe=""), "x"),
         (r"\/home\/ada\/acts", "acts"),
         (r"one\n/home/ada/acts", r"one\nacts"),

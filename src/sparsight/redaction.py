@@ -45,7 +45,7 @@ _ENDS = (
     r"|the|to|was|were|which|with)\b"
 )
 _WORD = r"(?:\([^()\s\\/\"']*\)|\{[^{}\s\\/\"']*\}|[^\s\\/\"'`<>(){}|?,;:&]|[,;:](?![\s\\/~]|$))+"
-_PART = rf"{_WORD}(?:[ ](?!{_ENDS}){_WORD})*"
+_PART = rf"{_WORD}(?:[ ](?!{_ENDS})(?=[\w({{]){_WORD})*"
 _FOLDER = re.compile(rf"(?P<name>{_PART}){_SEPARATOR}")
 _LAST = re.compile(rf"{_PART}")
 _LAST_WORD = re.compile(
@@ -173,6 +173,5 @@ def _patterns(text: str, start: int) -> tuple[re.Pattern[str], re.Pattern[str]]:
     if closing is None or end < 0 or "\n" in text[start:end]:
         return _FOLDER, _LAST_WORD
     name = rf"(?:(?!\?table=)[^\\/\n{re.escape(closing)}])+"
-    return re.compile(rf"(?P<name>{name}){_SEPARATOR}"), re.compile(
-        rf"[^\\/\n?\[{re.escape(closing)}]+"
-    )
+    last = rf"[^\\/\n?\[{re.escape(closing)}]+"
+    return re.compile(rf"(?P<name>{name}){_SEPARATOR}"), re.compile(last)
