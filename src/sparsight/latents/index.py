@@ -240,7 +240,9 @@ class LatentIndex:
                 )
             place = found
         try:
-            return source.load(place)
+            # The very pixels that the model saw; None unless its JPEGs were decoded smaller.
+            scaled = (self.manifest["model"].get("preprocessing") or {}).get("jpeg_min_side")
+            return source.load(place, min_side=scaled) if scaled else source.load(place)
         except ImageError as error:
             raise UserError(f"{wanted.uri}: can no longer be read ({error.reason}).") from error
 

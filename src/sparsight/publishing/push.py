@@ -12,12 +12,13 @@ import sparsight
 from sparsight.config import check_seed
 from sparsight.errors import UserError
 from sparsight.files import atomic_path, new_folder, read_json, without_folders, write_bytes
-from sparsight.latents.heatmaps import has_heatmaps
 from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.latents.stored import find_stored, needs_model
 from sparsight.publishing import hub
 from sparsight.publishing.card import card_of, index_card
 from sparsight.publishing.pictures import LatentPictures, latent_pictures
+from sparsight.redaction import without_folders_in
 from sparsight.sae.files import CONFIG, WEIGHTS
 from sparsight.text import without_surrogates
 from sparsight.training import Run
@@ -74,7 +75,8 @@ def push_to_hub(
         message: of the commit.
         latents: how many to show of each SAE, with pictures of the images that it was indexed on.
         seed: of the lot that chooses those without a name.
-        model: what the heatmaps are made with; default the model that the index names.
+        model: what the heatmaps are made with where neither codes nor activations of the images
+            are on disk; default the model that the index names.
         license: as the Hub spells it, e.g. "mit".
         dry_run: write the files into this new folder and upload nothing.
         token: of the Hub; default the one of this machine.
@@ -139,16 +141,16 @@ def _files(runs: Mapping[str, RunFiles], repo_id: str, choice: _Choice) -> dict[
         start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
         pictures = _pictures(each, models, n=choice.latents, seed=choice.seed, quiet=choice.quiet)
         card = card_of(each, place, pictures, revision=choice.revision, license=choice.license)
-        files[start + README] = card.text().encode()
+        files[start + README] = without_folders(card.text()).encode()
         files[start + CONFIG] = _config(each)
         files[start + WEIGHTS] = each.folder / WEIGHTS
         if each.metrics:
-            files[start + METRICS] = _json(_nameless(each.metrics))
+            files[start + METRICS] = _json(without_folders_in(each.metrics))
         for picture in pictures.pictures if pictures else ():
             files[start + picture.file] = picture.png
     if "" not in runs:
         card_text = index_card(runs, repo_id, revision=choice.revision, license=choice.license)
-        files[README] = card_text.encode()
+        files[README] = without_folders(card_text).encode()
     return files
 
 
@@ -168,8 +170,9 @@ def _pictures(
 ) -> LatentPictures | None:
     if run.index is None or n == 0:
         return None
-    model = models.of(run) if has_heatmaps(run.index.tokens, run.index.site) else None
-    return latent_pictures(run, model, n=n, seed=seed, quiet=quiet)
+    stored = find_stored(run)
+    model = models.of(run, needed=needs_model(run, stored))
+    return latent_pictures(run, model, n=n, seed=seed, quiet=quiet, stored=stored)
 
 
 def _config(run: RunFiles) -> bytes:
@@ -180,16 +183,7 @@ def _config(run: RunFiles) -> bytes:
             f"{run.folder}: holds an autoencoder of another project. `sparsight convert "
             f"{run.folder} --out FOLDER` makes it one of Sparsight's; push that."
         )
-    return json_bytes({**description, "metadata": _nameless(description["metadata"])})
-
-
-def _nameless(value: Any) -> Any:
-    """The same without the folders of this machine, which name people."""
-    if isinstance(value, Mapping):
-        return {key: _nameless(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nameless(each) for each in value]
-    return without_folders(value) if isinstance(value, str) else value
+    return _json(without_folders_in(description))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import new_file, new_folder, write_json
+from sparsight.files import new_file, new_folder, read_json, without_folders, write_json
 from sparsight.vision.byte_pairs import from_open_clip, is_standard
 from sparsight.vision.clip_shape import (
     ClipShape,
@@ -60,6 +60,9 @@ FILES = (".safetensors", ".pt")
 """How the name of a single file ends."""
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+"""Where libraries note what a model, a processor or a tokenizer was loaded from."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative difference of embeddings, by the narrower dtype of the two."""
@@ -156,6 +159,7 @@ def write_model(
             _write_open_clip(parts, place, kind)
         else:
             notes = _write_openai(parts, place, kind, gmp=gmp, long=long)
+        _forget_places(place)
         difference = _difference(model, _read_back(parts, model, place, layout))
         if not difference <= max(_TOLERANCE[kind], _TOLERANCE[model.dtype]):
             raise SparsightError(
@@ -380,6 +384,28 @@ def _in_gmp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[key] = value
     return found
+
+
+def _forget_places(folder: Path) -> None:
+    """Leave out of configurations in which folders of this machine the model lay."""
+    for path in folder.glob("*config.json"):
+        said = read_json(path)
+        known = _without_places(said)
+        if known != said:
+            write_json(path, known)
+
+
+def _without_places(said: Any) -> Any:
+    if isinstance(said, list):
+        return [_without_places(each) for each in said]
+    if not isinstance(said, dict):
+        return said
+    return {
+        key: without_folders(value)
+        if key in _PLACES and isinstance(value, str)
+        else _without_places(value)
+        for key, value in said.items()
+    }
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
