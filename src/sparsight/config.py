@@ -223,8 +223,11 @@ def _build(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     arguments = {}
-    for key, value in values.items():
-        dotted = f"{path}{key}"
+    aliases: Mapping[str, str] = getattr(cls, "ALIASES", {})
+    for name, value in values.items():
+        dotted, key = f"{path}{name}", aliases.get(name, name)
+        if key != name and key in values:
+            raise UserError(f"{_at(where)}{dotted} and {path}{key} are the same; give one of them.")
         if key == "kind" and key not in fields:
             continue
         if key not in fields:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -51,6 +51,11 @@ class ModelOptions(CommandOptions):
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
 
+
+Shown = Annotated[int, tyro.conf.arg(name="n-shown", aliases=("--latents",))]
+"""How many latents a page or a card shows. `--latents` was its name, which names latents in
+`steer` and `search`; it is still read."""
+SHOWN_ALIASES: Mapping[str, str] = {"n_shown": "latents"}
 
 Options = TypeVar("Options", bound=CommandOptions)
 

@@ -60,7 +60,10 @@ def write_contact_sheet(
         parts.append({"title": WORDS[result.mode], "about": " · ".join(about), "hits": hits})
     first = results[0]
     page = template("search.html.jinja", Path(__file__).parent / "templates")
-    subtitle = f"{first.about['n_images']:,} pictures of {images.spec} · {first.about['model']}"
+    subtitle = (
+        f"{first.about['n_images']:,} images of {images.spec} · {first.about['model']}, compared by "
+        f"{first.about['compared']}"
+    )
     write_text(path, page.render(title=f"“{first.query}”", subtitle=subtitle, parts=parts))
     return path
 

@@ -110,6 +110,7 @@ class Collection:
         if isinstance(query, str):
             if not query.strip():
                 raise UserError("The query is empty. Give a text, or a picture.")
+            check_texts(self.model)
             count, most = self.model.count_tokens([query])[0], self.model.context_length
             if count > most:
                 raise UserError(
@@ -214,6 +215,7 @@ class Collection:
             )
         about = {
             "model": self.model.id,
+            "compared": self.model.image_embedding,
             "images": self.images.spec,
             "n_images": len(self),
             "failed": len(self.failed),
@@ -292,6 +294,20 @@ class Collection:
         return normalize(self.model.embed_texts(sorted(found)[:1000]).cpu(), dim=1)
 
 
+def check_texts(model: VisionModel) -> None:
+    """Make sure that a model's images can be searched by text.
+
+    Raises:
+        UserError: it has no joint space of images and texts, or no text tower.
+    """
+    if not (model.has_joint_space and model.has_text):
+        lacks = "text tower" if model.has_joint_space else "joint space of images and texts"
+        raise UserError(
+            f"{model.id} ({model.family}) has no {lacks}, so that no text can be compared with its "
+            "images. Search by an image (--image FILE), or take a CLIP or SigLIP."
+        )
+
+
 @torch.no_grad()
 def embed_collection(
     model: VisionModel,
@@ -306,7 +322,8 @@ def embed_collection(
     """Embed every picture of a source; edits that are active on the model are seen.
 
     Args:
-        model: one with a joint embedding.
+        model: any; without a joint space of images and texts, images alone can be searched by, and
+            what is compared is `VisionModel.image_embedding`.
         images: the pictures.
         max_images: a random sample of so many; default all.
         seed: of the sample.
@@ -315,9 +332,8 @@ def embed_collection(
         quiet: no progress line.
 
     Raises:
-        UserError: the model has no joint embedding, or no picture could be read.
+        UserError: no picture could be read.
     """
-    model.canonical_site(SITE)
     check_positive(max_images=max_images, batch_images=batch_images)
     images = images if max_images is None else images.sample(max_images, seed)
     total = len(images)

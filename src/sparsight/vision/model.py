@@ -305,6 +305,20 @@ class VisionModel(ABC):
         return self._embed(self._prepare(pixels)).float()
 
     @property
+    def has_joint_space(self) -> bool:
+        """Whether `embed_images` gives vectors in a space with those of texts."""
+        return "embedding" in self.sites
+
+    @property
+    def image_embedding(self) -> str:
+        """What `embed_images` gives, in words."""
+        if self.has_joint_space:
+            return "the joint embedding of images and texts"
+        if self.has_cls:
+            return "CLS after the final norm (there is no joint space with texts)"
+        return "the mean over positions after the final norm (there is no joint space with texts)"
+
+    @property
     def context_length(self) -> int:
         """How many tokens a text may have, start and end included.
 
