@@ -58,13 +58,13 @@ def write_contact_sheet(
             for hit in result.hits
         ]
         parts.append({"title": WORDS[result.mode], "about": " · ".join(about), "hits": hits})
-    first = results[0]
     page = template("search.html.jinja", Path(__file__).parent / "templates")
+    facts = results[0].about
     subtitle = (
-        f"{first.about['n_images']:,} images of {images.spec} · {first.about['model']}, compared by "
-        f"{first.about['compared']}"
+        f"{facts['n_images']:,} images of {images.spec} · {facts['model']}, compared by "
+        f"{facts['compared']}"
     )
-    write_text(path, page.render(title=f"“{first.query}”", subtitle=subtitle, parts=parts))
+    write_text(path, page.render(title=f"“{results[0].query}”", subtitle=subtitle, parts=parts))
     return path
 
 

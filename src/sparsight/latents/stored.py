@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ BATCH = 16
 Heat = Float[Tensor, "rows columns"]
 
 
+@runtime_checkable
 class StoredCodes(Protocol):
     """Where the activations of latents in single images can be read."""
 
