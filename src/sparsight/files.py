@@ -56,8 +56,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _finish(temporary)
         temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise _unwritten(path, error) from error
+    except (OSError, RuntimeError) as error:
+        raise _unwritten(path, _of_system(error)) from error
     finally:
         if temporary is not None:
             with suppress(OSError):
@@ -338,10 +338,11 @@ def _partial(path: Path, staged: Path) -> Iterator[None]:
         _remove(staged)
         staged.mkdir(parents=True)
         yield
-    except OSError as error:
-        if _is_elsewhere(error, path, staged):  # what was read, not what was written
+    except (OSError, RuntimeError) as error:
+        told = _of_system(error)
+        if _is_elsewhere(told, path, staged):  # what was read, not what was written
             raise
-        raise _unwritten(path, error) from error
+        raise _unwritten(path, told) from error
     except SparsightError as error:
         # Where a file was to lie, not where it was on its way.
         error.args = tuple(str(each).replace(str(staged), str(path)) for each in error.args)
@@ -490,6 +491,15 @@ def _beside(path: Path, kind: str) -> Path:
     """The hidden neighbour of a path that serves to write it."""
     path = path.absolute()
     return path.with_name(f".{path.name}.{kind}")
+
+
+def _of_system(error: OSError | RuntimeError) -> OSError:
+    """What the system said; of a full disk, torch says that it is at an unexpected position."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error.__context__, OSError):
+        return error.__context__
+    raise error
 
 
 def _unwritten(path: Path, error: OSError) -> SparsightError:

@@ -369,13 +369,11 @@ def test_heatmaps_are_read_from_disk_where_they_are_and_the_model_is_not_asked(
     kind: str, model: VisionModel, source: ImageSource, tmp_path: Path
 ) -> None:
     sae = make_sae(model=model_facts(model))
-    store = extract(
-        model, source, sites=[SITE], out=tmp_path / "store", dtype="float32", workers=0, quiet=True
-    )
-    codes = encode(sae, store, out=tmp_path / "elsewhere", quiet=True)
-    index = build_index(
-        sae, store if kind == "activations" else codes, out=tmp_path / "run/index", quiet=True
-    )
+    out = tmp_path / ("held-out" if kind == "activations" else "far/away/store")
+    store = extract(model, source, sites=[SITE], out=out, dtype="float32", workers=0, quiet=True)
+    if kind == "codes":
+        out = encode(sae, store, out=tmp_path / "run/codes", quiet=True).path
+    index = build_index(sae, store, out=tmp_path / "run/index", quiet=True)
     sae.save_pretrained(tmp_path / "run")
     run = read_run(tmp_path / "run", "run")
     stored = find_stored(run)
@@ -393,7 +391,7 @@ def test_heatmaps_are_read_from_disk_where_they_are_and_the_model_is_not_asked(
     run.sae.save_pretrained(tmp_path / "run")
     page = write_report(tmp_path / "run", tmp_path / "r.html", latents=4, quiet=True).read_text()
     assert "heat" in Page(page).classes and "No heatmaps" not in page
-    (tmp_path / ("elsewhere" if kind == "codes" else "store")).rename(tmp_path / "moved")
+    shutil.rmtree(out)
     assert find_stored(run) is None and needs_model(run, None)
 
 

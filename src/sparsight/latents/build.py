@@ -164,8 +164,6 @@ def _built(
         "n_tokens": n_tokens,
         "settings": settings,
     }
-    if (path := getattr(data, "path", None)) is not None:
-        manifest["read_from"] = str(Path(path).absolute())
     table = with_names(_table(found, top, pictures), names)
     return LatentIndex(out, manifest, table, _image_table(pictures), top, samples)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sparsight.activations import ActivationStore
 from sparsight.errors import SparsightError
+from sparsight.files import read_json
 from sparsight.latents.codes import CodeStore
 from sparsight.latents.heatmaps import has_heatmaps, latent_values
 from sparsight.latents.index import LatentIndex
@@ -21,7 +23,7 @@ from sparsight.latents.run_files import RunFiles
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision.geometry import seen_picture
 
-CODES = "codes"
+CODES, MANIFEST = "codes", "manifest.json"
 BATCH = 16
 """Images whose activations are encoded at once."""
 
@@ -44,10 +46,10 @@ class StoredCodes(Protocol):
 
 
 def find_stored(run: RunFiles) -> StoredCodes | None:
-    """The codes, or the activations, that a run's index was built from, if they are still there.
+    """The codes, or the activations, of the images of a run's index, if they are on disk.
 
-    Looked for are `codes/` in the run, what the index names, and the store that the run was trained
-    on. They count if they are of the same SAE or model, and of the same images, site and tokens.
+    Looked at are `codes/` in the run, the store that the run was trained on, and the folders beside
+    either. They count if they are of the same SAE or model, of the same images, site and tokens.
     """
     index = run.index
     if index is None or not has_heatmaps(index.tokens, index.site):
@@ -56,7 +58,7 @@ def find_stored(run: RunFiles) -> StoredCodes | None:
     blank = Image.new("RGB", (8, 8))
     if not about.get("patch_grid") or seen_picture(blank, about.get("preprocessing") or {}) is None:
         return None
-    for folder in _places(run, index):
+    for folder in _places(run):
         try:
             found = _opened(folder, index, run.sae)
         except (SparsightError, OSError):  # unfinished or damaged: the model is asked instead
@@ -90,42 +92,46 @@ def stored_heatmaps(
     return grids
 
 
-def _places(run: RunFiles, index: LatentIndex) -> Iterator[Path]:
+def _places(run: RunFiles) -> Iterator[Path]:
     yield run.folder / CODES
-    if named := index.manifest.get("read_from"):
-        yield Path(named)
     try:
         store = tomllib.loads(run.config).get("store")
     except tomllib.TOMLDecodeError:
-        return
+        store = None
     if isinstance(store, str):
         yield Path(store)
+        yield from _beside(Path(store))
+    yield from _beside(run.folder)
+
+
+def _beside(path: Path) -> list[Path]:
+    with suppress(OSError):
+        return sorted(each.parent for each in path.absolute().parent.glob(f"*/{MANIFEST}"))
+    return []
 
 
 def _opened(folder: Path, index: LatentIndex, sae: SparseAutoencoder) -> StoredCodes | None:
     about = index.manifest
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file() or not _same_images(read_json(folder / MANIFEST), about):
         return None
     if (folder / "shard-00000.safetensors").is_file():
         codes = CodeStore(folder)
-        same = (
-            codes.manifest.sae["hash"] == about["sae"]["hash"]
-            and (codes.site, codes.tokens) == (index.site, index.tokens)
-            and _same_images(codes.manifest.images, about)
-        )
+        same = codes.manifest.sae["hash"] == about["sae"]["hash"] and (
+            codes.site,
+            codes.tokens,
+        ) == (index.site, index.tokens)
         return _Codes(codes) if same else None
     store = ActivationStore(folder)
-    if (
-        store.model_info.get("weights_hash") != about["model"].get("weights_hash")
-        or index.site not in store.sites
-        or not _same_images(store.manifest.images, about)
-    ):
+    known = store.model_info.get("weights_hash")
+    if known != about["model"].get("weights_hash") or index.site not in store.sites:
         return None
     return _Activations(store.with_tokens(index.tokens), index.site, sae)
 
 
-def _same_images(images: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
-    return bool(images["fingerprint"] == about["images"]["fingerprint"])
+def _same_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    images = one.get("images")
+    known = images.get("fingerprint") if isinstance(images, Mapping) else None
+    return bool(known == other["images"]["fingerprint"])
 
 
 class _Codes:
