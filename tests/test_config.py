@@ -127,3 +127,15 @@ def test_settings_that_are_nested_without_end_are_refused_at_once(tmp_path, text
     with pytest.raises(UserError, match=message):
         read_toml(path)
     assert time.monotonic() - started < 2
+
+
+def test_an_option_is_read_by_its_older_name_too_but_not_by_both(tmp_path: Path) -> None:
+    from sparsight.cli.search import SearchOptions
+
+    path = tmp_path / "search.toml"
+    for name in ("image", "picture"):
+        path.write_text(f'{name} = "mine.png"\n')
+        assert load(SearchOptions, path).image == Path("mine.png")
+    path.write_text('image = "mine.png"\npicture = "yours.png"\n')
+    with pytest.raises(UserError, match="picture and image are the same; give one of them"):
+        load(SearchOptions, path)

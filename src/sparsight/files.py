@@ -285,6 +285,10 @@ def _is_running(process: int) -> bool:
         return False
     except (OSError, OverflowError):
         return True
+    with suppress(OSError, IndexError):
+        # Killed, and its parent has not asked for its end yet.
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in ("Z", "X")
     return True
 
 
@@ -334,7 +338,7 @@ def _taken(path: Path) -> UserError:
 def _partial(path: Path, staged: Path) -> Iterator[None]:
     """Make the folder `staged`, and remove it whatever happens; tell what fails of `path`."""
     try:
-        _remove(_beside(path, "old"))  # what a killed process left
+        _remove(_beside(path, "old.tmp"))  # what a killed process left
         _remove(staged)
         staged.mkdir(parents=True)
         yield
@@ -402,7 +406,7 @@ def _put(made: Path, path: Path) -> None:
             path.rmdir()
             made.rename(path)
         elif not _exchanged(made, path):
-            aside = _beside(path, "old")
+            aside = _beside(path, "old.tmp")
             path.rename(aside)
             made.rename(path)
             shutil.rmtree(aside, ignore_errors=True)
@@ -441,12 +445,14 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _is_in_order(path: Path) -> bool:
-    return not (path / _COMMITTED).is_dir() and (path.exists() or not _beside(path, "old").exists())
+    if (path / _COMMITTED).is_dir():
+        return False
+    return path.exists() or not _beside(path, "old.tmp").exists()
 
 
 def _put_in_order(path: Path) -> None:
     """Go on where a process was killed while it put new files in place; the lock is held."""
-    aside = _beside(path, "old")
+    aside = _beside(path, "old.tmp")
     if aside.exists() and not path.exists():
         # Where folders cannot be exchanged in one step, nothing is there for a moment.
         aside.rename(path)
