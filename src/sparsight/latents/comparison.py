@@ -18,7 +18,14 @@ import torch
 from sparsight.activations import ActivationSource
 from sparsight.errors import SparsightError
 from sparsight.evaluation import SweepMeasures, measure_sweep
-from sparsight.files import read_json, replaced, settled, write_json, write_text
+from sparsight.files import (
+    read_json,
+    replaced,
+    settled,
+    without_folders,
+    write_json,
+    write_text,
+)
 from sparsight.images import ImageSource
 from sparsight.latents.plots import Spot, pareto
 from sparsight.latents.scores import measured_on
@@ -209,7 +216,7 @@ def _notes(table: Mapping[str, Any], seeds: bool) -> list[str]:
     gone = [row for row in table["members"] if "diverged" in row]
     notes += [f"{row['name']}, {row['site']}: {row['diverged']}" for row in gone]
     notes += [f"No {what}: {why}" for what, why in table["omitted"].items()]
-    return [note.strip() for note in notes if note]
+    return [without_folders(note.strip()) for note in notes if note]
 
 
 def _figure(block: Mapping[str, Any] | None, key: str) -> str:

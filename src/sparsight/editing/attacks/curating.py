@@ -32,7 +32,7 @@ from sparsight.editing.attacks.opinion import clip_opinion
 from sparsight.editing.attacks.salience import latent_reducer
 from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, new_folder, write_json, write_text
+from sparsight.files import atomic_path, new_folder, without_folders, write_json, write_text
 from sparsight.images import ImageError, ImageInfo, ImageSource, load_batches
 from sparsight.progress import progress
 from sparsight.vision import VisionModel, classifier_weights, classify, names_by_label
@@ -146,12 +146,17 @@ def curate(
         about = {
             "format_version": FORMAT_VERSION,
             "model": {
-                "id": model.id,
+                "id": without_folders(model.id),
                 "revision": model.revision,
                 "weights_hash": model.weights_hash,
             },
             "targets": [_describe(target) for target in given],
-            "images": {"spec": source.spec, "fingerprint": source.fingerprint(), "n": len(source)},
+            # A set is made to be handed on: paths name people.
+            "images": {
+                "spec": without_folders(source.spec),
+                "fingerprint": source.fingerprint(),
+                "n": len(source),
+            },
             "captions": captions,
             "n": len(kept),
             "failed": failed,
@@ -315,7 +320,7 @@ def _record(info: ImageInfo, captions: Sequence[str], score: float) -> dict[str,
     record: dict[str, Any] = {"caption": list(captions) if len(captions) > 1 else captions[0]}
     if info.label is not None:
         record["label"] = info.label
-    return {**record, "score": score, "id": info.id, "uri": info.uri}
+    return {**record, "score": score, "id": info.id, "uri": without_folders(info.uri)}
 
 
 def _id(source: ImageSource, index: int) -> str | None:
