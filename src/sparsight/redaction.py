@@ -17,7 +17,7 @@ _SPELLING = re.compile(
     r"|\\+u(?P<unicode>[0-9A-Fa-f]{4})"
     r"|&(?:amp;)*#x0*(?P<hexadecimal>[0-7][0-9A-Fa-f]);"
     r"|&(?:amp;)*#0*(?P<decimal>\d{2,3});"
-    r"|\\+(?P<slash>/)"
+    r"|(?P<slash>\\+/|&(?:amp;)*sol;)"
     r"|\\+(?P<line>[nrt])(?=[/~])"
     r"|(?P<backslash>\\{2,})"
 )
@@ -32,7 +32,7 @@ _START = (
     r"(?:(?P<clip>open_clip:[^\s/\\\"']+/)|(?<![\w.%~)\]}*\\/-])"
     r"|(?<![A-Za-z0-9.%~)\]}\\/])(?=/+(?:home|Users)/))"
     r"(?P<root>file:(?://[\w.-]*)?(?=[\\/])(?:[\\/]+[A-Za-z]:)?" + _SEPARATOR + r""
-    r"|[A-Za-z]:" + _SEPARATOR + r""
+    r"|(?:\\+[?.]\\+)?[A-Za-z]:" + _SEPARATOR + r""
     r"|~(?:[A-Za-z_][\w.-]*)?" + _SEPARATOR + r""
     r"|/[\\/]*"
     r"|\\(?=\w[\w.$-]*\\\w))"
