@@ -17,10 +17,13 @@ from sparsight.files import (
     lock,
     new_file,
     new_folder,
+    read_json,
     replaced,
     settled,
+    write_json,
     write_text,
 )
+from sparsight.text import path_of, without_surrogates
 
 fcntl = pytest.importorskip("fcntl", reason="there are no such locks on Windows")
 
@@ -269,3 +272,25 @@ def test_what_a_new_folder_holds_is_as_open_as_the_umask_allows(tmp_path: Path) 
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o750
     assert modes["private"] == 0o750 and modes["a"] == 0o640
     assert elsewhere.stat().st_mode & 0o777 == 0o600
+
+
+def test_text_that_is_not_utf8_is_written_escaped_and_named_files_are_found_again(
+    tmp_path: Path,
+) -> None:
+    odd = os.fsdecode(b"caf\xe9") + "\ud83d"
+    assert without_surrogates(odd) == "caf\\xe9\\ud83d"
+    write_json(tmp_path / "x.json", {"name": odd, "fine": "\u2028\U0001f600"})
+    assert read_json(tmp_path / "x.json") == {"name": odd, "fine": "\u2028\U0001f600"}
+    write_text(tmp_path / "x.txt", odd)
+    assert (tmp_path / "x.txt").read_text() == without_surrogates(odd)
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    assert path_of(without_surrogates(str(folder))) == folder
+    literal = tmp_path / "caf\\xe9"
+    literal.mkdir()
+    assert path_of(str(literal)) == literal
+
+
+def test_nothing_is_written_under_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"caf\\xe9: the name is not UTF-8"):
+        write_text(tmp_path / os.fsdecode(b"caf\xe9"), "x")

@@ -149,5 +149,5 @@ def test_memory_that_does_not_suffice_is_one_line(
     before = digests(run.out)
     assert main(["index", str(run.out), "--top-n", str(10**11)]) == 1
     said = capfd.readouterr().err
-    assert "sparsight: Out of memory (" in said and "Traceback" not in said
+    assert "sparsight: Memory ran out (" in said and "Traceback" not in said
     assert digests(run.out) == before

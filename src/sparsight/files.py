@@ -22,6 +22,7 @@ from typing import Any
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.redaction import without_folders as without_folders
+from sparsight.text import LONE_SURROGATE, without_surrogates
 
 _TEMPORARY = re.compile(
     r"\..+\.(?:(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-)?\w{8}\.tmp", re.ASCII
@@ -75,7 +76,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: `path` is there already, and no empty folder; or another process is writing it.
         SparsightError: the disk is full or the folder cannot be written.
     """
-    with _new(Path(path)) as partial:
+    with _new(_checked_name(path)) as partial:
         yield partial
 
 
@@ -89,7 +90,7 @@ def new_file(path: Path) -> Iterator[Path]:
         UserError: `path` is there already, or another process is writing it.
         SparsightError: the disk is full or the folder cannot be written.
     """
-    path = Path(path)
+    path = _checked_name(path)
     with _new(path, path.name) as partial:
         yield partial / path.name
 
@@ -112,7 +113,7 @@ def replaced(path: Path, own: Collection[str], *, wait: float = 60.0) -> Iterato
         UserError: another process is still writing into the folder.
         SparsightError: the disk is full or the folder cannot be written.
     """
-    path = Path(path).resolve()  # a link stays a link
+    path = _checked_name(path).resolve()  # a link stays a link
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, where a folder is to be written.")
     with folder_lock(path, wait=wait):
@@ -180,7 +181,7 @@ def lock(path: Path, message: str, *, wait: float = 0.0) -> Iterator[None]:
         UserError: another process holds it; or the path is not UTF-8.
         SparsightError: the folder cannot be made or written.
     """
-    with _held(Path(path), message, wait):
+    with _held(_checked_name(path), message, wait):
         yield
 
 
@@ -251,6 +252,11 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Mapping[str, Any]) -> str:
     """Hex SHA-256 of a mapping, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def checksum_of(values: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a mapping, the same before it is written as JSON and after it is read."""
+    return sha256_json(json.loads(json.dumps(values)))
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -549,6 +555,21 @@ def _held(path: Path, message: str, wait: float = 0.0) -> Iterator[int | None]:
             path.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
+
+
+def _checked_name(path: Path) -> Path:
+    """The path, if the libraries that write (Arrow, safetensors) can take its name.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    name = str(path)
+    if name != without_surrogates(name):
+        raise UserError(
+            f"{without_surrogates(name)}: the name is not UTF-8, so nothing can be written there. "
+            "Choose another."
+        )
+    return Path(path)
 
 
 def _locked(path: Path, message: str, deadline: float) -> int | None:

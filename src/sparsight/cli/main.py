@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import signal
 import sys
 import threading
@@ -34,13 +33,6 @@ VERBS = {
     "pretrained": "list autoencoders that others have published, and their names on the Hub",
 }
 """Every verb, in the order of the work; the module of the same name in this folder runs it."""
-
-_NO_MEMORY = (
-    "can't allocate memory", "Cannot allocate memory", "not enough memory", "std::bad_alloc",
-    "out of memory",
-)  # fmt: skip
-"""What torch and the libraries below it say, as a RuntimeError, where memory is short."""
-_SIZE = re.compile(r"[\d.]+ ?(?:[KMGT]i?B|bytes)")
 
 FAULT = 1
 USAGE_ERROR = 2
@@ -95,10 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `sparsight … | head`: whoever read has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if debug or not (told := _short_of_memory(error)):
-            raise
-        return _complain(told, FAULT)
     except OSError as error:  # a file or folder that no one has put into words
         if debug:
             raise
@@ -130,24 +118,6 @@ def _help() -> str:
 def _interrupted(stop: BaseException, what: str) -> str:
     """What stopped the run, and what the code that was running says of what it kept."""
     return " ".join([what, *getattr(stop, "__notes__", ["Run the same command again."])])
-
-
-def _short_of_memory(error: BaseException) -> str | None:
-    """What to tell where memory was short; None where the error is another one."""
-    found: BaseException | None = error
-    while found is not None:
-        text = str(found)
-        gpu = type(found).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text
-        if gpu or isinstance(found, MemoryError) or any(words in text for words in _NO_MEMORY):
-            what = "GPU memory" if gpu else "memory"
-            size = _SIZE.search(text)
-            wanted = f" ({size[0]} more were asked for)" if size else ""
-            return (
-                f"Out of {what}{wanted}. Take smaller batches (--batch-images, --batch-size), "
-                "fewer latents or a smaller model, or close other programs."
-            )
-        found = found.__cause__ or found.__context__
-    return None
 
 
 def _of_system(error: OSError) -> str:

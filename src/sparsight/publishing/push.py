@@ -6,12 +6,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import sparsight
 from sparsight.config import check_seed
 from sparsight.errors import UserError
-from sparsight.files import atomic_path, new_folder, read_json, without_folders, write_bytes
+from sparsight.files import (
+    atomic_path,
+    json_bytes,
+    new_folder,
+    read_json,
+    without_folders,
+    write_bytes,
+)
 from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
 from sparsight.latents.stored import find_stored, needs_model
@@ -141,16 +147,16 @@ def _files(runs: Mapping[str, RunFiles], repo_id: str, choice: _Choice) -> dict[
         start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
         pictures = _pictures(each, models, n=choice.latents, seed=choice.seed, quiet=choice.quiet)
         card = card_of(each, place, pictures, revision=choice.revision, license=choice.license)
-        files[start + README] = without_folders(card.text()).encode()
+        files[start + README] = without_surrogates(without_folders(card.text())).encode()
         files[start + CONFIG] = _config(each)
         files[start + WEIGHTS] = each.folder / WEIGHTS
         if each.metrics:
-            files[start + METRICS] = _json(without_folders_in(each.metrics))
+            files[start + METRICS] = json_bytes(without_folders_in(each.metrics))
         for picture in pictures.pictures if pictures else ():
             files[start + picture.file] = picture.png
     if "" not in runs:
         card_text = index_card(runs, repo_id, revision=choice.revision, license=choice.license)
-        files[README] = without_folders(card_text).encode()
+        files[README] = without_surrogates(without_folders(card_text)).encode()
     return files
 
 
@@ -183,11 +189,7 @@ def _config(run: RunFiles) -> bytes:
             f"{run.folder}: holds an autoencoder of another project. `sparsight convert "
             f"{run.folder} --out FOLDER` makes it one of Sparsight's; push that."
         )
-    return _json(without_folders_in(description))
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return json_bytes(without_folders_in(description))
 
 
 def _write(folder: Path, files: hub.Files) -> None:

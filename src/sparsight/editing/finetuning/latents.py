@@ -122,10 +122,7 @@ def mean_activations(
 ) -> Float[Tensor, "latents pictures"]:
     """The activation of each latent on each picture, the mean over its positions."""
     found = []
-    indices = list(range(len(source)))[:limit]
-    for batch in load_batches(
-        source, model.transform, 64, indices=indices, min_side=model.min_side
-    ):
+    for batch in load_batches(source, model.transform, 64, min_side=model.min_side):
         if batch.indices:
             x = model.read(batch.pixels, site, tokens)[site].float()  # type: ignore[arg-type]
             code = sae.encode(x.flatten(0, 1)).dense()
