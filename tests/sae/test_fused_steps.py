@@ -409,10 +409,11 @@ def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
     x[:, 5] = ratio * x.std()
     out = torch.empty(400, k), library.int32(400, k)
     b = torch.zeros(n)
-    _, given_up = library.Dictionary(W, b, "int8").topk(x, W, b, k, out=out)
     truth = (x.double() @ W.double().T).topk(k, dim=1).indices.sort(dim=1).values
-    assert torch.equal(out[1].long().sort(dim=1).values, truth)
-    assert given_up == (400 if ratio == 600 else 0)
+    for like in (None, x):
+        _, given_up = library.Dictionary(W, b, "int8", like).topk(x, W, b, k, out=out)
+        assert torch.equal(out[1].long().sort(dim=1).values, truth)
+    assert given_up == 0  # where the dictionary fits the vectors
 
 
 @pytest.mark.parametrize(
@@ -428,14 +429,28 @@ def test_int8_is_left_where_it_does_not_fit(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     problem = make_problem(torch.float32, n_latents=3000)
-    for z in problem.batches:
-        z[:, 0] += 2000.0
-    problem.parameters["W_enc"][:, 0] *= 1e-3
+    W_enc = problem.parameters["W_enc"]
+    W_enc.copy_(W_enc[0] + 1e-3 * W_enc)  # so alike that int8 tells none of them apart
+    problem.parameters["b_enc"].zero_()
     ours = Ours(kernels, "int8", OBJECTIVES["topk"], problem)
     assert ours.fused.name.startswith(f"{kernels}-int8")
     for number, z in enumerate(problem.batches[:2], start=1):
         ours.fused.step(z, lr=LR, number=number)
         assert ours.fused.name.startswith(f"{kernels}-{next_best}")
+
+
+def test_int8_is_fitted_again_to_vectors_that_have_moved() -> None:
+    problem = make_problem(torch.float32, n_latents=3000)
+    ours = Ours("native", "int8", OBJECTIVES["topk"], problem)
+    given_up = []
+    for number, z in enumerate(problem.batches[:4], start=1):
+        z[:, 0] += 0 if number == 1 else 3000.0
+        ours.fused.step(z, lr=LR, number=number)
+        x, W, b = z - ours.fused.b_dec, ours.fused.W_enc, ours.fused.b_enc
+        out = x.new_empty(len(x), K), library.int32(len(x), K)
+        given_up.append(ours.fused.dictionary.topk(x, W, b, K, out=out)[1])
+    assert given_up[1:] == [0, 0, 0]
+    assert ours.fused.name.startswith("native-int8")
 
 
 def test_a_library_of_other_sources_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

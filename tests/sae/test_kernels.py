@@ -189,11 +189,13 @@ def test_bounds_in_int8_hold_and_are_near() -> None:
     truth = x.double() @ W.double().T + b.double()
     for of in (copy, bounds.Int8Encoder(W)):
         n, rows = 512, slice(50, 200)
-        chosen, passed = bounds.Int8Bounds(of, x, b).candidates(rows, n, None)
+        chosen, most = bounds.Int8Bounds(of, x, b).candidates(rows, n, None)
+        assert (truth[rows].gather(1, chosen) <= most).all()
+        passed = most.amin(dim=1)
         rest = truth[rows].scatter(1, chosen, -math.inf).amax(dim=1)
-        assert (rest <= passed).double().mean() > 0.99
+        assert (rest <= passed).all()
         ranked = truth[rows].sort(dim=1, descending=True).values
-        assert (passed - ranked[:, n]).abs().max() < 0.1 * truth.std()
+        assert (passed - ranked[:, n]).abs().max() < 0.5 * truth.std()
 
 
 def test_a_device_that_only_emulates_bfloat16_does_not_count_as_fast(

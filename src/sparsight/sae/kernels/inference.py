@@ -36,7 +36,7 @@ def strongest_latents(
     if precision in (None, "int8") and _native_pays(x):
         W, b = W.to(x.dtype).contiguous(), b.to(x.dtype).contiguous()
         out = (x.new_empty(len(x), k), library.int32(len(x), k))
-        library.Dictionary(W, b, "int8").topk(x.contiguous(), W, b, k, out=out)
+        library.Dictionary(W, b, "int8", x).topk(x.contiguous(), W, b, k, out=out)
         return out[1].long()
     return _select(x, W, b, k, precision)[1]
 
@@ -50,8 +50,8 @@ def latents_above(
     """All scores that reach a threshold, their latents, and how many each vector has."""
     if _native_pays(x):
         W, b = W.to(x.dtype).contiguous(), b.to(x.dtype).contiguous()
-        return library.Dictionary(W, b, "int8").above(x.contiguous(), W, b, threshold)
-    return selection.exact_above(x, W, b, threshold)
+        return library.Dictionary(W, b, "int8", x).above(x.contiguous(), W, b, threshold)
+    return selection.exact_above(x, W, b, threshold, _decide(x))
 
 
 def batch_topk(
@@ -72,22 +72,35 @@ def _select(
     precision: Precision | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Scores and latents, in plain torch."""
+    if precision is None and (x.dtype != torch.float32 or len(x) < FEWEST):
+        return selection.select_exactly(x, W, b, k, decide=_decide(x))
     if precision in (None, "int8"):
         if x.dtype == W.dtype == torch.float32 and len(x) >= FEWEST:
             if bounds.fast_int8(x.device):
-                copy = bounds.Int8Encoder(W)
-                return bounds.select_surely(x, W, b, k, bounds.Int8Bounds(copy, x, b))[:2]
+                made: bounds.Bounds = bounds.Int8Bounds(bounds.Int8Encoder(W), x, b)
+                return bounds.select_surely(x, W, b, k, made, decide=_decide(x))[:2]
             if bounds.fast_bfloat16(x.device):
-                return bounds.select_surely(x, W, b, k, bounds.Bfloat16Bounds(x, W, b))[:2]
+                made = bounds.Bfloat16Bounds(x, W, b)
+                return bounds.select_surely(x, W, b, k, made, decide=_decide(x))[:2]
         precision = "float32"
     return selection.select_topk(x, W, b, k, precision)
 
 
 def _native_pays(x: Tensor) -> bool:
+    return len(x) >= FEWEST and _native(x)
+
+
+def _native(x: Tensor) -> bool:
     return (
         compiled
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and len(x) >= FEWEST
         and library.multiplies_int8()
     )
+
+
+def _decide(x: Tensor) -> selection.Decide | None:
+    """What scores latents where rounding would decide: the same for calls of all sizes."""
+    if _native(x):
+        return library.scores
+    return selection.ragged_scores if x.dtype in (torch.float32, torch.float64) else None

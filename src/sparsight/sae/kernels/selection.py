@@ -28,6 +28,16 @@ TILE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 GROUPS = (16, 4)
 """Latents of which the strongest stands for all, round after round."""
 
+DECIDED = 1 << 22
+"""Scores of vectors that are looked at together where several latents tie, or nearly so."""
+
+Decide = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Scores each vector's own latents, as `ragged_scores`; the bits of a score depend on nothing else.
+
+In a product of matrices they depend on its size. Where rounding could decide who is chosen, these
+scores do, so that a vector's latents do not depend on its company.
+"""
+
 
 def tile_rows(x: Tensor, width: int) -> int:
     """Vectors of a tile in which each has `width` entries; tiles are about equally large."""
@@ -164,13 +174,17 @@ def select_exactly(
     b: Float[Tensor, " n_latents"],
     k: int,
     buffer: Tensor | None = None,
+    decide: Decide | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """`select_topk` with scores in the precision of x."""
+    """`select_topk` with scores in the precision of x, of which `decide` decides near ones."""
     values = x.new_empty(len(x), k)
     latents = x.new_empty(len(x), k, dtype=torch.int64)
     rows = tile_rows(x, len(W))
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
+        if decide is not None:
+            values[part], latents[part] = _decided(x[part], W, b, k, decide)
+            continue
         room = room_of(buffer, len(x[part]), len(W), W.dtype)
         scores = torch.addmm(b, x[part], W.T, out=room)
         latents[part] = _first_of_equal(scores, strongest(scores, k)).sort(dim=1).values
@@ -178,15 +192,64 @@ def select_exactly(
     return values, latents
 
 
+def _decided(
+    x: Float[Tensor, "rows d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    k: int,
+    decide: Decide,
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """`select_exactly` for vectors whose scores have room."""
+    of_bias, of_product = _of_bias(x, b), _of_product(x, W)
+    scores = torch.addmm(b + of_bias, x, W.T)  # no less than any sum
+    latents = strongest(scores, k)
+    values = scores.gather(1, latents) - of_bias[latents]
+    least = (values - of_bias[latents]).amin(dim=1) - of_product
+    close = ((scores >= least[:, None]).sum(dim=1) > k).nonzero()[:, 0]
+    for rows in close.split(max(1, DECIDED // len(W))) if len(close) else ():
+        near = scores[rows] >= least[rows, None]
+        of, candidates = near.nonzero().unbind(1)
+        starts = functional.pad(near.sum(dim=1).cumsum(0), (1, 0))
+        places = torch.arange(len(of), device=of.device) - starts[of]
+        exact = scores.new_full((len(rows), int(starts.diff().max())), -math.inf)
+        exact[of, places] = decide(x[rows], W, b, starts, candidates)
+        kept = _first_of_equal(exact, exact.topk(k, dim=1, sorted=False).indices, anywhere=True)
+        values[rows], latents[rows] = exact.gather(1, kept), candidates[starts[:-1, None] + kept]
+    latents, order = latents.sort(dim=1)
+    return values.gather(1, order), latents
+
+
+def _of_product(
+    x: Float[Tensor, "rows d_in"], W: Float[Tensor, "n_latents d_in"]
+) -> Float[Tensor, " rows"]:
+    """By how much two sums of the same products may differ, for each vector.
+
+    The longest encoder row is taken for some times as long as the longest of a sample: to read all
+    would cost as much as to encode a vector.
+    """
+    longest = 4 * W[:: max(1, len(W) // 64)].norm(dim=1).amax()
+    share = (W.shape[1] + 64) * torch.finfo(x.dtype).eps
+    found: Tensor = share * longest * x.norm(dim=1)
+    return found.nan_to_num(0, 0)
+
+
+def _of_bias(
+    x: Float[Tensor, "rows d_in"], b: Float[Tensor, " n_latents"]
+) -> Float[Tensor, " n_latents"]:
+    """By how much two sums of products and bias may differ because of the bias."""
+    found: Tensor = (x.shape[1] + 64) * torch.finfo(x.dtype).eps * b.abs()
+    return found.nan_to_num(0, 0, 0)
+
+
 def _first_of_equal(
-    scores: Float[Tensor, "rows n"], chosen: Int[Tensor, "rows k"]
+    scores: Float[Tensor, "rows n"], chosen: Int[Tensor, "rows k"], *, anywhere: bool = False
 ) -> Int[Tensor, "rows k"]:
     """The same choice, with the first latents among those that equal the k-th score.
 
     On a CPU only, where compiled kernels have that rule: what is chosen must not depend on who does
-    it. Elsewhere it would cost a wait for the device.
+    it. Elsewhere it would cost a wait for the device, for which `anywhere` asks.
     """
-    if scores.device.type != "cpu":
+    if scores.device.type != "cpu" and not anywhere:
         return chosen
     least = scores.gather(1, chosen).amin(dim=1, keepdim=True)
     tied = ((scores >= least).sum(dim=1) > chosen.shape[1]).nonzero()[:, 0]
@@ -212,17 +275,50 @@ def exact_above(
     W: Float[Tensor, "n_latents d_in"],
     b: Float[Tensor, " n_latents"],
     threshold: float,
+    decide: Decide | None = None,
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
-    """All scores that reach a threshold, their latents, and how many each vector has."""
-    values, latents, counts = [], [], []
+    """All scores that reach a threshold, their latents, and how many each vector has.
+
+    Args:
+        x: vectors, the decoder's bias subtracted.
+        W: encoder rows.
+        b: encoder bias.
+        threshold: the least score that is wanted.
+        decide: says which scores near the threshold reach it.
+    """
+    found = []
     rows = tile_rows(x, len(W))
     for first in range(0, max(len(x), 1), rows):
-        scores = torch.addmm(b, x[first : first + rows], W.T)
+        tile = x[first : first + rows]
+        if decide is not None:
+            found.append(_decided_above(tile, W, b, threshold, decide))
+            continue
+        scores = torch.addmm(b, tile, W.T)
         reached = scores >= threshold
-        values.append(scores[reached])
-        latents.append(reached.nonzero()[:, 1])
-        counts.append(reached.sum(dim=1))
-    return torch.cat(values), torch.cat(latents), torch.cat(counts)
+        found.append((scores[reached], reached.nonzero()[:, 1], reached.sum(dim=1)))
+    values, latents, counts = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return values, latents, counts
+
+
+def _decided_above(
+    x: Float[Tensor, "rows d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    threshold: float,
+    decide: Decide,
+) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " rows"]]:
+    """`exact_above` for vectors whose scores have room."""
+    of_bias, of_product = _of_bias(x, b), _of_product(x, W)
+    scores = torch.addmm(b + of_bias, x, W.T)  # no less than any sum
+    near = scores >= (threshold - of_product)[:, None]
+    of, latents = near.nonzero().unbind(1)
+    values = scores[near] - of_bias[latents]
+    unsure = ~(values - of_bias[latents] >= threshold + of_product[of])
+    counts = torch.bincount(of[unsure], minlength=len(x))
+    starts = functional.pad(counts.cumsum(0), (1, 0))
+    values[unsure] = decide(x, W, b, starts, latents[unsure])
+    kept = values >= threshold
+    return values[kept], latents[kept], torch.bincount(of[kept], minlength=len(x))
 
 
 def batch_topk(
@@ -314,6 +410,17 @@ def chosen_products(
         part = slice(first, first + rows)
         out[part] = torch.bmm(W[indices[part]], x[part, :, None])[..., 0]
     return out
+
+
+def ragged_scores(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n d_in"],
+    b: Float[Tensor, " n"],
+    starts: Int[Tensor, " batch_plus_one"],
+    indices: Int[Tensor, " entries"],
+) -> Float[Tensor, " entries"]:
+    """Scores of each vector's own latents, of which it may have any number."""
+    return ragged_products(x, W, starts, indices) + b[indices]
 
 
 def ragged_products(

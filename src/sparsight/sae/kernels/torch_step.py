@@ -29,9 +29,6 @@ from sparsight.sae.kernels.selection import (
 CHUNK = 1024
 """Latents whose gradients exist at one time, on a CPU."""
 
-CHECK_EVERY = 16
-"""Steps after which it is looked whether int8 still fits the encoder."""
-
 
 class _Code(NamedTuple):
     """Entries of all vectors, vector after vector, and where each vector's and stage's end."""
@@ -60,7 +57,7 @@ class TorchStep(FusedStep):
         ]
         self.of_b_dec = _Adam(self, ["b_dec"], slice(None))
         self.low: Int8Encoder | tuple[Tensor, Tensor] | None = None
-        self.candidates = 0
+        self.candidates: int | None = None
         self.scores = torch.empty(0)
         # Gradients of a chunk: fresh memory costs page faults.
         self.sums = self.W_enc.new_empty(2, min(size, self.n_latents), self.d_in)
@@ -124,11 +121,10 @@ class TorchStep(FusedStep):
         low, W, b = self.low, self.W_enc, self.b_enc
         if isinstance(low, Int8Encoder):
             room = self._room(x, torch.int32)
-            enough = max(self.candidates, enough_candidates(k, self.n_latents))
             values, latents, self.candidates = select_surely(
-                x, W, b, k, Int8Bounds(low, x, b), enough, room
+                x, W, b, k, Int8Bounds(low, x, b), self.candidates, room
             )
-            if self.candidates >= self.n_latents > enough:
+            if self.candidates >= self.n_latents > enough_candidates(k, self.n_latents):
                 self._leave_int8()
             return values, latents
         room = self._room(x, torch.bfloat16 if low else x.dtype)
@@ -376,8 +372,7 @@ class _Chunk:
             W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_(min=1e-12))
         low = self.whole.low
         if isinstance(low, Int8Encoder):
-            check = number % CHECK_EVERY == 0
-            low.refresh(parts["W_enc"], self.first, room=of_enc, check=check)
+            low.refresh(parts["W_enc"], self.first, room=of_enc)
         elif low is not None:
             low[0][part].copy_(parts["W_enc"])
             low[1][part].copy_(parts["b_enc"])

@@ -3,10 +3,13 @@
  * Latents stand in panels of 16. A panel holds, for each group of 4 (int8) or 2 (bfloat16)
  * dimensions, these dimensions of its 16 latents: what one vector instruction consumes.
  *
- * A selected latent must not be lost by rounding, so that each score comes with a bound, slack1[i] * c1
- * + slack2[i] * c2, where c1 and c2 belong to the vector: some standard deviations of an error that is
- * independent of what is rounded. Where much of a vector or row is rounded to 0 (one entry is huge), the
- * error is what was lost, and the bound that of Cauchy and Schwarz.
+ * A selected latent must not be lost by rounding. With x = x_q + x_r and w = w_q + w_r, codes and what
+ * is lost, x . w differs from x_q . w_q by x_r . w + x_q . w_r, which cannot exceed |x_r| |w| + |x_q| |w_r|
+ * (Cauchy and Schwarz), whatever the numbers are. So each score comes with a bound, slack1[i] * c1 +
+ * slack2[i] * c2, where c1 and c2 belong to the vector; both allow for sums in float, too.
+ *
+ * What is coded is (x - centre) * stretch and w / stretch: a few huge dimensions, and what all vectors
+ * have in common, would leave the rest few steps. The factors are powers of 2.
  */
 #ifndef SPARSIGHT_DICTIONARY_H
 #define SPARSIGHT_DICTIONARY_H
@@ -33,9 +36,13 @@ typedef struct {
     void *codes;        /* panels, padded with latents that are never selected */
     float *scale;       /* of a latent's codes */
     int32_t *offset;    /* what the offset of the vectors' codes adds to a product */
-    float *bias;        /* -inf in the padding */
+    float *bias;        /* with the product of row and centre, rounded up; -inf in the padding */
     float *slack1;
     float *slack2;
+    float *norms;       /* of the encoder rows */
+    const float *stretch, *shrink; /* [d_in], what vectors and rows are multiplied with; or NULL */
+    const float *centre; /* [d_in], times stretch; or NULL */
+    double centre_norm;  /* of that */
 } Dictionary;
 
 #endif

@@ -37,14 +37,13 @@
 #endif
 #define LARGEST_W 127
 
-/* Standard deviations of the rounding error that a bound allows for, on either side: of an error in
- * +-0.5 the deviation is 1 / sqrt(12). */
+/* Standard deviations by which independent errors may move a score: where a threshold is guessed. */
 #define DEVIATIONS 3.0f
-#define ALLOWED (DEVIATIONS * 0.28867513f)
 
-/* Share of the energy of all but the largest entries that may be rounded to 0 without a wider bound. */
-#define MOST_LOST 0.1f
-#define LARGE_CODE 16
+/* Sizes of numbers between which nothing in a bound overflows, or vanishes. Rows of smaller ones are
+ * coded as 0, vectors of others are scored in full. */
+#define SMALLEST 1e-10f
+#define LARGEST 1e10f
 
 /* Vectors of a task: it reads the whole dictionary. */
 #define LEAST_ROWS MAX(24, TILE_ROWS)
@@ -102,26 +101,25 @@ static void write_panel(const Dictionary *w, int64_t panel, const int32_t *codes
         for (int l = 0; l < PANEL; l++) out[j * PANEL + l] = codes[l * n_groups + j];
 }
 
-/* How far a score can be off by what was rounded to 0, in units of the step; 0 where that is little. */
-static float lost(float in_zeros, float in_small) {
-    return in_zeros > MOST_LOST * in_small ? sqrtf(in_zeros) : 0;
-}
-
-/* Candidates of one vector, in the order of the latents. */
+/* Candidates of one vector, in the order of the latents; in the end the first ones, then the rest. */
 typedef struct {
     float *upper;   /* largest value that the score can have */
-    float *width;   /* upper - width is the least */
+    float *width;   /* upper - width is what was found, in low precision */
     int32_t *latent;
-    int64_t n;
-    float threshold; /* nothing whose upper bound lies below is wanted */
+    int64_t n, n_first;
+    int64_t place;   /* of its scores */
+    float least;     /* what a score must reach */
+    float threshold; /* nothing whose upper bound lies below is kept: `least`, or a guess */
     int full;
 } Candidates;
 
 /* What a vector brings into its bounds, and its scale. */
 typedef struct {
-    float inverse; /* 1 / scale: scores are compared in units of the vector's scale */
+    float inverse; /* 1 / scale: scores are compared in units of the vector's scale; 0 if none fits */
     float c1, c2;
 } Bounds;
+
+#include "codes.inc"
 
 #if defined(WITH_AMX)
 #include "score_amx.inc"
@@ -203,10 +201,11 @@ static float reached_by(const float *values, int64_t n, int64_t k, int64_t slack
     return low;
 }
 
-/* Raise the threshold to what k candidates surely reach, and drop those that surely do not. */
-static void drop_hopeless(Candidates *of, int64_t k, float *lower) {
+/* Raise the threshold to what k candidates reach unless rounding moves them by more than a `share` of
+ * their bounds, and drop those that surely do not. Whether k reach it is seen when they are scored. */
+static void drop_hopeless(Candidates *of, int64_t k, float share, float *lower) {
     if (of->n < k) return;
-    for (int64_t i = 0; i < of->n; i++) lower[i] = of->upper[i] - of->width[i];
+    for (int64_t i = 0; i < of->n; i++) lower[i] = of->upper[i] - of->width[i] * (1 + share);
     of->threshold = MAX(of->threshold, reached_by(lower, of->n, k, k / 16));
     int64_t n = 0, i = 0;
 #if defined(WITH_AVX512)
@@ -227,6 +226,33 @@ static void drop_hopeless(Candidates *of, int64_t k, float *lower) {
         of->width[n] = of->width[i];
         of->latent[n] = of->latent[i];
         n += upper >= of->threshold;
+    }
+    of->n = n;
+}
+
+/* Put candidates that are likely among the k largest before the rest; both stay in their order. */
+static void put_first(Candidates *of, float share, float *upper, int32_t *latent) {
+    int64_t n = 0, rest = 0;
+    for (int64_t i = 0; i < of->n; i++) {
+        const int likely = of->upper[i] - of->width[i] * (1 + share) >= of->threshold;
+        upper[rest] = of->upper[i];
+        latent[rest] = of->latent[i];
+        of->upper[n] = of->upper[i];
+        of->latent[n] = of->latent[i];
+        n += likely;
+        rest += !likely;
+    }
+    memcpy(of->upper + n, upper, (size_t)rest * 4);
+    memcpy(of->latent + n, latent, (size_t)rest * 4);
+    of->n_first = n;
+}
+
+/* Drop the rest of the candidates but for those that can reach a limit. */
+static void drop_below(Candidates *of, float limit) {
+    int64_t n = of->n_first;
+    for (int64_t i = n; i < of->n; i++) {
+        of->latent[n] = of->latent[i];
+        n += of->upper[i] >= limit;
     }
     of->n = n;
 }

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.errors import SparsightError
 from sparsight.sae.kernels.memory import use_large_pages
@@ -23,6 +24,12 @@ CHUNKS = 64
 
 ROWS_OF_A_TASK = 16
 """Vectors whose errors `reconstruct` sums."""
+
+SAMPLE = 64
+"""Vectors by which a dictionary is fitted to all."""
+
+WIDE = 4.0
+"""Times the usual width of a dimension, from which on it is narrowed."""
 
 _KINDS = {"int8": 0, "bfloat16": 1}
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -39,6 +46,11 @@ class _Dictionary(Structure):
         ("bias", c_void_p),
         ("slack1", c_void_p),
         ("slack2", c_void_p),
+        ("norms", c_void_p),
+        ("stretch", c_void_p),
+        ("shrink", c_void_p),
+        ("centre", c_void_p),
+        ("centre_norm", c_double),
     )
 
 
@@ -164,6 +176,9 @@ class Dictionary:
         W: encoder rows, float32 or float64.
         b: encoder bias.
         precision: of the copy.
+        like: some of the vectors, or such as they will be. What they have in common, and their
+            widest dimensions, then take no precision from the rest. The latents that are selected
+            do not depend on it.
     """
 
     def __init__(
@@ -171,6 +186,7 @@ class Dictionary:
         W: Float[Tensor, "n_latents d_in"],
         b: Float[Tensor, " n_latents"],
         precision: Literal["int8", "bfloat16"],
+        like: Float[Tensor, "some d_in"] | None = None,
     ) -> None:
         n, d = W.shape
         tile = constant("tile_latents")
@@ -181,16 +197,22 @@ class Dictionary:
             torch.empty(padded * groups * 4, dtype=torch.uint8),
             torch.empty(padded),
             torch.empty(padded, dtype=torch.int32),
-            *(torch.empty(padded) for _ in range(3)),
+            *(torch.empty(padded) for _ in range(4)),
         )
         use_large_pages(self.tensors[0])
+        self.frame: tuple[Tensor, ...] = ()
         self.struct = _Dictionary(_KINDS[precision], n, d, *(at(each) for each in self.tensors))
+        if like is not None and len(like):
+            stretch, centre = _frame(like)
+            self.frame = stretch, 1 / stretch, centre * stretch
+            self.struct.stretch, self.struct.shrink, self.struct.centre = map(at, self.frame)
+            self.struct.centre_norm = float(torch.linalg.vector_norm(self.frame[2].double()))
         self.refresh(W, b)
 
     @property
     def norms(self) -> Float[Tensor, " n"]:
-        """Norms of the encoder rows; of an int8 copy only."""
-        return self.tensors[4][: self.struct.n_latents]
+        """Norms of the encoder rows."""
+        return self.tensors[6][: self.struct.n_latents]
 
     def refresh(self, W: Float[Tensor, "n_latents d_in"], b: Float[Tensor, " n_latents"]) -> None:
         """Copy the encoder anew."""
@@ -250,6 +272,8 @@ class Dictionary:
     ) -> tuple[Int[Tensor, " batch"], int]:
         """As `select`, with vectors that it gives up scored in full, whatever the threshold.
 
+        Who scores a vector changes no bit.
+
         Latents rise, but for those of `k_inner`, which come first.
 
         Returns:
@@ -259,11 +283,14 @@ class Dictionary:
         counts = self.select(x, W, b, k=k, k_inner=k_inner, threshold=threshold, out=out)
         failed = (counts < 0).nonzero()[:, 0]
         if len(failed):
-            scores, found = select_exactly(x[failed], W, b, k)
+            rest = x[failed]
+            found = select_exactly(rest, W, b, k, decide=scores)[1]
+            starts = torch.arange(0, found.numel() + 1, k)
+            of = scores(rest, W, b, starts, found.flatten()).view_as(found)
             if k_inner:
-                scores, order = scores.sort(dim=1, descending=True)
+                of, order = of.sort(dim=1, descending=True)
                 found = found.gather(1, order)
-            values[failed], latents[failed] = scores, found.to(torch.int32)
+            values[failed], latents[failed] = of, found.to(torch.int32)
             counts[failed] = k
         return counts, len(failed)
 
@@ -292,9 +319,37 @@ class Dictionary:
         taken = torch.arange(room) < counts[:, None]
         found, of = values[taken], latents[taken].long()
         if len(failed):
-            extra = exact_above(x[failed], W, b, threshold)
-            return _merge(found, of, counts, failed, extra)
+            rest = x[failed]
+            _, latents, extra = exact_above(rest, W, b, threshold, scores)
+            starts = functional.pad(extra.cumsum(0), (1, 0))
+            of_rest = scores(rest, W, b, starts, latents)
+            return _merge(found, of, counts, failed, (of_rest, latents, extra))
         return found, of, counts
+
+
+def scores(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "n_latents d_in"],
+    b: Float[Tensor, " n_latents"],
+    starts: Int[Tensor, " batch_plus_one"],
+    latents: Int[Tensor, " entries"],
+) -> Float[Tensor, " entries"]:
+    """Scores of each vector's own latents, with the same bits as those of a `Dictionary`.
+
+    Args:
+        x: vectors, the decoder's bias subtracted.
+        W: encoder rows.
+        b: encoder bias.
+        starts: where a vector's latents begin.
+        latents: of all vectors.
+    """
+    x, W, b, of = (each.contiguous() for each in (x, W, b, latents.to(torch.int32)))
+    out = x.new_empty(len(of))
+    function("score", x.dtype)(
+        *(c_void_p(at(each)) for each in (x, W, b, starts.contiguous(), of)),
+        c_int64(len(x)), c_int64(x.shape[1]), c_void_p(at(out)), c_int(torch.get_num_threads()),
+    )  # fmt: skip
+    return out
 
 
 def reconstruct(
@@ -382,6 +437,23 @@ def update(
         fields["dictionary"] = ctypes.pointer(dictionary.struct)  # type: ignore[assignment]
     struct = _Update(**fields)
     function("update", dtype)(byref(struct), c_int(torch.get_num_threads()))
+
+
+def _frame(
+    like: Float[Tensor, "some d_in"],
+) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_in"]]:
+    """What brings the dimensions of vectors to about the same width, and their middle.
+
+    The widest ones are narrowed by the root of what they are too wide: encoder rows become wider
+    there by as much. Medians, since one vector may be of any size.
+    """
+    some = like[:: max(1, len(like) // SAMPLE)].float()
+    centre = some.nanmedian(dim=0).values.nan_to_num(0, 0, 0).clamp(-1e9, 1e9)
+    width = (some - centre).abs().nanmedian(dim=0).values
+    excess = width / width.nanmedian()
+    narrowed = excess.isfinite() & (excess > WIDE)
+    exponents = torch.where(narrowed, excess, 1).log2().div(-2).round().clamp(min=-20)
+    return torch.exp2(exponents), centre
 
 
 def int32(*shape: int) -> Tensor:

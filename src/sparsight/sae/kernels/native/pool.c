@@ -30,7 +30,7 @@ static void share_job(void *context) {
 }
 
 #define LONGEST_POOL 256
-#define SCRATCH_SLOTS 4
+#define SCRATCH_SLOTS 5
 #define SPINS 4000
 
 static pthread_mutex_t one_loop = PTHREAD_MUTEX_INITIALIZER;

@@ -35,6 +35,7 @@ class NativeStep(FusedStep):
         self.partial_square = torch.empty(n_chunks, dtype=torch.float64)
         self.starts_by_latent = library.int32(self.n_latents + 1)
         self.dictionary: library.Dictionary | None = None
+        self.fits = False
         self.memory: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         use_large_pages(
@@ -45,8 +46,13 @@ class NativeStep(FusedStep):
         self.name = f"native-{self.precision}" + (f" ({loaded[1]})" if loaded else "")
 
     def _copy_encoder(self) -> None:
+        self.dictionary = None  # until there are vectors for it to fit
+
+    def _copy_encoder_for(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Make the copy of the encoder anew, such as fits some vectors."""
         if self.precision == "int8" or self.precision == "bfloat16":
-            self.dictionary = library.Dictionary(self.W_enc, self.b_enc, self.precision)
+            self.dictionary = library.Dictionary(self.W_enc, self.b_enc, self.precision, x)
+        self.fits = False
 
     def _step(
         self,
@@ -57,6 +63,8 @@ class NativeStep(FusedStep):
     ) -> StepFigures:
         n, objective = len(z), self.objective
         x = torch.sub(z, self.b_dec, out=self._buffer("x", n, self.d_in))
+        if self.dictionary is None:
+            self._copy_encoder_for(x)
         room = n * objective.selected
         latents = self._buffer("latents", room, dtype=torch.int32)
         values, grads = self._buffer("values", room), self._buffer("grads", room)
@@ -99,11 +107,12 @@ class NativeStep(FusedStep):
         norm = self._update(x, errors, vectors, used, aux, lr, number)
         return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
 
-    def _take_bfloat16(self) -> None:
-        """Leave int8, which does not fit these activations: a few dimensions are huge in them."""
-        self.precision = "bfloat16"
-        self.name = self.name.replace("int8", "bfloat16")
-        self._copy_encoder()
+    def _fit_again(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Fit the copy to vectors that have changed; where that was of no use, leave int8."""
+        if not self.fits:
+            self.precision = "bfloat16"
+            self.name = self.name.replace("int8", "bfloat16")
+        self._copy_encoder_for(x)
 
     def _select(
         self, x: Float[Tensor, "batch d_in"], k: int, k_inner: int, out: tuple[Tensor, Tensor]
@@ -112,8 +121,10 @@ class NativeStep(FusedStep):
             _, given_up = self.dictionary.topk(
                 x, self.W_enc, self.b_enc, k, k_inner=k_inner, out=out
             )
-            if self.precision == "int8" and given_up > MOST_GIVEN_UP * len(x):
-                self._take_bfloat16()
+            if given_up <= MOST_GIVEN_UP * len(x):
+                self.fits = True
+            elif self.precision == "int8":
+                self._fit_again(x)
             return
         values, latents = out
         values[:], latents[:] = select_topk(x, self.W_enc, self.b_enc, k, "float32")
@@ -204,7 +215,7 @@ class NativeStep(FusedStep):
         values, grads = self._buffer("aux_values", n, k), self._buffer("aux_grads", n, k)
         latents = self._buffer("aux_latents", n, k, dtype=torch.int32)
         low: Literal["bfloat16", "int8"] = "bfloat16" if self.precision == "bfloat16" else "int8"
-        dictionary = library.Dictionary(W_enc, b_enc, low)
+        dictionary = library.Dictionary(W_enc, b_enc, low, x)
         dictionary.topk(x, W_enc, b_enc, k, threshold=0.0, out=(values, latents))
         values.relu_()  # those that were scored in full may be negative
         matrix = VectorsByLatents(latents, len(dead))
@@ -298,7 +309,7 @@ class NativeStep(FusedStep):
         return square.sqrt(), of_b_dec
 
     def _largest_encoder_norm(self) -> float:
-        if self.dictionary is not None and self.precision == "int8":
+        if self.dictionary is not None:
             return float(self.dictionary.norms.max())
         return float(torch.linalg.matrix_norm(self.W_enc))
 
