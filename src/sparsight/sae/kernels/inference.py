@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -48,7 +50,7 @@ def latents_above(
     threshold: float,
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
     """All scores that reach a threshold, their latents, and how many each vector has."""
-    if _native_pays(x):
+    if threshold > -math.inf and _native_pays(x):
         W, b = W.to(x.dtype).contiguous(), b.to(x.dtype).contiguous()
         return library.Dictionary(W, b, "int8", x).above(x.contiguous(), W, b, threshold)
     return selection.exact_above(x, W, b, threshold, _decide(x))

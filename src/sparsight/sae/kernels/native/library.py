@@ -205,7 +205,9 @@ class Dictionary:
         if like is not None and len(like):
             stretch, centre = _frame(like)
             self.frame = stretch, 1 / stretch, centre * stretch
-            self.struct.stretch, self.struct.shrink, self.struct.centre = map(at, self.frame)
+            if bool((stretch != 1).any()):
+                self.struct.stretch, self.struct.shrink = map(at, self.frame[:2])
+            self.struct.centre = at(self.frame[2])
             self.struct.centre_norm = float(torch.linalg.vector_norm(self.frame[2].double()))
         self.refresh(W, b)
 
