@@ -41,7 +41,7 @@ typedef struct {
     float *slack2;
     float *norms;       /* of the encoder rows */
     const float *stretch, *shrink; /* [d_in], what vectors and rows are multiplied with; or NULL */
-    const float *centre; /* [d_in], times stretch; or NULL */
+    const float *centre; /* [d_in], times stretch, and zeros up to a multiple of 16; or NULL */
     double centre_norm;  /* of that */
 } Dictionary;
 

@@ -25,6 +25,9 @@ CHUNKS = 64
 ROWS_OF_A_TASK = 16
 """Vectors whose errors `reconstruct` sums."""
 
+ROW_PADDING = 16
+"""Numbers of whose multiple the centre has as many, with zeros behind it: no register holds more."""
+
 SAMPLE = 64
 """Vectors by which a dictionary is fitted to all."""
 
@@ -204,7 +207,8 @@ class Dictionary:
         self.struct = _Dictionary(_KINDS[precision], n, d, *(at(each) for each in self.tensors))
         if like is not None and len(like):
             stretch, centre = _frame(like)
-            self.frame = stretch, 1 / stretch, centre * stretch
+            middle = functional.pad(centre * stretch, (0, -len(centre) % ROW_PADDING))
+            self.frame = stretch, 1 / stretch, middle
             if bool((stretch != 1).any()):
                 self.struct.stretch, self.struct.shrink = map(at, self.frame[:2])
             self.struct.centre = at(self.frame[2])
