@@ -289,5 +289,5 @@ def test_a_search_finds_no_vector_whose_active_latents_are_missed(
     search()
 
 
-EXAMPLES = 300
+EXAMPLES = 1_000
 """Batches in which the search finds nothing, for each kind."""

@@ -26,7 +26,7 @@ ROWS_OF_A_TASK = 16
 """Vectors whose errors `reconstruct` sums."""
 
 ROW_PADDING = 16
-"""Numbers of whose multiple the centre has as many, with zeros behind it: no register holds more."""
+"""The centre has zeros behind it up to a multiple: a register holds so many numbers at most."""
 
 SAMPLE = 64
 """Vectors by which a dictionary is fitted to all."""
