@@ -190,9 +190,12 @@ def without_folders(text: str) -> str:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed `atomic_path` left in `folder`."""
+    """Remove what a killed `atomic_path` or `new_folder` left in `folder`."""
     for leftover in Path(folder).glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _locked(path: Path, message: str) -> int | None:

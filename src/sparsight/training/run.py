@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import lock
+from sparsight.files import lock, read_json, remove_temporaries
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
 from sparsight.training.config import TrainConfig, TrainRecipe
@@ -21,6 +21,8 @@ DIVERGED = "diverged.json"
 """Of a member of a sweep whose loss ceased to be finite."""
 SWEEP = "sweep.toml"
 """At the root of a sweep."""
+LOCK = ".lock"
+"""Held by the process that trains into the folder."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,16 @@ class Run:
             UserError: another process does.
             SparsightError: the folder cannot be made or written.
         """
-        return lock(self.out / ".lock", f"{self.out}: another process is training into it.")
+        return lock(self.out / LOCK, f"{self.out}: another process is training into it.")
+
+    def clear_leftovers(self) -> None:
+        """Remove what a process left that was killed in the moment when the run was finished."""
+        folders = (self.out, self.checkpoints, *map(self.folder, self.sites))
+        if (self.out / LOCK).exists() or any(any(each.glob(".*.tmp")) for each in folders):
+            # Whoever holds the lock still clears up behind itself.
+            with suppress(UserError), self.claimed():
+                for folder in folders:
+                    remove_temporaries(folder)
 
     @property
     def recipe(self) -> TrainRecipe:
@@ -86,6 +97,14 @@ class Run:
     def metrics(self, site: str | None = None) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.folder(site) / METRICS)
+
+
+def diverged(folder: Path) -> str | None:
+    """Why a member of a sweep has no SAE; None where it has one, or may still get one."""
+    try:
+        return str(read_json(folder / DIVERGED)["reason"])
+    except (UserError, KeyError):  # not there, or damaged: then it trains again
+        return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,20 +20,21 @@ from typing import Any
 from sparsight.activations import ActivationSource
 from sparsight.config import load, write_toml
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import lock, read_json, write_json
+from sparsight.files import lock, read_json, remove_temporaries, write_json
+from sparsight.pace import SECONDS, Pace
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.grid import TOKENS, Setting, checked, combinations, configuration
-from sparsight.training.run import CONFIG, DIVERGED, SWEEP, Run
+from sparsight.training.run import CONFIG, DIVERGED, LOCK, SWEEP, Run, diverged
 from sparsight.training.trainer import (
     Activations,
-    Loop,
     Member,
     holds_part,
     identity,
     recipe_of,
     resolve,
+    train_members,
     with_target,
 )
 from sparsight.vision import Tokens
@@ -113,8 +115,9 @@ class Sweep:
             "folder": folder.relative_to(self.out).as_posix(),
             "settings": self.settings[name],
         }
-        if (folder / DIVERGED).exists():
-            return {**row, "diverged": read_json(folder / DIVERGED)["reason"]}
+        reason = diverged(folder)
+        if reason is not None:
+            return {**row, "diverged": reason}
         last = (run.metrics(site) or [{}])[-1]
         return {**row, **{key: last.get(key) for key in FIGURES}}
 
@@ -128,6 +131,7 @@ def sweep(
     tokens: Tokens | None = None,
     resume: bool = True,
     device: str | None = None,
+    checkpoint_seconds: float | None = SECONDS,
     quiet: bool = False,
 ) -> Sweep:
     """Train an SAE for every combination in a grid on each site, all in one pass.
@@ -147,6 +151,7 @@ def sweep(
         tokens: as in `train`.
         resume: False refuses a folder that holds a sweep.
         device: "cpu", "cuda", …; a GPU if there is one.
+        checkpoint_seconds: as in `train`; so are Ctrl-C and SIGTERM.
         quiet: no progress line, and no word about what is done already.
 
     Returns:
@@ -158,7 +163,7 @@ def sweep(
         SparsightError: the activations are not finite, or the loss of every member ceases to be;
             the last checkpoint stays.
     """
-    out = Path(out)
+    out, pace = Path(out), Pace(checkpoint_seconds)
     sources, names, config = _resolved(source, sites, tokens, config)
     first = next(iter(sources.values()))
     for each in sources.values():
@@ -174,14 +179,18 @@ def sweep(
         {name: Run(out / name, names) for name in recipes},
         dict(zip(recipes, settings, strict=True)),
     )
+    begun = checkpoint.identities(result.checkpoints)
     for name, run in result.runs.items():
-        holds_part(run, recipes[name])
-    if list(_pending(result, recipes)) or result.checkpoints.exists():
-        with lock(out / ".lock", f"{out}: another process is training into it."):
+        own = identity(recipes[name])
+        holds_part(run, recipes[name], all(begun.get(f"{name}/{each}") == own for each in names))
+    if list(_pending(result, recipes)) or result.checkpoints.exists() or _leftovers(result):
+        with lock(out / LOCK, f"{out}: another process is training into it."):
             _refuse_to_drop(result)
+            for folder in _folders(result):
+                remove_temporaries(folder)
             _write_recipe(first, names, config, out)
             read = with_target(names, config.train)
-            while _train_together(sources, read, result, recipes, device, quiet):
+            while _train_together(sources, read, result, recipes, device, pace, quiet):
                 pass
     return _settled(result)
 
@@ -208,16 +217,17 @@ def _train_together(
     sweep: Sweep,
     recipes: Mapping[str, TrainRecipe],
     device: str | None,
+    pace: Pace,
     quiet: bool,
 ) -> bool:
     """Train what can share a pass; False if nothing is left to train."""
     pending = list(_pending(sweep, recipes))
-    held = checkpoint.members(sweep.checkpoints)
+    held = checkpoint.identities(sweep.checkpoints)
     begun = [member for member in pending if member.name in held]
     together = begun or pending
     together = [member for member in together if _pass(member) == _pass(together[0])]
-    if held and not begun:
-        shutil.rmtree(sweep.checkpoints)  # of a pass whose members are all finished
+    if (held and not begun) or not pending:  # of a pass whose members are all finished
+        shutil.rmtree(sweep.checkpoints, ignore_errors=True)
     if not pending:
         return False
     sites = next(iter(sweep.runs.values())).sites
@@ -229,8 +239,17 @@ def _train_together(
             file=sys.stderr,
         )
     source = sources[_pass(together[0])[0]]
-    loop = Loop(source, read, together, sweep.checkpoints, device, drop_diverged=True)
-    loop.run_to_end("sweep", quiet)
+    train_members(
+        source,
+        read,
+        together,
+        sweep.checkpoints,
+        "sweep",
+        device,
+        pace,
+        quiet,
+        drop_diverged=True,
+    )
     shutil.rmtree(sweep.checkpoints, ignore_errors=True)
     return True
 
@@ -245,7 +264,7 @@ def _pending(sweep: Sweep, recipes: Mapping[str, TrainRecipe]) -> Iterator[Membe
     for name, run in sweep.runs.items():
         for site in run.sites:
             folder = run.folder(site)
-            if not run.is_finished(site) and not (folder / DIVERGED).exists():
+            if not run.is_finished(site) and diverged(folder) is None:
                 yield Member(f"{name}/{site}", site, folder, recipes[name])
 
 
@@ -262,7 +281,8 @@ def _recipes(
     there = {}
     for path in (*out.glob(f"*/{CONFIG}"), *out.glob(f"*/*/{CONFIG}")):
         name = path.relative_to(out).parts[0]
-        there[json.dumps(identity(load(TrainRecipe, path)), sort_keys=True)] = name
+        with suppress(UserError):  # `holds_part` tells of one that is damaged
+            there[json.dumps(identity(load(TrainRecipe, path)), sort_keys=True)] = name
     found = {}
     for name, (setting, train) in config.members.items():
         source = sources[setting[TOKENS]] if TOKENS in setting else next(iter(sources.values()))
@@ -277,7 +297,7 @@ def _settled(sweep: Sweep) -> Sweep:
     rows = sweep.table()
     table = {"format_version": FORMAT_VERSION, "members": rows}
     path = sweep.out / TABLE
-    if not path.exists() or read_json(path) != json.loads(json.dumps(table)):
+    if _read_or_none(path) != json.loads(json.dumps(table)):
         write_json(path, table)
     reasons = [row["diverged"] for row in rows if "diverged" in row]
     if len(reasons) == len(rows):
@@ -286,6 +306,27 @@ def _settled(sweep: Sweep) -> Sweep:
             "folder, and lower learning rates."
         )
     return sweep
+
+
+def _read_or_none(path: Path) -> dict[str, Any] | None:
+    """What a file holds that can be written again; None where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
+
+
+def _folders(sweep: Sweep) -> list[Path]:
+    """Where files are written."""
+    own = [run.folder(site) for run in sweep.runs.values() for site in run.sites]
+    return [sweep.out, sweep.out / "plots", sweep.checkpoints, *own]
+
+
+def _leftovers(sweep: Sweep) -> bool:
+    """Whether a process was killed that trained or wrote here."""
+    return (sweep.out / LOCK).exists() or any(
+        any(folder.glob(".*.tmp")) for folder in _folders(sweep)
+    )
 
 
 def _refuse_single_run(out: Path, resume: bool) -> None:
@@ -300,7 +341,7 @@ def _refuse_to_drop(sweep: Sweep) -> None:
     """Raise a `UserError` if others than the members of this sweep would lose a checkpoint."""
     own = {f"{name}/{site}" for name, run in sweep.runs.items() for site in run.sites}
     cut = []
-    for member in sorted(checkpoint.members(sweep.checkpoints) - own):
+    for member in sorted(checkpoint.identities(sweep.checkpoints).keys() - own):
         name, _, site = member.partition("/")
         folders = (sweep.out / name, sweep.out / name / site)
         if not any((each / end).exists() for each in folders for end in (WEIGHTS, DIVERGED)):

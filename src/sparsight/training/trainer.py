@@ -28,14 +28,16 @@ from sparsight.activations import (
 )
 from sparsight.config import first_difference, load, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import write_json
+from sparsight.files import remove_temporaries, write_json
 from sparsight.images import ImageSource
+from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.pace import SECONDS, Pace
 from sparsight.progress import ProgressLine, progress
 from sparsight.sae.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers
-from sparsight.training.run import CONFIG, DIVERGED, SWEEP, Run
+from sparsight.training.run import CONFIG, DIVERGED, METRICS, SWEEP, Run
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
 from sparsight.vision import Tokens, VisionModel
@@ -55,9 +57,13 @@ def train(
     tokens: Tokens | None = None,
     resume: bool = True,
     device: str | None = None,
+    checkpoint_seconds: float | None = SECONDS,
     quiet: bool = False,
 ) -> Run:
     """Train an SAE on each site, all in one pass over the activations.
+
+    Ctrl-C and SIGTERM finish the step that is under way, write a checkpoint and are raised then,
+    as `KeyboardInterrupt` and `SystemExit`; a second one stops at once.
 
     Args:
         source: an activation store, live activations, or a model and its images.
@@ -69,6 +75,9 @@ def train(
             its own, which must be these if they are given.
         resume: False refuses a folder that holds a run.
         device: "cpu", "cuda", …; a GPU if there is one.
+        checkpoint_seconds: a checkpoint is written when the last one is so long ago (seldomer where
+            writing takes more than a fiftieth of that), beside those of
+            `config.checkpoint_every`; None writes none by time. No part of what a run is.
         quiet: no progress line.
 
     Returns:
@@ -85,12 +94,14 @@ def train(
     for site in run.sites:
         config.sae.width(activations.d_in(site))
     recipe = recipe_of(activations, run, config)
+    pace = Pace(checkpoint_seconds)
     if _settled(run, recipe, resume):
+        run.clear_leftovers()
         return run
     with run.claimed():
         members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
         read = with_target(run.sites, config)
-        Loop(activations, read, members, run.checkpoints, device).run_to_end("train", quiet)
+        train_members(activations, read, members, run.checkpoints, "train", device, pace, quiet)
     return run
 
 
@@ -121,6 +132,40 @@ class Member:
         return self.config.target_site
 
 
+def train_members(
+    source: ActivationSource,
+    sites: Sequence[str],
+    members: Sequence[Member],
+    checkpoints: Path,
+    title: str,
+    device: str | None,
+    pace: Pace,
+    quiet: bool,
+    *,
+    drop_diverged: bool = False,
+) -> None:
+    """Train some members to the end; a stop on the way says what is kept of them.
+
+    Args:
+        source, sites, members, checkpoints, device, pace, drop_diverged: see `Loop`.
+        title: of the line of progress.
+        quiet: without one.
+    """
+    loop: Loop | None = None
+    try:
+        loop = Loop(source, sites, members, checkpoints, device, pace, drop_diverged=drop_diverged)
+        loop.run_to_end(title, quiet)
+    except STOPS as stop:
+        config = members[0].config
+        step = checkpoint.newest_step(checkpoints) if loop is None else loop.kept_step
+        if loop is not None and loop.finished:
+            stop.add_note("Training was finished by then, and nothing is lost.")
+        else:
+            total = config.n_steps * config.batch_size
+            stop.add_note(kept(step * config.batch_size, total, "vectors"))
+        raise
+
+
 class Loop:
     """One pass over the activations, and the state of everything that trains in it.
 
@@ -130,8 +175,16 @@ class Loop:
         members: what trains; of the same batches, length and order of the data.
         checkpoints: folder of the checkpoints; the pass goes on from the last.
         device: "cpu", "cuda", …; a GPU if there is one.
+        pace: when to write a checkpoint beside those that the configuration asks for.
         drop_diverged: go on without a member whose loss ceases to be finite, and say so in its
             folder.
+
+    Attributes:
+        kept_step: steps that are in a checkpoint.
+        finished: whether all is trained and written.
+
+    Raises:
+        UserError: the checkpoints are those of another run.
     """
 
     def __init__(
@@ -141,6 +194,7 @@ class Loop:
         members: Sequence[Member],
         checkpoints: Path,
         device: str | None = None,
+        pace: Pace | None = None,
         *,
         drop_diverged: bool = False,
     ) -> None:
@@ -148,8 +202,12 @@ class Loop:
         self.config = members[0].config  # for what all have in common
         self.checkpoints = checkpoints
         self.device = torch.device(device or _best_device())
+        self.pace = pace or Pace(None)
         self.drop_diverged = drop_diverged
-        self.step = 0
+        self.step = self.kept_step = 0
+        self.finished = False
+        for folder in (checkpoints, *(member.folder for member in members)):
+            remove_temporaries(folder)
         stream = source.stream(sites, self.config.batch_size, seed=self.config.order_seed)
         needed = tuple(
             dict.fromkeys(
@@ -160,6 +218,8 @@ class Loop:
         found, problems = checkpoint.load_latest(checkpoints, tuple(self.members))
         for problem in problems:
             warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
+        self.identities = {name: identity(each.recipe) for name, each in self.members.items()}
+        _refuse_other_checkpoints(checkpoints, self.identities)
         self.first_batch: dict[str, Tensor] | None = None
         if found is None:
             self.first_batch = self._read()
@@ -180,12 +240,16 @@ class Loop:
             )
             for name, member in self.members.items()
         }
+        self.cursor: dict[str, Any] = {}  # behind the batches that were trained on
         if found is not None:
-            self.step = found.step
+            self.step = self.kept_step = found.step
+            self.cursor = found.cursor
             self.batches.load_state_dict(found.cursor)
             for name, training in self.trainings.items():
                 training.load_state(found.saes[name], found.tensors[name], found.summed[name])
         self.logged = (time.monotonic(), self.vectors)
+        self.note = ""
+        self.quiet = False
         self.loggers: dict[str, list[Logger]] = {}
         for name, member in self.members.items():
             write_toml(member.folder / CONFIG, member.recipe)
@@ -195,6 +259,7 @@ class Loop:
                 self.step,
                 self.vectors,
                 to_dict(member.recipe),
+                None if found is None else found.logs[name],
             )
 
     def _kernels(self, member: Member, d_in: int) -> tuple[Kernels, Precision]:
@@ -224,6 +289,7 @@ class Loop:
 
     def run_to_end(self, title: str, quiet: bool) -> None:
         """Train, log and save until the configured number of vectors is reached."""
+        self.quiet = quiet
         total = self.config.n_steps * self.config.batch_size
         with (
             self.batches,
@@ -249,28 +315,52 @@ class Loop:
         }
 
     def _run(self, line: ProgressLine) -> None:
+        with postponed() as stop:
+            while self.step < self.config.n_steps and self.trainings:
+                self._take_step(self._next_or_keep(stop), line)
+            self._finish()
+
+    def _next_or_keep(self, stop: Stop) -> dict[str, Tensor]:
+        """The next batch. Whoever stops the run is heard here, where state is whole."""
+        try:
+            with stop.at_once():
+                return self._next_batch()
+        except STOPS:
+            if self.step > self.kept_step:
+                self._keep()
+            raise
+
+    def _take_step(self, batch: Mapping[str, Tensor], line: ProgressLine) -> None:
         config = self.config
-        log_steps = config.steps_every(config.log_every, 100)
-        save_steps = config.steps_every(config.checkpoint_every, 10)
-        note = ""
-        while self.step < config.n_steps and self.trainings:
-            batch = self._next_batch()
-            for name, training in self.trainings.items():
-                factor = self._lr_factor(name, self.step)
-                member = self.members[name]
-                target = batch[member.target] if member.target else None
-                training.step(batch[member.site], self.step, factor, target)
-            self.step += 1
-            last = self.step == config.n_steps
-            if self.step % log_steps == 0 or last:
-                note = self._log()
-            if self.step % save_steps == 0 and not last:
-                self._check_finite()
-                checkpoint.save(
-                    self.checkpoints, self.step, self.trainings, self.batches.state_dict()
-                )
-            line.advance(config.batch_size, note)
-        self._finish()
+        for name, training in self.trainings.items():
+            factor = self._lr_factor(name, self.step)
+            member = self.members[name]
+            target = batch[member.target] if member.target else None
+            training.step(batch[member.site], self.step, factor, target)
+        self.step += 1
+        self.cursor = self.batches.state_dict()
+        last = self.step == config.n_steps
+        if self.step % config.steps_every(config.log_every, 100) == 0 or last:
+            self.note = self._log()
+        asked = self.step % config.steps_every(config.checkpoint_every, 10) == 0
+        if (asked or self.pace.due()) and not last:
+            self._keep()
+        line.advance(config.batch_size, self.note)
+
+    def _keep(self) -> None:
+        """Write a checkpoint."""
+        self._check_finite()
+        if not self.trainings:
+            return
+        logs = {name: self.members[name].folder / METRICS for name in self.trainings}
+        with self.pace.writing():
+            checkpoint.save(
+                self.checkpoints, self.step, self.trainings, self.cursor, self.identities, logs
+            )
+        self.kept_step = self.step
+        slow = self.pace.stretched()
+        if slow is not None and not self.quiet:
+            print(slow, file=sys.stderr)
 
     def _lr_factor(self, name: str, step: int) -> float:
         config = self.members[name].config
@@ -344,6 +434,7 @@ class Loop:
         for name, training in self.trainings.items():
             training.finished().save_pretrained(self.members[name].folder)
             self._close(name)
+        self.finished = True
 
     def _close(self, name: str) -> None:
         for logger in self.loggers[name]:
@@ -359,6 +450,16 @@ def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
         )
     fvus = [each["fvu"] for each in figures.values()]
     return f"{len(fvus)} autoencoders, FVU {min(fvus):.4f} to {max(fvus):.4f}"
+
+
+def _refuse_other_checkpoints(folder: Path, own: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if the newest checkpoint is one of other runs of the same names."""
+    for name, run in checkpoint.identities(folder).items():
+        if run is not None and name in own and run != own[name]:
+            raise UserError(
+                f"{folder}: holds checkpoints of a run that differs in "
+                f"{told_difference(run, own[name])}. Choose another folder, or remove this one."
+            )
 
 
 def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple[str, ...]:
@@ -429,37 +530,67 @@ def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
     """Whether the run is finished; makes sure that what is there is a part of the same run."""
     if (run.out / SWEEP).exists():
         raise UserError(f"{run.out} holds a sweep. Choose another folder for a single run.")
-    if not holds_part(run, recipe):
+    begun = checkpoint.identities(run.checkpoints)
+    if not holds_part(run, recipe, all(begun.get(site) == identity(recipe) for site in run.sites)):
         return False
     if not resume:
         raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
     return all(run.is_finished(site) for site in run.sites)
 
 
-def holds_part(run: Run, recipe: TrainRecipe) -> bool:
+def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
     """Whether some of the run is there already.
+
+    Args:
+        run: the run.
+        recipe: what it is.
+        begun: a checkpoint says that it is of this recipe: a `config.toml` that says otherwise is
+            damaged.
 
     Raises:
         UserError: another run is there.
     """
-    _refuse_other_sites(run)
     paths = [run.folder(site) / CONFIG for site in run.sites]
     present = [path for path in paths if path.exists()]
-    own = identity(recipe)
-    for path in present:
-        field = first_difference(identity(load(TrainRecipe, path)), own)
-        if field == "activations":
-            raise UserError(
-                f"{path}: holds a run on other activations: the model's weights, the "
-                "preprocessing, the images or the selection of them differ. Choose another "
-                "folder, or remove this one."
-            )
-        if field is not None:
-            raise UserError(
-                f"{path}: holds a run that differs in {field!r}. Choose another folder, "
-                "or remove this one."
-            )
+    try:
+        _refuse_other_sites(run)
+        for path in present:
+            _refuse_other_run(path, recipe)
+    except UserError as error:
+        if not begun:
+            raise
+        warnings.warn(
+            f"{error} It counts as damaged, for the checkpoints are of this very run.", stacklevel=3
+        )
     return bool(present)
+
+
+def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
+    there, own = identity(load(TrainRecipe, path)), identity(recipe)
+    field = first_difference(there, own)
+    if field == "activations":
+        raise UserError(
+            f"{path}: holds a run on other activations: the model's weights, the "
+            "preprocessing, the images or the selection of them differ. Choose another "
+            "folder, or remove this one."
+        )
+    if field is not None:
+        raise UserError(
+            f"{path}: holds a run that differs in {told_difference(there, own)}. Choose another "
+            "folder, or remove this one."
+        )
+
+
+def told_difference(there: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The first field in which two mappings differ, and what either says; they do differ."""
+    field = str(first_difference(there, own))
+    values = []
+    for each in (there, own):
+        value: Any = each
+        for part in field.split("."):
+            value = value.get(part, "none") if isinstance(value, Mapping) else "none"
+        values.append(value)
+    return f"{field!r} ({values[0]} there, {values[1]} now)"
 
 
 def identity(recipe: TrainRecipe) -> dict[str, Any]:
