@@ -19,6 +19,7 @@ from sparsight.cli.train import TrainOptions, activations_of, choose_parts
 from sparsight.errors import UserError
 from sparsight.evaluation import SweepMeasures
 from sparsight.evaluation.comparing import ACCURACY_IMAGES
+from sparsight.interruption import STOPS
 from sparsight.latents.comparison import compare
 from sparsight.training import SweepConfig, sweep
 from sparsight.vision import VisionModel, load_model
@@ -92,12 +93,17 @@ def main(arguments: Sequence[str]) -> None:
         tokens=options.tokens,
         resume=not options.fresh,
         device=options.device,
+        checkpoint_seconds=options.checkpoint_seconds,
     )
     rows = found.table()
     if options.evaluate:
         measured = held_out or source
         model = partial(_model_of, measured, options)
-        table = compare(found, measured, measures, model=model, device=options.device)
+        try:
+            table = compare(found, measured, measures, model=model, device=options.device)
+        except STOPS as stop:
+            stop.add_note("All are trained; the same command measures them.")
+            raise
         rows = table["members"]
         print_notes(f"no {what}: {why}" for what, why in table["omitted"].items())
     print_sweep(found.out, rows)

@@ -17,6 +17,7 @@ from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
 from sparsight.images import open_images
+from sparsight.pace import SECONDS
 from sparsight.training import TrainConfig, TrainRecipe, train
 
 HELP = Help(
@@ -59,6 +60,10 @@ class TrainOptions(TrainRecipe, ArchitectureOptions, ModelOptions):
     verify: bool = True
     """Compare the store's checksums first."""
 
+    checkpoint_seconds: float | None = SECONDS
+    """Write a checkpoint at least so often, beside those of --checkpoint-every; less often where
+    writing one takes more than a fiftieth of that. No part of what a run is."""
+
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue a run that is there, rather than go on from its last checkpoint."""
 
@@ -78,6 +83,7 @@ def main(arguments: Sequence[str]) -> None:
         tokens=options.tokens,
         resume=not options.fresh,
         device=options.device,
+        checkpoint_seconds=options.checkpoint_seconds,
     )
     for site in run.sites:
         last = (run.metrics(site) or [{}])[-1]

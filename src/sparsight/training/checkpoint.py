@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsight.errors import SparsightError
 from sparsight.files import write_bytes
 from sparsight.sae.files import WEIGHTS, load_tensors, save_tensors
 from sparsight.training import checkpoint_files
@@ -39,8 +38,10 @@ class Checkpoint:
         summed: vectors in each site's running figures.
         saes: for each site the tensors of the SAE.
         tensors: for each site what `SiteTraining.state` gave.
-        logs: for each site the lines of its `metrics.jsonl`; None in checkpoints of earlier
+        runs: for each site what makes its run the same run; None in checkpoints of earlier
             versions of Sparsight.
+        logs: for each site the lines of its `metrics.jsonl`; None in checkpoints of earlier
+            versions, too.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Checkpoint:
     summed: dict[str, int]
     saes: dict[str, dict[str, Tensor]]
     tensors: dict[str, dict[str, Tensor]]
+    runs: dict[str, dict[str, Any] | None]
     logs: dict[str, bytes | None]
 
 
@@ -104,6 +106,7 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
             {site: state["summed"][site] for site in sites},
             {site: load_tensors(path / site / WEIGHTS) for site in sites},
             {site: load_tensors(path / site / _TENSORS) for site in sites},
+            {site: state.get("runs", {}).get(site) for site in sites},
             {site: _log(path, f"{site}/{METRICS}", state) for site in sites},
         )
 
@@ -116,13 +119,8 @@ def identities(folder: Path) -> dict[str, Any]:
     A run is None in checkpoints of earlier versions of Sparsight. Nothing where there is no
     checkpoint.
     """
-    for path in reversed(checkpoint_files.found(folder)):
-        try:
-            state = checkpoint_files.read_state(path)
-            return {name: state.get("runs", {}).get(name) for name in state["summed"]}
-        except (SparsightError, KeyError, TypeError, AttributeError):
-            continue  # `load_latest` tells of it
-    return {}
+    state = checkpoint_files.newest_state(folder)
+    return {name: state.get("runs", {}).get(name) for name in state.get("summed", {})}
 
 
 def _log(path: Path, name: str, state: Mapping[str, Any]) -> bytes | None:

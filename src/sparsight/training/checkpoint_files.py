@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,6 +136,14 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}. Go on with the Sparsight that wrote it, or choose another folder."
         )
     return state
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The newest `state.json` that is whole; {} where there is none."""
+    for path in reversed(found(folder)):
+        with suppress(SparsightError):  # `read_latest` tells of it
+            return read_state(path)
+    return {}
 
 
 def _read(path: Path, read: Callable[[Path, dict[str, Any]], Found]) -> Found:

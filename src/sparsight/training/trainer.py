@@ -219,7 +219,9 @@ class Loop:
         for problem in problems:
             warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
         self.identities = {name: identity(each.recipe) for name, each in self.members.items()}
-        _refuse_other_checkpoints(checkpoints, self.identities)
+        if found is not None:
+            for name, own in self.identities.items():
+                refuse_other_checkpoint(checkpoints, found.runs[name], own)
         self.first_batch: dict[str, Tensor] | None = None
         if found is None:
             self.first_batch = self._read()
@@ -452,14 +454,24 @@ def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
     return f"{len(fvus)} autoencoders, FVU {min(fvus):.4f} to {max(fvus):.4f}"
 
 
-def _refuse_other_checkpoints(folder: Path, own: Mapping[str, Any]) -> None:
-    """Raise a `UserError` if the newest checkpoint is one of other runs of the same names."""
-    for name, run in checkpoint.identities(folder).items():
-        if run is not None and name in own and run != own[name]:
-            raise UserError(
-                f"{folder}: holds checkpoints of a run that differs in "
-                f"{told_difference(run, own[name])}. Choose another folder, or remove this one."
-            )
+def refuse_other_checkpoint(
+    folder: Path, there: Mapping[str, Any] | None, own: Mapping[str, Any]
+) -> None:
+    """Make sure that a checkpoint is of this run.
+
+    Args:
+        folder: of the checkpoints.
+        there: what the checkpoint is of; None in those of earlier versions of Sparsight.
+        own: what this run is.
+
+    Raises:
+        UserError: it is of another run.
+    """
+    if there is not None and there != own:
+        raise UserError(
+            f"{folder}: holds checkpoints of a run that differs in {told_difference(there, own)}. "
+            "Choose another folder, or remove this one."
+        )
 
 
 def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple[str, ...]:
@@ -559,10 +571,15 @@ def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
     except UserError as error:
         if not begun:
             raise
-        warnings.warn(
-            f"{error} It counts as damaged, for the checkpoints are of this very run.", stacklevel=3
-        )
+        warn_of_damage(error)
     return bool(present)
+
+
+def warn_of_damage(error: UserError) -> None:
+    """Tell of a `config.toml` that says otherwise than the checkpoints, which are checksummed."""
+    warnings.warn(
+        f"{error} It counts as damaged, for the checkpoints are of this very run.", stacklevel=4
+    )
 
 
 def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
