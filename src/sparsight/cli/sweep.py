@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -15,7 +15,7 @@ from sparsight.activations import ActivationSource, ActivationStore, LiveActivat
 from sparsight.cli.help import Help
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_sweep
-from sparsight.cli.train import TrainOptions, activations_of, choose_parts
+from sparsight.cli.train import TrainOptions, activations_of, choose_parts, held_out_by
 from sparsight.errors import UserError
 from sparsight.evaluation import SweepMeasures
 from sparsight.evaluation.comparing import ACCURACY_IMAGES
@@ -57,8 +57,9 @@ class SweepOptions(TrainOptions):
     evaluate: bool = True
     """Measure every member on the same vectors, and write the table and the plots."""
 
-    held_out: Path | None = None
-    """Store to measure on; default what was trained on."""
+    held_out: float | Path | None = None  # type: ignore[assignment]  # a store as well as a share
+    """What to measure on: another store; or a share of the images, e.g. 0.1, which are then kept
+    out of training. Default what was trained on."""
 
     max_images: int | None = None
     """Images to measure on, spread over all; default all of a store, 2,000 where the model runs."""
@@ -83,21 +84,26 @@ def main(arguments: Sequence[str]) -> None:
         templates=options.templates,
         workers=options.workers,
     )
-    held_out = options.held_out and ActivationStore(options.held_out, verify=options.verify)
-    source = activations_of(options)
+    given: float | Path | None = options.held_out
+    share = held_out_by(given if isinstance(given, float) else None, options.held_out_seed)
+    source = measured = activations_of(options)
+    if share is not None:
+        measured = cast(ActivationStore | LiveActivations, share.split(source)[1])
+    elif isinstance(given, Path):
+        measured = ActivationStore(given, verify=options.verify)
     found = sweep(
         source,
         config,
         out=options.out,
         sites=options.sites or None,
         tokens=options.tokens,
+        held_out=share,
         resume=not options.fresh,
         device=options.device,
         checkpoint_seconds=options.checkpoint_seconds,
     )
     rows = found.table()
     if options.evaluate:
-        measured = held_out or source
         model = partial(_model_of, measured, options)
         try:
             table = compare(found, measured, measures, model=model, device=options.device)

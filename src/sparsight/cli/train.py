@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from sparsight.activations import ActivationStore, LiveActivations
+from sparsight.activations import ActivationStore, HeldOut, LiveActivations
 from sparsight.cli.architecture import ArchitectureOptions, with_choices
 from sparsight.cli.help import Help
 from sparsight.cli.opening import open_model
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         out=options.out,
         sites=options.sites or None,
         tokens=options.tokens,
+        held_out=held_out_by(options.held_out, options.held_out_seed),
         resume=not options.fresh,
         device=options.device,
         checkpoint_seconds=options.checkpoint_seconds,
@@ -93,6 +94,11 @@ def main(arguments: Sequence[str]) -> None:
             if key in last
         )
         print(f"{run.folder(site)} · {site} · {figures}")
+
+
+def held_out_by(share: float | None, seed: int) -> HeldOut | None:
+    """What `--held-out` and `--held-out-seed` keep out of training."""
+    return None if share is None else HeldOut(share, seed)
 
 
 def choose_parts(options: Options, arguments: Sequence[str]) -> Options:

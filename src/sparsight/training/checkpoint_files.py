@@ -46,13 +46,11 @@ def write(
     remove_temporaries(folder)
     try:
         files = write_files(partial)
-        whole = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            **state,
-            "sha256": {file: sha256_file(partial / file) for file in files},
-        }
-        write_json(partial / STATE, {**whole, "checksum": sha256_json(whole)})
+        sha256 = {file: sha256_file(partial / file) for file in files}
+        whole = {"step": step, **state, "sha256": sha256}
+        checksum = sha256_json(whole)
+        version = {"format_version": FORMAT_VERSION}
+        write_json(partial / STATE, {**version, **whole, "checksum": checksum})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except (OSError, SparsightError) as error:
@@ -125,16 +123,16 @@ def read_state(path: Path) -> dict[str, Any]:
         state = read_json(path / STATE)
     except UserError as error:  # as a damaged file it is no one's mistake
         raise SparsightError(str(error)) from error
-    # Absent in checkpoints of earlier versions of Sparsight.
-    expected = state.pop("checksum", None)
-    if expected is not None and sha256_json(state) != expected:
-        raise SparsightError(f"{path / STATE}: is damaged (checksum).")
-    version = state.get("format_version", FORMAT_VERSION)
+    version = state.pop("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path / STATE}: format_version is {version!r}; this Sparsight reads "
             f"{FORMAT_VERSION}. Go on with the Sparsight that wrote it, or choose another folder."
         )
+    # Absent in checkpoints of earlier versions of Sparsight.
+    expected = state.pop("checksum", None)
+    if expected is not None and sha256_json(state) != expected:
+        raise SparsightError(f"{path / STATE}: is damaged (checksum).")
     return state
 
 

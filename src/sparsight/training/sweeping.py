@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparsight.activations import ActivationSource
+from sparsight.activations import ActivationSource, HeldOut
 from sparsight.config import load, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock, read_json, remove_temporaries, write_json
@@ -35,6 +35,7 @@ from sparsight.training.trainer import (
     recipe_of,
     resolve,
     train_members,
+    with_length,
     with_target,
 )
 from sparsight.vision import Tokens
@@ -129,6 +130,7 @@ def sweep(
     *,
     sites: Sequence[str] | None = None,
     tokens: Tokens | None = None,
+    held_out: HeldOut | float | None = None,
     resume: bool = True,
     device: str | None = None,
     checkpoint_seconds: float | None = SECONDS,
@@ -149,6 +151,7 @@ def sweep(
             train in one new pass.
         sites: which sites of the source; all by default.
         tokens: as in `train`.
+        held_out: as in `train`.
         resume: False refuses a folder that holds a sweep.
         device: "cpu", "cuda", …; a GPU if there is one.
         checkpoint_seconds: as in `train`; so are Ctrl-C and SIGTERM.
@@ -165,6 +168,12 @@ def sweep(
     """
     out, pace = Path(out), Pace(checkpoint_seconds)
     sources, names, config = _resolved(source, sites, tokens, config)
+    held_out = HeldOut(held_out) if isinstance(held_out, float) else held_out
+    if held_out is not None:
+        sources = {mode: held_out.split(each)[0] for mode, each in sources.items()}
+    length = with_length(config.train, list(sources.values()), names, out / SWEEP)
+    if length != config.train:
+        config = dataclasses.replace(config, train=length)
     first = next(iter(sources.values()))
     for each in sources.values():
         for site in names:
@@ -172,7 +181,7 @@ def sweep(
             for _, train in config.members.values():
                 train.sae.width(each.d_in(site))
     _refuse_single_run(out, resume)
-    recipes = _recipes(out, sources, names, config)
+    recipes = _recipes(out, sources, names, config, held_out)
     settings = [setting for setting, _ in config.members.values()]
     result = Sweep(
         out,
@@ -188,7 +197,7 @@ def sweep(
             _refuse_to_drop(result)
             for folder in _folders(result):
                 remove_temporaries(folder)
-            _write_recipe(first, names, config, out)
+            _write_recipe(first, names, config, out, held_out)
             read = with_target(names, config.train)
             while _train_together(sources, read, result, recipes, device, pace, quiet):
                 pass
@@ -273,6 +282,7 @@ def _recipes(
     sources: Mapping[str, ActivationSource],
     sites: tuple[str, ...],
     config: SweepConfig,
+    held_out: HeldOut | None,
 ) -> dict[str, TrainRecipe]:
     """The recipes of the members, by name: a run that is there keeps the name that it has.
 
@@ -286,7 +296,7 @@ def _recipes(
     found = {}
     for name, (setting, train) in config.members.items():
         source = sources[setting[TOKENS]] if TOKENS in setting else next(iter(sources.values()))
-        recipe = recipe_of(source, Run(out / name, sites), train)
+        recipe = recipe_of(source, Run(out / name, sites), train, held_out)
         kept = there.get(json.dumps(identity(recipe), sort_keys=True), name)
         found[kept] = dataclasses.replace(recipe, out=out / kept)
     return found
@@ -355,9 +365,13 @@ def _refuse_to_drop(sweep: Sweep) -> None:
 
 
 def _write_recipe(
-    source: ActivationSource, sites: tuple[str, ...], config: SweepConfig, out: Path
+    source: ActivationSource,
+    sites: tuple[str, ...],
+    config: SweepConfig,
+    out: Path,
+    held_out: HeldOut | None,
 ) -> None:
-    recipe = recipe_of(source, Run(out, sites), config.train)
+    recipe = recipe_of(source, Run(out, sites), config.train, held_out)
     own = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
     if TOKENS in config.grid:
         own |= {"tokens": None, "activations": None}

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,19 +21,20 @@ from torch import Tensor
 import sparsight
 from sparsight.activations import (
     ActivationSource,
+    HeldOut,
     LiveActivations,
     Prefetcher,
     SiteStatistics,
     matching_sites,
     with_tokens,
 )
-from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.config import first_difference, load, read_toml, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import remove_temporaries, write_json
 from sparsight.images import ImageSource
 from sparsight.interruption import STOPS, Stop, kept, postponed
 from sparsight.pace import SECONDS, Pace
-from sparsight.progress import ProgressLine, progress
+from sparsight.progress import ProgressLine, in_words, progress
 from sparsight.sae.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
@@ -43,6 +45,12 @@ from sparsight.training.site import SiteTraining
 from sparsight.vision import Tokens, VisionModel
 
 Activations = ActivationSource | tuple[VisionModel, ImageSource]
+
+ESTIMATE_SECONDS = 1.0
+"""Of training, before it is said how long all will take."""
+
+HELD_OUT = ("held_out", "held_out_seed")
+"""Of a recipe."""
 
 SHOWN_MEMBERS = 3
 """Autoencoders whose figures fit into a line of progress."""
@@ -55,6 +63,7 @@ def train(
     *,
     sites: Sequence[str] | None = None,
     tokens: Tokens | None = None,
+    held_out: HeldOut | float | None = None,
     resume: bool = True,
     device: str | None = None,
     checkpoint_seconds: float | None = SECONDS,
@@ -73,6 +82,8 @@ def train(
         sites: which sites of the source; all by default.
         tokens: which positions; "all" by default where `source` is a model and images. A store has
             its own, which must be these if they are given.
+        held_out: share of the images to keep out of training, which `HeldOut` chooses;
+            `held_out_of(sae.metadata)` gives them back.
         resume: False refuses a folder that holds a run.
         device: "cpu", "cuda", …; a GPU if there is one.
         checkpoint_seconds: a checkpoint is written when the last one is so long ago (seldomer where
@@ -93,7 +104,10 @@ def train(
     run = Run(Path(out), names)
     for site in run.sites:
         config.sae.width(activations.d_in(site))
-    recipe = recipe_of(activations, run, config)
+    held_out = HeldOut(held_out) if isinstance(held_out, float) else held_out
+    kept_in = activations if held_out is None else held_out.split(activations)[0]
+    config = with_length(config, [kept_in], names, run.folder(names[0]) / CONFIG)
+    recipe = recipe_of(kept_in, run, config, held_out)
     pace = Pace(checkpoint_seconds)
     if _settled(run, recipe, resume):
         run.clear_leftovers()
@@ -101,7 +115,7 @@ def train(
     with run.claimed():
         members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
         read = with_target(run.sites, config)
-        train_members(activations, read, members, run.checkpoints, "train", device, pace, quiet)
+        train_members(kept_in, read, members, run.checkpoints, "train", device, pace, quiet)
     return run
 
 
@@ -235,7 +249,7 @@ class Loop:
                 member.config,
                 source.stats(member.site),
                 samples[member.site],
-                _metadata(source, member.site, member.config),
+                _metadata(source, member.site, member.recipe),
                 self.device,
                 *self._kernels(member, source.d_in(member.site)),
                 *self._target(source, member, samples),
@@ -252,6 +266,8 @@ class Loop:
         self.logged = (time.monotonic(), self.vectors)
         self.note = ""
         self.quiet = False
+        self._first: tuple[float, int] | None = None
+        self._told_time = False
         self.loggers: dict[str, list[Logger]] = {}
         for name, member in self.members.items():
             write_toml(member.folder / CONFIG, member.recipe)
@@ -305,9 +321,35 @@ class Loop:
                 )
                 hint = " (the native kernels, which are quicker, are not built)" if absent else ""
                 print(f"kernels: {', '.join(used)}{hint}", file=sys.stderr)
+                print(f"{title}: {self._plan()}", file=sys.stderr)
                 for site, ratio in self._ratios().items():
                     print(f"{site}: mean to spread {ratio:.2f}", file=sys.stderr)
             self._run(line)
+
+    def _plan(self) -> str:
+        """How long the run is, in numbers."""
+        total, per_epoch = (
+            self.config.n_steps * self.config.batch_size,
+            self.batches.vectors_per_epoch,
+        )
+        done = f", of which {self.vectors:,} are done" if self.step else ""
+        return (
+            f"{total:,} vectors, {total / per_epoch:,.1f} epochs of {per_epoch:,}, in "
+            f"{self.config.n_steps:,} steps of {self.config.batch_size:,}{done}"
+        )
+
+    def _tell_time(self) -> None:
+        """Say once, as soon as a few steps tell, how long the run will take."""
+        now = time.monotonic()
+        if self._first is None:  # the first step, which makes all ready, counts for nothing
+            self._first = (now, self.step)
+            return
+        begun, step = self._first
+        if now - begun < ESTIMATE_SECONDS or self._told_time:
+            return
+        self._told_time = True
+        left = (self.config.n_steps - self.step) * (now - begun) / (self.step - step)
+        print(f"estimated time: {in_words(left)}", file=sys.stderr)
 
     def _ratios(self) -> dict[str, float]:
         """How far the activations of each site lie from 0, in their own spread."""
@@ -348,6 +390,8 @@ class Loop:
         if (asked or self.pace.due()) and not last:
             self._keep()
         line.advance(config.batch_size, self.note)
+        if not (self.quiet or self._told_time):
+            self._tell_time()
 
     def _keep(self) -> None:
         """Write a checkpoint."""
@@ -523,8 +567,31 @@ def as_activations(
     return LiveActivations(model, images, sites, tokens or "all")
 
 
-def recipe_of(source: ActivationSource, run: Run, config: TrainConfig) -> TrainRecipe:
-    """All that repeats a run."""
+def with_length(
+    config: TrainConfig, sources: Sequence[ActivationSource], sites: Sequence[str], there: Path
+) -> TrainConfig:
+    """The configuration with its number of vectors.
+
+    Where none is named it is that of the run that is there already, or follows from the vectors of
+    the activations.
+
+    Args:
+        config: as it was given.
+        sources: the activations, or several of other positions.
+        sites: what is trained on.
+        there: the `config.toml` or `sweep.toml` of the run, if it is there.
+    """
+    if config.n_vectors is not None:
+        return config
+    with suppress(UserError, KeyError, TypeError):
+        return dataclasses.replace(config, n_vectors=read_toml(there)["train"]["n_vectors"])
+    return config.with_length(max(each.n_images * each.n_tokens[sites[0]] for each in sources))
+
+
+def recipe_of(
+    source: ActivationSource, run: Run, config: TrainConfig, held_out: HeldOut | None = None
+) -> TrainRecipe:
+    """All that repeats a run on activations, of which those that are held out are no part."""
     store = getattr(source, "path", None)
     return TrainRecipe(
         store=str(Path(store).resolve()) if store is not None else None,
@@ -532,6 +599,8 @@ def recipe_of(source: ActivationSource, run: Run, config: TrainConfig) -> TrainR
         images=source.model_info.get("images"),
         sites=run.sites,
         tokens=cast(Tokens, source.tokens),
+        held_out=None if held_out is None else held_out.share,
+        held_out_seed=0 if held_out is None else held_out.seed,
         out=run.out,
         activations=source.fingerprint,
         train=config,
@@ -584,6 +653,8 @@ def warn_of_damage(error: UserError) -> None:
 
 def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
     there, own = identity(load(TrainRecipe, path)), identity(recipe)
+    if any(there.get(key) != own.get(key) for key in HELD_OUT):  # so the activations differ, too
+        there, own = ({key: each.get(key) for key in HELD_OUT} for each in (there, own))
     field = first_difference(there, own)
     if field == "activations":
         raise UserError(
@@ -605,8 +676,8 @@ def told_difference(there: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     for each in (there, own):
         value: Any = each
         for part in field.split("."):
-            value = value.get(part, "none") if isinstance(value, Mapping) else "none"
-        values.append(value)
+            value = value.get(part) if isinstance(value, Mapping) else None
+        values.append("none" if value is None else value)
     return f"{field!r} ({values[0]} there, {values[1]} now)"
 
 
@@ -629,12 +700,17 @@ def _refuse_other_sites(run: Run) -> None:
             )
 
 
-def _metadata(source: ActivationSource, site: str, config: TrainConfig) -> dict[str, Any]:
+def _metadata(source: ActivationSource, site: str, recipe: TrainRecipe) -> dict[str, Any]:
+    config, held_out = recipe.train, {}
+    if recipe.held_out is not None:
+        share = HeldOut(recipe.held_out, recipe.held_out_seed)
+        held_out = {"held_out": share.to_metadata(source)}
     model = {key: value for key, value in source.model_info.items() if key != "images"}
     target = {} if config.target_site is None else {"target_site": config.target_site}
     return {
         "model": model,
         "images": source.model_info.get("images"),
+        **held_out,
         "site": site,
         **target,
         "tokens": source.tokens,
