@@ -11,9 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from sparsight.errors import MissingExtra, SparsightError
 from sparsight.files import write_bytes, write_text
-from sparsight.training.run import METRICS, read_metrics
-
-WANDB_ID = "wandb-id.txt"
+from sparsight.training.run import METRICS, WANDB_ID, read_metrics
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock, read_json, remove_temporaries
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
+from sparsight.training.checkpoint_files import newest_step
 from sparsight.training.config import TrainConfig, TrainRecipe
 
 CONFIG = "config.toml"
@@ -21,8 +22,13 @@ DIVERGED = "diverged.json"
 """Of a member of a sweep whose loss ceased to be finite."""
 SWEEP = "sweep.toml"
 """At the root of a sweep."""
+WANDB_ID = "wandb-id.txt"
 LOCK = ".lock"
 """Held by the process that trains into the folder."""
+
+
+_OWN = ("checkpoints", METRICS, DIVERGED, WANDB_ID, "tensorboard", "wandb")
+"""What a run may have left before, or behind, its `config.toml`."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,69 @@ class Run:
     def metrics(self, site: str | None = None) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.folder(site) / METRICS)
+
+
+def refuse_foreign_files(out: Path) -> None:
+    """Make sure that a folder in which no run has begun is free for one.
+
+    Other runs may lie in it, each in its own folder, and hidden files.
+
+    Raises:
+        UserError: it is a file, or holds something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file. Choose another folder for the run.")
+    strange = [
+        path.name
+        for path in sorted(out.iterdir())
+        if not (path.name.startswith(".") or path.name in _OWN or _holds_runs(path))
+    ]
+    if strange:
+        shown = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
+        raise UserError(
+            f"{out}: holds other files ({shown}) and no run. Choose an empty or a new folder."
+        )
+
+
+def _holds_runs(path: Path) -> bool:
+    """Whether a folder is empty, or that of runs or a sweep."""
+    if not path.is_dir():
+        return False
+    signs = (CONFIG, SWEEP, WEIGHTS)
+    inside = (path.glob(f"{depth}{sign}") for depth in ("", "*/") for sign in signs)
+    return any(any(each) for each in inside) or not any(path.iterdir())
+
+
+def unfinished(folder: Path) -> list[str]:
+    """What is still to be trained in a folder of a run, of a sweep, or of several of them.
+
+    Returns:
+        A sentence for each run or sweep: how far it is, and the command that goes on.
+    """
+    found: dict[Path, str] = {}
+    for path in sorted({*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"),
+                        *folder.glob(f"*/*/{CONFIG}")}):  # fmt: skip
+        own = path.parent
+        if (own / WEIGHTS).exists() or diverged(own) is not None:
+            continue
+        try:
+            recipe = load(TrainRecipe, path)
+        except UserError:
+            continue  # of something else
+        roots = (own, own.parent, own.parent.parent)
+        swept = next((each for each in roots[1:] if (each / SWEEP).exists()), None)
+        root = swept or (own if len(recipe.sites) == 1 else own.parent)
+        verb, file = ("sweep", root / SWEEP) if swept else ("train", path)
+        length, size = recipe.train.length, recipe.train.batch_size
+        done = min(length, newest_step(root / "checkpoints") * size)
+        found.setdefault(
+            root,
+            f"{root}: training is unfinished: {done:,} of {length:,} vectors. The same command "
+            f"goes on, or `sparsight {verb} --config {file} --out {root}`.",
+        )
+    return list(found.values())
 
 
 def diverged(folder: Path) -> str | None:

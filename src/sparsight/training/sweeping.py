@@ -26,7 +26,15 @@ from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.grid import TOKENS, Setting, checked, combinations, configuration
-from sparsight.training.run import CONFIG, DIVERGED, LOCK, SWEEP, Run, diverged
+from sparsight.training.run import (
+    CONFIG,
+    DIVERGED,
+    LOCK,
+    SWEEP,
+    Run,
+    diverged,
+    refuse_foreign_files,
+)
 from sparsight.training.trainer import (
     Activations,
     Member,
@@ -345,6 +353,8 @@ def _refuse_single_run(out: Path, resume: bool) -> None:
             raise UserError(f"{out} holds a sweep already. Choose another folder, or resume it.")
     elif (out / CONFIG).exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a single run. Choose another folder for a sweep.")
+    else:
+        refuse_foreign_files(out)
 
 
 def _refuse_to_drop(sweep: Sweep) -> None:

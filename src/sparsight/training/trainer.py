@@ -39,7 +39,7 @@ from sparsight.sae.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers
-from sparsight.training.run import CONFIG, DIVERGED, METRICS, SWEEP, Run
+from sparsight.training.run import CONFIG, DIVERGED, METRICS, SWEEP, Run, refuse_foreign_files
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
 from sparsight.vision import Tokens, VisionModel
@@ -613,6 +613,7 @@ def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
         raise UserError(f"{run.out} holds a sweep. Choose another folder for a single run.")
     begun = checkpoint.identities(run.checkpoints)
     if not holds_part(run, recipe, all(begun.get(site) == identity(recipe) for site in run.sites)):
+        refuse_foreign_files(run.out)
         return False
     if not resume:
         raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")

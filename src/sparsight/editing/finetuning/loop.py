@@ -40,7 +40,7 @@ from sparsight.progress import logger, progress
 from sparsight.sae.files import load_tensors, save_tensors
 from sparsight.training import checkpoint_files
 from sparsight.training.loggers import JsonLines
-from sparsight.training.run import CONFIG, METRICS
+from sparsight.training.run import CONFIG, METRICS, refuse_foreign_files
 from sparsight.training.trainer import refuse_other_checkpoint, told_difference, warn_of_damage
 from sparsight.vision import VisionModel
 from sparsight.vision.hashing import weights_hash
@@ -516,6 +516,7 @@ def _settled(run: FinetuneRun, recipe: FinetuneRecipe, resume: bool) -> bool:
     """Whether the run is finished; makes sure that what is there is a part of the same run."""
     path = run.out / CONFIG
     if not path.exists():
+        refuse_foreign_files(run.out)
         return False
     if not resume:
         raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
