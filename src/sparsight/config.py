@@ -317,11 +317,12 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise _wrong(where, path, value, "a finite number")
-    if hint is int and isinstance(value, float) and value.is_integer():  # 1e6 in TOML
-        return int(value)
-    if hint is int and isinstance(value, str):
-        with suppress(ValueError):
-            return whole_number(value)
+    if hint is int and where:  # in a file, where people write 1e6 or "1M"; not in a program
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return whole_number(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):

@@ -168,7 +168,9 @@ class LiveActivations:
         if len(absent):
             raise UserError(f"{self.images.spec}: image {absent[0]} is not read here.")
         chosen = np.flatnonzero(np.isin(self.image_indices, wanted))
-        return self._view(self.images.select(chosen), self.tokens, self.image_indices[chosen])
+        return self._view(
+            self.images.select(chosen.tolist()), self.tokens, self.image_indices[chosen]
+        )
 
     def _view(
         self, images: ImageSource, tokens: str, image_indices: npt.NDArray[np.int64]

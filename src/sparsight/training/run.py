@@ -13,7 +13,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock, read_json, remove_temporaries
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
-from sparsight.training.checkpoint_files import newest_step
+from sparsight.training import checkpoint_files
 from sparsight.training.config import TrainConfig, TrainRecipe
 
 CONFIG = "config.toml"
@@ -113,7 +113,7 @@ def refuse_foreign_files(out: Path) -> None:
     Raises:
         UserError: it is a file, or holds something else.
     """
-    if not out.exists():
+    if not out.exists() or checkpoint_files.newest(out / "checkpoints") is not None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file. Choose another folder for the run.")
@@ -159,7 +159,7 @@ def unfinished(folder: Path) -> list[str]:
         root = swept or (own if len(recipe.sites) == 1 else own.parent)
         verb, file = ("sweep", root / SWEEP) if swept else ("train", path)
         length, size = recipe.train.length, recipe.train.batch_size
-        done = min(length, newest_step(root / "checkpoints") * size)
+        done = min(length, checkpoint_files.newest_step(root / "checkpoints") * size)
         found.setdefault(
             root,
             f"{root}: training is unfinished: {done:,} of {length:,} vectors. The same command "
