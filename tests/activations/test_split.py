@@ -66,5 +66,5 @@ def test_it_is_known_whether_images_were_seen_in_training(kept_store: Activation
     assert [seen_in_training(split, each) for each in (held, rest, kept_store)] == [
         False, True, True,
     ]  # fmt: skip
-    assert seen_in_training({"images": "others/"}, held) is None
+    assert seen_in_training({"images": "others/"}, held) is False
     assert seen_in_training({}, held) is None

@@ -104,11 +104,13 @@ def seen_in_training(metadata: Mapping[str, Any], source: ActivationSource) -> b
 
     Returns:
         True where images of the same source are among those trained on, False where all of them
-        were held out, None where they are of another source, or nobody can tell.
+        were held out or are of another source, None where nobody can tell.
     """
-    spec = metadata.get("images")
-    if spec is None or spec != source.model_info.get("images"):
+    trained, own = metadata.get("images"), source.model_info.get("images")
+    if not trained or not own:
         return None
+    if trained != own:
+        return False
     held_out = held_out_of(metadata)
     if held_out is None:
         return True
