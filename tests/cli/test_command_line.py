@@ -18,6 +18,7 @@ from sparsight.cli import main
 from sparsight.cli.main import VERBS
 from sparsight.cli.options import parse
 from sparsight.cli.train import TrainOptions
+from sparsight.errors import UserError
 from sparsight.images import open_images
 from sparsight.interruption import Terminated
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
@@ -463,8 +464,10 @@ def test_convert_writes_another_projects_format_and_reads_it_back(tmp_path: Path
 def test_every_whole_number_may_be_written_with_an_exponent_or_a_letter(tmp_path: Path) -> None:
     options = parse(TrainOptions, "train", ["--n-vectors", "1e6", "--batch-size", "4k"])
     assert (options.train.n_vectors, options.train.batch_size) == (1_000_000, 4000)
-    with pytest.raises(SystemExit):
-        parse(TrainOptions, "train", ["--n-vectors", "1.5"])
+    assert parse(TrainOptions, "train", ["--n-vectors", "None"]).train.n_vectors is None
+    for wrong in (["--n-vectors", "1.5"], ["--batch-size", "many"]):
+        with pytest.raises(UserError, match=rf"{wrong[0]}.*'{wrong[1]}' is no whole number"):
+            parse(TrainOptions, "train", wrong)
 
 
 def test_held_out_images_are_measured_on_and_a_sweep_takes_a_share_or_a_store(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sparsight.config import whole_number
@@ -11,14 +13,23 @@ REGISTRY = ConstructorRegistry()
 
 
 @REGISTRY.primitive_rule
-def whole_number_rule(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-    """Read every option that is an integer."""
-    if type_info.type is not int:
+def whole_number_rule(
+    type_info: PrimitiveTypeInfo,
+) -> PrimitiveConstructorSpec[int | None] | None:
+    """Read every option that is an integer, or an integer or None."""
+    optional = set(typing.get_args(type_info.type)) == {int, type(None)}
+    if type_info.type is not int and not optional:
         return None
+
+    def read(arguments: list[str]) -> int | None:
+        if optional and arguments[0] == "None":
+            return None
+        return whole_number(arguments[0])
+
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT",
-        instance_from_str=lambda arguments: whole_number(arguments[0]),
-        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        metavar="{None}|INT" if optional else "INT",
+        instance_from_str=read,
+        is_instance=lambda value: type(value) is int or (optional and value is None),
         str_from_instance=lambda value: [str(value)],
     )
