@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -189,9 +189,20 @@ def without_folders(text: str) -> str:
     return _ABSOLUTE_PATH.sub(r"\1", _TABLE.sub("", text))
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed `atomic_path` or `new_folder` left in `folder`."""
-    for leftover in Path(folder).glob(".*.tmp"):
+def temporaries(folder: Path, names: Iterable[str] = ("*",)) -> list[Path]:
+    """What a killed `atomic_path` or `new_folder` left in a folder.
+
+    Args:
+        folder: where they were to write.
+        names: of the files or folders; name them where others may be writing, too.
+    """
+    patterns = (f".{name}{random}.tmp" for name in names for random in ("", ".*"))
+    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+
+
+def remove_temporaries(folder: Path, names: Iterable[str] = ("*",)) -> None:
+    """Remove the `temporaries`."""
+    for leftover in temporaries(folder, names):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -527,7 +527,9 @@ def test_leftovers_and_damaged_files_of_a_sweep_are_put_right(whole: Sweep, tmp_
     shutil.copytree(whole.out, out)
     table = (out / "sweep.json").read_bytes()
     (out / "sweep.json").write_bytes(table[:-30])
-    for place in (".lock", ".sweep.json.x.tmp", "k2-seed0/here/.sae.safetensors.x.tmp"):
+    (out / "plots").mkdir()
+    left = ".lock", ".sweep.json.x.tmp", "k2-seed0/here/.sae.safetensors.x.tmp", "plots/.a.svg.tmp"
+    for place in left:
         (out / place).write_text("half")
     (out / "checkpoints" / "000000016").mkdir(parents=True)  # half removed
     assert _sweep(out).table() == whole.table()

@@ -272,7 +272,7 @@ class Trainer:
         self.step = self.first_step = 0
         self.seconds = self.earlier_seconds = 0.0
         settings.out.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(settings.out)
+        remove_temporaries(settings.out, ["checkpoint.pt"])
         if self.checkpoint.exists():
             self.load()
         elif settings.start_from is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import lock, read_json, remove_temporaries
+from sparsight.files import lock, read_json, remove_temporaries, temporaries
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint_files
@@ -27,6 +28,8 @@ LOCK = ".lock"
 """Held by the process that trains into the folder."""
 
 
+WRITTEN = (CONFIG, METRICS, DIVERGED, WANDB_ID, WEIGHTS, "config.json", "README.md")
+"""What training writes into the folder of an SAE; other verbs may be at work on the others."""
 _OWN = ("checkpoints", METRICS, DIVERGED, WANDB_ID, "tensorboard", "wandb")
 """What a run may have left before, or behind, its `config.toml`."""
 
@@ -75,12 +78,11 @@ class Run:
 
     def clear_leftovers(self) -> None:
         """Remove what a process left that was killed in the moment when the run was finished."""
-        folders = (self.out, self.checkpoints, *map(self.folder, self.sites))
-        if (self.out / LOCK).exists() or any(any(each.glob(".*.tmp")) for each in folders):
+        folders = [self.folder(site) for site in self.sites]
+        if (self.out / LOCK).exists() or lying_about(folders, self.checkpoints):
             # Whoever holds the lock still clears up behind itself.
             with suppress(UserError), self.claimed():
-                for folder in folders:
-                    remove_temporaries(folder)
+                clear(folders, self.checkpoints)
 
     @property
     def recipe(self) -> TrainRecipe:
@@ -103,6 +105,18 @@ class Run:
     def metrics(self, site: str | None = None) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.folder(site) / METRICS)
+
+
+def lying_about(folders: Iterable[Path], checkpoints: Path) -> bool:
+    """Whether a process was killed while it wrote into folders of SAEs, or checkpoints."""
+    return any(temporaries(each, WRITTEN) for each in folders) or bool(temporaries(checkpoints))
+
+
+def clear(folders: Iterable[Path], checkpoints: Path) -> None:
+    """Remove what such a process left. The lock must be held."""
+    for folder in folders:
+        remove_temporaries(folder, WRITTEN)
+    remove_temporaries(checkpoints)
 
 
 def refuse_foreign_files(out: Path) -> None:

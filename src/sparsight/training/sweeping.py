@@ -20,7 +20,7 @@ from typing import Any
 from sparsight.activations import ActivationSource, HeldOut
 from sparsight.config import load, write_toml
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import lock, read_json, remove_temporaries, write_json
+from sparsight.files import lock, read_json, remove_temporaries, temporaries, write_json
 from sparsight.pace import SECONDS, Pace
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
@@ -32,7 +32,9 @@ from sparsight.training.run import (
     LOCK,
     SWEEP,
     Run,
+    clear,
     diverged,
+    lying_about,
     refuse_foreign_files,
 )
 from sparsight.training.trainer import (
@@ -203,8 +205,7 @@ def sweep(
     if list(_pending(result, recipes)) or result.checkpoints.exists() or _leftovers(result):
         with lock(out / LOCK, f"{out}: another process is training into it."):
             _refuse_to_drop(result)
-            for folder in _folders(result):
-                remove_temporaries(folder)
+            _clear(result)
             _write_recipe(first, names, config, out, held_out)
             read = with_target(names, config.train)
             while _train_together(sources, read, result, recipes, device, pace, quiet):
@@ -334,17 +335,28 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
+_TABLES = (SWEEP, TABLE, "table.json", "table.csv", "table.md")
+"""What is written into a sweep's folder, here and by `compare`; that writes `plots/`, too."""
+
+
 def _folders(sweep: Sweep) -> list[Path]:
-    """Where files are written."""
-    own = [run.folder(site) for run in sweep.runs.values() for site in run.sites]
-    return [sweep.out, sweep.out / "plots", sweep.checkpoints, *own]
+    """Where the SAEs lie."""
+    return [run.folder(site) for run in sweep.runs.values() for site in run.sites]
 
 
 def _leftovers(sweep: Sweep) -> bool:
     """Whether a process was killed that trained or wrote here."""
-    return (sweep.out / LOCK).exists() or any(
-        any(folder.glob(".*.tmp")) for folder in _folders(sweep)
+    return (
+        (sweep.out / LOCK).exists()
+        or lying_about(_folders(sweep), sweep.checkpoints)
+        or bool(temporaries(sweep.out, _TABLES) or temporaries(sweep.out / "plots"))
     )
+
+
+def _clear(sweep: Sweep) -> None:
+    clear(_folders(sweep), sweep.checkpoints)
+    remove_temporaries(sweep.out, _TABLES)
+    remove_temporaries(sweep.out / "plots")
 
 
 def _refuse_single_run(out: Path, resume: bool) -> None:

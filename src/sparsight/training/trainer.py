@@ -30,7 +30,7 @@ from sparsight.activations import (
 )
 from sparsight.config import first_difference, load, read_toml, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import remove_temporaries, write_json
+from sparsight.files import write_json
 from sparsight.images import ImageSource
 from sparsight.interruption import STOPS, Stop, kept, postponed
 from sparsight.pace import SECONDS, Pace
@@ -39,7 +39,15 @@ from sparsight.sae.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers
-from sparsight.training.run import CONFIG, DIVERGED, METRICS, SWEEP, Run, refuse_foreign_files
+from sparsight.training.run import (
+    CONFIG,
+    DIVERGED,
+    METRICS,
+    SWEEP,
+    Run,
+    clear,
+    refuse_foreign_files,
+)
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
 from sparsight.vision import Tokens, VisionModel
@@ -220,8 +228,7 @@ class Loop:
         self.drop_diverged = drop_diverged
         self.step = self.kept_step = 0
         self.finished = False
-        for folder in (checkpoints, *(member.folder for member in members)):
-            remove_temporaries(folder)
+        clear([member.folder for member in members], checkpoints)
         stream = source.stream(sites, self.config.batch_size, seed=self.config.order_seed)
         needed = tuple(
             dict.fromkeys(

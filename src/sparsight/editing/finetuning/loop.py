@@ -27,7 +27,7 @@ from sparsight.editing.finetuning.groups import Member, set_trainable
 from sparsight.editing.finetuning.optimisers import AdaBelief, rate_factor
 from sparsight.editing.finetuning.pairs import CaptionedImages, captioned, check_lengths
 from sparsight.editing.finetuning.penalty import LatentPenalty, PenalisedLatents
-from sparsight.editing.finetuning.run import FinetuneRun
+from sparsight.editing.finetuning.run import WRITTEN, FinetuneRun
 from sparsight.editing.finetuning.sampling import Pair, PairSampler
 from sparsight.editing.finetuning.scaling import ScaledNeurons
 from sparsight.editing.gmp import parametrize, to_plain
@@ -188,8 +188,8 @@ class _Loop:
         self.original, self.loader, self.run = original, loader, run
         self.config, self.identity, self.pace = recipe.train, _what_counts(recipe), pace
         config = self.config
-        for folder in (run.out, run.checkpoints):
-            remove_temporaries(folder)
+        remove_temporaries(run.out, WRITTEN)
+        remove_temporaries(run.checkpoints)
         sampler = PairSampler(
             data,
             attack,

@@ -11,12 +11,14 @@ from typing import Any
 from sparsight.config import load
 from sparsight.editing.finetuning.config import FinetuneRecipe
 from sparsight.errors import UserError
-from sparsight.files import lock, remove_temporaries
+from sparsight.files import lock, remove_temporaries, temporaries
 from sparsight.training.run import CONFIG, LOCK, METRICS, read_metrics
 from sparsight.vision import VisionModel, load_model
 from sparsight.vision.saving import OPEN_CLIP_CONFIG
 
 MODEL = "model"
+WRITTEN = (MODEL, CONFIG, METRICS, "before-after.json", "report.html")
+"""What fine-tuning writes into its folder."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ class FinetuneRun:
         """Remove what a process left that was killed in the moment when the run was finished."""
         if not self.is_finished:
             return
-        lying = (self.out / LOCK).exists() or any(self.out.glob(".*.tmp"))
+        lying = (self.out / LOCK).exists() or temporaries(self.out, WRITTEN)
         if lying or self.checkpoints.exists():
             # Whoever holds the lock still clears up behind itself.
             with suppress(UserError), self.claimed():
-                remove_temporaries(self.out)
+                remove_temporaries(self.out, WRITTEN)
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
