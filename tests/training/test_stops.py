@@ -251,11 +251,13 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_run_of_the_same(
 def test_no_run_begins_among_other_files(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_text("mine")
     (tmp_path / ".hidden").write_text("of no account")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".lock").write_text("")
     with pytest.raises(UserError, match=r"holds other files \(photo\.jpg\) and no run"):
         train(sparse_mixtures(), CONFIG, out=tmp_path, quiet=True)
     with pytest.raises(UserError, match="is a file"):
         train(sparse_mixtures(), CONFIG, out=tmp_path / "photo.jpg", quiet=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "photo.jpg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "begun", "photo.jpg"]
 
 
 def test_an_unfinished_run_is_told_with_the_command_that_goes_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from sparsight.cli.help import Help
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_sweep
 from sparsight.cli.train import TrainOptions, activations_of, choose_parts, held_out_by
+from sparsight.config import whole_number
 from sparsight.errors import UserError
 from sparsight.evaluation import SweepMeasures
 from sparsight.evaluation.comparing import ACCURACY_IMAGES
@@ -142,8 +144,12 @@ def _varied(given: Sequence[str]) -> Mapping[str, list[Any]]:
 
 
 def _value(text: str) -> Any:
-    """A number or truth value, as TOML spells them; else the text itself."""
+    """A number or truth value, as TOML spells them; 1e3 and 2k are whole; else the text itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        value = text
+    if isinstance(value, str) or (isinstance(value, float) and "." not in text):
+        with suppress(ValueError):
+            return whole_number(text)
+    return value

@@ -38,6 +38,7 @@ HELP = Help(
         "sae.expansion",
         "sae.sparsity.k",
         "n-vectors",
+        "held-out",
         "batch-size",
         "lr",
         "seed",

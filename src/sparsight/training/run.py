@@ -144,12 +144,14 @@ def refuse_foreign_files(out: Path) -> None:
 
 
 def _holds_runs(path: Path) -> bool:
-    """Whether a folder is empty, or that of runs or a sweep."""
+    """Whether a folder is empty but for hidden files, or that of runs or a sweep."""
     if not path.is_dir():
         return False
     signs = (CONFIG, SWEEP, WEIGHTS)
     inside = (path.glob(f"{depth}{sign}") for depth in ("", "*/") for sign in signs)
-    return any(any(each) for each in inside) or not any(path.iterdir())
+    return any(any(each) for each in inside) or all(
+        each.name.startswith(".") for each in path.iterdir()
+    )
 
 
 def unfinished(folder: Path) -> list[str]:
