@@ -36,11 +36,16 @@ class Pace:
         self.seconds = seconds
         self.interval = seconds
         self._last = time.monotonic()
+        self._took = 0.0
         self._told = False
 
     def due(self) -> bool:
         """Whether the last checkpoint is that long ago."""
         return self.interval is not None and time.monotonic() - self._last >= self.interval
+
+    def affordable(self) -> bool:
+        """Whether another checkpoint now would not take more than a fiftieth of the time."""
+        return time.monotonic() - self._last >= self._took / LARGEST_SHARE
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -48,16 +53,16 @@ class Pace:
         begun = time.monotonic()
         yield
         self._last = time.monotonic()
+        self._took = self._last - begun
         if self.seconds is not None:
-            self.interval = max(self.seconds, (self._last - begun) / LARGEST_SHARE)
+            self.interval = max(self.seconds, self._took / LARGEST_SHARE)
 
     def stretched(self) -> str | None:
         """What to tell, once, of an interval that is longer than was asked for."""
         if self._told or self.interval is None or self.interval == self.seconds:
             return None
         self._told = True
-        took = self.interval * LARGEST_SHARE
         return (
-            f"A checkpoint takes {took:.1f} s to write, so one is written every "
+            f"A checkpoint takes {self._took:.1f} s to write, so one is written every "
             f"{self.interval:,.0f} s rather than every {self.seconds:g} s."
         )

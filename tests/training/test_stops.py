@@ -149,10 +149,11 @@ def test_checkpoints_by_time_change_no_bit_and_are_no_part_of_what_a_run_is(
 
 def test_checkpoints_that_take_long_are_written_less_often_and_it_is_said() -> None:
     found = Pace(0.01)
-    assert not found.due() and found.stretched() is None
+    assert not found.due() and found.affordable() and found.stretched() is None
     with found.writing():
         time.sleep(0.02)
     assert found.interval is not None and found.interval >= 0.02 / pace.LARGEST_SHARE
+    assert not found.affordable()
     assert "rather than every 0.01 s" in str(found.stretched())
     assert found.stretched() is None  # once
     assert not Pace(None).due()

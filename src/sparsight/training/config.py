@@ -112,7 +112,8 @@ class TrainConfig:
     """Vectors between lines of `metrics.jsonl`; None is a hundredth of the run."""
 
     checkpoint_every: int | None = None
-    """Vectors between checkpoints; None is a tenth of the run."""
+    """Vectors between checkpoints; None is a tenth of the run, unless writing takes too long for
+    that. Others are written by time, see `train`."""
 
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go beside `metrics.jsonl`."""

@@ -394,6 +394,8 @@ class Loop:
         if self.step % config.steps_every(config.log_every, 100) == 0 or last:
             self.note = self._log()
         asked = self.step % config.steps_every(config.checkpoint_every, 10) == 0
+        if config.checkpoint_every is None:
+            asked = asked and self.pace.affordable()
         if (asked or self.pace.due()) and not last:
             self._keep()
         line.advance(config.batch_size, self.note)

@@ -239,7 +239,10 @@ class _Loop:
                 self.step += 1
                 last = self.step == self.n_steps
                 note = self._log(norms) if self.step % every == 0 or last else ""
-                if (self.step % save_every == 0 or self.pace.due()) and not last:
+                asked = self.step % save_every == 0
+                if config.checkpoint_every is None:
+                    asked = asked and self.pace.affordable()
+                if (asked or self.pace.due()) and not last:
                     self._save(quiet)
                 line.advance(1, note)
         self.model.module.eval()
