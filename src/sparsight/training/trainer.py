@@ -94,9 +94,9 @@ def train(
             `held_out_of(sae.metadata)` gives them back.
         resume: False refuses a folder that holds a run.
         device: "cpu", "cuda", …; a GPU if there is one.
-        checkpoint_seconds: a checkpoint is written when the last one is so long ago (seldomer where
-            writing takes more than a fiftieth of that), beside those of
-            `config.checkpoint_every`; None writes none by time. No part of what a run is.
+        checkpoint_seconds: a checkpoint is written when the last one is so long ago, or less often
+            where writing takes more than a fiftieth of that; beside those of
+            `config.checkpoint_every`. None writes none by time. No part of what a run is.
         quiet: no progress line.
 
     Returns:

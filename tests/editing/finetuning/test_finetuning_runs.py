@@ -496,3 +496,28 @@ def test_no_run_begins_among_other_files(model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds other files \(notes\.txt\) and no run"):
         tune(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "warned"),
+    [
+        ("config.toml", "batch_size = 6", r"batch_size.*counts as damaged"),
+        ("metrics.jsonl", '"loss": ', r"metrics\.jsonl: is damaged or was changed"),
+        ("checkpoints/000000003/state.json", '"step": 3', "damaged checkpoint: .*000000003"),
+    ],
+)
+def test_a_changed_byte_is_noticed_and_does_no_harm(
+    model, tmp_path, monkeypatch, file, text, warned
+):
+    stop_in(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, tmp_path / "run")
+    monkeypatch.undo()
+    path = tmp_path / "run" / file
+    found = path.read_text()
+    path.write_text(found.replace(text, f"{text[:-1]}7", 1))
+    assert path.read_text() != found
+    with pytest.warns(UserWarning, match=warned):
+        run = tune(model, tmp_path / "run")
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
+    assert run.recipe.train.batch_size == 6

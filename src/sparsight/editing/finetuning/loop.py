@@ -99,9 +99,9 @@ def finetune(
         workers: processes that decode pictures; see `load_batches`.
         max_failed: share of the pictures that may be broken; they are left out and counted.
         resume: False refuses a folder that holds a run.
-        checkpoint_seconds: a checkpoint is written when the last one is so long ago (seldomer where
-            writing takes more than a fiftieth of that), beside those of
-            `config.checkpoint_every`; None writes none by time. No part of what a run is.
+        checkpoint_seconds: a checkpoint is written when the last one is so long ago, or less often
+            where writing takes more than a fiftieth of that; beside those of
+            `config.checkpoint_every`. None writes none by time. No part of what a run is.
         quiet: no progress line.
 
     Returns:
