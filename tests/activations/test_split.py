@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from activation_parts import BLOCK_1
 
-from sparsight.activations import ActivationStore, HeldOut, LiveActivations, seen_in_training
+from sparsight.activations import (
+    ActivationStore,
+    HeldOut,
+    LiveActivations,
+    held_out_of,
+    seen_in_training,
+)
 from sparsight.errors import UserError
 from sparsight.images import ImageSource
 from sparsight.vision import VisionModel
@@ -68,3 +74,7 @@ def test_it_is_known_whether_images_were_seen_in_training(kept_store: Activation
     ]  # fmt: skip
     assert seen_in_training({"images": "others/"}, held) is False
     assert seen_in_training({}, held) is None
+    grown = {**about, "held_out": {**split["held_out"], "n_images": 50}}
+    assert seen_in_training(grown, held) is None
+    with pytest.raises(UserError, match=r"chosen among 50, here are \d+: nobody can tell"):
+        held_out_of(grown).split(kept_store)

@@ -37,6 +37,7 @@ class HeldOut:
     Attributes:
         share: of all images, between 0 and 1.
         seed: of the random choice.
+        n_images: of the source that it is to fit; None fits any.
 
     Raises:
         UserError: a number is out of range.
@@ -44,6 +45,7 @@ class HeldOut:
 
     share: float
     seed: int = 0
+    n_images: int | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "held_out_seed")
@@ -69,10 +71,17 @@ class HeldOut:
         """Two views of some activations: those to train on, and those that are held out.
 
         Raises:
-            UserError: the activations give no views, or no images would be left in one.
+            UserError: the activations give no views, no images would be left in one, or the source
+                has not the `n_images`.
         """
         if not isinstance(source, Selectable):
             raise UserError("held_out: these activations cannot be split by images; leave it out.")
+        if self.n_images not in (None, source.n_listed):
+            raise UserError(
+                f"held_out: the images were chosen among {self.n_images:,}, here are "
+                f"{source.n_listed:,}: nobody can tell which of these they are. Leave it out, or "
+                "give the same images."
+            )
         there = np.asarray(source.image_indices)
         held = np.isin(there, self.places(source.n_listed))
         if held.all() or not held.any():
@@ -92,7 +101,7 @@ class HeldOut:
 def held_out_of(metadata: Mapping[str, Any]) -> HeldOut | None:
     """What an SAE's metadata say was held out of its training; None where nothing was."""
     about = metadata.get("held_out")
-    return None if about is None else HeldOut(about["share"], about["seed"])
+    return None if about is None else HeldOut(about["share"], about["seed"], about["n_images"])
 
 
 def seen_in_training(metadata: Mapping[str, Any], source: ActivationSource) -> bool | None:
@@ -114,7 +123,7 @@ def seen_in_training(metadata: Mapping[str, Any], source: ActivationSource) -> b
     held_out = held_out_of(metadata)
     if held_out is None:
         return True
-    if not isinstance(source, Selectable):
+    if not isinstance(source, Selectable) or source.n_listed != held_out.n_images:
         return None
-    places = held_out.places(metadata["held_out"]["n_images"])
+    places = held_out.places(source.n_listed)
     return not np.isin(np.asarray(source.image_indices), places).all()

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
 def held_out_part(data: ActivationSource, sae: SparseAutoencoder) -> ActivationSource:
     """Of the images that an SAE was trained on those that were held out, where some were."""
     held_out = held_out_of(sae.metadata)
-    if held_out is None or not seen_in_training(sae.metadata, data):
+    if held_out is None or seen_in_training(sae.metadata, data) is False:
         return data
     part = held_out.split(data)[1]
     print_notes([f"measured on {part.n_images:,} images that were held out of training."])
