@@ -28,7 +28,7 @@ from sparsight.activations import (
     matching_sites,
     with_tokens,
 )
-from sparsight.config import first_difference, load, read_toml, to_dict, write_toml
+from sparsight.config import first_difference, load, read_toml, to_dict, value_at, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
@@ -682,13 +682,8 @@ def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
 def told_difference(there: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """The first field in which two mappings differ, and what either says; they do differ."""
     field = str(first_difference(there, own))
-    values = []
-    for each in (there, own):
-        value: Any = each
-        for part in field.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        values.append("none" if value is None else value)
-    return f"{field!r} ({values[0]} there, {values[1]} now)"
+    values = ("none" if x is None else x for x in (value_at(there, field), value_at(own, field)))
+    return "{!r} ({} there, {} now)".format(field, *values)
 
 
 def identity(recipe: TrainRecipe) -> dict[str, Any]:
