@@ -1,27 +1,31 @@
 # `make demo` and `make test` do all the set-up themselves: Python 3.11 or newer is enough.
-# PYTHON chooses the interpreter; PIP_FLAGS is handed to pip.
+# PYTHON chooses the interpreter; PIP_FLAGS is handed to pip; WORKERS says how many processes test.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 OPEN_CLIP := $(VENV)/open_clip
 NATIVE := $(wildcard hatch_build.py src/sparsight/sae/kernels/native/*.[ch] src/sparsight/sae/kernels/native/*.inc)
 PEERS := $(VENV)/peers
+GPU := $(VENV)/gpu
 CODE := src tests benchmarks hatch_build.py
 OFFLINE := HF_HUB_OFFLINE=1
 WITH_PEERS := SPARSIGHT_PEERS=$(PEERS)
-TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest \
+IN_PARALLEL := --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
+TEST := $(OFFLINE) $(WITH_PEERS) $(BIN)/python -m pytest $(IN_PARALLEL)
+TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest $(IN_PARALLEL) \
 	tests/vision/test_open_clip.py tests/vision/test_open_clip_layouts.py \
 	tests/editing/test_folding_open_clip.py tests/editing/test_weights_open_clip.py \
 	tests/editing/finetuning/test_finetuning_open_clip.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench bench-peers clean
+.PHONY: help demo test test-slow lint format docs bench bench-peers gpu-check clean
 
 help:
 	@echo "make demo         train and look at sparse autoencoders of a small CLIP, in minutes"
-	@echo "make test         run the quick tests"
+	@echo "make test         run the quick tests, in a process for each core (WORKERS=N for N)"
 	@echo "make test-slow    run all tests"
 	@echo "make lint         style, types, import rules"
 	@echo "make format       put the code into the house style"
@@ -30,6 +34,8 @@ help:
 	@echo "                  tables go to benchmarks/RESULTS.md and QUALITY.md"
 	@echo "make bench-peers  measure training, encoding, extraction, the store and what is learnt beside"
 	@echo "                  other packages, installed apart"
+	@echo "make gpu-check    on a machine with CUDA: run what needs a GPU and measure it, in 8 minutes;"
+	@echo "                  tables go to benchmarks/GPU.md"
 	@echo "make clean        remove the virtual environment and what was built"
 
 demo: $(VENV)/.user
@@ -37,11 +43,11 @@ demo: $(VENV)/.user
 
 test: $(VENV)/.developer $(OPEN_CLIP)/.installed $(PEERS)/.installed
 	$(TEST_OPEN_CLIP) --cov --cov-report=
-	$(OFFLINE) $(WITH_PEERS) $(BIN)/python -m pytest -m "not slow" --cov --cov-append --cov-report=term:skip-covered
+	$(TEST) -m "not slow" --cov --cov-append --cov-report=term:skip-covered
 
 test-slow: $(VENV)/.developer $(OPEN_CLIP)/.installed $(PEERS)/.installed
 	$(TEST_OPEN_CLIP)
-	$(OFFLINE) $(WITH_PEERS) $(BIN)/python -m pytest
+	$(TEST)
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check $(CODE)
@@ -62,6 +68,11 @@ bench: $(VENV)/.developer
 bench-peers: $(VENV)/.developer $(PEERS)/.installed $(OPEN_CLIP)/.installed
 	@set -e; for name in train_step encode extract stream architectures; do echo "== $$name"; \
 		$(OFFLINE) $(BIN)/python benchmarks/$$name.py --peers-folder $(PEERS); done
+
+gpu-check:
+	@$(PYTHON) benchmarks/cuda_driver.py
+	@$(MAKE) --no-print-directory $(GPU)/.installed
+	$(OFFLINE) $(GPU)/bin/python benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
@@ -96,4 +107,14 @@ $(OPEN_CLIP)/.installed: constraints.txt $(VENV)/.developer
 $(PEERS)/.installed: benchmarks/peers.txt $(VENV)/.developer
 	rm -rf $(PEERS)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --target $(PEERS) -r benchmarks/peers.txt
+	@touch $@
+
+# A torch for CUDA that PYTHON has stays, and so does all else that is new enough: what is missing
+# comes beside it. No constraints here, for they would bring another torch; GPU.md names versions.
+$(GPU)/.installed: pyproject.toml
+	rm -rf $(GPU)
+	$(PYTHON) -m venv $(GPU)
+	$(PYTHON) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
+		> "$$($(GPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	$(GPU)/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[test]'
 	@touch $@

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 GIB = 2**30
+NO_TIME = "there was no time left"
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,21 @@ class Process:
         module: where its class stands in `CONTENDERS`.
         task: what to work on.
         path: folder that comes first on the process's import path.
+        deadline: when the process is ended at the latest, by `time.monotonic`.
     """
 
-    def __init__(self, name: str, module: str, task: Task, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        task: Task,
+        path: Path | None = None,
+        deadline: float = math.inf,
+    ) -> None:
+        if time.monotonic() >= deadline:
+            raise ContenderError(NO_TIME)
         self.name = name
+        self._deadline = deadline
         environment = dict(os.environ, OMP_NUM_THREADS=str(task.threads))
         if path is not None:
             environment["PYTHONPATH"] = os.pathsep.join(
@@ -181,13 +195,29 @@ class Process:
         with suppress(BrokenPipeError):  # of a dead process; there is no answer then
             self._child.stdin.write(json.dumps(request) + "\n")
             self._child.stdin.flush()
-        line = self._child.stdout.readline()
+        with self._ending_in_time():
+            line = self._child.stdout.readline()
         if not line:
-            raise ContenderError(f"its process ended with status {self._child.wait()}")
+            status = self._child.wait()
+            late = time.monotonic() >= self._deadline
+            raise ContenderError(NO_TIME if late else f"its process ended with status {status}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise ContenderError(answer["error"])
         return answer
+
+    @contextmanager
+    def _ending_in_time(self) -> Iterator[None]:
+        """Kill the process at the deadline: a kernel that hangs answers nothing."""
+        if math.isinf(self._deadline):
+            yield
+            return
+        timer = threading.Timer(self._deadline - time.monotonic(), self._child.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 @dataclass
@@ -224,6 +254,7 @@ def race(
     calls: int,
     warm_up: int = 2,
     path: Path | None = None,
+    deadline: float = math.inf,
 ) -> list[Result]:
     """Start all contenders, ask them in turn, and stop them.
 
@@ -235,6 +266,7 @@ def race(
         calls: how many calls each time; the median of their times is the round's.
         warm_up: calls before the first round.
         path: folder that comes first on the import path of contenders in the module `peers`.
+        deadline: by `time.monotonic`; whoever has not finished then is stopped, and says so.
 
     Returns:
         A result for each, in the order given; those that failed say how.
@@ -255,7 +287,8 @@ def race(
         for name, module in contenders:
             print(f"starting {name}", file=sys.stderr)
             with failing(name):
-                running[name] = Process(name, module, task, path if module == "peers" else None)
+                found_in = path if module == "peers" else None
+                running[name] = Process(name, module, task, found_in, deadline)
                 results[name].facts |= running[name].facts
                 running[name].time(what, warm_up)
         for number in range(rounds):

@@ -7,25 +7,30 @@ without the workers that it started.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from contenders import Result, peak_gib
+from contenders import NO_TIME, Result, peak_gib
 
 Job = Callable[[Any], dict[str, Any]]
 
 
-def take_turns(jobs: Mapping[str, Job], work: Any, rounds: int) -> list[Result]:
+def take_turns(
+    jobs: Mapping[str, Job], work: Any, rounds: int, deadline: float = math.inf
+) -> list[Result]:
     """Let all do the work in turn, so many times.
 
     Args:
         jobs: of the contenders.
         work: what they work on.
         rounds: how many times each does it.
+        deadline: by `time.monotonic`; whoever has not finished then is stopped, and says so.
 
     Returns:
         A result for each, in the order given; those that failed say how.
@@ -37,7 +42,7 @@ def take_turns(jobs: Mapping[str, Job], work: Any, rounds: int) -> list[Result]:
             result = results[name]
             if result.error is not None:
                 continue
-            found = _do(jobs[name], work)
+            found = _do(jobs[name], work, deadline)
             if "error" in found:
                 result.error = found["error"]
                 continue
@@ -94,13 +99,19 @@ def told(
     return table
 
 
-def _do(job: Job, work: Any) -> dict[str, Any]:
+def _do(job: Job, work: Any, deadline: float) -> dict[str, Any]:
+    if time.monotonic() >= deadline:
+        return {"error": NO_TIME}
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     child = context.Process(target=_answer, args=(theirs, job, work))
     child.start()
     theirs.close()
     try:
+        if not mine.poll(None if math.isinf(deadline) else deadline - time.monotonic()):
+            child.kill()
+            child.join()
+            return {"error": NO_TIME}
         found: dict[str, Any] = mine.recv()
     except EOFError:
         child.join()

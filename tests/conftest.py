@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and a core has a worker
 
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook("sparsight", "shape_checks.check")
+import shape_checks
+from alone import pytest_runtest_protocol
+
+__all__ = ["pytest_runtest_protocol"]
+
+shape_checks.install()
+
+
+def pytest_collection_finish() -> None:
+    """What all those imports made stays: looking for garbage in it again and again takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -155,3 +155,15 @@ def test_toml_may_write_whole_numbers_so_too_and_nothing_else_is_rounded(tmp_pat
     for wrong in (1.5, "two", True):
         with pytest.raises(UserError, match=r"only\.side is .*; expected an int"):
             from_dict(Drawing, {"name": "a", "only": {"side": wrong}}, str(path))
+
+
+def test_an_option_is_read_by_its_older_name_too_but_not_by_both(tmp_path: Path) -> None:
+    from sparsight.cli.search import SearchOptions
+
+    path = tmp_path / "search.toml"
+    for name in ("image", "picture"):
+        path.write_text(f'{name} = "mine.png"\n')
+        assert load(SearchOptions, path).image == Path("mine.png")
+    path.write_text('image = "mine.png"\npicture = "yours.png"\n')
+    with pytest.raises(UserError, match="picture and image are the same; give one of them"):
+        load(SearchOptions, path)

@@ -118,3 +118,36 @@ def test_a_report_that_does_not_fit_leaves_the_one_that_is_there(
     assert "report.html: could not be written (File too large)" in said
     assert page.read_text() == "what was there"
     assert digests(run.out).keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "calibration", "--out", "{}"],
+        ["export", "calibration", "--layout", "openai", "--out", "{}.safetensors"],
+        ["convert", "{run}", "--to", "saelens", "--out", "{}"],
+        ["push", "{run}", "--to", "a/b", "--n-shown", "0", "--dry-run", "{}"],
+    ],
+)  # fmt: skip
+def test_what_is_new_and_does_not_fit_is_one_line_that_names_it_and_leaves_nothing(
+    run: sp.Run, arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new/it"
+    given = [each.format(out, run=run.out) for each in arguments]
+    with files_no_longer_than(10_000):
+        code = main(given)
+    said = capfd.readouterr().err
+    assert code == 1 and "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"sparsight: {out}") and "could not be written" in last
+    assert digests(tmp_path / "new") == {}
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    run: sp.Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(run.out)
+    assert main(["index", str(run.out), "--top-n", str(10**11)]) == 1
+    said = capfd.readouterr().err
+    assert "sparsight: Memory ran out (" in said and "Traceback" not in said
+    assert digests(run.out) == before

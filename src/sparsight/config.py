@@ -25,6 +25,7 @@ import tomli_w
 
 from sparsight.errors import UserError
 from sparsight.files import write_text
+from sparsight.text import path_of, without_surrogates
 
 Config = TypeVar("Config")
 
@@ -233,8 +234,8 @@ def value_at(values: Mapping[str, Any], dotted: str) -> Any:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"kind": _kind(type(value)), **to_dict(value)}
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, Path | str):
+        return without_surrogates(str(value))
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, Mapping):
@@ -250,8 +251,11 @@ def _build(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     arguments = {}
-    for key, value in values.items():
-        dotted = f"{path}{key}"
+    aliases: Mapping[str, str] = getattr(cls, "ALIASES", {})
+    for name, value in values.items():
+        dotted, key = f"{path}{name}", aliases.get(name, name)
+        if key != name and key in values:
+            raise UserError(f"{_at(where)}{dotted} and {path}{key} are the same; give one of them.")
         if key == "kind" and key not in fields:
             continue
         if key not in fields:
@@ -324,7 +328,7 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
             with suppress(ValueError):
                 return whole_number(value)
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return path_of(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise _wrong(where, path, value, f"{'an' if hint is int else 'a'} {hint.__name__}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsight.activations import ActivationStore, extract
 from sparsight.config import check_seed, check_types, first_difference, load, to_dict, write_toml
-from sparsight.errors import UserError
+from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import evaluate
 from sparsight.files import read_json
 from sparsight.images import open_images
@@ -170,7 +170,8 @@ def _look(
     sae = run.sae(site)
     try:
         index = LatentIndex.open(folder, sae)
-    except UserError:
-        index = build_index(sae, held_out, out=folder, quiet=quiet)
+    except SparsightError:  # not there, of another SAE, or damaged
+        build_index(sae, held_out, out=folder, metrics=metrics, quiet=quiet)
+        return
     if index.table["name"].null_count == index.n_latents:
         name_from_truth(index, metrics)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -466,3 +467,32 @@ def test_a_star_stands_for_every_block(model: VisionModel) -> None:
     assert found == ("blocks.0.resid_pre", *blocks)
     with pytest.raises(UserError, match=r"No site fits 'layers.\*'"):
         matching_sites(["layers.*"], model.sites, model.canonical_site)
+
+
+def test_odd_bytes_and_half_characters_in_names_and_captions_end_no_extraction(
+    model: VisionModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 ")
+    (folder / os.fsdecode(b"cl\xff")).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / os.fsdecode(b"cl\xff/a\xfe.png"))
+    Image.new("RGB", (8, 8)).save(folder / "b.png")
+    row = {"file_name": "b.png", "text": "half \ud83d a face,\u2028and a line"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    images = open_images(folder)
+    store = extract(model, images, out=tmp_path / "acts", **SETTINGS)
+    assert store.images["id"].to_pylist() == ["b.png", "cl\\xff/a\\xfe.png"]
+    assert store.images["label"].to_pylist() == [None, "cl\\xff"]
+    assert store.images["caption"][0].as_py() == "half \\ud83d a face,\u2028and a line"
+    assert ActivationStore(tmp_path / "acts").source().load(1).size == (8, 8)
+
+
+def fail(image: Image.Image) -> torch.Tensor:
+    raise ZeroDivisionError("of a library")
+
+
+def test_a_transform_that_fails_on_every_image_ends_in_one_clear_error(
+    model: VisionModel, photos: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "transform", fail)
+    with pytest.raises(SparsightError, match=r"could not be read.*transform failed .ZeroDivision"):
+        extract(model, photos, out=tmp_path / "acts", **SETTINGS)

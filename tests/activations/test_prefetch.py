@@ -150,6 +150,7 @@ def test_the_thread_ends_when_the_prefetcher_is_dropped() -> None:
     _until_none_is_left()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_same_numbers(windowed: ActivationStore) -> None:
     plain = _stream(windowed)

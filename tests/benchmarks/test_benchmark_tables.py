@@ -30,10 +30,12 @@ def test_a_training_step_is_timed_and_written_as_promised(tmp_path: Path) -> Non
     assert "| sparsight-dense |" in table.read_text()
 
 
-def test_a_contender_that_does_not_exist_is_named() -> None:
-    done = run("train_step.py", "--shape", "XS", "--peers", "nobody", "--ours", "none")
-    assert done.returncode == 1
-    assert "No contender is called 'nobody'" in done.stderr
+def test_a_contender_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from train_step import Options, main
+
+    with pytest.raises(SystemExit, match="No contender is called 'nobody'"):
+        main(Options(shape="XS", peers=("nobody",), ours=("none",)))
 
 
 def test_a_table_takes_the_place_of_the_one_of_its_name(

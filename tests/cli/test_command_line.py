@@ -62,6 +62,7 @@ def store(tmp_path):
     return extract(model, images, sites=[SITE], out=tmp_path / "kept", workers=0, quiet=True).path
 
 
+@pytest.mark.alone
 def test_help_lists_every_verb_in_less_than_a_second():
     started = time.monotonic()
     done = sparsight("--help")

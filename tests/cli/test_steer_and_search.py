@@ -71,6 +71,18 @@ def test_search_writes_a_page_of_pictures(runs, tmp_path, capsys):
     assert "search.html" in out
 
 
+@pytest.mark.parametrize("option", ["--image", "--picture"])
+def test_search_by_an_image_takes_both_names_of_the_option(option, tmp_path, capsys):
+    sp.open_images("calibration:6").load(3).save(tmp_path / "mine.png")
+    code, _, err = run(
+        capsys, "search", option, tmp_path / "mine.png", "--model", "calibration", "--images",
+        "calibration:6", "--workers", 0, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    (found,) = json.loads((tmp_path / "out/search.json").read_text())["results"]
+    assert found["query"] == "mine.png" and found["hits"][0]["image"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

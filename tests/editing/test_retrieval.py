@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -149,3 +150,34 @@ def test_pictures_that_cannot_be_read_are_counted_and_left_out(model):
     assert found.places == (1, 2, 4, 5) and [i for i, _ in found.failed] == [0, 3, 6]
     with pytest.raises(UserError, match=r"none of its 1 pictures.*truncated"):
         embed_collection(model, Broken(1), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "compared"), [("dinov2", "CLS after the final norm"), ("clip", "joint embedding")]
+)
+def test_images_are_found_by_an_image_whether_there_is_a_joint_space_or_not(
+    tiny, family, compared, tmp_path
+):
+    pictures = Pictures(N)
+    collection = embed_collection(tiny(family), pictures, workers=0)
+    found = collection.search(pictures.load(7), top=3)
+    assert found.hits[0].image == 7 and found.hits[0].cosine > 0.999
+    assert compared in found.about["compared"]
+    page = write_contact_sheet([found], pictures, tmp_path / "search.html").read_text()
+    assert compared in page
+
+
+def test_a_model_without_a_joint_space_says_why_it_takes_no_text(tiny):
+    collection = embed_collection(tiny("dinov2"), Pictures(4), workers=0)
+    with pytest.raises(UserError, match=r"no joint space of images and texts.*--image"):
+        collection.search("a sun")
+
+
+def test_the_page_names_no_folder_and_runs_nothing(collection, tmp_path):
+    images = copy.copy(collection.images)
+    images.spec = "/home/ada/my work/photos?table=/home/ada/labels.csv"
+    found = collection.search("<script> /home/ada/x", top=2)
+    page = write_contact_sheet([found], images, tmp_path / "search.html").read_text()
+    assert "home" not in page and "ada" not in page and "images of photos" in page
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert "<script" not in page

@@ -21,6 +21,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import Passes, evaluate, evaluator
 from sparsight.evaluation.report import finite
 from sparsight.files import read_json
+from sparsight.images import sample_places
 from sparsight.sae import Normaliser, SAEConfig, SparseAutoencoder, TopK
 
 N_SCENES = 100
@@ -212,15 +213,31 @@ def test_the_truth_of_one_vector_an_image_has_no_iou(calibration):
     assert metrics["truth"] and all(entry["iou"] is None for entry in metrics["truth"].values())
 
 
-def test_only_the_first_images_are_measured_if_so_asked(clip):
+def test_a_random_sample_of_the_images_is_measured_if_so_asked(clip):
     live = LiveActivations(clip, Pictures(30), [SITE], "all", workers=0)
     metrics = evaluate(
         make_sae(), live, max_images=7, batch_images=4, workers=0, quiet=True
     ).metrics
-    few = LiveActivations(clip, Pictures(30).subset(0, 7), [SITE], "all", workers=0)
+    images = Pictures(30).select(sample_places(30, 7))
+    few = LiveActivations(clip, images, [SITE], "all", workers=0)
     expected = evaluate(make_sae(), few, workers=0, quiet=True).metrics
     assert metrics["n_images"] == 7 == metrics["zero_shot"]["original"]["n"]
     assert metrics["fvu"] == pytest.approx(expected["fvu"], rel=1e-6)
+    assert metrics["zero_shot"]["original"] == expected["zero_shot"]["original"]
+
+
+def test_a_sample_has_the_same_images_of_a_store_live_or_of_no_views(clip, tmp_path):
+    images = Pictures(30)
+    store = extract(clip, images, sites=[SITE], out=tmp_path, workers=0, quiet=True)
+    chosen = sample_places(30, 7, seed=5).tolist()
+    live = LiveActivations(clip, images, [SITE], "all", workers=0)
+    x = torch.cat([batch.activations[SITE] for batch in store.ordered([SITE])])
+    for source in (store, live, TensorActivations(x)):
+        passes = Passes(source, SITE, max_images=7, seed=5, batch_images=4)
+        for _ in range(2):
+            found = torch.cat([batch.x for batch in passes])
+            torch.testing.assert_close(found, x[chosen], rtol=1e-2, atol=1e-2)
+            assert passes.n_images == 7
 
 
 def test_a_selection_is_measured_on_its_own_images_everywhere(clip, tmp_path):

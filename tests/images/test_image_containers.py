@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -15,7 +16,7 @@ import pytest
 from picture_files import encoded, picture, pixels, with_damaged_labels, write_picture
 
 from sparsight.errors import MissingExtra, UserError
-from sparsight.images import ImageError, ImageSource, decoding, open_images, parquet, tar_shards
+from sparsight.images import ImageError, ImageSource, decoding, open_images, parquet, sidecars
 
 N = 6
 
@@ -121,6 +122,99 @@ def test_ids_stay_unique_when_a_key_comes_twice(tmp_path: Path) -> None:
     source = open_images(tmp_path / "x.tar")
     found = [source.info(i).id.removeprefix("x.tar/") for i in range(5)]
     assert found == ["a~2", "a", "b", "a~3", "b~2"]
+
+
+def captions_by_id(source: ImageSource) -> dict[str, tuple[str, ...]]:
+    infos = [source.info(i) for i in range(len(source))]
+    return {info.id.partition("/")[2]: info.captions for info in infos}
+
+
+def test_images_whose_names_hold_dots_are_images_of_their_own(tmp_path: Path) -> None:
+    members = []
+    for i in range(3):
+        members += [(f"v1.{i}.png", encoded(picture(i), "PNG")), (f"v1.{i}.txt", b"caption %d" % i)]
+    write_tar(tmp_path / "x.tar", [*members, ("w.0.png", members[0][1]), ("w.0.txt", b"one")])
+    source = open_images(tmp_path / "x.tar")
+    expected = {f"v1.{i}": (f"caption {i}",) for i in range(3)}
+    assert captions_by_id(source) == expected | {"w": ("one",)}
+    assert all((pixels(source.load(i)) == pixels(picture(i))).all() for i in range(3))
+    assert source.notes == (
+        "1 samples hold several images with dots in their names; each is taken for an image of its "
+        "own.",
+    )
+
+
+def test_of_several_images_in_a_sample_the_plainest_is_taken_and_the_rest_is_told(
+    tmp_path: Path,
+) -> None:
+    members = [
+        ("0.depth.png", encoded(picture(9), "PNG")),
+        ("0.png", encoded(picture(0), "PNG")),
+        ("0.txt", b"plain"),
+        ("1.png", encoded(picture(1), "PNG")),
+        ("1.webp", encoded(picture(9), "WEBP")),
+        ("2.png", encoded(picture(2), "PNG")),
+        ("2.b.png", encoded(picture(3), "PNG")),
+        ("2.b.txt", b"its own"),
+    ]
+    write_tar(tmp_path / "x.tar", members)
+    source = open_images(tmp_path / "x.tar")
+    assert captions_by_id(source) == {"0": ("plain",), "1": (), "2": (), "2.b": ("its own",)}
+    assert all((pixels(source.load(i)) == pixels(picture(i))).all() for i in range(4))
+    assert source.notes[0] == (
+        "2 images are left out, because their sample holds a plainer one (depth.png ×1, webp ×1)."
+    )
+
+
+def test_shards_that_cannot_be_read_among_others_are_failures_that_are_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.png", encoded(picture(), "PNG")), ("._a.png", b"macOS")])
+    (tmp_path / "._a.tar").write_bytes(b"macOS")
+    (tmp_path / "b.tar").write_bytes(b"")
+    (tmp_path / "c.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    write_tar(tmp_path / "d.tar", [])
+    for spec in (f"webdataset:{tmp_path}", f"webdataset:{tmp_path}/*.tar"):
+        source = open_images(spec)
+        found = outcomes(source)
+        assert found.pop("a.tar/a") == "ok"
+        assert {id_: "cannot be read as a tar file" in why for id_, why in found.items()} == {
+            "b.tar/(damaged)": True,
+            "c.tar/(damaged)": True,
+        }
+        assert source.notes[0] == "1 hidden images (.…) are left out."
+        assert source.notes[1].startswith("2 shards cannot be read; each counts as one failed")
+
+
+def test_members_that_are_links_are_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded(picture(), "PNG"))])
+    with tarfile.open(tmp_path / "x.tar", "a") as archive:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
+    assert open_images(tmp_path / "x.tar").notes == (
+        "1 members of the shards are links and left out.",
+    )
+
+
+@pytest.mark.parametrize("text", ["None", "null", "-1", "NaN", " ", "-1.0", "<NA>"])
+def test_what_means_no_label_is_none_in_every_container(tmp_path: Path, text: str) -> None:
+    data = encoded(picture(), "PNG")
+    write_tar(tmp_path / "x.tar", [("a.png", data), ("a.cls", text.encode())])
+    pq.write_table(
+        pa.table({"image": [data, data], "label": [text, "cat"]}), tmp_path / "x.parquet"
+    )
+    for name in ("x.tar", "x.parquet"):
+        source = open_images(tmp_path / name)
+        assert source.info(0).label is None
+        assert source.labels() == ["cat"] * (name == "x.parquet")
+
+
+@pytest.mark.parametrize("values", [[0, -1, None], [0.0, float("nan"), -1.0]])
+def test_numbers_with_gaps_are_labels_and_no_label(tmp_path: Path, values: list[object]) -> None:
+    table = pa.table({"image": [encoded(picture(), "PNG")] * 3, "label": values})
+    pq.write_table(table, tmp_path / "x.parquet")
+    source = open_images(tmp_path / "x.parquet")
+    assert [source.info(i).label for i in range(3)] == ["0", None, None]
+    assert source.labels() == ["0"]
 
 
 def test_samples_without_a_picture_are_noted_and_a_broken_sidecar_warns(tmp_path: Path) -> None:
@@ -288,7 +382,7 @@ def test_a_member_over_the_limit_is_not_read(
 @pytest.mark.parametrize("ending", ["cls", "txt", "json"])
 def test_a_sidecar_over_the_limit_is_left_out_with_a_warning(tmp_path: Path, ending: str) -> None:
     one = encoded(picture(), "PNG")
-    huge = b"x" * (tar_shards.MAX_SIDECAR_BYTES + 1)
+    huge = b"x" * (sidecars.MAX_SIDECAR_BYTES + 1)
     members = [("a.png", one), (f"a.{ending}", huge), ("b.png", one), ("b.cls", b"7")]
     write_tar(tmp_path / "x.tar", members)
     source = open_images(tmp_path / "x.tar")
@@ -321,7 +415,7 @@ def test_parquet_files_that_hold_no_pictures_are_refused(tmp_path: Path) -> None
         open_images(f"parquet:{tmp_path}")
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"a": [1]}), path)
-    with pytest.raises(UserError, match=r"no column of pictures.*found a \(int64\)"):
+    with pytest.raises(UserError, match=r"no column of images.*found a \(int64\)"):
         open_images(path)
     path.write_bytes(path.read_bytes()[:-6])
     with pytest.raises(UserError, match="cannot be read as Parquet"):
@@ -333,6 +427,81 @@ def test_parquet_files_with_different_columns_are_refused(tmp_path: Path) -> Non
     pq.write_table(pa.table({"image": [b"x"], "label": [1]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b.parquet: has the columns image, label, unlike"):
         open_images(f"parquet:{tmp_path}")
+
+
+def test_parts_of_a_parquet_set_may_differ_where_their_values_go_together(tmp_path: Path) -> None:
+    data = [encoded(picture(i), "PNG") for i in range(4)]
+    tables = [
+        {"jpg": pa.array([None], pa.null()), "caption": ["a"], "label": pa.array([1], pa.int32())},
+        {"label": pa.array([2.0]), "jpg": data[1:2], "caption": pa.array([None], pa.null())},
+        {
+            "jpg": pa.array(data[2:3], pa.large_binary()),
+            "caption": pa.array(["c"]).dictionary_encode(),
+            "label": pa.array([None], pa.null()),
+        },
+        {"jpg": data[3:], "caption": pa.array(["d"], pa.large_string()), "label": [3]},
+    ]
+    (tmp_path / ".hidden").mkdir()
+    for i, table in enumerate(tables):
+        pq.write_table(pa.table(table), tmp_path / f"{i}.parquet")
+    (tmp_path / "._0.parquet").write_bytes(b"macOS")
+    (tmp_path / ".hidden" / "x.parquet").write_bytes(b"")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "3.parquet").read_bytes()[:-9])
+    source = open_images(f"parquet:{tmp_path}")
+    found = [(source.info(i).caption, source.info(i).label) for i in range(5)]
+    assert found == [("a", "1"), (None, "2"), ("c", None), ("d", "3"), (None, None)]
+    assert source.labels() == ["1", "2", "3"]
+    reasons = list(outcomes(source).values())
+    assert reasons[:4] == ["the cell is empty", "ok", "ok", "ok"]
+    assert "cut.parquet: cannot be read as Parquet" in reasons[4]
+    assert source.notes[0] == "2 hidden .parquet files are left out."
+    assert source.notes[1].startswith("1 of 5 files cannot be read; each counts as one failed")
+    assert len(pickle.loads(pickle.dumps(source))) == 5
+
+
+def test_parts_of_a_parquet_set_whose_labels_differ_in_kind_are_refused(tmp_path: Path) -> None:
+    for name, label in (("a", 1), ("b", "cat")):
+        pq.write_table(pa.table({"image": [b"x"], "label": [label]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=r"b.parquet: the column 'label' holds string, .* int64"):
+        open_images(f"parquet:{tmp_path}")
+
+
+def test_class_names_are_those_of_each_part(tmp_path: Path) -> None:
+    for name, names in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
+        about = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = pa.table({"image": [encoded(picture(), "PNG")], "label": [0]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    source = open_images(f"parquet:{tmp_path}")
+    assert [source.info(i).label for i in range(2)] == ["cat", "dog"] == source.labels()
+    assert source.notes == (
+        "The files name their classes differently; each goes by its own names.",
+    )
+
+
+def not_utf8(values: list[bytes]) -> pa.Array:
+    binary = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(values), binary.buffers())
+
+
+def test_text_that_is_not_utf8_is_escaped_and_told(tmp_path: Path) -> None:
+    data = [encoded(picture(i), "PNG") for i in range(2)]
+    texts = not_utf8([b"caf\xe9", b"tea"])
+    pq.write_table(
+        pa.table({"image": data, "caption": texts, "label": texts}), tmp_path / "x.parquet"
+    )
+    source = open_images(tmp_path / "x.parquet")
+    with pytest.warns(UserWarning, match="holds text that is not UTF-8"):
+        assert source.info(0).caption == "caf\\xe9"
+    assert source.labels() == ["caf\\xe9", "tea"]
+    pq.write_table(
+        pa.table({"image": data, "caption": pa.array([b"a", b"b"])}), tmp_path / "y.parquet"
+    )
+    assert open_images(tmp_path / "y.parquet").info(1).caption == "b"
+    name = os.fsdecode(b"caf\xe9.png")
+    write_tar(tmp_path / "x.tar", [(name, data[0]), (name[:-3] + "txt", b"caf\xe9")])
+    info = open_images(tmp_path / "x.tar").info(0)
+    assert (info.id, info.caption) == ("x.tar/caf\\xe9", "caf\\xe9")
 
 
 @pytest.fixture
@@ -378,7 +547,10 @@ def test_splits_of_a_saved_data_set_are_chosen_by_name(hugging_face, tmp_path: P
 
     splits = {"train": hugging_face, "test": hugging_face.select(range(2))}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
-    check_hugging_face(open_images(f"hf:{tmp_path}/saved"))
+    source = open_images(f"hf:{tmp_path}/saved")
+    check_hugging_face(source)
+    assert source.notes == ("The split train is read; left out: test (2).",)
+    assert open_images(source.spec).notes == ()
     test = open_images(f"hf:{tmp_path}/saved:test")
     assert len(test) == 2 and test.info(1).id == "test/000001"
     with pytest.raises(UserError, match=r"no split 'val'.*saved:train, hf:.*saved:test"):

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import os
+import struct
+import subprocess
+import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from picture_files import encoded, picture, pixels, png_that_declares
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sparsight.images import ImageError, decode_image, decoding, open_images
 
@@ -17,7 +21,7 @@ def test_lossless_formats_give_the_pixels_back(kind: str) -> None:
     assert (pixels(decode_image(encoded(picture(), kind))) == pixels(picture())).all()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF"])
 def test_lossy_formats_come_close(kind: str) -> None:
     decoded = decode_image(encoded(picture(), kind, quality=95))
     assert np.abs(pixels(decoded) - pixels(picture())).mean() < 4
@@ -132,7 +136,7 @@ def test_float_pixels_are_refused_with_a_reason() -> None:
         decode_image(data)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
 def test_a_truncated_picture_is_an_image_error_at_any_cut(kind: str) -> None:
     data = encoded(picture(width=64, height=64), kind)
     for cut in range(0, len(data) - 20, max(1, len(data) // 40)):
@@ -140,7 +144,7 @@ def test_a_truncated_picture_is_an_image_error_at_any_cut(kind: str) -> None:
             decode_image(data[:cut])
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
 def test_flipped_bits_give_a_picture_or_an_image_error_and_nothing_else(kind: str) -> None:
     data = encoded(picture(), kind)
     random = np.random.default_rng(1)
@@ -180,7 +184,112 @@ def test_a_file_over_the_size_limit_is_not_read(
         open_images(tmp_path).load(0)
 
 
+def _gif_with_a_frame_beyond_its_screen(side: int) -> bytes:
+    data = bytearray(encoded(Image.new("P", (side, side)), "GIF"))
+    data[6:10] = struct.pack("<HH", 8, 8)
+    return bytes(data)
+
+
+def _tiff_with_a_tile_beyond_its_size(side: int) -> bytes:
+    """A TIFF of 8 × 8 pixels in one zipped tile of `side` × `side`."""
+    data = zlib.compress(bytes(side * side * 3), 9)
+    entries = {256: 8, 257: 8, 258: 8, 259: 8, 262: 2, 277: 3, 322: side, 323: side}
+    place = 14 + 12 * (len(entries) + 2)
+    entries |= {324: place, 325: len(data)}
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return head + body + struct.pack("<I", 0) + data
+
+
+BOMBS = {
+    "a plain PNG": lambda side: encoded(Image.new("RGB", (side, side)), "PNG"),
+    "a PNG with alpha": lambda side: encoded(Image.new("RGBA", (side, side)), "PNG"),
+    "a WebP": lambda side: encoded(Image.new("RGB", (side, side)), "WEBP", lossless=True),
+    "a GIF": lambda side: encoded(Image.new("P", (side, side)), "GIF"),
+    "a GIF's frame": _gif_with_a_frame_beyond_its_screen,
+    "a TIFF's tile": _tiff_with_a_tile_beyond_its_size,
+    "a TIFF's strip": lambda side: encoded(
+        Image.new("RGB", (side, side)), "TIFF", compression="tiff_lzw", strip_size=side * side * 3
+    ),
+    "scans of a JPEG": lambda side: encoded(
+        Image.new("RGB", (side, side)), "JPEG", progressive=True, subsampling=0
+    ),
+    "an AVIF": lambda side: encoded(Image.new("RGB", (side, side)), "AVIF", speed=10),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_small_file_that_unfolds_to_much_is_refused_before_it_is_decoded(
+    bomb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = BOMBS[bomb](1000)
+    decode_image(data)
+    monkeypatch.setattr(decoding, "SMALL_DECODED_BYTES", 3_000_000)
+    monkeypatch.setattr(decoding, "MAX_RATIO", 1)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("was decoded"))
+    with pytest.raises(ImageError, match=r"decoding would take \d+ MiB, the limit for such a file"):
+        decode_image(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bomb", ["a PNG with alpha", "a WebP", "scans of a JPEG", "an AVIF"])
+def test_no_image_takes_more_memory_than_is_stated(bomb: str, tmp_path: Path) -> None:
+    side = {"a WebP": 3700, "an AVIF": 4400}.get(bomb, 5000)
+    path = tmp_path / "image"
+    path.write_bytes(BOMBS[bomb](side))
+    program = (
+        "import sys; from pathlib import Path; from sparsight.images import decode_image\n"
+        "from PIL import Image; Image.init()\n"
+        "def most(): return int(Path('/proc/self/status').read_text()"
+        ".partition('VmHWM:')[2].split()[0])\n"
+        "data, before = Path(sys.argv[1]).read_bytes(), most()\n"
+        "decode_image(data)\n"
+        "print(most() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) * 1024 < decoding.SMALL_DECODED_BYTES * 1.05
+
+
+def test_a_large_photo_of_many_bytes_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SMALL_DECODED_BYTES", 100_000)
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    for kind in ("JPEG", "PNG", "WEBP", "AVIF"):
+        assert decode_image(encoded(Image.fromarray(noise), kind)).size == (300, 300)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA", "1", "CMYK", "I;16"])
+def test_a_large_image_is_converted_in_strips_without_a_seam(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mode == "I;16":
+        values = np.random.default_rng(0).integers(0, 2**16, (50, 40), dtype=np.uint16)
+        data = encoded(Image.fromarray(values), "PNG")
+    else:
+        colours = np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)
+        image = Image.fromarray(colours, "RGBA" if mode in ("RGBA", "LA", "P") else "CMYK")
+        options = {"transparency": 3} if mode == "P" else {}
+        via = image.convert("RGB").quantize(16) if mode == "P" else image
+        via = via.convert("RGB") if mode in ("L", "1") else via
+        data = encoded(via.convert(mode), "TIFF" if mode == "CMYK" else "PNG", **options)
+    whole = pixels(decode_image(data))
+    monkeypatch.setattr(decoding, "_STRIP_PIXELS", 7 * 40 + 3)
+    assert (pixels(decode_image(data)) == whole).all()
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_a_png_whose_text_unfolds_to_much_is_refused(kind: bytes) -> None:
+    plain = encoded(picture(), "PNG")
+    text = b"k\0\0" + zlib.compress(bytes(20_000_000), 9)
+    chunk = struct.pack(">I", len(text)) + kind + text + struct.pack(">I", zlib.crc32(kind + text))
+    with pytest.raises(ImageError, match=r"cannot be decoded .*too large"):
+        decode_image(plain[:33] + chunk + plain[33:])
+
+
 def test_formats_off_the_list_are_not_opened() -> None:
+    with pytest.raises(ImageError, match="known format"):
+        decode_image(encoded(Image.new("RGBA", (64, 64)), "ICO"))
     with pytest.raises(ImageError, match="known format"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -104,9 +105,10 @@ def test_a_label_table_and_a_caption_table_add_up(animals: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("file,caption\nnone.jpg,x\n", "names no picture of the folder.*'none.jpg'"),
+        ("file,caption\nnone.jpg,x\n", "names no image of the folder.*'none.jpg'"),
         ("file,colour\n1.jpg,red\n", "has the columns file, colour; expected a file column"),
         ("file,caption\n1.jpg\n", "row 2 has 1 cells"),
+        ("file,caption\n1.jpg,A dog, running\n", "row 2 has 3 cells.*',' must stand in double"),
         ("", "has the columns .none."),
     ],
 )
@@ -151,7 +153,98 @@ def test_a_link_to_a_folder_above_ends(animals: Path) -> None:
 def test_hidden_files_are_left_out(animals: Path) -> None:
     write_picture(animals / ".thumbs/x.png")
     (animals / "cat/._a.png").write_bytes(b"macOS")
-    assert len(open_images(animals)) == 4
+    source = open_images(animals)
+    assert len(source) == 4
+    assert source.notes[0].startswith("2 hidden files or folders are left out (")
+
+
+BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "txt", "jsonl", "parquet"])
+def test_captions_keep_every_line_break_that_they_hold(photos: Path, ending: str) -> None:
+    captions = [f"a{mark}dog" for mark in [*BREAKS, "\r", "\n", "\r\n"]]
+    names = ["1.jpg"] * len(captions)
+    path = photos / f"captions.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.table({"file": names, "caption": captions}), path)
+    elif ending == "jsonl":
+        rows = [{"file": "1.jpg", "caption": caption} for caption in captions]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+        path.write_text(text, newline="")
+    else:
+        mark = "\t" if ending == "tsv" else ","
+        text = f"file{mark}caption\n" + "".join(f'1.jpg{mark}"{caption}"\n' for caption in captions)
+        path.write_text(text, newline="")
+    assert open_images(photos).info(0).captions == tuple(captions)
+
+
+def test_what_stands_for_no_label_in_a_table_is_told(photos: Path) -> None:
+    text = "file,label\n1.jpg,None\n2.jpg,-1\n3.jpg,cat\n3.jpg,dog\n"
+    (photos / "labels.csv").write_text(text)
+    source = open_images(photos)
+    assert [source.info(i).label for i in range(3)] == [None, None, "cat"]
+    assert source.notes == (
+        "labels.csv: 2 labels such as 'None' are read as no label.",
+        "labels.csv: 1 rows give another label than an earlier row of the same file ('3.jpg', …); "
+        "the first label is taken.",
+    )
+
+
+def test_names_that_differ_by_blanks_or_unicode_form_alone_are_told_apart(tmp_path: Path) -> None:
+    names = ["a.png", " a.png", "caf\u00e9.png", "cafe\u0301.png"]
+    for name in names:
+        write_picture(tmp_path / name)
+    rows = [{"file_name": name, "text": ascii(name)} for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_images(tmp_path)
+    found = {source.info(i).id: source.info(i).caption for i in range(4)}
+    assert found == {name: ascii(name) for name in names}
+
+
+def test_tables_in_sub_folders_are_read_and_the_nearest_counts(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("0.png", "deep/0.png"):
+            write_picture(tmp_path / split / name)
+        row = {"file_name": "0.png", "text": f"a {split} caption"}
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps(row))
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/0.png,far\ntest/deep/0.png,far\n")
+    (tmp_path / "test" / "labels.csv").write_text("colour\nred\n")
+    source = open_images(tmp_path)
+    assert [source.info(i).caption for i in range(4)] == [
+        "a test caption", "far", "a train caption", None
+    ]  # fmt: skip
+    told = "\n".join(source.notes)
+    assert "test/labels.csv: not read" in told and "has the columns colour" in told
+    assert "train/metadata.jsonl: says nothing of 1 images." in source.notes
+    assert "The labels look like splits of a data set (test, train), not like classes" in told
+    (tmp_path / "mine.csv").write_text("file,text\ntest/0.png,mine\n")
+    given = open_images(tmp_path, table=tmp_path / "mine.csv")
+    assert [given.info(i).caption for i in range(4)] == ["mine", None, None, None]
+    assert "not read, since a table was named." in "\n".join(given.notes)
+
+
+def test_text_files_beside_images_are_their_captions(tmp_path: Path) -> None:
+    for i in range(4):
+        write_picture(tmp_path / "00000" / f"{i}.jpg", seed=i)
+        write_picture(tmp_path / "00001" / f"{i}.jpg", seed=i)
+    (tmp_path / "00000" / "0.txt").write_text("from text")
+    (tmp_path / "00000" / "0.json").write_text('{"caption": "not this"}')
+    (tmp_path / "00000" / "1.json").write_text('{"caption": "from json", "url": "x"}')
+    (tmp_path / "00000" / "2.txt").write_text("0 0.5 0.5 0.25 0.25\n7 0.1 0.1 0.5 0.5\n")
+    (tmp_path / "00000" / "stray.txt").write_text("of no image")
+    source = open_images(tmp_path)
+    assert [source.info(i).caption for i in range(4)] == ["from text", "from json", None, None]
+    assert source.notes == (
+        "1 files are not images by their name (.txt ×1).",
+        "The labels look like numbers of shards (00000, 00001), not like classes: sub-folders name "
+        "them.",
+        "3 images have a .txt or .json of their own name beside them; their captions are read from "
+        "it.",
+    )
+    before = source.fingerprint()
+    (tmp_path / "00000" / "0.txt").write_text("another caption")
+    assert open_images(tmp_path).fingerprint() != before
 
 
 def test_the_fingerprint_notices_added_changed_and_removed_files(animals: Path) -> None:
@@ -200,9 +293,9 @@ def test_a_selection_keeps_ids_and_its_spec_opens_it_again(animals: Path) -> Non
 
 
 def test_a_selection_beyond_the_end_is_refused(animals: Path) -> None:
-    with pytest.raises(UserError, match="no picture 4; it has 4"):
+    with pytest.raises(UserError, match="no image 4; it has 4"):
         open_images(animals).select([0, 4])
-    with pytest.raises(UserError, match="no picture 9"):
+    with pytest.raises(UserError, match="no image 9"):
         open_images(f"{animals}[9]")
     with pytest.raises(IndexError):
         open_images(animals).info(-1)

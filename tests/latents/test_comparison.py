@@ -71,8 +71,8 @@ def test_every_member_has_the_figures_that_evaluate_gives_it(
     row = table["members"][3]
     assert row["site"] == "blocks.3.resid_post" and row["name"] == "k4-seed1"
     sae = swept.runs[row["name"]].sae(row["site"])
-    # 24 of 40 images are spread over all of them, so that the same pictures must be named here.
-    chosen = open_images("calibration:40:4").select([round(i * 39 / 23) for i in range(24)])
+    # 24 of 40 images are drawn at random, so that the same ones must be named here.
+    chosen = open_images("calibration:40:4?sample=24")
     own = evaluate(
         sae, held_out, model=model, images=chosen, baselines=False, quiet=True,
         class_names=open_images("calibration:40:4").labels(),

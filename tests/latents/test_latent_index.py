@@ -258,32 +258,6 @@ def test_killed_while_names_are_written_the_index_is_whole(
     LatentIndex.open(index.folder)
 
 
-@pytest.mark.parametrize("writes", range(4))
-def test_killed_while_it_is_replaced_there_is_no_index_rather_than_half(
-    index: LatentIndex, writes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sparsight.files as files
-
-    done = 0
-    whole = files.Path.replace
-
-    def stop(path: Path, target: Path) -> Path:
-        nonlocal done
-        if done == writes:
-            raise KeyboardInterrupt
-        done += 1
-        return whole(path, target)
-
-    monkeypatch.setattr(files.Path, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        index.save()
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="holds no latent index"):
-        LatentIndex.open(index.folder)
-    index.save()
-    assert same(LatentIndex.open(index.folder), index)
-
-
 def test_latents_are_named_in_words_after_what_they_tell_best(index: LatentIndex) -> None:
     found = {
         "2": {"attribute": "symbol/chess_king", "auc": 0.99, "f1": 0.9},

@@ -16,11 +16,19 @@ from PIL import Image
 from sparsight.activations import extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import evaluate
-from sparsight.files import without_folders
 from sparsight.images import ImageSource, open_images
-from sparsight.latents import LatentIndex, LatentName, build_index, set_names, write_report
-from sparsight.latents.cards import choose_latents, encode_picture
-from sparsight.latents.run_files import find_runs, run_names
+from sparsight.latents import (
+    LatentIndex,
+    LatentName,
+    build_index,
+    encode,
+    set_names,
+    write_report,
+)
+from sparsight.latents.cards import choose_latents, encode_picture, see
+from sparsight.latents.run_files import find_runs, read_run, run_names
+from sparsight.latents.stored import find_stored, needs_model
+from sparsight.progress import progress
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import TrainConfig, train
 from sparsight.vision import VisionModel, load_model
@@ -356,21 +364,60 @@ def test_a_page_that_cannot_be_as_small_as_asked_says_so(
     assert 1000 < small.stat().st_size <= large.stat().st_size
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ('store = "/home/me/my work/acts"\nk = 3', 'store = "acts"\nk = 3'),
-        ('images = "webdataset:/data/x/{00..12}.tar"', 'images = "webdataset:{00..12}.tar"'),
-        (r'store = "C:\\Users\\me\\acts"', 'store = "acts"'),
-        ('model = "openai/clip-vit-base-patch32"', 'model = "openai/clip-vit-base-patch32"'),
-        ('out = "runs/b32"', 'out = "runs/b32"'),
-        ("calibration:2000:1", "calibration:2000:1"),
-        ("no images (/home/me/photos)", "no images (photos)"),
-        ('"/home/me/photos?table=/home/me/my labels.csv[0:10]"', '"photos[0:10]"'),
-    ],
-)
-def test_a_page_shows_no_folders_of_the_machine(text: str, shown: str) -> None:
-    assert without_folders(text) == shown
+@pytest.mark.parametrize("kind", ["activations", "codes"])
+def test_heatmaps_are_read_from_disk_where_they_are_and_the_model_is_not_asked(
+    kind: str, model: VisionModel, source: ImageSource, tmp_path: Path
+) -> None:
+    sae = make_sae(model=model_facts(model))
+    out = tmp_path / ("held-out" if kind == "activations" else "far/away/store")
+    store = extract(model, source, sites=[SITE], out=out, dtype="float32", workers=0, quiet=True)
+    if kind == "codes":
+        out = encode(sae, store, out=tmp_path / "run/codes", quiet=True).path
+    index = build_index(sae, store, out=tmp_path / "run/index", quiet=True)
+    sae.save_pretrained(tmp_path / "run")
+    run = read_run(tmp_path / "run", "run")
+    stored = find_stored(run)
+    assert stored is not None and not needs_model(run, stored)
+    latent = next(row["latent"] for row in index.table.to_pylist() if row["n_active_images"] > 4)
+    wanted = {example.image: [latent] for example in index.top(latent)}
+    with progress("test", None, "images", quiet=True) as line:
+        read = see(index, sae, None, wanted, line, stored)
+        made = see(index, sae, model, wanted, line)
+    for place, grid in made.grids.items():
+        assert torch.allclose(read.grids[place], grid, atol=1e-5)
+    for image, picture in made.pictures.items():
+        assert np.array_equal(np.asarray(read.pictures[image]), np.asarray(picture))
+    run.sae.metadata["model"] = {"id": str(tmp_path / "gone")}
+    run.sae.save_pretrained(tmp_path / "run")
+    page = write_report(tmp_path / "run", tmp_path / "r.html", latents=4, quiet=True).read_text()
+    assert "heat" in Page(page).classes and "No heatmaps" not in page
+    shutil.rmtree(out)
+    assert find_stored(run) is None and needs_model(run, None)
+
+
+def test_figures_of_another_sae_are_not_shown(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sae": "0" * 64}))
+    page = write_report(tmp_path / "run", tmp_path / "r.html", latents=0, quiet=True)
+    words = Page(page.read_text(encoding="utf-8")).words
+    assert "metrics.json is about another SAE" in words and "0.0834" not in words
+
+
+def test_pictures_have_the_pixels_that_the_model_saw(tmp_path: Path, model: VisionModel) -> None:
+    """Of JPEGs that were decoded at a part of their size, too."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    for i in range(2):
+        Image.fromarray(noise).rotate(90 * i).save(folder / f"{i}.jpg")
+    source = open_images(folder)
+    scaled = load_model(model.id, device="cpu", scale_jpegs=True)
+    index = build_index(make_sae(), scaled, source, out=tmp_path / "index", workers=0, quiet=True)
+    assert scaled.min_side is not None
+    expected = source.load(0, min_side=scaled.min_side)
+    assert index.picture(0).tobytes() == expected.tobytes()
+    assert expected.size != source.load(0).size
 
 
 def test_the_page_does_not_tell_where_the_run_lies(run: Path, tmp_path: Path) -> None:

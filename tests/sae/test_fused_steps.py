@@ -293,6 +293,7 @@ def test_the_shapes_of_amx_tiles_are_left_as_they_were(
         torch.set_num_threads(before)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
 def test_steps_on_many_threads_start_no_new_ones() -> None:
     def largest() -> int:

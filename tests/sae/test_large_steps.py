@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 from step_parts import LR, TORCH_INT8, Ours, Problem, Reference
@@ -13,7 +15,7 @@ from sparsight.sae.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
 from sparsight.sae.kernels.native import library
 from sparsight.sae.kernels.selection import select_topk
 
-K = 32
+K, N = 32, 10_000
 SMALL, MEDIUM = (768, 6144, 512), (768, 24_576, 2048)
 SHAPES = [
     pytest.param(*SMALL, id="small"),
@@ -27,6 +29,7 @@ LOW_PRECISION = [
 ]
 
 
+@lru_cache(maxsize=1)
 def mixture(n: int, d_in: int, massive: bool) -> Tensor:
     """Vectors of 20 directions each, with some noise, as an encoder meets them."""
     generator = torch.Generator().manual_seed(0)
@@ -47,10 +50,33 @@ def problem(d_in: int, n_latents: int, batches: list[Tensor]) -> Problem:
     return Problem({"W_enc": W.clone(), "W_dec": W.clone(), **zeros}, batches)
 
 
+@lru_cache(maxsize=1)
+def dense_steps(
+    aux_k: int, d_in: int, n_latents: int, batch: int, massive: bool
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of two steps of dense autograd, and the gradients of the first."""
+    batches = mixture(2 * batch, d_in, massive).split(batch)
+    objective, dead = objective_of(aux_k, n_latents)
+    truth = Reference(objective, problem(d_in, n_latents, list(batches)))
+    losses = [truth.step(batches[0], dead).loss.item()]
+    # The first moments are a tenth of the gradients.
+    gradients = {
+        name: 10 * truth.adam.state[parameter]["exp_avg"]
+        for name, parameter in truth.parameters.items()
+    }
+    return [*losses, truth.step(batches[1], dead).loss.item()], gradients
+
+
+def objective_of(aux_k: int, n_latents: int) -> tuple[Objective, Tensor | None]:
+    dead = torch.arange(0, n_latents, 10) if aux_k else None
+    return Objective(K, aux_k=aux_k, aux_alpha=1 / 32), dead
+
+
+# Kernels vary the fastest, so that what is true is worked out once for all of them.
+@pytest.mark.parametrize(("kernels", "precision"), LOW_PRECISION)
 @pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
 @pytest.mark.parametrize(("d_in", "n_latents", "batch"), SHAPES)
 @pytest.mark.parametrize("aux_k", [0, 384], ids=["plain", "auxk"])
-@pytest.mark.parametrize(("kernels", "precision"), LOW_PRECISION)
 def test_gradients_and_losses_in_float32_are_the_dense_ones(
     kernels: str,
     precision: str,
@@ -60,23 +86,29 @@ def test_gradients_and_losses_in_float32_are_the_dense_ones(
     batch: int,
     massive: bool,
 ) -> None:
-    objective = Objective(K, aux_k=aux_k, aux_alpha=1 / 32)
-    dead = torch.arange(0, n_latents, 10) if aux_k else None
+    losses, gradients = dense_steps(aux_k, d_in, n_latents, batch, massive)
+    objective, dead = objective_of(aux_k, n_latents)
     batches = list(mixture(2 * batch, d_in, massive).split(batch))
     ours = Ours(kernels, precision, objective, problem(d_in, n_latents, batches))
-    truth = Reference(objective, problem(d_in, n_latents, batches))
-    for number, z in enumerate(batches, start=1):
-        loss = truth.step(z, dead).loss.item()
+    for number, (z, loss) in enumerate(zip(batches, losses, strict=True), start=1):
         mine = ours.fused.step(z, lr=LR, number=number, dead=dead)
         assert mine.loss.item() == pytest.approx(loss, abs=1e-6 * max(1.0, loss))
-        if number == 1:  # the first moments are a tenth of the gradients
-            for name, parameter in truth.parameters.items():
-                expected = 10 * truth.adam.state[parameter]["exp_avg"]
+        if number == 1:
+            for name, expected in gradients.items():
                 off = 10 * ours.moments[name][0] - expected
                 assert off.abs().max() <= 1e-6
                 assert off.norm() <= 1e-5 * expected.norm()
 
 
+@lru_cache(maxsize=1)
+def dense_selection(d_in: int, n_latents: int, massive: bool) -> Tensor:
+    """The latents of N vectors, in order of their numbers."""
+    W = problem(d_in, n_latents, []).parameters["W_enc"]
+    parts = mixture(N, d_in, massive).split(1000)
+    return torch.cat([(x @ W.T).topk(K, dim=1).indices.sort(dim=1).values for x in parts])
+
+
+@pytest.mark.parametrize(("kernels", "precision"), LOW_PRECISION)
 @pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
 @pytest.mark.parametrize(
     ("d_in", "n_latents"),
@@ -85,29 +117,23 @@ def test_gradients_and_losses_in_float32_are_the_dense_ones(
         pytest.param(*MEDIUM[:2], id="medium", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(("kernels", "precision"), LOW_PRECISION)
 def test_selected_sets_are_those_of_dense_scores(
     kernels: str, precision: str, d_in: int, n_latents: int, massive: bool
 ) -> None:
     """But for scores that float32 itself cannot tell apart, whose order is that of their sums."""
-    n = 10_000
     parameters = problem(d_in, n_latents, []).parameters
-    W, b, x = parameters["W_enc"], parameters["b_enc"], mixture(n, d_in, massive)
+    W, b, x = parameters["W_enc"], parameters["b_enc"], mixture(N, d_in, massive)
     if kernels == "native":
-        latents = library.int32(n, K)
-        library.Dictionary(W, b, precision).topk(x, W, b, K, out=(torch.empty(n, K), latents))
+        latents = library.int32(N, K)
+        library.Dictionary(W, b, precision).topk(x, W, b, K, out=(torch.empty(N, K), latents))
     elif precision == "int8":
         latents = select_surely(x, W, b, K, Int8Bounds(Int8Encoder(W), x, b))[1]
     else:
         latents = select_topk(x, W, b, K, precision)[1]
-    same = 0
-    for first in range(0, n, 1000):
-        truth = (x[first : first + 1000] @ W.T).topk(K, dim=1).indices.sort(dim=1).values
-        found = latents[first : first + 1000].long().sort(dim=1).values
-        equal = (truth == found).all(dim=1)
-        for row in (~equal).nonzero().flatten().tolist():
-            exact = W.double() @ x[first + row].double()
-            rounding = 4 * torch.finfo(torch.float32).eps * x[first + row].norm()
-            equal[row] = exact[found[row]].min() >= exact[truth[row]].min() - rounding
-        same += int(equal.sum())
-    assert same >= 0.9999 * n
+    truth, found = dense_selection(d_in, n_latents, massive), latents.long().sort(dim=1).values
+    equal = (truth == found).all(dim=1)
+    for row in (~equal).nonzero().flatten().tolist():
+        exact = W.double() @ x[row].double()
+        rounding = 4 * torch.finfo(torch.float32).eps * x[row].norm()
+        equal[row] = exact[found[row]].min() >= exact[truth[row]].min() - rounding
+    assert equal.sum() >= 0.9999 * N

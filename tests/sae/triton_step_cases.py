@@ -1,7 +1,8 @@
 """The step in Triton against dense autograd: on a GPU, or with `TRITON_INTERPRET=1` on a CPU.
 
 `test_triton_steps.py` runs this file in a process of its own, for the variable counts when Triton
-is imported. The interpreter takes milliseconds for a latent: hence few latents and few steps.
+is imported. The interpreter takes milliseconds for a latent or a vector: hence few of both, and
+few steps.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import pytest
 import torch
 from step_parts import (
-    BATCH,
     LR,
     Ours,
     Problem,
@@ -24,14 +24,16 @@ from step_parts import (
 
 from sparsight.sae.kernels.triton_step import TritonStep
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-N_LATENTS = 40
+N_LATENTS, BATCH = 40, 20
 OBJECTIVES = objectives(N_LATENTS)
 DEAD = dead_latents(N_LATENTS).to(DEVICE)
 
 
 def _problem(dtype: torch.dtype, massive: bool = False, n_latents: int = N_LATENTS) -> Problem:
-    return make_problem(dtype, massive, n_latents).to(DEVICE)
+    return make_problem(dtype, massive, n_latents, batch=BATCH).to(DEVICE)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -114,7 +116,7 @@ def test_steps_with_selection_in_float8_are_those_of_dense_autograd(name: str) -
 def test_selection_is_the_exact_one(
     n_latents: int, d_in: int, k: int, precision: str, massive: bool
 ) -> None:
-    problem = make_problem(torch.float32, massive, n_latents, d_in).to(DEVICE)
+    problem = make_problem(torch.float32, massive, n_latents, d_in, BATCH).to(DEVICE)
     fused = Ours("triton", precision, OBJECTIVES["topk"], problem).fused
     assert isinstance(fused, TritonStep)
     fused._copy_encoder()

@@ -11,25 +11,30 @@ import time
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 from transformers import (
     BeitConfig,
     BeitModel,
     BertConfig,
     CLIPConfig,
     CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
     DeiTConfig,
     DeiTImageProcessor,
     DeiTModel,
+    SiglipImageProcessorPil,
     SwinConfig,
     SwinModel,
 )
 
 from malicious_pickle import Opens
 from sparsight.errors import MissingExtra, SparsightError, UserError
+from sparsight.images import ImageError
 from sparsight.vision import load_model
+from sparsight.vision.transformers_models import ProcessorTransform
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +136,7 @@ def test_a_wide_picture_has_a_wide_patch_grid(folder, tmp_path):
     assert read["final_norm"].shape == (2, 15, 32)
 
 
+@pytest.mark.alone
 def test_a_vit_b_32_reads_early_sites_for_less_than_late_ones(tmp_path):
     config = CLIPConfig(
         vision_config={"patch_size": 32}, text_config={"num_hidden_layers": 1, "vocab_size": 99}
@@ -176,7 +182,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 
 def test_a_config_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no model could be loaded"):
+    with pytest.raises(UserError, match=r"config\.json: is missing, damaged or cut off"):
         load_model(str(tmp_path))
 
 
@@ -207,7 +213,7 @@ def test_a_processor_that_keeps_the_aspect_ratio_is_refused(folder, tmp_path):
     shutil.copytree(folder("dinov2"), tmp_path / "m")
     path = tmp_path / "m" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_center_crop": False}))
-    with pytest.raises(UserError, match="the same for every picture"):
+    with pytest.raises(UserError, match="the same for every image"):
         load_model(str(tmp_path / "m"))
 
 
@@ -216,7 +222,7 @@ def test_a_processor_of_another_size_than_the_model_is_refused(folder, tmp_path)
     path = tmp_path / "m" / "preprocessor_config.json"
     size = {"height": 16, "width": 16}
     path.write_text(json.dumps({**json.loads(path.read_text()), "crop_size": size}))
-    with pytest.raises(UserError, match="does not run on the 16 × 16 pictures"):
+    with pytest.raises(UserError, match="does not run on the 16 × 16 images"):
         load_model(str(tmp_path / "m"))
 
 
@@ -331,3 +337,12 @@ def test_jpegs_may_be_scaled_to_twice_what_the_preprocessing_resizes_to() -> Non
     assert model.scale_jpegs().min_side == 512
     model.preprocessing = {"size": 80}
     assert model.scale_jpegs().min_side == 160
+
+
+def test_an_image_too_thin_to_be_resized_is_refused_and_a_thin_one_is_not() -> None:
+    transform = ProcessorTransform(CLIPImageProcessorPil())
+    with pytest.raises(ImageError, match=r"20000 × 1 pixels are too thin.*224, 1,003,520,000 pix"):
+        transform(Image.new("RGB", (20_000, 1)))
+    assert transform(Image.new("RGB", (1, 30), (9, 9, 9))).shape == (3, 224, 224)
+    squashed = ProcessorTransform(SiglipImageProcessorPil())
+    assert squashed(Image.new("RGB", (20_000, 1))).shape == (3, 224, 224)

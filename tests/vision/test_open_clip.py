@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
@@ -27,7 +28,6 @@ TINY = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny architecture that open_clip knows by name, and a file with its random weights."""
-    import json
 
     folder = tmp_path_factory.mktemp("open_clip")
     (folder / "ViT-tiny-test.json").write_text(json.dumps(TINY))
@@ -145,3 +145,27 @@ def test_mixtures_of_words_run_through_the_text_tower(ours):
         )
     cosines = torch.nn.functional.cosine_similarity(random, images)
     assert opinion.similarity > float(cosines.max())
+
+
+def test_code_beside_a_text_tower_is_neither_run_nor_asked_about(tmp_path, monkeypatch, checkpoint):
+    ran = tmp_path / "ran"
+    (tmp_path / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass C: pass\n")
+    auto_map = {"AutoConfig": "code.C", "AutoTokenizer": ["code.C", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": auto_map}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    towers = {
+        "a text tower": {"hf_model_name": str(tmp_path)},
+        "a tokenizer": {
+            **TINY["text_cfg"],
+            "hf_tokenizer_name": str(tmp_path),
+            "tokenizer_kwargs": {"trust_remote_code": True},
+        },
+    }
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for text in towers.values():
+        described = {"model_cfg": {**TINY, "text_cfg": text}, "preprocess_cfg": {"size": 32}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+        torch.save(torch.load(checkpoint), tmp_path / "open_clip_pytorch_model.bin")
+        with pytest.raises(UserError, match=r"code"):
+            load_model(f"open_clip:local-dir:{tmp_path}", device="cpu").embed_texts(["a cat"])
+        assert not ran.exists()

@@ -240,3 +240,12 @@ def test_pictures_without_labels_are_refused(model, tmp_path):
         zero_shot(model("clip"), open_images(str(tmp_path)), workers=0)
     with pytest.raises(UserError, match="no picture could be scored"):
         zero_shot(model("clip"), open_images(str(tmp_path)), ["cat"], workers=0)
+
+
+def test_embeddings_and_directions_in_half_precision_give_float32_logits():
+    embeddings = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 300
+    weights = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)
+    logits = classify(embeddings.half(), weights.half(), 100.0)
+    assert logits.dtype == torch.float32
+    expected = classify(embeddings.half().float(), weights.half().float(), 100.0)
+    assert torch.equal(logits, expected)

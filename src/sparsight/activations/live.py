@@ -91,6 +91,7 @@ class LiveActivations:
         self.workers = workers
         self.window_bytes = window_bytes
         self.statistics_images = statistics_images
+        self.max_failed = max_failed
         self.failures: dict[int, str] = {}
         self.image_indices: npt.NDArray[np.int64] = np.arange(len(images))
         self._n_listed = len(images)
@@ -184,7 +185,7 @@ class LiveActivations:
             workers=self.workers,
             window_bytes=self.window_bytes,
             statistics_images=self.statistics_images,
-            max_failed=self._tally.max_failed,
+            max_failed=self.max_failed,
         )
         view.image_indices, view._n_listed = image_indices, self._n_listed
         view.model_info = self.model_info
@@ -291,7 +292,7 @@ class LiveActivations:
             for site, x in found.items():
                 if not all_finite(x):
                     bad = x.isfinite().flatten(1).all(dim=1).logical_not().nonzero()
-                    some = self.images.info(batch.indices[int(bad[0, 0])]).id
+                    some = self.images.known(batch.indices[int(bad[0, 0])]).id
                     raise SparsightError(
                         f"{site}: activations are NaN or infinite ({len(bad)} of "
                         f"{len(batch.indices)} images of a batch, image {some} first)."
@@ -303,7 +304,7 @@ class LiveActivations:
             if index in self.failures:
                 continue
             self.failures[index] = reason
-            image_id = self.images.info(index).id
+            image_id = self.images.known(index).id
             self._tally.add(image_id, reason)
             if self._tally.count <= _FAILURES_SHOWN:
                 print(f"{image_id}: could not be read ({reason}).", file=sys.stderr)

@@ -113,10 +113,10 @@ def count_tokens(model: VisionModel, sites: Sequence[str], tokens: str) -> dict[
     """How many vectors an image gives at each site.
 
     Raises:
-        UserError: a site has no such positions.
+        UserError: a site has no such positions, or patches are asked for where no site has any.
     """
     counts = {site: model.token_count(site, cast(Tokens, tokens)) for site in sites}
-    if tokens == "patches" and "embedding" in counts:
+    if tokens == "patches" and {*counts} == {"embedding"}:
         raise UserError(
             "embedding: has one position per image and no patches, so tokens='patches' is not "
             "there. Use 'all', or a site such as blocks.-1.resid_post."

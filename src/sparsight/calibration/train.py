@@ -52,6 +52,7 @@ from sparsight.calibration.clip import (
     zero_shot_figures,
 )
 from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, remove_temporaries
 from sparsight.interruption import STOPS, Stop, Terminated, kept, postponed, raise_terminated
@@ -75,7 +76,7 @@ class Settings:
         word_share: share of a written name in the target where the prompts ask for symbols, in
             [0, 1); the rest is what is drawn.
         start_from: checkpoint of an earlier run, to go on from with new scenes.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", …; default a GPU if there is one.
         compile: compile the vision tower (needs a C++ compiler on the CPU).
         evaluate_every: minutes between evaluations; each writes `export/` and a checkpoint.
         held_out: scenes of an evaluation.
@@ -89,7 +90,7 @@ class Settings:
     seed: int = 0
     word_share: float = 0.5
     start_from: Path | None = None
-    device: str = "cpu"
+    device: str | None = None
     compile: bool = False
     evaluate_every: float = 3.0
     held_out: int = 512
@@ -251,7 +252,7 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         torch.manual_seed(settings.seed)
-        self.device = torch.device(settings.device)
+        self.device = choose_device(settings.device)
         self.tokenizer = make_tokenizer()
         self.prompts = Prompts(self.tokenizer)
         self.model = new_clip(len(self.tokenizer)).to(self.device)
@@ -383,7 +384,7 @@ class Trainer:
             options=settings.options(),
             word_share=settings.word_share,
             seed=settings.seed,
-            device="a GPU" if self.device.type == "cuda" else cores,
+            device=cores if self.device.type == "cpu" else "a GPU",
         )
         write_card(folder, figures, settings.held_out, making)
         return figures
@@ -500,7 +501,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--word-share", type=float, default=0.5, help="pull of a written name")
     parser.add_argument("--start-from", type=Path, help="checkpoint of an earlier run")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--compile", action="store_true", help="compile the vision tower")
     parser.add_argument("--evaluate-every", type=float, default=3.0, help="minutes")
     parser.add_argument("--held-out", type=int, default=512, help="scenes of an evaluation")

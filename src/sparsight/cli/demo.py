@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from sparsight.cli.help import Help
-from sparsight.cli.options import CommandOptions, parse
+from sparsight.cli.options import SHOWN_ALIASES, CommandOptions, Shown, parse
 from sparsight.cli.printing import print_scores
 from sparsight.demo import DemoConfig, run_demo
 
@@ -20,6 +21,11 @@ HELP = Help(
 @dataclass(frozen=True)
 class DemoOptions(DemoConfig, CommandOptions):
     """Extract, train, evaluate, index, report on rendered images: minutes, offline, no GPU."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
+
+    latents: Shown = DemoConfig.latents
+    """How many latents of each autoencoder the report shows."""
 
     out: Path = Path("demo")
     """Gets report.html, store/ and runs/SITE/; one that was interrupted is continued."""

@@ -48,7 +48,7 @@ class EvaluateOptions(SubjectOptions):
     """Measure on the images that `train --held-out` kept out of training, where it kept some."""
 
     max_images: int | None = None
-    """Only the first so many images."""
+    """A random sample of so many images; default all."""
 
     batch_images: int = 64
     """Images at a time."""
@@ -57,7 +57,7 @@ class EvaluateOptions(SubjectOptions):
     """N of `dead`, in vectors; default 10,000,000, or all there are if fewer."""
 
     seed: int = 0
-    """Of the untrained SAE, and of the halves of the truth table."""
+    """Of the sample of images, of the untrained SAE, and of the halves of the truth table."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -129,7 +129,7 @@ class FinetuneOptions(ModelOptions):
     """Measure before and after, and write the page."""
 
     max_images: int = 1000
-    """Pictures that a figure is taken on, at most."""
+    """Images that a figure is taken on, at most; of more, a random sample."""
 
     checkpoint_seconds: float | None = SECONDS
     """Write a checkpoint at least so often, beside those of --checkpoint-every; less often where
@@ -207,8 +207,8 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
     seed = options.train.seed
     on: ImageSource | None = data if data.labels() else None
     if named["attack_on"] is not None:
-        on = open_images(named["attack_on"])
-    test = None if named["test"] is None else open_images(named["test"])
+        on = _opened(named["attack_on"])
+    test = None if named["test"] is None else _opened(named["test"])
     for flag, source in (("attack-on", on), ("test", test)):
         if source is not None and not source.labels():
             raise UserError(f"--{flag} {source.spec}: has no labels; labelled pictures are needed.")
@@ -218,7 +218,7 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
             data = on
     if options.report:
         seen = {
-            source.info(i).uri for source in (test, images) if source for i in range(len(source))
+            source.known(i).uri for source in (test, images) if source for i in range(len(source))
         }
         data = _apart(data, seen)
         on = None if on is None else _apart(on, seen)
@@ -243,17 +243,22 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
 
 def _open(spec: str, options: FinetuneOptions) -> ImageSource:
     if options.table is not None and spec == options.data:
-        source = open_images(spec, table=options.table)
-    else:
-        of_pairs = options.pictures if spec == options.data else None
-        source = open_pairs(spec, of_pairs, options.max_failed)
+        return _opened(spec, options.table)
+    of_pairs = options.pictures if spec == options.data else None
+    source = open_pairs(spec, of_pairs, options.max_failed)
+    print_notes(source.notes)
+    return source
+
+
+def _opened(spec: str, table: Path | None = None) -> ImageSource:
+    source = open_images(spec, table=table)
     print_notes(source.notes)
     return source
 
 
 def _written(source: ImageSource, seed: int, n: int | None = None) -> AttackPairs:
     pairs = make_pairs(source, n=n, seed=seed)
-    print_notes(pairs.notes)
+    print_notes(note for note in pairs.notes if note not in source.notes)
     return pairs
 
 
@@ -267,7 +272,7 @@ def _without_words(source: ImageSource) -> ImageSource:
 
 def _apart(source: ImageSource, seen: set[str]) -> ImageSource:
     """The pictures that are not among those that are measured on."""
-    kept = [i for i in range(len(source)) if source.info(i).uri not in seen]
+    kept = [i for i in range(len(source)) if source.known(i).uri not in seen]
     if len(kept) == len(source):
         return source
     if not kept:
@@ -350,7 +355,7 @@ def _block(site: str) -> int:
 
 
 def _captioned(source: ImageSource | None) -> CaptionedImages | None:
-    if source is None or not any(source.info(i).captions for i in range(len(source))):
+    if source is None or not any(source.known(i).captions for i in range(len(source))):
         return None
     return captioned(source, "captions")
 
@@ -361,6 +366,6 @@ def _print(found: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for row in table_rows(found):
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     console.print(f"\n{lead(found)}", highlight=False)

@@ -163,6 +163,8 @@ def _option(action: Any, group: str) -> Option:
     takes = re.sub(r"\{None\}\|", "", takes).replace("{None,", "{")
     takes = re.sub(r"^\[+(\{?[^\[\]]+\}?) \[.*\]+$", r"\1 …", takes).strip("[]")
     names = [name for name in action.option_strings if name.startswith("--")]
+    if takes:
+        names = names[-1:]  # older names of an option, which are still read, come before
     name = names[0].removeprefix("--") if names else action.dest
     flag, takes = (names[0], takes) if names else (name.upper(), "")
     if len(names) == 2:  # a pair: on and off

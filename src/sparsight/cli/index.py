@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from sparsight.cli.help import Help
 from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
+from sparsight.cli.printing import print_notes
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.files import read_json
-from sparsight.latents import CodeStore, build_index, name_from_truth
+from sparsight.latents import CodeStore, build_index
+from sparsight.sae import SparseAutoencoder
 
 HELP = Help(
     examples=("runs/b32-l9", "runs/b32-l9 --codes runs/b32-l9/codes"),
@@ -64,6 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     subjects = Subjects(options)
     codes = None if options.codes is None else CodeStore(options.codes, verify=options.verify)
     for folder, sae in saes.items():
+        known = _known(folder, sae)
         index = build_index(
             sae,
             subjects.activations(folder, sae) if codes is None else codes,
@@ -73,12 +77,27 @@ def main(arguments: Sequence[str]) -> None:
             samples_per_quantile=options.samples_per_quantile,
             batch_images=options.batch_images,
             seed=options.seed,
+            metrics=known,
         )
-        metrics = folder / "metrics.json"
-        if metrics.exists() and "truth" in (found := read_json(metrics)):
-            index = name_from_truth(index, found)
         never = index.n_latents - sum(row > 0 for row in index.table["n_active"].to_pylist())
         named = index.n_latents - index.table["name"].null_count
         print(
             f"{index.folder} · {index.n_latents:,} latents, {never:,} never active, {named:,} named"
         )
+
+
+def _known(folder: Path, sae: SparseAutoencoder) -> dict[str, Any] | None:
+    """The figures that name latents; None where they know no truth, or another SAE's."""
+    path = folder / "metrics.json"
+    found = read_json(path) if path.exists() else {}
+    if "truth" not in found:
+        return None
+    if found.get("sae", sae.fingerprint()) != sae.fingerprint():
+        print_notes(
+            [
+                f"{path} is about another SAE, so that no latent is named. `sparsight evaluate` "
+                "measures this one."
+            ]
+        )
+        return None
+    return found

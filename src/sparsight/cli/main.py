@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0; 1 for a fault; 2 for a mistake of the user's; 130 after Ctrl-C; 143 after
         SIGTERM.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8 are printed escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--traceback" in given or bool(os.environ.get("SPARSIGHT_DEBUG"))
     given = [argument for argument in given if argument != "--traceback"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from sparsight.cli.options import ModelOptions
+from sparsight.devices import choose_device
 from sparsight.latents import LatentIndex
 from sparsight.latents.run_files import find_runs
 from sparsight.sae import SparseAutoencoder
@@ -31,7 +30,7 @@ def open_saes(runs: Iterable[Path], device: str | None = None) -> dict[Path, Spa
     Raises:
         UserError: a folder is not there, or holds none.
     """
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = choose_device(device, float64=True)
     return {
         folder: SparseAutoencoder.from_pretrained(folder, device=place)
         for folder in find_runs(runs)

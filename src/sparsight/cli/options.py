@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -39,7 +39,7 @@ class ModelOptions(CommandOptions):
     """Share of images that may be broken before the run stops."""
 
     device: str | None = None
-    """Default: a GPU if there is one."""
+    """cpu, cuda, cuda:1, xpu or mps; default: a CUDA or Intel GPU if there is one, else cpu."""
 
     model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     """Of the model while it runs; default float32, or that which an autoencoder was made with.
@@ -52,6 +52,11 @@ class ModelOptions(CommandOptions):
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
 
+
+Shown = Annotated[int, tyro.conf.arg(name="n-shown", aliases=("--latents",))]
+"""How many latents a page or a card shows. `--latents` was its name, which names latents in
+`steer` and `search`; it is still read."""
+SHOWN_ALIASES: Mapping[str, str] = {"n_shown": "latents"}
 
 Options = TypeVar("Options", bound=CommandOptions)
 
@@ -75,7 +80,7 @@ def parse(
 
     Raises:
         UserError: a flag is unknown, missing or wrong; or the `--config` file is missing, no TOML,
-            or has a key or value that `cls` lacks.
+            or has a key or value that `cls` lacks; or torch finds no device of the name given.
         SystemExit: `--help` (code 0).
     """
     asked = [argument for argument in arguments if argument in ASKS]
@@ -92,7 +97,7 @@ def parse(
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(
+            options = tyro.cli(
                 cls,
                 prog=f"sparsight {verb}",
                 args=[*arguments, *(["--help"] if asked else [])],
@@ -107,6 +112,16 @@ def parse(
         parser = parser_of(cls, verb, default)
         known = [f"--{option.name}" for option in options_of(parser)] if parser else []
         raise UserError(wrong_option(verb, told.getvalue(), known)) from None
+    _check_device(getattr(options, "device", None))
+    return options
+
+
+def _check_device(named: str | None) -> None:
+    """Refuse a device that is not here before any work; without one, torch is not imported."""
+    if named is not None:
+        from sparsight.devices import choose_device
+
+        choose_device(named)
 
 
 def flag(arguments: Sequence[str], name: str) -> str | None:

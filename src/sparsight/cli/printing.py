@@ -52,9 +52,9 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in body:
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # figures with their intervals need room; a pipe has it
-        console = Console(width=WIDTH)
+        console = Console(width=WIDTH, markup=False, emoji=False)
     console.print(table)
 
 
@@ -86,7 +86,7 @@ def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> 
             if any(kind in truth_by_kind(block) for block in blocks):
                 row = (_mean_auc(block, kind) for block in blocks)
                 table.add_row(f"  {name}", *row, style="dim")
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     for sentence in dict.fromkeys(map(measured_on, metrics)):
         which = [n for n, each in zip(names, metrics, strict=True) if measured_on(each) == sentence]
@@ -123,7 +123,7 @@ def print_sweep(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         if accurate:
             figures.append(percent(row.get("accuracy")))
         table.add_row(row["name"], row["site"], *figures, "–" if rate is None else f"{rate:,.0f}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _mean_auc(block: Mapping[str, Any], kind: str) -> str:

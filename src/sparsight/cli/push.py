@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import tyro
 
 from sparsight.cli.help import Help
-from sparsight.cli.options import CommandOptions, parse
+from sparsight.cli.options import SHOWN_ALIASES, CommandOptions, Shown, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
 
@@ -44,12 +45,15 @@ class PushOptions(CommandOptions):
     license: str | None = None
     """Of the autoencoder, as the Hub spells it: mit, apache-2.0, cc-by-4.0, …"""
 
-    latents: int = 12
-    """Latents to show of each run that has an index, with pictures of the images that it was built
-    from: those with the best names first, then by lot. 0 shows none."""
+    ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
+
+    latents: Shown = 12
+    """How many latents to show of each run that has an index, with the images that it was built
+    from: those with the highest-scoring names first, then random ones. 0 shows none."""
 
     model: str | None = None
-    """What the heatmaps are made with; default the model that each index names."""
+    """What the heatmaps are made with where neither codes nor activations of the images are on
+    disk; default the model that each index names."""
 
     seed: int = 0
     """Of the lot."""

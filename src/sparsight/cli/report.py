@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import tyro
 
 from sparsight.cli.help import Help
-from sparsight.cli.options import CommandOptions, parse
+from sparsight.cli.options import SHOWN_ALIASES, CommandOptions, Shown, parse
 
 HELP = Help(
     examples=("runs/b32-l9", "runs/ --out report.html"),
@@ -28,10 +29,13 @@ class ReportOptions(CommandOptions):
     """The page; a folder gets a report.html."""
 
     model: str | None = None
-    """What the heatmaps are made with; default the model that each index names."""
+    """What the heatmaps are made with where neither codes nor activations of the images are on
+    disk; default the model that each index names."""
 
-    latents: int = 24
-    """Latents to show of each run: half by the score of their names, the others by lot."""
+    ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
+
+    latents: Shown = 24
+    """How many latents to show of each run: half by the score of their names, the others by lot."""
 
     seed: int = 0
     """Of the lot."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from PIL import Image
@@ -20,40 +20,44 @@ from sparsight.editing.contact_sheet import WORDS, write_contact_sheet
 from sparsight.editing.edits import LatentEdit
 from sparsight.editing.interventions import check_belongs
 from sparsight.editing.latent_search import find_latents
-from sparsight.editing.retrieval import SITE, Mode, SearchResult, embed_collection
+from sparsight.editing.retrieval import SITE, Mode, SearchResult, check_texts, embed_collection
 from sparsight.errors import UserError
-from sparsight.files import check_folder, write_json
+from sparsight.files import check_folder, replaced, write_json
 from sparsight.images import ImageError, decode_image, open_images
 from sparsight.images.decoding import read_picture
 from sparsight.sae import SparseAutoencoder
 
+FIGURES, PAGE = "search.json", "search.html"
 Asked = Literal["plain", "reconstructed", "filtered", "query", "steered"]
 
 
 HELP = Help(
     examples=(
         "'a dog on a beach' --images photos/ --model openai/clip-vit-base-patch32",
-        "--picture query.jpg --images photos/ --model openai/clip-vit-base-patch32",
+        "--image query.jpg --images photos/ --model openai/clip-vit-base-patch32",
         "'an anchor' --sae runs/embedding --modes plain reconstructed",
     ),
     needed=("query", "images", "model"),
-    common=("picture", "sae", "modes", "latents", "top", "out", "max-images"),
+    common=("image", "sae", "modes", "latents", "top", "out", "max-images"),
 )
 
 
 @dataclass(frozen=True)
 class SearchOptions(ModelOptions):
-    """Search images by text or by picture.
+    """Search images by text or by image.
 
     With an SAE on the site `embedding`, also by what it reconstructs, by some of its latents alone,
     or with latents set to something.
     """
 
     query: tyro.conf.Positional[str] = ""
-    """A text; or give --picture."""
+    """A text; or give --image."""
 
-    picture: Path | None = None
-    """Search by this picture instead."""
+    ALIASES: ClassVar[Mapping[str, str]] = {"picture": "image"}
+
+    image: Annotated[Path | None, tyro.conf.arg(aliases=("--picture",))] = None
+    """Search by this image instead. Models without a joint space of images and texts compare
+    images, too: by CLS after the final norm, or the mean over positions where there is no CLS."""
 
     images: str | None = None
     """Images to search, in any form that `extract` takes; default those that the SAE was trained
@@ -87,7 +91,7 @@ class SearchOptions(ModelOptions):
     """Folder for search.json and search.html; default search/."""
 
     max_images: int | None = None
-    """Only the first so many images."""
+    """Search in a random sample of so many images; default all."""
 
     batch_images: int = 64
     """Images at a time."""
@@ -99,11 +103,11 @@ class SearchOptions(ModelOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, search, print a table, write the page."""
     options = parse(SearchOptions, "search", arguments, helped=HELP)
-    if bool(options.query) == (options.picture is not None):
-        raise UserError("Give a text to search for, or --picture, one of the two.")
+    if bool(options.query) == (options.image is not None):
+        raise UserError("Give a text to search for, or --picture or --image FILE; one of the two.")
     asked: str | Image.Image = options.query
-    if options.picture is not None:
-        asked = _picture(options.picture)
+    if options.image is not None:
+        asked = _picture(options.image)
     sae = None if options.sae is None else SparseAutoencoder.from_pretrained(options.sae)
     modes: tuple[Mode, ...] = options.modes or (
         ("plain",) if sae is None else ("plain", "reconstructed")
@@ -127,6 +131,10 @@ def main(arguments: Sequence[str]) -> None:
     model = open_model(id, replace(options, model_dtype=dtype))
     if sae is not None:
         check_belongs(sae, model, model.canonical_site(SITE), strict=options.check)
+    if isinstance(asked, str):
+        check_texts(model)
+    elif not model.has_joint_space:
+        print_notes([f"{model.id}: images are compared by {model.image_embedding}."])
     images = open_images(spec, table=options.table)
     print_notes(images.notes)
     out = check_folder(options.out or Path("search"))
@@ -152,7 +160,7 @@ def main(arguments: Sequence[str]) -> None:
                     "activation to set it to. Give --activation."
                 )
         edits = [LatentEdit(sae, latents, Set(value), SITE, "all")]
-    name = None if options.picture is None else options.picture.name
+    name = None if options.image is None else options.image.name
     results = [
         collection.search(
             asked,
@@ -167,11 +175,11 @@ def main(arguments: Sequence[str]) -> None:
         )
         for mode in modes
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "search.json", {"results": [result.to_dict() for result in results]})
-    write_contact_sheet(results, images, out / "search.html")
+    with replaced(out, (FIGURES, PAGE)) as staged:
+        write_json(staged / FIGURES, {"results": [result.to_dict() for result in results]})
+        write_contact_sheet(results, images, staged / PAGE)
     _print(results)
-    print(f"{out} · search.json, search.html")
+    print(f"{out} · {FIGURES}, {PAGE}")
 
 
 def _picture(path: Path) -> Image.Image:
@@ -206,7 +214,7 @@ def _print(results: Sequence[SearchResult]) -> None:
             words = "" if hit is None else f"{hit.cosine:.3f}  {hit.label or hit.id}"
             cells.append(words)
         table.add_row(str(i + 1), *cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     for result in results:
         if result.latents:
             print(f"{WORDS[result.mode]}: {', '.join(map(str, result.latents))}")

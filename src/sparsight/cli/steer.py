@@ -70,14 +70,14 @@ class SteerOptions(SubjectOptions):
     """Folder for steer.json, .csv, .png and .svg; default steer/ in the run."""
 
     max_images: int | None = 1000
-    """Only the first so many images; every other one serves to choose latents, the rest to
+    """A random sample of so many images; every other one serves to choose latents, the rest to
     measure."""
 
     batch_images: int = 64
     """Images at a time."""
 
     seed: int = 0
-    """Of the random latents beside the curves."""
+    """Of the sample of images, and of the random latents beside the curves."""
 
     check: bool = True
     """Refuse an SAE that was trained on other weights, or at another site."""
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _print(report: SteerReport) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)
     original = report.original
     if report.latents:
         table = plain_table()

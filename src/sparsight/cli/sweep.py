@@ -64,10 +64,10 @@ class SweepOptions(TrainOptions):
     out of training. Default what was trained on."""
 
     max_images: int | None = None
-    """Images to measure on, spread over all; default all of a store, 2,000 where the model runs."""
+    """Images to measure on, a random sample; default all of a store, 2,000 where the model runs."""
 
     accuracy_images: int = ACCURACY_IMAGES
-    """Labelled images for zero-shot accuracy; 0 leaves it out, and no model is loaded."""
+    """Images for zero-shot accuracy, a random sample; 0 leaves it out, and no model is loaded."""
 
     templates: str = "simple"
     """Sentences for it: simple, openai80, or one with {} in it."""

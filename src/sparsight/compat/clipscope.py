@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparsight.config import check_positive
+from sparsight.devices import choose_device
 from sparsight.errors import UserError
 from sparsight.evaluation import ReconstructionMeter
 from sparsight.reading import read_torch
@@ -157,7 +158,7 @@ class TopKSAE(nn.Module):
         super().__init__()
         if not 1 <= k <= n_features:
             raise UserError(f"k is {k}; it must be from 1 to n_features, which is {n_features}.")
-        target = _device(device)
+        target = choose_device(device)
         self.k = k
         self.pre_b = nn.Parameter(torch.randn(d_in, device=target) * 0.01)
         self.enc = nn.Parameter(torch.randn(d_in, n_features, device=target) / (2 * d_in) ** 0.5)
@@ -338,10 +339,6 @@ def _location(given: Any) -> Location:
     if not plain or not isinstance(given[0], int) or given[1] != "resid":
         raise UserError(f"A location is (number of a block, 'resid'); got {given!r}.")
     return (given[0], given[1])
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _read(path: Path) -> Checkpoint:

@@ -7,49 +7,15 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment
 from PIL import Image
 
 from sparsight.editing.retrieval import SearchResult
 from sparsight.files import write_text
 from sparsight.images import ImageError, ImageSource
+from sparsight.latents.report import template
 
 SIDE = 160
 """Pixels of the longer side of a picture on the page."""
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2329; --muted: #5f6b76; --line: #dfe3e6; --page: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --muted: #9aa5b0; --line: #333b43; --page: #15191d; } }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; background: var(--page);
-  color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.05rem; margin: 1.8rem 0 .2rem; }
-p { margin: 0 0 .8rem; color: var(--muted); }
-ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .8rem;
-  grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); }
-li { border: 1px solid var(--line); border-radius: 6px; padding: .4rem; }
-img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; }
-.label { display: block; margin-top: .3rem; font-size: 13px; overflow-wrap: anywhere; }
-.cosine { color: var(--muted); font-size: 12px; font-variant-numeric: tabular-nums; }
-</style></head><body>
-<h1>{{ title }}</h1>
-<p>{{ subtitle }}</p>
-{% for part in parts %}
-<section><h2>{{ part.title }}</h2><p>{{ part.about }}</p>
-<ol>{% for hit in part.hits %}
-<li>{% if hit.picture %}<img src="{{ hit.picture }}" alt="{{ hit.alt }}" loading="lazy">
-{% else %}<span class="label">can no longer be read</span>{% endif %}
-<span class="label">{{ hit.label }}</span>
-<span class="cosine">{{ hit.rank }} · {{ hit.cosine }}</span></li>
-{% endfor %}</ol></section>
-{% endfor %}
-</body></html>
-"""
 
 WORDS = {
     "plain": "Embeddings as they are",
@@ -92,10 +58,13 @@ def write_contact_sheet(
             for hit in result.hits
         ]
         parts.append({"title": WORDS[result.mode], "about": " · ".join(about), "hits": hits})
-    first = results[0]
-    page = Environment(autoescape=True).from_string(_PAGE)
-    subtitle = f"{first.about['n_images']:,} pictures of {images.spec} · {first.about['model']}"
-    write_text(path, page.render(title=f"“{first.query}”", subtitle=subtitle, parts=parts))
+    page = template("search.html.jinja", Path(__file__).parent / "templates")
+    facts = results[0].about
+    subtitle = (
+        f"{facts['n_images']:,} images of {images.spec} · {facts['model']}, compared by "
+        f"{facts['compared']}"
+    )
+    write_text(path, page.render(title=f"“{results[0].query}”", subtitle=subtitle, parts=parts))
     return path
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsight.activations import ActivationSource
+from sparsight.devices import choose_device
 from sparsight.editing.actions import Keep
 from sparsight.editing.edits import (
     NO_SITE,
@@ -190,7 +191,7 @@ class Intervention(nn.Module):
         ]
         self.parts = nn.ModuleList([*self._latents, *self._others])
         if device is not None:
-            self.to(device)
+            self.to(choose_device(device))
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Change activations.
@@ -410,6 +411,7 @@ def mean_codes(
     *,
     site: str | None = None,
     max_images: int | None = None,
+    seed: int = 0,
     batch_images: int = 64,
 ) -> Float[Tensor, " n_latents"]:
     """The mean activation of each latent over all vectors, those it is not active on included.
@@ -418,7 +420,8 @@ def mean_codes(
         sae: the SAE.
         source: its index, which has them; or activations to encode.
         site: of the activations; default the SAE's.
-        max_images: only the first so many; activations alone.
+        max_images: a random sample of so many; activations alone.
+        seed: of the sample.
         batch_images: images at a time; activations alone.
 
     Raises:
@@ -437,6 +440,7 @@ def mean_codes(
         source,
         find_site(sae, source, site),
         max_images=max_images,
+        seed=seed,
         batch_images=batch_images,
         device=view.W_dec.device,
         cache_bytes=0,

@@ -110,6 +110,7 @@ class Collection:
         if isinstance(query, str):
             if not query.strip():
                 raise UserError("The query is empty. Give a text, or a picture.")
+            check_texts(self.model)
             count, most = self.model.count_tokens([query])[0], self.model.context_length
             if count > most:
                 raise UserError(
@@ -201,7 +202,7 @@ class Collection:
         order = cosine.argsort(descending=True, stable=True)[:top]
         hits = []
         for rank, place in enumerate(order.tolist(), start=1):
-            info = self.images.info(self.places[place])
+            info = self.images.known(self.places[place])
             hits.append(
                 Hit(
                     rank,
@@ -214,6 +215,7 @@ class Collection:
             )
         about = {
             "model": self.model.id,
+            "compared": self.model.image_embedding,
             "images": self.images.spec,
             "n_images": len(self),
             "failed": len(self.failed),
@@ -281,7 +283,7 @@ class Collection:
 
     def _own_texts(self) -> Float[Tensor, "texts d_embed"] | None:
         """Unit embeddings of what the collection says about itself; None if nothing."""
-        infos = [self.images.info(i) for i in self.places]
+        infos = [self.images.known(i) for i in self.places]
         found = {
             info.caption or f"a photo of a {info.label}"
             for info in infos
@@ -292,12 +294,27 @@ class Collection:
         return normalize(self.model.embed_texts(sorted(found)[:1000]).cpu(), dim=1)
 
 
+def check_texts(model: VisionModel) -> None:
+    """Make sure that a model's images can be searched by text.
+
+    Raises:
+        UserError: it has no joint space of images and texts, or no text tower.
+    """
+    if not (model.has_joint_space and model.has_text):
+        lacks = "text tower" if model.has_joint_space else "joint space of images and texts"
+        raise UserError(
+            f"{model.id} ({model.family}) has no {lacks}, so that no text can be compared with its "
+            "images. Search by an image (--image FILE), or take a CLIP or SigLIP."
+        )
+
+
 @torch.no_grad()
 def embed_collection(
     model: VisionModel,
     images: ImageSource,
     *,
     max_images: int | None = None,
+    seed: int = 0,
     batch_images: int = 64,
     workers: int | None = None,
     quiet: bool = True,
@@ -305,19 +322,21 @@ def embed_collection(
     """Embed every picture of a source; edits that are active on the model are seen.
 
     Args:
-        model: one with a joint embedding.
+        model: any; without a joint space of images and texts, images alone can be searched by, and
+            what is compared is `VisionModel.image_embedding`.
         images: the pictures.
-        max_images: only the first so many.
+        max_images: a random sample of so many; default all.
+        seed: of the sample.
         batch_images: pictures at a time.
         workers: processes that decode.
         quiet: no progress line.
 
     Raises:
-        UserError: the model has no joint embedding, or no picture could be read.
+        UserError: no picture could be read.
     """
-    model.canonical_site(SITE)
     check_positive(max_images=max_images, batch_images=batch_images)
-    total = len(images) if max_images is None else min(max_images, len(images))
+    images = images if max_images is None else images.sample(max_images, seed)
+    total = len(images)
     places: list[int] = []
     rows: list[Tensor] = []
     failed: list[tuple[int, str]] = []

@@ -100,10 +100,10 @@ def steer(
         curves: measure the on-k and off-k curves, too.
         ks: of the curves; default 1, 2, 5, 10, … and all latents.
         names: of latents, for the report.
-        max_images: only the first so many images.
+        max_images: a random sample of so many images; default all.
         batch_images: images at a time.
         workers: processes that decode.
-        seed: of the random latents.
+        seed: of the sample and the random latents.
         check: see `intervene`.
         quiet: no progress line.
 
@@ -113,8 +113,8 @@ def steer(
     """
     check_positive(max_images=max_images, batch_images=batch_images)
     asked_ks = checked_ks(ks, sae.n_latents)
-    total = len(images) if max_images is None else min(max_images, len(images))
-    infos = [images.info(i) for i in range(total)]
+    images = images if max_images is None else images.sample(max_images, seed)
+    infos = [images.known(i) for i in range(len(images))]
     labels = sorted({each.label for each in infos if each.label})
     by_label = names_by_label(labels, class_names)
     known = [label for label in by_label if label in set(labels)]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from sparsight.editing.steering import SteerReport
-from sparsight.files import write_json, write_text
+from sparsight.files import replaced, write_json, write_text
 from sparsight.latents.style import PALETTE, figure, plot_style, save_png, save_svg
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -31,20 +31,21 @@ def save_steering(report: SteerReport, out: Path) -> list[Path]:
 
     Args:
         report: what was found.
-        out: folder, made if it is not there; files of these names in it are replaced.
+        out: folder, made if it is not there; files of these names in it are replaced, all at once.
 
     Raises:
         SparsightError: the disk is full or the folder cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"steer.{kind}" for kind in ("json", "csv", "png", "svg")]
-    write_json(paths[0], report.to_dict())
-    write_text(paths[1], _csv(report))
-    with plot_style(on_white=True):
-        drawn = plot_steering(report)
-        save_png(drawn, paths[2])
-    save_svg(drawn, paths[3])
-    return paths
+    names = [f"steer.{kind}" for kind in ("json", "csv", "png", "svg")]
+    with replaced(out, names) as staged:
+        paths = [staged / name for name in names]
+        write_json(paths[0], report.to_dict())
+        write_text(paths[1], _csv(report))
+        with plot_style(on_white=True):
+            drawn = plot_steering(report)
+            save_png(drawn, paths[2])
+        save_svg(drawn, paths[3])
+    return [out / name for name in names]
 
 
 def label_of(row: Mapping[str, Any]) -> str:

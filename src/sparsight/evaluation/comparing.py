@@ -15,12 +15,13 @@ from importlib.util import find_spec
 from statistics import fmean
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
+from sparsight.activations import ActivationSource, LiveActivations, with_tokens
+from sparsight.activations.sampling import sampled
 from sparsight.config import check_positive
+from sparsight.devices import choose_device
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.evaluation.data import Passes, find_site, find_target, held_out, trained_on
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
@@ -64,9 +65,9 @@ class SweepMeasures:
     """What the members of a sweep are measured by.
 
     Attributes:
-        max_images: images whose vectors are measured, spread over all; None is all of a store, and
+        max_images: images whose vectors are measured, a random sample; None is all of a store, and
             2,000 where the model must run.
-        accuracy_images: labelled images for zero-shot accuracy, spread over all; 0 leaves it out.
+        accuracy_images: images for zero-shot accuracy, a random sample; 0 leaves it out.
         templates: sentences for it: `simple`, `openai80`, or one with {} in it.
         batch_images: images at a time.
         workers: processes that decode images.
@@ -101,7 +102,7 @@ class _Member:
     def n_bytes(self) -> int:
         return (self.run.folder(self.site) / WEIGHTS).stat().st_size
 
-    def sae(self, device: str) -> SparseAutoencoder:
+    def sae(self, device: torch.device) -> SparseAutoencoder:
         return SparseAutoencoder.from_pretrained(self.run.folder(self.site), device=device)
 
 
@@ -113,7 +114,7 @@ def measure_sweep(
     model: VisionModel | Callable[[], VisionModel] | None = None,
     images: ImageSource | None = None,
     previous: Mapping[str, Any] | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure every member of a sweep on the same vectors; JSON-able.
@@ -140,8 +141,8 @@ def measure_sweep(
         UserError: the activations are not those of the members' model, or lack a site.
         SparsightError: an activation is not finite.
     """
+    place = choose_device(device, float64=True)
     measures = measures or SweepMeasures()
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = sweep.table()
     members = [
         _Member(row, sweep.runs[row["name"]], group=_group_key(row))
@@ -154,6 +155,7 @@ def measure_sweep(
         "images": source.model_info.get("images"),
         "activations": source.fingerprint,
         "max_images": measures.max_images,
+        "sample": "random",
         "accuracy_images": measures.accuracy_images,
         "templates": measures.templates,
         "downstream_images": images.spec if images is not None else None,
@@ -167,7 +169,8 @@ def measure_sweep(
     getter = _Model(model or getattr(source, "model", None))
     for (tokens, site), part in _by_place(todo).items():
         whole = with_tokens(source, cast(Tokens, tokens))
-        view = _some(whole, measures.max_images)
+        few = LIVE_IMAGES if isinstance(whole, LiveActivations) else None
+        view = sampled(whole, measures.max_images or few)
         for together in _portions(part):
             saes = {str(i): each.sae(place) for i, each in enumerate(together)}
             _measure(view, site, together, saes, measures, quiet)
@@ -300,7 +303,7 @@ def _accuracy(
     if reason is not None or model is None or images is None:
         omitted[what] = str(reason)
         return {}
-    chosen = images.select(_spread(len(images), measures.accuracy_images))
+    chosen = images.sample(measures.accuracy_images)
     found = downstream(
         model,
         chosen,
@@ -330,7 +333,7 @@ def _groups(
     members: Sequence[_Member],
     known: Mapping[str, Any],
     omitted: dict[str, str],
-    device: str,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """The members that differ in their seed alone, with intervals over them."""
     parts: dict[str, list[_Member]] = {}
@@ -370,7 +373,7 @@ def _groups(
 
 
 def _stability(
-    members: Sequence[_Member], omitted: dict[str, str], device: str
+    members: Sequence[_Member], omitted: dict[str, str], device: torch.device
 ) -> dict[str, Any] | None:
     try:
         dictionaries = [each.sae(device).W_dec.detach() for each in members]
@@ -390,7 +393,9 @@ def _known(previous: Mapping[str, Any] | None, about: Mapping[str, Any]) -> Mapp
     return previous if previous.get("measured") == json.loads(json.dumps(about)) else {}
 
 
-def _unknown(members: Sequence[_Member], known: Mapping[str, Any], device: str) -> list[_Member]:
+def _unknown(
+    members: Sequence[_Member], known: Mapping[str, Any], device: torch.device
+) -> list[_Member]:
     """The members to measure; the others get the figures that are known.
 
     All seeds of a group are measured where one is new: matching them needs their living latents.
@@ -398,7 +403,7 @@ def _unknown(members: Sequence[_Member], known: Mapping[str, Any], device: str) 
     rows = {(row["name"], row["site"]): row for row in known.get("members", ())}
     fresh = set()
     for each in members:
-        fingerprint = each.sae("cpu").fingerprint()
+        fingerprint = each.sae(torch.device("cpu")).fingerprint()
         row = rows.get((each.row["name"], each.site), {})
         if row.get("sae") != fingerprint:
             fresh.add(each.group)
@@ -438,26 +443,6 @@ def _portions(members: Sequence[_Member]) -> Iterator[list[_Member]]:
         portion.append(each)
     if portion:
         yield portion
-
-
-def _some(source: ActivationSource, max_images: int | None) -> ActivationSource:
-    """Some of the images, spread over all of them."""
-    if isinstance(source, ActivationStore):
-        if max_images is None or max_images >= source.n_images:
-            return source
-        return source.select(source.image_indices[_spread(source.n_images, max_images)])
-    if isinstance(source, LiveActivations):
-        chosen = source.images.select(_spread(len(source.images), max_images or LIVE_IMAGES))
-        return LiveActivations(
-            source.model, chosen, source.sites, source.tokens, workers=source.workers
-        )
-    return source
-
-
-def _spread(n: int, wanted: int) -> list[int]:
-    """Places of `wanted` of `n` things, evenly apart."""
-    found: list[int] = np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64).tolist()
-    return found
 
 
 def _without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:

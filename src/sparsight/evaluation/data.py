@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.activations import seen_in_training
+from sparsight.activations.sampling import sampled
 from sparsight.config import check_positive
 from sparsight.errors import UserError
+from sparsight.images import sample_places
 from sparsight.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -72,7 +76,8 @@ class Passes:
         source: the activations.
         site: which.
         target: of a transcoder, the site that it predicts.
-        max_images: only the first so many images.
+        max_images: a random sample of so many images; default all.
+        seed: of the sample.
         batch_images: images at a time.
         device: where batches are to be.
         cache_bytes: largest size to keep.
@@ -85,11 +90,13 @@ class Passes:
         *,
         target: str | None = None,
         max_images: int | None = None,
+        seed: int = 0,
         batch_images: int = 64,
         device: torch.device | str = "cpu",
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         check_positive(max_images=max_images, batch_images=batch_images)
+        source = sampled(source, max_images, seed)
         self.source = source
         self.site = site
         self.target = target or site
@@ -103,7 +110,12 @@ class Passes:
             )
         self.batch_images = batch_images
         self.device = torch.device(device)
-        self.n_images = source.n_images if max_images is None else min(max_images, source.n_images)
+        self._chosen: npt.NDArray[np.bool_] | None = None  # of a source that gives no view
+        self.n_images = source.n_images
+        if max_images is not None and max_images < source.n_images:
+            self._chosen = np.zeros(source.n_images, dtype=bool)
+            self._chosen[sample_places(source.n_images, max_images, seed)] = True
+            self.n_images = max_images
         width = self.d_in if self.target == site else self.d_in + self.d_out
         size = 4 * self.n_images * self.layout.n_tokens * width
         self._keep = size <= cache_bytes
@@ -114,19 +126,23 @@ class Passes:
             yield from map(self._placed, self._kept)
             return
         kept: list[Batch] = []
-        left = self.n_images
+        n_read = n_seen = 0
         sites = list(dict.fromkeys((self.site, self.target)))
         for read in self.source.ordered(sites, batch_images=self.batch_images):
-            x, y = (read.activations[site][:left] for site in (self.site, self.target))
-            batch = Batch(read.image_indices[:left], x, y)
-            left -= len(batch.images)
+            x, y = (read.activations[site] for site in (self.site, self.target))
+            batch = Batch(read.image_indices, x, y)
+            if self._chosen is not None:
+                first, n_read = n_read, n_read + len(x)
+                rows = torch.from_numpy(self._chosen[first:n_read])
+                batch = Batch(batch.images[rows], x[rows], x[rows] if y is x else y[rows])
+                if not len(batch.x):
+                    continue
+            n_seen += len(batch.x)
             if self._keep:
                 kept.append(batch)
             yield self._placed(batch)
-            if left <= 0:
-                break
         # Images may fail while they are read for the first time.
-        self.n_images -= max(left, 0)
+        self.n_images = n_seen
         if self._keep:
             self._kept = kept
 

@@ -74,6 +74,7 @@ def downstream(
     class_names: Sequence[str] | Mapping[str, str] | None = None,
     templates: str | Sequence[str] = "simple",
     limit: int | None = None,
+    seed: int = 0,
     batch_images: int = 64,
     workers: int | None = None,
     quiet: bool = True,
@@ -89,15 +90,17 @@ def downstream(
         class_names: labels, or a mapping from label to the name in the sentence; default the
             labels of `images`, underscores read as spaces.
         templates: see `sparsight.vision.classifier_weights`.
-        limit: only the first so many images.
+        limit: a random sample of so many images; default all.
+        seed: of the sample.
         batch_images: images at a time.
         workers: processes that decode.
         quiet: no progress line.
     """
-    total = len(images) if limit is None else min(limit, len(images))
-    infos = [images.info(i) for i in range(total)]
-    whole = total == len(images)
-    labels = sorted({each.label for each in infos if each.label}) if whole else images.labels()
+    whole = images
+    images = whole if limit is None else whole.sample(limit, seed)
+    infos = [images.known(i) for i in range(len(images))]
+    own = sorted({each.label for each in infos if each.label})
+    labels = own if images is whole else whole.labels()
     names = names_by_label(labels, class_names)
     numbers = {label: i for i, label in enumerate(names)}
     omitted: dict[str, str] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sparsight
+from sparsight.activations.sampling import sampled
 from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation.baselines import (
@@ -78,11 +79,11 @@ def evaluate(
         class_names: labels, or a mapping from label to class name; default the images' labels.
         templates: sentences for zero-shot classification: `simple`, `openai80` or a list.
         baselines: measure an untrained SAE, PCA and raw neurons as well.
-        max_images: only the first so many images.
+        max_images: a random sample of so many images; default all.
         batch_images: images at a time.
         dead_window: N of `dead`, in vectors; default 10,000,000, or all there are if fewer.
         workers: processes that decode images.
-        seed: of the untrained SAE, the halves of the truth table and the bootstrap.
+        seed: of the sample, the untrained SAE, the halves of the truth table and the bootstrap.
         quiet: no progress bars.
 
     Raises:
@@ -96,11 +97,13 @@ def evaluate(
     site = find_site(sae, activations, site)
     model = model or getattr(activations, "model", None)
     _check_model(model, activations)
+    activations = sampled(activations, max_images, seed)
     passes = Passes(
         activations,
         site,
         target=find_target(sae, activations),
         max_images=max_images,
+        seed=seed,
         batch_images=batch_images,
         device=sae.W_enc.device,
     )
@@ -121,6 +124,7 @@ def evaluate(
         class_names=class_names,
         templates=templates,
         limit=max_images,
+        seed=seed,
         batch_images=batch_images,
         workers=workers,
     )

@@ -1,4 +1,4 @@
-"""Where pictures come from: folders, tar shards, Parquet, Hugging Face data sets, rendered scenes;
+"""Where images come from: folders, tar shards, Parquet, Hugging Face data sets, rendered scenes;
 and any of them with words written on.
 
 Builds on `sparsight.calibration` (for the rendered scenes) and Pillow alone; knows no model.
@@ -15,6 +15,7 @@ from sparsight.images.lettering import TextStyle, write_on_image
 from sparsight.images.loading import ImageBatch, load_batches
 from sparsight.images.opening import open_images, reopen_images
 from sparsight.images.parquet import ParquetImages
+from sparsight.images.selection import sample_places
 from sparsight.images.source import ImageInfo, ImageSource, SelectedImages
 from sparsight.images.tar_shards import TarShardImages
 from sparsight.images.writing import WorldBand, WrittenImages, WrittenScenes, written
@@ -38,6 +39,7 @@ __all__ = [
     "load_batches",
     "open_images",
     "reopen_images",
+    "sample_places",
     "write_on_image",
     "written",
 ]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sparsight.images.selection import format_selection
-from sparsight.images.source import ImageInfo, ImageSource
+from sparsight.images.source import ImageInfo, ImageSource, View
 
 if TYPE_CHECKING:
     from sparsight.calibration.world import CalibrationWorld, RenderedScene, Scene
@@ -31,6 +31,7 @@ class CalibrationImages(ImageSource):
         seed: which of the infinitely many worlds.
         numbers: the scenes shown, all by default.
         single: one object a scene, and no word: the scenes of a clean zero-shot test.
+        view: what the spec calls the scenes shown; default their numbers.
     """
 
     def __init__(
@@ -39,14 +40,18 @@ class CalibrationImages(ImageSource):
         seed: int = 0,
         numbers: npt.NDArray[np.int64] | None = None,
         single: bool = False,
+        view: View | None = None,
     ) -> None:
         self.n_scenes = n_scenes
         self.seed = seed
         self._numbers = numbers
         self.single = single
-        selection = format_selection(numbers) if numbers is not None else ""
         self._whole = f"calibration:{n_scenes}:{seed}{':single' if single else ''}"
-        self.spec = self._whole + selection
+        if numbers is None:
+            self._named = View.whole(self._whole, n_scenes)
+        else:
+            self._named = view or View.of(self._whole, numbers)
+        self.spec = self._named.spec
 
     @cached_property
     def world(self) -> CalibrationWorld:
@@ -87,8 +92,9 @@ class CalibrationImages(ImageSource):
         return Image.fromarray(np.asarray(self.render(index).image))
 
     def fingerprint(self) -> str:
-        """Of the spec, and of the first scenes as rendered: another renderer is another world."""
-        digest = hashlib.sha256(self.spec.encode())
+        """Of world and scenes, and of the first as rendered: another renderer is another world."""
+        scenes = "" if self._numbers is None else format_selection(self._numbers)
+        digest = hashlib.sha256((self._whole + scenes).encode())
         for index in range(min(3, len(self))):
             digest.update(np.asarray(self.render(index).image).tobytes())
         return digest.hexdigest()
@@ -96,8 +102,14 @@ class CalibrationImages(ImageSource):
     def select(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> CalibrationImages:
         """See `ImageSource.select`; the truth stays within reach."""
         chosen = self._checked(indices)
-        numbers = chosen if self._numbers is None else self._numbers[chosen]
-        return CalibrationImages(self.n_scenes, self.seed, numbers, self.single)
+        return self._shown(chosen, self._named.select(chosen))
+
+    def _view(self, places: npt.NDArray[np.int64], spec: str) -> CalibrationImages:
+        return self._shown(places, View.whole(spec, len(places)))
+
+    def _shown(self, places: npt.NDArray[np.int64], view: View) -> CalibrationImages:
+        numbers = places if self._numbers is None else self._numbers[places]
+        return CalibrationImages(self.n_scenes, self.seed, numbers, self.single, view)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "world"}

@@ -1,14 +1,22 @@
-"""The names that tables give to pictures, labels and captions, and the forms their values take."""
+"""The names that tables give to images, labels and captions, and the forms their values take."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+from sparsight.text import decoded
+
+IMAGE_COLUMNS = (
+    "image", "img", "picture", "jpg", "jpeg", "png", "webp", "avif", "image_bytes", "bytes",
+)  # fmt: skip
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_name", "image_path", "path")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "fine_label", "cls")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "sentences", "description", "comment")
+
+NO_LABEL = frozenset({"", "none", "null", "nan", "n/a", "<na>", "-1", "-1.0"})
+"""What says, in a column of labels and in lower case, that an image has none."""
 
 
 def find_column(names: Iterable[str], candidates: Sequence[str]) -> str | None:
@@ -18,12 +26,23 @@ def find_column(names: Iterable[str], candidates: Sequence[str]) -> str | None:
 
 
 def as_label(value: Any, class_names: Sequence[str] | None = None) -> str | None:
-    """A cell as a label: a number is looked up in `class_names`; empty cells and −1 are None."""
-    if value is None or isinstance(value, list | dict):
+    """A cell as a label; None where it says that there is none (`NO_LABEL`, or no text at all).
+
+    A whole number is looked up in `class_names`; 3.0 is 3, as a column of numbers with gaps
+    becomes one of fractions.
+    """
+    if isinstance(value, bytes):
+        value = decoded(value)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    if value is None or isinstance(value, list | tuple | dict):
         return None
     if isinstance(value, int) and class_names:
         return class_names[value] if 0 <= value < len(class_names) else None
-    return str(value).strip() or None
+    text = str(value).strip()
+    return None if text.lower() in NO_LABEL else text
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
@@ -32,6 +51,8 @@ def as_captions(value: Any) -> tuple[str, ...]:
         return tuple(caption for item in value for caption in as_captions(item))
     if isinstance(value, dict) and "raw" in value:  # COCO on the Hub: {"raw": "A man …"}
         return as_captions(value["raw"])
+    if isinstance(value, bytes):
+        value = decoded(value)
     if not isinstance(value, str) or not value.strip():
         return ()
     return (value.strip(),)

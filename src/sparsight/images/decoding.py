@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import io
 import stat
+import struct
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from sparsight.errors import SparsightError
+from sparsight.text import without_surrogates
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_AVIF = features.check("avif")
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
 """What Pillow may recognise. JPEG includes the MPO of phones; of many frames the first counts."""
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif"}
-    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", *((".avif",) if _AVIF else ())}
 )
-"""File name endings, in lower case, that are taken for pictures."""
+"""File name endings, in lower case, that are taken for images."""
 
 MAX_PIXELS = 100_000_000
 """A header that declares more pixels than this is refused before anything is decoded."""
@@ -27,6 +33,27 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
 """A larger file is refused before it is read."""
 
+MAX_DECODED_BYTES = 2**30
+"""More than this, beside its file, decoding one image never takes."""
+
+SMALL_DECODED_BYTES = 256 * 2**20
+"""What it may take at most where `MAX_RATIO` times the file is less: a file of a few kB must not
+unfold to a gigabyte; a photo of 100 million pixels may."""
+
+MAX_RATIO = 400
+
+_STRIP_PIXELS = 2**20
+"""Larger images are converted in strips of about so many pixels: what is in between is small."""
+
+_DECODER_BYTES = {"WEBP": 12, "AVIF": 8}
+"""Bytes per pixel that a decoder keeps beside the pixels that it hands over."""
+
+_SCANS_BYTES = 6
+"""Bytes per pixel of the coefficients of a JPEG in several scans, which wait for the last one."""
+
+_TIFF_TILE, _TIFF_STRIP, _TIFF_BITS = (322, 323), 278, 258
+_START_OF_SCAN = b"\xff\xda"
+_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 _ORIENTATION_TAG = 0x0112
 _WHOLE_SIZE = "sparsight_whole_size"
 _JPEG_FACTORS = (8, 4, 2)
@@ -39,12 +66,14 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 class ImageError(SparsightError):
     """One picture cannot be used; `reason` says why. Recorded and counted, never fatal."""
 
     def __init__(self, reason: str) -> None:
+        reason = without_surrogates(reason)
         super().__init__(reason)
         self.reason = reason
 
@@ -84,9 +113,12 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     Transparent pictures are laid over white. 16-bit greyscale is scaled to 8 bits. CMYK and other
     colour models are converted by Pillow's formulas, without colour profiles.
 
+    Beside the file, decoding takes at most `MAX_RATIO` times the file, `SMALL_DECODED_BYTES` where
+    that is less, and never more than `MAX_DECODED_BYTES`.
+
     Raises:
         ImageError: empty, too large, declared above `MAX_PIXELS`, of no known format, truncated,
-            or otherwise broken.
+            or otherwise broken; or it would take more memory.
     """
     check_bytes(len(data))
     try:
@@ -99,12 +131,18 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
                     raise _too_many_pixels(f"{width} × {height} pixels")
                 if min_side is not None:
                     _scale_jpeg(opened, min_side)
+                _check_memory(opened, data, (width, height))
                 opened.load()
-                picture = _upright(_to_rgb(opened), opened)
-                if opened.size != (width, height):
-                    turned = picture.size != opened.size and picture.size == opened.size[::-1]
-                    picture.info[_WHOLE_SIZE] = (height, width) if turned else (width, height)
-                return picture
+                image, orientation = _to_rgb(opened), _orientation(opened)
+                scaled = opened.size != (width, height)
+            # Here the file's own pixels are free.
+            del opened
+            turned = orientation in _UPRIGHT
+            image = image.transpose(_UPRIGHT[orientation]) if turned else image
+            if scaled:
+                sideways = orientation in _SIDEWAYS
+                image.info[_WHOLE_SIZE] = (height, width) if sideways else (width, height)
+            return image
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -137,14 +175,85 @@ def _too_many_pixels(what: str) -> ImageError:
     return ImageError(f"{what} is over the limit of {MAX_PIXELS:,} pixels")
 
 
+def _check_memory(opened: Image.Image, data: bytes, whole: tuple[int, int]) -> None:
+    """Refuse an image whose decoding would take more than its file may.
+
+    Args:
+        opened: not decoded yet; a JPEG may be scaled.
+        data: the file.
+        whole: width and height before scaling.
+
+    Raises:
+        ImageError: it would.
+    """
+    width, height = opened.size
+    per_pixel = _PIXEL_BYTES.get(opened.mode, 4) + (0 if opened.mode == "RGB" else 4)
+    if _may_be_turned(opened):
+        per_pixel = max(per_pixel, 8)
+    needed = width * height * (per_pixel + _DECODER_BYTES.get(str(opened.format), 0))
+    if opened.format in ("JPEG", "MPO") and data.count(_START_OF_SCAN) > 1:
+        needed += whole[0] * whole[1] * _SCANS_BYTES
+    needed += _tiff_block(opened)
+    by_file = 0 if _beyond_screen(opened, data) else MAX_RATIO * len(data)
+    allowed = min(MAX_DECODED_BYTES, max(SMALL_DECODED_BYTES, by_file))
+    if needed > allowed:
+        raise ImageError(
+            f"{width} × {height} pixels in {len(data):,} bytes: decoding would take "
+            f"{needed / 2**20:,.0f} MiB, the limit for such a file is {allowed / 2**20:,.0f}"
+        )
+
+
+def _beyond_screen(opened: Image.Image, data: bytes) -> bool:
+    """Whether a GIF's frame is larger than the screen that its header declares."""
+    if opened.format != "GIF":
+        return False
+    width, height = struct.unpack_from("<HH", data, 6)
+    return bool(opened.width > width or opened.height > height)
+
+
+def _may_be_turned(opened: Image.Image) -> bool:
+    if opened.format == "TIFF":
+        return _tags(opened).get(_ORIENTATION_TAG) in _UPRIGHT
+    return "exif" in opened.info
+
+
+def _tiff_block(opened: Image.Image) -> int:
+    """Bytes of the strip or tile that libtiff unpacks at once, whatever the size of the image."""
+    if opened.format != "TIFF":
+        return 0
+    tags, (width, height) = _tags(opened), opened.size
+    across, down = (tags.get(tag) for tag in _TIFF_TILE)
+    if not across or not down:
+        across, down = width, min(height, int(tags.get(_TIFF_STRIP) or height))
+    bits = tags.get(_TIFF_BITS) or (8,)
+    return int(across) * int(down) * max(4, sum(bits) // 8)
+
+
+def _tags(opened: Image.Image) -> Mapping[int, Any]:
+    return getattr(opened, "tag_v2", {})
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return image._new(image.im)  # the pixels themselves, without the file behind them
+    if image.mode in ("I", "F") and not (image.mode == "I" and image.format in ("PNG", "PPM")):
+        raise ImageError(f"{image.mode}-mode pixels (32 bits) have no agreed range")
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // max(1, width))
+    if rows >= height:
+        return _converted(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        box = (0, top, width, min(top + rows, height))
+        whole.paste(_converted(image.crop(box)), box)
+    whole.info = image.info.copy()
+    return whole
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
         sixteen_bits = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((sixteen_bits + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ImageError(f"{image.mode}-mode pixels (32 bits) have no agreed range")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
@@ -152,9 +261,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+def _orientation(opened: Image.Image) -> int:
+    """The number that EXIF gives for how the image is turned; 1 where it says nothing."""
     try:
-        orientation = opened.getexif().get(_ORIENTATION_TAG)
+        return int(opened.getexif().get(_ORIENTATION_TAG) or 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return 1

@@ -1,68 +1,139 @@
-"""A folder tree of pictures: the sub-folder is the label, tables bring labels and captions."""
+"""A folder tree of images: sub-folders are labels, tables and text files say more of them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from sparsight.errors import UserError
-from sparsight.images.decoding import SUFFIXES, decode_image, read_picture
+from sparsight.images.decoding import SUFFIXES, ImageError, decode_image, read_picture
+from sparsight.images.sidecars import is_caption, read_sidecars, too_large
 from sparsight.images.source import ImageInfo, ImageSource
 from sparsight.images.tables import FOUND_BY_NAME, Annotation, AnnotationTable, read_table
+from sparsight.text import without_surrogates
+
+_SPLITS = frozenset(
+    {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "holdout"}
+    | {"trainset", "testset", "train_set", "test_set", "unlabeled", "unlabelled"}
+)
+_SHARD_NUMBER = re.compile(r"\d{5,}")
+_BESIDE = (".txt", ".json")
 
 
 class FolderImages(ImageSource):
-    """All pictures below a folder, sorted by their relative path, which is their id.
+    """All images below a folder, sorted by their relative path, which is their id.
 
     The label is the name of the first sub-folder below the deepest folder that holds them all, so
     `photos/cat/1.jpg` beside `photos/dog/2.jpg` is a `cat`, and `photos/images/1.jpg` alone has
-    no label. A table (`metadata.csv`, `captions.txt`, … in the folder, or `table`) brings captions
-    and, where it has a label column, the labels. Hidden files and folders are left out; symbolic
-    links are followed. Pictures are known by the ending of their name (`decoding.SUFFIXES`).
+    no label. A table (`metadata.csv`, `captions.txt`, … in the folder or one below it, whose paths
+    are relative to where it lies; or `table`) brings captions and, where it has a label column, the
+    labels; of several the nearest to the image counts. Images of which no table says anything take
+    captions from a `.txt` or `.json` of their own name. Hidden files and folders are left out;
+    symbolic links are followed. Images are known by the ending of their name
+    (`decoding.SUFFIXES`).
 
     Args:
         folder: the root.
         table: a table of labels and captions that takes the place of those found by name.
 
     Raises:
-        UserError: no such folder, no pictures below it, or a table that does not fit.
+        UserError: no such folder, no images below it, or a table that does not fit.
     """
 
     def __init__(self, folder: Path, table: Path | None = None) -> None:
         self.folder = folder.absolute()
         self.table = table.absolute() if table is not None else None
-        self.spec = str(self.folder) + (f"?table={self.table}" if self.table else "")
+        of_table = f"?table={self.table}" if self.table else ""
+        self.spec = without_surrogates(f"{self.folder}{of_table}")
         if not self.folder.is_dir():
             raise UserError(f"{folder}: no such folder of images.")
-        self._paths, others = _list_pictures(self.folder)
+        found = _list_images(self.folder)
+        self._paths = found.images
         if not self._paths:
-            raise UserError(f"{folder}: holds no images. {_hint(self.folder, others)}")
+            raise UserError(f"{folder}: holds no images. {_hint(self.folder, found.unused())}")
         self._ids = [_as_id(path) for path in self._paths]
-        notes = []
-        if others:
-            kinds = ", ".join(
-                f"{ending or 'no ending'} ×{n:,}" for ending, n in others.most_common(5)
-            )
-            notes.append(f"{others.total():,} files are not images by their name ({kinds}).")
+        notes = found.notes()
         self._labels = _folder_labels(self._ids)
         self._annotations: dict[str, Annotation] = {}
-        tables = [self.table] if self.table else _tables_in(self.folder)
-        self._has_table = bool(tables)
-        for path in tables:
-            notes += self._annotate(read_table(path))
-        self.notes = tuple(notes)
+        if self.table is not None:
+            notes += self._annotate("", [read_table(self.table)])
+            if found.tables:
+                notes.append(f"{_few(found.tables)}: not read, since a table was named.")
+        else:
+            notes += self._annotate_from(found.tables)
+        if named := _no_classes(self._labels):
+            notes.append(f"The labels look like {named}, not like classes: sub-folders name them.")
+        self._has_table = bool(self._annotations) or self.table is not None or bool(found.tables)
+        self._beside = self._find_beside(found.beside)
+        if self._beside:
+            notes.append(
+                f"{len(self._beside):,} images have a .txt or .json of their own name beside them; "
+                "their captions are read from it."
+            )
+        self.notes = tuple(map(without_surrogates, notes))
 
-    def _annotate(self, table: AnnotationTable) -> tuple[str, ...]:
-        matched, notes = table.match(self._ids)
-        if table.has_labels:
-            self._labels = [matched[id_].label if id_ in matched else None for id_ in self._ids]
-        for id_, annotation in matched.items():
-            self._annotations.setdefault(id_, Annotation()).captions += annotation.captions
+    def _annotate_from(self, tables: Sequence[str]) -> list[str]:
+        """Read the tables in the folder and below it, those further up first."""
+        notes: list[str] = []
+        by_folder: dict[str, list[AnnotationTable]] = {}
+        for relative in tables:
+            prefix = relative[: relative.rfind("/") + 1]
+            try:
+                by_folder.setdefault(prefix, []).append(read_table(self.folder / relative))
+            except UserError as error:
+                if not prefix:
+                    raise
+                notes.append(f"{relative}: not read ({error})")
+        for prefix, read in by_folder.items():
+            notes += self._annotate(prefix, read)
         return notes
+
+    def _annotate(self, prefix: str, tables: Sequence[AnnotationTable]) -> list[str]:
+        """Take in the tables of one folder, which add up and replace those further up."""
+        start = _as_id(prefix)
+        first, stop = (bisect_left(self._paths, end) for end in (prefix, f"{prefix}\U0010ffff"))
+        places = {self._ids[place]: place for place in range(first, stop)}
+        notes: list[str] = []
+        added: dict[str, Annotation] = {}
+        for table in tables:
+            try:
+                matched, told = table.match(id_.removeprefix(start) for id_ in places)
+            except UserError as error:
+                if not prefix:
+                    raise
+                notes.append(f"{prefix}{table.path.name}: not read ({error})")
+                continue
+            notes += (f"{prefix}{note}" for note in told)
+            if table.has_labels:
+                for id_, place in places.items():
+                    annotation = matched.get(id_.removeprefix(start))
+                    if annotation is not None or not prefix:
+                        self._labels[place] = annotation.label if annotation else None
+            for name, annotation in matched.items():
+                added.setdefault(start + name, Annotation()).captions += annotation.captions
+        self._annotations |= {
+            id_: annotation
+            for id_, annotation in added.items()
+            if annotation.captions or id_ not in self._annotations
+        }
+        return notes
+
+    def _find_beside(self, beside: dict[str, list[str]]) -> dict[str, list[str]]:
+        """The endings of the text files that bear an image's name, by the image's id."""
+        said = {id_ for id_, annotation in self._annotations.items() if annotation.captions}
+        found = ((id_, beside.get(os.path.splitext(path)[0])) for id_, path in self._named())  # noqa: PTH122
+        return {id_: endings for id_, endings in found if endings and id_ not in said}
+
+    def _named(self) -> zip[tuple[str, str]]:
+        return zip(self._ids, self._paths, strict=True)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -71,12 +142,27 @@ class FolderImages(ImageSource):
         """See `ImageSource.info`."""
         id_ = self._ids[self._check_index(index)]
         annotation = self._annotations.get(id_)
+        captions = tuple(annotation.captions) if annotation else ()
+        if id_ in self._beside:
+            captions = self._captions_beside(id_, self._paths[index])
         return ImageInfo(
             id=id_,
-            uri=_as_id(str(self.folder / self._paths[index])),
+            uri=_as_id(f"{self.folder}/{self._paths[index]}"),
             label=self._labels[index],
-            captions=tuple(annotation.captions) if annotation else (),
+            captions=captions,
         )
+
+    def _captions_beside(self, id_: str, path: str) -> tuple[str, ...]:
+        found: dict[str, bytes] = {}
+        for ending in self._beside[id_]:
+            file = self.folder / (os.path.splitext(path)[0] + ending)  # noqa: PTH122
+            try:
+                if not too_large(id_, ending[1:], file.stat().st_size):
+                    found[ending[1:].lower()] = file.read_bytes()
+            except OSError as error:
+                raise ImageError(f"its {ending} cannot be read ({error.strerror})") from error
+        captions = read_sidecars(id_, found)[1]
+        return tuple(caption for caption in captions if is_caption(caption))
 
     def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
@@ -87,12 +173,11 @@ class FolderImages(ImageSource):
     def fingerprint(self) -> str:
         """Over ids, sizes, modification times, and what tables say; no picture is opened."""
         digest = hashlib.sha256()
-        for id_, path in zip(self._ids, self._paths, strict=True):
-            try:
-                status = os.stat(f"{self.folder}/{path}")  # noqa: PTH116 - a million times
-                digest.update(f"{id_}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-            except OSError:
-                digest.update(f"{id_}\0missing\n".encode())
+        for id_, path in self._named():
+            digest.update(_state(id_, f"{self.folder}/{path}"))
+            for ending in self._beside.get(id_, ()):
+                file = f"{self.folder}/{os.path.splitext(path)[0]}{ending}"  # noqa: PTH122
+                digest.update(_state(ending, file))
         if self._has_table:
             for id_, label in zip(self._ids, self._labels, strict=True):
                 annotation = self._annotations.get(id_)
@@ -105,11 +190,50 @@ class FolderImages(ImageSource):
         return sorted({label for label in self._labels if label is not None})
 
 
-def _list_pictures(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Sorted relative posix paths of the pictures, and the endings of all other files."""
-    pictures: list[str] = []
-    others: Counter[str] = Counter()
-    tables = set(map(str, _tables_in(folder)))
+@dataclass
+class _Listing:
+    """What lies below a folder, by relative posix paths.
+
+    Attributes:
+        images: sorted.
+        tables: named as in `FOUND_BY_NAME`, those further up first.
+        beside: endings of text files, by their path without ending.
+        others: the endings of all other files.
+        hidden: files and folders whose name begins with a dot.
+    """
+
+    images: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    beside: dict[str, list[str]] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
+    hidden: list[str] = field(default_factory=list)
+
+    def unused(self) -> Counter[str]:
+        """The endings of all files that are neither images nor say anything of one."""
+        others = self.others.copy()
+        with_text = {os.path.splitext(path)[0] for path in self.images}  # noqa: PTH122
+        for stem, endings in self.beside.items():
+            if stem not in with_text:
+                others.update(ending.lower() for ending in endings)
+        return others
+
+    def notes(self) -> list[str]:
+        """What is left out."""
+        notes, others = [], self.unused()
+        if others:
+            kinds = ", ".join(
+                f"{ending or 'no ending'} ×{n:,}" for ending, n in others.most_common(5)
+            )
+            notes.append(f"{others.total():,} files are not images by their name ({kinds}).")
+        if self.hidden:
+            notes.append(
+                f"{len(self.hidden):,} hidden files or folders are left out ({_few(self.hidden)})."
+            )
+        return notes
+
+
+def _list_images(folder: Path) -> _Listing:
+    found = _Listing()
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         prefix, ancestors = pending.pop()
@@ -123,27 +247,58 @@ def _list_pictures(folder: Path) -> tuple[list[str], Counter[str]]:
         except OSError as error:
             raise UserError(f"{here}: cannot be listed ({error.strerror}).") from error
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
             relative = f"{prefix}{entry.name}"
-            if entry.is_dir():
+            stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122
+            ending = suffix.lower()
+            if entry.name.startswith("."):
+                if ending in SUFFIXES or entry.is_dir():
+                    found.hidden.append(relative)
+            elif entry.is_dir():
                 pending.append((f"{relative}/", (*ancestors, identity)))
-                continue
-            ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
-            if ending in SUFFIXES:
-                pictures.append(relative)
-            elif entry.path not in tables:
-                others[ending] += 1
-    return sorted(pictures), others
+            elif ending in SUFFIXES:
+                found.images.append(relative)
+            elif entry.name in FOUND_BY_NAME:
+                found.tables.append(relative)
+            elif ending in _BESIDE:
+                found.beside.setdefault(f"{prefix}{stem}", []).append(suffix)
+            else:
+                found.others[ending] += 1
+    found.images.sort()
+    found.tables.sort(key=_table_order)
+    return found
 
 
-def _tables_in(folder: Path) -> list[Path]:
-    return [folder / name for name in FOUND_BY_NAME if (folder / name).is_file()]
+def _table_order(relative: str) -> tuple[int, str, int]:
+    folder, _, name = relative.rpartition("/")
+    return relative.count("/"), folder, FOUND_BY_NAME.index(name)
+
+
+def _state(name: str, file: str) -> bytes:
+    """What a fingerprint sees of a file."""
+    try:
+        status = os.stat(file)  # noqa: PTH116 - a million times
+    except OSError:
+        return f"{name}\0missing\n".encode()
+    return f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
+
+
+def _no_classes(labels: Sequence[str | None]) -> str | None:
+    """What labels are that name no classes: the splits of a data set, or its shards."""
+    names = {label for label in labels if label is not None}
+    if names and all(label.lower() in _SPLITS for label in names):
+        return f"splits of a data set ({_few(sorted(names))})"
+    if names and all(map(_SHARD_NUMBER.fullmatch, names)):
+        return f"numbers of shards ({_few(sorted(names))})"
+    return None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _as_id(path: str) -> str:
     """The path as valid text: bytes that are not UTF-8 are written as `\\xNN`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return without_surrogates(path)
 
 
 def _folder_labels(ids: list[str]) -> list[str | None]:

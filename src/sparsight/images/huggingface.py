@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparsight.images.columns import (
 from sparsight.images.decoding import decode_image, read_picture
 from sparsight.images.parquet import picture_bytes
 from sparsight.images.source import ImageInfo, ImageSource
+from sparsight.text import without_surrogates
 
 
 class HuggingFaceImages(ImageSource):
@@ -46,12 +48,17 @@ class HuggingFaceImages(ImageSource):
             name = str(folder.absolute())
         loaded = _load(datasets, name, split)
         if isinstance(loaded, dict):
-            split = _choose_split(name, list(loaded), split)
+            others = {each: len(part) for each, part in loaded.items()}
+            asked, split = split, _choose_split(name, list(loaded), split)
+            del others[split]
+            if asked is None and others:
+                sizes = ", ".join(f"{each} ({n:,})" for each, n in others.items())
+                self.notes = (f"The split {split} is read; left out: {sizes}.",)
             loaded = loaded[split]
         elif split is not None and folder.is_dir():
             raise UserError(f"hf:{name}: is one split, not several; leave ':{split}' out.")
         self.split = split
-        self.spec = f"hf:{name}" + (f":{split}" if split else "")
+        self.spec = without_surrogates(f"hf:{name}" + (f":{split}" if split else ""))
         if len(loaded) == 0:
             raise UserError(f"{self.spec}: holds no rows.")
         features = loaded.features
@@ -110,7 +117,10 @@ def _load(datasets: Any, name: str, split: str | None) -> Any:
     try:
         if folder.is_dir():
             return datasets.load_from_disk(name)
-        return datasets.load_dataset(name, split=split)
+        # Before version 4, datasets ran a script that came with the images, if it was allowed to.
+        may_run = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
+        options = {"trust_remote_code": False} if may_run else {}
+        return datasets.load_dataset(name, split=split, **options)
     except Exception as error:  # datasets and the Hub client raise dozens of kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         where = "a folder written by save_to_disk" if folder.is_dir() else "a folder or a Hub name"

@@ -63,8 +63,9 @@ def load_batches(
 ) -> Iterator[ImageBatch]:
     """Load pictures in order, `batch_size` at a time; the last batch may be smaller.
 
-    A picture that cannot be loaded goes into its batch's `failures`. Decoding and transform run in
-    worker processes with one torch thread each; pixels come back through shared memory.
+    An image that does not load, or that the transform fails on, goes into its batch's `failures`.
+    Decoding and transform run in worker processes with one torch thread each; pixels come back
+    through shared memory.
 
     Args:
         source: where the pictures come from.
@@ -80,7 +81,8 @@ def load_batches(
 
     Raises:
         UserError: a number below its range, or an index that the source lacks.
-        SparsightError: the transform failed (not with `ImageError`), or a worker died.
+        SparsightError: the transform gave no tensor, or tensors of several shapes or types; or a
+            worker died.
     """
     check_positive(batch_size=batch_size, prefetch=prefetch)
     if workers is not None and workers < 0:
@@ -150,7 +152,7 @@ class _Batches(Dataset[ImageBatch | _Fault]):
                     else self.source.load(index, self.min_side)
                 )
                 size = whole_size(picture)
-                tensors.append(self._transformed(index, picture))
+                tensors.append(self._transformed(picture))
             except ImageError as error:
                 failures.append((index, error.reason))
                 continue
@@ -166,16 +168,14 @@ class _Batches(Dataset[ImageBatch | _Fault]):
         pixels = default_collate(tensors) if tensors else empty(0)
         return ImageBatch(loaded, pixels, sizes, failures)
 
-    def _transformed(self, index: int, picture: Image.Image) -> Tensor:
+    def _transformed(self, image: Image.Image) -> Tensor:
         try:
-            tensor = self.transform(picture)
+            tensor = self.transform(image)
         except SparsightError:
             raise
-        except Exception as error:
-            raise SparsightError(
-                f"{self.source.info(index).id}: the transform failed "
-                f"({type(error).__name__}: {error})."
-            ) from error
+        except Exception as error:  # of others' code, on an image that nobody has seen before
+            reason = f"the transform failed ({type(error).__name__}: {error})"
+            raise ImageError(reason) from error
         if not isinstance(tensor, Tensor):
             raise SparsightError(f"The transform gave a {type(tensor).__name__}, not a tensor.")
         return tensor

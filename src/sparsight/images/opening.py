@@ -1,4 +1,4 @@
-"""`open_images`: one text that says where the pictures are."""
+"""`open_images`: one text that says where the images are."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from sparsight.images.difference import images_difference
 from sparsight.images.folder import FolderImages
 from sparsight.images.huggingface import HuggingFaceImages
 from sparsight.images.parquet import ParquetImages
-from sparsight.images.selection import split_selection
+from sparsight.images.selection import (
+    SELECTION_FORM,
+    Sample,
+    parse_selection,
+    split_sample,
+    split_selection,
+)
 from sparsight.images.source import ImageSource
 from sparsight.images.tar_shards import TarShardImages
 from sparsight.images.writing import parse_written, written
+from sparsight.text import path_of
 
 KINDS = (
     "a folder, 'webdataset:PATH-{000..127}.tar', 'parquet:FILE-or-FOLDER', 'hf:NAME[:SPLIT]', "
@@ -27,7 +34,7 @@ RESERVED = ("webdataset", "parquet", "hf", "calibration", "written")
 
 
 def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = None) -> ImageSource:
-    """Open a source of pictures.
+    """Open a source of images.
 
     Args:
         spec: one of
@@ -43,9 +50,13 @@ def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = No
             - `written:KIND?of=SOURCE&size=0.2`: another source with words on its labelled pictures
               (`WrittenImages`); what stands behind `=` is escaped as in a web address.
 
-            Each may end in a selection, `[0:100]` or `[0:1000:10,2000]`. An `ImageSource` is
-            given back as it is.
-        table: CSV, text, JSON-lines or Parquet with labels and captions of a folder's pictures.
+            Each may end in a selection, `[0:100]`, `[::4]`, `[-100:]` or `[0:1000:10,2000]`, and
+            in a seeded random sample, `?sample=1000&seed=0`, or `?sample=1000&by=label&seed=0`
+            where each label keeps its share (beside a table: `photos/?table=labels.csv&sample=9`).
+            Of several the left one comes first. A `Path` is opened as it stands; round a text
+            blanks do not count, unless something of that name is there. An `ImageSource` is given
+            back as it is.
+        table: CSV, text, JSON-lines or Parquet with labels and captions of a folder's images.
 
     Raises:
         UserError: there is nothing of that kind there; the message says what to try.
@@ -54,15 +65,12 @@ def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = No
         if table is not None:
             raise UserError("table= goes with a folder, not with an open ImageSource.")
         return spec
-    text = str(spec).strip()
+    text = str(spec) if isinstance(spec, Path) or _is_there(str(spec)) else spec.strip()
     if not text:
         raise UserError(f"No images named. Expected {KINDS}.")
-    kind = text.partition(":")[0]
-    if kind not in RESERVED and os.path.exists(text):  # noqa: PTH110 - False for a text too long
-        return _open_path(Path(text), table)
-    text, selection = split_selection(text)
-    source = _open_whole(text, table)
-    return source if selection is None else source.select(selection)
+    if isinstance(spec, Path) and os.path.lexists(path_of(spec)):
+        return _open_path(spec, table)
+    return _open(text, table)
 
 
 def reopen_images(
@@ -93,6 +101,51 @@ def reopen_images(
     return images
 
 
+def _open(text: str, table: str | Path | None) -> ImageSource:
+    """Open a spec: what is to the right applies to what is to the left of it."""
+    kind = text.partition(":")[0]
+    if kind not in RESERVED and _is_there(text):
+        return _open_whole(text, table)
+    rest, parts = split_selection(text)
+    if parts is not None and not _exists(text.partition(":")[2]):
+        source = _open_left(rest, table, text, parts)
+        return source.select(parse_selection(parts, len(source), text))
+    # The first question mark there, and each ampersand, begins an option of the source itself.
+    if kind != "written" or text.count("?") > 1:
+        rest, sample = split_sample(text, "?" if kind == "written" else "?&")
+        if sample is not None:
+            return _sampled(_open(rest, table), sample)
+    return _open_whole(text, table)
+
+
+def _open_left(rest: str, table: str | Path | None, text: str, parts: str) -> ImageSource:
+    """What stands before a selection; brackets with other things in may belong to a name."""
+    try:
+        return _open(rest, table)
+    except UserError:
+        if re.search(r"[^0-9:,\s-]", parts):
+            return _open_whole(text, table)
+        raise
+
+
+def _sampled(source: ImageSource, sample: Sample) -> ImageSource:
+    """A sample of a source that was opened for it."""
+    if sample.n > len(source):
+        told = f"A sample of {sample.n:,} was asked for; all {len(source):,} images are taken."
+        source.notes = (*source.notes, told)
+    return source.sample(sample.n, sample.seed, by_label=sample.by_label)
+
+
+def _is_there(text: str) -> bool:
+    """Whether a text is a path, or a path with a table, as it stands."""
+    folder, mark, table = text.partition("?table=")
+    return _exists(text) or bool(mark and _exists(folder) and _exists(table))
+
+
+def _exists(text: str) -> bool:
+    return bool(text) and os.path.exists(path_of(text))  # noqa: PTH110 - False for a text too long
+
+
 def _open_whole(text: str, table: str | Path | None) -> ImageSource:
     kind, _, rest = text.partition(":")
     if kind in RESERVED:
@@ -100,32 +153,42 @@ def _open_whole(text: str, table: str | Path | None) -> ImageSource:
     if kind == "calibration":
         return _open_calibration(text)
     if kind == "written":
-        inner, written_kind, style, options = parse_written(text)
-        return written(open_images(inner), written_kind, style, **options)
+        return _open_written(text)
     if kind in RESERVED:
         if not rest:
             raise UserError(f"{text!r}: nothing after {kind!r}. Expected {KINDS}.")
         if kind == "webdataset":
             return TarShardImages(rest)
-        return ParquetImages(Path(rest).expanduser()) if kind == "parquet" else _open_hf(rest)
+        return ParquetImages(path_of(rest).expanduser()) if kind == "parquet" else _open_hf(rest)
     folder, mark, named = text.partition("?table=")
-    if mark and table is None:
+    if mark and table is None and not _exists(text):
         return _open_path(Path(folder), named)
     return _open_path(Path(text), table)
 
 
+def _open_written(text: str) -> ImageSource:
+    inner, kind, style, options = parse_written(text)
+    n, by_label = options.pop("sample", None), options.pop("by_label", False)
+    source = written(open_images(inner), kind, style, **options)
+    return source if n is None else _sampled(source, Sample(n, source.seed, by_label))
+
+
 def _open_path(path: Path, table: str | Path | None) -> ImageSource:
-    path = path.expanduser()
+    path = path_of(path.expanduser())
     if path.is_dir():
-        return FolderImages(path, Path(table).expanduser() if table is not None else None)
+        named = path_of(Path(table).expanduser()) if table is not None else None
+        return FolderImages(path, named)
     _refuse_table(table, str(path))
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return ParquetImages(path)
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         return TarShardImages(str(path))
     if path.exists():
         raise UserError(f"{path}: is a file. Expected {KINDS}.")
-    raise UserError(f"{path}: no such folder, and no other kind of source. Expected {KINDS}.")
+    brackets = f" A selection ends the text, e.g. {SELECTION_FORM}." if "[" in path.name else ""
+    raise UserError(
+        f"{path}: no such folder, and no other kind of source. Expected {KINDS}.{brackets}"
+    )
 
 
 def _open_calibration(text: str) -> CalibrationImages:
@@ -142,12 +205,12 @@ def _open_calibration(text: str) -> CalibrationImages:
 
 
 def _open_hf(rest: str) -> HuggingFaceImages:
-    if Path(rest).is_dir():
-        return HuggingFaceImages(rest)
+    if path_of(rest).is_dir():
+        return HuggingFaceImages(str(path_of(rest)))
     name, colon, split = rest.rpartition(":")
     return HuggingFaceImages(name, split) if colon and name else HuggingFaceImages(rest)
 
 
 def _refuse_table(table: str | Path | None, spec: str) -> None:
     if table is not None:
-        raise UserError(f"{spec}: table= goes with a folder of pictures only.")
+        raise UserError(f"{spec}: table= goes with a folder of images only.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +28,8 @@ from sparsight.images.columns import (
 )
 from sparsight.images.decoding import ImageError, decode_image
 from sparsight.images.source import ImageInfo, ImageSource
+from sparsight.images.tables import cells_of, decoded_cell, for_arrow
+from sparsight.text import without_surrogates
 
 PART_BYTES = 32 * 2**20
 """Pictures of a row group are read in parts of about this size."""
@@ -61,15 +64,23 @@ class ParquetImages(ImageSource):
     file. Out of order, a picture may cost the reading of its row group up to its place. Memory
     follows the parts and the pages of the file, not its row groups.
 
+    Several files are one data set if they have the same columns, in any order, of types that go
+    together (a column that is empty in one of them has none). One among several that cannot be read
+    counts as one failed image; hidden files are left out.
+
     Raises:
-        UserError: no such file, no Parquet files in the folder, no rows, or no column of pictures.
+        UserError: no such file, no Parquet files in the folder, no rows, no column of images, or
+            files whose columns do not go together.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        self.spec = f"parquet:{self.path}"
+        self.spec = without_surrogates(f"parquet:{self.path}")
+        hidden = 0
         if self.path.is_dir():
-            self._root, self._files = self.path, sorted(self.path.rglob("*.parquet"))
+            self._root, found = self.path, sorted(self.path.rglob("*.parquet"))
+            self._files = [file for file in found if not _is_hidden(file, self.path)]
+            hidden = len(found) - len(self._files)
         else:
             self._root, self._files = self.path.parent, [self.path]
         if not self._files:
@@ -77,30 +88,64 @@ class ParquetImages(ImageSource):
         self._group_file: list[int] = []
         self._group_number: list[int] = []
         self._group_row: list[int] = []  # of the group's first row, within its file
+        self._unread: dict[int, str] = {}  # why a group, which stands for a file, cannot be read
+        self._class_names: dict[int, list[str] | None] = {}
         sizes: list[int] = []
-        schema: pa.Schema | None = None
+        schemas: dict[int, pa.Schema] = {}
         for number, file in enumerate(self._files):
-            metadata, schema = _metadata(file, schema)
+            try:
+                metadata, schemas[number] = _metadata(file)
+            except UserError as error:
+                if len(self._files) == 1:
+                    raise
+                self._unread[len(sizes)] = str(error)
+                self._add_group(number, 0, 0)
+                sizes.append(1)
+                continue
             row = 0
             for group in range(metadata.num_row_groups):
-                self._group_file.append(number)
-                self._group_number.append(group)
-                self._group_row.append(row)
+                self._add_group(number, group, row)
                 sizes.append(metadata.row_group(group).num_rows)
                 row += sizes[-1]
         self._starts = list(accumulate(sizes, initial=0))
-        if len(self) == 0 or schema is None:
+        if not schemas:
+            raise UserError(f"{path}: none of its files can be read. {self._unread[0]}")
+        if len(self) == len(self._unread):
             raise UserError(f"{path}: holds no rows.")
-        self._image_column = _image_column(self._files[0], schema)
-        rest = [name for name in schema.names if name != self._image_column]
+        columns = _common_columns({self._files[number]: each for number, each in schemas.items()})
+        self._image_column = _image_column(self._files[0], columns)
+        rest = [name for name in columns if name != self._image_column]
         self._label_column = find_column(rest, LABEL_COLUMNS)
         self._caption_column = find_column(rest, CAPTION_COLUMNS)
-        self._class_names = _class_names(schema, self._label_column)
+        for number, schema in schemas.items():
+            self._class_names[number] = _class_names(schema, self._label_column)
+        self.notes = self._notes(columns, hidden)
+        self._warned = False
         self._open: dict[int, pq.ParquetFile] = {}
         self._parts: list[_Part] = []
         self._ahead: tuple[int, int, Iterator[pa.RecordBatch]] | None = None
         self._lost: dict[int, tuple[int, str]] = {}  # first row that cannot be read, and why
         self._texts: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def _add_group(self, file: int, number: int, row: int) -> None:
+        self._group_file.append(file)
+        self._group_number.append(number)
+        self._group_row.append(row)
+
+    def _notes(self, columns: Mapping[str, pa.DataType], hidden: int) -> tuple[str, ...]:
+        notes = []
+        if hidden:
+            notes.append(f"{hidden:,} hidden .parquet files are left out.")
+        if self._unread:
+            notes.append(
+                f"{len(self._unread):,} of {len(self._files):,} files cannot be read; each counts "
+                f"as one failed image ({next(iter(self._unread.values()))})"
+            )
+        if self._label_column and _kind(columns[self._label_column]) in ("list", "struct"):
+            notes.append(f"The column {self._label_column!r} holds lists; no labels are read.")
+        if len(set(map(str, self._class_names.values()))) > 1:
+            notes.append("The files name their classes differently; each goes by its own names.")
+        return tuple(map(without_surrogates, notes))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -111,16 +156,33 @@ class ParquetImages(ImageSource):
         file = self._files[self._group_file[group]]
         columns = [name for name in (self._label_column, self._caption_column) if name]
         cells: dict[str, Any] = {}
-        if columns:
+        if columns and group not in self._unread:
             table = self._text(group, columns)
-            cells = {name: table.column(name)[row].as_py() for name in columns}
+            cells = {name: self._cell(group, table.column(name), row) for name in columns}
         row_in_file = self._group_row[group] + row
         return ImageInfo(
             id=f"{file.relative_to(self._root).as_posix()}/{row_in_file:06d}",
             uri=f"{file}#{row_in_file}",
-            label=as_label(cells.get(self._label_column or ""), self._class_names),
+            label=as_label(cells.get(self._label_column or ""), self._names_of(group)),
             captions=as_captions(cells.get(self._caption_column or "")),
         )
+
+    def _names_of(self, group: int) -> list[str] | None:
+        return self._class_names.get(self._group_file[group])
+
+    def _cell(self, group: int, column: pa.ChunkedArray, row: int) -> Any:
+        cell = column[row]
+        try:
+            return cell.as_py()
+        except UnicodeDecodeError:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{self._files[self._group_file[group]]}: holds text that is not UTF-8; its "
+                    "odd bytes are written as \\xNN",
+                    stacklevel=3,
+                )
+            return decoded_cell(cell)
 
     def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
@@ -147,15 +209,24 @@ class ParquetImages(ImageSource):
             return []
         found: set[str | None] = set()
         for group in range(len(self._group_number)):
+            if group in self._unread:
+                continue
             column = self._read(group, [self._label_column]).column(0)
-            found |= {as_label(value, self._class_names) for value in column.unique().to_pylist()}
+            nested = _kind(column.type) in ("list", "struct")
+            cells = [] if nested else cells_of(column.unique())
+            found |= {as_label(value, self._names_of(group)) for value in cells}
         return sorted(label for label in found if label is not None)
 
     def _locate(self, index: int) -> tuple[int, int]:
         group = bisect_right(self._starts, self._check_index(index)) - 1
         return group, index - self._starts[group]
 
+    def _check_read(self, group: int) -> None:
+        if group in self._unread:
+            raise ImageError(self._unread[group])
+
     def _text(self, group: int, columns: list[str]) -> pa.Table:
+        self._check_read(group)
         if group not in self._texts:
             table = self._read(group, columns)
             while len(self._texts) >= CACHED_TEXT_GROUPS:
@@ -174,6 +245,7 @@ class ParquetImages(ImageSource):
 
     def _part(self, group: int, row: int) -> _Part:
         """The part that holds a row of a group; reads on from the last one where it can."""
+        self._check_read(group)
         for part in self._parts:
             if (group, row) in part:
                 return part
@@ -216,7 +288,7 @@ class ParquetImages(ImageSource):
     def _file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
             self._open.clear()  # reading goes file by file: one handle is enough
-            self._open[number] = pq.ParquetFile(self._files[number], **_STREAMED)
+            self._open[number] = pq.ParquetFile(for_arrow(self._files[number]), **_STREAMED)
         return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,35 +314,80 @@ def picture_bytes(cell: Any) -> bytes:
     return bytes(data)
 
 
-def _metadata(file: Path, expected: pa.Schema | None) -> tuple[pq.FileMetaData, pa.Schema]:
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _metadata(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
     try:
-        with pq.ParquetFile(file) as opened:
-            metadata, schema = opened.metadata, opened.schema_arrow
+        with pq.ParquetFile(for_arrow(file)) as opened:
+            return opened.metadata, opened.schema_arrow
     except FileNotFoundError:
         raise UserError(f"{file}: no such Parquet file.") from None
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: cannot be read as Parquet ({error}).") from error
-    if expected is not None and not schema.equals(expected):
-        raise UserError(
-            f"{file}: has the columns {', '.join(schema.names)}, unlike the files before it "
-            f"({', '.join(expected.names)}). Open such files one by one."
-        )
-    return metadata, schema
 
 
-def _image_column(file: Path, schema: pa.Schema) -> str:
+def _common_columns(schemas: Mapping[Path, pa.Schema]) -> dict[str, pa.DataType]:
+    """The columns of all files, each with a type that it has in one of them.
+
+    Raises:
+        UserError: a file has other columns than the first, or types that do not go with its.
+    """
+    (first, expected), *others = schemas.items()
+    columns: dict[str, pa.DataType] = {field.name: field.type for field in expected}
+    for file, schema in others:
+        if set(schema.names) != set(columns):
+            raise UserError(
+                f"{file}: has the columns {', '.join(schema.names)}, unlike {first.name} "
+                f"({', '.join(columns)}). Open such files one by one."
+            )
+        for field in schema:
+            kind, own = _kind(columns[field.name]), _kind(field.type)
+            if kind == "null":
+                columns[field.name] = field.type
+            elif own not in ("null", kind):
+                raise UserError(
+                    f"{file}: the column {field.name!r} holds {field.type}, in the files before it "
+                    f"{columns[field.name]}. Open such files one by one."
+                )
+    return columns
+
+
+def _kind(kind: pa.DataType) -> str:
+    """What values of a type are read as; types of one kind go together."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    kinds = {
+        "null": types.is_null(kind),
+        "number": types.is_integer(kind) or types.is_floating(kind),
+        "text": types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind),
+        "bytes": types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_fixed_size_binary(kind),
+        "list": types.is_list(kind)
+        or types.is_large_list(kind)
+        or types.is_fixed_size_list(kind)
+        or types.is_list_view(kind),
+        "struct": types.is_struct(kind),
+    }
+    return next((name for name, fits in kinds.items() if fits), str(kind))
+
+
+def _image_column(file: Path, columns: Mapping[str, pa.DataType]) -> str:
     by_type = [
-        field.name
-        for field in schema
-        if pa.types.is_binary(field.type)
-        or pa.types.is_large_binary(field.type)
-        or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+        name
+        for name, kind in columns.items()
+        if _kind(kind) == "bytes"
+        or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
     ]
     column = find_column(by_type, IMAGE_COLUMNS) or (by_type[0] if len(by_type) == 1 else None)
     if column is None:
-        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
         raise UserError(
-            f"{file}: no column of pictures. Expected one of bytes, or struct with bytes, named "
+            f"{file}: no column of images. Expected one of bytes, or struct with bytes, named "
             f"{IMAGE_COLUMNS[0]!r}; found {found}."
         )
     return column

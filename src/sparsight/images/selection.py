@@ -1,16 +1,96 @@
-"""A selection of indices as short text, `[0:100,250,300:400:2]`, and back."""
+"""Which images of a source a view shows, as short text, and back.
+
+`[0:100,250,300:400:2]`, `?sample=1000&seed=0`, `?sample=1000&by=label&seed=0`.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsight.config import check_positive, check_seed
 from sparsight.errors import UserError
 
-_PART = r"\d+(?::\d+(?::\d+)?)?"
-_SELECTION = re.compile(rf"^(?P<spec>.+)\[(?P<parts>(?:{_PART})(?:,{_PART})*|)\]$", re.DOTALL)
+SELECTION_FORM = "[0:100], [::4], [-100:] or [0:10,25,300:400:2]"
+SAMPLE_FORM = "?sample=1000&seed=0, or ?sample=1000&by=label&seed=0"
+
+_BRACKETS = re.compile(r"^(?P<rest>.+)\[(?P<parts>[^\[\]]*)\]\s*$", re.DOTALL)
+_NUMBER = re.compile(r"-?[0-9]+")
+_PARAMETER = r"(?:sample|seed|by)=[^&?\[\]]*"
+_LAST = re.compile(rf"^(?P<rest>.+?)(?P<mark>[?&])(?P<query>{_PARAMETER}(?:&{_PARAMETER})*)$", re.S)
+_BEFORE_TABLE = re.compile(
+    rf"^(?P<rest>.+?)\?(?P<query>{_PARAMETER}(?:&{_PARAMETER})*)&(?=table=)", re.S
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A seeded random sample; the smaller of two of one seed is a part of the larger.
+
+    Attributes:
+        n: so many images; all if the source has no more.
+        seed: of the draw.
+        by_label: draw from each label its share of the images (those without a label are a class
+            of their own), so that the shares of the sample are those of the source.
+    """
+
+    n: int
+    seed: int = 0
+    by_label: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(sample=self.n)
+        check_seed(self.seed)
+
+    def __str__(self) -> str:
+        return f"sample={self.n}{'&by=label' * self.by_label}&seed={self.seed}"
+
+
+def sample_places(n_images: int, n: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """`n` of the places 0 … `n_images` − 1 (all if there are no more), drawn at random; rising."""
+    return np.sort(_random_order(n_images, seed)[:n])
+
+
+def stratified_places(labels: Sequence[str | None], n: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """`n` places, of each label as many as its share, drawn at random; rising.
+
+    What whole numbers leave over goes to the labels with the largest remainders, of equal ones to
+    those that come first.
+    """
+    numbers = {
+        label: i for i, label in enumerate(sorted({*labels}, key=lambda x: (x is None, x or "")))
+    }
+    group = np.fromiter((numbers[label] for label in labels), np.int64, len(labels))
+    counts = np.bincount(group, minlength=len(numbers))
+    n = min(n, len(labels))
+    quota, remainders = np.divmod(counts * n, max(1, len(labels)))
+    left = n - int(quota.sum())
+    quota[np.argsort(-remainders, kind="stable")[:left]] += 1
+    order = _random_order(len(labels), seed)
+    order = order[np.argsort(group[order], kind="stable")]
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(order[rank < np.repeat(quota, counts)])
+
+
+def _random_order(n: int, seed: int) -> npt.NDArray[np.int64]:
+    """The places in an order by a hash of place and seed: the same in every version of NumPy."""
+    place = np.arange(n, dtype=np.uint64)
+    order: npt.NDArray[np.int64] = np.argsort(
+        _mixed(place + _mixed(np.full(1, seed, dtype=np.uint64))), kind="stable"
+    )
+    return order
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64, which scatters neighbouring numbers."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def format_selection(indices: npt.NDArray[np.int64]) -> str:
@@ -35,19 +115,99 @@ def format_selection(indices: npt.NDArray[np.int64]) -> str:
     return f"[{','.join(parts)}]"
 
 
-def split_selection(spec: str) -> tuple[str, list[int] | None]:
-    """`"photos[0:3,9]"` → `("photos", [0, 1, 2, 9])`; None where there is no selection.
+def split_selection(spec: str) -> tuple[str, str | None]:
+    """`"photos[0:3,9]"` → `("photos", "0:3,9")`; None where nothing in brackets ends the text."""
+    match = _BRACKETS.match(spec)
+    return (spec, None) if match is None else (match["rest"], match["parts"])
+
+
+def parse_selection(parts: str, n_images: int, spec: str) -> list[int]:
+    """The places that a selection names; the marks of slices are Python's, bounds must exist.
+
+    Args:
+        parts: what stands in the brackets.
+        n_images: images of the source; what an open end and a negative number count from.
+        spec: for messages.
 
     Raises:
-        UserError: a step of 0.
+        UserError: it is no selection, or names an image that is not there.
     """
-    match = _SELECTION.match(spec)
-    if match is None:
-        return spec, None
-    indices: list[int] = []
-    for part in filter(None, match["parts"].split(",")):
-        numbers = [int(number) for number in part.split(":")]
-        if len(numbers) == 3 and numbers[2] == 0:
-            raise UserError(f"{part!r} in {spec!r}: the step must be 1 or more.")
-        indices += range(*numbers) if len(numbers) > 1 else numbers
-    return match["spec"], indices
+    places: list[int] = []
+    for part in parts.split(",") if parts.strip() else ():
+        numbers = [number.strip() for number in part.split(":")]
+        if len(numbers) > 3 or not all(
+            _NUMBER.fullmatch(number) or (len(numbers) > 1 and not number) for number in numbers
+        ):
+            raise UserError(
+                f"{spec}: {part.strip()!r} is no selection. Expected e.g. {SELECTION_FORM}; steps "
+                "and ends as in a Python slice."
+            )
+        start, stop, step = (*(int(number) if number else None for number in numbers), None, None)[
+            :3
+        ]
+        if step is not None and step < 1:
+            raise UserError(f"{spec}: the step in {part.strip()!r} must be 1 or more.")
+        first, last = (_from_start(end, n_images) for end in (start, stop))
+        if len(numbers) == 1:
+            assert first is not None
+            _check_end(first, first, n_images, spec)
+            places.append(first)
+            continue
+        chosen = range(first or 0, n_images if last is None else last, step or 1)
+        if chosen:
+            _check_end(chosen[0], chosen[-1], n_images, spec)
+        places += chosen
+    return places
+
+
+def split_sample(spec: str, marks: str = "?&") -> tuple[str, Sample | None]:
+    """`"photos?sample=100&seed=3"` → `("photos", Sample(100, 3))`; None where none is asked for.
+
+    Beside `table=`, the sample may stand before or after it.
+
+    Args:
+        spec: what `open_images` takes.
+        marks: what the sample may begin with.
+
+    Raises:
+        UserError: `seed` or `by` without `sample`, or a value that is wrong.
+    """
+    match = _LAST.match(spec)
+    if match is not None and match["mark"] in marks and "?" in spec[: match.start("query")]:
+        return match["rest"], _parse_sample(match["query"], spec)
+    match = _BEFORE_TABLE.match(spec)
+    if match is not None:
+        return f"{match['rest']}?{spec[match.end() :]}", _parse_sample(match["query"], spec)
+    return spec, None
+
+
+def _parse_sample(query: str, spec: str) -> Sample:
+    values: dict[str, str] = {}
+    for name, _, value in (each.partition("=") for each in query.split("&")):
+        if name in values:
+            raise UserError(f"{spec}: {name}= is given twice. Expected {SAMPLE_FORM}.")
+        values[name] = value.strip()
+    if "sample" not in values:
+        raise UserError(f"{spec}: {' and '.join(values)} without sample=. Expected {SAMPLE_FORM}.")
+    for name in ("sample", "seed"):
+        value = values.get(name, "1")
+        if not (value.isascii() and value.isdigit()) or (name == "sample" and not int(value)):
+            least = 1 if name == "sample" else 0
+            raise UserError(
+                f"{spec}: {name}={value}; expected a whole number, {least} or more: {SAMPLE_FORM}."
+            )
+    if values.get("by", "label") != "label":
+        by = values["by"]
+        raise UserError(f"{spec}: by={by}; only by=label is known. Expected {SAMPLE_FORM}.")
+    return Sample(int(values["sample"]), int(values.get("seed", "0")), "by" in values)
+
+
+def _from_start(place: int | None, n_images: int) -> int | None:
+    return place if place is None or place >= 0 else place + n_images
+
+
+def _check_end(first: int, last: int, n_images: int, spec: str) -> None:
+    """Before a selection of billions is written out."""
+    for place in (first, last):
+        if not 0 <= place < n_images:
+            raise UserError(f"{spec}: no image {place}; it has {n_images:,} (0 based).")

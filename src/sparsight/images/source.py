@@ -1,10 +1,10 @@
-"""The one interface behind which all pictures stand, and a view of some of them."""
+"""The one interface behind which all images stand, and a view of some of them."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +12,19 @@ import numpy.typing as npt
 from PIL import Image
 
 from sparsight.errors import UserError
-from sparsight.images.selection import format_selection
+from sparsight.images.decoding import ImageError
+from sparsight.images.selection import (
+    Sample,
+    format_selection,
+    sample_places,
+    stratified_places,
+)
+from sparsight.text import without_surrogates
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What is known about a picture without decoding it."""
+    """What is known about an image without decoding it; text that any file can hold as UTF-8."""
 
     id: str
     """Unique within its source and stable: `sub/photo.jpg`, `shard-000.tar/0012`, `7/00012`."""
@@ -31,6 +38,11 @@ class ImageInfo:
     """All captions, in the order of the source."""
 
     def __post_init__(self) -> None:
+        for name in ("id", "uri", "label", "caption"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, without_surrogates(value))
+        object.__setattr__(self, "captions", tuple(map(without_surrogates, self.captions)))
         if self.captions and self.caption is None:
             object.__setattr__(self, "caption", self.captions[0])
         elif self.caption is not None and not self.captions:
@@ -80,9 +92,17 @@ class ImageSource(ABC):
     def fingerprint(self) -> str:
         """Hex SHA-256 that changes when the list of pictures (ids, sizes, times) does."""
 
+    def known(self, index: int) -> ImageInfo:
+        """As `info`; its place alone where what the source says of the image cannot be read."""
+        try:
+            return self.info(index)
+        except ImageError:
+            place = f"{self.spec}[{index}]"
+            return ImageInfo(id=place, uri=place)
+
     def labels(self) -> list[str]:
         """The distinct labels, sorted; empty where there are none."""
-        found = {self.info(index).label for index in range(len(self))}
+        found = {self.known(index).label for index in range(len(self))}
         return sorted(label for label in found if label is not None)
 
     def subset(self, start: int, stop: int) -> ImageSource:
@@ -98,29 +118,102 @@ class ImageSource(ABC):
         """The pictures at `indices`, in that order, under the ids that they have here."""
         return SelectedImages(self, self._checked(indices))
 
-    def _checked(self, indices: Iterable[int]) -> npt.NDArray[np.int64]:
+    def sample(self, n: int, seed: int = 0, *, by_label: bool = False) -> ImageSource:
+        """A random sample, in the order of the source, under the ids that the images have here.
+
+        The same on every machine; with one seed, a smaller sample is a part of a larger one. Its
+        spec opens it again (`photos?sample=1000&seed=0`).
+
+        Args:
+            n: so many images; all if there are no more.
+            seed: of the draw.
+            by_label: draw from each label its share of the images: a stratified sample.
+
+        Raises:
+            UserError: a number out of range.
+        """
+        asked = Sample(n, seed, by_label)
+        if n >= len(self):
+            return self
+        if by_label:
+            labels = [self.known(index).label for index in range(len(self))]
+            places = stratified_places(labels, n, seed)
+        else:
+            places = sample_places(len(self), n, seed)
+        # The options of a written source are its own: a sample of it begins with a mark.
+        mark = "&" if "?table=" in self.spec and not self.spec.startswith("written:") else "?"
+        return self._view(places, f"{self.spec}{mark}{asked}")
+
+    def _view(self, places: npt.NDArray[np.int64], spec: str) -> ImageSource:
+        """The images at `places`, as what `spec` opens."""
+        return SelectedImages(self, places, View.whole(spec, len(places)))
+
+    def _checked(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         array = np.fromiter((int(index) for index in indices), dtype=np.int64)
         bad = array[(array < 0) | (array >= len(self))]
         if bad.size:
-            raise UserError(f"{self.spec}: no picture {bad[0]}; it has {len(self):,} (0 based).")
+            raise UserError(f"{self.spec}: no image {bad[0]}; it has {len(self):,} (0 based).")
         return array
 
     def _check_index(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.spec}: no picture {index}; it has {len(self):,} (0 based)")
+            raise IndexError(f"{self.spec}: no image {index}; it has {len(self):,} (0 based)")
         return index
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r}, {len(self):,} images)"
 
 
-class SelectedImages(ImageSource):
-    """Some pictures of another source, in a given order, under their ids there."""
+@dataclass(frozen=True)
+class View:
+    """How the spec of a view names its images: by places in the nearest list with a short name.
 
-    def __init__(self, whole: ImageSource, indices: npt.NDArray[np.int64]) -> None:
+    Attributes:
+        base: the spec of that list.
+        places: of the view's images in it; None for all of them, as they come.
+        size: images of the view.
+    """
+
+    base: str
+    places: npt.NDArray[np.int64] | None
+    size: int
+
+    @classmethod
+    def of(cls, base: str, places: npt.NDArray[np.int64]) -> View:
+        """Some images of the list that `base` opens."""
+        return cls(base, places, len(places))
+
+    @classmethod
+    def whole(cls, base: str, size: int) -> View:
+        """The list that `base` opens, e.g. a sample."""
+        return cls(base, None, size)
+
+    @property
+    def spec(self) -> str:
+        """What opens the view."""
+        return self.base + ("" if self.places is None else format_selection(self.places))
+
+    def select(self, chosen: npt.NDArray[np.int64]) -> View:
+        """The images of the view at `chosen`."""
+        return View.of(self.base, chosen if self.places is None else self.places[chosen])
+
+
+class SelectedImages(ImageSource):
+    """Some images of another source, in a given order, under their ids there.
+
+    Args:
+        whole: the source.
+        indices: places in it.
+        view: the same, as the spec says it; default a selection of `whole`.
+    """
+
+    def __init__(
+        self, whole: ImageSource, indices: npt.NDArray[np.int64], view: View | None = None
+    ) -> None:
         self.whole = whole
         self.indices = indices
-        self.spec = whole.spec + format_selection(indices)
+        self.view = view or View.of(whole.spec, indices)
+        self.spec = self.view.spec
         self.notes = whole.notes
 
     def __len__(self) -> int:
@@ -143,4 +236,8 @@ class SelectedImages(ImageSource):
 
     def select(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageSource:
         """See `ImageSource.select`; a selection of a selection is one selection of the whole."""
-        return SelectedImages(self.whole, self.indices[self._checked(indices)])
+        chosen = self._checked(indices)
+        return type(self)(self.whole, self.indices[chosen], self.view.select(chosen))
+
+    def _view(self, places: npt.NDArray[np.int64], spec: str) -> ImageSource:
+        return type(self)(self.whole, self.indices[places], View.whole(spec, len(places)))

@@ -1,14 +1,15 @@
-"""Labels and captions of a folder's pictures, from a CSV, text, JSON-lines or Parquet table."""
+"""Labels and captions of a folder's images, from a CSV, text, JSON-lines or Parquet table."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from sparsight.images.columns import (
     as_label,
     find_column,
 )
+from sparsight.text import decoded, lines, without_surrogates
 
 FOUND_BY_NAME = tuple(
     f"{stem}{suffix}"
@@ -29,12 +31,12 @@ FOUND_BY_NAME = tuple(
     for suffix in (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
     if (stem, suffix) != ("labels", ".txt")  # by custom a bare list of class names
 )
-"""Tables that are used when they lie in the folder of the pictures."""
+"""Tables that are used when they lie in the folder of the images, or below it."""
 
 
 @dataclass
 class Annotation:
-    """What the rows of a table say about one picture."""
+    """What the rows of a table say about one image."""
 
     label: str | None = None
     captions: list[str] = field(default_factory=list)
@@ -47,64 +49,87 @@ class AnnotationTable:
     path: Path
     has_labels: bool
     by_file: dict[str, Annotation]
+    notes: tuple[str, ...] = ()
 
     def match(self, ids: Iterable[str]) -> tuple[dict[str, Annotation], tuple[str, ...]]:
-        """Annotations by picture id, and notes about what did not fit.
+        """Annotations by image id, and notes about what did not fit.
 
-        A row names a picture by its path relative to the folder or, where that fits nothing, by
-        its bare file name if only one picture bears it.
+        A row names an image by its path relative to the folder or, where that fits nothing, by
+        its bare file name if only one image bears it.
 
         Raises:
-            UserError: not one row names a picture.
+            UserError: not one row names an image.
         """
-        by_path = {_normal(id_): id_ for id_ in ids}
-        by_name: dict[str, str | None] = {}
-        for path, id_ in by_path.items():
-            name = PurePosixPath(path).name
-            by_name[name] = None if name in by_name else id_
+        places = _Places(ids)
         matched: dict[str, Annotation] = {}
         unmatched: list[str] = []
         for file, annotation in self.by_file.items():
-            found = by_path.get(file) or by_name.get(PurePosixPath(file).name)
+            found = places.find(file)
             if found is None:
                 unmatched.append(file)
+            elif found in matched:  # two spellings of one path
+                first = matched[found]
+                captions = first.captions + annotation.captions
+                matched[found] = Annotation(first.label or annotation.label, captions)
             else:
                 matched[found] = annotation
-        if not matched and by_path:
-            first = next(iter(self.by_file), None)
-            says = f"its first row names {first!r}" if first else "it has no rows"
+        if not matched and places.ids:
+            first_row = next(iter(self.by_file), None)
+            says = f"its first row names {first_row!r}" if first_row else "it has no rows"
             raise UserError(
-                f"{self.path}: names no picture of the folder ({says}, "
-                f"the folder holds {next(iter(by_path))!r}). File names must be relative to the "
-                "folder of the pictures."
+                f"{self.path}: names no image of the folder ({says}, the folder holds "
+                f"{next(iter(places.ids))!r}). File names must be relative to the folder of the "
+                "images."
             )
-        notes = []
+        notes = list(self.notes)
         if unmatched:
             notes.append(
                 f"{self.path.name}: {len(unmatched):,} of {len(self.by_file):,} files named there "
                 f"are not in the folder ({unmatched[0]!r}, …)."
             )
-        if len(matched) < len(by_path):
+        if len(matched) < len(places.ids):
             notes.append(
-                f"{self.path.name}: says nothing of {len(by_path) - len(matched):,} images."
+                f"{self.path.name}: says nothing of {len(places.ids) - len(matched):,} images."
             )
         return matched, tuple(notes)
+
+
+class _Places:
+    """Image ids, to be found as tables spell them: exactly; in another Unicode form, with
+    backslashes or blanks round it; by the bare name. What fits several images fits none."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        self.ids = dict.fromkeys(ids)
+        self._normal: dict[str, str | None] = {}
+        self._names: dict[str, str | None] = {}
+        for id_ in self.ids:
+            path = _normal(id_)
+            for found, key in ((self._normal, path), (self._names, PurePosixPath(path).name)):
+                found[key] = None if key in found else id_
+
+    def find(self, file: str) -> str | None:
+        """The id of the image that a table calls `file`."""
+        if file in self.ids:
+            return file
+        path = _normal(file)
+        return self._normal.get(path) or self._names.get(PurePosixPath(path).name)
 
 
 def read_table(path: Path) -> AnnotationTable:
     """Read a table of labels and captions.
 
-    The picture stands in a column named as in `FILE_COLUMNS`, the rest as in `LABEL_COLUMNS` and
+    The image stands in a column named as in `FILE_COLUMNS`, the rest as in `LABEL_COLUMNS` and
     `CAPTION_COLUMNS`. Text files may be parted by comma, tab, semicolon or `|`.
 
     Raises:
-        UserError: the file is missing, cannot be read, or lacks the columns.
+        UserError: the file is missing, cannot be read, or lacks the columns; or a row has not as
+            many cells as the header.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such table.")
     try:
         names, rows = _rows(path)
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}).") from error
     file_column = find_column(names, FILE_COLUMNS)
     label_column = find_column(names, LABEL_COLUMNS)
@@ -116,50 +141,119 @@ def read_table(path: Path) -> AnnotationTable:
             f"({CAPTION_COLUMNS[0]}) column."
         )
     by_file: dict[str, Annotation] = {}
+    no_label: list[str] = []
+    different: list[str] = []
     for row in rows:
-        if not isinstance(row.get(file_column), str):
-            raise UserError(
-                f"{path}: column {file_column!r} holds {row.get(file_column)!r}, no text."
-            )
-        annotation = by_file.setdefault(_normal(row[file_column]), Annotation())
-        if label_column is not None and annotation.label is None:
-            annotation.label = as_label(row.get(label_column))
+        file = row.get(file_column)
+        if not isinstance(file, str):
+            raise UserError(f"{path}: column {file_column!r} holds {file!r}, no text.")
+        annotation = by_file.setdefault(file, Annotation())
+        if label_column is not None:
+            value = row.get(label_column)
+            label = as_label(value)
+            if label is None and value not in (None, ""):
+                no_label.append(str(value))
+            if None not in (label, annotation.label) and label != annotation.label:
+                different.append(file)
+            annotation.label = annotation.label or label
         if caption_column is not None:
             annotation.captions += as_captions(row.get(caption_column))
-    return AnnotationTable(path, label_column is not None, by_file)
+    notes = []
+    if no_label:
+        notes.append(
+            f"{path.name}: {len(no_label):,} labels such as {no_label[0]!r} are read as no label."
+        )
+    if different:
+        notes.append(
+            f"{path.name}: {len(different):,} rows give another label than an earlier row of the "
+            f"same file ({different[0]!r}, …); the first label is taken."
+        )
+    return AnnotationTable(path, label_column is not None, by_file, tuple(notes))
 
 
 def _rows(path: Path) -> tuple[list[str], Iterable[dict[str, Any]]]:
     if path.suffix.lower() == ".parquet":
-        names = pq.read_schema(path).names
-        known = {*FILE_COLUMNS, *LABEL_COLUMNS, *CAPTION_COLUMNS}
-        wanted = [name for name in names if name.strip().lower() in known]
-        return names, pq.read_table(path, columns=wanted).to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
+        return _parquet_rows(path)
+    data = path.read_bytes().decode("utf-8-sig")
     if path.suffix.lower() == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is not a JSON object")
-        return list(dict.fromkeys(name for row in rows for name in row)), rows
-    return _delimited(text)
+        rows = [_record(number, line) for number, line in enumerate(lines(data), start=1) if line]
+        records = [row for row in rows if row is not None]
+        return list(dict.fromkeys(name for row in records for name in row)), records
+    return _delimited(data)
+
+
+def _parquet_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    names = pq.read_schema(for_arrow(path)).names
+    known = {*FILE_COLUMNS, *LABEL_COLUMNS, *CAPTION_COLUMNS}
+    wanted = [name for name in names if name.strip().lower() in known]
+    table = pq.read_table(for_arrow(path), columns=wanted)
+    columns = {name: cells_of(table.column(name)) for name in wanted}
+    return names, [
+        dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
+    ]
+
+
+def for_arrow(path: Path) -> Path | BinaryIO:
+    """What Arrow reads a file from, which takes no name that is not UTF-8."""
+    return path if str(path) == without_surrogates(str(path)) else path.open("rb")
+
+
+def cells_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    r"""The cells of an Arrow column; text that is not UTF-8 with `\xNN` for its odd bytes."""
+    try:
+        cells: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        cells = [decoded_cell(cell) for cell in column]
+    return cells
+
+
+def decoded_cell(cell: pa.Scalar) -> Any:
+    r"""A cell of an Arrow column; text that is not UTF-8 with `\xNN` for its odd bytes."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        if pa.types.is_list(cell.type) or pa.types.is_large_list(cell.type):
+            return cells_of(cell.values)
+        if pa.types.is_struct(cell.type):
+            return {name: decoded_cell(cell[name]) for name in cell}
+        return decoded(cell.as_buffer().to_pybytes())
+
+
+def _record(number: int, line: str) -> dict[str, Any] | None:
+    if not line.strip():
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is a JSON {type(row).__name__}, not an object")
+    return row
 
 
 def _delimited(text: str) -> tuple[list[str], Iterable[dict[str, Any]]]:
-    lines = text.splitlines(keepends=True)
-    header = lines[0] if lines else ""
+    # As Python's csv wants it: a record ends at LF, CR LF or CR, outside of quotes.
+    file = io.StringIO(text, newline="")
+    header = file.readline()
+    file.seek(0)
     delimiter = max("\t,|;", key=header.count)
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
     names = [name.strip() for name in next(reader, [])]
-    return names, _records(names, reader)
+    return names, _records(names, delimiter, reader)
 
 
-def _records(names: list[str], reader: Iterator[list[str]]) -> list[dict[str, Any]]:
+def _records(names: list[str], delimiter: str, reader: Iterator[list[str]]) -> list[dict[str, Any]]:
     records = []
     for number, cells in enumerate(reader, start=2):
         if not cells:
             continue
         if len(cells) < len(names):
             raise ValueError(f"row {number} has {len(cells)} cells, the header {len(names)}")
+        if any(cells[len(names) :]):
+            raise ValueError(
+                f"row {number} has {len(cells)} cells, the header {len(names)}: text that holds "
+                f"{delimiter!r} must stand in double quotes"
+            )
         records.append(dict(zip(names, cells, strict=False)))
     return records
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tarfile
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from glob import glob
@@ -18,80 +16,133 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from sparsight.errors import UserError
-from sparsight.images.columns import (
-    CAPTION_COLUMNS,
-    LABEL_COLUMNS,
-    as_captions,
-    as_label,
-    find_column,
-)
 from sparsight.images.decoding import SUFFIXES, ImageError, check_bytes, decode_image
+from sparsight.images.sidecars import SIDECARS, read_sidecars, too_large
 from sparsight.images.source import ImageInfo, ImageSource
+from sparsight.text import path_of, without_surrogates
 
 MAX_SHARDS = 100_000
-SIDECARS = ("cls", "label", "txt", "caption", "json")
-MAX_SIDECAR_BYTES = 2**20
-"""From a larger one nothing is taken, with a warning."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _BLOCK = 512
 _BEHIND = 64 * 1024  # writers pad with zeros to 10 KiB, as a rule
 
 
+Place = tuple[int, int]
+"""Offset and size of a member."""
+
+
+@dataclass
+class _Group:
+    """Neighbouring members with the same path up to the first dot of the file name, by ending."""
+
+    key: str
+    images: dict[str, Place] = field(default_factory=dict)
+    sidecars: dict[str, Place] = field(default_factory=dict)
+    damage: str | None = None
+
+
 @dataclass
 class _Sample:
-    """The members of one basename: (offset, size) of the picture and of what goes with it."""
+    """An image, and what goes with it."""
 
     shard: int
     key: str
-    picture: tuple[int, int] | None = None
-    sidecars: dict[str, tuple[int, int]] = field(default_factory=dict)
+    image: Place | None = None
+    sidecars: dict[str, Place] = field(default_factory=dict)
     damage: str | None = None
     id: str = ""
+
+
+@dataclass
+class _Told:
+    """What is left out of the shards, or chosen between.
+
+    Attributes:
+        without: samples that hold no image.
+        beside: endings of images that stand beside the one that is taken.
+        split: samples with several images whose names hold dots: each is an image of its own.
+        links: members that are links to others.
+        hidden: images whose name begins with a dot.
+        unread: shards that cannot be read, and why.
+    """
+
+    without: int = 0
+    beside: Counter[str] = field(default_factory=Counter)
+    split: int = 0
+    links: int = 0
+    hidden: int = 0
+    unread: list[str] = field(default_factory=list)
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about all of it."""
+        kinds = ", ".join(f"{ending} ×{n:,}" for ending, n in self.beside.most_common(5))
+        counted = {
+            f"{self.without:,} samples of the shards hold no image.": self.without,
+            f"{self.beside.total():,} images are left out, because their sample holds a plainer "
+            f"one ({kinds}).": self.beside.total(),
+            f"{self.split:,} samples hold several images with dots in their names; each is taken "
+            "for an image of its own.": self.split,
+            f"{self.links:,} members of the shards are links and left out.": self.links,
+            f"{self.hidden:,} hidden images (.…) are left out.": self.hidden,
+            f"{len(self.unread):,} shards cannot be read; each counts as one failed image "
+            f"({'; '.join(self.unread[:3])}).": len(self.unread),
+        }
+        return tuple(without_surrogates(note) for note, n in counted.items() if n)
 
 
 class TarShardImages(ImageSource):
     """Samples of uncompressed tar files, in the order of the shards and of their members.
 
     Neighbouring members with the same path up to the first dot of the file name are one sample:
-    a picture (the first, if several), and sidecars: `.cls` or `.label` (label), `.txt` or
-    `.caption` (caption), `.json` (both). The id is `SHARD/KEY`. A shard that is cut off or
-    damaged gives what can be read; what cannot is an image that fails with the place of the damage
-    as its reason, so it is counted like any broken picture.
+    an image, and sidecars: `.cls` or `.label` (label), `.txt` or `.caption` (caption), `.json`
+    (both). Of `0.jpg` and `0.depth.png` the image is the one whose whole ending is an image's; the
+    other is left out and counted, unless it has sidecars of its own (`0.depth.txt`). Where there
+    is none such, as of `v1.0.jpg` and `v1.1.jpg`, each is an image of its own, with the sidecars
+    of its own name or else those of the sample. The id is `SHARD/KEY`.
+
+    A shard that is cut off or damaged gives what can be read; what cannot is an image that fails
+    with the place of the damage as its reason, so it is counted like any broken image.
 
     Args:
         pattern: paths with `{000..127}` and `{a,b}`, `*`, or a folder of `.tar` files; several are
             parted by `::`.
 
     Raises:
-        UserError: a shard is missing, compressed, or no tar file; or there are no pictures.
+        UserError: a shard is missing; or there are no images, e.g. since no shard is a plain tar.
     """
 
     def __init__(self, pattern: str) -> None:
         self._shards = _find_shards(pattern)
         absolute = (
-            part if part.startswith("{/") else str(Path(part).expanduser().absolute())
+            part if part.startswith("{/") else str(path_of(part).expanduser().absolute())
             for part in pattern.split("::")
         )
-        self.spec = "webdataset:" + "::".join(absolute)
+        self.spec = without_surrogates("webdataset:" + "::".join(absolute))
         names = _shard_names(self._shards)
-        samples = list(chain.from_iterable(map(_scan, range(len(self._shards)), self._shards)))
-        self._samples = [s for s in samples if s.picture is not None or s.damage is not None]
-        if not any(sample.picture for sample in self._samples):
+        told = _Told()
+        samples = [
+            sample
+            for number, shard in enumerate(self._shards)
+            for sample in _samples_of(number, shard, told, alone=len(self._shards) == 1)
+        ]
+        self._samples = [s for s in samples if s.image is not None or s.damage is not None]
+        told.without = len(samples) - len(self._samples)
+        if not any(sample.image for sample in self._samples):
+            why = f" {told.unread[0]}." if told.unread else ""
             raise UserError(
-                f"{pattern}: {len(self._shards):,} shards with {len(samples):,} samples hold no "
-                f"images ({' '.join(sorted(SUFFIXES))})."
+                f"{pattern}: {len(self._shards):,} shards with {told.without:,} samples hold no "
+                f"images ({' '.join(sorted(SUFFIXES))}).{why}"
             )
         copies: Counter[str] = Counter()
         taken: set[str] = set()
         for sample in self._samples:
-            key = sample.id = f"{names[sample.shard]}/{sample.key}"
+            key = sample.id = without_surrogates(f"{names[sample.shard]}/{sample.key}")
             while sample.id in taken:
                 copies[key] += 1
                 sample.id = f"{key}~{copies[key] + 1}"
             taken.add(sample.id)
-        without = len(samples) - len(self._samples)
-        self.notes = (f"{without:,} samples of the shards hold no image.",) if without else ()
+        self.notes = told.notes()
         self._open: tuple[int, BinaryIO] | None = None
 
     def __len__(self) -> int:
@@ -107,9 +158,9 @@ class TarShardImages(ImageSource):
     def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
         sample = self._samples[self._check_index(index)]
-        if sample.damage is not None or sample.picture is None:
-            raise ImageError(sample.damage or "no picture")
-        offset, size = sample.picture
+        if sample.damage is not None or sample.image is None:
+            raise ImageError(sample.damage or "no image")
+        offset, size = sample.image
         check_bytes(size)
         return decode_image(self._read(sample.shard, offset, size), min_side)
 
@@ -124,26 +175,13 @@ class TarShardImages(ImageSource):
     def _annotations(self, sample: _Sample) -> tuple[str | None, tuple[str, ...]]:
         if sample.damage is not None:
             return None, ()
-        texts = {}
+        found = {}
         for ending in SIDECARS:
-            offset, size = sample.sidecars.get(ending, (0, 0))
-            if size > MAX_SIDECAR_BYTES:
-                warnings.warn(
-                    f"{sample.id}: its .{ending} of {size:,} bytes is over the limit of "
-                    f"{MAX_SIDECAR_BYTES:,}; nothing is taken from it",
-                    stacklevel=3,
-                )
-            elif ending in sample.sidecars:
-                texts[ending] = self._read(sample.shard, offset, size).decode("utf-8", "replace")
-        described = _json_object(sample.id, texts.get("json"))
-        label_key = find_column(described, LABEL_COLUMNS)
-        caption_key = find_column(described, CAPTION_COLUMNS)
-        label = as_label(texts.get("cls", texts.get("label")))
-        captions = as_captions(texts.get("txt", texts.get("caption")))
-        return (
-            label or as_label(described.get(label_key or "")),
-            captions or as_captions(described.get(caption_key or "")),
-        )
+            if ending in sample.sidecars:
+                offset, size = sample.sidecars[ending]
+                if not too_large(sample.id, ending, size):
+                    found[ending] = self._read(sample.shard, offset, size)
+        return read_sidecars(sample.id, found)
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         try:
@@ -184,9 +222,9 @@ def _find_shards(pattern: str) -> list[Path]:
         raise UserError(f"{pattern}: shards must be local files; download them first.")
     shards: list[Path] = []
     for name in chain.from_iterable(expand_braces(part) for part in pattern.split("::")):
-        name = str(Path(name).expanduser())
+        name = str(path_of(name).expanduser())
         if Path(name).is_dir():
-            found = sorted(Path(name).glob("*.tar"))
+            found = sorted(path for path in Path(name).glob("*.tar") if path.name[0] != ".")
         elif any(sign in name for sign in "*?") and not Path(name).exists():
             found = sorted(map(Path, glob(name.replace("[", "[[]"))))  # noqa: PTH207 - the pattern may be absolute
         else:
@@ -205,19 +243,31 @@ def _find_shards(pattern: str) -> list[Path]:
 
 def _shard_names(shards: list[Path]) -> list[str]:
     root = os.path.commonpath([shard.parent for shard in shards])
-    return [shard.relative_to(root).as_posix() for shard in shards]
+    return [without_surrogates(shard.relative_to(root).as_posix()) for shard in shards]
 
 
-def _scan(number: int, shard: Path) -> list[_Sample]:
-    """List a shard's samples by its headers alone; damage becomes samples that fail."""
+def _samples_of(number: int, shard: Path, told: _Told, alone: bool) -> list[_Sample]:
+    """A shard's samples; one among several that cannot be read is a sample that fails."""
+    try:
+        groups = _scan(shard, told)
+    except UserError as error:
+        if alone:
+            raise
+        told.unread.append(str(error).removesuffix("."))
+        return [_Sample(number, "(damaged)", damage=str(error))]
+    return [sample for group in groups for sample in _split(number, group, told)]
+
+
+def _scan(shard: Path, told: _Told) -> list[_Group]:
+    """List a shard's members by their headers alone; damage becomes a group that fails."""
     size = shard.stat().st_size
-    samples: list[_Sample] = []
+    groups: list[_Group] = []
     try:
         with tarfile.open(shard, mode="r:") as archive:
             damage = None
             try:
                 for member in archive:
-                    _add(samples, number, member, size)
+                    _add(groups, member, size, told)
             except (tarfile.TarError, EOFError, ValueError) as error:
                 damage = f"the shard is damaged at byte {min(archive.offset, size):,} ({error})"
             damage = damage or _bad_end(shard, archive.offset, size)
@@ -226,31 +276,71 @@ def _scan(number: int, shard: Path) -> list[_Sample]:
         raise UserError(f"{shard}: cannot be read as a tar file ({error}). {hint}") from error
     except OSError as error:
         raise UserError(f"{shard}: cannot be read ({error.strerror or error}).") from error
-    if damage is not None and not any(sample.damage for sample in samples):
-        lost = f"{damage}; what came behind it is lost"
-        samples.append(_Sample(number, "(damaged)", damage=lost))
-    return samples
+    if damage is not None and not any(group.damage for group in groups):
+        groups.append(_Group("(damaged)", damage=f"{damage}; what came behind it is lost"))
+    return groups
 
 
-def _add(samples: list[_Sample], number: int, member: tarfile.TarInfo, size: int) -> None:
+def _add(groups: list[_Group], member: tarfile.TarInfo, size: int, told: _Told) -> None:
     if not member.isreg() or member.issparse():
+        told.links += member.islnk() or member.issym()
         return
     path = PurePosixPath(member.name)
     stem, _, ending = path.name.partition(".")
+    ending = ending.lower()
+    is_image = f".{ending.rpartition('.')[2]}" in SUFFIXES
     if not stem:  # hidden files, and the ._ twins that macOS adds
+        told.hidden += is_image
         return
     key = (path.parent / stem).as_posix()
-    if not samples or samples[-1].key != key:
-        samples.append(_Sample(number, key))
-    sample = samples[-1]
+    if not groups or groups[-1].key != key:
+        groups.append(_Group(key))
+    group = groups[-1]
     place = (member.offset_data, member.size)
-    ending = ending.lower()
-    if f".{ending.rpartition('.')[2]}" in SUFFIXES:
-        sample.picture = sample.picture or place
+    if is_image and ending not in group.images:
+        group.images[ending] = place
+    elif is_image:
+        told.beside[ending] += 1
     else:
-        sample.sidecars.setdefault(ending, place)
+        group.sidecars.setdefault(ending, place)
     if member.offset_data + member.size > size:
-        sample.damage = f"the shard is cut off at byte {size:,}, inside {member.name}"
+        group.damage = f"the shard is cut off at byte {size:,}, inside {member.name}"
+
+
+def _split(number: int, group: _Group, told: _Told) -> list[_Sample]:
+    """The samples of a group: one, unless the dots are those of file names."""
+    plain = [ending for ending in group.images if "." not in ending]
+    dotted = {ending: ending.rpartition(".")[0] for ending in group.images if "." in ending}
+    own = {name: _own_sidecars(group, name) for name in dotted.values()}
+    if plain:  # a depth map has no caption of its own; an image whose name goes on has
+        told.beside.update(plain[1:])
+        told.beside.update(ending for ending, name in dotted.items() if not own[name])
+        dotted = {ending: name for ending, name in dotted.items() if own[name]}
+    samples: dict[str, _Sample] = {}
+    if plain or not group.images:
+        image = group.images[plain[0]] if plain else None
+        samples[""] = _Sample(number, group.key, image, group.sidecars)
+    several = len(dotted) + bool(plain) > 1
+    told.split += several
+    for ending, name in dotted.items():
+        if name in samples:
+            told.beside[ending] += 1
+            continue
+        key = f"{group.key}.{name}" if several else group.key
+        sidecars = own[name] if plain else group.sidecars | own[name]
+        samples[name] = _Sample(number, key, group.images[ending], sidecars)
+    found = list(samples.values())
+    found[-1].damage = group.damage
+    return found
+
+
+def _own_sidecars(group: _Group, name: str) -> dict[str, Place]:
+    """`1.txt` and the like of the image `1.jpg` in a group."""
+    return {
+        rest.removeprefix(f"{name}."): place
+        for rest, place in group.sidecars.items()
+        if rest.removeprefix(f"{name}.") in SIDECARS and rest.startswith(f"{name}.")
+    }
 
 
 def _bad_end(shard: Path, offset: int, size: int) -> str | None:
@@ -271,14 +361,3 @@ def _bad_end(shard: Path, offset: int, size: int) -> str | None:
 def _starts_gzip(shard: Path) -> bool:
     with shard.open("rb") as file:
         return file.read(2) == b"\x1f\x8b"
-
-
-def _json_object(id_: str, text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text) if text is not None else {}
-    except ValueError as error:
-        value = error
-    if not isinstance(value, dict):
-        warnings.warn(f"{id_}: its .json is no JSON object; nothing is taken from it", stacklevel=4)
-        return {}
-    return value

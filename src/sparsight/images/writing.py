@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -24,7 +24,7 @@ from sparsight.config import check_positive, check_seed
 from sparsight.errors import UserError
 from sparsight.images.decoding import ImageError
 from sparsight.images.lettering import Font, TextStyle, known_letters, write_on_image
-from sparsight.images.source import ImageInfo, ImageSource
+from sparsight.images.source import ImageInfo, ImageSource, SelectedImages, View
 
 if TYPE_CHECKING:
     from sparsight.calibration.world import RenderedScene, Scene
@@ -282,6 +282,32 @@ class WrittenScenes(WrittenImages):
         """See `ImageSource.load`."""
         return Image.fromarray(np.asarray(self.render(index).image))
 
+    def select(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageSource:
+        """See `ImageSource.select`; the truth stays within reach."""
+        return SelectedScenes(self, self._checked(indices))
+
+    def _view(self, places: npt.NDArray[np.int64], spec: str) -> ImageSource:
+        return SelectedScenes(self, places, View.whole(spec, len(places)))
+
+
+class SelectedScenes(SelectedImages):
+    """Some of the scenes that are written on, with their truth."""
+
+    whole: WrittenScenes
+
+    @property
+    def world(self) -> Any:
+        """The world that the scenes come from."""
+        return self.whole.world
+
+    def scene(self, index: int) -> Scene:
+        """The truth about image `index`, its writing included."""
+        return self.whole.scene(int(self.indices[self._check_index(index)]))
+
+    def render(self, index: int) -> RenderedScene:
+        """Image `index` with the masks of its parts."""
+        return self.whole.render(int(self.indices[self._check_index(index)]))
+
 
 def written(
     source: ImageSource, kind: Kind, style: Style | None = None, **options: Any
@@ -302,6 +328,8 @@ def written(
 def parse_written(text: str) -> tuple[str, Kind, Style | None, dict[str, Any]]:
     """What a spec `written:KIND?of=SOURCE&…` says: source, kind, style, further options.
 
+    Of these, `sample` and `by_label` choose among the written images.
+
     Raises:
         UserError: it is not of that form.
     """
@@ -318,9 +346,13 @@ def parse_written(text: str) -> tuple[str, Kind, Style | None, dict[str, Any]]:
         options["class_names"] = _classes(values.pop("classes"), text)
     if "nonsense" in values:
         options["nonsense"] = values.pop("nonsense")
-    for name in ("seed", "n"):
+    for name in ("seed", "n", "sample"):
         if name in values:
             options[name] = _parsed(int, values.pop(name), name, text)
+    if "by" in values:
+        if values.pop("by") != "label" or "sample" not in options:
+            raise UserError(f"{text!r}: by= is for sample=N&by=label.")
+        options["by_label"] = True
     named = values.pop("style", None)
     if named not in (None, "text"):
         raise UserError(f"{text!r}: style is {named!r}; expected text, or none.")
@@ -369,7 +401,7 @@ def _check_names(names: Mapping[str, str], spec: str) -> None:
             "pictures with labels (a sub-folder a class), or class_names."
         )
     for label, name in names.items():
-        if not name.strip() or "\n" in name:
+        if len(name.splitlines()) != 1 or not name.strip():
             raise UserError(f"The name of the class {label!r} is {name!r}: it cannot be written.")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -11,6 +12,7 @@ import torch
 from sparsight.activations import ActivationSource
 from sparsight.config import check_positive, check_seed
 from sparsight.errors import UserError
+from sparsight.files import replaced
 from sparsight.images import ImageInfo, ImageSource
 from sparsight.latents.codes import CodeBatch, CodeStore
 from sparsight.latents.encoding import (
@@ -20,7 +22,8 @@ from sparsight.latents.encoding import (
     find_activations,
     usual_batch,
 )
-from sparsight.latents.index import FORMAT, VERSION, LatentIndex
+from sparsight.latents.index import FILES, FORMAT, VERSION, LatentIndex
+from sparsight.latents.names import LatentName, names_from_truth, with_names
 from sparsight.latents.statistics import (
     Examples,
     LatentStatistics,
@@ -49,9 +52,12 @@ def build_index(
     batch_images: int | None = None,
     seed: int = 0,
     workers: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> LatentIndex:
     """Find out what every latent responds to; write it to the folder `out`.
+
+    An index that is there is replaced as a whole when the new one is on the disk, names included.
 
     Memory is `n_latents × (top_n + 4 × quantiles × samples_per_quantile)` examples, whatever the
     number of images.
@@ -72,10 +78,13 @@ def build_index(
         batch_images: images at a time; default see `usual_batch`.
         seed: of the samples.
         workers: processes that decode pictures, with a model.
+        metrics: what `evaluate` found on images whose attributes are known; latents get their
+            names from it, as `name_from_truth` gives them.
         quiet: no progress bar.
 
     Raises:
-        UserError: SAE, site and activations do not belong together, or a number below 1.
+        UserError: SAE, site, activations and metrics do not belong together, or a number below 1;
+            or another process is writing an index there.
         SparsightError: an activation is NaN or infinite, or a file of the codes is damaged.
     """
     check_positive(
@@ -86,13 +95,40 @@ def build_index(
     )
     check_seed(seed)
     data, site, batches = _passed(sae, given, images, site, batch_images, workers)
+    names: Mapping[int, LatentName] = {}
+    if metrics is not None:
+        names = names_from_truth(metrics, sae.fingerprint(), sae.n_latents, Path(out))
+    with replaced(Path(out), FILES, wait=0) as staged:
+        settings = {
+            "top_n": top_n,
+            "quantiles": quantiles,
+            "samples_per_quantile": samples_per_quantile,
+            "seed": seed,
+        }
+        index = _built(sae, data, site, batches, Path(out), settings, names, quiet)
+        index.write(staged)
+    return LatentIndex.open(out)
+
+
+def _built(
+    sae: SparseAutoencoder,
+    data: ActivationSource | CodeStore,
+    site: str,
+    batches: Iterator[CodeBatch],
+    out: Path,
+    settings: dict[str, int],
+    names: Mapping[int, LatentName],
+    quiet: bool,
+) -> LatentIndex:
+    """The index that is to lie in `out`."""
+    quantiles, per_quantile = settings["quantiles"], settings["samples_per_quantile"]
     device = "cpu" if isinstance(data, CodeStore) else sae.W_enc.device
     n_tokens = 0
     found = LatentStatistics(
         sae.n_latents,
-        top_n=top_n,
-        sample_size=SAMPLE_PER_PLACE * quantiles * samples_per_quantile,
-        seed=seed,
+        top_n=settings["top_n"],
+        sample_size=SAMPLE_PER_PLACE * quantiles * per_quantile,
+        seed=settings["seed"],
         device=device,
     )
     with progress("index", data.n_images, "images", quiet=quiet) as line:
@@ -101,9 +137,9 @@ def build_index(
             found.add(batch.code, batch.image_indices, n_tokens)
             line.advance(len(batch.image_indices))
     if not found.n_images:
-        raise UserError("There is not one image to build an index from.")
+        raise UserError("No images to index: the source is empty, or none of its images loads.")
     top = Examples(found.top.image.cpu(), found.top.token.cpu(), found.top.activation.cpu())
-    bands = quantile_samples(found.sample, quantiles, samples_per_quantile)
+    bands = quantile_samples(found.sample, quantiles, per_quantile)
     samples = Examples(bands.image.cpu(), bands.token.cpu(), bands.activation.cpu())
     source = data.source()
     pictures = _pictures(source, top, samples)
@@ -126,18 +162,10 @@ def build_index(
         "site": site,
         "tokens": data.tokens,
         "n_tokens": n_tokens,
-        "settings": {
-            "top_n": top_n,
-            "quantiles": quantiles,
-            "samples_per_quantile": samples_per_quantile,
-            "seed": seed,
-        },
+        "settings": settings,
     }
-    index = LatentIndex(
-        Path(out), manifest, _table(found, top, pictures), _image_table(pictures), top, samples
-    )
-    index.save()
-    return LatentIndex.open(out)
+    table = with_names(_table(found, top, pictures), names)
+    return LatentIndex(out, manifest, table, _image_table(pictures), top, samples)
 
 
 def _passed(
@@ -183,7 +211,7 @@ def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:
 def _pictures(source: ImageSource, *examples: Examples) -> dict[int, ImageInfo]:
     """What is known about every image that is an example, by its place in the source."""
     images = torch.cat([found.image.flatten() for found in examples]).unique()
-    return {image: source.info(image) for image in images.tolist() if image >= 0}
+    return {image: source.known(image) for image in images.tolist() if image >= 0}
 
 
 def _image_table(pictures: dict[int, ImageInfo]) -> pa.Table:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
 from sparsight.errors import UserError
 from sparsight.latents.heatmaps import has_heatmaps, heat_image, patch_heatmaps, seen_pictures
 from sparsight.latents.index import Example, LatentIndex
+from sparsight.latents.stored import Heat, StoredCodes, stored_heatmaps
 from sparsight.progress import ProgressLine
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
+from sparsight.vision.geometry import seen_picture
 
 TOP_SHOWN = 8
 SAMPLES_PER_BAND = 2
@@ -26,8 +26,6 @@ SMALL = 96
 """Pictures up to this many pixels are shown as they are, pixel by pixel."""
 LARGEST = 192
 _BATCH = 32
-
-Heat = Float[Tensor, "rows columns"]
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,9 @@ def make_gallery(
     seed: int,
     key: str,
     line: ProgressLine,
+    stored: StoredCodes | None = None,
 ) -> Gallery:
-    """Load and encode the pictures of `n` latents, with heatmaps if there is a model.
+    """Load and encode the pictures of `n` latents, with heatmaps if they can be had.
 
     Args:
         index: of the SAE.
@@ -129,6 +128,7 @@ def make_gallery(
         seed: of the lot.
         key: prefix of the pictures' keys, unique on the page.
         line: progress, in pictures.
+        stored: where heatmaps can be read, so that no model need run.
     """
     chosen, how = choose_latents(index, n, seed)
     gallery = Gallery(how)
@@ -137,7 +137,7 @@ def make_gallery(
     for latent, examples in shown.items():
         for example in {example.image: example for row in examples for example in row}.values():
             wanted.setdefault(example.image, []).append(latent)
-    seen = see(index, sae, model, wanted, line)
+    seen = see(index, sae, model, wanted, line, stored)
     grids = seen.grids
     gallery.notes += seen.notes
     gallery.pictures |= {f"{key}{image}": picture for image, picture in seen.pictures.items()}
@@ -201,18 +201,20 @@ def see(
     model: VisionModel | None,
     wanted: Mapping[int, Sequence[int]],
     line: ProgressLine,
+    stored: StoredCodes | None = None,
 ) -> Seen:
-    """Load pictures and run the model over them.
+    """Load pictures; read their heatmaps, or run the model over them.
 
     Args:
         index: of the SAE.
         sae: the SAE.
-        model: to run over the pictures; without it they are as they are, and without heatmaps.
+        model: to run over the pictures where nothing is stored; without either, no heatmaps.
         wanted: latents whose heatmaps are wanted, by image.
         line: progress, in pictures.
+        stored: where heatmaps can be read.
     """
     seen = Seen()
-    if model is not None and not has_heatmaps(index.tokens, index.site):
+    if not has_heatmaps(index.tokens, index.site):
         seen.notes.append(
             f"No heatmaps: this SAE reads one vector an image (tokens = {index.tokens})."
         )
@@ -220,7 +222,7 @@ def see(
     line.expect(len(images))
     for start in range(0, len(images), _BATCH):
         some = {image: wanted[image] for image in images[start : start + _BATCH]}
-        _see_batch(seen, some, index, sae, model)
+        _see_batch(seen, some, index, sae, model, stored)
         line.advance(len(some))
     return seen
 
@@ -231,6 +233,7 @@ def _see_batch(
     index: LatentIndex,
     sae: SparseAutoencoder,
     model: VisionModel | None,
+    stored: StoredCodes | None,
 ) -> None:
     pictures: dict[int, Image.Image] = {}
     for image in wanted:
@@ -238,7 +241,14 @@ def _see_batch(
             pictures[image] = index.picture(image)
         except UserError as error:
             seen.notes.append(str(error))
-    if model is not None and pictures:
+    about = index.manifest["model"]
+    if stored is not None or model is None:
+        said = about.get("preprocessing") or {}
+        pictures = {i: seen_picture(picture, said) or picture for i, picture in pictures.items()}
+        if stored is not None:
+            there = {image: wanted[image] for image in pictures}
+            seen.grids |= stored_heatmaps(stored, there, tuple(about["patch_grid"]))
+    elif pictures:
         pixels = torch.stack([model.transform(picture) for picture in pictures.values()])
         pictures = dict(zip(pictures, seen_pictures(model, pixels), strict=True))
         if has_heatmaps(index.tokens, index.site):

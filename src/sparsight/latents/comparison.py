@@ -13,10 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsight.activations import ActivationSource
 from sparsight.errors import SparsightError
 from sparsight.evaluation import SweepMeasures, measure_sweep
-from sparsight.files import read_json, write_json, write_text
+from sparsight.files import (
+    read_json,
+    replaced,
+    settled,
+    without_folders,
+    write_json,
+    write_text,
+)
 from sparsight.images import ImageSource
 from sparsight.latents.plots import Spot, pareto
 from sparsight.latents.scores import measured_on
@@ -46,7 +55,7 @@ def compare(
     *,
     model: VisionModel | Callable[[], VisionModel] | None = None,
     images: ImageSource | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure the members of a sweep that are not measured yet; write its table and its plots.
@@ -78,10 +87,17 @@ def compare(
         device=device,
         quiet=quiet,
     )
-    if _previous(path) != json.loads(json.dumps(found)):
-        write_json(path, found)
-    _write(sweep.out / "table.csv", table_csv(found))
-    _write(sweep.out / "table.md", table_markdown(found, sweep.out.resolve().name))
+    with replaced(sweep.out, ()) as staged:
+        if _previous(path) != json.loads(json.dumps(found)):
+            write_json(staged / TABLE, found)
+        write_text(staged / "table.csv", table_csv(found))
+        write_text(staged / "table.md", table_markdown(found, sweep.out.resolve().name))
+        _plot(found, staged / "plots")
+        _drop_what_is_there(staged, sweep.out)
+    return found
+
+
+def _plot(found: Mapping[str, Any], folder: Path) -> None:
     for key in PLOTS:
         spots = spots_of(found["groups"], key)
         if spots:
@@ -91,8 +107,7 @@ def compare(
                 higher_is_better=PLOTS[key][1],
                 reference=_original(found) if key == "accuracy" else None,
             )
-            save_svg(drawn, sweep.out / "plots" / f"{key}-l0.svg")
-    return found
+            save_svg(drawn, folder / f"{key}-l0.svg")
 
 
 def table_csv(table: Mapping[str, Any]) -> str:
@@ -201,7 +216,7 @@ def _notes(table: Mapping[str, Any], seeds: bool) -> list[str]:
     gone = [row for row in table["members"] if "diverged" in row]
     notes += [f"{row['name']}, {row['site']}: {row['diverged']}" for row in gone]
     notes += [f"No {what}: {why}" for what, why in table["omitted"].items()]
-    return [note.strip() for note in notes if note]
+    return [without_folders(note.strip()) for note in notes if note]
 
 
 def _figure(block: Mapping[str, Any] | None, key: str) -> str:
@@ -237,13 +252,16 @@ def _varying(groups: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 
 def _previous(path: Path) -> dict[str, Any] | None:
     """What was measured before; a damaged file is measured anew."""
+    settled(path.parent)
     try:
         return read_json(path) if path.exists() else None
     except SparsightError:
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    """Write unless it is there."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+def _drop_what_is_there(staged: Path, folder: Path) -> None:
+    """Files that would replace their like stay as they are."""
+    for path in [each for each in staged.rglob("*") if each.is_file()]:
+        there = folder / path.relative_to(staged)
+        if there.is_file() and there.read_bytes() == path.read_bytes():
+            path.unlink()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, read_json, sha256_json, write_bytes, write_json
+from sparsight.files import (
+    folder_lock,
+    read_json,
+    replaced,
+    settled,
+    sha256_json,
+    write_bytes,
+    write_json,
+)
 from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
 from sparsight.latents.statistics import Examples
 from sparsight.sae import SparseAutoencoder
@@ -32,6 +38,7 @@ MANIFEST, LATENTS, EXAMPLES, IMAGES = (
     "top_examples.safetensors",
     "images.parquet",
 )
+FILES = (MANIFEST, LATENTS, EXAMPLES, IMAGES)
 _TENSORS = tuple(
     f"{kind}.{part}" for kind in ("top", "samples") for part in ("image", "token", "activation")
 )
@@ -85,10 +92,25 @@ class LatentIndex:
             UserError: there is no index, it is of a newer format, or of another SAE.
             SparsightError: a file is missing, cut off or altered.
         """
-        folder = Path(folder)
-        if not (folder / MANIFEST).exists() and (folder / "index" / MANIFEST).exists():
-            folder = folder / "index"
-        manifest = _read_manifest(folder)
+        folder = settled(Path(folder))
+        inside = settled(folder / "index")
+        if not (folder / MANIFEST).exists() and (inside / MANIFEST).exists():
+            folder = inside
+        while True:
+            manifest = _read_manifest(folder)
+            try:
+                index = cls._read(folder, manifest)
+                break
+            except SparsightError:
+                # Replaced between two files that were read? Then it is to be read again.
+                if _read_manifest(folder) == manifest:
+                    raise
+        if sae is not None:
+            index.check_sae(sae)
+        return index
+
+    @classmethod
+    def _read(cls, folder: Path, manifest: dict[str, Any]) -> Self:
         try:
             tensors = safetensors.torch.load(_read(folder, EXAMPLES, manifest))
             table = pq.read_table(io.BytesIO(_read(folder, LATENTS, manifest)))
@@ -98,16 +120,15 @@ class LatentIndex:
             )
         except (safetensors.SafetensorError, pa.ArrowException, KeyError) as error:
             raise SparsightError(f"{folder}: is damaged ({error}). {_AGAIN}") from error
-        index = cls(folder, manifest, table, images, Examples(*top), Examples(*samples))
-        if sae is not None:
-            index.check_sae(sae)
-        return index
+        return cls(folder, manifest, table, images, Examples(*top), Examples(*samples))
 
     def save(self) -> None:
-        """Write all files; an index that was there stays until the new one is on the disk.
+        """Write all files at once: killed at any point, the index there is the old or the new."""
+        with replaced(self.folder, FILES) as staged:
+            self.write(staged)
 
-        Killed between the last renames, the folder holds no index rather than half of one.
-        """
+    def write(self, folder: Path) -> None:
+        """Write all files into a folder that does not count yet."""
         tensors: dict[str, Tensor] = {}
         for kind, found in (("top", self.examples), ("samples", self.quantiles)):
             for part in ("image", "token", "activation"):
@@ -117,34 +138,40 @@ class LatentIndex:
             EXAMPLES: safetensors.torch.save(tensors),
             IMAGES: _parquet(self.images),
         }
-        with ExitStack() as written:
-            for name, data in contents.items():
-                temporary = written.enter_context(atomic_path(self.folder / name))
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            (self.folder / MANIFEST).unlink(missing_ok=True)
+        for name, data in contents.items():
+            write_bytes(folder / name, data)
         hashes = {name: [hashlib.sha256(data).hexdigest()] for name, data in contents.items()}
-        _write_manifest(self.folder, {**self.manifest, "files": hashes})
+        _write_manifest(folder, {**self.manifest, "files": hashes})
 
     def with_table(self, table: pa.Table) -> Self:
         """Put `table` in the place of `latents.parquet`; killed at any point, the index is whole.
 
         Between the two writes the manifest accepts the old table and the new one.
+
+        Raises:
+            UserError: another index was written there meanwhile.
         """
         if table.num_rows != self.n_latents:
             raise ValueError(f"{table.num_rows} rows for {self.n_latents} latents")
         data = _parquet(table)
         new = hashlib.sha256(data).hexdigest()
-        manifest = _read_manifest(self.folder)
-        old = hashlib.sha256(_read(self.folder, LATENTS, manifest)).hexdigest()
-        for step, accepted in enumerate(([old, new], [new])):
-            manifest = {**manifest, "files": {**manifest["files"], LATENTS: accepted}}
-            if step == 1:
-                write_bytes(self.folder / LATENTS, data)
-            _write_manifest(self.folder, manifest)
+        with folder_lock(self.folder):
+            manifest = _read_manifest(self.folder)
+            if any(manifest["files"][name] != self._hash(name) for name in (EXAMPLES, IMAGES)):
+                raise UserError(
+                    f"{self.folder}: another index was written here since this one was opened. "
+                    "Open it again."
+                )
+            old = hashlib.sha256(_read(self.folder, LATENTS, manifest)).hexdigest()
+            for step, accepted in enumerate(([old, new], [new])):
+                manifest = {**manifest, "files": {**manifest["files"], LATENTS: accepted}}
+                if step == 1:
+                    write_bytes(self.folder / LATENTS, data)
+                _write_manifest(self.folder, manifest)
         return type(self)(self.folder, manifest, table, self.images, self.examples, self.quantiles)
+
+    def _hash(self, name: str) -> Any:
+        return self.manifest["files"][name]
 
     @property
     def n_latents(self) -> int:
@@ -204,7 +231,7 @@ class LatentIndex:
         wanted = self.info(image)
         source = self.source()
         place = image
-        if image >= len(source) or source.info(image).id != wanted.id:
+        if image >= len(source) or source.known(image).id != wanted.id:
             found = self._source_ids.get(wanted.id)
             if found is None:
                 raise UserError(
@@ -213,7 +240,9 @@ class LatentIndex:
                 )
             place = found
         try:
-            return source.load(place)
+            # The very pixels that the model saw; None unless its JPEGs were decoded smaller.
+            scaled = (self.manifest["model"].get("preprocessing") or {}).get("jpeg_min_side")
+            return source.load(place, min_side=scaled) if scaled else source.load(place)
         except ImageError as error:
             raise UserError(f"{wanted.uri}: can no longer be read ({error.reason}).") from error
 
@@ -237,7 +266,7 @@ class LatentIndex:
 
     @cached_property
     def _source_ids(self) -> dict[str, int]:
-        return {self._source.info(i).id: i for i in range(len(self._source))}
+        return {self._source.known(i).id: i for i in range(len(self._source))}
 
     @cached_property
     def _places(self) -> dict[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -57,19 +58,23 @@ def set_names(index: LatentIndex, names: Mapping[int, LatentName]) -> LatentInde
             raise UserError(
                 f"{index.folder}: no latent {latent} to name; it has 0 to {index.n_latents - 1}."
             )
+    return index.with_table(with_names(index.table, names))
+
+
+def with_names(table: pa.Table, names: Mapping[int, LatentName]) -> pa.Table:
+    """The table of an index with these names in the place of those that it has."""
     columns = {
         "name": (pa.string(), "name"),
         "name_score": (pa.float64(), "score"),
         "name_source": (pa.string(), "source"),
     }
-    table = index.table
     for column, (kind, attribute) in columns.items():
         values = table[column].to_pylist()
         for latent, name in names.items():
             values[latent] = getattr(name, attribute)
         place = table.column_names.index(column)
         table = table.set_column(place, column, pa.array(values, kind))
-    return index.with_table(table)
+    return table
 
 
 def name_from_truth(
@@ -87,29 +92,51 @@ def name_from_truth(
     Raises:
         UserError: the metrics know no truth, or are about another SAE.
     """
+    about = index.manifest["sae"]
+    names = names_from_truth(metrics, about["hash"], index.n_latents, index.folder, min_score)
+    return set_names(index, names)
+
+
+def names_from_truth(
+    metrics: Mapping[str, Any],
+    sae_hash: str,
+    n_latents: int,
+    folder: Path,
+    min_score: float = 0.5,
+) -> dict[int, LatentName]:
+    """The names that `name_from_truth` gives the latents of an SAE.
+
+    Args:
+        metrics: see `name_from_truth`.
+        sae_hash: fingerprint of the SAE.
+        n_latents: how many latents it has.
+        folder: of the index, for messages.
+        min_score: see `name_from_truth`.
+
+    Raises:
+        UserError: the metrics know no truth, or are about another SAE.
+    """
     found = metrics.get("latent_names")
     if not isinstance(found, Mapping):
         raise UserError(
-            f"{index.folder}: no names, as the metrics hold no truth. Evaluate on calibration "
+            f"{folder}: no names, as the metrics hold no truth. Evaluate on calibration "
             "images first; only of them are the attributes known."
         )
-    if metrics.get("sae", index.manifest["sae"]["hash"]) != index.manifest["sae"]["hash"]:
+    if metrics.get("sae", sae_hash) != sae_hash:
         raise UserError(
-            f"{index.folder}: the metrics are of another SAE. Evaluate this one with "
+            f"{folder}: the metrics are of another SAE. Evaluate this one with "
             "`sparsight evaluate`."
         )
-    width = metrics.get("n_latents", index.n_latents)
-    if width != index.n_latents:
+    width = metrics.get("n_latents", n_latents)
+    if width != n_latents:
         raise UserError(
-            f"{index.folder}: is of {index.n_latents} latents, the metrics are of an SAE of "
-            f"{width} latents."
+            f"{folder}: is of {n_latents} latents, the metrics are of an SAE of {width} latents."
         )
-    names = {
+    return {
         int(latent): LatentName(wording(about["attribute"]), float(about["f1"]), TRUTH_SOURCE)
         for latent, about in found.items()
         if about["f1"] is not None and about["f1"] >= min_score
     }
-    return set_names(index, names)
 
 
 def wording(attribute: str) -> str:

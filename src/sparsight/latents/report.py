@@ -28,10 +28,16 @@ from sparsight.latents.cards import (
     is_crisp,
 )
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.latents.stored import find_stored, needs_model
 from sparsight.latents.views import RunView, make_view
 from sparsight.vision import VisionModel, load_model
 
 TEMPLATES = Path(__file__).parent / "templates"
+POLICY = Markup(
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'"
+)
+"""Of each page: it loads nothing, and runs no script but one whose hash it names."""
 MAX_BYTES = 4_000_000
 THUMBNAILS = (LARGEST, 160, 128, 96, 72)
 """Longest sides of pictures, in pixels, tried in turn until the page is light enough."""
@@ -55,8 +61,9 @@ def write_report(
     Args:
         runs: run folders, or one folder with runs in it.
         out: the page; a folder gives `report.html` in it.
-        model: what the heatmaps are made with; default the model that the index names. Where that
-            cannot be loaded the page says so and shows the pictures alone.
+        model: what the heatmaps are made with where neither codes nor activations of the images
+            are on disk; default the model that the index names. Where that cannot be loaded the
+            page says so and shows the pictures alone.
         latents: cards a run; half by the score of their names, the others by lot.
         seed: of the lot.
         title: heading; default the model's id.
@@ -80,10 +87,13 @@ def write_report(
     folders = find_runs(runs)
     found = [read_run(*pair) for pair in zip(folders, run_names(folders), strict=True)]
     models = RunModels(model)
-    views = [
-        make_view(run, f"run{i}", models.of(run), latents=latents, seed=seed, quiet=quiet)
-        for i, run in enumerate(found)
-    ]
+    views = []
+    for i, run in enumerate(found):
+        stored = find_stored(run) if latents else None
+        used = models.of(run, needed=bool(latents) and needs_model(run, stored))
+        views.append(
+            make_view(run, f"run{i}", used, latents=latents, seed=seed, quiet=quiet, stored=stored)
+        )
     for thumbnail in THUMBNAILS:
         page = _page(found, views, title, thumbnail)
         if len(page.encode()) <= max_bytes:
@@ -103,12 +113,18 @@ class RunModels:
         self._given = load_model(given) if isinstance(given, str) else given
         self._found: dict[str, VisionModel | str] = {}
 
-    def of(self, run: RunFiles) -> VisionModel | str:
+    def of(self, run: RunFiles, *, needed: bool = True) -> VisionModel | str | None:
         """The model of a run, or the reason why it is not there.
+
+        Args:
+            run: the SAE and what lies around it.
+            needed: if not, None without loading anything, unless a model was given.
 
         Raises:
             UserError: the model that was given is another one.
         """
+        if self._given is None and not needed:
+            return None
         wanted = run.model
         model = self._given or self._load(wanted)
         if isinstance(model, str):
@@ -125,10 +141,13 @@ class RunModels:
 
     def _load(self, wanted: Mapping[str, Any]) -> VisionModel | str:
         id, revision, dtype = str(wanted.get("id")), wanted.get("revision"), wanted.get("dtype")
-        key = f"{id} {revision} {dtype}"
+        scaled = "jpeg_min_side" in (wanted.get("preprocessing") or {})
+        key = f"{id} {revision} {dtype} {scaled}"
         if key not in self._found:
             try:
-                self._found[key] = load_model(id, revision=revision, dtype=dtype)
+                self._found[key] = load_model(
+                    id, revision=revision, dtype=dtype, scale_jpegs=scaled
+                )
             except SparsightError as error:
                 self._found[key] = str(error)
         return self._found[key]
@@ -199,6 +218,8 @@ def _picture_css(views: Sequence[RunView], thumbnail: int) -> str:
 def template(name: str = "report.html.jinja", folder: Path = TEMPLATES) -> jinja2.Template:
     """A page's template; it may import the macros of the report.
 
+    All text that is put into it is escaped, and its paths lose their folders.
+
     Args:
         name: of the file.
         folder: where it lies.
@@ -207,9 +228,15 @@ def template(name: str = "report.html.jinja", folder: Path = TEMPLATES) -> jinja
         loader=jinja2.FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
-    environment.globals.update(figure=scores.figure, percent=scores.percent)
+    environment.globals.update(figure=scores.figure, percent=scores.percent, policy=POLICY)
     return environment.get_template(name)
+
+
+def _shown(value: Any) -> Any:
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return without_folders(value) if is_text and not value.startswith("data:image/") else value
 
 
 def page_css() -> Markup:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json
+from sparsight.files import read_json, settled
 from sparsight.latents.index import MANIFEST, LatentIndex
 from sparsight.progress import logger
 from sparsight.sae import SparseAutoencoder
@@ -74,12 +74,14 @@ def find_runs(given: str | Path | Iterable[str | Path]) -> list[Path]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder. Give a run folder, as `train` made it.")
+        settled(folder)
         here = [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
         inside = here or sorted(
             path
             for pattern in (f"*/{WEIGHTS}", f"*/*/{WEIGHTS}")
             for path in folder.glob(pattern)
-            if "checkpoints" not in path.relative_to(folder).parts
+            if "checkpoints" not in (parts := path.relative_to(folder).parts)
+            and not any(part.startswith(".") for part in parts)  # on its way there
         )
         open_ends = [] if here else unfinished(folder)
         if not inside and open_ends:
@@ -113,7 +115,13 @@ def read_run(folder: Path, name: str) -> RunFiles:
     metrics: Mapping[str, Any] = {}
     if (folder / "metrics.json").exists():
         metrics = read_json(folder / "metrics.json")
-    if "fvu" not in metrics:
+    if metrics.get("sae", sae.fingerprint()) != sae.fingerprint():
+        metrics = {}
+        missing.append(
+            "Scores: metrics.json is about another SAE than the one here; `sparsight evaluate` "
+            "measures this one."
+        )
+    elif "fvu" not in metrics:
         missing.append("Scores: not measured; `sparsight evaluate` writes metrics.json.")
     index = None
     if (folder / "index" / MANIFEST).exists():

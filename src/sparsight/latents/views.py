@@ -17,6 +17,7 @@ from sparsight.latents import plots, scores
 from sparsight.latents.cards import Gallery, make_gallery
 from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
 from sparsight.latents.run_files import RunFiles
+from sparsight.latents.stored import StoredCodes
 from sparsight.latents.style import to_svg
 from sparsight.progress import progress
 from sparsight.vision import VisionModel
@@ -53,21 +54,24 @@ class RunView:
 def make_view(
     run: RunFiles,
     key: str,
-    model: VisionModel | str,
+    model: VisionModel | str | None,
     *,
     latents: int,
     seed: int,
     quiet: bool,
+    stored: StoredCodes | None = None,
 ) -> RunView:
     """Draw, tabulate and collect what there is of a run.
 
     Args:
         run: what lies in its folder.
         key: of the run, unique on the page.
-        model: what made its activations, or the reason why it is not there.
+        model: what made its activations, or the reason why it is not there; None where it is not
+            needed.
         latents: cards.
         seed: of the lot that chooses latents.
         quiet: no progress bar.
+        stored: where heatmaps can be read.
     """
     gallery = None
     if run.index is not None and latents:
@@ -80,6 +84,7 @@ def make_view(
                 seed=seed,
                 key=f"{key}-",
                 line=line,
+                stored=stored,
             )
         if isinstance(model, str):
             gallery.notes.insert(0, f"No heatmaps: the model is not there. {model}")
@@ -119,7 +124,7 @@ def _remedies(run: RunFiles) -> list[str]:
     return [name for name in REMEDIES if isinstance(train.get(name), dict)]
 
 
-def _plots(run: RunFiles, key: str, model: VisionModel | str) -> list[Plot]:
+def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plot]:
     drawn: list[tuple[str, str, str, Figure]] = []
     if run.log:
         text = "On batches as they came, while training."
@@ -147,7 +152,7 @@ def _plots(run: RunFiles, key: str, model: VisionModel | str) -> list[Plot]:
     ]
 
 
-def _error_by_position(run: RunFiles, model: VisionModel | str) -> Figure:
+def _error_by_position(run: RunFiles, model: VisionModel | str | None) -> Figure:
     values = [math.nan if value is None else value for value in run.metrics["fvu_by_position"]]
     known: Mapping[str, Any] = run.model
     if isinstance(model, VisionModel):

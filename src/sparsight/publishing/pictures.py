@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsight.latents.cards import TOP_SHOWN, Seen, choose_latents, is_crisp, see
 from sparsight.latents.heatmaps import overlay
 from sparsight.latents.run_files import RunFiles
+from sparsight.latents.stored import StoredCodes
 from sparsight.progress import progress
 from sparsight.vision import VisionModel
 
@@ -56,7 +57,13 @@ class LatentPictures:
 
 
 def latent_pictures(
-    run: RunFiles, model: VisionModel | str | None, *, n: int, seed: int, quiet: bool
+    run: RunFiles,
+    model: VisionModel | str | None,
+    *,
+    n: int,
+    seed: int,
+    quiet: bool,
+    stored: StoredCodes | None = None,
 ) -> LatentPictures | None:
     """Paint up to `n` latents; None if the run has no index, or none is wanted.
 
@@ -70,6 +77,7 @@ def latent_pictures(
         n: number of latents.
         seed: of the lot.
         quiet: no progress bar.
+        stored: where heatmaps can be read, so that no model need run.
     """
     index = run.index
     if index is None or n == 0:
@@ -81,7 +89,7 @@ def latent_pictures(
         for image in {example.image for example in examples}:
             wanted.setdefault(image, []).append(latent)
     with progress(f"push: {run.name}", None, "pictures", quiet=quiet) as line:
-        seen = see(index, run.sae, None if isinstance(model, str) else model, wanted, line)
+        seen = see(index, run.sae, None if isinstance(model, str) else model, wanted, line, stored)
     if isinstance(model, str):
         seen.notes.insert(0, f"No heatmaps: {model}")
     pictures = []

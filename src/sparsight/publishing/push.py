@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import sparsight
 from sparsight.config import check_seed
-from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, without_folders, write_bytes
-from sparsight.latents.heatmaps import has_heatmaps
+from sparsight.errors import UserError
+from sparsight.files import (
+    atomic_path,
+    json_bytes,
+    new_folder,
+    read_json,
+    without_folders,
+    write_bytes,
+)
 from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.latents.stored import find_stored, needs_model
 from sparsight.publishing import hub
 from sparsight.publishing.card import card_of, index_card
 from sparsight.publishing.pictures import LatentPictures, latent_pictures
+from sparsight.redaction import without_folders_in
 from sparsight.sae.files import CONFIG, WEIGHTS
+from sparsight.text import without_surrogates
 from sparsight.training import Run
 from sparsight.vision import VisionModel
 
@@ -74,7 +81,8 @@ def push_to_hub(
         message: of the commit.
         latents: how many to show of each SAE, with pictures of the images that it was indexed on.
         seed: of the lot that chooses those without a name.
-        model: what the heatmaps are made with; default the model that the index names.
+        model: what the heatmaps are made with where neither codes nor activations of the images
+            are on disk; default the model that the index names.
         license: as the Hub spells it, e.g. "mit".
         dry_run: write the files into this new folder and upload nothing.
         token: of the Hub; default the one of this machine.
@@ -89,30 +97,18 @@ def push_to_hub(
     if latents < 0:
         raise UserError(f"latents is {latents}; it must be 0 or more.")
     hub.check_repo_id(repo_id)
-    target = None if dry_run is None else _empty(Path(dry_run))
-    if target is None:
-        hub.check_ready(token)
-    runs = _runs(run.out if isinstance(run, Run) else Path(run))
-    models = RunModels(model)
-    files: dict[str, bytes | Path] = {}
-    for folder, each in runs.items():
-        start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
-        pictures = _pictures(each, models, n=latents, seed=seed, quiet=quiet)
-        card = card_of(each, place, pictures, revision=revision, license=license)
-        files[start + README] = card.text().encode()
-        files[start + CONFIG] = _config(each)
-        files[start + WEIGHTS] = each.folder / WEIGHTS
-        if each.metrics:
-            files[start + METRICS] = _json(_nameless(each.metrics))
-        for picture in pictures.pictures if pictures else ():
-            files[start + picture.file] = picture.png
-    if "" not in runs:
-        card_text = index_card(runs, repo_id, revision=revision, license=license)
-        files[README] = card_text.encode()
+    root = run.out if isinstance(run, Run) else Path(run)
+    choice = _Choice(latents, seed, model, revision, license, quiet)
     url = None
-    if target is not None:
-        _write(target, files)
+    if dry_run is not None:
+        with new_folder(Path(dry_run)) as folder:
+            runs = _runs(root)
+            files = _files(runs, repo_id, choice)
+            _write(folder, files)
     else:
+        hub.check_ready(token)
+        runs = _runs(root)
+        files = _files(runs, repo_id, choice)
         url = hub.upload(
             repo_id,
             files,
@@ -131,6 +127,39 @@ def push_to_hub(
     return Push(repo_id, url, sizes, tuple(notes))
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What the caller of `push_to_hub` wants of the cards."""
+
+    latents: int
+    seed: int
+    model: VisionModel | str | None
+    revision: str | None
+    license: str | None
+    quiet: bool
+
+
+def _files(runs: Mapping[str, RunFiles], repo_id: str, choice: _Choice) -> dict[str, bytes | Path]:
+    """What goes into the repository, by its path there."""
+    models = RunModels(choice.model)
+    files: dict[str, bytes | Path] = {}
+    for folder, each in runs.items():
+        start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
+        pictures = _pictures(each, models, n=choice.latents, seed=choice.seed, quiet=choice.quiet)
+        card = card_of(each, place, pictures, revision=choice.revision, license=choice.license)
+        files[start + README] = without_surrogates(without_folders(card.text())).encode()
+        files[start + CONFIG] = _config(each)
+        files[start + WEIGHTS] = each.folder / WEIGHTS
+        if each.metrics:
+            files[start + METRICS] = json_bytes(without_folders_in(each.metrics))
+        for picture in pictures.pictures if pictures else ():
+            files[start + picture.file] = picture.png
+    if "" not in runs:
+        card_text = index_card(runs, repo_id, revision=choice.revision, license=choice.license)
+        files[README] = without_surrogates(without_folders(card_text)).encode()
+    return files
+
+
 def _runs(root: Path) -> dict[str, RunFiles]:
     """SAEs by their folder in the repository: its root for one alone."""
     found = find_runs(root)
@@ -147,8 +176,9 @@ def _pictures(
 ) -> LatentPictures | None:
     if run.index is None or n == 0:
         return None
-    model = models.of(run) if has_heatmaps(run.index.tokens, run.index.site) else None
-    return latent_pictures(run, model, n=n, seed=seed, quiet=quiet)
+    stored = find_stored(run)
+    model = models.of(run, needed=needs_model(run, stored))
+    return latent_pictures(run, model, n=n, seed=seed, quiet=quiet, stored=stored)
 
 
 def _config(run: RunFiles) -> bytes:
@@ -159,36 +189,13 @@ def _config(run: RunFiles) -> bytes:
             f"{run.folder}: holds an autoencoder of another project. `sparsight convert "
             f"{run.folder} --out FOLDER` makes it one of Sparsight's; push that."
         )
-    return _json({**description, "metadata": _nameless(description["metadata"])})
-
-
-def _nameless(value: Any) -> Any:
-    """The same without the folders of this machine, which name people."""
-    if isinstance(value, Mapping):
-        return {key: _nameless(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nameless(each) for each in value]
-    return without_folders(value) if isinstance(value, str) else value
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _empty(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is not empty. Give a new folder to write the files into.")
-    return folder
+    return json_bytes(without_folders_in(description))
 
 
 def _write(folder: Path, files: hub.Files) -> None:
     for path, content in files.items():
         if isinstance(content, bytes):
             write_bytes(folder / path, content)
-            continue
-        try:
-            shutil.copyfile(content, folder / path)
-        except OSError as error:
-            raise SparsightError(
-                f"{folder / path}: could not be written ({error.strerror or error})."
-            ) from error
+        else:
+            with atomic_path(folder / path) as temporary:
+                shutil.copyfile(content, temporary)

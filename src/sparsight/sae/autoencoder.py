@@ -270,7 +270,7 @@ class SparseAutoencoder(nn.Module):
         revision: str | None = None,
         subfolder: str | None = None,
         filename: str | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
     ) -> SparseAutoencoder:
         """Load from a folder, a file or the Hub, ours or another project's.
 
@@ -279,10 +279,11 @@ class SparseAutoencoder(nn.Module):
             revision: on the Hub.
             subfolder: in the folder or repository.
             filename: in that.
-            device: where the SAE is to be.
+            device: where the SAE is to be; default the CPU.
 
         Raises:
-            UserError: there is no SAE at that place, or none that can be read.
+            UserError: there is no SAE at that place, or none that can be read; or torch finds no
+                such device.
             SparsightError: its files are damaged.
         """
         from sparsight.sae.files import load

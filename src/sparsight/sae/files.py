@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparsight.config import from_dict, to_dict
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, read_json, write_json, write_text
+from sparsight.files import atomic_path, read_json, replaced, settled, write_json, write_text
 from sparsight.progress import logger
 from sparsight.reading import LONGEST_CONFIG
 from sparsight.sae.autoencoder import SparseAutoencoder
@@ -26,15 +26,15 @@ READ_VERSIONS = (1, 2)
 """Version 1 had no transcoders, and no other sparsities than those of the k largest."""
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
+README = "README.md"
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
 
 
 def save(sae: SparseAutoencoder, folder: Path) -> Path:
-    """Write an SAE into a folder, each file whole or not at all.
+    """Write an SAE into a folder; its files take the place of an SAE that is there at once.
 
-    The weights are on the disk before anything is replaced, and take their place last: a disk that
-    they do not fit on leaves an SAE that is there as it was.
+    Killed at any point, or on a disk that it does not fit on, the SAE there is the old or the new.
 
     Returns:
         The folder.
@@ -53,9 +53,10 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
         "config": to_dict(sae.config),
         "metadata": sae.metadata,
     }
-    with _written(tensors, folder / WEIGHTS):
-        write_json(folder / CONFIG, description)
-        write_text(folder / "README.md", model_card(sae).text())
+    with replaced(folder, (CONFIG, WEIGHTS, README)) as staged:
+        save_tensors(tensors, staged / WEIGHTS)
+        write_json(staged / CONFIG, description)
+        write_text(staged / README, model_card(sae).text())
     return folder
 
 
@@ -65,19 +66,11 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     Raises:
         SparsightError: the disk is full or the folder cannot be written.
     """
-    with _written(tensors, path):
-        pass
-
-
-@contextmanager
-def _written(tensors: Mapping[str, torch.Tensor], path: Path) -> Iterator[None]:
-    """Write a safetensors file under a temporary name; it is renamed when the block ends."""
     with atomic_path(path) as temporary:
         try:
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise SparsightError(f"{path}: could not be written ({error}).") from error
-        yield
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -98,7 +91,7 @@ def load(
     revision: str | None = None,
     subfolder: str | None = None,
     filename: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> SparseAutoencoder:
     """Read an SAE, ours or one of another project, from a folder, a file or the Hub.
 
@@ -110,13 +103,14 @@ def load(
         revision: on the Hub.
         subfolder: in the folder or repository.
         filename: in that.
-        device: where the SAE is to be.
+        device: where the SAE is to be; default the CPU.
 
     Raises:
-        UserError: there is no SAE there, it is of an unknown format, or has a part that Sparsight
-            has no equal of.
+        UserError: torch finds no such device, there is no SAE there, it is of an unknown format,
+            or has a part that Sparsight has no equal of.
         SparsightError: a file is damaged.
     """
+    target = None if device is None else choose_device(device)
     place = find(name, revision=revision, subfolder=subfolder, filename=filename)
     if place.is_dir() and not _is_own(place):
         # Formats build SAEs and write with what is here.
@@ -128,10 +122,11 @@ def load(
         sae = _own(folder)
     else:
         sae = _foreign(place, str(name))
-    return sae.to(device) if device is not None else sae
+    return sae if target is None else sae.to(target)
 
 
 def _is_own(folder: Path) -> bool:
+    settled(folder)
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
         return False
     size = (folder / CONFIG).stat().st_size
@@ -161,6 +156,29 @@ def _foreign(place: Path, name: str) -> SparseAutoencoder:
 
 
 def _own(folder: Path) -> SparseAutoencoder:
+    while True:
+        before = _identity(folder / CONFIG)
+        try:
+            sae = _read_own(folder)
+        except SparsightError:
+            if _identity(folder / CONFIG) == before:
+                raise
+        else:
+            # Else another SAE took its place between the two files: read that.
+            if _identity(folder / CONFIG) == before:
+                return sae
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What differs when another file has taken the place of this one."""
+    try:
+        about = path.stat()
+    except OSError:
+        return ()
+    return about.st_dev, about.st_ino, about.st_mtime_ns
+
+
+def _read_own(folder: Path) -> SparseAutoencoder:
     description = _description(folder / CONFIG)
     d_in = description["d_in"]
     config = from_dict(SAEConfig, description["config"], str(folder / CONFIG))

@@ -18,6 +18,8 @@ from sparsight.files import read_json, remove_temporaries, sha256_file, sha256_j
 FORMAT_VERSION = 1
 KEPT = 2
 STATE = "state.json"
+PARTIAL = ("[0-9]*",)
+"""Names of checkpoints, for `temporaries`."""
 
 Found = TypeVar("Found")
 
@@ -43,7 +45,7 @@ def write(
     """
     target = folder / f"{step:09d}"
     partial = folder / f".{step:09d}.tmp"
-    remove_temporaries(folder)
+    remove_temporaries(folder, PARTIAL)
     try:
         files = write_files(partial)
         sha256 = {file: sha256_file(partial / file) for file in files}

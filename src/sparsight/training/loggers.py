@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sparsight.errors import MissingExtra, SparsightError
-from sparsight.files import write_bytes, write_text
+from sparsight.files import without_folders, write_bytes, write_text
+from sparsight.redaction import without_folders_in
 from sparsight.training.run import METRICS, WANDB_ID, read_metrics
 
 
@@ -102,9 +103,9 @@ class WeightsAndBiases:
             raise MissingExtra("wandb", "wandb") from error
         self.run = wandb.init(
             project="sparsight",
-            name=str(folder),
+            name=without_folders(str(folder)),
             dir=str(folder),
-            config=dict(config),
+            config=without_folders_in(config),
             reinit="create_new",
             id=_wandb_id(folder),
             resume="allow",

@@ -109,14 +109,16 @@ class Run:
 
 def lying_about(folders: Iterable[Path], checkpoints: Path) -> bool:
     """Whether a process was killed while it wrote into folders of SAEs, or checkpoints."""
-    return any(temporaries(each, WRITTEN) for each in folders) or bool(temporaries(checkpoints))
+    return any(temporaries(each, WRITTEN) for each in folders) or bool(
+        temporaries(checkpoints, checkpoint_files.PARTIAL)
+    )
 
 
 def clear(folders: Iterable[Path], checkpoints: Path) -> None:
     """Remove what such a process left. The lock must be held."""
     for folder in folders:
         remove_temporaries(folder, WRITTEN)
-    remove_temporaries(checkpoints)
+    remove_temporaries(checkpoints, checkpoint_files.PARTIAL)
 
 
 def refuse_foreign_files(out: Path) -> None:

@@ -17,8 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsight.activations import ActivationSource, HeldOut
 from sparsight.config import load, write_toml
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock, read_json, remove_temporaries, temporaries, write_json
 from sparsight.pace import SECONDS, Pace
@@ -142,7 +145,7 @@ def sweep(
     tokens: Tokens | None = None,
     held_out: HeldOut | float | None = None,
     resume: bool = True,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     checkpoint_seconds: float | None = SECONDS,
     quiet: bool = False,
 ) -> Sweep:
@@ -176,6 +179,7 @@ def sweep(
         SparsightError: the activations are not finite, or the loss of every member ceases to be;
             the last checkpoint stays.
     """
+    place = choose_device(device, float64=True)
     out, pace = Path(out), Pace(checkpoint_seconds)
     sources, names, config = _resolved(source, sites, tokens, config)
     held_out = HeldOut(held_out) if isinstance(held_out, float) else held_out
@@ -208,7 +212,7 @@ def sweep(
             _clear(result)
             _write_recipe(first, names, config, out, held_out)
             read = with_target(names, config.train)
-            while _train_together(sources, read, result, recipes, device, pace, quiet):
+            while _train_together(sources, read, result, recipes, place, pace, quiet):
                 pass
     return _settled(result)
 
@@ -234,7 +238,7 @@ def _train_together(
     read: Sequence[str],
     sweep: Sweep,
     recipes: Mapping[str, TrainRecipe],
-    device: str | None,
+    device: torch.device,
     pace: Pace,
     quiet: bool,
 ) -> bool:
@@ -349,14 +353,14 @@ def _leftovers(sweep: Sweep) -> bool:
     return (
         (sweep.out / LOCK).exists()
         or lying_about(_folders(sweep), sweep.checkpoints)
-        or bool(temporaries(sweep.out, _TABLES) or temporaries(sweep.out / "plots"))
+        or bool(temporaries(sweep.out, _TABLES) or temporaries(sweep.out / "plots", ["*"]))
     )
 
 
 def _clear(sweep: Sweep) -> None:
     clear(_folders(sweep), sweep.checkpoints)
     remove_temporaries(sweep.out, _TABLES)
-    remove_temporaries(sweep.out / "plots")
+    remove_temporaries(sweep.out / "plots", ["*"])
 
 
 def _refuse_single_run(out: Path, resume: bool) -> None:

@@ -29,6 +29,7 @@ from sparsight.activations import (
     with_tokens,
 )
 from sparsight.config import first_difference, load, read_toml, to_dict, value_at, write_toml
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
@@ -73,7 +74,7 @@ def train(
     tokens: Tokens | None = None,
     held_out: HeldOut | float | None = None,
     resume: bool = True,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     checkpoint_seconds: float | None = SECONDS,
     quiet: bool = False,
 ) -> Run:
@@ -107,6 +108,7 @@ def train(
             does not fit the activations.
         SparsightError: the loss or the activations are not finite; the last checkpoint stays.
     """
+    place = choose_device(device, float64=True)
     config = config or TrainConfig()
     activations, names, config = resolve(source, config, sites, tokens)
     run = Run(Path(out), names)
@@ -123,7 +125,7 @@ def train(
     with run.claimed():
         members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
         read = with_target(run.sites, config)
-        train_members(kept_in, read, members, run.checkpoints, "train", device, pace, quiet)
+        train_members(kept_in, read, members, run.checkpoints, "train", place, pace, quiet)
     return run
 
 
@@ -160,7 +162,7 @@ def train_members(
     members: Sequence[Member],
     checkpoints: Path,
     title: str,
-    device: str | None,
+    device: str | torch.device | None,
     pace: Pace,
     quiet: bool,
     *,
@@ -215,7 +217,7 @@ class Loop:
         sites: Sequence[str],
         members: Sequence[Member],
         checkpoints: Path,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         pace: Pace | None = None,
         *,
         drop_diverged: bool = False,
@@ -223,7 +225,7 @@ class Loop:
         self.members = {member.name: member for member in members}
         self.config = members[0].config  # for what all have in common
         self.checkpoints = checkpoints
-        self.device = torch.device(device or _best_device())
+        self.device = choose_device(device, float64=True)
         self.pace = pace or Pace(None)
         self.drop_diverged = drop_diverged
         self.step = self.kept_step = 0
@@ -734,7 +736,3 @@ def mean_to_spread(statistics: SiteStatistics) -> float:
     """
     variance = (statistics.second_moment - statistics.mean**2).clamp(min=0).sum()
     return float(statistics.mean.norm() / variance.sqrt().clamp(min=1e-300))
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

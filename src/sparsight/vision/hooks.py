@@ -90,7 +90,7 @@ def _replace(value: Any, tensor: Tensor) -> Any:
 
 
 def _apply(touch: Touch, x: Tensor) -> Tensor | None:
-    if x.ndim == 3:
+    if x.ndim != 2:
         return touch(x)
     y = touch(x.unsqueeze(1))
     return None if y is None else y.squeeze(1)

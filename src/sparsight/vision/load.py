@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sparsight.devices import choose_device
 from sparsight.errors import UserError
 from sparsight.vision.model import VisionModel
 
@@ -35,7 +36,9 @@ def load_model(
             names of OpenAI's code (`.safetensors`, `.pt`), also in the geometric parametrisation
             or with Long-CLIP's positions; or `calibration`, the small CLIP that comes with
             Sparsight.
-        device: default CUDA if there is one, else the CPU.
+        device: "cpu", "cuda", "cuda:1", "xpu" or "mps"; default a CUDA or Intel GPU if there is
+            one, else the CPU. Apple's GPU (mps) must be named: it has no float64, in which
+            training and evaluation sum.
         dtype: default float32; bfloat16 where memory or speed counts; "auto" for bfloat16 where
             the device multiplies in it, float32 elsewhere. Activations of one dtype are not those
             of another.
@@ -50,7 +53,7 @@ def load_model(
         MissingExtra: an `open_clip:` id, and open_clip is not installed.
         SparsightError: the weights are damaged.
     """
-    target = _device(device)
+    target = choose_device(device)
     kind = _fast_dtype(target) if dtype == "auto" else _dtype(dtype)
     model = _load(id, target, kind, revision, tokenizer)
     return model.scale_jpegs() if scale_jpegs else model
@@ -118,20 +121,6 @@ def _single_file(id: str) -> Path | None:
         return None
     found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
     return found[0] if len(found) == 1 else None
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise UserError(
-            f"device={device!r} is not a device. Try 'cpu', 'cuda' or 'cuda:0'."
-        ) from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={device!r}: torch finds no CUDA device here. Use device='cpu'.")
-    return target
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.vision.hashing import weights_hash
 from sparsight.vision.hooks import Edit, Place, StopForward, checked, touching
@@ -102,10 +103,13 @@ class VisionModel(ABC):
         self._tower = tower
         self._projection = tuple(projection)
         self.module.to(device=device, dtype=torch.float32)
-        self._anatomy: Anatomy = probe(id, tower, embedding, self._embed, input_shape)
+        self.has_cls = False
+        self._anatomy: Anatomy = probe(
+            id, tower, embedding, self._embed, input_shape, self._position_hint()
+        )
         if dtype != torch.float32:
             _ = self.weights_hash  # before the cast, which is no part of the model's identity
-        self.module.to(dtype=dtype)
+        self._cast(dtype)
         self.n_blocks = self._anatomy.n_blocks
         self.n_tokens = self._anatomy.n_tokens
         self.n_prefix = self._anatomy.n_prefix
@@ -172,8 +176,12 @@ class VisionModel(ABC):
         return self
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the model to `device`, and give it back."""
-        self.module.to(device)
+        """Move the model to `device`, and give it back.
+
+        Raises:
+            UserError: torch finds no such device.
+        """
+        self.module.to(choose_device(device))
         return self
 
     def canonical_site(self, site: str) -> str:
@@ -297,6 +305,20 @@ class VisionModel(ABC):
         return self._embed(self._prepare(pixels)).float()
 
     @property
+    def has_joint_space(self) -> bool:
+        """Whether `embed_images` gives vectors in a space with those of texts."""
+        return "embedding" in self.sites
+
+    @property
+    def image_embedding(self) -> str:
+        """What `embed_images` gives, in words."""
+        if self.has_joint_space:
+            return "the joint embedding of images and texts"
+        if self.has_cls:
+            return "CLS after the final norm (there is no joint space with texts)"
+        return "the mean over positions after the final norm (there is no joint space with texts)"
+
+    @property
     def context_length(self) -> int:
         """How many tokens a text may have, start and end included.
 
@@ -394,6 +416,19 @@ class VisionModel(ABC):
             f"positions ({self.n_prefix} prefix + {rows} × {columns} patches), "
             f"{self.dtype} on {self.device})"
         )
+
+    def _position_hint(self) -> str:
+        """A setting that may be why the positions of a model are refused, for the message."""
+        return ""
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Bring the weights to `dtype`, but for the two numbers that logits depend on."""
+        names = ("logit_scale", "logit_bias")
+        exact = {name: getattr(self.module, name, None) for name in names}
+        kept = {name: x.detach().clone() for name, x in exact.items() if isinstance(x, Tensor)}
+        self.module.to(dtype=dtype)
+        for name, value in kept.items():
+            getattr(self.module, name).data = value
 
     def _site(self, site: str) -> Site:
         return self._anatomy.sites[self.canonical_site(site)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +20,8 @@ from torch import Tensor
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.vision.hooks import Place
 from sparsight.vision.model import VisionModel
+from sparsight.vision.settings import no_code_of_models, reason
+from sparsight.vision.thin_images import check_resized
 from sparsight.vision.tower import find_tower
 
 PREFIX = "open_clip:"
@@ -55,8 +58,20 @@ class OpenClipModel(VisionModel):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """open_clip's, for the model's name."""
-        return import_open_clip().get_tokenizer(self._name)
+        """open_clip's, for the model's name.
+
+        Raises:
+            UserError: it could not be loaded.
+        """
+        try:
+            with no_code_of_models():
+                return import_open_clip().get_tokenizer(self._name)
+        except MissingExtra:
+            raise
+        except Exception as error:  # its files may hold anything
+            raise UserError(
+                f"{self.id}: open_clip could not load its tokenizer ({reason(error)})."
+            ) from error
 
 
 def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> OpenClipModel:
@@ -70,7 +85,12 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
     open_clip = import_open_clip()
     name, pretrained = _parse(id, open_clip)
     try:
-        module = open_clip.create_model(name, pretrained=pretrained, device="cpu")
+        with no_code_of_models():
+            module = open_clip.create_model(
+                name, pretrained=pretrained, device="cpu", require_pretrained=True
+            )
+    except UserError as error:
+        raise UserError(f"{id}: {error}.") from error
     except (SafetensorError, EOFError) as error:
         raise SparsightError(f"{id}: its weights are damaged ({error}).") from error
     except UnpicklingError as error:  # torch's own text advises to run what the file brings
@@ -144,10 +164,31 @@ def _parse(id: str, open_clip: Any) -> tuple[str, str | None]:
     )
 
 
-def _transform(settings: dict[str, Any]) -> Any:
-    """open_clip's own preprocessing for inference: PIL -> float32 tensor, picklable."""
+@dataclass(frozen=True)
+class OpenClipTransform:
+    """open_clip's own preprocessing for inference as a picklable function of one image."""
+
+    compose: Any
+    side: int | None
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        """Preprocess one RGB image.
+
+        Raises:
+            ImageError: it is so thin that resizing would blow it up; see `thin_images`.
+        """
+        check_resized(image, self.side)
+        return self.compose(image)  # type: ignore[no-any-return]
+
+
+def _transform(settings: dict[str, Any]) -> OpenClipTransform:
     transform = importlib.import_module("open_clip.transform")
-    return transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
+    compose = transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
+    size = settings["size"]
+    squashed = settings.get("resize_mode", "shortest") != "shortest"
+    return OpenClipTransform(
+        compose, None if squashed else size if isinstance(size, int) else max(size)
+    )
 
 
 def _shape(transform: Any) -> tuple[int, int, int]:

@@ -1,21 +1,27 @@
-"""Two pictures through a model that was just loaded: what its sites are really like."""
+"""Two images through a model that was just loaded: what its sites are really like."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.vision.hooks import Place, touching
+from sparsight.vision.hooks import Place, StopForward, touching
+from sparsight.vision.positions import count_prefix, find_cls
+from sparsight.vision.settings import reason
 from sparsight.vision.tower import MLP_WRITE, Tower
 
 _POINTS = 65_536
 _STEEPEST = 2.0
+_STAY = 0.75
+"""Share of positions that resemble themselves most where a block keeps their order."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,12 @@ def probe(
     embedding: Place | None,
     forward: Callable[[Tensor], Tensor],
     input_shape: tuple[int, int, int],
+    hint: str = "",
 ) -> Anatomy:
-    """Run `forward` on a grey and a random picture and measure every site.
+    """Run `forward` on a grey and a random image and measure every site.
+
+    Which positions are the prefix, and that the patches follow in reading order, is found out with
+    marked images (`positions.py`); that the order stays, from block to block.
 
     `attn_out` and `mlp_out` are offered only if
     `resid_pre + attn_out + mlp_out = resid_post` holds in every block to float32 rounding; so
@@ -62,39 +72,30 @@ def probe(
         tower: the parts found; weights must be float32.
         embedding: where the joint embedding comes out, if there is one.
         forward: runs the vision part, embedding included.
-        input_shape: channels, height, width of a preprocessed picture.
+        input_shape: channels, height, width of a preprocessed image.
+        hint: a setting of the model that may be why its positions are refused, for messages.
 
     Raises:
-        UserError: the model does not take pictures of that size, or its residual stream is not
-            `[batch, prefix + patches, d_in]`.
+        UserError: the model does not take images of that size, or its residual stream is not
+            `[batch, prefix + patches, d_in]` from the first block to the last.
     """
     places = tower.places()
     if embedding is not None:
         places["embedding"] = embedding
     seen = _observe(id, places, forward, input_shape, tower)
-
-    stream = seen.shapes.get("blocks.0.resid_pre")
-    if stream is None or len(stream) != 3 or stream[0] != 2:
-        found = "nothing" if stream is None else str(list(stream))
-        raise UserError(
-            f"{id}: two pictures give {found} at block 0, expected [2, positions, d_in]. "
-            "(open_clip before 2.27 puts positions first; install a newer one.)"
-        )
+    problem = _stream_problem(seen)
+    if problem is not None:
+        raise UserError(f"{id}: {problem}.")
     offered = {
         site: shape
         for site, shape in seen.shapes.items()
         if seen.holds.get(site.rpartition(".")[2], True)
+        and seen.calls[site] == 1
+        and (site != "final_norm" or seen.normalised_last)
     }
-
-    height, width = input_shape[1:]
-    grid = (height // tower.patches.stride[0], width // tower.patches.stride[1])
-    n_tokens = stream[1]
-    n_prefix = n_tokens - grid[0] * grid[1]
-    if n_prefix < 0:
-        raise UserError(
-            f"{id}: {n_tokens} positions for {grid[0]} × {grid[1]} patches; models that merge "
-            "patches before the first block are not supported."
-        )
+    embed = partial(_before_blocks, places["blocks.0.resid_pre"], forward, tower)
+    patch = (int(tower.patches.stride[0]), int(tower.patches.stride[1]))
+    n_prefix = count_prefix(id, embed, input_shape, patch, hint)
     return Anatomy(
         sites={
             site: Site(place, d_in=offered[site][-1], per_image=offered[site][1] == 1)
@@ -102,32 +103,111 @@ def probe(
             if site in offered
         },
         n_blocks=len(tower.blocks),
-        n_tokens=n_tokens,
+        n_tokens=seen.shapes["blocks.0.resid_pre"][1],
         n_prefix=n_prefix,
-        has_cls=n_prefix > 0 and tower.has_cls_parameter,
-        patch_grid=grid,
+        has_cls=find_cls(embed, tower.cls_parameters(), input_shape, n_prefix),
+        patch_grid=(input_shape[1] // patch[0], input_shape[2] // patch[1]),
     )
+
+
+def _stream_problem(seen: _Observer) -> str | None:
+    """Why the residual stream of two images is not the same from block to block; None if it is."""
+    stream = seen.shapes.get("blocks.0.resid_pre")
+    if stream is None or len(stream) != 3 or stream[0] != 2:
+        return _odd_stream(stream)
+    for site, shape in seen.shapes.items():
+        if not site.endswith(("resid_pre", "resid_post")):
+            continue
+        if shape != stream:
+            return (
+                f"two images give {list(stream)} (images, positions, d_in) before block 0 and "
+                f"{list(shape)} at {site}. Sparsight reads models whose positions stay the same "
+                "from block to block"
+            )
+        if seen.calls[site] != 1:
+            return f"block {site.split('.')[1]} runs {seen.calls[site]} times for each image"
+    if seen.moved:
+        return (
+            f"positions change places {seen.moved[0]} (windows that stay cut, or a shuffle). "
+            "Sparsight reads models whose positions keep their order from block to block"
+        )
+    return None
+
+
+def _odd_stream(stream: torch.Size | None) -> str:
+    """What is wrong with a residual stream of two images that has another shape."""
+    expected = "expected [2, positions, d_in]"
+    if stream is None:
+        return f"two images give nothing at block 0, {expected}"
+    found = f"two images give {list(stream)} at block 0, {expected}"
+    if len(stream) == 3 and stream[1] == 2:
+        return (
+            f"{found}: positions come first (open_clip before 2.27 does that; install a newer "
+            "one), or the model cuts each image into windows"
+        )
+    if len(stream) == 3:
+        return f"{found}: the model cuts each image into windows, crops or frames of its own"
+    return (
+        f"{found}: its patches stay in rows and columns, as in SAM and other models with windows "
+        "or convolutions. Sparsight opens plain vision transformers"
+    )
+
+
+def _before_blocks(
+    place: Place, forward: Callable[[Tensor], Tensor], tower: Tower, pixels: Tensor
+) -> Tensor:
+    """What enters block 0; nothing behind it runs."""
+    found: list[Tensor] = []
+
+    def catch(x: Tensor) -> None:
+        found.append(x.detach().clone())
+        raise StopForward
+
+    with touching(place, catch), suppress(StopForward):
+        forward(pixels.to(tower.patches.weight.device))
+    return found[0]
 
 
 @dataclass
 class _Observer:
     """Shapes of the sites; the activations of one block at a time, big models have many."""
 
+    n_blocks: int
     shapes: dict[str, torch.Size] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often each site is passed."""
+    normalised_last: bool = False
+    """Whether the final norm comes behind all blocks."""
     holds: dict[str, bool] = field(
         default_factory=lambda: dict.fromkeys(("attn_out", "mlp_out", "mlp_pre", "mlp_post"), True)
     )
+    moved: list[str] = field(default_factory=list)
+    """Where positions change places, in words."""
     _block: dict[str, Tensor] = field(default_factory=dict)
+    _last: Tensor | None = None
+    """What the block before gave."""
 
     def note(self, site: str, x: Tensor) -> None:
         if not site.endswith(MLP_WRITE):
             self.shapes[site] = x.shape
+            self.calls[site] += 1
+        if site == "final_norm":
+            self.normalised_last = f"blocks.{self.n_blocks - 1}.resid_post" in self.shapes
         if not site.startswith("blocks."):
             return
-        part = site.rpartition(".")[2]
+        _, block, part = site.split(".")
         self._block[part] = x
+        if part == "resid_pre" and self._last is not None and not _same_order(self._last, x):
+            self.moved.append(f"before block {block}")
         if part == "resid_post":
             adds_up = _adds_up(self._block)
+            if (
+                not adds_up
+                and not _adds_up_scaled(self._block)
+                and not _same_order(self._block.get("resid_pre"), x)
+            ):
+                self.moved.append(f"in block {block}")
+            self._last = x
             writes = adds_up and _writes(self._block)
             found = {"attn_out": adds_up, "mlp_out": adds_up, "mlp_post": writes}
             found["mlp_pre"] = writes and _is_activated(self._block)
@@ -144,7 +224,7 @@ def _observe(
 ) -> _Observer:
     noise = torch.randn(input_shape, generator=torch.Generator().manual_seed(0))
     pixels = torch.stack([torch.zeros(input_shape), noise]).to(tower.patches.weight.device)
-    observer = _Observer()
+    observer = _Observer(len(tower.blocks))
     with ExitStack() as stack:
         for site, place in {**places, **tower.mlp_writes()}.items():
             stack.enter_context(touching(place, partial(observer.note, site)))
@@ -152,12 +232,30 @@ def _observe(
             forward(pixels)
         except SparsightError:
             raise
-        except (ValueError, RuntimeError, TypeError) as error:
+        except Exception as error:
+            begun = "blocks.0.resid_pre" in observer.shapes
+            if begun and (problem := _stream_problem(observer)) is not None:
+                raise UserError(f"{id}: {problem}.") from error  # what follows fails for it
             raise UserError(
                 f"{id}: the model does not run on the {input_shape[1]} × {input_shape[2]} "
-                f"pictures that its own preprocessing makes ({error})."
+                f"images that its own preprocessing makes ({reason(error)})."
             ) from error
     return observer
+
+
+def _same_order(before: Tensor | None, after: Tensor) -> bool:
+    """Whether most positions of the second image are nearest to themselves, before and after.
+
+    True where the shapes differ, for that is told apart.
+    """
+    if before is None or before.shape != after.shape or before.ndim != 3 or len(before) != 2:
+        return True
+    if torch.equal(before, after):
+        return True
+    one, two = (x[1].float() - x[1].float().mean(dim=0) for x in (before, after))
+    alike = normalize(one, dim=-1) @ normalize(two, dim=-1).mT
+    own = torch.arange(len(alike), device=alike.device)
+    return bool((alike.argmax(dim=0) == own).float().mean() >= _STAY)
 
 
 def _adds_up(block: Mapping[str, Tensor]) -> bool:
@@ -165,9 +263,28 @@ def _adds_up(block: Mapping[str, Tensor]) -> bool:
     parts = [block.get(part) for part in ("resid_pre", "attn_out", "mlp_out")]
     if any(part is None or part.shape != total.shape for part in parts):
         return False
-    tensors = [part.double() for part in parts if part is not None]
-    error = (sum(tensors, torch.zeros_like(tensors[0])) - total.double()).norm()
+    tensors = [part.cpu().double() for part in parts if part is not None]
+    error = (sum(tensors, torch.zeros_like(tensors[0])) - total.cpu().double()).norm()
     return bool(error <= 1e-5 * sum(float(part.norm()) for part in tensors))
+
+
+def _adds_up_scaled(block: Mapping[str, Tensor]) -> bool:
+    """Whether attention and MLP are added, each times one number per dimension (BEiT, InternVL)."""
+    parts = [block.get(part) for part in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    if any(part is None or part.shape != block["resid_post"].shape for part in parts):
+        return False
+    before, attention, mlp, after = (
+        part.cpu().double().flatten(0, 1).mT for part in parts if part is not None
+    )
+    written = torch.stack([attention, mlp], dim=-1)
+    added = (after - before).unsqueeze(-1)
+    # The least squares of each dimension; the ridge is far below float32's rounding.
+    squares = written.mT @ written
+    ridge = 1e-12 * squares.diagonal(dim1=-2, dim2=-1).sum(dim=-1) + 1e-30
+    scales = torch.linalg.solve(
+        squares + ridge[:, None, None] * torch.eye(2, dtype=torch.float64), written.mT @ added
+    )
+    return bool((written @ scales - added).norm() <= 1e-5 * added.norm())
 
 
 def _writes(block: Mapping[str, Tensor]) -> bool:
@@ -178,7 +295,7 @@ def _writes(block: Mapping[str, Tensor]) -> bool:
         return False
     if neurons.shape[:2] != stream.shape[:2] or written.shape != out.shape:
         return False
-    written, out = written.double().flatten(0, 1), out.double().flatten(0, 1)
+    written, out = written.cpu().double().flatten(0, 1), out.cpu().double().flatten(0, 1)
     scale = (written * out).sum(dim=0) / written.square().sum(dim=0).clamp_min(1e-30)
     return bool((written * scale - out).norm() <= 1e-5 * out.norm())
 
@@ -193,7 +310,7 @@ def _is_activated(block: Mapping[str, Tensor]) -> bool:
     if before is None or before.shape != after.shape:
         return False
     step = max(1, before.numel() // _POINTS) | 1
-    before, order = before.flatten()[::step].double().sort()
-    after = after.flatten()[::step].double()[order]
+    before, order = before.flatten()[::step].cpu().double().sort()
+    after = after.flatten()[::step].cpu().double()[order]
     rounding = 1e-4 * float(after.abs().max())
     return bool((after.diff().abs() <= _STEEPEST * before.diff() + rounding).all())

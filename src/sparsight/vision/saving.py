@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import new_folder, write_json
+from sparsight.files import new_file, new_folder, read_json, without_folders, write_json
 from sparsight.vision.byte_pairs import from_open_clip, is_standard
 from sparsight.vision.clip_shape import (
     ClipShape,
@@ -60,6 +60,9 @@ FILES = (".safetensors", ".pt")
 """How the name of a single file ends."""
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+"""Where libraries note what a model, a processor or a tokenizer was loaded from."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative difference of embeddings, by the narrower dtype of the two."""
@@ -156,6 +159,7 @@ def write_model(
             _write_open_clip(parts, place, kind)
         else:
             notes = _write_openai(parts, place, kind, gmp=gmp, long=long)
+        _forget_places(place)
         difference = _difference(model, _read_back(parts, model, place, layout))
         if not difference <= max(_TOLERANCE[kind], _TOLERANCE[model.dtype]):
             raise SparsightError(
@@ -328,7 +332,8 @@ def _write_openai(
                 f"{parts.id}: a .pt file of weights cannot say what is not as in OpenAI's CLIPs: "
                 f"{'; '.join(notes)}. Write .safetensors, whose metadata can, or another layout."
             )
-        torch.save(state, place)
+        with place.open("wb") as file:
+            torch.save(state, file)
     return tuple(notes)
 
 
@@ -381,6 +386,28 @@ def _in_gmp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _forget_places(folder: Path) -> None:
+    """Leave out of configurations in which folders of this machine the model lay."""
+    for path in folder.glob("*config.json"):
+        said = read_json(path)
+        known = _without_places(said)
+        if known != said:
+            write_json(path, known)
+
+
+def _without_places(said: Any) -> Any:
+    if isinstance(said, list):
+        return [_without_places(each) for each in said]
+    if not isinstance(said, dict):
+        return said
+    return {
+        key: without_folders(value)
+        if key in _PLACES and isinstance(value, str)
+        else _without_places(value)
+        for key, value in said.items()
+    }
+
+
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.to(dtype).contiguous() for key, value in state.items()}
 
@@ -388,19 +415,11 @@ def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 @contextmanager
 def _place(out: Path) -> Iterator[Path]:
     """Where to write: a folder, or a file in one, beside `out`; it gets its name if all is well."""
-    if out.suffix not in FILES:
-        with new_folder(out) as folder:
-            yield folder
-        return
-    if out.exists():
-        raise UserError(f"{out}: is there already. Choose another name.")
-    beside = out.with_name(f".{out.name}.tmp")
-    with new_folder(beside) as folder:
-        yield folder / out.name
-    try:
-        (beside / out.name).replace(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with new_file(out) if out.suffix in FILES else new_folder(out) as place:
+        try:
+            yield place
+        except SafetensorError as error:
+            raise SparsightError(f"{out}: could not be written ({error}).") from error
 
 
 def _read_back(

@@ -8,6 +8,7 @@ missing site, never a mislabelled one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,7 +81,6 @@ class Tower:
     patches: nn.Conv2d
     blocks: tuple[nn.Module, ...]
     final_norm: nn.Module | None
-    has_cls_parameter: bool
 
     def places(self) -> dict[str, Place]:
         """The sites that the blocks and the final norm offer, in forward order."""
@@ -100,6 +100,11 @@ class Tower:
         if self.final_norm is not None:
             places["final_norm"] = Place(self.final_norm)
         return places
+
+    def cls_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are called a class token."""
+        named = self.module.named_parameters()
+        return [weight for key, weight in named if key.rsplit(".", 1)[-1] in CLS]
 
     def mlp_writes(self) -> dict[str, Place]:
         """What each MLP's second linear map gives: no site, but what `mlp_post` is held against."""
@@ -133,14 +138,28 @@ def find_tower(model: nn.Module, id: str) -> Tower:
                     patches=conv,
                     blocks=tuple(lists[0].children()),
                     final_norm=None if isinstance(norm, nn.Identity) else norm,
-                    has_cls_parameter=any(
-                        key.rsplit(".", 1)[-1] in CLS for key, _ in module.named_parameters()
-                    ),
                 )
     raise UserError(
-        f"{id}: no vision transformer found in it ({type(model).__name__}). Sparsight looks for "
-        "a patch convolution and one list of blocks, each with attention and an MLP."
+        f"{id}: no vision transformer found in it ({type(model).__name__}{_other_patches(model)}). "
+        "Sparsight looks for a convolution (Conv2d) that cuts images of 3 channels into patches "
+        "without overlap, and one list of blocks, each with attention and an MLP."
     )
+
+
+def _other_patches(model: nn.Module) -> str:
+    """How a model without a patch convolution of ours seems to cut patches, for a message."""
+    for name, part in model.named_modules():
+        if not re.search(r"patch|embed|stem", name) or "text" in name:
+            continue
+        if isinstance(part, nn.Conv3d):
+            return f"; its {name} cuts videos"
+        if isinstance(part, nn.Conv2d) and part.kernel_size != part.stride:
+            return f"; the patches of its {name} overlap"
+        if isinstance(part, nn.Conv2d) and part.in_channels != 3 and part.stride[0] > 1:
+            return f"; its {name} takes images of {part.in_channels} channels"
+        if isinstance(part, nn.Linear) and "patch" in name:
+            return f"; its {name} takes patches that are cut already"
+    return ""
 
 
 def _cuts_patches(conv: nn.Conv2d) -> bool:

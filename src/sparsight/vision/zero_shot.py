@@ -164,12 +164,13 @@ def classify(
     """Logits of pictures: `logit_scale` times the cosine with each class's direction.
 
     Args:
-        embeddings: of pictures, normalised or not.
+        embeddings: of pictures, normalised or not; half precision is computed in float32.
         weights: unit rows from `classifier_weights`.
         logit_scale: the model's; it changes probabilities, never the ranking. (SigLIP's bias is
             left out: it too changes no ranking.)
     """
-    return logit_scale * F.normalize(embeddings.float(), dim=-1) @ weights.to(embeddings.device).T
+    directions = weights.to(embeddings.device, torch.float32)
+    return logit_scale * F.normalize(embeddings.float(), dim=-1) @ directions.T
 
 
 def contrastive_loss(
@@ -210,6 +211,7 @@ def zero_shot(
     batch_size: int = 64,
     workers: int | None = None,
     limit: int | None = None,
+    seed: int = 0,
     quiet: bool = True,
 ) -> ZeroShotResult:
     """Classify every labelled picture of `source` among all classes, batch by batch.
@@ -224,7 +226,8 @@ def zero_shot(
         templates: see `classifier_weights`.
         batch_size: pictures at a time.
         workers: processes that decode; default that of `load_batches`.
-        limit: only the first so many pictures.
+        limit: a random sample of so many images; default all.
+        seed: of the sample.
         quiet: no progress line.
 
     Raises:
@@ -241,8 +244,9 @@ def zero_shot(
     scale = model.logit_scale
     tally = ZeroShotTally(list(names))
 
-    total = len(source) if limit is None else min(limit, len(source))
-    labels = [source.info(i).label for i in range(total)]
+    source = source if limit is None else source.sample(limit, seed)
+    total = len(source)
+    labels = [source.known(i).label for i in range(total)]
     scored = [i for i, label in enumerate(labels) if label in numbers]
     unlabelled = labels.count(None)
     failed = 0

@@ -132,7 +132,10 @@ def main(arguments: Sequence[str]) -> None:
         check_failed(table.about["failed"], len(pairs), options.max_failed)
         if folder is not None:
             table.about["sae_folder"] = str(folder.absolute())
-        place = table.save(options.out / name)
+        place = options.out / name
+        if others is None or not table.selective or not place.exists():
+            # An earlier search is replaced when this one is complete.
+            table.save(place)
         kind = table.about["unit"]
         print(
             f"{place}: {len(table.found):,} of {table.about['n_tested']:,} {kind}s respond to "
@@ -165,5 +168,5 @@ def main(arguments: Sequence[str]) -> None:
             quiet=False,
         )
         check_failed(report.failed, len(others), options.max_failed)
-        report.save(place / "causal.json")
+        table.save(place, report.to_dict())
         print_table(report.table())

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from sparsight.editing.attacks.opinion import clip_opinion
 from sparsight.editing.attacks.salience import latent_reducer
 from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import write_bytes, write_json, write_text
+from sparsight.files import atomic_path, new_folder, without_folders, write_json, write_text
 from sparsight.images import ImageError, ImageInfo, ImageSource, load_batches
 from sparsight.progress import progress
 from sparsight.vision import VisionModel, classifier_weights, classify, names_by_label
@@ -122,51 +120,49 @@ def curate(
     out = Path(out)
     given = [targets] if isinstance(targets, Target) else list(targets)
     _check(given, n, captions, sentence, source)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already. Name another folder, or remove it.")
     for target in given:
         if target.sae is not None:
             check_belongs(target.sae, model, target.table.site, strict=check)
-    scores, loaded = _scores(
-        model, source, given, batch_size=batch_size, workers=workers, quiet=quiet
-    )
-    failed = int((~loaded).sum())
-    if failed > max_failed * len(source):
-        raise SparsightError(
-            f"{source.spec}: {failed:,} of {len(source):,} pictures could not be loaded, more than "
-            f"{max_failed:.1%}."
+    with new_folder(out) as staged:
+        scores, loaded = _scores(
+            model, source, given, batch_size=batch_size, workers=workers, quiet=quiet
         )
-    order = np.argsort(-scores, kind="stable")
-    kept = [int(i) for i in order if scores[i] != 0][:n]
-    if not kept:
-        raise UserError(
-            f"{source.spec}: not one of {len(source):,} pictures activates any of the "
-            f"{sum(len(t.chosen or ()) for t in given):,} latents. Take other pictures."
+        failed = int((~loaded).sum())
+        if failed > max_failed * len(source):
+            raise SparsightError(
+                f"{source.spec}: {failed:,} of {len(source):,} pictures could not be loaded, more "
+                f"than {max_failed:.1%}."
+            )
+        order = np.argsort(-scores, kind="stable")
+        kept = [int(i) for i in order if scores[i] != 0][:n]
+        if not kept:
+            raise UserError(
+                f"{source.spec}: not one of {len(source):,} pictures activates any of the "
+                f"{sum(len(t.chosen or ()) for t in given):,} latents. Take other pictures."
+            )
+        said = _captions(
+            model, source, kept, captions, sentence, class_names, words, seed, batch_size
         )
-    said = _captions(model, source, kept, captions, sentence, class_names, words, seed, batch_size)
-    about = {
-        "format_version": FORMAT_VERSION,
-        "model": {"id": model.id, "revision": model.revision, "weights_hash": model.weights_hash},
-        "targets": [_describe(target) for target in given],
-        "images": {"spec": source.spec, "fingerprint": source.fingerprint(), "n": len(source)},
-        "captions": captions,
-        "n": len(kept),
-        "failed": failed,
-        "score": "mean over latents of activation / mean activation on attacked pictures",
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: the folder gets its name when everything is in it.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        _write(temporary, source, kept, scores, loaded, said, about)
-        temporary.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise SparsightError(f"{out}: could not be written ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        about = {
+            "format_version": FORMAT_VERSION,
+            "model": {
+                "id": without_folders(model.id),
+                "revision": model.revision,
+                "weights_hash": model.weights_hash,
+            },
+            "targets": [_describe(target) for target in given],
+            # A set is made to be handed on: paths name people.
+            "images": {
+                "spec": without_folders(source.spec),
+                "fingerprint": source.fingerprint(),
+                "n": len(source),
+            },
+            "captions": captions,
+            "n": len(kept),
+            "failed": failed,
+            "score": "mean over latents of activation / mean activation on attacked pictures",
+        }
+        _write(staged, source, kept, scores, loaded, said, about)
     return CuratedSet(
         folder=out,
         n=len(kept),
@@ -244,7 +240,7 @@ def _captions(
     Raises:
         UserError: they cannot be had.
     """
-    infos = [source.info(i) for i in kept]
+    infos = [source.known(i) for i in kept]
     if captions in ("own", "labels"):
         without = sum(not (info.captions if captions == "own" else info.label) for info in infos)
         if without:
@@ -258,9 +254,11 @@ def _captions(
         names = names_by_label([info.label or "" for info in infos], None)
         return [[sentence.replace("{}", names[info.label or ""])] for info in infos]
     parts = []
-    for batch in load_batches(source, model.transform, batch_size, indices=kept, workers=0):
+    for batch in load_batches(
+        source, model.transform, batch_size, indices=kept, workers=0, min_side=model.min_side
+    ):
         for index, reason in batch.failures:
-            raise _gone(source.info(index).uri, reason)
+            raise _gone(source.known(index).uri, reason)
         parts.append(model.embed_images(batch.pixels).cpu())
     embedded = torch.cat(parts)
     if captions == "opinion":
@@ -289,15 +287,16 @@ def _write(
     about: dict[str, Any],
 ) -> None:
     lines = []
+    (folder / "images").mkdir()
     with tarfile.open(folder / SHARD, "w", format=tarfile.PAX_FORMAT) as tar:
         for number, (index, said) in enumerate(zip(kept, captions, strict=True)):
-            key, info = f"{number:05d}", source.info(index)
+            key, info = f"{number:05d}", source.known(index)
             record = _record(info, said, float(scores[index]))
             try:
                 png = _png(source.load(index))
             except ImageError as error:
                 raise _gone(info.uri, error.reason) from error
-            write_bytes(folder / "images" / f"{key}.png", png)
+            (folder / "images" / f"{key}.png").write_bytes(png)
             lines.append(json.dumps({"file_name": f"images/{key}.png", **record}))
             _add(tar, f"{key}.png", png)
             _add(tar, f"{key}.txt", said[0].encode())
@@ -312,7 +311,8 @@ def _write(
             "rank": pa.array(rank, mask=rank < 0),
         }
     )
-    pq.write_table(table, folder / SCORES)
+    with atomic_path(folder / SCORES) as temporary:
+        pq.write_table(table, temporary)
     write_json(folder / MANIFEST, about)
 
 
@@ -320,12 +320,12 @@ def _record(info: ImageInfo, captions: Sequence[str], score: float) -> dict[str,
     record: dict[str, Any] = {"caption": list(captions) if len(captions) > 1 else captions[0]}
     if info.label is not None:
         record["label"] = info.label
-    return {**record, "score": score, "id": info.id, "uri": info.uri}
+    return {**record, "score": score, "id": info.id, "uri": without_folders(info.uri)}
 
 
 def _id(source: ImageSource, index: int) -> str | None:
     try:
-        return source.info(index).id
+        return source.known(index).id
     except ImageError:
         return None
 

@@ -114,7 +114,7 @@ def outcomes(
                     loaded[index] = False
                     failed[kind] = failed.get(kind, 0) + 1
                     if len(reasons) < 3:
-                        reasons.append(f"{source.info(index).id} ({kind}): {reason}")
+                        reasons.append(f"{source.known(index).id} ({kind}): {reason}")
                 if not batch.indices:
                     continue
                 here = torch.tensor(batch.indices)

@@ -119,7 +119,7 @@ def make_pairs(
     return AttackPairs(
         **kinds,
         words=[attacked.attack(i) for i in range(len(attacked))],
-        labels=[attacked.info(i).label or "" for i in range(len(attacked))],
+        labels=[attacked.known(i).label or "" for i in range(len(attacked))],
         class_names=attacked.class_names,
         notes=attacked.notes,
         about={

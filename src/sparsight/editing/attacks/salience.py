@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,7 +43,7 @@ from sparsight.editing.attacks.significance import (
 )
 from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, read_json, write_json
+from sparsight.files import read_json, replaced, settled, write_json
 from sparsight.images import load_batches
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
@@ -65,7 +65,8 @@ CONTRASTS: dict[Contrast, tuple[str, str]] = {
 KINDS = ("clean", "control", "attacked")
 FDR = 0.05
 SELECTIVE = 0.9
-TABLE, ABOUT = "salience.parquet", "salience.json"
+TABLE, CSV, ABOUT = "salience.parquet", "salience.csv", "salience.json"
+CAUSAL = "causal.json"
 VERSION = 1
 
 
@@ -191,15 +192,21 @@ class SalienceTable:
         counts = {"n_found": len(found), "n_selective": len(selective)}
         return {**self.about, **counts, "found": found, "selective": selective}
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `salience.parquet`, `salience.csv` and `salience.json` into a folder."""
+    def save(self, folder: str | Path, causal: Mapping[str, Any] | None = None) -> Path:
+        """Write `salience.parquet`, `.csv` and `.json` into a folder, all at once.
+
+        Args:
+            folder: made if it is not there; what lay there of an earlier search is replaced.
+            causal: figures of `causal_check` on what was found, for `causal.json`.
+        """
         folder = Path(folder)
         table = self.table()
-        with atomic_path(folder / TABLE) as temporary:
-            pq.write_table(table, temporary)
-        with atomic_path(folder / "salience.csv") as temporary:
-            pyarrow.csv.write_csv(table, temporary)
-        write_json(folder / ABOUT, {"format_version": VERSION, **self.to_dict()})
+        with replaced(folder, (TABLE, CSV, ABOUT, CAUSAL)) as staged:
+            pq.write_table(table, staged / TABLE)
+            pyarrow.csv.write_csv(table, staged / CSV)
+            write_json(staged / ABOUT, {"format_version": VERSION, **self.to_dict()})
+            if causal is not None:
+                write_json(staged / CAUSAL, causal)
         return folder
 
     @classmethod
@@ -210,7 +217,7 @@ class SalienceTable:
             UserError: it is not there, or of another version.
             SparsightError: it is damaged.
         """
-        folder = Path(folder)
+        folder = settled(Path(folder))
         about = read_json(folder / ABOUT)
         if about.pop("format_version", None) != VERSION:
             raise UserError(f"{folder / ABOUT}: is of another version; find the latents anew.")
@@ -363,7 +370,7 @@ def find_text_salient(
 
 def picture_marks(pairs: AttackPairs) -> list[str]:
     """A short mark of each picture's address, to tell whether it is met again."""
-    addresses = (pairs.clean.info(i).uri for i in range(len(pairs)))
+    addresses = (pairs.clean.known(i).uri for i in range(len(pairs)))
     return [hashlib.sha256(each.encode()).hexdigest()[:12] for each in addresses]
 
 

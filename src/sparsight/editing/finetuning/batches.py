@@ -160,5 +160,5 @@ class BatchLoader:
             raise SparsightError(
                 f"{len(self.failures):,} of {self.n_pictures:,} pictures are broken, more than "
                 f"max_failed ({self.max_failed:.1%}) allows; the first is "
-                f"{self.images.info(place).id}: {reason}."
+                f"{self.images.known(place).id}: {reason}."
             )

@@ -75,7 +75,13 @@ def compare_latents(
     was, now = set(confirmed), set(second.found)
     site, tokens = first.site, str(first.about["tokens"])
     means = [
-        mean_activations(model, sae, subjects.pairs.clean, site, tokens, subjects.max_images)
+        mean_activations(
+            model,
+            sae,
+            subjects.pairs.clean.sample(subjects.max_images, subjects.seed),
+            site,
+            tokens,
+        )
         for model in (before, after)
     ]
     return {
@@ -113,12 +119,10 @@ def mean_activations(
     source: ImageSource,
     site: str,
     tokens: str,
-    limit: int | None = None,
 ) -> Float[Tensor, "latents pictures"]:
     """The activation of each latent on each picture, the mean over its positions."""
     found = []
-    indices = list(range(len(source)))[:limit]
-    for batch in load_batches(source, model.transform, 64, indices=indices):
+    for batch in load_batches(source, model.transform, 64, min_side=model.min_side):
         if batch.indices:
             x = model.read(batch.pixels, site, tokens)[site].float()  # type: ignore[arg-type]
             code = sae.encode(x.flatten(0, 1)).dense()
@@ -167,13 +171,13 @@ def _truth(
     images, sae = subjects.images, subjects.sae
     if sae is None or not isinstance(images, TruthSource):
         return {}
-    scenes = images.subset(0, min(TRUTH_SCENES, subjects.max_images))
+    scenes = images.sample(min(TRUTH_SCENES, subjects.max_images), subjects.seed)
     if len(scenes) < MIN_SCENES:
         return {}
     tokens: Tokens = sae.metadata.get("tokens") or "all"
     found = {}
     for name, model in (("before", before), ("after", after)):
         live = LiveActivations(model, scenes, [site], tokens, workers=subjects.workers)
-        table = truth_table(sae.encode, Passes(live, site), images, seed=subjects.seed)
+        table = truth_table(sae.encode, Passes(live, site), scenes, seed=subjects.seed)
         found[name] = table.summary
     return {"truth": found}

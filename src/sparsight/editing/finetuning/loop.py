@@ -189,7 +189,7 @@ class _Loop:
         self.config, self.identity, self.pace = recipe.train, _what_counts(recipe), pace
         config = self.config
         remove_temporaries(run.out, WRITTEN)
-        remove_temporaries(run.checkpoints)
+        remove_temporaries(run.checkpoints, checkpoint_files.PARTIAL)
         sampler = PairSampler(
             data,
             attack,

@@ -23,7 +23,7 @@ from sparsight.editing.finetuning.latents import compare_latents
 from sparsight.editing.finetuning.pairs import CaptionedImages
 from sparsight.editing.finetuning.subjects import Subjects
 from sparsight.errors import UserError
-from sparsight.images import ImageSource, load_batches
+from sparsight.images import ImageSource, load_batches, sample_places
 from sparsight.intervals import wilson_interval
 from sparsight.vision import (
     VisionModel,
@@ -154,13 +154,16 @@ def _one_model(model: VisionModel, subjects: Subjects, quiet: bool) -> dict[str,
             templates=subjects.templates,
             workers=subjects.workers,
             limit=subjects.max_images,
+            seed=subjects.seed,
             quiet=quiet,
         )
         found["zero_shot"] = {
             key: value for key, value in result.to_dict().items() if key != "per_class"
         }
     if subjects.captioned is not None:
-        images, texts, own = embed_pairs(model, subjects.captioned, subjects.max_images)
+        images, texts, own = embed_pairs(
+            model, subjects.captioned, subjects.max_images, subjects.seed
+        )
         found["retrieval"] = retrieval(images, texts, own)
         found["modality_gap"] = modality_gap(images, texts, subjects.seed)
     return found
@@ -198,7 +201,7 @@ def in_batch_accuracy(
     Raises:
         UserError: no picture has a label.
     """
-    labels = [source.info(i).label for i in range(len(source))]
+    labels = [source.known(i).label for i in range(len(source))]
     known = [i for i, label in enumerate(labels) if label is not None]
     if not known:
         raise UserError(f"{source.spec}: none of its pictures has a label.")
@@ -228,10 +231,11 @@ def in_batch_accuracy(
 
 @torch.no_grad()
 def embed_pairs(
-    model: VisionModel, pairs: CaptionedImages, limit: int | None = None
+    model: VisionModel, pairs: CaptionedImages, limit: int | None = None, seed: int = 0
 ) -> tuple[Float[Tensor, "n d_embed"], Float[Tensor, "n d_embed"], list[str]]:
-    """Unit embeddings of pictures and of the first caption of each, and these captions."""
-    chosen = list(range(len(pairs)))[:limit]
+    """Unit embeddings of images and of the first caption of each, and these captions; of a random
+    sample of `limit` images."""
+    chosen = sample_places(len(pairs), limit or len(pairs), seed).tolist()
     captions = {pairs.places[i]: pairs.captions[i][0][0] for i in chosen}
     found, own = [], []
     for batch in load_batches(
@@ -299,7 +303,7 @@ def modality_gap(
         `distance`, `separability`, `interval`, `matched_cosine`, `random_cosine` (of a picture and
         its own caption, and of another's) and `n`.
     """
-    one, two = (x.double().cpu().numpy() for x in (images, texts))
+    one, two = (x.cpu().double().numpy() for x in (images, texts))
     n = len(one)
     order = np.random.default_rng(seed).permutation(n)
     # A picture and its caption go the same way: no half has a pair that the other was fitted to.

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from PIL import Image
@@ -27,6 +27,7 @@ from sparsight.images.columns import (
 )
 from sparsight.images.decoding import read_picture
 from sparsight.images.tables import read_table
+from sparsight.text import lines, without_surrogates
 from sparsight.vision import VisionModel, resolve_templates
 
 CaptionUse = Literal["both", "captions", "labels"]
@@ -85,7 +86,7 @@ class PairFileImages(ImageSource):
         self.folder = folder.absolute() if folder is not None else self.path.parent
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such folder of images.")
-        self.spec = str(self.path)
+        self.spec = without_surrogates(str(self.path))
         named = read_pairs(self.path)
         there = {file: texts for file, texts in named.items() if self._is_there(file)}
         missing = [file for file in named if file not in there]
@@ -164,13 +165,17 @@ def read_pairs(path: Path) -> dict[str, tuple[str, ...]]:
     if suffix in (".json", ".jsonl"):
         read = _json_entries if suffix == ".json" else _json_lines
         try:
-            found = _collect(read(path, path.read_text(encoding="utf-8-sig")))
+            found = _collect(read(path, path.read_bytes().decode("utf-8-sig")))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}).") from error
     else:
         table = read_table(path)
         found = _collect(
-            (f"{path}: {file!r}", file, annotation.captions)
+            (
+                f"{path}: {file!r}",
+                PurePosixPath(file.replace("\\", "/")).as_posix(),
+                annotation.captions,
+            )
             for file, annotation in table.by_file.items()
         )
     if not found:
@@ -196,7 +201,7 @@ def captioned(
     Raises:
         UserError: not one picture has a caption of that kind.
     """
-    infos = [source.info(i) for i in range(len(source))]
+    infos = [source.known(i) for i in range(len(source))]
     sentences = resolve_templates(templates)
     places: list[int] = []
     captions: list[tuple[tuple[str, ...], ...]] = []
@@ -278,7 +283,7 @@ def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines(text), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsight.config import load
 from sparsight.editing.finetuning.config import FinetuneRecipe
 from sparsight.errors import UserError
@@ -55,7 +57,7 @@ class FinetuneRun:
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.out / METRICS)
 
-    def model(self, device: str | None = None) -> VisionModel:
+    def model(self, device: str | torch.device | None = None) -> VisionModel:
         """Load the fine-tuned model.
 
         Raises:

@@ -22,7 +22,7 @@ class Subjects:
         sae: of the model before, for what became of its latents; default none.
         contrast: what a response to words is, see `find_text_salient`.
         templates: sentences for class names.
-        max_images: pictures a figure is taken on, at most.
+        max_images: images that a figure is taken on, at most; of more, a random sample.
         workers: processes that decode.
         seed: of batches, halves and permutations.
     """

@@ -1,0 +1,193 @@
+"""Processes that are killed while they replace what earlier ones wrote, or write something new."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+import sparsight as sp
+from activations.activation_parts import BLOCK_1, save_clip, save_photos
+from cutting import cut
+from one_thread import one_thread
+from sparsight.cli import main
+from sparsight.files import settled
+from sparsight.latents import LatentName, set_names
+
+__all__ = ["one_thread"]
+
+CONFIG = sp.TrainConfig(
+    sae=sp.SAEConfig(n_latents=64, sparsity=sp.TopK(k=4)), n_vectors=640, batch_size=32
+)
+INDEX = {"images.parquet", "latents.parquet", "manifest.json", "top_examples.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def store(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> sp.ActivationStore:
+    folder = tmp_path_factory.mktemp("killed")
+    model = sp.load_model(str(save_clip(folder / "clip")), device="cpu")
+    images = sp.open_images(save_photos(folder / "photos"))
+    out = folder / "store"
+    return sp.extract(model, images, sites=[BLOCK_1], out=out, workers=0, quiet=True)
+
+
+@pytest.fixture
+def run(store: sp.ActivationStore, tmp_path: Path) -> sp.Run:
+    return sp.train(store, CONFIG, out=tmp_path / "run", device="cpu", quiet=True)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {each.name for each in folder.iterdir()}
+
+
+def test_an_index_killed_while_it_is_replaced_is_the_old_or_the_new_one(
+    run: sp.Run, store: sp.ActivationStore
+) -> None:
+    folder = run.out / "index"
+    old = sp.build_index(run.sae(), store, out=folder, quiet=True)
+    old = set_names(old, {1: LatentName("old", 0.5, "truth")})
+    new = set_names(old, {1: LatentName("new", 0.5, "truth")})
+    found = []
+    for place in itertools.count(0, 4):
+        old.save()
+        if not cut(new.save, place, run.out):
+            break
+        found.append(sp.LatentIndex.open(folder).row(1)["name"])
+        new.save()
+        assert names_in(folder) == INDEX
+        assert not [name for name in names_in(run.out) if name.startswith(".index")]
+    assert found == sorted(found, reverse=True) and set(found) == {"old", "new"}
+
+
+def test_an_index_killed_while_it_is_built_anew_is_never_without_names(
+    run: sp.Run, store: sp.ActivationStore
+) -> None:
+    folder, sae = run.out / "index", run.sae()
+    metrics = {
+        "sae": sae.fingerprint(),
+        "truth": {},
+        "latent_names": {"1": {"attribute": "symbol/sun", "auc": 0.9, "f1": 0.9}},
+    }
+
+    def build(seed: int) -> None:
+        sp.build_index(sae, store, out=folder, metrics=metrics, seed=seed, quiet=True)
+
+    build(0)
+    seeds = []
+    for place in itertools.count(0, 5):
+        if not cut(lambda: build(1), place, run.out):
+            break
+        index = sp.LatentIndex.open(folder, sae)
+        assert index.row(1)["name"] == "sun"
+        seeds.append(index.manifest["settings"]["seed"])
+    assert seeds == sorted(seeds) and seeds[0] == 0
+    assert sp.LatentIndex.open(folder).manifest["settings"]["seed"] == 1
+
+
+def test_an_sae_killed_while_another_takes_its_place_is_the_old_or_the_new_one(
+    run: sp.Run,
+) -> None:
+    """In a run's folder, among other files; they differ in width, so that no mixture loads."""
+    old, others = run.sae(), names_in(run.out)
+    new = sp.SparseAutoencoder(old.d_in, sp.SAEConfig(n_latents=96), seed=5)
+    found = []
+    for place in itertools.count(0, 4):
+        old.save_pretrained(run.out)
+        if not cut(lambda: new.save_pretrained(run.out), place, run.out.parent):
+            break
+        found.append(sp.SparseAutoencoder.from_pretrained(run.out).fingerprint())
+        assert "96" in (run.out / "README.md").read_text() or found[-1] == old.fingerprint()
+        new.save_pretrained(run.out)
+        assert names_in(run.out) == others
+    assert set(found) == {old.fingerprint(), new.fingerprint()}
+    assert found == sorted(found, key=[old.fingerprint(), new.fingerprint()].index)
+
+
+def killed(arguments: Sequence[str], after: float) -> bool:
+    """Run a verb in a child process and kill it; False if it ended before."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            code = main(arguments)
+        finally:
+            os._exit(code)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.slow
+def test_sixty_kills_leave_the_old_or_the_new_and_the_same_command_then_succeeds(
+    run: sp.Run, store: sp.ActivationStore, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    place = tmp_path / "places"
+    found = tmp_path / "found"
+    scenes = ["--images", "calibration:24:9", "--workers", "0", "--device", "cpu"]
+    neurons = ["--neurons", "blocks.1.mlp_post", "--model", "calibration", "--no-check"]
+    assert main(["attack", "find", *scenes, *neurons, "--out", str(found)]) == 0
+    (salience,) = map(str, found.iterdir())
+
+    def index_is_whole() -> None:
+        assert names_in(run.out / "index") == INDEX
+        sp.LatentIndex.open(run.out / "index", run.sae())
+
+    def push_is_whole() -> None:
+        assert sp.SparseAutoencoder.from_pretrained(place / "push").fingerprint()
+        assert {"README.md", "config.json", "sae.safetensors"} <= names_in(place / "push")
+        assert len(list((place / "push/pictures").iterdir())) == 4
+
+    def export_is_whole() -> None:
+        sp.load_model(str(place / "clip.safetensors"), device="cpu")
+
+    def set_is_whole() -> None:
+        assert len(sp.open_images(place / "set")) == 8
+        assert (place / "set/manifest.json").exists()
+
+    pushed, exported, made = place / "push", place / "clip.safetensors", place / "set"
+    push = ["push", str(run.out), "--to", "a/b", "--n-shown", "4", "--dry-run", str(pushed)]
+    export = ["export", "calibration", "--layout", "openai", "--out", str(exported)]
+    curate = ["attack", "curate", salience, *scenes, "--n", "8", "--out", str(made)]
+    verbs: list[tuple[list[str], Path, Callable[[], None]]] = [
+        (["index", str(run.out)], run.out / "index", index_is_whole),
+        (push, pushed, push_is_whole),
+        (export, exported, export_is_whole),
+        (curate, made, set_is_whole),
+    ]
+    n_kills = 0
+    for arguments, out, whole in verbs:
+        replaces = arguments[0] == "index"
+        start = time.monotonic()
+        assert main(arguments) == 0
+        took = time.monotonic() - start
+        whole()
+        beside = {name for name in names_in(out.parent) if name.startswith(".")}
+        for _ in range(15):
+            if not replaces:
+                remove(out)
+            n_kills += killed(arguments, rng.uniform(0, 1.1 * took))
+            settled(out)
+            if replaces or out.exists():
+                whole()
+            code = main(arguments)
+            # It may have ended just before it was killed.
+            assert code == 0 or (code == 2 and not replaces)
+            whole()
+            assert {name for name in names_in(out.parent) if name.startswith(".")} == beside
+    assert n_kills > 30
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
