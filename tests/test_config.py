@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from sparsight.config import first_difference, from_dict, load, read_toml, to_dict, write_toml
+from sparsight.config import (
+    first_difference,
+    from_dict,
+    load,
+    read_toml,
+    to_dict,
+    whole_number,
+    write_toml,
+)
 from sparsight.errors import UserError
 
 
@@ -127,6 +135,26 @@ def test_settings_that_are_nested_without_end_are_refused_at_once(tmp_path, text
     with pytest.raises(UserError, match=message):
         read_toml(path)
     assert time.monotonic() - started < 2
+
+
+def test_whole_numbers_are_read_as_people_write_them() -> None:
+    million = ("1000000", "1_000_000", "1,000,000", "1e6", "1.0E6", "1M", "1000k", "0.001G", " 1m ")
+    assert {whole_number(text) for text in million} == {1_000_000}
+    assert [whole_number(text) for text in ("0", "-3", "2.5e3", str(2**64))] == [0, -3, 2500, 2**64]
+    for text in ("1.5", "1,5", "many", "1e999", "1__0", "M", "1e-3", "1e6M", "inf", "", "٣"):
+        with pytest.raises(ValueError, match="no whole number; write 1000000"):
+            whole_number(text)
+
+
+def test_toml_may_write_whole_numbers_so_too_and_nothing_else_is_rounded(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[only]\nside = 1e3\n[shape]\nkind = "square"\nside = "2k"\n')
+    path.write_text(f"name = 'a'\n{path.read_text()}")
+    drawing = load(Drawing, path)
+    assert (drawing.only.side, drawing.shape) == (1000, Square(2000))
+    for wrong in (1.5, "two", True):
+        with pytest.raises(UserError, match=r"only\.side is .*; expected an int"):
+            from_dict(Drawing, {"name": "a", "only": {"side": wrong}}, str(path))
 
 
 def test_an_option_is_read_by_its_older_name_too_but_not_by_both(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsight.activations import (
         ActivationSource,
         ActivationStore,
+        HeldOut,
         LiveActivations,
         VectorStream,
         extract,
@@ -71,6 +72,7 @@ _HOMES = {
     "sparsight.activations": (
         "ActivationSource",
         "ActivationStore",
+        "HeldOut",
         "LiveActivations",
         "VectorStream",
         "extract",
@@ -140,6 +142,7 @@ __all__ = [
     "Gated",
     "GhostGradients",
     "GroupMax",
+    "HeldOut",
     "ImageInfo",
     "ImageSource",
     "JumpReLU",

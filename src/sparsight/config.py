@@ -16,6 +16,8 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -31,6 +33,14 @@ NONE = "none"
 
 MOST_PARTS = 64
 _BETWEEN_KEYS = re.compile(r"[={},\[\]]")
+
+_NUMBER = re.compile(
+    r"([+-]?(?:\d+(?:_\d+)*|\d{1,3}(?:,\d{3})+)(?:\.\d*)?)(e[+-]?\d{1,3}|[kmgb]|)",
+    re.IGNORECASE | re.ASCII,
+)
+_POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9}
+_LONGEST_NUMBER = 25
+"""Digits; seeds of 64 bits have 20."""
 
 SCHEMA = "schema_version"
 SCHEMA_VERSION = 1
@@ -97,6 +107,24 @@ def check_types(config: Any, path: str = "") -> None:
     for field in dataclasses.fields(config):
         value = _convert(hints[field.name], getattr(config, field.name), "", path + field.name)
         object.__setattr__(config, field.name, value)
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number as people write them: "1000000", "1_000_000", "1,000,000", "1e6", "1M".
+
+    k, M and G (or B) stand for a thousand, a million and a thousand millions.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = _NUMBER.fullmatch(text.strip())
+    if found is not None:
+        value = Decimal(re.sub("[_,]", "", found[1]))
+        power = found[2].lower()
+        value = value.scaleb(_POWERS[power] if power in _POWERS else int(power[1:]))
+        if value.adjusted() < _LONGEST_NUMBER and value == value.to_integral_value():
+            return int(value)
+    raise ValueError(f"{text!r} is no whole number; write 1000000, 1_000_000, 1e6 or 1M.")
 
 
 def check_seed(seed: int, name: str = "seed") -> None:
@@ -293,6 +321,12 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise _wrong(where, path, value, "a finite number")
+    if hint is int and where:  # in a file, where people write 1e6 or "1M"; not in a program
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return whole_number(value)
     if hint is Path and isinstance(value, str):
         return path_of(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):

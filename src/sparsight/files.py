@@ -14,7 +14,7 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -259,11 +259,30 @@ def checksum_of(values: Mapping[str, Any]) -> str:
     return sha256_json(json.loads(json.dumps(values)))
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove every temporary file in a folder that no other process may be writing into now."""
-    for leftover in Path(folder).glob(".*.tmp"):
+def temporaries(folder: Path, names: Iterable[str]) -> list[Path]:
+    """What killed processes left in a folder of some files or folders, or may be writing now.
+
+    Args:
+        folder: where they were to write.
+        names: of the files or folders, or patterns of names.
+    """
+    patterns = (f".{name}{random}.tmp" for name in names for random in ("", ".*"))
+    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+
+
+def remove_temporaries(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Remove every temporary file in a folder that no other process may be writing into now.
+
+    Args:
+        folder: where they lie.
+        names: remove those of these files and folders alone, see `temporaries`.
+    """
+    found = Path(folder).glob(".*.tmp") if names is None else temporaries(folder, names)
+    for leftover in found:
         if not leftover.is_dir():
             leftover.unlink(missing_ok=True)
+        elif names is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -97,6 +97,19 @@ def postponed() -> Iterator[Stop]:
     stop.check()
 
 
+def kept(done: int, total: int, unit: str) -> str:
+    """What a run that was stopped says of the work that lies on disk.
+
+    Args:
+        done: units that are on disk.
+        total: units of the whole run.
+        unit: what is counted, e.g. "vectors".
+    """
+    if not done:
+        return "Nothing is kept yet; the same command begins again."
+    return f"Kept {done:,} of {total:,} {unit}; the same command goes on."
+
+
 def raise_terminated(number: int, frame: FrameType | None) -> None:
     """Signal handler for SIGTERM of programs that want it to unwind the stack as Ctrl-C does."""
     raise Terminated

@@ -105,6 +105,14 @@ class _Silent(ProgressLine):
         return
 
 
+def in_words(seconds: float) -> str:
+    """A length of time, e.g. "about 12 minutes"."""
+    for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:,.0f} {unit}s"
+    return f"about {max(1, round(seconds)):,} second{'s' * (round(seconds) > 1)}"
+
+
 def logger() -> logging.Logger:
     """The logger "sparsight"; where nobody has set up logging, it writes to stderr from INFO on."""
     found = logging.getLogger("sparsight")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from malicious_pickle import Opens
+from sparsight.calibration.batches import Batch
 from sparsight.calibration.symbols import SYMBOLS
 from sparsight.calibration.train import Settings, Trainer, contrastive_loss
 from sparsight.errors import SparsightError, UserError
@@ -156,3 +159,25 @@ def test_the_command_line_names_a_wrong_setting_and_exits_with_two(tmp_path: Pat
     assert done.returncode == 2
     assert "minutes is 0.0" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_stopped_run_keeps_its_steps_and_says_so(tmp_path: Path) -> None:
+    whole, cut = Trainer(small(tmp_path / "whole")), Trainer(small(tmp_path / "cut"))
+    whole.run()
+    step = cut.train_step
+
+    def step_then_stop(batch: Batch) -> torch.Tensor:
+        if cut.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(batch)
+
+    cut.train_step = step_then_stop
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        cut.run()
+    assert stopped.value.__notes__ == ["Kept 2 of 3 steps; the same command goes on."]
+    (tmp_path / "cut" / ".checkpoint.pt.x.tmp").write_text("half")
+    resumed = Trainer(small(tmp_path / "cut"))
+    resumed.run()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    assert not list((tmp_path / "cut").glob(".*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shlex
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from sparsight.activations import extract
+from sparsight.activations import ActivationStore, extract
 from sparsight.cli import main
 from sparsight.cli.main import VERBS
 from sparsight.cli.options import parse
+from sparsight.cli.train import TrainOptions
+from sparsight.errors import UserError
 from sparsight.images import open_images
 from sparsight.interruption import Terminated
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
@@ -457,3 +460,34 @@ def test_convert_writes_another_projects_format_and_reads_it_back(tmp_path: Path
     assert main(["convert", there, "--out", back]) == 2
     assert "not empty" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nothing"), "--out", str(tmp_path / "x")]) == 2
+
+
+def test_every_whole_number_may_be_written_with_an_exponent_or_a_letter(tmp_path: Path) -> None:
+    options = parse(TrainOptions, "train", ["--n-vectors", "1e6", "--batch-size", "4k"])
+    assert (options.train.n_vectors, options.train.batch_size) == (1_000_000, 4000)
+    assert parse(TrainOptions, "train", ["--n-vectors", "None"]).train.n_vectors is None
+    for wrong in (["--n-vectors", "1.5"], ["--batch-size", "many"]):
+        with pytest.raises(UserError, match=rf"{wrong[0]}.*'{wrong[1]}' is no whole number"):
+            parse(TrainOptions, "train", wrong)
+
+
+def test_held_out_images_are_measured_on_and_a_sweep_takes_a_share_or_a_store(
+    store, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--store", str(store), "--out", "run", "--held-out", "0.25", *SHORT]) == 0
+    assert main(["evaluate", "run", "--no-downstream", "--no-baselines"]) == 0
+    told = capsys.readouterr().err
+    n = ActivationStore(store).n_images
+    assert f"measured on {round(n / 4)} images that were held out of training" in told
+    assert json.loads(Path("run/metrics.json").read_text())["n_images"] == round(n / 4)
+    for given in ("0.25", str(store)):
+        swept = ["sweep", "--store", str(store), "--out", f"sweep{len(given)}", "--vary", "seed=0",
+                 "--held-out", given, "--accuracy-images", "0", *SHORT]  # fmt: skip
+        assert main(swept) == 0
+    assert "held_out = 0.25" in Path("sweep4/sweep.toml").read_text()
+    counts = [
+        json.loads(Path(folder, "table.json").read_text())["members"][0]["n_vectors"]
+        for folder in ("sweep4", f"sweep{len(str(store))}")
+    ]
+    assert counts[0] * n == counts[1] * round(n / 4)

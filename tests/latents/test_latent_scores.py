@@ -132,6 +132,8 @@ def test_figures_say_whether_they_are_of_the_training_data_and_where_cls_is_hidd
     metrics = {"fvu": 0.057, "fvu_cls": 0.31, "fvu_patches": 0.05, "trained_on_these": True}
     assert scores.measured_on(metrics).startswith("Measured on the training data")
     assert "not trained on" in scores.measured_on({"trained_on_these": False})
+    held_out = {"trained_on_these": False, "held_out": True}
+    assert scores.measured_on(held_out).startswith("Measured on held-out images")
     assert scores.measured_on({}) == ""
     assert "FVU 0.310" in scores.cls_warning(metrics)
     assert scores.cls_warning(metrics | {"fvu_cls": 0.06}) == scores.cls_warning({}) == ""

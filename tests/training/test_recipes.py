@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_activations import sparse_mixtures
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sparsight.activations import extract, matching_sites
@@ -14,6 +15,7 @@ from sparsight.images import open_images
 from sparsight.sae import AuxK, SAEConfig, TopK
 from sparsight.training import SweepConfig, TrainConfig, TrainRecipe, sweep, train
 from sparsight.training.sweeping import SweepRecipe
+from sparsight.training.trainer import with_length
 from sparsight.vision import VisionModel, load_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -270,3 +272,14 @@ def test_defaults_follow_from_the_width_and_the_length_of_the_run() -> None:
     assert TrainConfig().learning_rate(2**12) == pytest.approx(4e-4)
     assert TrainConfig(n_vectors=10**9).dead_after == 10_000_000
     assert to_dict(TrainConfig(auxk=None))["auxk"] == "none"
+
+
+def test_a_run_without_a_length_gets_one_that_suits_its_data(tmp_path: Path) -> None:
+    lengths = {n: TrainConfig().with_length(n).n_vectors for n in (100, 129_785, 10**7)}
+    assert lengths == {100: 1_000_000, 129_785: 2_595_700, 10**7: 10_000_000}
+    assert TrainConfig(n_vectors=5000).with_length(100).n_vectors == 5000
+    data, there = sparse_mixtures(), tmp_path / "config.toml"
+    assert with_length(TrainConfig(), [data], data.sites, there).n_vectors == 1_000_000
+    # A run that is there keeps its own, e.g. the one that an earlier version gave it.
+    write_toml(there, TrainRecipe(train=TrainConfig(n_vectors=10_000_000)))
+    assert with_length(TrainConfig(), [data], data.sites, there).n_vectors == 10_000_000

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from test_resume import CONFIG, SITES, WALL_CLOCK, Stopped
 
 from sparsight.config import load, write_toml
 from sparsight.errors import SparsightError, UserError
+from sparsight.interruption import Terminated
 from sparsight.latents.run_files import find_runs
 from sparsight.sae import AuxK, BatchTopK, GhostGradients, Resampling, SAEConfig, TopK
 from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
@@ -497,3 +500,44 @@ def test_other_activations_are_refused(whole: Sweep) -> None:
     other = MemoryActivations({s: x + 1 for s, x in sparse_mixtures(SITES).activations.items()})
     with pytest.raises(UserError, match="holds a run on other activations"):
         sweep(other, SweepConfig(BASE, GRID), whole.out, quiet=True)
+
+
+def test_a_stopped_sweep_says_what_is_kept_and_ends_with_the_same_bits(
+    tmp_path: Path, whole: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, stopped_at = SiteTraining.step, [21]
+
+    def step_then_stop(self, x, number, factor, target) -> None:
+        step(self, x, number, factor, target)
+        if number in stopped_at:
+            stopped_at.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SiteTraining, "step", step_then_stop)
+    with pytest.raises(Terminated) as stopped:
+        _sweep(tmp_path)
+    assert stopped.value.__notes__ == ["Kept 704 of 1,280 vectors; the same command goes on."]
+    again = _sweep(tmp_path)
+    for name in NAMES:
+        _assert_same(again.runs[name], whole.runs[name])
+
+
+def test_leftovers_and_damaged_files_of_a_sweep_are_put_right(whole: Sweep, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    shutil.copytree(whole.out, out)
+    table = (out / "sweep.json").read_bytes()
+    (out / "sweep.json").write_bytes(table[:-30])
+    (out / "plots").mkdir()
+    left = ".lock", ".sweep.json.x.tmp", "k2-seed0/here/.sae.safetensors.x.tmp", "plots/.a.svg.tmp"
+    for place in left:
+        (out / place).write_text("half")
+    (out / "checkpoints" / "000000016").mkdir(parents=True)  # half removed
+    assert _sweep(out).table() == whole.table()
+    assert (out / "sweep.json").read_bytes() == table
+    assert not list(out.rglob(".*")) and not (out / "checkpoints").exists()
+
+
+def test_images_may_be_kept_out_of_a_sweep(tmp_path: Path) -> None:
+    data = sparse_mixtures(SITES)
+    with pytest.raises(UserError, match="held_out: these activations cannot be split"):
+        sweep(data, SweepConfig(BASE, GRID), tmp_path, held_out=0.1, quiet=True)

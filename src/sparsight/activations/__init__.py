@@ -13,6 +13,7 @@ from sparsight.activations.source import (
     matching_sites,
     with_tokens,
 )
+from sparsight.activations.split import HeldOut, held_out_of, seen_in_training
 from sparsight.activations.statistics import SiteStatistics
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.stream import VectorStream
@@ -21,12 +22,15 @@ __all__ = [
     "ActivationSource",
     "ActivationStore",
     "ExtractionSummary",
+    "HeldOut",
     "LiveActivations",
     "OrderedBatch",
     "Prefetcher",
     "SiteStatistics",
     "VectorStream",
     "extract",
+    "held_out_of",
     "matching_sites",
+    "seen_in_training",
     "with_tokens",
 ]

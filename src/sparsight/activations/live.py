@@ -55,6 +55,7 @@ class LiveActivations:
 
     Attributes:
         sites: canonical names of the sites.
+        image_indices: the place of each image in the whole source, of which this may be a view.
         failures: place in the source, and reason, of each image that could not be read so far.
         model_info: as in `ActivationStore`.
 
@@ -92,6 +93,8 @@ class LiveActivations:
         self.statistics_images = statistics_images
         self.max_failed = max_failed
         self.failures: dict[int, str] = {}
+        self.image_indices: npt.NDArray[np.int64] = np.arange(len(images))
+        self._n_listed = len(images)
         self._tally = FailureTally(len(images), max_failed)
         self._n_tokens = count_tokens(model, self.sites, tokens)
         self._stats: dict[str, SiteStatistics] = {}
@@ -132,6 +135,11 @@ class LiveActivations:
         return len(self.images) - len(self.failures)
 
     @property
+    def n_listed(self) -> int:
+        """Images of the whole source: the failed ones, and those not selected, included."""
+        return self._n_listed
+
+    @property
     def n_tokens(self) -> Mapping[str, int]:
         """Vectors an image gives at each site."""
         return self._n_tokens
@@ -146,9 +154,31 @@ class LiveActivations:
 
     def with_tokens(self, tokens: str) -> LiveActivations:
         """The same of other positions."""
-        return LiveActivations(
+        return self._view(self.images, tokens, self.image_indices)
+
+    def select(self, image_indices: Sequence[int] | npt.NDArray[np.int64]) -> LiveActivations:
+        """A view of some images, by their places in the whole source, in its order.
+
+        Its `source()` is a source of these images alone.
+
+        Raises:
+            UserError: an image is not among these.
+        """
+        wanted = np.unique(np.asarray(image_indices, dtype=np.int64))
+        absent = np.setdiff1d(wanted, self.image_indices)
+        if len(absent):
+            raise UserError(f"{self.images.spec}: image {absent[0]} is not read here.")
+        chosen = np.flatnonzero(np.isin(self.image_indices, wanted))
+        return self._view(
+            self.images.select(chosen.tolist()), self.tokens, self.image_indices[chosen]
+        )
+
+    def _view(
+        self, images: ImageSource, tokens: str, image_indices: npt.NDArray[np.int64]
+    ) -> LiveActivations:
+        view = LiveActivations(
             self.model,
-            self.images,
+            images,
             self.sites,
             tokens,
             batch_size=self.batch_size,
@@ -157,6 +187,9 @@ class LiveActivations:
             statistics_images=self.statistics_images,
             max_failed=self.max_failed,
         )
+        view.image_indices, view._n_listed = image_indices, self._n_listed
+        view.model_info = self.model_info
+        return view
 
     def stats(self, site: str) -> SiteStatistics:
         """Statistics on `statistics_images` random images (a fixed sample), all sites at once.

@@ -111,6 +111,11 @@ class ActivationStore:
         return len(self._rows)
 
     @property
+    def n_listed(self) -> int:
+        """Images of the whole source: the failed ones, and those not selected, included."""
+        return int(self.manifest.images["n_images"])
+
+    @property
     def n_tokens(self) -> Mapping[str, int]:
         """Vectors an image gives at each site."""
         return self._n_tokens

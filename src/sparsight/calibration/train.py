@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,7 +54,9 @@ from sparsight.calibration.clip import (
 from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path
+from sparsight.files import atomic_path, remove_temporaries
+from sparsight.interruption import STOPS, Stop, Terminated, kept, postponed, raise_terminated
+from sparsight.pace import SECONDS, Pace
 
 WARM_UP_STEPS = 300
 LARGEST_LOGIT_SCALE = 100.0
@@ -269,6 +273,7 @@ class Trainer:
         self.step = self.first_step = 0
         self.seconds = self.earlier_seconds = 0.0
         settings.out.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(settings.out, ["checkpoint.pt"])
         if self.checkpoint.exists():
             self.load()
         elif settings.start_from is not None:
@@ -386,14 +391,18 @@ class Trainer:
 
     def run(self) -> dict[str, float]:
         """Train to the end of the budget, with a line of log every 20 seconds."""
-        settings = self.settings
         if self.progress() >= 1:
             return self.evaluate()
+        with postponed() as stop, closing(self._batches()) as batches:
+            return self._train(batches, stop)
+
+    def _train(self, batches: Iterator[Batch], stop: Stop) -> dict[str, float]:
+        settings, pace = self.settings, Pace(SECONDS)
         log = settings.out / "log.jsonl"
         logged, evaluated = self.seconds, self.seconds
         seen, losses = 0, []
         last = time.monotonic()
-        for batch in self._batches():
+        for batch in batches:
             losses.append(self.train_step(batch))
             seen += settings.batch_size
             self.seconds += time.monotonic() - last
@@ -401,9 +410,7 @@ class Trainer:
             done = self.progress() >= 1
             due = self.seconds - evaluated >= 60 * settings.evaluate_every
             if self.seconds - logged >= 20 or due or done:
-                loss = torch.stack(losses).mean().item()
-                if not math.isfinite(loss):
-                    raise SparsightError(f"The loss is {loss} at step {self.step}; training stops.")
+                loss = self._mean(losses)
                 line: dict[str, Any] = {
                     "step": self.step,
                     "minutes": round(self.seconds / 60, 2),
@@ -422,9 +429,35 @@ class Trainer:
                 last = time.monotonic()
             if done:
                 return {name: line[name] for name in ("clean", "attacked", "fooled", "reads")}
+            if pace.due() or stop.signal is not None:
+                if losses:
+                    self._mean(losses)
+                with pace.writing():
+                    self.save()
+                last = time.monotonic()
+            self._hear(stop)
         raise AssertionError("the batches are endless")
 
-    def _batches(self) -> Iterator[Batch]:
+    def _mean(self, losses: list[Tensor]) -> float:
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise SparsightError(f"The loss is {loss} at step {self.step}; training stops.")
+        return loss
+
+    def _hear(self, stop: Stop) -> None:
+        """Stop if a signal came; the checkpoint is written by then."""
+        try:
+            stop.check()
+        except STOPS as error:
+            total = self.settings.steps
+            if total is not None:
+                error.add_note(kept(self.step - self.first_step, total, "steps"))
+            else:
+                minutes = f"{self.seconds / 60:.1f} of {self.settings.minutes:g} minutes"
+                error.add_note(f"Kept {minutes}; the same command goes on.")
+            raise
+
+    def _batches(self) -> Generator[Batch]:
         """Batches from the present step on, drawn one ahead in a thread."""
         step = self.step
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -472,8 +505,13 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the vision tower")
     parser.add_argument("--evaluate-every", type=float, default=3.0, help="minutes")
     parser.add_argument("--held-out", type=int, default=512, help="scenes of an evaluation")
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         figures = Trainer(Settings(**vars(parser.parse_args()))).run()
+    except STOPS as stop:
+        name, code = ("Terminated.", 143) if isinstance(stop, Terminated) else ("Interrupted.", 130)
+        told = " ".join([name, *getattr(stop, "__notes__", ["Run the same command again."])])
+        parser.exit(code, f"{parser.prog}: {told}\n")
     except UserError as error:
         parser.error(str(error))
     except SparsightError as error:

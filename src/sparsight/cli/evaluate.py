@@ -9,13 +9,15 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.activations import ActivationSource, held_out_of, seen_in_training
 from sparsight.cli.help import Help
 from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
-from sparsight.cli.printing import print_scores
+from sparsight.cli.printing import print_notes, print_scores
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
+from sparsight.sae import SparseAutoencoder
 
 HELP = Help(
     examples=("runs/b32-l9", "runs/ --store acts-test/"),
@@ -42,6 +44,9 @@ class EvaluateOptions(SubjectOptions):
     templates: str = "simple"
     """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
 
+    held_out: bool = True
+    """Measure on the images that `train --held-out` kept out of training, where it kept some."""
+
     max_images: int | None = None
     """A random sample of so many images; default all."""
 
@@ -64,9 +69,12 @@ def main(arguments: Sequence[str]) -> None:
     subjects = Subjects(options)
     reports = {}
     for folder, sae in saes.items():
+        data = subjects.activations(folder, sae)
+        if options.held_out:
+            data = held_out_part(data, sae)
         report = evaluate(
             sae,
-            subjects.activations(folder, sae),
+            data,
             model=subjects.model(folder, sae) if options.downstream else None,
             templates=options.templates,
             baselines=options.baselines,
@@ -81,3 +89,13 @@ def main(arguments: Sequence[str]) -> None:
         for family, reason in report.metrics["omitted"].items():
             print(f"note: {folder.name}: no {family}: {reason}", file=sys.stderr)
     print_scores([folder.name for folder in reports], [r.metrics for r in reports.values()])
+
+
+def held_out_part(data: ActivationSource, sae: SparseAutoencoder) -> ActivationSource:
+    """Of the images that an SAE was trained on those that were held out, where some were."""
+    held_out = held_out_of(sae.metadata)
+    if held_out is None or seen_in_training(sae.metadata, data) is False:
+        return data
+    part = held_out.split(data)[1]
+    print_notes([f"measured on {part.n_images:,} images that were held out of training."])
+    return part

@@ -28,6 +28,8 @@ from sparsight.editing.finetuning.report import PAGE, lead, report_finetuning, t
 from sparsight.editing.finetuning.subjects import Subjects
 from sparsight.errors import UserError
 from sparsight.images import CalibrationImages, ImageSource, open_images
+from sparsight.interruption import STOPS
+from sparsight.pace import SECONDS
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import TrainConfig, train
 from sparsight.vision import VisionModel
@@ -129,6 +131,10 @@ class FinetuneOptions(ModelOptions):
     max_images: int = 1000
     """Images that a figure is taken on, at most; of more, a random sample."""
 
+    checkpoint_seconds: float | None = SECONDS
+    """Write a checkpoint at least so often, beside those of --checkpoint-every; less often where
+    writing one takes more than a fiftieth of that. No part of what a run is."""
+
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue a run that is there."""
 
@@ -154,6 +160,7 @@ def main(arguments: Sequence[str]) -> None:
         workers=options.workers,
         max_failed=options.max_failed,
         resume=not options.fresh,
+        checkpoint_seconds=options.checkpoint_seconds,
     )
     if options.report and pictures.test is not None:
         subjects = Subjects(
@@ -166,7 +173,11 @@ def main(arguments: Sequence[str]) -> None:
             workers=options.workers,
             seed=options.train.seed,
         )
-        found = report_finetuning(run, model, subjects)
+        try:
+            found = report_finetuning(run, model, subjects)
+        except STOPS as stop:
+            stop.add_note("The model is finished; the same command measures it.")
+            raise
         _print(found)
         print(f"\nThe report: {run.out / PAGE}")
     print(f"The model: {run.folder}")

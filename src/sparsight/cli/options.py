@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from sparsight.cli.help import ASKS, Help, options_of, parser_of, render, wrong_option
+from sparsight.cli.integers import REGISTRY
 from sparsight.config import load
 from sparsight.errors import UserError
 
@@ -103,6 +104,7 @@ def parse(
                 default=default,
                 # A union such as `AuxK | None` becomes the flags of its default, not a sub-command.
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=REGISTRY,
             )
     except SystemExit as stop:
         if stop.code != 2:

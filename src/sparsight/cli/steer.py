@@ -92,7 +92,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("steer runs the model over pictures: give --images, not --store.")
     saes = open_saes([options.run], options.device)
     if len(saes) > 1:
-        raise UserError(f"{options.run} holds {len(saes)} SAEs; name one run.")
+        listed = ", ".join(map(str, saes))
+        raise UserError(f"{options.run} holds {len(saes)} SAEs; name one run: {listed}.")
     (folder, sae), = saes.items()  # fmt: skip
     index = open_index(options.index, folder, sae)
     found = find_latents(options.latents, sae.n_latents, index)

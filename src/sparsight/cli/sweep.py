@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -15,10 +16,12 @@ from sparsight.activations import ActivationSource, ActivationStore, LiveActivat
 from sparsight.cli.help import Help
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_sweep
-from sparsight.cli.train import TrainOptions, activations_of, choose_parts
+from sparsight.cli.train import TrainOptions, activations_of, choose_parts, held_out_by
+from sparsight.config import whole_number
 from sparsight.errors import UserError
 from sparsight.evaluation import SweepMeasures
 from sparsight.evaluation.comparing import ACCURACY_IMAGES
+from sparsight.interruption import STOPS
 from sparsight.latents.comparison import compare
 from sparsight.training import SweepConfig, sweep
 from sparsight.vision import VisionModel, load_model
@@ -56,8 +59,9 @@ class SweepOptions(TrainOptions):
     evaluate: bool = True
     """Measure every member on the same vectors, and write the table and the plots."""
 
-    held_out: Path | None = None
-    """Store to measure on; default what was trained on."""
+    held_out: float | Path | None = None  # type: ignore[assignment]  # a store as well as a share
+    """What to measure on: another store; or a share of the images, e.g. 0.1, which are then kept
+    out of training. Default what was trained on."""
 
     max_images: int | None = None
     """Images to measure on, a random sample; default all of a store, 2,000 where the model runs."""
@@ -82,22 +86,32 @@ def main(arguments: Sequence[str]) -> None:
         templates=options.templates,
         workers=options.workers,
     )
-    held_out = options.held_out and ActivationStore(options.held_out, verify=options.verify)
-    source = activations_of(options)
+    given: float | Path | None = options.held_out
+    share = held_out_by(given if isinstance(given, float) else None, options.held_out_seed)
+    source = measured = activations_of(options)
+    if share is not None:
+        measured = cast(ActivationStore | LiveActivations, share.split(source)[1])
+    elif isinstance(given, Path):
+        measured = ActivationStore(given, verify=options.verify)
     found = sweep(
         source,
         config,
         out=options.out,
         sites=options.sites or None,
         tokens=options.tokens,
+        held_out=share,
         resume=not options.fresh,
         device=options.device,
+        checkpoint_seconds=options.checkpoint_seconds,
     )
     rows = found.table()
     if options.evaluate:
-        measured = held_out or source
         model = partial(_model_of, measured, options)
-        table = compare(found, measured, measures, model=model, device=options.device)
+        try:
+            table = compare(found, measured, measures, model=model, device=options.device)
+        except STOPS as stop:
+            stop.add_note("All are trained; the same command measures them.")
+            raise
         rows = table["members"]
         print_notes(f"no {what}: {why}" for what, why in table["omitted"].items())
     print_sweep(found.out, rows)
@@ -130,8 +144,12 @@ def _varied(given: Sequence[str]) -> Mapping[str, list[Any]]:
 
 
 def _value(text: str) -> Any:
-    """A number or truth value, as TOML spells them; else the text itself."""
+    """A number or truth value, as TOML spells them; 1e3 and 2k are whole; else the text itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        value = text
+    if isinstance(value, str) or (isinstance(value, float) and "." not in text):
+        with suppress(ValueError):
+            return whole_number(text)
+    return value

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from sparsight.activations import ActivationStore, LiveActivations
+from sparsight.activations import ActivationStore, HeldOut, LiveActivations
 from sparsight.cli.architecture import ArchitectureOptions, with_choices
 from sparsight.cli.help import Help
 from sparsight.cli.opening import open_model
@@ -17,6 +17,7 @@ from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
 from sparsight.images import open_images
+from sparsight.pace import SECONDS
 from sparsight.training import TrainConfig, TrainRecipe, train
 
 HELP = Help(
@@ -37,6 +38,7 @@ HELP = Help(
         "sae.expansion",
         "sae.sparsity.k",
         "n-vectors",
+        "held-out",
         "batch-size",
         "lr",
         "seed",
@@ -59,6 +61,10 @@ class TrainOptions(TrainRecipe, ArchitectureOptions, ModelOptions):
     verify: bool = True
     """Compare the store's checksums first."""
 
+    checkpoint_seconds: float | None = SECONDS
+    """Write a checkpoint at least so often, beside those of --checkpoint-every; less often where
+    writing one takes more than a fiftieth of that. No part of what a run is."""
+
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue a run that is there, rather than go on from its last checkpoint."""
 
@@ -76,8 +82,10 @@ def main(arguments: Sequence[str]) -> None:
         out=options.out,
         sites=options.sites or None,
         tokens=options.tokens,
+        held_out=held_out_by(options.held_out, options.held_out_seed),
         resume=not options.fresh,
         device=options.device,
+        checkpoint_seconds=options.checkpoint_seconds,
     )
     for site in run.sites:
         last = (run.metrics(site) or [{}])[-1]
@@ -87,6 +95,11 @@ def main(arguments: Sequence[str]) -> None:
             if key in last
         )
         print(f"{run.folder(site)} · {site} · {figures}")
+
+
+def held_out_by(share: float | None, seed: int) -> HeldOut | None:
+    """What `--held-out` and `--held-out-seed` keep out of training."""
+    return None if share is None else HeldOut(share, seed)
 
 
 def choose_parts(options: Options, arguments: Sequence[str]) -> Options:

@@ -23,7 +23,7 @@ from sparsight.activations.sampling import sampled
 from sparsight.config import check_positive
 from sparsight.devices import choose_device
 from sparsight.errors import MissingExtra, SparsightError, UserError
-from sparsight.evaluation.data import Passes, find_site, find_target, trained_on
+from sparsight.evaluation.data import Passes, find_site, find_target, held_out, trained_on
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
 from sparsight.evaluation.reconstruction import ReconstructionMeter
 from sparsight.evaluation.report import finite
@@ -241,6 +241,7 @@ def _measure(
         apart = ("fvu_cls", "fvu_patches")
         member.row |= {key: figures[key] for key in apart if key in figures}
         member.row["trained_on_these"] = trained_on(sae, source)
+        member.row["held_out"] = held_out(sae, source)
         member.row["dead_window"] = figures["dead_window"]
         member.row["n_latents"] = sae.n_latents
         member.row["n_vectors"] = count.n_vectors

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsight.activations import seen_in_training
 from sparsight.activations.sampling import sampled
 from sparsight.config import check_positive
 from sparsight.errors import UserError
@@ -217,5 +218,10 @@ def find_target(sae: SparseAutoencoder, source: ActivationSource) -> str | None:
 
 def trained_on(sae: SparseAutoencoder, source: ActivationSource) -> bool | None:
     """Whether the activations are of the images that the SAE was trained on; None if not known."""
-    trained, own = sae.metadata.get("images"), source.model_info.get("images")
-    return trained == own if trained and own else None
+    return seen_in_training(sae.metadata, source)
+
+
+def held_out(sae: SparseAutoencoder, source: ActivationSource) -> bool:
+    """Whether the activations are of images that training kept out."""
+    same = sae.metadata.get("images") == source.model_info.get("images")
+    return same and trained_on(sae, source) is False

@@ -24,7 +24,7 @@ from sparsight.evaluation.baselines import (
     untrained,
 )
 from sparsight.evaluation.choosing import choose_features
-from sparsight.evaluation.data import Passes, find_site, find_target, trained_on
+from sparsight.evaluation.data import Passes, find_site, find_target, held_out, trained_on
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
 from sparsight.evaluation.localising import HeatCollector
 from sparsight.evaluation.pooling import PooledFeatures
@@ -342,6 +342,7 @@ class _Evaluation:
             "images": source.model_info.get("images"),
             "downstream_images": self.downstream_images,
             "trained_on_these": trained_on(self.sae, source),
+            "held_out": held_out(self.sae, source),
             "sae": sae.fingerprint(),
             "fvu_batch_images": passes.batch_images,
             "seed": self.seed,

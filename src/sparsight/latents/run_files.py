@@ -10,8 +10,9 @@ from typing import Any
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, settled
 from sparsight.latents.index import MANIFEST, LatentIndex
+from sparsight.progress import logger
 from sparsight.sae import SparseAutoencoder
-from sparsight.training.run import METRICS, read_metrics
+from sparsight.training.run import METRICS, read_metrics, unfinished
 
 WEIGHTS = "sae.safetensors"
 
@@ -63,8 +64,10 @@ class RunFiles:
 def find_runs(given: str | Path | Iterable[str | Path]) -> list[Path]:
     """Folders of SAEs: the given ones, or what lies in them up to two levels deep.
 
+    What is still to be trained is left out, which the logger "sparsight" tells.
+
     Raises:
-        UserError: a folder is not there, or holds no SAE.
+        UserError: a folder is not there, or holds no SAE, or none whose training is finished.
     """
     folders = [given] if isinstance(given, str | Path) else list(given)
     found: list[Path] = []
@@ -80,6 +83,11 @@ def find_runs(given: str | Path | Iterable[str | Path]) -> list[Path]:
             if "checkpoints" not in (parts := path.relative_to(folder).parts)
             and not any(part.startswith(".") for part in parts)  # on its way there
         )
+        open_ends = [] if here else unfinished(folder)
+        if not inside and open_ends:
+            raise UserError(" ".join(open_ends))
+        for each in open_ends:
+            logger().warning("Left out: %s", each)
         if not inside:
             raise UserError(
                 f"{folder}: holds no trained SAE ({WEIGHTS}), nor do its sub-folders. Give a run "

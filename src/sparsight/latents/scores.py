@@ -161,6 +161,8 @@ def measured_on(metrics: Metrics) -> str:
         return ""
     if same:
         return "Measured on the training data: on new images an SAE does somewhat worse."
+    if metrics.get("held_out"):
+        return "Measured on held-out images, which the SAE was not trained on."
     return "Measured on images that the SAE was not trained on."
 
 
@@ -182,7 +184,8 @@ def _about_fvu(metrics: Metrics) -> Iterator[str]:
     if metrics.get("fvu_cls") is not None:
         yield f"CLS {figure(metrics['fvu_cls'])}, patches {figure(metrics.get('fvu_patches'))}"
     if (same := metrics.get("trained_on_these")) is not None:
-        yield "measured on the training data" if same else "measured on other images"
+        other = "held-out" if metrics.get("held_out") else "other"
+        yield "measured on the training data" if same else f"measured on {other} images"
 
 
 def reconstruction_table(metrics: Metrics) -> Table | None:

@@ -1,8 +1,9 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-`checkpoints/STEP/state.json` holds the step, the position in the data and a checksum of each file;
-beside it, a folder a site (SITE; in a sweep NAME/SITE) with the SAE as `from_pretrained` reads it
-and `training.safetensors`: optimiser, dead-latent counters, running figures, the average of the
+`checkpoints/STEP/state.json` holds the step, the position in the data, what the run is (so that no
+other one goes on from here) and checksums; beside it, a folder per site (SITE; in a sweep
+NAME/SITE) with the SAE as `from_pretrained` reads it, the lines of `metrics.jsonl` so far, and
+`training.safetensors`: optimiser, dead-latent counters, running figures, the average of the
 weights. Random numbers are drawn from seeds alone, so that there are no random states to keep.
 """
 
@@ -15,14 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsight.errors import UserError
-from sparsight.files import read_json
+from sparsight.files import write_bytes
 from sparsight.sae.files import WEIGHTS, load_tensors, save_tensors
 from sparsight.training import checkpoint_files
-from sparsight.training.checkpoint_files import newest
+from sparsight.training.checkpoint_files import newest, newest_step
+from sparsight.training.run import METRICS
 from sparsight.training.site import SiteTraining
 
-__all__ = ["Checkpoint", "load_latest", "members", "newest", "save"]
+__all__ = ["Checkpoint", "identities", "load_latest", "newest", "newest_step", "save"]
 
 _TENSORS = "training.safetensors"
 
@@ -37,6 +38,10 @@ class Checkpoint:
         summed: vectors in each site's running figures.
         saes: for each site the tensors of the SAE.
         tensors: for each site what `SiteTraining.state` gave.
+        runs: for each site what makes its run the same run; None in checkpoints of earlier
+            versions of Sparsight.
+        logs: for each site the lines of its `metrics.jsonl`; None in checkpoints of earlier
+            versions, too.
     """
 
     step: int
@@ -44,12 +49,27 @@ class Checkpoint:
     summed: dict[str, int]
     saes: dict[str, dict[str, Tensor]]
     tensors: dict[str, dict[str, Tensor]]
+    runs: dict[str, dict[str, Any] | None]
+    logs: dict[str, bytes | None]
 
 
 def save(
-    folder: Path, step: int, sites: Mapping[str, SiteTraining], cursor: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    sites: Mapping[str, SiteTraining],
+    cursor: Mapping[str, Any],
+    identities: Mapping[str, Any],
+    logs: Mapping[str, Path],
 ) -> Path:
     """Write a checkpoint and drop the oldest beyond the last two.
+
+    Args:
+        folder: of all checkpoints.
+        step: steps that were done.
+        sites: what trains, by name.
+        cursor: position in the data.
+        identities: by name, what makes a run the same run.
+        logs: by name, the `metrics.jsonl`.
 
     Raises:
         SparsightError: it could not be written; earlier ones are untouched.
@@ -59,11 +79,14 @@ def save(
         for site, training in sites.items():
             training.sae.save_pretrained(partial / site)
             save_tensors(training.state(), partial / site / _TENSORS)
-        return [f"{site}/{name}" for site in sites for name in (WEIGHTS, _TENSORS)]
+            lines = logs[site].read_bytes() if logs[site].exists() else b""
+            write_bytes(partial / site / METRICS, lines)
+        return [f"{site}/{name}" for site in sites for name in (WEIGHTS, _TENSORS, METRICS)]
 
     state = {
         "cursor": dict(cursor),
         "summed": {site: training.summed for site, training in sites.items()},
+        "runs": {site: identities[site] for site in sites},
     }
     return checkpoint_files.write(folder, step, state, write_files)
 
@@ -83,16 +106,22 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
             {site: state["summed"][site] for site in sites},
             {site: load_tensors(path / site / WEIGHTS) for site in sites},
             {site: load_tensors(path / site / _TENSORS) for site in sites},
+            {site: state.get("runs", {}).get(site) for site in sites},
+            {site: _log(path, f"{site}/{METRICS}", state) for site in sites},
         )
 
     return checkpoint_files.read_latest(folder, read)
 
 
-def members(folder: Path) -> frozenset[str]:
-    """What the newest checkpoint that can be read holds; nothing where there is none."""
-    for path in reversed(checkpoint_files.found(folder)):
-        try:
-            return frozenset(read_json(path / checkpoint_files.STATE)["summed"])
-        except (UserError, KeyError, TypeError):
-            continue  # `load_latest` tells of it
-    return frozenset()
+def identities(folder: Path) -> dict[str, Any]:
+    """What trains in the newest checkpoint that can be read, by name, and which run each is of.
+
+    A run is None in checkpoints of earlier versions of Sparsight. Nothing where there is no
+    checkpoint.
+    """
+    state = checkpoint_files.newest_state(folder)
+    return {name: state.get("runs", {}).get(name) for name in state.get("summed", {})}
+
+
+def _log(path: Path, name: str, state: Mapping[str, Any]) -> bytes | None:
+    return (path / name).read_bytes() if name in state["sha256"] else None

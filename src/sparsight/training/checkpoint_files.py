@@ -1,22 +1,25 @@
 """Folders of checkpoints: written under another name and renamed when whole, checked when read.
 
-`FOLDER/STEP/state.json` holds the format's version, the step and a checksum of each file beside it;
-what else is in it is the business of who writes it.
+`FOLDER/STEP/state.json` holds the format's version, the step, and checksums of each file beside it
+and of itself; what else is in it is the business of who writes it.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, sha256_file, write_json
+from sparsight.files import read_json, remove_temporaries, sha256_file, sha256_json, write_json
 
 FORMAT_VERSION = 1
 KEPT = 2
 STATE = "state.json"
+PARTIAL = ("[0-9]*",)
+"""Names of checkpoints, for `temporaries`."""
 
 Found = TypeVar("Found")
 
@@ -29,6 +32,8 @@ def write(
 ) -> Path:
     """Write a checkpoint and drop the oldest beyond the last two.
 
+    Those of later steps go, too: a run that is at this step had no use of them.
+
     Args:
         folder: of all checkpoints.
         step: steps that were done.
@@ -40,25 +45,24 @@ def write(
     """
     target = folder / f"{step:09d}"
     partial = folder / f".{step:09d}.tmp"
-    _remove_partial(folder)
+    remove_temporaries(folder, PARTIAL)
     try:
         files = write_files(partial)
-        write_json(
-            partial / STATE,
-            {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                **state,
-                "sha256": {file: sha256_file(partial / file) for file in files},
-            },
-        )
+        sha256 = {file: sha256_file(partial / file) for file in files}
+        whole = {"step": step, **state, "sha256": sha256}
+        checksum = sha256_json(whole)
+        version = {"format_version": FORMAT_VERSION}
+        write_json(partial / STATE, {**version, **whole, "checksum": checksum})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except (OSError, SparsightError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise SparsightError(f"{target}: the checkpoint could not be written ({error})") from error
-    for old in found(folder)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    there = found(folder)
+    place = there.index(target)
+    for useless in (*there[: max(0, place + 1 - KEPT)], *there[place + 1 :]):
+        shutil.rmtree(useless, ignore_errors=True)
     return target
 
 
@@ -97,6 +101,12 @@ def newest(folder: Path) -> Path | None:
     return next(reversed(found(folder)), None)
 
 
+def newest_step(folder: Path) -> int:
+    """Steps that the newest checkpoint has, unread; 0 where there is none."""
+    path = newest(folder)
+    return 0 if path is None else int(path.name)
+
+
 def found(folder: Path) -> list[Path]:
     """All checkpoints, oldest first, unread."""
     if not folder.is_dir():
@@ -104,24 +114,43 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
 
 
-def _remove_partial(folder: Path) -> None:
-    """Remove what a killed `write` left."""
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`, its own checksum compared.
 
-
-def _read(path: Path, read: Callable[[Path, dict[str, Any]], Found]) -> Found:
+    Raises:
+        UserError: it is of another version of the format.
+        SparsightError: it is missing or damaged.
+    """
     try:
         state = read_json(path / STATE)
     except UserError as error:  # as a damaged file it is no one's mistake
         raise SparsightError(str(error)) from error
-    version = state.get("format_version", FORMAT_VERSION)
+    version = state.pop("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path / STATE}: format_version is {version!r}; this Sparsight reads "
             f"{FORMAT_VERSION}. Go on with the Sparsight that wrote it, or choose another folder."
         )
+    # Absent in checkpoints of earlier versions of Sparsight.
+    expected = state.pop("checksum", None)
+    if expected is not None and sha256_json(state) != expected:
+        raise SparsightError(f"{path / STATE}: is damaged (checksum).")
+    return state
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The newest `state.json` that is whole; {} where there is none."""
+    for path in reversed(found(folder)):
+        with suppress(SparsightError):  # `read_latest` tells of it
+            return read_state(path)
+    return {}
+
+
+def _read(path: Path, read: Callable[[Path, dict[str, Any]], Found]) -> Found:
+    state = read_state(path)
     try:
+        if state["step"] != int(path.name):
+            raise SparsightError(f"{path / STATE}: is that of step {state['step']}.")
         for file, expected in state["sha256"].items():
             if not (path / file).exists() or sha256_file(path / file) != expected:
                 raise SparsightError(f"{path / file}: is missing or damaged (checksum).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,10 @@ from sparsight.vision import Tokens
 
 LARGEST_DEAD_WINDOW = 10_000_000
 
+DEFAULT_EPOCHS = 20
+SHORTEST, LONGEST = 1_000_000, 10_000_000
+"""Vectors to train on where nothing is said of the length: so many epochs, within these."""
+
 # eps too: a latent that gets no gradient would be divided by 0.
 _POSITIVE = ("n_vectors", "batch_size", "lr", "eps", "grad_clip", "log_every", "checkpoint_every")
 
@@ -38,8 +43,9 @@ class TrainConfig:
     sae: SAEConfig = field(default_factory=SAEConfig)
     """The autoencoder."""
 
-    n_vectors: int = 10_000_000
-    """How many activation vectors to train on; more than there are means several epochs."""
+    n_vectors: int | None = None
+    """How many activation vectors to train on; more than there are means several epochs. None is 20
+    epochs, but at least 1 million and at most 10 million vectors."""
 
     batch_size: int = 4096
     """Vectors per step."""
@@ -106,7 +112,8 @@ class TrainConfig:
     """Vectors between lines of `metrics.jsonl`; None is a hundredth of the run."""
 
     checkpoint_every: int | None = None
-    """Vectors between checkpoints; None is a tenth of the run."""
+    """Vectors between checkpoints; None is a tenth of the run, unless writing takes too long for
+    that. Others are written by time, see `train`."""
 
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go beside `metrics.jsonl`."""
@@ -122,7 +129,7 @@ class TrainConfig:
                 raise UserError(f"{name} is {value}; it must be positive.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas are {self.betas}; each must be 0 or more, and below 1.")
-        if self.n_vectors < self.batch_size:
+        if self.n_vectors is not None and self.n_vectors < self.batch_size:
             raise UserError(
                 f"n_vectors is {self.n_vectors}, less than one batch of {self.batch_size}."
             )
@@ -155,10 +162,23 @@ class TrainConfig:
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must lie between 0 and 1 (or None).")
 
+    def with_length(self, vectors_per_epoch: int) -> TrainConfig:
+        """The same, with the number of vectors that it stands for where it names none."""
+        if self.n_vectors is not None:
+            return self
+        asked = DEFAULT_EPOCHS * vectors_per_epoch
+        n_vectors = max(self.batch_size, min(max(asked, SHORTEST), LONGEST))
+        return dataclasses.replace(self, n_vectors=n_vectors)
+
+    @property
+    def length(self) -> int:
+        """Vectors of the run; the most that there may be as long as none are named."""
+        return max(LONGEST, self.batch_size) if self.n_vectors is None else self.n_vectors
+
     @property
     def n_steps(self) -> int:
         """Steps of the run."""
-        return math.ceil(self.n_vectors / self.batch_size)
+        return math.ceil(self.length / self.batch_size)
 
     @property
     def order_seed(self) -> int:
@@ -169,13 +189,13 @@ class TrainConfig:
     def dead_after(self) -> int:
         """Vectors without an activation after which a latent counts as dead."""
         stated = (self.auxk and self.auxk.dead_after) or (self.ghost and self.ghost.dead_after)
-        return stated or max(1, min(LARGEST_DEAD_WINDOW, self.n_vectors // 10))
+        return stated or max(1, min(LARGEST_DEAD_WINDOW, self.length // 10))
 
     @property
     def resample_every(self) -> int:
         """Vectors between resamplings, where there are any."""
         stated = self.resampling.every if self.resampling else None
-        return stated or max(1, self.n_vectors // 10)
+        return stated or max(1, self.length // 10)
 
     @property
     def resample_after(self) -> int:
@@ -262,7 +282,7 @@ class TrainConfig:
 
     def steps_every(self, n_vectors: int | None, share: int) -> int:
         """Steps in `n_vectors`, or in one of `share` equal parts of the run."""
-        vectors = n_vectors or self.n_vectors / share
+        vectors = n_vectors or self.length / share
         return max(1, round(vectors / self.batch_size))
 
 
@@ -284,6 +304,12 @@ class TrainRecipe:
 
     tokens: Tokens | None = None
     """Which positions to train on: all by default; of a store, the ones that it holds."""
+
+    held_out: float | None = None
+    """Share of the images to keep out of training, e.g. 0.1; `evaluate` then measures on these."""
+
+    held_out_seed: int = 0
+    """Of the choice of these images."""
 
     out: Path = Path("runs/sae")
     """Folder of the run."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sparsight.errors import MissingExtra, SparsightError
-from sparsight.files import without_folders, write_text
+from sparsight.files import without_folders, write_bytes, write_text
 from sparsight.redaction import without_folders_in
-from sparsight.training.run import METRICS, read_metrics
-
-WANDB_ID = "wandb-id.txt"
+from sparsight.training.run import METRICS, WANDB_ID, read_metrics
 
 
 @runtime_checkable
@@ -28,12 +27,28 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`; lines after the step that a run resumes from are dropped."""
+    """`metrics.jsonl`; lines after the step that a run resumes from are dropped.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    Args:
+        folder: of the file.
+        step: that the run begins at, or goes on from.
+        kept: the lines up to there, as a checkpoint has them; default those in the file.
+    """
+
+    def __init__(self, folder: Path, step: int, kept: bytes | None = None) -> None:
         self.path = folder / METRICS
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        if step == 0:
+            kept = b""
+        elif kept is None:
+            lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+            kept = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        elif self.path.exists() and not self.path.read_bytes().startswith(kept):
+            warnings.warn(
+                f"{self.path}: is damaged or was changed. Its lines up to step {step} are written "
+                "again, as the checkpoint has them.",
+                stacklevel=2,
+            )
+        write_bytes(self.path, kept)
 
     def log(self, figures: Mapping[str, Any]) -> None:
         """Append a line.
@@ -114,9 +129,16 @@ def _wandb_id(folder: Path) -> str:
 
 
 def open_loggers(
-    folder: Path, names: Sequence[str], step: int, vectors: int, config: Mapping[str, Any]
+    folder: Path,
+    names: Sequence[str],
+    step: int,
+    vectors: int,
+    config: Mapping[str, Any],
+    kept: bytes | None = None,
 ) -> list[Logger]:
     """The loggers of a run, at `step` (after so many vectors), where it begins or goes on.
+
+    `kept` is what a checkpoint has of `metrics.jsonl`.
 
     Raises:
         MissingExtra: a library is not installed.
@@ -126,4 +148,4 @@ def open_loggers(
         loggers.append(TensorBoard(folder, vectors))
     if "wandb" in names:
         loggers.append(WeightsAndBiases(folder, config))
-    return [JsonLines(folder, step), *loggers]
+    return [JsonLines(folder, step, kept), *loggers]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import lock
+from sparsight.files import lock, read_json, remove_temporaries, temporaries
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
+from sparsight.training import checkpoint_files
 from sparsight.training.config import TrainConfig, TrainRecipe
 
 CONFIG = "config.toml"
@@ -21,6 +23,15 @@ DIVERGED = "diverged.json"
 """Of a member of a sweep whose loss ceased to be finite."""
 SWEEP = "sweep.toml"
 """At the root of a sweep."""
+WANDB_ID = "wandb-id.txt"
+LOCK = ".lock"
+"""Held by the process that trains into the folder."""
+
+
+WRITTEN = (CONFIG, METRICS, DIVERGED, WANDB_ID, WEIGHTS, "config.json", "README.md")
+"""What training writes into the folder of an SAE; other verbs may be at work on the others."""
+_OWN = ("checkpoints", METRICS, DIVERGED, WANDB_ID, "tensorboard", "wandb")
+"""What a run may have left before, or behind, its `config.toml`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,15 @@ class Run:
             UserError: another process does.
             SparsightError: the folder cannot be made or written.
         """
-        return lock(self.out / ".lock", f"{self.out}: another process is training into it.")
+        return lock(self.out / LOCK, f"{self.out}: another process is training into it.")
+
+    def clear_leftovers(self) -> None:
+        """Remove what a process left that was killed in the moment when the run was finished."""
+        folders = [self.folder(site) for site in self.sites]
+        if (self.out / LOCK).exists() or lying_about(folders, self.checkpoints):
+            # Whoever holds the lock still clears up behind itself.
+            with suppress(UserError), self.claimed():
+                clear(folders, self.checkpoints)
 
     @property
     def recipe(self) -> TrainRecipe:
@@ -86,6 +105,93 @@ class Run:
     def metrics(self, site: str | None = None) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.folder(site) / METRICS)
+
+
+def lying_about(folders: Iterable[Path], checkpoints: Path) -> bool:
+    """Whether a process was killed while it wrote into folders of SAEs, or checkpoints."""
+    return any(temporaries(each, WRITTEN) for each in folders) or bool(
+        temporaries(checkpoints, checkpoint_files.PARTIAL)
+    )
+
+
+def clear(folders: Iterable[Path], checkpoints: Path) -> None:
+    """Remove what such a process left. The lock must be held."""
+    for folder in folders:
+        remove_temporaries(folder, WRITTEN)
+    remove_temporaries(checkpoints, checkpoint_files.PARTIAL)
+
+
+def refuse_foreign_files(out: Path) -> None:
+    """Make sure that a folder in which no run has begun is free for one.
+
+    Other runs may lie in it, each in its own folder, and hidden files.
+
+    Raises:
+        UserError: it is a file, or holds something else.
+    """
+    if not out.exists() or checkpoint_files.newest(out / "checkpoints") is not None:
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file. Choose another folder for the run.")
+    strange = [
+        path.name
+        for path in sorted(out.iterdir())
+        if not (path.name.startswith(".") or path.name in _OWN or _holds_runs(path))
+    ]
+    if strange:
+        shown = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
+        raise UserError(
+            f"{out}: holds other files ({shown}) and no run. Choose an empty or a new folder."
+        )
+
+
+def _holds_runs(path: Path) -> bool:
+    """Whether a folder is empty but for hidden files, or that of runs or a sweep."""
+    if not path.is_dir():
+        return False
+    signs = (CONFIG, SWEEP, WEIGHTS)
+    inside = (path.glob(f"{depth}{sign}") for depth in ("", "*/") for sign in signs)
+    return any(any(each) for each in inside) or all(
+        each.name.startswith(".") for each in path.iterdir()
+    )
+
+
+def unfinished(folder: Path) -> list[str]:
+    """What is still to be trained in a folder of a run, of a sweep, or of several of them.
+
+    Returns:
+        A sentence for each run or sweep: how far it is, and the command that goes on.
+    """
+    found: dict[Path, str] = {}
+    for path in sorted({*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"),
+                        *folder.glob(f"*/*/{CONFIG}")}):  # fmt: skip
+        own = path.parent
+        if (own / WEIGHTS).exists() or diverged(own) is not None:
+            continue
+        try:
+            recipe = load(TrainRecipe, path)
+        except UserError:
+            continue  # of something else
+        roots = (own, own.parent, own.parent.parent)
+        swept = next((each for each in roots[1:] if (each / SWEEP).exists()), None)
+        root = swept or (own if len(recipe.sites) == 1 else own.parent)
+        verb, file = ("sweep", root / SWEEP) if swept else ("train", path)
+        length, size = recipe.train.length, recipe.train.batch_size
+        done = min(length, checkpoint_files.newest_step(root / "checkpoints") * size)
+        found.setdefault(
+            root,
+            f"{root}: training is unfinished: {done:,} of {length:,} vectors. The same command "
+            f"goes on, or `sparsight {verb} --config {file} --out {root}`.",
+        )
+    return list(found.values())
+
+
+def diverged(folder: Path) -> str | None:
+    """Why a member of a sweep has no SAE; None where it has one, or may still get one."""
+    try:
+        return str(read_json(folder / DIVERGED)["reason"])
+    except (UserError, KeyError):  # not there, or damaged: then it trains again
+        return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,24 +19,36 @@ from typing import Any
 
 import torch
 
-from sparsight.activations import ActivationSource
+from sparsight.activations import ActivationSource, HeldOut
 from sparsight.config import load, write_toml
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import lock, read_json, write_json
+from sparsight.files import lock, read_json, remove_temporaries, temporaries, write_json
+from sparsight.pace import SECONDS, Pace
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.grid import TOKENS, Setting, checked, combinations, configuration
-from sparsight.training.run import CONFIG, DIVERGED, SWEEP, Run
+from sparsight.training.run import (
+    CONFIG,
+    DIVERGED,
+    LOCK,
+    SWEEP,
+    Run,
+    clear,
+    diverged,
+    lying_about,
+    refuse_foreign_files,
+)
 from sparsight.training.trainer import (
     Activations,
-    Loop,
     Member,
     holds_part,
     identity,
     recipe_of,
     resolve,
+    train_members,
+    with_length,
     with_target,
 )
 from sparsight.vision import Tokens
@@ -116,8 +129,9 @@ class Sweep:
             "folder": folder.relative_to(self.out).as_posix(),
             "settings": self.settings[name],
         }
-        if (folder / DIVERGED).exists():
-            return {**row, "diverged": read_json(folder / DIVERGED)["reason"]}
+        reason = diverged(folder)
+        if reason is not None:
+            return {**row, "diverged": reason}
         last = (run.metrics(site) or [{}])[-1]
         return {**row, **{key: last.get(key) for key in FIGURES}}
 
@@ -129,8 +143,10 @@ def sweep(
     *,
     sites: Sequence[str] | None = None,
     tokens: Tokens | None = None,
+    held_out: HeldOut | float | None = None,
     resume: bool = True,
     device: str | torch.device | None = None,
+    checkpoint_seconds: float | None = SECONDS,
     quiet: bool = False,
 ) -> Sweep:
     """Train an SAE for every combination in a grid on each site, all in one pass.
@@ -148,8 +164,10 @@ def sweep(
             train in one new pass.
         sites: which sites of the source; all by default.
         tokens: as in `train`.
+        held_out: as in `train`.
         resume: False refuses a folder that holds a sweep.
         device: "cpu", "cuda", …; a GPU if there is one.
+        checkpoint_seconds: as in `train`; so are Ctrl-C and SIGTERM.
         quiet: no progress line, and no word about what is done already.
 
     Returns:
@@ -162,8 +180,14 @@ def sweep(
             the last checkpoint stays.
     """
     place = choose_device(device, float64=True)
-    out = Path(out)
+    out, pace = Path(out), Pace(checkpoint_seconds)
     sources, names, config = _resolved(source, sites, tokens, config)
+    held_out = HeldOut(held_out) if isinstance(held_out, float) else held_out
+    if held_out is not None:
+        sources = {mode: held_out.split(each)[0] for mode, each in sources.items()}
+    length = with_length(config.train, list(sources.values()), names, out / SWEEP)
+    if length != config.train:
+        config = dataclasses.replace(config, train=length)
     first = next(iter(sources.values()))
     for each in sources.values():
         for site in names:
@@ -171,21 +195,24 @@ def sweep(
             for _, train in config.members.values():
                 train.sae.width(each.d_in(site))
     _refuse_single_run(out, resume)
-    recipes = _recipes(out, sources, names, config)
+    recipes = _recipes(out, sources, names, config, held_out)
     settings = [setting for setting, _ in config.members.values()]
     result = Sweep(
         out,
         {name: Run(out / name, names) for name in recipes},
         dict(zip(recipes, settings, strict=True)),
     )
+    begun = checkpoint.identities(result.checkpoints)
     for name, run in result.runs.items():
-        holds_part(run, recipes[name])
-    if list(_pending(result, recipes)) or result.checkpoints.exists():
-        with lock(out / ".lock", f"{out}: another process is training into it."):
+        own = identity(recipes[name])
+        holds_part(run, recipes[name], all(begun.get(f"{name}/{each}") == own for each in names))
+    if list(_pending(result, recipes)) or result.checkpoints.exists() or _leftovers(result):
+        with lock(out / LOCK, f"{out}: another process is training into it."):
             _refuse_to_drop(result)
-            _write_recipe(first, names, config, out)
+            _clear(result)
+            _write_recipe(first, names, config, out, held_out)
             read = with_target(names, config.train)
-            while _train_together(sources, read, result, recipes, place, quiet):
+            while _train_together(sources, read, result, recipes, place, pace, quiet):
                 pass
     return _settled(result)
 
@@ -212,16 +239,17 @@ def _train_together(
     sweep: Sweep,
     recipes: Mapping[str, TrainRecipe],
     device: torch.device,
+    pace: Pace,
     quiet: bool,
 ) -> bool:
     """Train what can share a pass; False if nothing is left to train."""
     pending = list(_pending(sweep, recipes))
-    held = checkpoint.members(sweep.checkpoints)
+    held = checkpoint.identities(sweep.checkpoints)
     begun = [member for member in pending if member.name in held]
     together = begun or pending
     together = [member for member in together if _pass(member) == _pass(together[0])]
-    if held and not begun:
-        shutil.rmtree(sweep.checkpoints)  # of a pass whose members are all finished
+    if (held and not begun) or not pending:  # of a pass whose members are all finished
+        shutil.rmtree(sweep.checkpoints, ignore_errors=True)
     if not pending:
         return False
     sites = next(iter(sweep.runs.values())).sites
@@ -233,8 +261,17 @@ def _train_together(
             file=sys.stderr,
         )
     source = sources[_pass(together[0])[0]]
-    loop = Loop(source, read, together, sweep.checkpoints, device, drop_diverged=True)
-    loop.run_to_end("sweep", quiet)
+    train_members(
+        source,
+        read,
+        together,
+        sweep.checkpoints,
+        "sweep",
+        device,
+        pace,
+        quiet,
+        drop_diverged=True,
+    )
     shutil.rmtree(sweep.checkpoints, ignore_errors=True)
     return True
 
@@ -249,7 +286,7 @@ def _pending(sweep: Sweep, recipes: Mapping[str, TrainRecipe]) -> Iterator[Membe
     for name, run in sweep.runs.items():
         for site in run.sites:
             folder = run.folder(site)
-            if not run.is_finished(site) and not (folder / DIVERGED).exists():
+            if not run.is_finished(site) and diverged(folder) is None:
                 yield Member(f"{name}/{site}", site, folder, recipes[name])
 
 
@@ -258,6 +295,7 @@ def _recipes(
     sources: Mapping[str, ActivationSource],
     sites: tuple[str, ...],
     config: SweepConfig,
+    held_out: HeldOut | None,
 ) -> dict[str, TrainRecipe]:
     """The recipes of the members, by name: a run that is there keeps the name that it has.
 
@@ -266,11 +304,12 @@ def _recipes(
     there = {}
     for path in (*out.glob(f"*/{CONFIG}"), *out.glob(f"*/*/{CONFIG}")):
         name = path.relative_to(out).parts[0]
-        there[json.dumps(identity(load(TrainRecipe, path)), sort_keys=True)] = name
+        with suppress(UserError):  # `holds_part` tells of one that is damaged
+            there[json.dumps(identity(load(TrainRecipe, path)), sort_keys=True)] = name
     found = {}
     for name, (setting, train) in config.members.items():
         source = sources[setting[TOKENS]] if TOKENS in setting else next(iter(sources.values()))
-        recipe = recipe_of(source, Run(out / name, sites), train)
+        recipe = recipe_of(source, Run(out / name, sites), train, held_out)
         kept = there.get(json.dumps(identity(recipe), sort_keys=True), name)
         found[kept] = dataclasses.replace(recipe, out=out / kept)
     return found
@@ -281,7 +320,7 @@ def _settled(sweep: Sweep) -> Sweep:
     rows = sweep.table()
     table = {"format_version": FORMAT_VERSION, "members": rows}
     path = sweep.out / TABLE
-    if not path.exists() or read_json(path) != json.loads(json.dumps(table)):
+    if _read_or_none(path) != json.loads(json.dumps(table)):
         write_json(path, table)
     reasons = [row["diverged"] for row in rows if "diverged" in row]
     if len(reasons) == len(rows):
@@ -292,19 +331,53 @@ def _settled(sweep: Sweep) -> Sweep:
     return sweep
 
 
+def _read_or_none(path: Path) -> dict[str, Any] | None:
+    """What a file holds that can be written again; None where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
+
+
+_TABLES = (SWEEP, TABLE, "table.json", "table.csv", "table.md")
+"""What is written into a sweep's folder, here and by `compare`; that writes `plots/`, too."""
+
+
+def _folders(sweep: Sweep) -> list[Path]:
+    """Where the SAEs lie."""
+    return [run.folder(site) for run in sweep.runs.values() for site in run.sites]
+
+
+def _leftovers(sweep: Sweep) -> bool:
+    """Whether a process was killed that trained or wrote here."""
+    return (
+        (sweep.out / LOCK).exists()
+        or lying_about(_folders(sweep), sweep.checkpoints)
+        or bool(temporaries(sweep.out, _TABLES) or temporaries(sweep.out / "plots", ["*"]))
+    )
+
+
+def _clear(sweep: Sweep) -> None:
+    clear(_folders(sweep), sweep.checkpoints)
+    remove_temporaries(sweep.out, _TABLES)
+    remove_temporaries(sweep.out / "plots", ["*"])
+
+
 def _refuse_single_run(out: Path, resume: bool) -> None:
     if (out / SWEEP).exists():
         if not resume:
             raise UserError(f"{out} holds a sweep already. Choose another folder, or resume it.")
     elif (out / CONFIG).exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a single run. Choose another folder for a sweep.")
+    else:
+        refuse_foreign_files(out)
 
 
 def _refuse_to_drop(sweep: Sweep) -> None:
     """Raise a `UserError` if others than the members of this sweep would lose a checkpoint."""
     own = {f"{name}/{site}" for name, run in sweep.runs.items() for site in run.sites}
     cut = []
-    for member in sorted(checkpoint.members(sweep.checkpoints) - own):
+    for member in sorted(checkpoint.identities(sweep.checkpoints).keys() - own):
         name, _, site = member.partition("/")
         folders = (sweep.out / name, sweep.out / name / site)
         if not any((each / end).exists() for each in folders for end in (WEIGHTS, DIVERGED)):
@@ -318,9 +391,13 @@ def _refuse_to_drop(sweep: Sweep) -> None:
 
 
 def _write_recipe(
-    source: ActivationSource, sites: tuple[str, ...], config: SweepConfig, out: Path
+    source: ActivationSource,
+    sites: tuple[str, ...],
+    config: SweepConfig,
+    out: Path,
+    held_out: HeldOut | None,
 ) -> None:
-    recipe = recipe_of(source, Run(out, sites), config.train)
+    recipe = recipe_of(source, Run(out, sites), config.train, held_out)
     own = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
     if TOKENS in config.grid:
         own |= {"tokens": None, "activations": None}

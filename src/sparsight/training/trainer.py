@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,28 +21,45 @@ from torch import Tensor
 import sparsight
 from sparsight.activations import (
     ActivationSource,
+    HeldOut,
     LiveActivations,
     Prefetcher,
     SiteStatistics,
     matching_sites,
     with_tokens,
 )
-from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.config import first_difference, load, read_toml, to_dict, value_at, write_toml
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
-from sparsight.progress import ProgressLine, progress
+from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.pace import SECONDS, Pace
+from sparsight.progress import ProgressLine, in_words, progress
 from sparsight.sae.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers
-from sparsight.training.run import CONFIG, DIVERGED, SWEEP, Run
+from sparsight.training.run import (
+    CONFIG,
+    DIVERGED,
+    METRICS,
+    SWEEP,
+    Run,
+    clear,
+    refuse_foreign_files,
+)
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
 from sparsight.vision import Tokens, VisionModel
 
 Activations = ActivationSource | tuple[VisionModel, ImageSource]
+
+ESTIMATE_SECONDS = 1.0
+"""Of training, before it is said how long all will take."""
+
+HELD_OUT = ("held_out", "held_out_seed")
+"""Of a recipe."""
 
 SHOWN_MEMBERS = 3
 """Autoencoders whose figures fit into a line of progress."""
@@ -54,11 +72,16 @@ def train(
     *,
     sites: Sequence[str] | None = None,
     tokens: Tokens | None = None,
+    held_out: HeldOut | float | None = None,
     resume: bool = True,
     device: str | torch.device | None = None,
+    checkpoint_seconds: float | None = SECONDS,
     quiet: bool = False,
 ) -> Run:
     """Train an SAE on each site, all in one pass over the activations.
+
+    Ctrl-C and SIGTERM finish the step that is under way, write a checkpoint and are raised then,
+    as `KeyboardInterrupt` and `SystemExit`; a second one stops at once.
 
     Args:
         source: an activation store, live activations, or a model and its images.
@@ -68,8 +91,13 @@ def train(
         sites: which sites of the source; all by default.
         tokens: which positions; "all" by default where `source` is a model and images. A store has
             its own, which must be these if they are given.
+        held_out: share of the images to keep out of training, which `HeldOut` chooses;
+            `held_out_of(sae.metadata)` gives them back.
         resume: False refuses a folder that holds a run.
         device: "cpu", "cuda", …; a GPU if there is one.
+        checkpoint_seconds: a checkpoint is written when the last one is so long ago, or less often
+            where writing takes more than a fiftieth of that; beside those of
+            `config.checkpoint_every`. None writes none by time. No part of what a run is.
         quiet: no progress line.
 
     Returns:
@@ -86,13 +114,18 @@ def train(
     run = Run(Path(out), names)
     for site in run.sites:
         config.sae.width(activations.d_in(site))
-    recipe = recipe_of(activations, run, config)
+    held_out = HeldOut(held_out) if isinstance(held_out, float) else held_out
+    kept_in = activations if held_out is None else held_out.split(activations)[0]
+    config = with_length(config, [kept_in], names, run.folder(names[0]) / CONFIG)
+    recipe = recipe_of(kept_in, run, config, held_out)
+    pace = Pace(checkpoint_seconds)
     if _settled(run, recipe, resume):
+        run.clear_leftovers()
         return run
     with run.claimed():
         members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
         read = with_target(run.sites, config)
-        Loop(activations, read, members, run.checkpoints, place).run_to_end("train", quiet)
+        train_members(kept_in, read, members, run.checkpoints, "train", place, pace, quiet)
     return run
 
 
@@ -123,6 +156,40 @@ class Member:
         return self.config.target_site
 
 
+def train_members(
+    source: ActivationSource,
+    sites: Sequence[str],
+    members: Sequence[Member],
+    checkpoints: Path,
+    title: str,
+    device: str | torch.device | None,
+    pace: Pace,
+    quiet: bool,
+    *,
+    drop_diverged: bool = False,
+) -> None:
+    """Train some members to the end; a stop on the way says what is kept of them.
+
+    Args:
+        source, sites, members, checkpoints, device, pace, drop_diverged: see `Loop`.
+        title: of the line of progress.
+        quiet: without one.
+    """
+    loop: Loop | None = None
+    try:
+        loop = Loop(source, sites, members, checkpoints, device, pace, drop_diverged=drop_diverged)
+        loop.run_to_end(title, quiet)
+    except STOPS as stop:
+        config = members[0].config
+        step = checkpoint.newest_step(checkpoints) if loop is None else loop.kept_step
+        if loop is not None and loop.finished:
+            stop.add_note("Training was finished by then, and nothing is lost.")
+        else:
+            total = config.n_steps * config.batch_size
+            stop.add_note(kept(step * config.batch_size, total, "vectors"))
+        raise
+
+
 class Loop:
     """One pass over the activations, and the state of everything that trains in it.
 
@@ -132,8 +199,16 @@ class Loop:
         members: what trains; of the same batches, length and order of the data.
         checkpoints: folder of the checkpoints; the pass goes on from the last.
         device: "cpu", "cuda", …; a GPU if there is one.
+        pace: when to write a checkpoint beside those that the configuration asks for.
         drop_diverged: go on without a member whose loss ceases to be finite, and say so in its
             folder.
+
+    Attributes:
+        kept_step: steps that are in a checkpoint.
+        finished: whether all is trained and written.
+
+    Raises:
+        UserError: the checkpoints are those of another run.
     """
 
     def __init__(
@@ -143,6 +218,7 @@ class Loop:
         members: Sequence[Member],
         checkpoints: Path,
         device: str | torch.device | None = None,
+        pace: Pace | None = None,
         *,
         drop_diverged: bool = False,
     ) -> None:
@@ -150,8 +226,11 @@ class Loop:
         self.config = members[0].config  # for what all have in common
         self.checkpoints = checkpoints
         self.device = choose_device(device, float64=True)
+        self.pace = pace or Pace(None)
         self.drop_diverged = drop_diverged
-        self.step = 0
+        self.step = self.kept_step = 0
+        self.finished = False
+        clear([member.folder for member in members], checkpoints)
         stream = source.stream(sites, self.config.batch_size, seed=self.config.order_seed)
         needed = tuple(
             dict.fromkeys(
@@ -162,6 +241,10 @@ class Loop:
         found, problems = checkpoint.load_latest(checkpoints, tuple(self.members))
         for problem in problems:
             warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
+        self.identities = {name: identity(each.recipe) for name, each in self.members.items()}
+        if found is not None:
+            for name, own in self.identities.items():
+                refuse_other_checkpoint(checkpoints, found.runs[name], own)
         self.first_batch: dict[str, Tensor] | None = None
         if found is None:
             self.first_batch = self._read()
@@ -175,19 +258,25 @@ class Loop:
                 member.config,
                 source.stats(member.site),
                 samples[member.site],
-                _metadata(source, member.site, member.config),
+                _metadata(source, member.site, member.recipe),
                 self.device,
                 *self._kernels(member, source.d_in(member.site)),
                 *self._target(source, member, samples),
             )
             for name, member in self.members.items()
         }
+        self.cursor: dict[str, Any] = {}  # behind the batches that were trained on
         if found is not None:
-            self.step = found.step
+            self.step = self.kept_step = found.step
+            self.cursor = found.cursor
             self.batches.load_state_dict(found.cursor)
             for name, training in self.trainings.items():
                 training.load_state(found.saes[name], found.tensors[name], found.summed[name])
         self.logged = (time.monotonic(), self.vectors)
+        self.note = ""
+        self.quiet = False
+        self._first: tuple[float, int] | None = None
+        self._told_time = False
         self.loggers: dict[str, list[Logger]] = {}
         for name, member in self.members.items():
             write_toml(member.folder / CONFIG, member.recipe)
@@ -197,6 +286,7 @@ class Loop:
                 self.step,
                 self.vectors,
                 to_dict(member.recipe),
+                None if found is None else found.logs[name],
             )
 
     def _kernels(self, member: Member, d_in: int) -> tuple[Kernels, Precision]:
@@ -226,6 +316,7 @@ class Loop:
 
     def run_to_end(self, title: str, quiet: bool) -> None:
         """Train, log and save until the configured number of vectors is reached."""
+        self.quiet = quiet
         total = self.config.n_steps * self.config.batch_size
         with (
             self.batches,
@@ -239,9 +330,35 @@ class Loop:
                 )
                 hint = " (the native kernels, which are quicker, are not built)" if absent else ""
                 print(f"kernels: {', '.join(used)}{hint}", file=sys.stderr)
+                print(f"{title}: {self._plan()}", file=sys.stderr)
                 for site, ratio in self._ratios().items():
                     print(f"{site}: mean to spread {ratio:.2f}", file=sys.stderr)
             self._run(line)
+
+    def _plan(self) -> str:
+        """How long the run is, in numbers."""
+        total, per_epoch = (
+            self.config.n_steps * self.config.batch_size,
+            self.batches.vectors_per_epoch,
+        )
+        done = f", of which {self.vectors:,} are done" if self.step else ""
+        return (
+            f"{total:,} vectors, {total / per_epoch:,.1f} epochs of {per_epoch:,}, in "
+            f"{self.config.n_steps:,} steps of {self.config.batch_size:,}{done}"
+        )
+
+    def _tell_time(self) -> None:
+        """Say once, as soon as a few steps tell, how long the run will take."""
+        now = time.monotonic()
+        if self._first is None:  # the first step, which makes all ready, counts for nothing
+            self._first = (now, self.step)
+            return
+        begun, step = self._first
+        if now - begun < ESTIMATE_SECONDS or self._told_time:
+            return
+        self._told_time = True
+        left = (self.config.n_steps - self.step) * (now - begun) / (self.step - step)
+        print(f"estimated time: {in_words(left)}", file=sys.stderr)
 
     def _ratios(self) -> dict[str, float]:
         """How far the activations of each site lie from 0, in their own spread."""
@@ -251,28 +368,56 @@ class Loop:
         }
 
     def _run(self, line: ProgressLine) -> None:
+        with postponed() as stop:
+            while self.step < self.config.n_steps and self.trainings:
+                self._take_step(self._next_or_keep(stop), line)
+            self._finish()
+
+    def _next_or_keep(self, stop: Stop) -> dict[str, Tensor]:
+        """The next batch. Whoever stops the run is heard here, where state is whole."""
+        try:
+            with stop.at_once():
+                return self._next_batch()
+        except STOPS:
+            if self.step > self.kept_step:
+                self._keep()
+            raise
+
+    def _take_step(self, batch: Mapping[str, Tensor], line: ProgressLine) -> None:
         config = self.config
-        log_steps = config.steps_every(config.log_every, 100)
-        save_steps = config.steps_every(config.checkpoint_every, 10)
-        note = ""
-        while self.step < config.n_steps and self.trainings:
-            batch = self._next_batch()
-            for name, training in self.trainings.items():
-                factor = self._lr_factor(name, self.step)
-                member = self.members[name]
-                target = batch[member.target] if member.target else None
-                training.step(batch[member.site], self.step, factor, target)
-            self.step += 1
-            last = self.step == config.n_steps
-            if self.step % log_steps == 0 or last:
-                note = self._log()
-            if self.step % save_steps == 0 and not last:
-                self._check_finite()
-                checkpoint.save(
-                    self.checkpoints, self.step, self.trainings, self.batches.state_dict()
-                )
-            line.advance(config.batch_size, note)
-        self._finish()
+        for name, training in self.trainings.items():
+            factor = self._lr_factor(name, self.step)
+            member = self.members[name]
+            target = batch[member.target] if member.target else None
+            training.step(batch[member.site], self.step, factor, target)
+        self.step += 1
+        self.cursor = self.batches.state_dict()
+        last = self.step == config.n_steps
+        if self.step % config.steps_every(config.log_every, 100) == 0 or last:
+            self.note = self._log()
+        asked = self.step % config.steps_every(config.checkpoint_every, 10) == 0
+        if config.checkpoint_every is None:
+            asked = asked and self.pace.affordable()
+        if (asked or self.pace.due()) and not last:
+            self._keep()
+        line.advance(config.batch_size, self.note)
+        if not (self.quiet or self._told_time):
+            self._tell_time()
+
+    def _keep(self) -> None:
+        """Write a checkpoint."""
+        self._check_finite()
+        if not self.trainings:
+            return
+        logs = {name: self.members[name].folder / METRICS for name in self.trainings}
+        with self.pace.writing():
+            checkpoint.save(
+                self.checkpoints, self.step, self.trainings, self.cursor, self.identities, logs
+            )
+        self.kept_step = self.step
+        slow = self.pace.stretched()
+        if slow is not None and not self.quiet:
+            print(slow, file=sys.stderr)
 
     def _lr_factor(self, name: str, step: int) -> float:
         config = self.members[name].config
@@ -346,6 +491,7 @@ class Loop:
         for name, training in self.trainings.items():
             training.finished().save_pretrained(self.members[name].folder)
             self._close(name)
+        self.finished = True
 
     def _close(self, name: str) -> None:
         for logger in self.loggers[name]:
@@ -361,6 +507,26 @@ def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
         )
     fvus = [each["fvu"] for each in figures.values()]
     return f"{len(fvus)} autoencoders, FVU {min(fvus):.4f} to {max(fvus):.4f}"
+
+
+def refuse_other_checkpoint(
+    folder: Path, there: Mapping[str, Any] | None, own: Mapping[str, Any]
+) -> None:
+    """Make sure that a checkpoint is of this run.
+
+    Args:
+        folder: of the checkpoints.
+        there: what the checkpoint is of; None in those of earlier versions of Sparsight.
+        own: what this run is.
+
+    Raises:
+        UserError: it is of another run.
+    """
+    if there is not None and there != own:
+        raise UserError(
+            f"{folder}: holds checkpoints of a run that differs in {told_difference(there, own)}. "
+            "Choose another folder, or remove this one."
+        )
 
 
 def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple[str, ...]:
@@ -412,8 +578,31 @@ def as_activations(
     return LiveActivations(model, images, sites, tokens or "all")
 
 
-def recipe_of(source: ActivationSource, run: Run, config: TrainConfig) -> TrainRecipe:
-    """All that repeats a run."""
+def with_length(
+    config: TrainConfig, sources: Sequence[ActivationSource], sites: Sequence[str], there: Path
+) -> TrainConfig:
+    """The configuration with its number of vectors.
+
+    Where none is named it is that of the run that is there already, or follows from the vectors of
+    the activations.
+
+    Args:
+        config: as it was given.
+        sources: the activations, or several of other positions.
+        sites: what is trained on.
+        there: the `config.toml` or `sweep.toml` of the run, if it is there.
+    """
+    if config.n_vectors is not None:
+        return config
+    with suppress(UserError, KeyError, TypeError):
+        return dataclasses.replace(config, n_vectors=read_toml(there)["train"]["n_vectors"])
+    return config.with_length(max(each.n_images * each.n_tokens[sites[0]] for each in sources))
+
+
+def recipe_of(
+    source: ActivationSource, run: Run, config: TrainConfig, held_out: HeldOut | None = None
+) -> TrainRecipe:
+    """All that repeats a run on activations, of which those that are held out are no part."""
     store = getattr(source, "path", None)
     return TrainRecipe(
         store=str(Path(store).resolve()) if store is not None else None,
@@ -421,6 +610,8 @@ def recipe_of(source: ActivationSource, run: Run, config: TrainConfig) -> TrainR
         images=source.model_info.get("images"),
         sites=run.sites,
         tokens=cast(Tokens, source.tokens),
+        held_out=None if held_out is None else held_out.share,
+        held_out_seed=0 if held_out is None else held_out.seed,
         out=run.out,
         activations=source.fingerprint,
         train=config,
@@ -431,37 +622,70 @@ def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
     """Whether the run is finished; makes sure that what is there is a part of the same run."""
     if (run.out / SWEEP).exists():
         raise UserError(f"{run.out} holds a sweep. Choose another folder for a single run.")
-    if not holds_part(run, recipe):
+    begun = checkpoint.identities(run.checkpoints)
+    if not holds_part(run, recipe, all(begun.get(site) == identity(recipe) for site in run.sites)):
+        refuse_foreign_files(run.out)
         return False
     if not resume:
         raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
     return all(run.is_finished(site) for site in run.sites)
 
 
-def holds_part(run: Run, recipe: TrainRecipe) -> bool:
+def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
     """Whether some of the run is there already.
+
+    Args:
+        run: the run.
+        recipe: what it is.
+        begun: a checkpoint says that it is of this recipe: a `config.toml` that says otherwise is
+            damaged.
 
     Raises:
         UserError: another run is there.
     """
-    _refuse_other_sites(run)
     paths = [run.folder(site) / CONFIG for site in run.sites]
     present = [path for path in paths if path.exists()]
-    own = identity(recipe)
-    for path in present:
-        field = first_difference(identity(load(TrainRecipe, path)), own)
-        if field == "activations":
-            raise UserError(
-                f"{path}: holds a run on other activations: the model's weights, the "
-                "preprocessing, the images or the selection of them differ. Choose another "
-                "folder, or remove this one."
-            )
-        if field is not None:
-            raise UserError(
-                f"{path}: holds a run that differs in {field!r}. Choose another folder, "
-                "or remove this one."
-            )
+    try:
+        _refuse_other_sites(run)
+        for path in present:
+            _refuse_other_run(path, recipe)
+    except UserError as error:
+        if not begun:
+            raise
+        warn_of_damage(error)
     return bool(present)
+
+
+def warn_of_damage(error: UserError) -> None:
+    """Tell of a `config.toml` that says otherwise than the checkpoints, which are checksummed."""
+    warnings.warn(
+        f"{error} It counts as damaged, for the checkpoints are of this very run.", stacklevel=4
+    )
+
+
+def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
+    there, own = identity(load(TrainRecipe, path)), identity(recipe)
+    if any(there.get(key) != own.get(key) for key in HELD_OUT):  # so the activations differ, too
+        there, own = ({key: each.get(key) for key in HELD_OUT} for each in (there, own))
+    field = first_difference(there, own)
+    if field == "activations":
+        raise UserError(
+            f"{path}: holds a run on other activations: the model's weights, the "
+            "preprocessing, the images or the selection of them differ. Choose another "
+            "folder, or remove this one."
+        )
+    if field is not None:
+        raise UserError(
+            f"{path}: holds a run that differs in {told_difference(there, own)}. Choose another "
+            "folder, or remove this one."
+        )
+
+
+def told_difference(there: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The first field in which two mappings differ, and what either says; they do differ."""
+    field = str(first_difference(there, own))
+    values = ("none" if x is None else x for x in (value_at(there, field), value_at(own, field)))
+    return "{!r} ({} there, {} now)".format(field, *values)
 
 
 def identity(recipe: TrainRecipe) -> dict[str, Any]:
@@ -483,12 +707,17 @@ def _refuse_other_sites(run: Run) -> None:
             )
 
 
-def _metadata(source: ActivationSource, site: str, config: TrainConfig) -> dict[str, Any]:
+def _metadata(source: ActivationSource, site: str, recipe: TrainRecipe) -> dict[str, Any]:
+    config, held_out = recipe.train, {}
+    if recipe.held_out is not None:
+        share = HeldOut(recipe.held_out, recipe.held_out_seed)
+        held_out = {"held_out": share.to_metadata(source)}
     model = {key: value for key, value in source.model_info.items() if key != "images"}
     target = {} if config.target_site is None else {"target_site": config.target_site}
     return {
         "model": model,
         "images": source.model_info.get("images"),
+        **held_out,
         "site": site,
         **target,
         "tokens": source.tokens,

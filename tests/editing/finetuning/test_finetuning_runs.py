@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from finetuning_samples import NoisePictures, Pairs, tiny_clip
 from transformers import CLIPModel
 
 import sparsight as sp
+from sparsight import pace
 from sparsight.editing.finetuning import (
     FinetuneConfig,
+    FinetuneRun,
     NeuronScaling,
     Rates,
     captioned,
@@ -24,6 +28,8 @@ from sparsight.editing.finetuning.batches import BatchLoader
 from sparsight.editing.finetuning.sampling import Pair
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageError
+from sparsight.interruption import Terminated
+from sparsight.training import checkpoint_files
 
 CAPTIONS = [
     ("a photo of the cat", "the cat"),
@@ -412,3 +418,106 @@ def test_captioned_pictures_are_taken_as_they_are(model, tmp_path):
     )
     assert run.recipe.data_fingerprint == pairs.fingerprint
     assert run.recipe.attack is None
+
+
+def stop_in(monkeypatch, step, number=signal.SIGINT):
+    """A signal in the middle of a step."""
+    real = loop._Loop._take_step
+
+    def stopped(self, batches):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return real(self, batches)
+
+    monkeypatch.setattr(loop._Loop, "_take_step", stopped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_what_is_kept_and_ends_with_the_same_bits(
+    model, whole, tmp_path, monkeypatch, number
+):
+    sparse = dataclasses.replace(EVERYTHING, checkpoint_every=4, log_every=4)
+    told_whole = told(tune(model, tmp_path / "whole", sparse))
+    for step in (0, 2):
+        stop_in(monkeypatch, step, number)
+        with pytest.raises((KeyboardInterrupt, Terminated)) as stopped:
+            tune(model, tmp_path / "run", sparse)
+        monkeypatch.undo()
+        said = f"Kept {step + 1} of 4 steps; the same command goes on."
+        assert stopped.value.__notes__ == [said]
+    resumed = tune(model, tmp_path / "run", sparse)
+    before, now = weights(whole), weights(resumed)
+    assert all(torch.equal(before[name], now[name]) for name in before)
+    assert told(resumed) == told_whole  # means over steps before and behind the stops
+
+
+def test_a_stop_while_the_model_is_written_leaves_it_whole(model, tmp_path, monkeypatch):
+    real = loop._Loop.export
+
+    def stopped(self, layout):
+        os.kill(os.getpid(), signal.SIGINT)
+        real(self, layout)
+
+    monkeypatch.setattr(loop._Loop, "export", stopped)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        tune(model, tmp_path / "run")
+    assert "Fine-tuning was finished by then" in stop.value.__notes__[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert weights(FinetuneRun(tmp_path / "run"))
+
+
+def test_checkpoints_come_by_time_and_are_no_part_of_what_a_run_is(
+    model, whole, tmp_path, monkeypatch
+):
+    kept, real = [], checkpoint_files.write
+    monkeypatch.setattr(
+        checkpoint_files, "write", lambda *given: kept.append(given[1]) or real(*given)
+    )
+    monkeypatch.setattr(pace, "LARGEST_SHARE", 1e9)
+    rare = dataclasses.replace(EVERYTHING, checkpoint_every=4)
+    run = tune(model, tmp_path / "run", rare, checkpoint_seconds=1e-9)
+    assert kept == [1, 2, 3]
+    assert all(torch.equal(weights(whole)[name], value) for name, value in weights(run).items())
+    assert tune(model, tmp_path / "run", rare, checkpoint_seconds=None).is_finished
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_next_run_of_the_same(model, tmp_path):
+    run = tune(model, tmp_path / "run")
+    for name in (".lock", ".model.tmp/x", "checkpoints/000000003/state.json"):
+        (run.out / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.out / name).write_text("half")
+    tune(model, run.out)
+    assert sorted(path.name for path in run.out.iterdir()) == [
+        "config.toml", "metrics.jsonl", "model",
+    ]  # fmt: skip
+
+
+def test_no_run_begins_among_other_files(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files \(notes\.txt\) and no run"):
+        tune(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "warned"),
+    [
+        ("config.toml", "batch_size = 6", r"batch_size.*counts as damaged"),
+        ("metrics.jsonl", '"loss": ', r"metrics\.jsonl: is damaged or was changed"),
+        ("checkpoints/000000003/state.json", '"step": 3', "damaged checkpoint: .*000000003"),
+    ],
+)
+def test_a_changed_byte_is_noticed_and_does_no_harm(
+    model, tmp_path, monkeypatch, file, text, warned
+):
+    stop_in(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, tmp_path / "run")
+    monkeypatch.undo()
+    path = tmp_path / "run" / file
+    found = path.read_text()
+    path.write_text(found.replace(text, f"{text[:-1]}7", 1))
+    assert path.read_text() != found
+    with pytest.warns(UserWarning, match=warned):
+        run = tune(model, tmp_path / "run")
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
+    assert run.recipe.train.batch_size == 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float
@@ -101,7 +101,7 @@ class BatchLoader:
         self.workers = workers
         self.failures: dict[int, str] = {}
 
-    def load(self, planned: Sequence[Sequence[Pair]]) -> Iterator[PairBatch]:
+    def load(self, planned: Sequence[Sequence[Pair]]) -> Generator[PairBatch]:
         """The batches, in order.
 
         Raises:

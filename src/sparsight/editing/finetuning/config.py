@@ -136,7 +136,8 @@ class FinetuneConfig:
     """Steps between lines of `metrics.jsonl`; None is a hundredth of the run."""
 
     checkpoint_every: int | None = None
-    """Steps between checkpoints; None is a tenth of the run."""
+    """Steps between checkpoints; None is a tenth of the run, unless writing takes too long for
+    that. Others are written by time, see `finetune`."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,23 +27,27 @@ from sparsight.editing.finetuning.groups import Member, set_trainable
 from sparsight.editing.finetuning.optimisers import AdaBelief, rate_factor
 from sparsight.editing.finetuning.pairs import CaptionedImages, captioned, check_lengths
 from sparsight.editing.finetuning.penalty import LatentPenalty, PenalisedLatents
-from sparsight.editing.finetuning.run import FinetuneRun
+from sparsight.editing.finetuning.run import WRITTEN, FinetuneRun
 from sparsight.editing.finetuning.sampling import Pair, PairSampler
 from sparsight.editing.finetuning.scaling import ScaledNeurons
 from sparsight.editing.gmp import parametrize, to_plain
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import sha256_json
+from sparsight.files import remove_temporaries, sha256_json, write_bytes
 from sparsight.images import ImageSource
+from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.pace import SECONDS, Pace
 from sparsight.progress import logger, progress
 from sparsight.sae.files import load_tensors, save_tensors
 from sparsight.training import checkpoint_files
 from sparsight.training.loggers import JsonLines
-from sparsight.training.run import CONFIG
+from sparsight.training.run import CONFIG, METRICS, refuse_foreign_files
+from sparsight.training.trainer import refuse_other_checkpoint, told_difference, warn_of_damage
 from sparsight.vision import VisionModel
 from sparsight.vision.hashing import weights_hash
 from sparsight.vision.saving import Layout, save_model
 
 _TENSORS = "training.safetensors"
+_Kept = tuple[dict[str, Any], dict[str, Tensor], bytes | None]
 _TERMS = ("contrastive", "distillation", "pull", "penalty")
 
 
@@ -73,9 +77,13 @@ def finetune(
     workers: int | None = None,
     max_failed: float = 0.01,
     resume: bool = True,
+    checkpoint_seconds: float | None = SECONDS,
     quiet: bool = False,
 ) -> FinetuneRun:
     """Fine-tune a copy of a CLIP so that words in pictures fool it less.
+
+    Ctrl-C and SIGTERM finish the step that is under way, write a checkpoint and are raised then,
+    as `KeyboardInterrupt` and `SystemExit`; a second one stops at once.
 
     Args:
         model: with a text tower; it stays as it is, and is what distillation keeps to.
@@ -91,6 +99,9 @@ def finetune(
         workers: processes that decode pictures; see `load_batches`.
         max_failed: share of the pictures that may be broken; they are left out and counted.
         resume: False refuses a folder that holds a run.
+        checkpoint_seconds: a checkpoint is written when the last one is so long ago, or less often
+            where writing takes more than a fiftieth of that; beside those of
+            `config.checkpoint_every`. None writes none by time. No part of what a run is.
         quiet: no progress line.
 
     Returns:
@@ -125,7 +136,9 @@ def finetune(
         layout=layout,
         train=config,
     )
+    pace = Pace(checkpoint_seconds)
     if _settled(run, recipe, resume):
+        run.clear_leftovers()
         if run.recipe.layout != layout:
             raise UserError(
                 f"{run.folder}: is finished, in the layout {run.recipe.layout}. `sparsight export` "
@@ -147,9 +160,13 @@ def finetune(
             max_failed=max_failed,
             workers=workers,
         )
-        loop = _Loop(model, pairs, attacks, loader, recipe, run, latents, neurons)
-        loop.run_to_end(quiet)
-        loop.export(layout)
+        loop: _Loop | None = None
+        try:
+            loop = _Loop(model, pairs, attacks, loader, recipe, run, latents, neurons, pace)
+            loop.run_to_end(layout, quiet)
+        except STOPS as stop:
+            stop.add_note(_what_is_kept(run, loop))
+            raise
     return run
 
 
@@ -166,10 +183,13 @@ class _Loop:
         run: FinetuneRun,
         latents: PenalisedLatents | None,
         neurons: Mapping[int, Sequence[int]] | None,
+        pace: Pace,
     ) -> None:
         self.original, self.loader, self.run = original, loader, run
-        self.config = recipe.train
+        self.config, self.identity, self.pace = recipe.train, _what_counts(recipe), pace
         config = self.config
+        remove_temporaries(run.out, WRITTEN)
+        remove_temporaries(run.checkpoints, checkpoint_files.PARTIAL)
         sampler = PairSampler(
             data,
             attack,
@@ -191,31 +211,51 @@ class _Loop:
         self.scaled: ScaledNeurons | None = None
         if attack is not None and config.scaling.factor != 1:
             self.scaled = ScaledNeurons(self.model, config.scaling, neurons)
-        self.step = 0
+        self.step = self.kept_step = 0
         self.summed: dict[str, float] = {}
-        self._restore()
+        lines = self._restore()
         write_toml(run.out / CONFIG, recipe)
-        self.log = JsonLines(run.out, self.step)
+        self.log = JsonLines(run.out, self.step, lines)
         self.logged = time.monotonic()
 
-    def run_to_end(self, quiet: bool) -> None:
-        """Train, log and save until the planned batches are done."""
+    def run_to_end(self, layout: Layout, quiet: bool) -> None:
+        """Train, log and save until the planned batches are done; write the model."""
+        with postponed() as stop:
+            self._train(stop, quiet)
+            self.export(layout)
+
+    def _train(self, stop: Stop, quiet: bool) -> None:
         config = self.config
         every = config.every(config.log_every, self.n_steps, 100)
         save_every = config.every(config.checkpoint_every, self.n_steps, 10)
-        batches = self.loader.load(self.planned[self.step * config.accumulation :])
-        with progress("finetune", self.n_steps, "steps", done=self.step, quiet=quiet) as line:
+        with (
+            closing(self.loader.load(self.planned[self.step * config.accumulation :])) as batches,
+            progress("finetune", self.n_steps, "steps", done=self.step, quiet=quiet) as line,
+        ):
             self.model.module.train()
             while self.step < self.n_steps:
+                self._hear(stop)
                 norms = self._take_step(batches)
                 self.step += 1
                 last = self.step == self.n_steps
                 note = self._log(norms) if self.step % every == 0 or last else ""
-                if self.step % save_every == 0 and not last:
-                    self._save()
+                asked = self.step % save_every == 0
+                if config.checkpoint_every is None:
+                    asked = asked and self.pace.affordable()
+                if (asked or self.pace.due()) and not last:
+                    self._save(quiet)
                 line.advance(1, note)
         self.model.module.eval()
         self._check_weights()
+
+    def _hear(self, stop: Stop) -> None:
+        """Whoever stops the run is heard here, where state is whole."""
+        try:
+            stop.check()
+        except STOPS:
+            if self.step > self.kept_step:
+                self._save(quiet=True)
+            raise
 
     def _take_step(self, batches: Iterator[PairBatch]) -> dict[str, Tensor]:
         """One step of the optimiser; the norm of each layer's gradient before clipping."""
@@ -351,7 +391,7 @@ class _Loop:
         self.logged, self.summed = now, {}
         return " · ".join(f"{name} {value:.4f}" for name, value in means.items())
 
-    def _save(self) -> None:
+    def _save(self, quiet: bool) -> None:
         self._check_weights()
         tensors = {f"model/{name}": value for name, value in self.model.module.state_dict().items()}
         for member in self.trained:
@@ -363,35 +403,48 @@ class _Loop:
                 name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()
             }
             save_tensors(own, folder / _TENSORS)
-            return [_TENSORS]
+            write_bytes(folder / METRICS, self.log.path.read_bytes())
+            return [_TENSORS, METRICS]
 
         failures = {str(place): reason for place, reason in self.loader.failures.items()}
-        state = {"summed": self.summed, "failures": failures}
-        checkpoint_files.write(self.run.checkpoints, self.step, state, write_files)
+        state = {"summed": self.summed, "failures": failures, "run": self.identity}
+        with self.pace.writing():
+            checkpoint_files.write(self.run.checkpoints, self.step, state, write_files)
+        self.kept_step = self.step
+        slow = self.pace.stretched()
+        if slow is not None and not quiet:
+            logger().info(slow)
 
-    def _restore(self) -> None:
-        def read(path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-            return state, load_tensors(path / _TENSORS)
+    def _restore(self) -> bytes | None:
+        """Go on from the last checkpoint, if there is one; the lines of the log that it has."""
+
+        def read(path: Path, state: dict[str, Any]) -> _Kept:
+            # Checkpoints of earlier versions of Sparsight have no log.
+            lines = (path / METRICS).read_bytes() if METRICS in state["sha256"] else None
+            return state, load_tensors(path / _TENSORS), lines
 
         found, problems = checkpoint_files.read_latest(self.run.checkpoints, read)
         for problem in problems:
             warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
         if found is None:
-            return
-        state, tensors = found
-        self.step, self.summed = state["step"], dict(state["summed"])
+            return None
+        state, tensors, lines = found
+        refuse_other_checkpoint(self.run.checkpoints, state.get("run"), self.identity)
+        self.step = self.kept_step = state["step"]
+        self.summed = dict(state["summed"])
         self.loader.failures = {int(place): why for place, why in state["failures"].items()}
         head = "model/"
         own = {name[len(head) :]: x for name, x in tensors.items() if name.startswith(head)}
         self.model.module.load_state_dict(own)
         for member in self.trained:
             head = f"optimiser/{member.name}/"
-            kept = {name[len(head) :]: x for name, x in tensors.items() if name.startswith(head)}
-            if kept:
+            moments = {name[len(head) :]: x for name, x in tensors.items() if name.startswith(head)}
+            if moments:
                 device = member.parameter.device
                 self.optimiser.state[member.parameter] = {
-                    key: x if key == "step" else x.to(device) for key, x in kept.items()
+                    key: x if key == "step" else x.to(device) for key, x in moments.items()
                 }
+        return lines
 
     def _width(self) -> int:
         return self.model.d_in("blocks.0.resid_pre")
@@ -466,16 +519,31 @@ def _settled(run: FinetuneRun, recipe: FinetuneRecipe, resume: bool) -> bool:
     """Whether the run is finished; makes sure that what is there is a part of the same run."""
     path = run.out / CONFIG
     if not path.exists():
+        refuse_foreign_files(run.out)
         return False
     if not resume:
         raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
-    field = first_difference(_what_counts(load(FinetuneRecipe, path)), _what_counts(recipe))
-    if field is not None:
-        raise UserError(
-            f"{path}: holds a run that differs in {field!r}. Choose another folder, or remove "
-            "this one."
-        )
+    try:
+        there, own = _what_counts(load(FinetuneRecipe, path)), _what_counts(recipe)
+        if first_difference(there, own) is not None:
+            raise UserError(
+                f"{path}: holds a run that differs in {told_difference(there, own)}. Choose "
+                "another folder, or remove this one."
+            )
+    except UserError as error:
+        if checkpoint_files.newest_state(run.checkpoints).get("run") != _what_counts(recipe):
+            raise
+        warn_of_damage(error)
     return run.is_finished
+
+
+def _what_is_kept(run: FinetuneRun, loop: _Loop | None) -> str:
+    """What a stopped run says."""
+    if run.is_finished:
+        return f"Fine-tuning was finished by then: {run.folder} is whole."
+    if loop is None:
+        return "Run the same command again."
+    return kept(loop.kept_step, loop.n_steps, "steps")
 
 
 def _what_counts(recipe: FinetuneRecipe) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import shutil
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from sparsight.config import load
 from sparsight.editing.finetuning.config import FinetuneRecipe
 from sparsight.errors import UserError
-from sparsight.files import lock
-from sparsight.training.run import CONFIG, METRICS, read_metrics
+from sparsight.files import lock, remove_temporaries, temporaries
+from sparsight.training.run import CONFIG, LOCK, METRICS, read_metrics
 from sparsight.vision import VisionModel, load_model
 from sparsight.vision.saving import OPEN_CLIP_CONFIG
 
 MODEL = "model"
+WRITTEN = (MODEL, CONFIG, METRICS, "before-after.json", "report.html")
+"""What fine-tuning writes into its folder."""
 
 
 @dataclass(frozen=True)
@@ -73,4 +76,15 @@ class FinetuneRun:
             UserError: another process does.
             SparsightError: the folder cannot be made or written.
         """
-        return lock(self.out / ".lock", f"{self.out}: another process is fine-tuning into it.")
+        return lock(self.out / LOCK, f"{self.out}: another process is fine-tuning into it.")
+
+    def clear_leftovers(self) -> None:
+        """Remove what a process left that was killed in the moment when the run was finished."""
+        if not self.is_finished:
+            return
+        lying = (self.out / LOCK).exists() or temporaries(self.out, WRITTEN)
+        if lying or self.checkpoints.exists():
+            # Whoever holds the lock still clears up behind itself.
+            with suppress(UserError), self.claimed():
+                remove_temporaries(self.out, WRITTEN)
+                shutil.rmtree(self.checkpoints, ignore_errors=True)

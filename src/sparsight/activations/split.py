@@ -1,0 +1,129 @@
+"""Images that are kept out of training, so that an SAE can be measured on what it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, cast, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Int64
+
+from sparsight.activations.source import ActivationSource
+from sparsight.config import check_seed
+from sparsight.errors import UserError
+
+
+@runtime_checkable
+class Selectable(Protocol):
+    """Activations that give views of some images; stores and live activations do."""
+
+    image_indices: Any
+    """The place in the source of each image here, in order."""
+
+    @property
+    def n_listed(self) -> int:
+        """Images of the whole source, those that could not be read included."""
+
+    def select(self, image_indices: Sequence[int] | npt.NDArray[np.int64]) -> Self:
+        """A view of some images, by their places in the source."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which images are held out; of the same source always the same ones.
+
+    Attributes:
+        share: of all images, between 0 and 1.
+        seed: of the random choice.
+        n_images: of the source that it is to fit; None fits any.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    share: float
+    seed: int = 0
+    n_images: int | None = None
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, "held_out_seed")
+        if not 0 < self.share < 1:
+            raise UserError(
+                f"held_out is {self.share}; it is a share of the images, above 0 and below 1."
+            )
+
+    def places(self, n_images: int) -> Int64[np.ndarray, " held_out"]:
+        """The places of the held-out images in a source of `n_images`, in order.
+
+        They follow from the three numbers alone.
+
+        Raises:
+            UserError: there are fewer than two images.
+        """
+        if n_images < 2:
+            raise UserError(f"held_out: {n_images} images are too few to hold some out.")
+        n = min(max(1, round(self.share * n_images)), n_images - 1)
+        return np.sort(np.random.default_rng(self.seed).permutation(n_images)[:n])
+
+    def split(self, source: ActivationSource) -> tuple[ActivationSource, ActivationSource]:
+        """Two views of some activations: those to train on, and those that are held out.
+
+        Raises:
+            UserError: the activations give no views, no images would be left in one, or the source
+                has not the `n_images`.
+        """
+        if not isinstance(source, Selectable):
+            raise UserError("held_out: these activations cannot be split by images; leave it out.")
+        if self.n_images not in (None, source.n_listed):
+            raise UserError(
+                f"held_out: the images were chosen among {self.n_images:,}, here are "
+                f"{source.n_listed:,}: nobody can tell which of these they are. Leave it out, or "
+                "give the same images."
+            )
+        there = np.asarray(source.image_indices)
+        held = np.isin(there, self.places(source.n_listed))
+        if held.all() or not held.any():
+            raise UserError(
+                f"held_out is {self.share}: of {len(there):,} images {held.sum():,} would be held "
+                "out. Give another share, or more images."
+            )
+        views = source.select(there[~held]), source.select(there[held])
+        return cast(tuple[ActivationSource, ActivationSource], views)
+
+    def to_metadata(self, source: ActivationSource) -> dict[str, Any]:
+        """What an SAE's metadata say: `share`, `seed`, `n_images` (those of the whole source)."""
+        assert isinstance(source, Selectable)
+        return {"share": self.share, "seed": self.seed, "n_images": source.n_listed}
+
+
+def held_out_of(metadata: Mapping[str, Any]) -> HeldOut | None:
+    """What an SAE's metadata say was held out of its training; None where nothing was."""
+    about = metadata.get("held_out")
+    return None if about is None else HeldOut(about["share"], about["seed"], about["n_images"])
+
+
+def seen_in_training(metadata: Mapping[str, Any], source: ActivationSource) -> bool | None:
+    """Whether an SAE was trained on images that it is to be measured on.
+
+    Args:
+        metadata: of the SAE.
+        source: what it is to be measured on.
+
+    Returns:
+        True where images of the same source are among those trained on, False where all of them
+        were held out or are of another source, None where nobody can tell.
+    """
+    trained, own = metadata.get("images"), source.model_info.get("images")
+    if not trained or not own:
+        return None
+    if trained != own:
+        return False
+    held_out = held_out_of(metadata)
+    if held_out is None:
+        return True
+    if not isinstance(source, Selectable) or source.n_listed != held_out.n_images:
+        return None
+    places = held_out.places(source.n_listed)
+    return not np.isin(np.asarray(source.image_indices), places).all()

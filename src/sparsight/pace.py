@@ -1,0 +1,68 @@
+"""How often work is put on disk: little is ever at stake, and keeping it costs little."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sparsight.errors import UserError
+
+SECONDS = 60.0
+"""Work at stake, by default."""
+
+LARGEST_SHARE = 0.02
+"""Of the time, that writing may take."""
+
+
+class Pace:
+    """Tells when to write a checkpoint again.
+
+    Args:
+        seconds: work at stake; None never asks for a checkpoint.
+        name: of the option, for messages.
+
+    Attributes:
+        interval: seconds between checkpoints; more than was asked for where writing one takes more
+            than a fiftieth of that.
+
+    Raises:
+        UserError: `seconds` is not positive.
+    """
+
+    def __init__(self, seconds: float | None, name: str = "checkpoint_seconds") -> None:
+        if seconds is not None and not seconds > 0:
+            raise UserError(f"{name} is {seconds}; it must be positive, or none.")
+        self.seconds = seconds
+        self.interval = seconds
+        self._last = time.monotonic()
+        self._took = 0.0
+        self._told = False
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is that long ago."""
+        return self.interval is not None and time.monotonic() - self._last >= self.interval
+
+    def affordable(self) -> bool:
+        """Whether another checkpoint now would not take more than a fiftieth of the time."""
+        return time.monotonic() - self._last >= self._took / LARGEST_SHARE
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Time what writes a checkpoint, and count from its end."""
+        begun = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._took = self._last - begun
+        if self.seconds is not None:
+            self.interval = max(self.seconds, self._took / LARGEST_SHARE)
+
+    def stretched(self) -> str | None:
+        """What to tell, once, of an interval that is longer than was asked for."""
+        if self._told or self.interval is None or self.interval == self.seconds:
+            return None
+        self._told = True
+        return (
+            f"A checkpoint takes {self._took:.1f} s to write, so one is written every "
+            f"{self.interval:,.0f} s rather than every {self.seconds:g} s."
+        )
