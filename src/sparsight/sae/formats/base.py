@@ -26,6 +26,7 @@ from sparsight.reading import (
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.places import CONFIGS, is_weights
+from sparsight.sae.precision import wide
 
 _DEEPEST, _MOST = 2, 2_000
 
@@ -217,15 +218,13 @@ class Candidate:
         return self._payloads[file]
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        """The tensors at the top of a file, by name; empty if it holds something else.
+        """The tensors at the top of a file, as `named_tensors` gives them.
 
         Raises:
             SparsightError: it is damaged.
         """
         if file not in self._tensors:
-            found = self.payload(file)
-            items = found.items() if isinstance(found, dict) else ()
-            self._tensors[file] = {k: v for k, v in items if isinstance(v, Tensor)}
+            self._tensors[file] = named_tensors(self.payload(file))
         return self._tensors[file]
 
     def keys(self, file: str) -> frozenset[str]:
@@ -297,6 +296,20 @@ class Format(ABC):
         raise UserError(f"{self.title}: Sparsight reads this format but does not write it.")
 
 
+def named_tensors(state: object) -> dict[str, Tensor]:
+    """The tensors of a state by name; empty if it is no mapping.
+
+    Every reader takes its tensors from here. Those in half precision become float32, so that no
+    scale, norm or threshold is computed in half precision.
+    """
+    items = state.items() if isinstance(state, Mapping) else ()
+    return {
+        str(key): wide(each) if _is_half(each) else each
+        for key, each in items
+        if isinstance(each, Tensor)
+    }
+
+
 def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> list[Tensor]:
     """Tensors by name.
 
@@ -340,6 +353,10 @@ def whole_number(config: Mapping[str, Any], key: str, where: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise SparsightError(f"{where}: {key} is {shown(value)}; expected a number from 1 on.")
     return value
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _shape(tensor: Tensor | None, otherwise: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, write_json
+from sparsight.sae.precision import wide
 
 EPSILON = 1e-6
 FORMAT = "sparsight-clipscope-calibration"
@@ -86,10 +87,12 @@ class Calibration:
 
     def standardise(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Into the space that the SAE was trained in."""
+        x = wide(x)
         return (x - self.mean.to(x)) / self.scale.to(x)
 
     def restore(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Back into the units of the model."""
+        x = wide(x)
         return x * self.scale.to(x) + self.mean.to(x)
 
     def save(self, path: Path) -> Path:

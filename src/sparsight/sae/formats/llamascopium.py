@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.config import NormaliserKind, SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need, weights
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need, weights
 from sparsight.sae.formats.sites import belongs, site_of_hook
 from sparsight.sae.sparsity import AnySparsity, JumpReLU, ReLU, TopK
 
@@ -162,9 +163,7 @@ class Llamascopium(Format):
 
 def _state(found: Candidate, file: str) -> dict[str, Tensor]:
     payload = found.payload(file)
-    state = payload.get("sae", payload) if isinstance(payload, Mapping) else {}
-    items = state.items() if isinstance(state, Mapping) else ()
-    return {str(key): each for key, each in items if isinstance(each, Tensor)}
+    return named_tensors(payload.get("sae", payload) if isinstance(payload, Mapping) else {})
 
 
 def _check_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -229,7 +228,7 @@ def _thresholds(
         return weights(tensors[key], key, path).double().exp().expand(n)
     number = config.get("jump_relu_threshold")
     if isinstance(number, float | int) and number >= 0:
-        return next(iter(tensors.values())).new_full((n,), number).double()
+        return torch.full((n,), float(number), dtype=torch.float64)
     raise SparsightError(f"{path}: its jumprelu has no thresholds ({', '.join(_LOG_THRESHOLDS)}).")
 
 

@@ -14,7 +14,14 @@ from sparsight.files import write_bytes, write_json
 from sparsight.pickles import CLASS, shown, tensors_of, text_of
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, weights, whole_number
+from sparsight.sae.formats.base import (
+    Candidate,
+    Foreign,
+    Format,
+    named_tensors,
+    weights,
+    whole_number,
+)
 from sparsight.sae.formats.writing import above, plain
 from sparsight.sae.sparsity import BatchTopK, JumpReLU, MatchingPursuit, ReLU, TopK
 
@@ -137,7 +144,7 @@ class Overcomplete(Format):
         for file in found.weights:
             payload = found.payload(file)
             module = payload if isinstance(payload, dict) and "_modules" in payload else {}
-            tensors = tensors_of(module) if module else found.tensors(file)
+            tensors = named_tensors(tensors_of(module)) if module else found.tensors(file)
             if _DICTIONARY & {*tensors}:
                 return file, module, tensors
         return None

@@ -18,7 +18,7 @@ from sparsight.files import write_json
 from sparsight.pickles import shown, text_of
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import NormaliserKind, SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need
 from sparsight.sae.formats.sites import belongs, hook_of_site, site_of_hook
 from sparsight.sae.formats.writing import plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, Gated, ReLU, TopK
@@ -88,7 +88,7 @@ class Prisma(Format):
         assert parts is not None
         file, config, state = parts
         path = found.folder / file
-        tensors = {str(key): each for key, each in state.items() if isinstance(each, Tensor)}
+        tensors = named_tensors(state)
         W_enc, W_dec, b_dec = need(tensors, ("W_enc", "W_dec", "b_dec"), path)
         if W_enc.ndim != 2 or W_dec.ndim != 2:
             raise SparsightError(f"{path}: W_enc or W_dec is no matrix.")

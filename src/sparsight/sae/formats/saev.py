@@ -21,7 +21,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.reading import damaged, parse_json, read_torch_stream
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need
 from sparsight.sae.formats.writing import above, at_least, keeps_negatives, plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, BatchTopK, ReLU, TopK
 
@@ -201,7 +201,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from error
     if not isinstance(found, Mapping):
         raise damaged(path, "behind the first line there are no named tensors")
-    return {str(key): each for key, each in found.items() if isinstance(each, Tensor)}
+    return named_tensors(found)
 
 
 def _read_header(given: Mapping[str, Any], path: Path) -> _Header:
