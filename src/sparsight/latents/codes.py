@@ -279,11 +279,14 @@ class ShardBuffer:
         if values.dtype == torch.float16:
             if not bool(values.isfinite().all()):
                 images = batch.image_indices
+                strongest = float(code.values[code.values.abs().argmax()])
                 raise SparsightError(
-                    f"Activations up to {float(code.values.max()):.3g} do not fit float16 (images "
-                    f"{int(images[0])} to {int(images[-1])}). Encode with dtype float32."
+                    f"Activations up to {strongest:.3g} do not fit float16, which ends at ±65504 "
+                    f"(images {int(images[0])} to {int(images[-1])}). Encode with dtype float32."
                 )
-            values.clamp_(min=SMALLEST_FLOAT16)  # what is active stays active
+            # What is active stays active, with its sign.
+            least = torch.full_like(values, SMALLEST_FLOAT16).copysign(values)
+            values = torch.where(values == 0, least, values)
         new = {
             "image_indices": batch.image_indices.cpu().long(),
             "l0": code.l0.cpu(),

@@ -78,7 +78,7 @@ def encode(
         out: folder of the codes.
         site: where to read; default the site that the SAE was trained on.
         dtype: of the values on disk; float16 keeps 3 digits and takes two thirds of the room. What
-            is too small for it is kept at its smallest number, 2⁻²⁴.
+            is too small for it is kept at its smallest number, ±2⁻²⁴.
         batch_images: images at a time; default see `usual_batch`.
         shard_bytes: a shard ends with the batch that brings it to so many bytes.
         flush_seconds: what is in memory is written at least this often, in seconds.
