@@ -466,6 +466,23 @@ def test_a_model_and_images_are_encoded_as_well(
         encode(sae, model, out=tmp_path / "x")
 
 
+def test_codes_and_an_index_of_a_store_need_no_images(model: VisionModel, tmp_path: Path) -> None:
+    photos = open_images(save_pictures(tmp_path / "photos", 12))
+    acts = extract(model, photos, sites=[SITE], out=tmp_path / "acts", workers=0, quiet=True)
+    sae = make_sae()
+    expected = build_index(sae, acts, out=tmp_path / "before", quiet=True)
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    acts = ActivationStore(tmp_path / "acts")
+    codes = encode(sae, acts, out=tmp_path / "codes", quiet=True)
+    for name, given in {"store": acts, "codes": CodeStore(codes.path)}.items():
+        index = build_index(sae, given, out=tmp_path / name, quiet=True)
+        assert index.table.equals(expected.table) and index.images.equals(expected.images)
+        assert index.manifest["images"] == expected.manifest["images"]
+    for opened in (acts.source, codes.source, index.source):
+        with pytest.raises(UserError, match=r"images that it was .*photos: no such.*Bring them"):
+            opened()
+
+
 def test_activations_that_are_not_finite_stop_the_encoding(
     sae: SparseAutoencoder, activations: TensorActivations, tmp_path: Path
 ) -> None:

@@ -261,7 +261,8 @@ class LatentIndex:
             return open_images(spec)
         except UserError as error:
             raise UserError(
-                f"{self.folder}: the images that it was built from cannot be opened: {error}"
+                f"{self.folder}: the images that it was built from cannot be opened: {error} "
+                f"Bring them back to {spec}, or put a link there."
             ) from error
 
     @cached_property
