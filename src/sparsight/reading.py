@@ -23,12 +23,14 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError
 from sparsight.pickles import (
+    MOST_AXES,
     PickleError,
     Reader,
     Storage,
     budget_of,
     fill,
     read_legacy,
+    shown,
     storage_dtype,
 )
 
@@ -53,9 +55,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     check_header(path)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise damaged(path, error) from error
+    for name, tensor in tensors.items():
+        if tensor.ndim > MOST_AXES:
+            raise damaged(path, f"its tensor {shown(name)} has {tensor.ndim:,} axes")
+    return tensors
 
 
 def safetensors_keys(path: Path) -> tuple[str, ...]:

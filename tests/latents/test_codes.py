@@ -478,6 +478,7 @@ def test_codes_and_an_index_of_a_store_need_no_images(model: VisionModel, tmp_pa
         index = build_index(sae, given, out=tmp_path / name, quiet=True)
         assert index.table.equals(expected.table) and index.images.equals(expected.images)
         assert index.manifest["images"] == expected.manifest["images"]
+        assert "96 latents" in repr(index) and len(repr(index)) < 300
     for opened in (acts.source, codes.source, index.source):
         with pytest.raises(UserError, match=r"images that it was .*photos: no such.*Bring them"):
             opened()

@@ -237,6 +237,16 @@ def test_configurations_are_frozen() -> None:
         SAEConfig().expansion = 3  # type: ignore[misc]
 
 
+def test_an_sae_and_a_code_show_what_they_are_in_one_line() -> None:
+    sae = _sae()
+    assert repr(sae) == (
+        "SparseAutoencoder(width: 16, latents: 64, sparsity: TopK, k = 4, rectify = True, "
+        "normaliser: scale, site: here)"
+    )
+    assert "<tr><th>latents</th><td>64</td></tr>" in sae._repr_html_()
+    assert repr(sae.encode(_data(3))).startswith("SparseCode(3 vectors, ")
+
+
 def _checksummed(folder: Path) -> tuple[Path, bytes]:
     file = _sae().save_pretrained(folder) / "sae.safetensors"
     return file, file.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -247,6 +248,17 @@ class SparseAutoencoder(nn.Module):
         self._pass_on_freezing(folded)
         return folded.train(self.training)
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}: {value}" for name, value in self._summary())
+        return f"SparseAutoencoder({shown})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in self._summary()
+        )
+        return f"<table>{rows}</table>"
+
     def fingerprint(self) -> str:
         """Hex SHA-256 over the parameters: the same in memory, saved, and loaded again.
 
@@ -301,6 +313,26 @@ class SparseAutoencoder(nn.Module):
         from sparsight.sae.files import load
 
         return load(name, revision=revision, subfolder=subfolder, filename=filename, device=device)
+
+    def _summary(self) -> list[tuple[str, str]]:
+        """What it is, as a few names and values."""
+        about = self.metadata
+        model = about.get("model")
+        found = [
+            (
+                "width",
+                f"{self.d_in:,} → {self.d_out:,}" if self.is_transcoder else f"{self.d_in:,}",
+            ),
+            ("latents", f"{self.n_latents:,}"),
+            ("sparsity", self.config.sparsity.describe(training=False)),
+            ("normaliser", self.config.normaliser),
+            ("site", str(about.get("site") or "unknown")),
+        ]
+        if about.get("tokens"):
+            found.append(("tokens", str(about["tokens"])))
+        if isinstance(model, dict) and model.get("id"):
+            found.append(("model", str(model["id"])))
+        return found
 
     def _encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         frame = self.normaliser.frame(x)

@@ -18,7 +18,7 @@ class Frame(NamedTuple):
     scale: Float[Tensor, "rows 1"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseCode:
     """Which latents are active on each vector, and how strongly; rows may differ in length.
 
@@ -67,6 +67,12 @@ class SparseCode:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseCode({len(self):,} vectors, {len(self.values):,} active entries of "
+            f"{self.n_latents:,} latents, {self.values.dtype} on {self.values.device})"
+        )
 
     @property
     def l0(self) -> Int[Tensor, " rows"]:

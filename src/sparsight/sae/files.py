@@ -14,6 +14,7 @@ from sparsight.config import from_dict, to_dict
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, replaced, settled, write_json, write_text
+from sparsight.pickles import shown
 from sparsight.progress import logger
 from sparsight.reading import (
     LONGEST_CONFIG,
@@ -35,6 +36,8 @@ README = "README.md"
 SHA256 = "sha256"
 """The key, in the metadata of `WEIGHTS`, of a checksum over the tensors; see `sha256_tensors`."""
 SHA256_DIGITS = 64
+SHOWN = 12
+"""Tensors that a message names."""
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
 
@@ -209,7 +212,8 @@ def _read_own(folder: Path) -> SparseAutoencoder:
         # What torch says of tensors that no machine can hold.
         told = str(error).partition("\n")[0]
         raise SparsightError(
-            f"{folder / CONFIG}: an SAE of this size cannot be made ({told})."
+            f"{folder / CONFIG}: an SAE of d_in {shown(d_in)} and n_latents "
+            f"{shown(config.n_latents)} cannot be made ({told})."
         ) from error
     tensors = _tensors(folder / WEIGHTS, sae)
     if all(each.dtype == torch.float64 for each in tensors.values()):
@@ -225,19 +229,19 @@ def _description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not the configuration of a Sparsight SAE (no such format).")
     if version not in READ_VERSIONS:
         raise UserError(
-            f"{path}: format_version is {version!r}; this Sparsight reads "
+            f"{path}: format_version is {shown(version)}; this Sparsight reads "
             f"{' and '.join(map(str, READ_VERSIONS))}."
         )
     strange, absent = sorted(set(found) - _KEYS - _OPTIONAL), sorted(_KEYS - set(found))
     if strange or absent:
         raise UserError(f"{path}: unknown keys {strange}, missing keys {absent}.")
     if not isinstance(found["d_in"], int) or found["d_in"] < 1:
-        raise UserError(f"{path}: d_in is {found['d_in']!r}; expected a positive number.")
+        raise UserError(f"{path}: d_in is {shown(found['d_in'])}; expected a positive number.")
     if not isinstance(found.get("d_out", 1), int) or found.get("d_out", 1) < 1:
-        raise UserError(f"{path}: d_out is {found['d_out']!r}; expected a positive number.")
+        raise UserError(f"{path}: d_out is {shown(found['d_out'])}; expected a positive number.")
     for key in ("config", "metadata"):
         if not isinstance(found[key], dict):
-            raise UserError(f"{path}: {key} is {found[key]!r}; expected an object.")
+            raise UserError(f"{path}: {key} is {shown(found[key])}; expected an object.")
     return found
 
 
@@ -251,10 +255,11 @@ def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
             key for key in {*expected, *found} if expected.get(key) != found.get(key)
         )
         raise SparsightError(
-            f"{path}: tensors do not fit the configuration: "
+            f"{path}: tensors do not fit config.json (d_in, d_out, n_latents, sparsity, tied, …): "
             + "; ".join(
-                f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'nothing')}"
-                for key in differing
+                f"{key[:60]} is {found.get(key, 'missing')}, "
+                f"expected {expected.get(key, 'nothing')}"
+                for key in differing[:SHOWN]
             )
             + "."
         )

@@ -361,4 +361,4 @@ def _is_half(tensor: Tensor) -> bool:
 
 
 def _shape(tensor: Tensor | None, otherwise: str) -> str:
-    return otherwise if tensor is None else str(list(tensor.shape))
+    return otherwise if tensor is None else shown(list(tensor.shape))

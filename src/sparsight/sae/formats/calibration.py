@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, write_json
+from sparsight.pickles import shown
 from sparsight.sae.precision import wide
 
 EPSILON = 1e-6
@@ -125,8 +126,8 @@ class Calibration:
         found = read_json(path)
         if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format is {found.get('format')!r}, version "
-                f"{found.get('format_version')!r}; expected {FORMAT!r}, {FORMAT_VERSION}."
+                f"{path}: format is {shown(found.get('format'))}, version "
+                f"{shown(found.get('format_version'))}; expected {FORMAT!r}, {FORMAT_VERSION}."
             )
         if set(found) != _KEYS:
             raise SparsightError(f"{path}: holds {sorted(found)}, expected {sorted(_KEYS)}.")

@@ -227,7 +227,7 @@ def _sparsity(meaning: _Meaning, path: Path) -> AnySparsity:
             raise SparsightError(f"{path}: k is {meaning.k}, of {meaning.n_latents} latents.")
         return TopK(k=meaning.k, rectify=name == "TopKReLU")
     raise UserError(
-        f"{path}: the activation {name!r} is not read; ReLU, JumpReLU, TopK and TopKReLU are. "
+        f"{path}: the activation {shown(name)} is not read; ReLU, JumpReLU, TopK and TopKReLU are. "
         "(BatchTopK has no threshold in these files, and TopKabs drops signs.)"
     )
 
