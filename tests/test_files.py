@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cutting import cut
 from sparsight.errors import SparsightError, UserError
@@ -23,6 +25,8 @@ from sparsight.files import (
     write_json,
     write_text,
 )
+from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
+from sparsight.sae.files import save_tensors
 from sparsight.text import path_of, without_surrogates
 
 fcntl = pytest.importorskip("fcntl", reason="there are no such locks on Windows")
@@ -294,3 +298,22 @@ def test_text_that_is_not_utf8_is_written_escaped_and_named_files_are_found_agai
 def test_nothing_is_written_under_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"caf\\xe9: the name is not UTF-8"):
         write_text(tmp_path / os.fsdecode(b"caf\xe9"), "x")
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])
+def test_weights_and_folders_are_as_open_as_the_umask_of_the_moment_allows(
+    mask: int, tmp_path: Path
+) -> None:
+    before = os.umask(mask)
+    try:
+        SparseAutoencoder(4, SAEConfig(8, sparsity=TopK(2))).save_pretrained(tmp_path / "sae")
+        save_tensors({"a": torch.zeros(2)}, tmp_path / "sae" / "training.safetensors")
+        with new_folder(tmp_path / "folder") as folder:
+            save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    finally:
+        os.umask(before)
+    made = list(tmp_path.rglob("*"))
+    assert len(made) == 7
+    for each in made:
+        usual = 0o777 if each.is_dir() else 0o666
+        assert each.stat().st_mode & 0o777 == usual & ~mask, each

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import tomllib
 import types
 import typing
@@ -349,7 +350,7 @@ def _convert_union(choices: tuple[Any, ...], value: Any, where: str, path: str) 
         if len(classes) == 1 and "kind" not in value:
             return _build(next(iter(classes.values())), value, where, f"{path}.")
         kind = value.get("kind")
-        if kind not in classes:
+        if not isinstance(kind, str) or kind not in classes:
             raise _wrong(where, f"{path}.kind", kind, " or ".join(map(repr, classes)))
         return _build(classes[kind], value, where, f"{path}.")
     errors = []
@@ -368,4 +369,4 @@ def _at(where: str) -> str:
 
 
 def _wrong(where: str, path: str, found: Any, expected: str) -> UserError:
-    return UserError(f"{_at(where)}{path} is {found!r}; expected {expected}.")
+    return UserError(f"{_at(where)}{path} is {reprlib.repr(found)}; expected {expected}.")

@@ -40,7 +40,7 @@ _MOST_MODULES = 10_000
 _COPIED = 2**24
 """Elements and bytes that are copied at most, beside as many as the file has."""
 
-_MOST_AXES = 64
+MOST_AXES = 64
 """Of a tensor."""
 
 _LARGEST_KEY = 2**61 - 1
@@ -299,7 +299,7 @@ class Reader:
         if not isinstance(storage, Storage):
             raise PickleError("a tensor has no storage")
         size, stride = tuple(size), tuple(stride)
-        if len(size) > _MOST_AXES:
+        if len(size) > MOST_AXES:
             raise PickleError(f"a tensor has {len(size):,} axes")
         if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
             raise PickleError(f"a tensor has size {list(size)} and stride {list(stride)}")

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError
 from sparsight.pickles import (
+    MOST_AXES,
     PickleError,
     Reader,
     Storage,
     budget_of,
     fill,
     read_legacy,
+    shown,
     storage_dtype,
 )
 
@@ -51,9 +55,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     check_header(path)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise damaged(path, error) from error
+    for name, tensor in tensors.items():
+        if tensor.ndim > MOST_AXES:
+            raise damaged(path, f"its tensor {shown(name)} has {tensor.ndim:,} axes")
+    return tensors
 
 
 def safetensors_keys(path: Path) -> tuple[str, ...]:
@@ -82,6 +90,16 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise damaged(path, error) from error
+
+
+def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over the names, dtypes, shapes and bytes of tensors, whatever their order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
 
 
 def check_header(path: Path) -> None:

@@ -22,7 +22,7 @@ from sparsight.images import ImageSource, open_images
 from sparsight.latents import CodeBatch, CodeStore, build_index, encode
 from sparsight.latents.codes import CodeManifest
 from sparsight.latents.encoding import encoded
-from sparsight.sae import SparseAutoencoder, SparseCode
+from sparsight.sae import AbsTopK, SparseAutoencoder, SparseCode, TopK
 from sparsight.vision import VisionModel
 
 SMALL = {"batch_images": 5, "shard_bytes": 5000, "quiet": True}
@@ -398,8 +398,30 @@ def test_float16_keeps_what_is_active(
     kept = encode(sae, weak, out=tmp_path / "weak", dtype="float16", quiet=True)
     assert all(bool((batch.code.values > 0).all()) for batch in kept.ordered())
     strong = TensorActivations(activations.x * 1e6, activations.images, activations.model)
-    with pytest.raises(SparsightError, match=r"do not fit float16 \(images 0 to 4\)"):
+    with pytest.raises(SparsightError, match=r"do not fit float16, .* \(images 0 to 4\)"):
         encode(sae, strong, out=tmp_path / "strong", dtype="float16", **SMALL)
+
+
+@pytest.mark.parametrize("sparsity", [AbsTopK(4), TopK(4, rectify=False)])
+def test_float16_keeps_the_signs_of_activations(
+    sparsity: AbsTopK | TopK, activations: TensorActivations, tmp_path: Path
+) -> None:
+    sae = make_sae()
+    sae.config = dataclasses.replace(sae.config, sparsity=sparsity)
+    with torch.no_grad():
+        sae.b_enc.sub_(5 * sae.W_enc.norm(dim=1))
+    for scale in (1.0, 1e-9):
+        given = TensorActivations(activations.x * scale, activations.images, activations.model)
+        if scale < 1:
+            sae.b_enc.data.mul_(scale)
+        exact = dense(list(encoded(sae, given, SITE, 5)))
+        small = encode(sae, given, out=tmp_path / str(scale), dtype="float16", quiet=True)
+        found = dense(list(small.ordered()))
+        assert bool((exact < 0).any()) and torch.equal(found.sign(), exact.sign())
+        assert torch.allclose(found, exact, rtol=2**-11, atol=2**-24)
+    sae.b_enc.data.fill_(-1e6)
+    with pytest.raises(SparsightError, match=r"up to -1e\+06 do not fit float16"):
+        encode(sae, activations, out=tmp_path / "low", dtype="float16", quiet=True)
 
 
 @pytest.mark.parametrize(("n_latents", "dtype"), [(65_536, "U16"), (65_537, "I32")])
@@ -442,6 +464,24 @@ def test_a_model_and_images_are_encoded_as_well(
         build_index(sae, codes, source, out=tmp_path / "x")
     with pytest.raises(UserError, match="needs images"):
         encode(sae, model, out=tmp_path / "x")
+
+
+def test_codes_and_an_index_of_a_store_need_no_images(model: VisionModel, tmp_path: Path) -> None:
+    photos = open_images(save_pictures(tmp_path / "photos", 12))
+    acts = extract(model, photos, sites=[SITE], out=tmp_path / "acts", workers=0, quiet=True)
+    sae = make_sae()
+    expected = build_index(sae, acts, out=tmp_path / "before", quiet=True)
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    acts = ActivationStore(tmp_path / "acts")
+    codes = encode(sae, acts, out=tmp_path / "codes", quiet=True)
+    for name, given in {"store": acts, "codes": CodeStore(codes.path)}.items():
+        index = build_index(sae, given, out=tmp_path / name, quiet=True)
+        assert index.table.equals(expected.table) and index.images.equals(expected.images)
+        assert index.manifest["images"] == expected.manifest["images"]
+        assert "96 latents" in repr(index) and len(repr(index)) < 300
+    for opened in (acts.source, codes.source, index.source):
+        with pytest.raises(UserError, match=r"images that it was .*photos: no such.*Bring them"):
+            opened()
 
 
 def test_activations_that_are_not_finite_stop_the_encoding(

@@ -235,3 +235,51 @@ def test_vectors_of_another_width_are_refused() -> None:
 def test_configurations_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SAEConfig().expansion = 3  # type: ignore[misc]
+
+
+def test_an_sae_and_a_code_show_what_they_are_in_one_line() -> None:
+    sae = _sae()
+    assert repr(sae) == (
+        "SparseAutoencoder(width: 16, latents: 64, sparsity: TopK, k = 4, rectify = True, "
+        "normaliser: scale, site: here)"
+    )
+    assert "<tr><th>latents</th><td>64</td></tr>" in sae._repr_html_()
+    assert repr(sae.encode(_data(3))).startswith("SparseCode(3 vectors, ")
+
+
+def _checksummed(folder: Path) -> tuple[Path, bytes]:
+    file = _sae().save_pretrained(folder) / "sae.safetensors"
+    return file, file.read_bytes()
+
+
+def test_a_byte_that_was_altered_anywhere_is_noticed(tmp_path: Path) -> None:
+    file, data = _checksummed(tmp_path)
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in (*range(0, header, 7), *range(header, len(data), 211), len(data) - 1):
+        for flip in (0x01, 0xFF):
+            file.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+            with pytest.raises(SparsightError, match=r"sae\.safetensors"):
+                SparseAutoencoder.from_pretrained(tmp_path)
+    file.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    with pytest.raises(SparsightError, match=r"its checksum differs.*Take it again"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_a_file_without_a_checksum_loads(tmp_path: Path) -> None:
+    file, _ = _checksummed(tmp_path)
+    tensors = load_file(file)
+    for about in ({"format": "pt"}, {"format": "pt", "note": "mine"}, None):
+        save_file(tensors, file, metadata=about)
+        assert SparseAutoencoder.from_pretrained(tmp_path).fingerprint() == _sae().fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_sae_of_another_precision_is_the_same_once_loaded(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    sae, x = _sae().to(dtype).requires_grad_(False).eval(), _data()
+    sae.save_pretrained(tmp_path)
+    again = SparseAutoencoder.from_pretrained(tmp_path)
+    assert again.fingerprint() == sae.fingerprint()
+    assert torch.equal(again(x).x_hat, sae(x).x_hat)
+    assert again.W_enc.dtype == torch.promote_types(dtype, torch.float32)

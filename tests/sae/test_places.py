@@ -41,7 +41,7 @@ def test_no_more_is_fetched_than_one_sae_needs(
         (SPARSIFY, "", "holds 2 SAEs.*layers.3, layers.9"),
         (["a.pt", "b.pt"], "", "holds 2 SAEs.*a.pt, b.pt"),
         (["README.md"], "", "no file with tensors"),
-        (SPARSIFY, "layers.4", "no file with tensors"),
+        (SPARSIFY, "layers.4", r"no file with tensors .* has layers\.3, layers\.9\."),
     ],
 )
 def test_a_place_without_one_sae_is_named(files: list[str], inner: str, message: str) -> None:
@@ -97,6 +97,47 @@ def test_a_folder_of_this_name_comes_before_the_hub(
     assert find("org/repo") == Path("org/repo")
     with pytest.raises(UserError, match="no such folder or file"):
         find("org/repo", subfolder="layers.3")
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local copy of a repository of several SAEs, in the folder in which the test runs."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    sae = SparseAutoencoder(4, SAEConfig(8, sparsity=TopK(2)))
+    for hook in ("layers.0", "layers.10.mlp", "layers.2"):
+        sae.save_pretrained(tmp_path / "mine" / "repo" / hook, format="sparsify")
+    return tmp_path / "mine" / "repo"
+
+
+def test_a_local_folder_of_several_lists_them_and_each_loads(copied: Path) -> None:
+    listed = r"holds 3 SAEs\. Name one behind the folder: layers\.0, layers\.2, layers\.10\.mlp\.$"
+    for name in ("mine/repo", copied):
+        with pytest.raises(UserError, match=listed):
+            SparseAutoencoder.from_pretrained(name)
+        assert SparseAutoencoder.from_pretrained(name, subfolder="layers.2").n_latents == 8
+    (copied / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=listed):
+        SparseAutoencoder.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    "name", ["mine/repo/layers.7", "mine/repo/layers.7/sae.pt", "./mine/repo/7"]
+)
+def test_a_name_that_a_local_folder_lacks_lists_what_it_has(copied: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"mine/repo has layers\.0, layers\.2, layers\.10\.mlp\.$"):
+        SparseAutoencoder.from_pretrained(name)
+    with pytest.raises(UserError, match=r"mine/repo has layers\.0"):
+        SparseAutoencoder.from_pretrained(copied, subfolder="layers.7")
+
+
+def test_a_run_of_several_sites_lists_its_sites(tmp_path: Path) -> None:
+    for site in ("blocks.2.resid_post", "blocks.10.resid_post"):
+        SparseAutoencoder(4, SAEConfig(8, sparsity=TopK(2))).save_pretrained(tmp_path / site)
+        (tmp_path / site / "index").mkdir()
+        (tmp_path / site / "index" / "top_examples.safetensors").touch()
+    with pytest.raises(UserError, match=r"2 SAEs.*: blocks\.2\.resid_post, blocks\.10\.resid_post"):
+        SparseAutoencoder.from_pretrained(tmp_path)
 
 
 def test_only_the_chosen_files_are_asked_for(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -370,9 +370,54 @@ def test_a_soft_cap_leaves_the_threshold_of_a_batch_topk_in_the_unit_of_scores(
     assert alone == pytest.approx(together, rel=0.05)
 
 
-@pytest.mark.parametrize("normaliser", ["none", "scale"])
-def test_activations_that_never_vary_are_told_of(normaliser: str, tmp_path: Path) -> None:
-    same = torch.arange(16.0).expand(40, 3, 16).contiguous()
+NORMALISERS = ("none", "scale", "standardise", "layer_norm", "constant_norm")
+
+
+def _refused(data: torch.Tensor, config: TrainConfig, out: Path) -> str:
+    with pytest.raises(SparsightError) as refused:
+        train(MemoryActivations({"here": data}), config, out=out, quiet=True)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("rounded", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_activations_that_never_vary_are_told_of(
+    normaliser: str, kernels: Kernels, rounded: torch.dtype, tmp_path: Path
+) -> None:
+    own = torch.randn(16, generator=torch.Generator().manual_seed(0)).to(rounded).float()
+    same = own.expand(39, 3, 16).contiguous()
+    sae = dataclasses.replace(SAE, normaliser=normaliser)
+    config = dataclasses.replace(CONFIG, sae=sae, kernels=kernels)
+    told = _refused(same, config, tmp_path)
+    assert told.startswith("here: the activations do not vary") and "nothing to learn" in told
+
+
+@pytest.mark.parametrize("rounded", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normaliser", ["layer_norm", "constant_norm"])
+def test_vectors_that_are_multiples_of_one_another_are_told_of(
+    normaliser: str, rounded: torch.dtype, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    own, lengths = (
+        3 + torch.randn(16, generator=generator),
+        torch.rand(40, 3, 1, generator=generator),
+    )
+    data = ((0.1 + lengths) * own).to(rounded).float()
     config = dataclasses.replace(CONFIG, sae=dataclasses.replace(SAE, normaliser=normaliser))
-    with pytest.raises(SparsightError, match="do not vary"):
-        train(MemoryActivations({"here": same}), config, out=tmp_path, quiet=True)
+    told = _refused(data, config, tmp_path)
+    assert "do not vary" in told and normaliser in told and "nothing to learn" in told
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_batches_of_one_vector_train_or_name_the_batch_size(
+    normaliser: str, tmp_path: Path
+) -> None:
+    sae = dataclasses.replace(SAE, normaliser=normaliser)
+    config = dataclasses.replace(CONFIG, sae=sae, batch_size=1, n_vectors=3)
+    data = sparse_mixtures(("here",))
+    if normaliser in ("layer_norm", "constant_norm"):
+        with pytest.raises(UserError, match=r"batch_size is 1\."):
+            train(data, config, out=tmp_path, quiet=True)
+    else:
+        assert torch.isfinite(train(data, config, out=tmp_path, quiet=True).sae().W_enc).all()

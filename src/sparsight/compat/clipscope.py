@@ -26,6 +26,7 @@ from sparsight.reading import read_torch
 from sparsight.sae.formats.calibration import Calibration
 from sparsight.sae.formats.clipscope import Checkpoint, unpack
 from sparsight.sae.places import find
+from sparsight.sae.precision import wide
 from sparsight.vision import VisionModel, load_model
 
 MODEL = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
@@ -202,6 +203,8 @@ class TopKSAE(nn.Module):
     def forward_verbose(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Any]:
         """Encode and decode activations as they are, without standardising them.
 
+        In float32, or in float64 if the parameters are float64.
+
         Returns:
             `reconstruction [batch, d_in]`, `latent [batch, n_features]` (dense), `active_latents
             [n_features]` (bool: above 0.001 somewhere in the batch), and `experts_chosen`,
@@ -210,12 +213,13 @@ class TopKSAE(nn.Module):
         Raises:
             UserError: the activations are no matrix, or of another width.
         """
-        self._check(x)
-        top = torch.topk((x - self.pre_b) @ self.enc, k=self.k, dim=-1)
-        latent = torch.zeros(len(x), len(self.dec), dtype=self.dec.dtype, device=self.dec.device)
+        x = self._vectors(x)
+        pre_b, enc, dec = wide(self.pre_b), wide(self.enc), wide(self.dec)
+        top = torch.topk((x - pre_b) @ enc, k=self.k, dim=-1)
+        latent = torch.zeros(len(x), len(dec), dtype=dec.dtype, device=dec.device)
         latent.scatter_(dim=-1, index=top.indices, src=top.values)
         return {
-            "reconstruction": latent @ self.dec + self.pre_b,
+            "reconstruction": latent @ dec + pre_b,
             "latent": latent,
             "experts_chosen": None,
             "expert_prop": None,
@@ -266,7 +270,7 @@ class TopKSAE(nn.Module):
         Raises:
             UserError: there is no calibration, or the activations have another shape.
         """
-        self._check(x)
+        x = self._vectors(x)
         calibration = self._calibration()
         found = self.forward_verbose(calibration.standardise(x))
         return {**found, "reconstruction": calibration.restore(found["reconstruction"])}
@@ -292,7 +296,7 @@ class TopKSAE(nn.Module):
         """
         meters: dict[str, ReconstructionMeter] = {}
         for x in batches:
-            x = x.to(self.pre_b)
+            x = x.to(wide(self.pre_b))
             for name, (own, own_hat) in self._ways(x).items():
                 if name not in meters:
                     meters[name] = ReconstructionMeter(x.shape[1], x.shape[2], x.device, name)
@@ -326,12 +330,14 @@ class TopKSAE(nn.Module):
             )
         return self.calibration
 
-    def _check(self, x: Tensor) -> None:
+    def _vectors(self, x: Tensor) -> Tensor:
+        """The activations in the dtype that is computed in, their shape checked."""
         if x.ndim != 2 or x.shape[1] != len(self.pre_b):
             raise UserError(
                 f"The autoencoder takes [batch, {len(self.pre_b)}]; got {list(x.shape)}. Positions "
                 "of several pictures go in as x.flatten(0, 1)."
             )
+        return x.to(torch.promote_types(self.pre_b.dtype, torch.float32))
 
 
 def _location(given: Any) -> Location:

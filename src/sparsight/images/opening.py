@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsight.errors import UserError
+from sparsight.errors import SparsightError, UserError
 from sparsight.images.calibration import DEFAULT_SCENES, CalibrationImages
 from sparsight.images.difference import images_difference
 from sparsight.images.folder import FolderImages
@@ -92,7 +92,13 @@ def reopen_images(
     Raises:
         UserError: they are not there any more, or have changed.
     """
-    images = open_images(spec)
+    try:
+        images = open_images(spec)
+    except SparsightError as error:
+        raise UserError(
+            f"{made}: the images that it was made from cannot be opened: {error} The images "
+            f"themselves are needed here. Bring them back to {spec}, or put a link there."
+        ) from error
     if images.fingerprint() != fingerprint:
         how = ""
         if n_images is not None:

@@ -22,6 +22,7 @@ from sparsight.latents.encoding import (
     find_activations,
     usual_batch,
 )
+from sparsight.latents.image_records import ImageRecords, image_records
 from sparsight.latents.index import FILES, FORMAT, VERSION, LatentIndex
 from sparsight.latents.names import LatentName, names_from_truth, with_names
 from sparsight.latents.statistics import (
@@ -141,8 +142,8 @@ def _built(
     top = Examples(found.top.image.cpu(), found.top.token.cpu(), found.top.activation.cpu())
     bands = quantile_samples(found.sample, quantiles, per_quantile)
     samples = Examples(bands.image.cpu(), bands.token.cpu(), bands.activation.cpu())
-    source = data.source()
-    pictures = _pictures(source, top, samples)
+    records = image_records(data)
+    pictures = _pictures(records, top, samples)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -153,10 +154,10 @@ def _built(
         },
         "model": {k: v for k, v in data.model_info.items() if k != "images"},
         "images": {
-            "source": source.spec,
-            "fingerprint": source.fingerprint(),
+            "source": records.spec,
+            "fingerprint": records.fingerprint,
             "n_images": found.n_images,
-            "n_unread": len(source) - found.n_images,
+            "n_unread": records.n_images - found.n_images,
             "n_vectors": found.n_vectors,
         },
         "site": site,
@@ -208,10 +209,10 @@ def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:
         yield CodeBatch.joined(waiting)
 
 
-def _pictures(source: ImageSource, *examples: Examples) -> dict[int, ImageInfo]:
+def _pictures(records: ImageRecords, *examples: Examples) -> dict[int, ImageInfo]:
     """What is known about every image that is an example, by its place in the source."""
     images = torch.cat([found.image.flatten() for found in examples]).unique()
-    return {image: source.known(image) for image in images.tolist() if image >= 0}
+    return {image: records.info(image) for image in images.tolist() if image >= 0}
 
 
 def _image_table(pictures: dict[int, ImageInfo]) -> pa.Table:

@@ -11,10 +11,13 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from sparsight.activations.manifest import IMAGES
 from sparsight.activations.shards import (
     check_size,
     check_sum,
@@ -279,11 +282,14 @@ class ShardBuffer:
         if values.dtype == torch.float16:
             if not bool(values.isfinite().all()):
                 images = batch.image_indices
+                strongest = float(code.values[code.values.abs().argmax()])
                 raise SparsightError(
-                    f"Activations up to {float(code.values.max()):.3g} do not fit float16 (images "
-                    f"{int(images[0])} to {int(images[-1])}). Encode with dtype float32."
+                    f"Activations up to {strongest:.3g} do not fit float16, which ends at ±65504 "
+                    f"(images {int(images[0])} to {int(images[-1])}). Encode with dtype float32."
                 )
-            values.clamp_(min=SMALLEST_FLOAT16)  # what is active stays active
+            # What is active stays active, with its sign.
+            least = torch.full_like(values, SMALLEST_FLOAT16).copysign(values)
+            values = torch.where(values == 0, least, values)
         new = {
             "image_indices": batch.image_indices.cpu().long(),
             "l0": code.l0.cpu(),
@@ -452,6 +458,28 @@ class CodeStore:
         if place == self.n_images or self.image_indices[place] != image:
             raise UserError(f"{self.path}: holds no code of image {image}.")
         return self._read(place, place + 1).code
+
+    @cached_property
+    def images(self) -> pa.Table | None:
+        """A row per image of the source, as in `ActivationStore.images`; None where the codes are
+        not of a store, or were made by an earlier version.
+
+        Raises:
+            SparsightError: the file is damaged.
+        """
+        path = self.path / IMAGES
+        if not path.exists():
+            return None
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise SparsightError(f"{path}: is damaged ({error}). {AGAIN}") from error
+        if table.num_rows != self.manifest.images["n_images"]:
+            raise SparsightError(
+                f"{path}: lists {table.num_rows:,} images, the codes are of "
+                f"{self.manifest.images['n_images']:,}. {AGAIN}"
+            )
+        return table
 
     def source(self) -> ImageSource:
         """The images, opened again; `image_indices` are places in it.

@@ -5,6 +5,7 @@ A shard is committed when the manifest that names it is renamed into place; see 
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Generator, Iterator
@@ -15,8 +16,9 @@ from typing import Literal, cast
 
 import torch
 
-from sparsight.activations import ActivationSource, LiveActivations
+from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
 from sparsight.activations.extraction import FLUSH_SECONDS
+from sparsight.activations.manifest import IMAGES
 from sparsight.activations.shards import check_size, check_sums
 from sparsight.config import check_positive, check_seconds, first_difference, value_at
 from sparsight.errors import SparsightError, UserError, memory_told
@@ -34,6 +36,7 @@ from sparsight.latents.codes import (
     ShardBuffer,
     shard_path,
 )
+from sparsight.latents.image_records import image_records
 from sparsight.progress import ProgressLine, progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
@@ -65,7 +68,8 @@ def encode(
     Unfinished codes of the same SAE, activations, site and dtype are continued behind the last
     image in them, with the batches and shards that they were begun with; finished ones are returned
     as they are. Continued codes are the same, bit for bit, as ones that were never cut. Memory
-    holds one batch of activations and one shard of codes.
+    holds one batch of activations and one shard of codes. Of a store the images themselves are not
+    needed: what it recorded of them is kept beside the codes.
 
     Ctrl-C and SIGTERM keep every batch that was encoded, and so does an error; a second Ctrl-C does
     not wait for that. A process that is killed loses the work of `flush_seconds` at the most.
@@ -78,7 +82,7 @@ def encode(
         out: folder of the codes.
         site: where to read; default the site that the SAE was trained on.
         dtype: of the values on disk; float16 keeps 3 digits and takes two thirds of the room. What
-            is too small for it is kept at its smallest number, 2⁻²⁴.
+            is too small for it is kept at its smallest number, ±2⁻²⁴.
         batch_images: images at a time; default see `usual_batch`.
         shard_bytes: a shard ends with the batch that brings it to so many bytes.
         flush_seconds: what is in memory is written at least this often, in seconds.
@@ -99,15 +103,15 @@ def encode(
     check_seconds(flush_seconds=flush_seconds)
     folder = Path(out)
     activations, site = find_activations(sae, given, images, site, workers)
-    source = activations.source()
+    images_of = image_records(activations)
     plan = CodeManifest(
         sae={"hash": sae.fingerprint(), "n_latents": sae.n_latents, "d_in": sae.d_in},
         activations=activations.fingerprint,
         model={k: v for k, v in activations.model_info.items() if k != "images"},
         images={
-            "spec": source.spec,
-            "fingerprint": source.fingerprint(),
-            "n_images": len(source),
+            "spec": images_of.spec,
+            "fingerprint": images_of.fingerprint,
+            "n_images": images_of.n_images,
         },
         site=site,
         tokens=activations.tokens,
@@ -118,6 +122,8 @@ def encode(
     )
     with _claimed(folder, plan) as manifest:
         if manifest.state != "complete":
+            if isinstance(activations, ActivationStore):
+                _copy_records(activations.path / IMAGES, folder / IMAGES)
             _Encoding(sae, activations, folder, manifest, flush_seconds).run(quiet)
     return CodeStore(folder)
 
@@ -286,6 +292,18 @@ class _Encoding:
             raise UserError("There is not one image to encode.")
         self.manifest = replace(self.manifest, state="complete")
         self.manifest.write(self.folder)
+
+
+def _copy_records(recorded: Path, target: Path) -> None:
+    """Keep what a store recorded of its images; half a copy is made again with the codes."""
+    try:
+        with target.open("wb") as file:
+            file.write(recorded.read_bytes())
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SparsightError(
+            f"{target}: could not be written ({error.strerror or error})."
+        ) from error
 
 
 @contextmanager

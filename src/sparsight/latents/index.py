@@ -56,7 +56,7 @@ class Example:
     """The latent's strongest activation in the image."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatentIndex:
     """Statistics, strongest images and samples of every latent of one SAE.
 
@@ -170,6 +170,14 @@ class LatentIndex:
                 _write_manifest(self.folder, manifest)
         return type(self)(self.folder, manifest, table, self.images, self.examples, self.quantiles)
 
+    def __repr__(self) -> str:
+        images = self.manifest["images"]["n_images"]
+        named = self.table.num_rows - self.table["name"].null_count
+        return (
+            f"LatentIndex({str(self.folder)!r}, {self.n_latents:,} latents at {self.site}, "
+            f"{self.tokens} tokens of {images:,} images, {named:,} named)"
+        )
+
     def _hash(self, name: str) -> Any:
         return self.manifest["files"][name]
 
@@ -261,7 +269,8 @@ class LatentIndex:
             return open_images(spec)
         except UserError as error:
             raise UserError(
-                f"{self.folder}: the images that it was built from cannot be opened: {error}"
+                f"{self.folder}: the images that it was built from cannot be opened: {error} "
+                f"Bring them back to {spec}, or put a link there."
             ) from error
 
     @cached_property

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import html
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparsight.errors import UserError
+from sparsight.reading import sha256_tensors
 from sparsight.sae.code import SparseCode
 from sparsight.sae.config import Archetypal, SAEConfig
 from sparsight.sae.dictionary import archetypal_rows, keep_archetypal
 from sparsight.sae.initialisation import blank_parameters, initial_parameters
 from sparsight.sae.kernels import backend
 from sparsight.sae.normaliser import Normaliser
+from sparsight.sae.precision import wide, without_autocast
 from sparsight.sae.sparsity import Gated, MatchingPursuit, Weights
 
 
@@ -43,8 +46,13 @@ class SparseAutoencoder(nn.Module):
     `target_normaliser` their normaliser; with `skip` W_skip z is added. A normaliser that measures
     each vector measures the input alone, and the target is given in those units, as in ViT-Prisma.
 
+    Whatever the dtype of the vectors and of the parameters, `encode`, `decode` and `forward`
+    compute in float32, or in float64 if the parameters are float64, and so are their results. A
+    vector that holds NaN or infinity gets a code that is NaN (one entry, of latent 0) and a
+    reconstruction that is NaN; the other vectors of the batch are not affected.
+
     Args:
-        d_in: width of the activations.
+        d_in: width of the activations, 1 or more.
         config: the parts.
         d_out: width of a transcoder's target; None is an autoencoder.
         normaliser: fitted to the activations; the identity if None.
@@ -55,7 +63,8 @@ class SparseAutoencoder(nn.Module):
         metadata: where the SAE belongs: model, site, tokens, images, …; JSON-able.
 
     Raises:
-        UserError: the parts do not fit each other, or the number of latents.
+        UserError: a width is no number from 1 on, or the parts do not fit each other, the widths,
+            or the number of latents.
     """
 
     def __init__(
@@ -73,9 +82,12 @@ class SparseAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         config = config or SAEConfig()
+        d_in = _width(d_in, "d_in")
+        d_out = None if d_out is None else _width(d_out, "d_out")
         _check_parts(config, d_out)
+        _check_widths(config, d_in, d_out, normaliser, target_normaliser, sample)
         self.d_in = d_in
-        self.d_out = d_out or d_in
+        self.d_out = d_in if d_out is None else d_out
         self.is_transcoder = d_out is not None
         self.n_latents = config.width(d_in)
         self.config = dataclasses.replace(config, n_latents=self.n_latents)
@@ -122,46 +134,53 @@ class SparseAutoencoder(nn.Module):
     b_mag: nn.Parameter
 
     def weights(self) -> Weights:
-        """The tensors that codes are computed from, with gradients to the parameters."""
-        b_dec: Tensor = self.b_dec
-        extra = {name: getattr(self, name) for name in self._extra}
-        W_dec = self.W_dec
+        """The tensors that codes are computed from, float32 at least, with gradients to the
+        parameters."""
+        b_dec = wide(self.b_dec)
+        extra = {name: wide(getattr(self, name)) for name in self._extra}
+        W_enc, b_enc, W_dec = wide(self.W_enc), wide(self.b_enc), wide(self.W_dec)
         if "mixture" in extra and torch.is_grad_enabled() and extra["mixture"].requires_grad:
             W_dec = archetypal_rows(extra)
-        centre = b_dec if self.config.subtract_b_dec else self.b_enc.new_zeros(self.d_in)
-        return Weights(self.W_enc, self.b_enc, W_dec, b_dec, centre, extra)
+        centre = b_dec if self.config.subtract_b_dec else b_enc.new_zeros(self.d_in)
+        return Weights(W_enc, b_enc, W_dec, b_dec, centre, extra)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """The active latents of each vector.
+        """The active latents of each vector; NaN for vectors that are not finite.
+
+        Args:
+            x: of any real dtype.
 
         Raises:
-            UserError: the vectors have another width.
+            UserError: x is no tensor of real numbers, or the vectors have another width.
         """
-        self._check(x)
-        z = self.normaliser(x)
-        code = self.config.sparsity.encode(self.weights(), z, training=self.training)
-        cap = self.config.soft_cap
-        if cap is not None:
-            code = dataclasses.replace(code, values=cap * (code.values / cap).tanh())
-        frame = self.normaliser.frame(x)
-        return code if frame is None else dataclasses.replace(code, frame=frame)
+        x = self._vectors(x)
+        with without_autocast(x.device):
+            return self._encode(x)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "batch d_out"]:
         """The reconstruction of a code, in the units of x; without a transcoder's skip connection,
         which needs x.
 
         Raises:
-            UserError: the normaliser measures each vector, and the code does not say how.
+            UserError: the code is of another number of latents; or the normaliser measures each
+                vector, and the code does not say how.
         """
-        return self._undo(self._decode(code), code)
+        if code.n_latents != self.n_latents:
+            raise UserError(
+                f"The code is of {code.n_latents:,} latents; the SAE has {self.n_latents:,}."
+            )
+        with without_autocast(code.values.device):
+            return self._undo(self._decode(code), code)
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> SAEOutput:
-        """Encode and decode."""
-        code = self.encode(x)
-        z_hat = self._decode(code)
-        if self.config.skip:
-            z_hat = z_hat + self.normaliser(x) @ self.W_skip.T
-        return SAEOutput(self._undo(z_hat, code), code)
+        """Encode and decode; see `encode`."""
+        x = self._vectors(x)
+        with without_autocast(x.device):
+            code = self._encode(x)
+            z_hat = self._decode(code)
+            if self.config.skip:
+                z_hat = z_hat + self.normaliser(x, code.frame) @ wide(self.W_skip).T
+            return SAEOutput(self._undo(z_hat, code), code)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -173,8 +192,11 @@ class SparseAutoencoder(nn.Module):
             keep_archetypal(weights.extra, self.config.dictionary.delta)
             self.W_dec.copy_(archetypal_rows(weights.extra))
         elif self.config.unit_norm_decoder:
-            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+            self.W_dec.div_(weights.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
         self.config.sparsity.constrain(weights)
+        for name, each in weights.extra.items():
+            if each is not getattr(self, name):  # a wider copy
+                getattr(self, name).copy_(each)
 
     def fold(self) -> SparseAutoencoder:
         """The same function of x without a normaliser; the codes are the same, too.
@@ -184,10 +206,12 @@ class SparseAutoencoder(nn.Module):
         (and, if gated, b_mag ← b_mag − exp(r_mag) ⊙ W_enc m).
         Of a transcoder s and m on the side of the decoder are the target's, and
         W_skip ← s_out ⊙ W_skip / s, b_dec ← b_dec − W_skip m. Decoder rows no longer have norm 1.
+        What is frozen stays so, and so do `train()` or `eval()`, the device and the dtype.
 
         Raises:
             UserError: the normaliser measures every vector by itself, or the encoder has no
-                weights of its own, so that there is no such SAE.
+                weights of its own, so that there is no such SAE; or the folded weights are beyond
+                the range of the parameters' dtype.
         """
         if self.normaliser.per_vector:
             raise UserError(
@@ -213,34 +237,34 @@ class SparseAutoencoder(nn.Module):
             blank=True,
             metadata=self.metadata,
         ).to(self.W_enc.device, self.W_enc.dtype)
-        mean, scale = self.normaliser.mean, self.normaliser.scale
-        out = self.target_normaliser or self.normaliser
         with torch.no_grad():
-            for name in without.sparsity.start(1):
-                getattr(folded, name).copy_(getattr(self, name))
-            folded.W_enc.copy_(self.W_enc / scale)
-            folded.b_enc.copy_(self.b_enc)
-            if not self.config.subtract_b_dec:
-                shift = folded.W_enc @ mean
-                folded.b_enc.sub_(shift)
-                if isinstance(without.sparsity, Gated):
-                    folded.b_mag.sub_(folded.r_mag.exp() * shift)
-            folded.W_dec.copy_(self.W_dec * out.scale)
-            folded.b_dec.copy_(self.b_dec * out.scale + out.mean)
-            if self.config.skip:
-                folded.W_skip.copy_(out.scale[:, None] * self.W_skip / scale)
-                folded.b_dec.sub_(folded.W_skip @ mean)
-        folded.train(self.training)
-        return folded
+            for name, each in self._folded_weights().items():
+                target = getattr(folded, name).copy_(each)
+                if target.dtype != each.dtype and bool((target.isinf() & ~each.isinf()).any()):
+                    raise UserError(
+                        f"{name} with the normaliser folded in is beyond the range of "
+                        f"{target.dtype}. Fold it in float32: sae.float().fold()."
+                    )
+        self._pass_on_freezing(folded)
+        return folded.train(self.training)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}: {value}" for name, value in self._summary())
+        return f"SparseAutoencoder({shown})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in self._summary()
+        )
+        return f"<table>{rows}</table>"
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over the parameters: the same in memory, saved, and loaded again."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(data.numpy().data)
-        return digest.hexdigest()
+        """Hex SHA-256 over the parameters: the same in memory, saved, and loaded again.
+
+        Parameters in half precision count as the float32 numbers that are computed with.
+        """
+        return sha256_tensors({name: wide(each) for name, each in self.state_dict().items()})
 
     def save_pretrained(self, folder: str | Path, *, format: str | None = None) -> Path:
         """Write it into a folder.
@@ -290,6 +314,68 @@ class SparseAutoencoder(nn.Module):
 
         return load(name, revision=revision, subfolder=subfolder, filename=filename, device=device)
 
+    def _summary(self) -> list[tuple[str, str]]:
+        """What it is, as a few names and values."""
+        about = self.metadata
+        model = about.get("model")
+        found = [
+            (
+                "width",
+                f"{self.d_in:,} → {self.d_out:,}" if self.is_transcoder else f"{self.d_in:,}",
+            ),
+            ("latents", f"{self.n_latents:,}"),
+            ("sparsity", self.config.sparsity.describe(training=False)),
+            ("normaliser", self.config.normaliser),
+            ("site", str(about.get("site") or "unknown")),
+        ]
+        if about.get("tokens"):
+            found.append(("tokens", str(about["tokens"])))
+        if isinstance(model, dict) and model.get("id"):
+            found.append(("model", str(model["id"])))
+        return found
+
+    def _encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        frame = self.normaliser.frame(x)
+        z = self.normaliser(x, frame)
+        bad = _not_finite(z)
+        if bad is not None:
+            z = z.masked_fill(bad[:, None], 0)  # lest it take part in the choice for the others
+        code = self.config.sparsity.encode(self.weights(), z, training=self.training)
+        cap = self.config.soft_cap
+        if cap is not None:
+            code = dataclasses.replace(code, values=cap * (code.values / cap).tanh())
+        if bad is not None:
+            code = code.with_nan(bad)
+        return code if frame is None else dataclasses.replace(code, frame=frame)
+
+    def _folded_weights(self) -> dict[str, Tensor]:
+        """The tensors of `fold`, float32 at least; see there for what becomes what."""
+        weights = self.weights()
+        out = self.target_normaliser or self.normaliser
+        mean, scale = wide(self.normaliser.mean), wide(self.normaliser.scale)
+        out_mean, out_scale = wide(out.mean), wide(out.scale)
+        sparsity = self.config.sparsity
+        found = {name: weights.extra[name] for name in sparsity.start(1)}
+        found |= {"W_enc": weights.W_enc / scale, "b_enc": weights.b_enc}
+        if not self.config.subtract_b_dec:
+            shift = found["W_enc"] @ mean
+            found["b_enc"] = weights.b_enc - shift
+            if isinstance(sparsity, Gated):
+                found["b_mag"] = weights.extra["b_mag"] - weights.extra["r_mag"].exp() * shift
+        found["W_dec"] = wide(self.W_dec) * out_scale
+        found["b_dec"] = weights.b_dec * out_scale + out_mean
+        if self.config.skip:
+            found["W_skip"] = out_scale[:, None] * wide(self.W_skip) / scale
+            found["b_dec"] = found["b_dec"] - found["W_skip"] @ mean
+        return found
+
+    def _pass_on_freezing(self, other: SparseAutoencoder) -> None:
+        """Let the parameters of another SAE require gradients where this one's do."""
+        learns = {name: each.requires_grad for name, each in self.named_parameters()}
+        learns.setdefault("W_dec", learns.get("mixture", learns["W_enc"]))
+        for name, parameter in other.named_parameters():
+            parameter.requires_grad_(learns[name])
+
     def _decode(self, code: SparseCode) -> Float[Tensor, "batch d_out"]:
         weights = self.weights()
         values = code.values.to(weights.W_dec.dtype)
@@ -301,15 +387,65 @@ class SparseAutoencoder(nn.Module):
         out: Tensor = (self.target_normaliser or self.normaliser).invert(z_hat, code.frame)
         return out
 
-    def _check(self, x: Tensor) -> None:
+    def _vectors(self, x: Tensor) -> Tensor:
+        """The vectors in the dtype that is computed in, their shape checked."""
+        if not isinstance(x, Tensor) or x.is_complex():
+            found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(
+                f"The SAE takes a torch tensor of real numbers [batch, {self.d_in}]; got {found}."
+            )
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise UserError(
                 f"The SAE takes vectors of width {self.d_in} as [batch, {self.d_in}]; "
                 f"got a tensor of shape {list(x.shape)}."
             )
+        return x.to(torch.promote_types(self.W_enc.dtype, torch.float32))
 
 
 _WEIGHTS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"})
+
+
+def _width(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a whole number from 1 on.")
+    return int(value)
+
+
+def _check_widths(
+    config: SAEConfig,
+    d_in: int,
+    d_out: int | None,
+    normaliser: Normaliser | None,
+    target_normaliser: Normaliser | None,
+    sample: Tensor | None,
+) -> None:
+    """Make sure that what is given for activations of some width has that width."""
+    if d_in == 1 and config.normaliser == "layer_norm":
+        raise UserError(
+            "normaliser is 'layer_norm', which takes the deviation of a vector's entries; d_in is "
+            "1, and one entry has none. Take another normaliser."
+        )
+    if sample is not None and (sample.ndim != 2 or sample.shape[1] != d_in or not len(sample)):
+        raise UserError(
+            f"sample has the shape {list(sample.shape)}; expected [batch, {d_in}], one vector or "
+            "more."
+        )
+    for name, given, width in (
+        ("normaliser", normaliser, d_in),
+        ("target_normaliser", target_normaliser, d_out),
+    ):
+        if given is not None and width is not None and len(given.mean) != width:
+            raise UserError(f"{name} is of vectors of width {len(given.mean)}; expected {width}.")
+
+
+def _not_finite(z: Float[Tensor, "batch d_in"]) -> Bool[Tensor, " batch"] | None:
+    """Which vectors hold NaN or infinity; None if there are none."""
+    z = z.detach()
+    # One sum is quickly had, and is finite only if all are.
+    if bool(torch.isfinite(z.sum())):
+        return None
+    bad = ~torch.isfinite(z).all(dim=1)
+    return bad if bool(bad.any()) else None
 
 
 def _check_parts(config: SAEConfig, d_out: int | None) -> None:

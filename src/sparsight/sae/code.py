@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,7 +18,7 @@ class Frame(NamedTuple):
     scale: Float[Tensor, "rows 1"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseCode:
     """Which latents are active on each vector, and how strongly; rows may differ in length.
 
@@ -68,6 +68,12 @@ class SparseCode:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def __repr__(self) -> str:
+        return (
+            f"SparseCode({len(self):,} vectors, {len(self.values):,} active entries of "
+            f"{self.n_latents:,} latents, {self.values.dtype} on {self.values.device})"
+        )
+
     @property
     def l0(self) -> Int[Tensor, " rows"]:
         """Number of active latents of each vector."""
@@ -77,6 +83,21 @@ class SparseCode:
     def rows(self) -> Int[Tensor, " active"]:
         """The row that each entry belongs to."""
         return torch.repeat_interleave(torch.arange(len(self), device=self.offsets.device), self.l0)
+
+    def with_nan(self, rows: Bool[Tensor, " rows"]) -> SparseCode:
+        """The same code with NaN for some rows: one entry each, of latent 0, replaces theirs."""
+        kept = ~rows[self.rows]
+        offsets = functional.pad(torch.where(rows, 1, self.l0).cumsum(0), (1, 0))
+        moved = offsets[:-1] - self.offsets[:-1]
+        places = (torch.arange(len(kept), device=kept.device) + moved[self.rows])[kept]
+        indices = self.indices.new_zeros(int(offsets[-1]))
+        values = self.values.new_full((len(indices),), torch.nan)
+        return replace(
+            self,
+            indices=indices.index_put((places,), self.indices[kept]),
+            values=values.index_put((places,), self.values[kept]),
+            offsets=offsets,
+        )
 
     def dense(self) -> Float[Tensor, "rows n_latents"]:
         """The same as a matrix, zeros included."""

@@ -14,8 +14,14 @@ from sparsight.config import from_dict, to_dict
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, read_json, replaced, settled, write_json, write_text
+from sparsight.pickles import shown
 from sparsight.progress import logger
-from sparsight.reading import LONGEST_CONFIG
+from sparsight.reading import (
+    LONGEST_CONFIG,
+    read_safetensors,
+    safetensors_metadata,
+    sha256_tensors,
+)
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.card import model_card
 from sparsight.sae.config import SAEConfig
@@ -27,6 +33,11 @@ READ_VERSIONS = (1, 2)
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
 README = "README.md"
+SHA256 = "sha256"
+"""The key, in the metadata of `WEIGHTS`, of a checksum over the tensors; see `sha256_tensors`."""
+SHA256_DIGITS = 64
+SHOWN = 12
+"""Tensors that a message names."""
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
 
@@ -54,21 +65,28 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
         "metadata": sae.metadata,
     }
     with replaced(folder, (CONFIG, WEIGHTS, README)) as staged:
-        save_tensors(tensors, staged / WEIGHTS)
+        save_tensors(tensors, staged / WEIGHTS, {SHA256: sha256_tensors(tensors)})
         write_json(staged / CONFIG, description)
         write_text(staged / README, model_card(sae).text())
     return folder
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all.
+
+    Args:
+        tensors: by name.
+        path: of the file.
+        about: texts for its metadata.
 
     Raises:
         SparsightError: the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+            save_file(dict(tensors), temporary, metadata={"format": "pt", **(about or {})})
         except SafetensorError as error:
             raise SparsightError(f"{path}: could not be written ({error}).") from error
 
@@ -194,9 +212,13 @@ def _read_own(folder: Path) -> SparseAutoencoder:
         # What torch says of tensors that no machine can hold.
         told = str(error).partition("\n")[0]
         raise SparsightError(
-            f"{folder / CONFIG}: an SAE of this size cannot be made ({told})."
+            f"{folder / CONFIG}: an SAE of d_in {shown(d_in)} and n_latents "
+            f"{shown(config.n_latents)} cannot be made ({told})."
         ) from error
-    sae.load_state_dict(_tensors(folder / WEIGHTS, sae))
+    tensors = _tensors(folder / WEIGHTS, sae)
+    if all(each.dtype == torch.float64 for each in tensors.values()):
+        sae = sae.double()
+    sae.load_state_dict(tensors)
     return sae.requires_grad_(False).eval()
 
 
@@ -207,24 +229,25 @@ def _description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not the configuration of a Sparsight SAE (no such format).")
     if version not in READ_VERSIONS:
         raise UserError(
-            f"{path}: format_version is {version!r}; this Sparsight reads "
+            f"{path}: format_version is {shown(version)}; this Sparsight reads "
             f"{' and '.join(map(str, READ_VERSIONS))}."
         )
     strange, absent = sorted(set(found) - _KEYS - _OPTIONAL), sorted(_KEYS - set(found))
     if strange or absent:
         raise UserError(f"{path}: unknown keys {strange}, missing keys {absent}.")
     if not isinstance(found["d_in"], int) or found["d_in"] < 1:
-        raise UserError(f"{path}: d_in is {found['d_in']!r}; expected a positive number.")
+        raise UserError(f"{path}: d_in is {shown(found['d_in'])}; expected a positive number.")
     if not isinstance(found.get("d_out", 1), int) or found.get("d_out", 1) < 1:
-        raise UserError(f"{path}: d_out is {found['d_out']!r}; expected a positive number.")
+        raise UserError(f"{path}: d_out is {shown(found['d_out'])}; expected a positive number.")
     for key in ("config", "metadata"):
         if not isinstance(found[key], dict):
-            raise UserError(f"{path}: {key} is {found[key]!r}; expected an object.")
+            raise UserError(f"{path}: {key} is {shown(found[key])}; expected an object.")
     return found
 
 
 def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
-    tensors = load_tensors(path)
+    tensors = read_safetensors(path)
+    _check_sum(path, tensors)
     expected = {key: tuple(each.shape) for key, each in sae.state_dict().items()}
     found = {key: tuple(each.shape) for key, each in tensors.items()}
     if expected != found:
@@ -232,14 +255,34 @@ def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
             key for key in {*expected, *found} if expected.get(key) != found.get(key)
         )
         raise SparsightError(
-            f"{path}: tensors do not fit the configuration: "
+            f"{path}: tensors do not fit config.json (d_in, d_out, n_latents, sparsity, tied, …): "
             + "; ".join(
-                f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'nothing')}"
-                for key in differing
+                f"{key[:60]} is {found.get(key, 'missing')}, "
+                f"expected {expected.get(key, 'nothing')}"
+                for key in differing[:SHOWN]
             )
             + "."
         )
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise SparsightError(f"{path}: {key} is of {tensor.dtype}; expected real numbers.")
         if not torch.isfinite(tensor).all():
             raise SparsightError(f"{path}: {key} holds values that are not finite.")
     return tensors
+
+
+def _check_sum(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Compare tensors with the checksum beside them; files of earlier versions have none.
+
+    Raises:
+        SparsightError: they differ.
+    """
+    about = safetensors_metadata(path)
+    # The checksum's own name may be what was altered.
+    if SHA256 not in about and not any(len(each) == SHA256_DIGITS for each in about.values()):
+        return
+    if about.get("format") != "pt" or about.get(SHA256) != sha256_tensors(tensors):
+        raise SparsightError(
+            f"{path}: its checksum differs, so the file was altered or damaged since it was "
+            "written. Take it again from where it came, or from a checkpoint of its run."
+        )

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.code import Frame
 from sparsight.sae.config import NormaliserKind
+from sparsight.sae.precision import wide
 
+ROUNDING = 1e-12
+"""Variance, as a share of the mean square, that rounding to float32 alone can explain."""
 LAYER_NORM_EPS = 1e-5
 PER_VECTOR = ("layer_norm", "constant_norm")
 """Kinds that measure every vector by itself."""
@@ -20,7 +23,8 @@ class Normaliser(nn.Module):
 
     Of the kinds in `PER_VECTOR` mean and scale are those of the vector: "layer_norm" takes the
     mean of its entries and their deviation (unbiased; plus 1e-5 where it divides), "constant_norm"
-    0 and ‖x‖ / √d; the buffers are not used.
+    0 and ‖x‖ / √d; the buffers are not used. All of it is computed in float32, or in float64 where
+    an input is float64.
 
     Args:
         mean: what is subtracted.
@@ -72,7 +76,7 @@ class Normaliser(nn.Module):
         variance = (second_moment - mean**2).clamp(min=0)
         if not (torch.isfinite(mean).all() and torch.isfinite(second_moment).all()):
             raise SparsightError("The statistics of the activations are not finite.")
-        if variance.sum() == 0:
+        if variance.sum() <= ROUNDING * second_moment.sum():
             raise SparsightError("The activations do not vary: there is nothing to normalise.")
         if kind == "scale":
             scale = variance.mean().sqrt()[None]
@@ -88,7 +92,10 @@ class Normaliser(nn.Module):
 
     def frame(self, x: Float[Tensor, "batch d_in"]) -> Frame | None:
         """The units of each vector; None where they are the same for all."""
+        x = wide(x)
         if self.kind == "layer_norm":
+            if not len(x):  # torch warns of the deviation of nothing
+                return Frame(x[:, :1], x[:, :1])
             return Frame(x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True))
         if self.kind == "constant_norm":
             scale = x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5
@@ -109,8 +116,8 @@ class Normaliser(nn.Module):
         if frame is not None:
             # Undone without it, as in ViT-Prisma, SAELens and OpenAI's SAEs.
             guard = LAYER_NORM_EPS if self.kind == "layer_norm" else 0.0
-            return (x - frame.mean) / (frame.scale + guard)
-        return (x - self.mean) / self.scale
+            return (wide(x) - frame.mean) / (frame.scale + guard)
+        return (wide(x) - wide(self.mean)) / wide(self.scale)
 
     def invert(
         self, z: Float[Tensor, "batch d_in"], frame: Frame | None = None
@@ -125,10 +132,10 @@ class Normaliser(nn.Module):
             UserError: they are needed and not given.
         """
         if not self.per_vector:
-            return z * self.scale + self.mean
+            return wide(z) * wide(self.scale) + wide(self.mean)
         if frame is None:
             raise UserError(
                 f"The SAE's normaliser is {self.kind!r}, so a code is decoded in the units of its "
                 "vectors: give `decode` a code as `encode` made it, or one with its `frame`."
             )
-        return z * frame.scale + frame.mean
+        return wide(z) * wide(frame.scale) + wide(frame.mean)

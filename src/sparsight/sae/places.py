@@ -7,11 +7,12 @@ Other projects keep many SAEs in one repository, so a name may go on behind the 
 from __future__ import annotations
 
 import glob
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from sparsight.errors import UserError
+from sparsight.errors import SparsightError, UserError
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pkl.gz")
 """How the names of files end that can hold tensors."""
@@ -22,8 +23,10 @@ CONFIGS = (".json", ".yaml", ".yml")
 _BESIDE = re.compile(
     r"(^|/)(optim\w*|(lr_)?scheduler|rank_\d+_state|state|trainer(_state)?|training_args"
     r"|activations_store_state|activation_whitening|sparsity|(optimizer|lr_scheduler)_\d+"
-    r"|\w*log_feature_sparsity)\.[^/]*$"
+    r"|\w*log_feature_sparsity|training|stats|shard-\d+|top_examples)\.[^/]*$"
 )
+_DEEPEST, _MOST = 2, 2_000
+_SHOWN = 12
 
 
 def is_weights(file: str) -> bool:
@@ -55,8 +58,11 @@ def find(
         return local
     parts = [*str(name).split("/"), *"/".join(inside).split("/")]
     if str(name).startswith((".", "/", "~")) or Path(name).exists() or ".." in parts:
-        raise UserError(f"{local}: no such folder or file.")
+        raise UserError(f"{local}: no such folder or file{_nearby(local)}")
     parts = [each for each in parts if each]
+    if len(parts) > 2 and Path(*parts[:2]).is_dir():
+        # A copy of a repository: what it lacks is not looked for on the Hub.
+        raise UserError(f"{local}: no such folder or file{_nearby(local)}")
     inner = "/".join(parts[2:])
     return _fetched("/".join(parts[:2]), inner, revision, str(name)) / inner
 
@@ -87,12 +93,62 @@ def choose(files: Sequence[str], inner: str, name: str) -> list[str]:
     if len(here) == 1:
         return [*here, *(each for each in _configs(below) if each.count("/") <= here[0].count("/"))]
     if not weights:
-        raise UserError(f"{name}: holds no file with tensors on the Hub.")
-    choices = here or sorted({str(PurePosixPath(each).parent) for each in weights})
-    shown = ", ".join(choices[:12]) + (", …" if len(choices) > 12 else "")
+        others = folders_of(each for each in files if is_weights(each))
+        has = f"; the repository has {some_of(others)}" if inner and others else ""
+        raise UserError(f"{name}: holds no file with tensors on the Hub{has}.")
+    choices = here or folders_of(weights)
     raise UserError(
-        f"{name}: holds {len(choices)} SAEs on the Hub. Name one behind the repository: {shown}."
+        f"{name}: holds {len(choices)} SAEs on the Hub. Name one behind the repository: "
+        f"{some_of(choices)}."
     )
+
+
+def files_in(folder: Path) -> tuple[str, ...]:
+    """Names, relative to a folder, of the files in it and up to two folders below.
+
+    Raises:
+        SparsightError: a folder cannot be listed.
+    """
+    found: list[str] = []
+    folders = [(folder, 0)]
+    while folders and len(found) < _MOST:
+        place, depth = folders.pop(0)
+        try:
+            inside = sorted(place.iterdir())
+        except OSError as error:
+            raise SparsightError(f"{place}: cannot be listed ({error}).") from error
+        for each in inside:
+            if each.is_file():
+                found.append(each.relative_to(folder).as_posix())
+            elif each.is_dir() and depth < _DEEPEST and not each.name.startswith("."):
+                folders.append((each, depth + 1))
+    return tuple(found[:_MOST])
+
+
+def folders_of(files: Iterable[str]) -> list[str]:
+    """The folders that some files lie in, in order; numbers in their names count as numbers."""
+    folders = {str(PurePosixPath(each).parent) for each in files}
+    return sorted(folders, key=lambda each: re.sub(r"\d+", lambda n: n[0].zfill(12), each))
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of some names, for messages."""
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def _nearby(missing: Path) -> str:
+    """What the folder has that lies nearest above a missing place, to end a sentence with."""
+    there = next(each for each in missing.absolute().parents if each.is_dir())
+    if there in (Path.cwd(), Path.home(), *Path.cwd().parents):
+        return "."  # it holds everything
+    shown = there if missing.is_absolute() else Path(os.path.relpath(there))
+    try:
+        weights = [each for each in files_in(there) if is_weights(each)]
+    except SparsightError:
+        return "."
+    names = [each for each in folders_of(weights) if each != "."]
+    names += [each for each in weights if "/" not in each]
+    return f"; {shown} has {some_of(names)}." if names else f"; {shown} holds no SAE."
 
 
 def _configs(files: Sequence[str]) -> list[str]:
@@ -129,8 +185,9 @@ def _fetched(repository: str, inner: str, revision: str | None, name: str) -> Pa
         raise
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         told = str(unreachable or error).strip().partition("\n")[0]
+        beside = _nearby(Path(name)) if Path(repository.partition("/")[0]).is_dir() else "."
         raise UserError(
-            f"{name}: no such folder, and the Hub gave no SAE of that name ({told})."
+            f"{name}: no such folder, and the Hub gave no SAE of that name ({told}){beside}"
         ) from error
     if wanted is None:
         here = [each.relative_to(root).as_posix() for each in root.rglob("*") if each.is_file()]

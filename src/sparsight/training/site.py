@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsight.activations import SiteStatistics
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, UserError
 from sparsight.sae import BatchTopK, Normaliser, SparseAutoencoder
 from sparsight.sae.code import Frame
 from sparsight.sae.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
 from sparsight.sae.kernels.interface import least_positive
+from sparsight.sae.normaliser import ROUNDING
 from sparsight.sae.objectives import dense_loss, whole_batch
 from sparsight.training.config import TrainConfig
 from sparsight.training.resampling import PER_LATENT, resample
@@ -28,6 +29,8 @@ SUMS = (
 )  # fmt: skip
 DENSE_ENTRIES = 2**27
 """Of a code that plain autograd holds at a time, where a batch can be taken in parts."""
+HALF_ROUNDING = {torch.bfloat16: 64e-7, torch.float16: 1e-7}
+"""As `ROUNDING`, of activations that were in half precision: some three times what it makes."""
 THRESHOLD_DECAY = 0.999
 """Of the average that becomes the threshold of a BatchTopK SAE."""
 
@@ -48,6 +51,11 @@ class SiteTraining:
         precision: of the selection.
         target: of a transcoder, the statistics of the site that it predicts.
         target_sample: some activations of that site.
+        resumed: the samples stand in for those of a checkpoint, which follows.
+
+    Raises:
+        UserError: of the one vector of a batch no spread can be measured.
+        SparsightError: the activations do not vary.
     """
 
     def __init__(
@@ -61,9 +69,14 @@ class SiteTraining:
         precision: Precision,
         target: SiteStatistics | None = None,
         target_sample: Float[Tensor, "batch d_out"] | None = None,
+        *,
+        resumed: bool = False,
     ) -> None:
         self.config = config
         kind = config.sae.normaliser
+        for name, each in {"site": statistics, "target_site": target}.items():
+            if each is not None and not _varies(each):
+                raise _nothing_to_learn(metadata.get(name, "The site"))
         normaliser = Normaliser.fit(kind, statistics.mean, statistics.second_moment)
         target_normaliser = None
         if target is not None:
@@ -82,11 +95,8 @@ class SiteTraining:
         seen = sample if target_sample is None else target_sample
         frame = normaliser.frame(sample.cpu().float())
         variance, centre = _spread(own, fitted, seen.cpu().float(), frame)
-        if variance == 0 and not fitted.per_vector:
-            raise SparsightError(
-                f"{metadata.get('site', 'The site')}: the activations do not vary, as those of CLS "
-                "before the first block: there is nothing to learn."
-            )
+        if frame is not None and not resumed:
+            _check_first_batch(seen.cpu().float(), frame, kind, metadata)
         self.variance = variance
         self.centre: Float[Tensor, " d_out"] = centre.float().to(device)
         self.lr = config.learning_rate(self.sae.n_latents)
@@ -381,6 +391,57 @@ class SiteTraining:
         finite = torch.isfinite(torch.stack([each.detach() for each in figures]))
         now = torch.full_like(self.first_bad_steps, step).masked_fill_(finite, NEVER)
         self.first_bad_steps.copy_(torch.minimum(self.first_bad_steps, now))
+
+
+def _varies(statistics: SiteStatistics) -> bool:
+    """Whether activations vary by more than what rounding explains."""
+    variance = (statistics.second_moment - statistics.mean**2).clamp(min=0)
+    return not bool(variance.sum() <= ROUNDING * statistics.second_moment.sum())
+
+
+def _check_first_batch(
+    sample: Float[Tensor, "batch d_out"],
+    frame: Frame,
+    kind: str,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Make sure that vectors that are measured one by one still differ.
+
+    Raises:
+        UserError: the batch has one vector, of which no spread can be measured.
+        SparsightError: they are the same but for rounding.
+    """
+    if len(sample) == 1:
+        raise UserError(
+            f"batch_size is 1. With the normaliser {kind!r} the spread of the activations is "
+            "measured on the first batch, which takes 2 vectors or more. Take a larger batch_size, "
+            "or the normaliser 'scale'."
+        )
+    share, size = _rounding(sample), sample.double().square().mean(dim=1, keepdim=True)
+    # Whose entries are one number has no direction; which one it is, is rounding.
+    kept = (frame.scale.double().square() > share * size)[:, 0]
+    z = ((sample - frame.mean) / frame.scale)[kept].double()
+    rounded = (size / frame.scale.double().square())[kept].mean() * sample.shape[1]
+    if kept.sum() < 2 or z.var(dim=0, correction=0).sum() <= share * rounded:
+        name = metadata.get("target_site", metadata.get("site", "The site"))
+        raise _nothing_to_learn(
+            name, f" in the first batch once {kind!r} has normalised each vector"
+        )
+
+
+def _rounding(x: Float[Tensor, "batch d_in"]) -> float:
+    """Variance, as a share of the mean square, that rounding explains, as coarse as x shows it."""
+    for dtype, share in HALF_ROUNDING.items():
+        if torch.equal(x, x.to(dtype).float()):
+            return share
+    return ROUNDING
+
+
+def _nothing_to_learn(site: str, where: str = "") -> SparsightError:
+    return SparsightError(
+        f"{site}: the activations do not vary{where}, as those of CLS before the first block: "
+        "there is nothing to learn."
+    )
 
 
 def _spread(

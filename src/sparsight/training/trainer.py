@@ -262,6 +262,7 @@ class Loop:
                 self.device,
                 *self._kernels(member, source.d_in(member.site)),
                 *self._target(source, member, samples),
+                resumed=found is not None,
             )
             for name, member in self.members.items()
         }

@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from foreign_files import (
 from malicious_pickle import Opens
 from sparsight.errors import SparsightError
 from sparsight.reading import read_torch, read_torch_stream
+from sparsight.sae import BatchTopK, MatchingPursuit, SAEConfig, SparseAutoencoder, TopK
 from sparsight.sae.formats import read
 from sparsight.sae.formats.calibration import Calibration
 
@@ -258,3 +260,85 @@ def test_pickled_float8_weights_are_refused(tmp_path):
     torch.save({"cfg": PRISMA, "state_dict": state}, tmp_path / "weights.pt")
     with pytest.raises(SparsightError, match="float8"):
         read(tmp_path)
+
+
+WRITTEN = {
+    "saelens": MatchingPursuit(3),
+    "sparsify": TopK(3),
+    "visaebench": BatchTopK(3),
+    "dictionary_learning": BatchTopK(3),
+    "overcomplete": TopK(3),
+    "prisma": TopK(3),
+}
+WRONG = (None, -1, 1.5, "x", [[1]], {}, 10**30, float("nan"), [0] * 2000, [[[[[[[[1]]]]]]]])
+
+
+def _told(folder: Path) -> str | None:
+    """The one line that reading a folder ends with; None if it holds an SAE."""
+    try:
+        SparseAutoencoder.from_pretrained(folder)
+    except SparsightError as error:
+        told = str(error)
+        assert "\n" not in told and len(told) < 700
+        return told
+    return None
+
+
+def _fields(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    for key, value in list(config.items()):
+        yield config, key
+        if isinstance(value, dict):
+            yield from _fields(value)
+
+
+@pytest.mark.parametrize("format", [None, *WRITTEN])
+def test_a_field_of_a_configuration_that_is_of_another_type_is_named(
+    format: str | None, tmp_path: Path
+) -> None:
+    sparsity = WRITTEN.get(str(format), TopK(3))
+    sae = SparseAutoencoder(6, SAEConfig(18, sparsity=sparsity, normaliser="none"))
+    sae.save_pretrained(tmp_path, format=format)
+    file = next(tmp_path.glob("*.json"))
+    config = json.loads(file.read_text())
+    for holder, key in _fields(config):
+        right = holder[key]
+        for wrong in WRONG:
+            holder[key] = wrong
+            file.write_text(json.dumps(config))
+            told = _told(tmp_path)
+            named = told is None or key in told or "in a format that Sparsight" in told
+            # What decides on the tensors is told of by them.
+            assert named or "tensors" in told or "is missing; there is" in told, (key, wrong, told)
+        holder[key] = right
+
+
+@pytest.mark.parametrize("format", [None, "saelens", "sparsify", "visaebench"])
+def test_tensors_of_too_many_axes_and_headers_that_are_none_are_one_line(
+    format: str | None, tmp_path: Path
+) -> None:
+    sae = SparseAutoencoder(6, SAEConfig(18, sparsity=TopK(3), normaliser="none"))
+    sae.save_pretrained(tmp_path, format=format)
+    file = next(tmp_path.glob("*.safetensors"))
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = next(key for key in header if "bias" in key or "b_" in key)
+    header[name]["shape"] += [1] * 100_000
+    many = json.dumps(header).encode()
+    for text, wanted in {
+        many: f"'{name}' has 100,001 axes",
+        b"{{": "damaged",
+        b'{"a":' * 40_000: "damaged",
+        b"\xff\xfe{}": "damaged",
+        b'{"__metadata__":{"a":1}}': "damaged",
+        b"{}": "",
+    }.items():
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        told = _told(tmp_path)
+        assert told is not None and wanted in told and str(tmp_path) in told
+    config = next(tmp_path.glob("*.json"))
+    file.write_bytes(data)
+    for text in ("[" * 100_000, '{"a":' * 100_000, "", "null", '{"a":' * 400 + "1" + "}" * 400):
+        config.write_text(text)
+        told = _told(tmp_path)
+        assert told is not None and str(tmp_path) in told

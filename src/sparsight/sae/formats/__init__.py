@@ -72,6 +72,7 @@ def recognise(found: Candidate) -> Format:
             first = first or _misfit(found, each, error)
     if first is not None:
         raise first
+    found.check_below()
     raise UserError(
         f"{found.name}: holds no SAE in a format that Sparsight reads "
         f"({', '.join(each.title for each in FORMATS)}). {_inventory(found)}"

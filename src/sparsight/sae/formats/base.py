@@ -25,9 +25,8 @@ from sparsight.reading import (
 )
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.places import CONFIGS, is_weights
-
-_DEEPEST, _MOST = 2, 2_000
+from sparsight.sae.places import CONFIGS, files_in, folders_of, is_weights, some_of
+from sparsight.sae.precision import wide
 
 
 @dataclass(frozen=True)
@@ -139,20 +138,7 @@ class Candidate:
     @cached_property
     def files(self) -> tuple[str, ...]:
         """Names, relative to the folder, of the files in it and up to two folders below."""
-        found: list[str] = []
-        folders = [(self.folder, 0)]
-        while folders and len(found) < _MOST:
-            folder, depth = folders.pop(0)
-            try:
-                inside = sorted(folder.iterdir())
-            except OSError as error:
-                raise SparsightError(f"{folder}: cannot be listed ({error}).") from error
-            for each in inside:
-                if each.is_file():
-                    found.append(each.relative_to(self.folder).as_posix())
-                elif each.is_dir() and depth < _DEEPEST and not each.name.startswith("."):
-                    folders.append((each, depth + 1))
-        return tuple(found[:_MOST])
+        return files_in(self.folder)
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
@@ -171,15 +157,31 @@ class Candidate:
         """
         safe = [each for each in self.weights if each.endswith(".safetensors")]
         if len(self.weights) > 1 and len(safe) != 1:
-            shown = ", ".join(self.weights[:12]) + (", …" if len(self.weights) > 12 else "")
             raise UserError(
-                f"{self.name}: holds {len(self.weights)} files with tensors. Name one: {shown}."
+                f"{self.name}: holds {len(self.weights)} files with tensors. Name one: "
+                f"{some_of(self.weights)}."
             )
-        below = [each for each in self.files if is_weights(each)]
         settled = [each for each in self.files if each.endswith(CONFIGS) and "/" not in each]
-        if self.weights or settled or len(below) != 1:
+        if self.weights or settled:
             return self.path
-        return (self.folder / below[0]).parent
+        self.check_below()
+        below = [each for each in self.files if is_weights(each)]
+        return (self.folder / below[0]).parent if len(below) == 1 else self.path
+
+    def check_below(self) -> None:
+        """Make sure that there are not several SAEs in folders of this one.
+
+        Raises:
+            UserError: there are, of which the user must name one.
+        """
+        below = [each for each in self.files if is_weights(each)]
+        if self.chosen is None and not self.weights and len(below) > 1:
+            places = folders_of(below)
+            places = places if len(places) > 1 else below
+            raise UserError(
+                f"{self.name}: holds {len(places)} SAEs. Name one behind the folder: "
+                f"{some_of(places)}."
+            )
 
     def has(self, file: str) -> bool:
         """Whether there is a file of this name."""
@@ -217,15 +219,13 @@ class Candidate:
         return self._payloads[file]
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        """The tensors at the top of a file, by name; empty if it holds something else.
+        """The tensors at the top of a file, as `named_tensors` gives them.
 
         Raises:
             SparsightError: it is damaged.
         """
         if file not in self._tensors:
-            found = self.payload(file)
-            items = found.items() if isinstance(found, dict) else ()
-            self._tensors[file] = {k: v for k, v in items if isinstance(v, Tensor)}
+            self._tensors[file] = named_tensors(self.payload(file))
         return self._tensors[file]
 
     def keys(self, file: str) -> frozenset[str]:
@@ -297,6 +297,20 @@ class Format(ABC):
         raise UserError(f"{self.title}: Sparsight reads this format but does not write it.")
 
 
+def named_tensors(state: object) -> dict[str, Tensor]:
+    """The tensors of a state by name; empty if it is no mapping.
+
+    Every reader takes its tensors from here. Those in half precision become float32, so that no
+    scale, norm or threshold is computed in half precision.
+    """
+    items = state.items() if isinstance(state, Mapping) else ()
+    return {
+        str(key): wide(each) if _is_half(each) else each
+        for key, each in items
+        if isinstance(each, Tensor)
+    }
+
+
 def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> list[Tensor]:
     """Tensors by name.
 
@@ -342,5 +356,9 @@ def whole_number(config: Mapping[str, Any], key: str, where: object) -> int:
     return value
 
 
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
 def _shape(tensor: Tensor | None, otherwise: str) -> str:
-    return otherwise if tensor is None else str(list(tensor.shape))
+    return otherwise if tensor is None else shown(list(tensor.shape))

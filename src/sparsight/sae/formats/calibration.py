@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, write_json
+from sparsight.pickles import shown
+from sparsight.sae.precision import wide
 
 EPSILON = 1e-6
 FORMAT = "sparsight-clipscope-calibration"
@@ -86,10 +88,12 @@ class Calibration:
 
     def standardise(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Into the space that the SAE was trained in."""
+        x = wide(x)
         return (x - self.mean.to(x)) / self.scale.to(x)
 
     def restore(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Back into the units of the model."""
+        x = wide(x)
         return x * self.scale.to(x) + self.mean.to(x)
 
     def save(self, path: Path) -> Path:
@@ -122,8 +126,8 @@ class Calibration:
         found = read_json(path)
         if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format is {found.get('format')!r}, version "
-                f"{found.get('format_version')!r}; expected {FORMAT!r}, {FORMAT_VERSION}."
+                f"{path}: format is {shown(found.get('format'))}, version "
+                f"{shown(found.get('format_version'))}; expected {FORMAT!r}, {FORMAT_VERSION}."
             )
         if set(found) != _KEYS:
             raise SparsightError(f"{path}: holds {sorted(found)}, expected {sorted(_KEYS)}.")

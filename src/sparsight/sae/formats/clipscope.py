@@ -19,7 +19,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.pickles import shown
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, weights
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, weights
 from sparsight.sae.formats.calibration import Calibration
 from sparsight.sae.formats.writing import keeps_negatives, plain, write_torch
 from sparsight.sae.sparsity import TopK
@@ -153,10 +153,11 @@ def unpack(payload: Any, path: Path) -> Checkpoint | None:
     if not all(type(each) is int and each >= 1 for each in (n, d_in, k)) or k > n:
         raise SparsightError(f"{path}: n_features, d_in, k are {shown((n, d_in, k))}.")
     wanted = {"pre_b": (d_in,), "enc": (d_in, n), "dec": (n, d_in)}
+    tensors = named_tensors(state)
     for key, shape in wanted.items():
-        tensor = state[key]
-        found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        if found != shape:
+        tensor = tensors.get(key)
+        found = type(state[key]).__name__ if tensor is None else tuple(tensor.shape)
+        if tensor is None or found != shape:
             raise SparsightError(f"{path}: {key} is {found}, expected {shape}.")
         if not torch.isfinite(weights(tensor, key, path)).all():
             raise SparsightError(f"{path}: {key} holds values that are not finite.")
@@ -165,9 +166,9 @@ def unpack(payload: Any, path: Path) -> Checkpoint | None:
     log_id = payload.get("log_id")
     return Checkpoint(
         k=k,
-        pre_b=state["pre_b"].float(),
-        enc=state["enc"].float(),
-        dec=state["dec"].float(),
+        pre_b=tensors["pre_b"].float(),
+        enc=tensors["enc"].float(),
+        dec=tensors["dec"].float(),
         unknown=tuple(sorted(strange)),
         log_id=log_id if isinstance(log_id, str) else "",
     )

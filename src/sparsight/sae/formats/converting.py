@@ -15,6 +15,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import new_folder
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.files import load, save
+from sparsight.sae.precision import wide
 from sparsight.sae.sparsity import TopK
 
 OWN = "sparsight"
@@ -72,17 +73,18 @@ def convert(
 
 
 def _difference(one: SparseAutoencoder, other: SparseAutoencoder) -> float:
+    one = copy.deepcopy(one).eval()  # whoever gave it may be training it
     x = _typical_vectors(one)
     with torch.no_grad():
-        expected, found = one.eval()(x).x_hat, other.to(one.W_enc)(x).x_hat
+        expected, found = one(x).x_hat, other.to(one.W_enc.device)(x).x_hat
     return float((expected - found).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _typical_vectors(sae: SparseAutoencoder) -> Float[Tensor, "vectors d_in"]:
     """Normal vectors around the mean and in the scale that the SAE was trained in."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(COMPARED, sae.d_in, generator=generator).to(sae.W_enc)
-    return z * sae.normaliser.scale + sae.normaliser.mean
+    z = torch.randn(COMPARED, sae.d_in, generator=generator).to(sae.W_enc.device)
+    return z * wide(sae.normaliser.scale) + wide(sae.normaliser.mean)
 
 
 def _without_relu(sae: SparseAutoencoder) -> SparseAutoencoder:

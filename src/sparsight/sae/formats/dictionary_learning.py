@@ -14,7 +14,7 @@ from sparsight.files import write_bytes, write_json
 from sparsight.pickles import shown, text_of
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need, whole_number
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need, whole_number
 from sparsight.sae.formats.writing import above, at_least, plain
 from sparsight.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
@@ -190,7 +190,7 @@ class DictionaryLearning(Format):
             inside = payload.get("ae") if isinstance(payload, dict) else None
             tensors = found.tensors(file)
             if isinstance(inside, dict):
-                tensors = {k: v for k, v in inside.items() if isinstance(v, Tensor)}
+                tensors = named_tensors(inside)
             possible = [
                 name
                 for name, keys in _CLASSES.items()

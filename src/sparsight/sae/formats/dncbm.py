@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
+from sparsight.pickles import shown
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.formats.base import Candidate, Foreign, Format, need
 from sparsight.sae.sparsity import ReLU
@@ -73,5 +74,7 @@ def _single(tensor: Tensor, rank: int, path: Path) -> Tensor:
             )
         return tensor[0]
     if tensor.ndim != rank:
-        raise SparsightError(f"{path}: a tensor is {list(tensor.shape)}, expected {rank} axes.")
+        raise SparsightError(
+            f"{path}: a tensor is {shown(list(tensor.shape))}, expected {rank} axes."
+        )
     return tensor

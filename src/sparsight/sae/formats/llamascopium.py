@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
+from sparsight.pickles import shown, text_of
 from sparsight.sae.config import NormaliserKind, SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need, weights
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need, weights
 from sparsight.sae.formats.sites import belongs, site_of_hook
 from sparsight.sae.sparsity import AnySparsity, JumpReLU, ReLU, TopK
 
@@ -85,7 +87,8 @@ class Llamascopium(Format):
             raise SparsightError(f"{path}: encoder, decoder and bias are of different sizes.")
         if config.get("d_model", d_in) != d_in or config.get("d_model", d_out) != d_out:
             raise SparsightError(
-                f"{path}: reads {d_in} numbers and gives {d_out}; d_model is {config['d_model']!r}."
+                f"{path}: reads {d_in} numbers and gives {d_out}; d_model is "
+                f"{shown(config['d_model'])}."
             )
         bias = "decoder.bias" if old else "b_D"
         if bias in tensors:
@@ -162,15 +165,16 @@ class Llamascopium(Format):
 
 def _state(found: Candidate, file: str) -> dict[str, Tensor]:
     payload = found.payload(file)
-    state = payload.get("sae", payload) if isinstance(payload, Mapping) else {}
-    items = state.items() if isinstance(state, Mapping) else ()
-    return {str(key): each for key, each in items if isinstance(each, Tensor)}
+    return named_tensors(payload.get("sae", payload) if isinstance(payload, Mapping) else {})
 
 
 def _check_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
     kind = config.get("sae_type", "sae")
     if kind not in ("sae", "transcoder"):
-        raise UserError(f"{path}: holds a {kind}; Sparsight reads SAEs and transcoders.")
+        raise UserError(
+            f"{path}: holds a {text_of(kind)[:60] or shown(kind)} (sae_type); Sparsight reads SAEs "
+            "and transcoders."
+        )
     if config.get("use_glu_encoder") is True or "W_E_glu" in tensors:
         raise UserError(f"{path}: its encoder is gated by a second one (GLU), which is not read.")
 
@@ -186,16 +190,17 @@ def _normaliser(
         return "constant_norm", 1.0, 1.0
     if kind != "dataset-wise":
         raise UserError(
-            f"{path}: norm_activation is {kind!r}, which depends on more than the vector itself; "
-            "only inference, dataset-wise and (for SAEs) token-wise are read."
+            f"{path}: norm_activation is {shown(kind)}, which depends on more than the vector "
+            "itself; only inference, dataset-wise and (for SAEs) token-wise are read."
         )
     found: list[float] = []
     for short, hook in (("in", "hook_point_in"), ("out", "hook_point_out")):
         norm = tensors.get(f"{_NORM}{config.get(hook)}", tensors.get(f"{_NORM}{short}"))
         if norm is None or norm.numel() != 1 or not float(norm) > 0:
             raise SparsightError(
-                f"{path}: activations are scaled by their average norm, and {_NORM}"
-                f"{config.get(hook)} is {'missing' if norm is None else norm}."
+                f"{path}: {hook} is {shown(config.get(hook))}, whose activations are scaled by "
+                f"their average norm, and {_NORM}{text_of(config.get(hook))} is "
+                f"{'missing' if norm is None else shown(norm)}."
             )
         found.append(float(norm) / widths[len(found)] ** 0.5)
     return "scale", found[0], found[1]
@@ -210,13 +215,13 @@ def _sparsity(config: Mapping[str, Any], n: int, path: Path) -> tuple[AnySparsit
     if name == "topk":
         k = config.get("top_k")
         if type(k) is not int or not 1 <= k <= n:
-            raise SparsightError(f"{path}: top_k is {k!r}, of {n} latents.")
+            raise SparsightError(f"{path}: top_k is {shown(k)}, of {n} latents.")
         return TopK(k=k), []
     raise UserError(
-        f"{path}: act_fn is {name!r}, which looks at the whole batch and has no threshold. Convert "
-        "it to jumprelu with Llamascopium first."
+        f"{path}: act_fn is {shown(name)}, which looks at the whole batch and has no threshold. "
+        "Convert it to jumprelu with Llamascopium first."
         if name == "batchtopk"
-        else f"{path}: act_fn is {name!r}; relu, jumprelu and topk are read."
+        else f"{path}: act_fn is {shown(name)}; relu, jumprelu and topk are read."
     )
 
 
@@ -229,8 +234,11 @@ def _thresholds(
         return weights(tensors[key], key, path).double().exp().expand(n)
     number = config.get("jump_relu_threshold")
     if isinstance(number, float | int) and number >= 0:
-        return next(iter(tensors.values())).new_full((n,), number).double()
-    raise SparsightError(f"{path}: its jumprelu has no thresholds ({', '.join(_LOG_THRESHOLDS)}).")
+        return torch.full((n,), float(number), dtype=torch.float64)
+    raise SparsightError(
+        f"{path}: its jumprelu has no thresholds ({', '.join(_LOG_THRESHOLDS)}), and "
+        f"jump_relu_threshold is {shown(number)}."
+    )
 
 
 def _text(value: Any) -> str | None:

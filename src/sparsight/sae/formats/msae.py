@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsight.errors import SparsightError, UserError
 from sparsight.pickles import shown, text_of
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need
 from sparsight.sae.sparsity import AnySparsity, JumpReLU, ReLU, TopK
 
 _TENSORS = ("encoder", "pre_bias", "latent_bias")
@@ -75,7 +75,7 @@ class MSAE(Format):
         data = payload["preprocessing"] if new else payload
         if not isinstance(data, Mapping):
             raise SparsightError(f"{path}: preprocessing is {type(data).__name__}.")
-        tensors = {str(key): each for key, each in state.items() if isinstance(each, Tensor)}
+        tensors = named_tensors(state)
         encoder, pre_bias, latent_bias = need(tensors, _TENSORS, path)
         meaning = _of_config(payload, path) if new else _of_name(path.name)
         _agree(meaning, tensors, path)
@@ -227,7 +227,7 @@ def _sparsity(meaning: _Meaning, path: Path) -> AnySparsity:
             raise SparsightError(f"{path}: k is {meaning.k}, of {meaning.n_latents} latents.")
         return TopK(k=meaning.k, rectify=name == "TopKReLU")
     raise UserError(
-        f"{path}: the activation {name!r} is not read; ReLU, JumpReLU, TopK and TopKReLU are. "
+        f"{path}: the activation {shown(name)} is not read; ReLU, JumpReLU, TopK and TopKReLU are. "
         "(BatchTopK has no threshold in these files, and TopKabs drops signs.)"
     )
 

@@ -14,7 +14,14 @@ from sparsight.files import write_bytes, write_json
 from sparsight.pickles import CLASS, shown, tensors_of, text_of
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, weights, whole_number
+from sparsight.sae.formats.base import (
+    Candidate,
+    Foreign,
+    Format,
+    named_tensors,
+    weights,
+    whole_number,
+)
 from sparsight.sae.formats.writing import above, plain
 from sparsight.sae.sparsity import BatchTopK, JumpReLU, MatchingPursuit, ReLU, TopK
 
@@ -58,7 +65,8 @@ class Overcomplete(Format):
         name = text_of(module.get(CLASS) or config.get("class")).rpartition(".")[2]
         if name not in ("", *_CLASSES):
             raise UserError(
-                f"{found.name}: overcomplete's {name} has no equal in Sparsight, which reads "
+                f"{found.name}: overcomplete's {name[:60]} has no equal in Sparsight (class), "
+                "which reads "
                 f"{', '.join(_CLASSES)}."
             )
         notes: list[str] = []
@@ -137,7 +145,7 @@ class Overcomplete(Format):
         for file in found.weights:
             payload = found.payload(file)
             module = payload if isinstance(payload, dict) and "_modules" in payload else {}
-            tensors = tensors_of(module) if module else found.tensors(file)
+            tensors = named_tensors(tensors_of(module)) if module else found.tensors(file)
             if _DICTIONARY & {*tensors}:
                 return file, module, tensors
         return None
@@ -178,7 +186,10 @@ def _dictionary(
         mixed: Tensor = (weights @ tensors["dictionary.C"] + relaxation) * multiplier
         return mixed
     rows = tensors["dictionary._weights"]
-    given = layer.get("normalization", (config.get("dictionary_params") or {}).get("normalization"))
+    params = config.get("dictionary_params") or {}
+    if not isinstance(params, dict):
+        raise SparsightError(f"{where}: dictionary_params is {shown(params)}; expected an object.")
+    given = layer.get("normalization", params.get("normalization"))
     kind = "l2" if given is None else text_of(given).rpartition(".")[2].removeprefix("normalize_")
     if given is None and not module:
         notes.append(
@@ -186,7 +197,7 @@ def _dictionary(
         )
     if kind not in ("l2", "l1", "max_l2", "max_l1", "identity"):
         raise UserError(
-            f"{where}: its dictionary is normalised by {shown(given)}, which is not known."
+            f"{where}: the normalization of its dictionary is {shown(given)}, which is not known."
         )
     if kind != "identity":
         norms = rows.norm(p=int(kind[-1]), dim=1, keepdim=True)

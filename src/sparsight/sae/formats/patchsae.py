@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need
 from sparsight.sae.formats.sites import belongs
 from sparsight.sae.sparsity import ReLU
 
@@ -65,7 +63,7 @@ class PatchSAE(Format):
         assert parts is not None
         file, config, state = parts
         path = found.folder / file
-        tensors = {str(key): each for key, each in state.items() if isinstance(each, Tensor)}
+        tensors = named_tensors(state)
         W_enc, b_enc, W_dec, b_dec = need(tensors, _TENSORS, path)
         if config.get("gated_sae") is True or config.get("architecture") == "gated":
             raise UserError(f"{path}: gated SAEs were never finished in this project.")

@@ -18,7 +18,7 @@ from sparsight.files import write_json
 from sparsight.pickles import shown, text_of
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import NormaliserKind, SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need
 from sparsight.sae.formats.sites import belongs, hook_of_site, site_of_hook
 from sparsight.sae.formats.writing import plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, Gated, ReLU, TopK
@@ -88,7 +88,7 @@ class Prisma(Format):
         assert parts is not None
         file, config, state = parts
         path = found.folder / file
-        tensors = {str(key): each for key, each in state.items() if isinstance(each, Tensor)}
+        tensors = named_tensors(state)
         W_enc, W_dec, b_dec = need(tensors, ("W_enc", "W_dec", "b_dec"), path)
         if W_enc.ndim != 2 or W_dec.ndim != 2:
             raise SparsightError(f"{path}: W_enc or W_dec is no matrix.")
@@ -236,7 +236,10 @@ def _sparsity(config: Mapping[str, Any], path: Path) -> tuple[AnySparsity, float
     activation = config.get("activation_fn_str", "relu")
     kwargs = _plain(config.get("activation_fn_kwargs"))
     if config.get("hook_point_head_index") is not None:
-        raise UserError(f"{path}: it reads one attention head, which Sparsight has no site for.")
+        raise UserError(
+            f"{path}: it reads one attention head (hook_point_head_index is "
+            f"{shown(config['hook_point_head_index'])}), which Sparsight has no site for."
+        )
     if architecture == "gated" and activation == "relu":
         return Gated(), None
     if architecture == "standard":
@@ -250,11 +253,14 @@ def _sparsity(config: Mapping[str, Any], path: Path) -> tuple[AnySparsity, float
                 raise UserError(f"{path}: what follows its TopK is {shown(after)}, not a ReLU.")
             k = kwargs.get("k")
             if type(k) is not int or k < 1:
-                raise SparsightError(f"{path}: the k of its TopK is {shown(k)}.")
+                raise SparsightError(
+                    f"{path}: activation_fn_kwargs gives its TopK the k {shown(k)}; expected a "
+                    "number from 1 on."
+                )
             return TopK(k=k), None
     raise UserError(
-        f"{path}: architecture {shown(architecture)} with activation {shown(activation)} is not "
-        "known; Sparsight reads standard with relu, topk or tanh-relu, and gated with relu."
+        f"{path}: architecture {shown(architecture)} with activation_fn_str {shown(activation)} is "
+        "not known; Sparsight reads standard with relu, topk or tanh-relu, and gated with relu."
     )
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
+from sparsight.pickles import shown
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.files import save_tensors
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need, weights
+from sparsight.sae.formats.base import Candidate, Foreign, Format, need, weights, whole_number
 from sparsight.sae.formats.sites import hook_of_site, site_of_hook
 from sparsight.sae.formats.writing import Plain, above, at_least, plain
 from sparsight.sae.sparsity import (
@@ -95,7 +96,7 @@ class SAELens(Format):
     def load(self, found: Candidate) -> Foreign:
         """Read `cfg.json` and the weights beside it."""
         file = self._file(found) or ""
-        config = _modern(found.config("cfg.json", "config.json"))
+        config = _modern(found.config("cfg.json", "config.json"), found.name)
         tensors = {
             key: weights(each, key, found.name).to(torch.float32)
             for key, each in found.tensors(file).items()
@@ -115,8 +116,8 @@ class SAELens(Format):
             read |= _scaling(found, d_in, settings, notes)
         else:
             raise UserError(
-                f"{found.name}: normalize_activations is {kind!r}, which Sparsight cannot undo "
-                f"from this file. It reads {', '.join(_NORMS)} and expected_average_only_in."
+                f"{found.name}: normalize_activations is {shown(kind)}, which Sparsight cannot "
+                f"undo from this file. It reads {', '.join(_NORMS)} and expected_average_only_in."
             )
 
         W_dec, b_dec = need(tensors, ("W_dec", "b_dec"), found.name)
@@ -125,7 +126,7 @@ class SAELens(Format):
             W_enc, b_enc = W_dec.mT, torch.zeros(n)
             if not config.get("apply_b_dec_to_input", True):
                 b_dec = torch.zeros_like(b_dec)
-            settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config)}
+            settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config, found.name)}
         elif architecture == "gated":
             W_enc, b_enc, r_mag, b_mag = need(
                 tensors, ("W_enc", "b_gate", "r_mag", "b_mag"), found.name
@@ -143,7 +144,7 @@ class SAELens(Format):
         if architecture in ("topk", "abstopk", *_BATCHES):
             k = config.get("k")
             if not isinstance(k, int | float) or k < 1:
-                raise SparsightError(f"{found.name}: k is {k!r}; expected a number from 1 on.")
+                raise SparsightError(f"{found.name}: k is {shown(k)}; expected a number from 1 on.")
             choice = {"topk": TopK, "abstopk": AbsTopK}.get(architecture, BatchTopK)
             settings["sparsity"] = choice(max(1, round(k)))
             # Training configurations do so by default; files that say nothing do not.
@@ -164,16 +165,21 @@ class SAELens(Format):
         elif architecture in ("standard", "transcoder", "skip_transcoder"):
             activation = config.get("activation_fn", "relu")
             if activation != "relu":
-                raise UserError(f"{found.name}: activation_fn is {activation!r}; expected relu.")
+                raise UserError(
+                    f"{found.name}: activation_fn is {shown(activation)}; expected relu."
+                )
             settings["sparsity"] = ReLU()
         if "sparsity" not in settings:
-            raise UserError(f"{found.name}: SAELens' {architecture!r} has no equal in Sparsight.")
+            raise UserError(
+                f"{found.name}: SAELens' {shown(architecture)} has no equal in Sparsight "
+                "(architecture)."
+            )
 
         transcodes = architecture in _TRANSCODERS
         if transcodes and settings["normaliser"] != "none":
             raise UserError(
-                f"{found.name}: a transcoder whose input alone is normalised by {kind!r} has no "
-                "equal in Sparsight."
+                f"{found.name}: a transcoder whose input alone is normalised by {shown(kind)} has "
+                "no equal in Sparsight."
             )
         if transcodes and "W_skip" in tensors:
             used.add("W_skip")
@@ -252,18 +258,31 @@ class SAELens(Format):
         return next((each for each in safe if {"W_dec", "b_dec"} <= found.keys(each)), None)
 
 
-def _modern(config: dict[str, Any]) -> dict[str, Any]:
+def _modern(config: dict[str, Any], where: str) -> dict[str, Any]:
     """A configuration from before version 6, flat, as one of today."""
     found = {_RENAMED.get(key, key): value for key, value in config.items()}
     if found.get("activation_fn") == "topk":
-        k = (found.get("activation_fn_kwargs") or {}).get("k")
+        kwargs = found.get("activation_fn_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise SparsightError(
+                f"{where}: activation_fn_kwargs is {shown(kwargs)}; expected an object."
+            )
+        k = kwargs.get("k")
         found |= {"architecture": "topk", "k": k}
     found["architecture"] = found.get("architecture") or "standard"
     kind = found.get("normalize_activations")
     if isinstance(kind, bool):
         found["normalize_activations"] = "expected_average_only_in" if kind else "none"
-    if not isinstance(found["d_in"], int):
-        raise SparsightError(f"d_in is {found['d_in']!r}; expected a number.")
+    whole_number(found, "d_in", where)
+    whole_number(found, "d_sae", where)
+    kinds: dict[str, tuple[type, str]] = {
+        "metadata": (dict, "an object"),
+        "normalize_activations": (str, "a text"),
+        "architecture": (str, "a text"),
+    }
+    for key, (kind, expected) in kinds.items():
+        if not isinstance(found.get(key) or kind(), kind):
+            raise SparsightError(f"{where}: {key} is {shown(found[key])}; expected {expected}.")
     return found
 
 
@@ -290,9 +309,15 @@ def _rescaled(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tens
     return W_enc * norms, b_enc * norms, W_dec / norms.clamp(min=1e-30)[:, None]
 
 
-def _pursuit(config: dict[str, Any]) -> MatchingPursuit:
-    steps = config.get("max_iterations") or config["d_in"]
+def _pursuit(config: dict[str, Any], where: str) -> MatchingPursuit:
+    steps = config["d_in"]
+    if config.get("max_iterations"):
+        steps = whole_number(config, "max_iterations", where)
     tolerance = config.get("residual_threshold", 0.01)
+    if not isinstance(tolerance, int | float):
+        raise SparsightError(
+            f"{where}: residual_threshold is {shown(tolerance)}; expected a number."
+        )
     return MatchingPursuit(
         min(steps, config["d_sae"]),
         tolerance=max(0.0, float(tolerance)),

@@ -18,10 +18,11 @@ from torch import Tensor
 
 import sparsight
 from sparsight.errors import SparsightError, UserError
+from sparsight.pickles import shown
 from sparsight.reading import damaged, parse_json, read_torch_stream
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.formats.base import Candidate, Foreign, Format, need
+from sparsight.sae.formats.base import Candidate, Foreign, Format, named_tensors, need
 from sparsight.sae.formats.writing import above, at_least, keeps_negatives, plain, write_torch
 from sparsight.sae.sparsity import AnySparsity, BatchTopK, ReLU, TopK
 
@@ -201,7 +202,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from error
     if not isinstance(found, Mapping):
         raise damaged(path, "behind the first line there are no named tensors")
-    return {str(key): each for key, each in found.items() if isinstance(each, Tensor)}
+    return named_tensors(found)
 
 
 def _read_header(given: Mapping[str, Any], path: Path) -> _Header:
@@ -217,13 +218,13 @@ def _read_header(given: Mapping[str, Any], path: Path) -> _Header:
         activation, old = _object(cfg.get("activation", {"cls": "Relu"}), path), False
     else:
         raise UserError(
-            f"{path}: the schema is {schema!r}; Sparsight knows those of saev up to "
+            f"{path}: the schema is {shown(schema)}; Sparsight knows those of saev up to "
             f"{NEWEST_SCHEMA}. A newer Sparsight may read it."
         )
     params = _object(activation.get("params", activation), path)
     kind = activation.get("cls", "Relu" if "top_k" not in params else None)
     if kind not in ("Relu", "TopK", "BatchTopK"):
-        raise UserError(f"{path}: the activation is {kind!r}; saev has Relu, TopK, BatchTopK.")
+        raise UserError(f"{path}: the activation is {shown(kind)}; saev has Relu, TopK, BatchTopK.")
     d_in = _count(cfg.get("d_model", cfg.get("d_vit")), "d_model", path)
     if "d_sae" in cfg:
         n_latents = _count(cfg["d_sae"], "d_sae", path)
@@ -282,11 +283,15 @@ def _part(cls: str, **params: Any) -> dict[str, Any]:
 
 def _object(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise SparsightError(f"{path}: its first line holds {value!r} where an object belongs.")
+        raise SparsightError(
+            f"{path}: its first line holds {shown(value)} where an object belongs."
+        )
     return value
 
 
 def _count(value: Any, name: str, path: Path) -> int:
     if type(value) is not int or not 1 <= value < 2**31:
-        raise SparsightError(f"{path}: {name} is {value!r} in its first line; expected a number.")
+        raise SparsightError(
+            f"{path}: {name} is {shown(value)} in its first line; expected a number."
+        )
     return value

@@ -9,6 +9,7 @@ import torch
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
+from sparsight.pickles import shown
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.files import save_tensors
@@ -45,7 +46,9 @@ class Sparsify(Format):
         if "k" not in config:
             raise UserError(f"{found.name}: needs cfg.json with k beside {file}.")
         if config.get("d_in", d_in) != d_in:
-            raise SparsightError(f"{found.name}: d_in is {config['d_in']}, encoder.weight {d_in}.")
+            raise SparsightError(
+                f"{found.name}: d_in is {shown(config['d_in'])}, encoder.weight {d_in}."
+            )
         transcode = bool(config.get("transcode", False))
         skip = tensors.get("W_skip")
         read = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
@@ -118,6 +121,8 @@ def _sparsity(config: dict[str, Any], where: str) -> TopK | AbsTopK | GroupMax:
     if activation == "groupmax":
         return GroupMax(k)
     if activation != "topk":
-        raise UserError(f"{where}: activation is {activation!r}; Sparsight knows topk, groupmax.")
+        raise UserError(
+            f"{where}: activation is {shown(activation)}; Sparsight knows topk, groupmax."
+        )
     # Before it had `activation` it had `signed`: the largest in absolute value, not rectified.
     return AbsTopK(k) if config.get("signed", False) else TopK(k)

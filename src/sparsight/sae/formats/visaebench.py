@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError
 from sparsight.files import write_json
+from sparsight.pickles import shown
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.files import save_tensors
@@ -57,7 +58,9 @@ class VisAEBench(Format):
         n, d_in = W_enc.shape
         for key, size in (("input_dim", d_in), ("hidden_dim", n)):
             if config.get(key, size) != size:
-                raise SparsightError(f"{found.name}: {key} is {config[key]}, the weights' {size}.")
+                raise SparsightError(
+                    f"{found.name}: {key} is {shown(config[key])}, the weights' {size}."
+                )
         read = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}
         read["b_dec"] = tensors.get("decoder.bias", torch.zeros(d_in))
         kind = _kind(config)
@@ -149,5 +152,5 @@ def _threshold(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -
     if given is None:
         given = 0.0
     if not isinstance(given, int | float) or not math.isfinite(given):
-        raise SparsightError(f"{where}: threshold is {given!r}; expected a finite number.")
+        raise SparsightError(f"{where}: threshold is {shown(given)}; expected a finite number.")
     return torch.tensor(float(given))

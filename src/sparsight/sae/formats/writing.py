@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ def plain(sae: SparseAutoencoder, title: str, *, per_vector: tuple[str, ...] = (
             f"{title} has no normaliser {kind!r}, which depends on each vector and so cannot be "
             "folded into the weights."
         )
+    if sae.W_enc.dtype not in (torch.float32, torch.float64):
+        sae = copy.deepcopy(sae).float()  # lest what is folded in be rounded to half precision
     folded = sae if kind in per_vector else sae.fold()
     tensors = {
         name: (each.detach().to("cpu", torch.float32).contiguous().clone())
@@ -123,13 +126,15 @@ def plain(sae: SparseAutoencoder, title: str, *, per_vector: tuple[str, ...] = (
 
 
 def above(threshold: Tensor) -> Tensor:
-    """The t' with which p ≥ t is p > t', for p > 0."""
+    """The t' with which p ≥ t is p > t', for p > 0; both float32."""
+    threshold = threshold.float()
     low = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
     return torch.where(threshold > 0, low, torch.zeros_like(threshold))
 
 
 def at_least(threshold: Tensor) -> Tensor:
-    """The t' with which p > t is p ≥ t', for p > 0."""
+    """The t' with which p > t is p ≥ t', for p > 0; both float32."""
+    threshold = threshold.float()
     high = torch.nextafter(threshold, torch.full_like(threshold, math.inf))
     return torch.where(threshold >= 0, high, torch.zeros_like(threshold))
 

@@ -1,0 +1,28 @@
+"""In what precision an SAE computes: float32 at least, whatever holds its weights and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The same numbers in float32; float64 stays, and float32 is not copied."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
+    return tensor.float()
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Leave out the casts to half precision that `torch.autocast` would make."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(
+        device.type
+    ):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
