@@ -79,14 +79,15 @@ def save_tensors(
     Args:
         tensors: by name.
         path: of the file.
-        about: texts for its metadata.
+        about: one text for its metadata, by its key. Of several, safetensors would write the order
+            at random, and equal tensors would not give equal bytes.
 
     Raises:
         SparsightError: the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, metadata={"format": "pt", **(about or {})})
+            save_file(dict(tensors), temporary, metadata=dict(about or {"format": "pt"}))
         except SafetensorError as error:
             raise SparsightError(f"{path}: could not be written ({error}).") from error
 
