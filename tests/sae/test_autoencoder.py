@@ -283,3 +283,11 @@ def test_an_sae_of_another_precision_is_the_same_once_loaded(
     assert again.fingerprint() == sae.fingerprint()
     assert torch.equal(again(x).x_hat, sae(x).x_hat)
     assert again.W_enc.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_weights_are_saved_with_the_same_bytes_each_time(tmp_path):
+    sae = SparseAutoencoder(8, SAEConfig(n_latents=16, sparsity=TopK(k=2)))
+    for number in range(8):  # an order drawn at random differs in one of them, almost surely
+        sae.save_pretrained(tmp_path / str(number))
+    kept = {(tmp_path / str(number) / "sae.safetensors").read_bytes() for number in range(8)}
+    assert len(kept) == 1

@@ -282,7 +282,7 @@ def _check_sum(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     # The checksum's own name may be what was altered.
     if SHA256 not in about and not any(len(each) == SHA256_DIGITS for each in about.values()):
         return
-    if about.get("format") != "pt" or about.get(SHA256) != sha256_tensors(tensors):
+    if about.get(SHA256) != sha256_tensors(tensors):
         raise SparsightError(
             f"{path}: its checksum differs, so the file was altered or damaged since it was "
             "written. Take it again from where it came, or from a checkpoint of its run."
