@@ -11,8 +11,9 @@ from sparsight.activations import (
     held_out_of,
     seen_in_training,
 )
+from sparsight.activations.sampling import sampled
 from sparsight.errors import UserError
-from sparsight.images import ImageSource
+from sparsight.images import ImageSource, open_images
 from sparsight.vision import VisionModel
 
 
@@ -74,7 +75,41 @@ def test_it_is_known_whether_images_were_seen_in_training(kept_store: Activation
     ]  # fmt: skip
     assert seen_in_training({"images": "others/"}, held) is False
     assert seen_in_training({}, held) is None
+    whole = str(about["images"])
+    for trained, told in (
+        (f"{whole}?sample=2&seed=0", None),
+        (f"{whole}[0:2]", None),
+        (f"{whole}?table=labels.csv", None),
+        (f"other{whole}[0:2]", False),
+    ):
+        assert seen_in_training({"images": trained}, kept_store) is told
     grown = {**about, "held_out": {**split["held_out"], "n_images": 50}}
     assert seen_in_training(grown, held) is None
     with pytest.raises(UserError, match=r"chosen among 50, here are \d+: nobody can tell"):
         held_out_of(grown).split(kept_store)
+
+
+def test_a_sample_of_live_activations_still_knows_which_images_it_is_of(
+    model: VisionModel, photos: ImageSource
+) -> None:
+    live = LiveActivations(model, photos, [BLOCK_1], workers=0)
+    held_out = HeldOut(0.5)
+    _, held = held_out.split(live)
+    about = {"images": photos.spec, "held_out": held_out.to_metadata(live)}
+    few = sampled(held, 2)
+    assert few.n_images == 2 and few.source().spec != photos.spec
+    assert seen_in_training(about, few) is False
+    assert seen_in_training({"images": photos.spec}, sampled(live, 2)) is True
+
+
+def test_worlds_of_other_seeds_are_other_images_and_larger_ones_hold_the_smaller(
+    model: VisionModel,
+) -> None:
+    some = LiveActivations(model, open_images("calibration:60:0[5:9]"), [BLOCK_1], workers=0)
+    for trained, told in (
+        ("calibration:60:0", True),
+        ("calibration:90:0", None),
+        ("calibration:60:1", False),
+        ("calibration:60:0:single", False),
+    ):
+        assert seen_in_training({"images": trained}, some) is told

@@ -73,3 +73,9 @@ def test_features_that_never_fire_are_0_everywhere():
     pooled = PooledFeatures(LAYOUT, 1000)
     pooled.add(sparse(torch.zeros(6, 5, 8)))
     assert torch.equal(pooled.columns("max", slice(0, 8)), torch.zeros(6, 8))
+
+
+def test_heat_of_no_features_is_empty(dense):
+    none = torch.tensor([], dtype=torch.int64)
+    for features in (sparse(dense), dense.flatten(0, 1)):
+        assert heat(features, LAYOUT, none).shape == (23, 4, 0)

@@ -167,6 +167,15 @@ def test_positions_that_vary_are_measured_each_on_its_own(
     assert "| cls |" in (tmp_path / "table.md").read_text()
 
 
+def test_a_part_of_a_store_is_measured_on_its_own_images_among_all_classes(
+    swept: Sweep, held_out: ActivationStore, model: VisionModel
+) -> None:
+    few = held_out.select(held_out.image_indices[:6])
+    table = measure_sweep(swept, few, MEASURES, model=model, quiet=True)
+    original = table["original"]["all/blocks.3.resid_post"]
+    assert original["n"] == 6 and original["n_classes"] == len(held_out.source().labels())
+
+
 def test_live_activations_and_some_images_do(swept: Sweep, model: VisionModel) -> None:
     source = LiveActivations(model, open_images("calibration:48:3"), SITES, workers=0)
     few = SweepMeasures(max_images=5, accuracy_images=8, workers=0)

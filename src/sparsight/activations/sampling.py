@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from sparsight.activations.live import LiveActivations
+from typing import cast
+
 from sparsight.activations.source import ActivationSource
-from sparsight.activations.store import ActivationStore
+from sparsight.activations.split import Selectable
 from sparsight.config import check_positive
 from sparsight.images import sample_places
 
@@ -20,21 +21,7 @@ def sampled(source: ActivationSource, n_images: int | None, seed: int = 0) -> Ac
         seed: of the draw.
     """
     check_positive(max_images=n_images)
-    if n_images is None or n_images >= source.n_images:
+    if n_images is None or n_images >= source.n_images or not isinstance(source, Selectable):
         return source
-    if isinstance(source, ActivationStore):
-        chosen = sample_places(source.n_images, n_images, seed)
-        return source.select(source.image_indices[chosen])
-    if isinstance(source, LiveActivations):
-        return LiveActivations(
-            source.model,
-            source.images.sample(n_images, seed),
-            source.sites,
-            source.tokens,
-            batch_size=source.batch_size,
-            workers=source.workers,
-            window_bytes=source.window_bytes,
-            statistics_images=source.statistics_images,
-            max_failed=source.max_failed,
-        )
-    return source
+    chosen = sample_places(len(source.image_indices), n_images, seed)
+    return cast(ActivationSource, source.select(source.image_indices[chosen]))

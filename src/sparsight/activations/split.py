@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast, runtime_checkable
@@ -13,6 +14,10 @@ from jaxtyping import Int64
 from sparsight.activations.source import ActivationSource
 from sparsight.config import check_seed
 from sparsight.errors import UserError
+from sparsight.images import whole_spec
+
+_SCENES = re.compile(r"(?<=^calibration:)\d+:")
+"""How many scenes a calibration world has: with more it holds those that it has with fewer."""
 
 
 @runtime_checkable
@@ -53,6 +58,11 @@ class HeldOut:
             raise UserError(
                 f"held_out is {self.share}; it is a share of the images, above 0 and below 1."
             )
+
+    @classmethod
+    def of(cls, given: HeldOut | float | None) -> HeldOut | None:
+        """A share as what it stands for; anything else as it is."""
+        return cls(given) if isinstance(given, int | float) else given
 
     def places(self, n_images: int) -> Int64[np.ndarray, " held_out"]:
         """The places of the held-out images in a source of `n_images`, in order.
@@ -113,14 +123,18 @@ def seen_in_training(metadata: Mapping[str, Any], source: ActivationSource) -> b
 
     Returns:
         True where images of the same source are among those trained on, False where all of them
-        were held out or are of another source, None where nobody can tell.
+        were held out or are of another source, None where nobody can tell, e.g. of two selections
+        of one source.
     """
     trained, own = metadata.get("images"), source.model_info.get("images")
     if not trained or not own:
         return None
-    if trained != own:
-        return False
     held_out = held_out_of(metadata)
+    if trained != own:
+        wholes = whole_spec(trained), whole_spec(own)
+        if len({_SCENES.sub("", whole) for whole in wholes}) > 1:
+            return False
+        return True if held_out is None and {trained} == {*wholes} else None
     if held_out is None:
         return True
     if not isinstance(source, Selectable) or source.n_listed != held_out.n_images:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from sparsight.activations import ActivationSource, held_out_of, seen_in_training
+from sparsight.activations import ActivationSource, held_out_of
 from sparsight.cli.help import Help
 from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
@@ -57,7 +57,7 @@ class EvaluateOptions(SubjectOptions):
     """N of `dead`, in vectors; default 10,000,000, or all there are if fewer."""
 
     seed: int = 0
-    """Of the sample of images, of the untrained SAE, and of the halves of the truth table."""
+    """Seed of the sample of images, the untrained SAE, and the halves of the truth table."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -92,9 +92,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def held_out_part(data: ActivationSource, sae: SparseAutoencoder) -> ActivationSource:
-    """Of the images that an SAE was trained on those that were held out, where some were."""
+    """The images that were held out of training; all where none of them were."""
     held_out = held_out_of(sae.metadata)
-    if held_out is None or seen_in_training(sae.metadata, data) is False:
+    same = sae.metadata.get("images") == data.model_info.get("images")
+    if held_out is None or not same:
         return data
     part = held_out.split(data)[1]
     print_notes([f"measured on {part.n_images:,} images that were held out of training."])

@@ -23,7 +23,14 @@ from sparsight.activations.sampling import sampled
 from sparsight.config import check_positive
 from sparsight.devices import choose_device
 from sparsight.errors import MissingExtra, SparsightError, UserError
-from sparsight.evaluation.data import Passes, find_site, find_target, held_out, trained_on
+from sparsight.evaluation.data import (
+    Passes,
+    find_site,
+    find_target,
+    held_out,
+    images_of,
+    trained_on,
+)
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
 from sparsight.evaluation.reconstruction import ReconstructionMeter
 from sparsight.evaluation.report import finite
@@ -35,7 +42,7 @@ from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import Run, Sweep
-from sparsight.vision import Tokens, VisionModel
+from sparsight.vision import Tokens, VisionModel, names_by_label
 
 FORMAT_VERSION = 1
 FIGURES = {
@@ -273,16 +280,19 @@ def _accuracy(
 ) -> dict[str, dict[str, Any]]:
     """Zero-shot accuracy with the site replaced by each SAE, in one pass of the model."""
     reason: str | None = None
+    whole: ImageSource | None = None
     if next(iter(saes.values())).is_transcoder:
         reason = "A transcoder's output takes the place of another site than its input's."
     elif not measures.accuracy_images:
         reason = "accuracy_images is 0."
     else:
         try:
-            images = images or source.source()
+            whole = images or source.source()
+            images = images or images_of(source)
         except (SparsightError, OSError) as error:
             reason = str(error)
-    if reason is None and images is not None and not images.labels():
+    names = names_by_label(whole.labels() if whole is not None else [], None)
+    if reason is None and not names:
         reason = "The images have no labels."
     model = None
     if reason is None:
@@ -310,7 +320,7 @@ def _accuracy(
         site,
         source.tokens,
         {name: _reconstruct(sae) for name, sae in saes.items()},
-        class_names=images.labels(),
+        class_names=names,
         templates=measures.templates,
         batch_images=measures.batch_images,
         workers=measures.workers,

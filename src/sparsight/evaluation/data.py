@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsight.activations import seen_in_training
+from sparsight.activations import ActivationStore, seen_in_training
 from sparsight.activations.sampling import sampled
 from sparsight.config import check_positive
 from sparsight.errors import UserError
-from sparsight.images import sample_places
+from sparsight.images import ImageSource, sample_places
 from sparsight.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -214,6 +214,18 @@ def find_target(sae: SparseAutoencoder, source: ActivationSource) -> str | None:
             f"gives {sae.d_out}."
         )
     return target
+
+
+def images_of(source: ActivationSource) -> ImageSource:
+    """The images that activations are of: of a view of a store, those of the view alone.
+
+    Raises:
+        UserError: they are not there any more, or have changed.
+    """
+    images = source.source()
+    if isinstance(source, ActivationStore) and source.n_images < len(images):
+        return images.select(source.image_indices)
+    return images
 
 
 def trained_on(sae: SparseAutoencoder, source: ActivationSource) -> bool | None:

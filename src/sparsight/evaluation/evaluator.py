@@ -24,7 +24,13 @@ from sparsight.evaluation.baselines import (
     untrained,
 )
 from sparsight.evaluation.choosing import choose_features
-from sparsight.evaluation.data import Passes, find_site, find_target, held_out, trained_on
+from sparsight.evaluation.data import (
+    Passes,
+    find_site,
+    find_target,
+    held_out,
+    trained_on,
+)
 from sparsight.evaluation.downstream import Replacement, downstream, why_not
 from sparsight.evaluation.localising import HeatCollector
 from sparsight.evaluation.pooling import PooledFeatures

@@ -140,4 +140,4 @@ def heat(
         chosen = chosen.to(features.device)
         sign = torch.where(chosen < n, 1.0, -1.0)
         out = features[:, chosen % n] * sign
-    return out.view(-1, n_tokens, len(chosen))[:, n_prefix:]
+    return out.view(len(out) // n_tokens, n_tokens, len(chosen))[:, n_prefix:]

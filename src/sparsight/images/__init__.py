@@ -15,7 +15,7 @@ from sparsight.images.lettering import TextStyle, write_on_image
 from sparsight.images.loading import ImageBatch, load_batches
 from sparsight.images.opening import open_images, reopen_images
 from sparsight.images.parquet import ParquetImages
-from sparsight.images.selection import sample_places
+from sparsight.images.selection import sample_places, whole_spec
 from sparsight.images.source import ImageInfo, ImageSource, SelectedImages
 from sparsight.images.tar_shards import TarShardImages
 from sparsight.images.writing import WorldBand, WrittenImages, WrittenScenes, written
@@ -40,6 +40,7 @@ __all__ = [
     "open_images",
     "reopen_images",
     "sample_places",
+    "whole_spec",
     "write_on_image",
     "written",
 ]

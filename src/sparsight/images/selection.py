@@ -181,6 +181,17 @@ def split_sample(spec: str, marks: str = "?&") -> tuple[str, Sample | None]:
     return spec, None
 
 
+def whole_spec(spec: str) -> str:
+    """A spec without the selections and samples at its end, and without a table."""
+    rest, marks = spec, "?" if spec.startswith("written:") else "?&"
+    while True:
+        before, rest = rest, split_selection(rest)[0]
+        if marks == "?&" or rest.count("?") > 1:
+            rest = split_sample(rest, marks)[0]
+        if rest == before:
+            return rest.partition("?table=")[0]
+
+
 def _parse_sample(query: str, spec: str) -> Sample:
     values: dict[str, str] = {}
     for name, _, value in (each.partition("=") for each in query.split("&")):
