@@ -475,10 +475,22 @@ def test_codes_and_an_index_of_a_store_need_no_images(model: VisionModel, tmp_pa
     acts = ActivationStore(tmp_path / "acts")
     codes = encode(sae, acts, out=tmp_path / "codes", quiet=True)
     for name, given in {"store": acts, "codes": CodeStore(codes.path)}.items():
-        index = build_index(sae, given, out=tmp_path / name, quiet=True)
+        index = build_index(sae, given, out=tmp_path / f"index of {name}", quiet=True)
         assert index.table.equals(expected.table) and index.images.equals(expected.images)
         assert index.manifest["images"] == expected.manifest["images"]
         assert "96 latents" in repr(index) and len(repr(index)) < 300
+        assert "<tr><th>latents</th><td>96, " in index._repr_html_()
+        assert len(index.to_pandas()) == 96 and index.to_pandas()["top_label"].notna().any()
+    assert "<tr><th>latents</th><td>96</td></tr>" in codes._repr_html_()
+    for folder in (acts.path, codes.path):  # whose files have names that an index's have
+        with pytest.raises(UserError, match=r"holds activations or codes.*another folder"):
+            build_index(sae, acts, out=folder, quiet=True)
+    path = codes.path / "images.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SparsightError, match=r"images\.parquet: .*checksum differs.*encode again"):
+        build_index(sae, CodeStore(codes.path), out=tmp_path / "damaged", quiet=True)
     for opened in (acts.source, codes.source, index.source):
         with pytest.raises(UserError, match=r"images that it was .*photos: no such.*Bring them"):
             opened()

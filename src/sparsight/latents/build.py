@@ -12,7 +12,7 @@ import torch
 from sparsight.activations import ActivationSource
 from sparsight.config import check_positive, check_seed
 from sparsight.errors import UserError
-from sparsight.files import replaced
+from sparsight.files import read_json, replaced
 from sparsight.images import ImageInfo, ImageSource
 from sparsight.latents.codes import CodeBatch, CodeStore
 from sparsight.latents.encoding import (
@@ -23,7 +23,7 @@ from sparsight.latents.encoding import (
     usual_batch,
 )
 from sparsight.latents.image_records import ImageRecords, image_records
-from sparsight.latents.index import FILES, FORMAT, VERSION, LatentIndex
+from sparsight.latents.index import FILES, FORMAT, MANIFEST, VERSION, LatentIndex
 from sparsight.latents.names import LatentName, names_from_truth, with_names
 from sparsight.latents.statistics import (
     Examples,
@@ -99,6 +99,7 @@ def build_index(
     names: Mapping[int, LatentName] = {}
     if metrics is not None:
         names = names_from_truth(metrics, sae.fingerprint(), sae.n_latents, Path(out))
+    _refuse_other_things(Path(out))
     with replaced(Path(out), FILES, wait=0) as staged:
         settings = {
             "top_n": top_n,
@@ -109,6 +110,19 @@ def build_index(
         index = _built(sae, data, site, batches, Path(out), settings, names, quiet)
         index.write(staged)
     return LatentIndex.open(out)
+
+
+def _refuse_other_things(out: Path) -> None:
+    """Raise a `UserError` where a store or codes lie, whose files have the names of an index's."""
+    try:
+        there = read_json(out / MANIFEST)
+    except UserError:  # nothing, or a damaged index
+        return
+    if "shards" in there:
+        raise UserError(
+            f"{out}: holds activations or codes, which an index would overwrite. Choose another "
+            "folder."
+        )
 
 
 def _built(

@@ -29,6 +29,7 @@ from sparsight.config import check_positive, from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import checksum_of, read_json, write_json
 from sparsight.images import ImageSource, reopen_images
+from sparsight.notebooks import html_table
 from sparsight.sae import SparseAutoencoder, SparseCode
 
 FORMAT = "sparsight codes"
@@ -41,7 +42,7 @@ CHECKSUM = "checksum"
 AGAIN = "Remove the codes and encode again."
 SMALLEST_FLOAT16 = 2.0**-24
 
-_NOT_IDENTITY = ("batch_images", "shard_bytes", "state", "shards")
+_NOT_IDENTITY = ("batch_images", "shard_bytes", "state", "shards", "files")
 _UINT16_LATENTS = 1 << 16
 
 
@@ -120,6 +121,7 @@ class CodeManifest:
         shard_bytes: a shard ends with the batch that brings it to this size.
         state: "incomplete" until the last shard is written.
         shards: in the order of the images.
+        files: SHA-256 of the other files, by name; empty in codes of earlier versions.
     """
 
     sae: dict[str, Any]
@@ -134,6 +136,7 @@ class CodeManifest:
     shard_bytes: int
     state: str = "incomplete"
     shards: tuple[CodeShard, ...] = ()
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, choices in {"dtype": DTYPES, "state": STATES}.items():
@@ -470,6 +473,9 @@ class CodeStore:
         path = self.path / IMAGES
         if not path.exists():
             return None
+        sha256 = self.manifest.files.get(IMAGES)
+        if sha256 is not None:
+            check_sums([(path, sha256)], AGAIN)
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
@@ -499,19 +505,34 @@ class CodeStore:
             )
 
     def verify(self) -> None:
-        """Compare every shard with its checksum.
+        """Compare every file with its checksum.
 
         Raises:
             SparsightError: one differs; its name is given.
         """
         for number, shard in enumerate(self.manifest.shards):
             check_sum(shard_path(self.path, number), shard.sha256, AGAIN)
+        for name, sha256 in self.manifest.files.items():
+            check_sum(self.path / name, sha256, AGAIN)
 
     def __repr__(self) -> str:
         return (
             f"CodeStore({str(self.path)!r}, {self.n_images:,} images, {self.tokens} tokens at "
             f"{self.site}, {self.n_active / max(self.n_vectors, 1):.1f} of {self.n_latents:,} "
             "latents active)"
+        )
+
+    def _repr_html_(self) -> str:
+        about = self.manifest
+        return html_table(
+            [
+                ("codes", str(self.path)),
+                ("images", f"{self.n_images:,} of {about.images['spec']}"),
+                ("site", f"{self.site}, {self.tokens} tokens, {self.n_tokens} vectors per image"),
+                ("latents", f"{self.n_latents:,}"),
+                ("active per vector", f"{self.n_active / max(self.n_vectors, 1):.1f}"),
+                ("model", str(about.model.get("id"))),
+            ]
         )
 
     def _map(self, number: int) -> dict[str, Tensor]:

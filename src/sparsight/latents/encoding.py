@@ -5,6 +5,7 @@ A shard is committed when the manifest that names it is renamed into place; see 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -78,7 +79,7 @@ def encode(
         sae: the SAE.
         given: a vision model, to be run over `images`; or activations: a store, or
             live ones.
-        images: the pictures (what `open_images` takes), with a model; nothing with activations.
+        images: what `open_images` takes, with a model; nothing with activations.
         out: folder of the codes.
         site: where to read; default the site that the SAE was trained on.
         dtype: of the values on disk; float16 keeps 3 digits and takes two thirds of the room. What
@@ -123,7 +124,8 @@ def encode(
     with _claimed(folder, plan) as manifest:
         if manifest.state != "complete":
             if isinstance(activations, ActivationStore):
-                _copy_records(activations.path / IMAGES, folder / IMAGES)
+                sha256 = _copy_records(activations.path / IMAGES, folder / IMAGES)
+                manifest = replace(manifest, files={IMAGES: sha256})
             _Encoding(sae, activations, folder, manifest, flush_seconds).run(quiet)
     return CodeStore(folder)
 
@@ -289,21 +291,29 @@ class _Encoding:
 
     def _close(self) -> None:
         if not self.manifest.shards:
-            raise UserError("There is not one image to encode.")
+            raise UserError(
+                "No images to encode: the source is empty, or none of its images loads."
+            )
         self.manifest = replace(self.manifest, state="complete")
         self.manifest.write(self.folder)
 
 
-def _copy_records(recorded: Path, target: Path) -> None:
-    """Keep what a store recorded of its images; half a copy is made again with the codes."""
+def _copy_records(recorded: Path, target: Path) -> str:
+    """Keep what a store recorded of its images; half a copy is made again with the codes.
+
+    Returns:
+        Its SHA-256, in hex.
+    """
+    data = recorded.read_bytes()
     try:
         with target.open("wb") as file:
-            file.write(recorded.read_bytes())
+            file.write(data)
             os.fsync(file.fileno())
     except OSError as error:
         raise SparsightError(
             f"{target}: could not be written ({error.strerror or error})."
         ) from error
+    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager

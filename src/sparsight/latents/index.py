@@ -7,8 +7,9 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ import safetensors.torch
 from PIL import Image
 from torch import Tensor
 
-from sparsight.errors import SparsightError, UserError
+from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.files import (
     folder_lock,
     read_json,
@@ -28,7 +29,11 @@ from sparsight.files import (
 )
 from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
 from sparsight.latents.statistics import Examples
+from sparsight.notebooks import html_table
 from sparsight.sae import SparseAutoencoder
+
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped]
 
 FORMAT = "sparsight latent index"
 VERSION = 1
@@ -177,6 +182,30 @@ class LatentIndex:
             f"LatentIndex({str(self.folder)!r}, {self.n_latents:,} latents at {self.site}, "
             f"{self.tokens} tokens of {images:,} images, {named:,} named)"
         )
+
+    def _repr_html_(self) -> str:
+        about = self.manifest
+        named = self.table.num_rows - self.table["name"].null_count
+        never = self.table["n_active"].to_pylist().count(0)
+        return html_table(
+            [
+                ("index", str(self.folder)),
+                ("latents", f"{self.n_latents:,}, {never:,} never active, {named:,} named"),
+                ("site", f"{self.site}, {self.tokens} tokens"),
+                ("images", f"{about['images']['n_images']:,} of {about['images']['source']}"),
+                ("model", str(about["model"].get("id"))),
+            ]
+        )
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """What `table` holds as a data frame of pandas: one row per latent, in order.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        if find_spec("pandas") is None:
+            raise MissingExtra("pandas", "datasets")
+        return self.table.to_pandas()
 
     def _hash(self, name: str) -> Any:
         return self.manifest["files"][name]

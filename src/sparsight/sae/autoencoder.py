@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparsight.errors import UserError
+from sparsight.notebooks import html_table
 from sparsight.reading import sha256_tensors
 from sparsight.sae.code import SparseCode
 from sparsight.sae.config import Archetypal, SAEConfig
@@ -253,11 +253,7 @@ class SparseAutoencoder(nn.Module):
         return f"SparseAutoencoder({shown})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in self._summary()
-        )
-        return f"<table>{rows}</table>"
+        return html_table(self._summary())
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over the parameters: the same in memory, saved, and loaded again.
