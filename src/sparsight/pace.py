@@ -12,7 +12,7 @@ SECONDS = 60.0
 """Work at stake, by default."""
 
 LARGEST_SHARE = 0.02
-"""Of the time, that writing may take."""
+"""The largest share of the time that writing may take."""
 
 
 class Pace:

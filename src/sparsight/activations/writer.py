@@ -392,7 +392,7 @@ class StoreWriter:
         for path in self._journal_files(number, shard):
             ending = path.suffix[1:]
             if not path.exists():
-                raise _damaged(path, "there is no such file")
+                raise _damaged(path, "the file is not there")
             found[ending] = sha256_file(path)
             if found[ending] != shard.journal.get(ending, found[ending]):
                 raise _damaged(path, "its checksum differs")

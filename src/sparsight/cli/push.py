@@ -56,7 +56,7 @@ class PushOptions(CommandOptions):
     disk; default the model that each index names."""
 
     seed: int = 0
-    """Of the lot."""
+    """Seed of the random ones."""
 
     dry_run: Path | None = None
     """Write what would be uploaded into this new folder, and upload nothing."""

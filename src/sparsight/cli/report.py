@@ -35,10 +35,11 @@ class ReportOptions(CommandOptions):
     ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
 
     latents: Shown = 24
-    """How many latents to show of each run: half by the score of their names, the others by lot."""
+    """How many latents to show of each run: half have the highest-scoring names, the others are
+    drawn at random."""
 
     seed: int = 0
-    """Of the lot."""
+    """Seed of the random ones."""
 
     title: str | None = None
     """Heading; default the model's id."""

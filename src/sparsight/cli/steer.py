@@ -77,7 +77,7 @@ class SteerOptions(SubjectOptions):
     """Images at a time."""
 
     seed: int = 0
-    """Of the sample of images, and of the random latents beside the curves."""
+    """Seed of the sample of images, and of the random latents beside the curves."""
 
     check: bool = True
     """Refuse an SAE that was trained on other weights, or at another site."""
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.run is None:
         raise UserError("Which SAE? Name a run folder.")
     if options.store is not None:
-        raise UserError("steer runs the model over pictures: give --images, not --store.")
+        raise UserError("steer runs the model over images: give --images, not --store.")
     saes = open_saes([options.run], options.device)
     if len(saes) > 1:
         listed = ", ".join(map(str, saes))

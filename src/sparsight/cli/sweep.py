@@ -34,7 +34,7 @@ HELP = Help(
     needed=("store", "vary", "out"),
     common=(
         "sites", "sparsity", "remedy", "sae.n-latents", "sae.sparsity.k", "n-vectors", "held-out",
-        "evaluate", "max-images", "fresh", "config", "device",
+        "evaluate", "fresh", "config", "device",
     ),
 )  # fmt: skip
 

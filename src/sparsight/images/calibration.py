@@ -92,7 +92,7 @@ class CalibrationImages(ImageSource):
         return Image.fromarray(np.asarray(self.render(index).image))
 
     def fingerprint(self) -> str:
-        """Of world and scenes, and of the first as rendered: another renderer is another world."""
+        """Hash world, scenes, and the first ones as rendered: another renderer is another world."""
         scenes = "" if self._numbers is None else format_selection(self._numbers)
         digest = hashlib.sha256((self._whole + scenes).encode())
         for index in range(min(3, len(self))):

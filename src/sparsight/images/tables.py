@@ -58,7 +58,7 @@ class AnnotationTable:
         its bare file name if only one image bears it.
 
         Raises:
-            UserError: not one row names an image.
+            UserError: no row names an image.
         """
         places = _Places(ids)
         matched: dict[str, Annotation] = {}

@@ -37,7 +37,7 @@ POLICY = Markup(
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'"
 )
-"""Of each page: it loads nothing, and runs no script but one whose hash it names."""
+"""What a browser allows each page: it loads nothing, and runs no script."""
 MAX_BYTES = 4_000_000
 THUMBNAILS = (LARGEST, 160, 128, 96, 72)
 """Longest sides of pictures, in pixels, tried in turn until the page is light enough."""
@@ -64,8 +64,8 @@ def write_report(
         model: what the heatmaps are made with where neither codes nor activations of the images
             are on disk; default the model that the index names. Where that cannot be loaded the
             page says so and shows the pictures alone.
-        latents: cards a run; half by the score of their names, the others by lot.
-        seed: of the lot.
+        latents: cards per run; half have the highest-scoring names, the others are drawn at random.
+        seed: of the random ones.
         title: heading; default the model's id.
         max_bytes: pictures are made smaller until the page is; where that is not enough, a note
             on stderr says so.

@@ -309,7 +309,7 @@ class TrainRecipe:
     """Share of the images to keep out of training, e.g. 0.1; `evaluate` then measures on these."""
 
     held_out_seed: int = 0
-    """Of the choice of these images."""
+    """Seed of the choice of these images."""
 
     out: Path = Path("runs/sae")
     """Folder of the run."""

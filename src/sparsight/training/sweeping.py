@@ -115,8 +115,8 @@ class Sweep:
         return self.out / "checkpoints"
 
     def table(self) -> list[dict[str, Any]]:
-        """A row an autoencoder: `name`, `site`, `folder` (in `out`), `settings`, and the last line
-        of its metrics: `fvu`, `l0`, `dead` (shares and means over the vectors since the line
+        """One row per autoencoder: `name`, `site`, `folder` (in `out`), `settings`, and the last
+        line of its metrics: `fvu`, `l0`, `dead` (shares and means over the vectors since the line
         before), `vectors_per_second` (of the whole pass). `diverged` says why there is none.
         """
         return [self._row(name, run, site) for name, run in self.runs.items() for site in run.sites]
@@ -182,7 +182,7 @@ def sweep(
     place = choose_device(device, float64=True)
     out, pace = Path(out), Pace(checkpoint_seconds)
     sources, names, config = _resolved(source, sites, tokens, config)
-    held_out = HeldOut(held_out) if isinstance(held_out, float) else held_out
+    held_out = HeldOut.of(held_out)
     if held_out is not None:
         sources = {mode: held_out.split(each)[0] for mode, each in sources.items()}
     length = with_length(config.train, list(sources.values()), names, out / SWEEP)

@@ -56,10 +56,10 @@ from sparsight.vision import Tokens, VisionModel
 Activations = ActivationSource | tuple[VisionModel, ImageSource]
 
 ESTIMATE_SECONDS = 1.0
-"""Of training, before it is said how long all will take."""
+"""How long to train before the time that the whole run will take is told."""
 
 HELD_OUT = ("held_out", "held_out_seed")
-"""Of a recipe."""
+"""The fields of a recipe that say which images are held out."""
 
 SHOWN_MEMBERS = 3
 """Autoencoders whose figures fit into a line of progress."""
@@ -114,7 +114,7 @@ def train(
     run = Run(Path(out), names)
     for site in run.sites:
         config.sae.width(activations.d_in(site))
-    held_out = HeldOut(held_out) if isinstance(held_out, float) else held_out
+    held_out = HeldOut.of(held_out)
     kept_in = activations if held_out is None else held_out.split(activations)[0]
     config = with_length(config, [kept_in], names, run.folder(names[0]) / CONFIG)
     recipe = recipe_of(kept_in, run, config, held_out)
@@ -464,7 +464,7 @@ class Loop:
         return _note(found)
 
     def _check_finite(self) -> None:
-        """Stop at what is not finite, or drop the member that it befell."""
+        """Stop at what is not finite, or drop the member that diverged."""
         for name, training in list(self.trainings.items()):
             bad = training.first_bad()
             if bad is None:

@@ -13,7 +13,7 @@ _PROCESSORS = (
     "SiglipImageProcessor",
     "BitImageProcessor",
 )
-"""Of transformers, those that resize, cut the middle out and change colours, nothing else."""
+"""Processors of transformers that resize, cut the middle out and change colours, nothing else."""
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 

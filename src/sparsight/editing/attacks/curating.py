@@ -306,7 +306,7 @@ def _write(
     rank[list(kept)] = np.arange(len(kept))
     table = pa.table(
         {
-            "image": [_id(source, i) for i in range(len(scores))],
+            "image": [source.known(i).id for i in range(len(scores))],
             "score": pa.array(scores, mask=~loaded),
             "rank": pa.array(rank, mask=rank < 0),
         }
@@ -321,13 +321,6 @@ def _record(info: ImageInfo, captions: Sequence[str], score: float) -> dict[str,
     if info.label is not None:
         record["label"] = info.label
     return {**record, "score": score, "id": info.id, "uri": without_folders(info.uri)}
-
-
-def _id(source: ImageSource, index: int) -> str | None:
-    try:
-        return source.known(index).id
-    except ImageError:
-        return None
 
 
 def _png(image: Image.Image) -> bytes:
