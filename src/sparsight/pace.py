@@ -20,7 +20,6 @@ class Pace:
 
     Args:
         seconds: work at stake; None never asks for a checkpoint.
-        name: of the option, for messages.
 
     Attributes:
         interval: seconds between checkpoints; more than was asked for where writing one takes more
@@ -30,9 +29,9 @@ class Pace:
         UserError: `seconds` is not positive.
     """
 
-    def __init__(self, seconds: float | None, name: str = "checkpoint_seconds") -> None:
+    def __init__(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:
-            raise UserError(f"{name} is {seconds}; it must be positive, or none.")
+            raise UserError(f"checkpoint_seconds is {seconds}; it must be positive, or none.")
         self.seconds = seconds
         self.interval = seconds
         self._last = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -181,7 +182,8 @@ def unfinished(folder: Path) -> list[str]:
         found.setdefault(
             root,
             f"{root}: training is unfinished: {done:,} of {length:,} vectors. The same command "
-            f"goes on, or `sparsight {verb} --config {file} --out {root}`.",
+            f"goes on, or `sparsight {verb} --config {shlex.quote(str(file))} --out "
+            f"{shlex.quote(str(root))}`.",
         )
     return list(found.values())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -386,7 +387,7 @@ def _refuse_to_drop(sweep: Sweep) -> None:
         raise UserError(
             f"{sweep.out}: holds a sweep that was cut, with {', '.join(cut[:3])}"
             f"{', …' if len(cut) > 3 else ''}. Finish it first, or choose another folder; "
-            f"`sparsight sweep --config {sweep.out / SWEEP}` repeats it."
+            f"`sparsight sweep --config {shlex.quote(str(sweep.out / SWEEP))}` repeats it."
         )
 
 
