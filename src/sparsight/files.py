@@ -40,10 +40,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     left in the folder is removed, too.
 
     Raises:
-        UserError: the path is not UTF-8, which the libraries that write cannot take.
+        UserError: the path is not UTF-8, which the libraries that write cannot take; or is that of
+            a folder or device.
         SparsightError: the disk is full or the folder cannot be written.
     """
     path = _checked_name(path)
+    if path.exists() and not path.is_file():  # renaming would put a file in a device's place
+        raise _no_file(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +207,22 @@ def check_folder(path: Path) -> Path:
     return path
 
 
+def check_file(path: Path) -> Path:
+    """Make sure, before work begins, that a file can be written.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: it is a folder or device; or its folder cannot be made or written, see
+            `check_folder`.
+    """
+    check_folder(path.parent)
+    if path.exists() and not path.is_file():
+        raise _no_file(path)
+    return _checked_name(path)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -241,6 +260,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, expected an object.")
     return value
+
+
+def check_replaceable(path: Path, format: str, what: str) -> None:
+    """Make sure that a JSON file that says what its folder holds may be written anew.
+
+    Args:
+        path: the file; need not be there, and may be damaged.
+        format: what its field `format` says where the folder holds what is to be written.
+        what: that in words, for the message.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if not path.is_file():
+        return
+    try:
+        found = read_json(path).get("format")
+    except UserError:
+        return
+    if found != format:
+        raise UserError(
+            f"{path}: belongs to something else than {what}, which would be lost. Choose another "
+            "folder."
+        )
 
 
 def sha256_file(path: Path) -> str:
@@ -574,6 +617,11 @@ def _held(path: Path, message: str, wait: float = 0.0) -> Iterator[int | None]:
             path.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
+
+
+def _no_file(path: Path) -> UserError:
+    what = "folder" if path.is_dir() else "device or pipe"
+    return UserError(f"{path}: is a {what}, where a file is to be written.")
 
 
 def _checked_name(path: Path) -> Path:

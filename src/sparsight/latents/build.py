@@ -85,7 +85,7 @@ def build_index(
 
     Raises:
         UserError: SAE, site, activations and metrics do not belong together, or a number below 1;
-            or another process is writing an index there.
+            or `out` holds something else, or another process is writing an index there.
         SparsightError: an activation is NaN or infinite, or a file of the codes is damaged.
     """
     check_positive(

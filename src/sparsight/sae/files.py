@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from sparsight.config import from_dict, to_dict
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, read_json, replaced, settled, write_json, write_text
+from sparsight.files import (
+    atomic_path,
+    check_replaceable,
+    read_json,
+    replaced,
+    settled,
+    write_json,
+    write_text,
+)
 from sparsight.pickles import shown
 from sparsight.progress import logger
 from sparsight.reading import (
@@ -27,12 +35,15 @@ from sparsight.sae.card import model_card
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.places import find
 
+FORMAT = "sparsight-sae"
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
 """Version 1 had no transcoders, and no other sparsities than those of the k largest."""
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
 README = "README.md"
+FILES = (CONFIG, WEIGHTS, README)
+"""What a folder of an SAE holds."""
 SHA256 = "sha256"
 """The key, in the metadata of `WEIGHTS`, of a checksum over the tensors; see `sha256_tensors`."""
 SHA256_DIGITS = 64
@@ -57,14 +68,15 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
         name: each.detach().cpu().contiguous().clone() for name, each in sae.state_dict().items()
     }
     description = {
-        "format": "sparsight-sae",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "d_in": sae.d_in,
         **({"d_out": sae.d_out} if sae.is_transcoder else {}),
         "config": to_dict(sae.config),
         "metadata": sae.metadata,
     }
-    with replaced(folder, (CONFIG, WEIGHTS, README)) as staged:
+    check_replaceable(folder / CONFIG, FORMAT, "an SAE")
+    with replaced(folder, FILES) as staged:
         save_tensors(tensors, staged / WEIGHTS, {SHA256: sha256_tensors(tensors)})
         write_json(staged / CONFIG, description)
         write_text(staged / README, model_card(sae).text())
@@ -226,7 +238,7 @@ def _read_own(folder: Path) -> SparseAutoencoder:
 def _description(path: Path) -> dict[str, Any]:
     found = read_json(path)
     version = found.get("format_version")
-    if found.get("format") != "sparsight-sae":
+    if found.get("format") != FORMAT:
         raise UserError(f"{path}: is not the configuration of a Sparsight SAE (no such format).")
     if version not in READ_VERSIONS:
         raise UserError(

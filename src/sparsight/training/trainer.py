@@ -36,6 +36,7 @@ from sparsight.images import ImageSource
 from sparsight.interruption import STOPS, Stop, kept, postponed
 from sparsight.pace import SECONDS, Pace
 from sparsight.progress import ProgressLine, in_words, progress
+from sparsight.sae.files import FILES
 from sparsight.sae.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
@@ -654,7 +655,19 @@ def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
         if not begun:
             raise
         warn_of_damage(error)
+    if not present and not begun:
+        for folder in map(run.folder, run.sites):
+            _refuse_other_files(folder)
     return bool(present)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Raise a `UserError` if a folder that is no run's holds files that a run would write over."""
+    for name in ("manifest.json", *FILES):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder}: holds no run, but a {name} of something else. Choose another folder."
+            )
 
 
 def warn_of_damage(error: UserError) -> None:
