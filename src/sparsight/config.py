@@ -145,8 +145,9 @@ def check_positive(**values: int | None) -> None:
         UserError: one is not.
     """
     for name, value in values.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more.")
+        if value is not None and not 1 <= value < 2**63:
+            end = "1 or more" if value < 1 else "below 2^63"
+            raise UserError(f"{name} is {value}; it must be {end}.")
 
 
 def check_seconds(**values: float) -> None:
@@ -176,7 +177,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read as TOML (lists or tables are nested too deeply)."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # also a number of very many digits
         raise UserError(f"{path}: cannot be read as TOML ({error}).") from error
 
 
@@ -318,6 +319,8 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
             raise _wrong(where, path, value, "a table")
         inside = typing.get_args(hint)[1]
         return {key: _convert(inside, each, where, f"{path}.{key}") for key, each in value.items()}
+    if hint in (int, float) and isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise UserError(f"{_at(where)}{path} is a number of more than 64 bits.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
@@ -329,6 +332,8 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
             with suppress(ValueError):
                 return whole_number(value)
     if hint is Path and isinstance(value, str):
+        if not value or "\0" in value:
+            raise _wrong(where, path, value, "a path")
         return path_of(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value

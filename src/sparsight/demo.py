@@ -58,6 +58,8 @@ class DemoConfig:
         for name in ("n_images", "n_test"):
             if getattr(self, name) < 100:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 100 or more.")
+        if self.latents < 0:
+            raise UserError(f"latents is {self.latents}; it must be 0 or more.")
         if not self.sites:
             raise UserError("sites is empty; name one at least.")
 

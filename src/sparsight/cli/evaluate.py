@@ -17,6 +17,7 @@ from sparsight.cli.printing import print_notes, print_scores
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
+from sparsight.files import check_file
 from sparsight.sae import SparseAutoencoder
 
 HELP = Help(
@@ -66,6 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
         raise UserError(f"--out takes one file; {len(saes)} SAEs are given. Leave it out.")
+    if options.out is not None and not options.out.is_dir():
+        check_file(options.out)
     subjects = Subjects(options)
     reports = {}
     for folder, sae in saes.items():

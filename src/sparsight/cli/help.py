@@ -25,6 +25,15 @@ _BORDER = re.compile(r"^[╭╰].*[╮╯]$")
 _RULER = re.compile(r"^│?\s*[─-]{8,}\s*│?$")
 _DEFAULT = re.compile(r"\s*\((default: (?P<value>.*)|required)\)$", re.DOTALL)
 
+_WORDS = {
+    r"^Error parsing ": "",
+    r"invalid literal for int\(\) with base 10: ": "expected a whole number, not ",
+    r"Exceeds the limit \(.*": "the number has too many digits",
+    r"Could not find valid parse for arguments: ": "no number can be read from ",
+    r"no type matching .*? from (\[.*?\]).*": r"no number can be read from \1",
+    r"could not convert string to float: ": "expected a number, not ",
+}
+
 
 @dataclass(frozen=True)
 class Help:
@@ -150,7 +159,7 @@ def wrong_option(verb: str, told: str, known: Sequence[str]) -> str:
             words.append(_unknown(tokens, known))
     if not words:
         plain = [text for text in said if text and "full helptext" not in text]
-        words.append(_lower(re.sub(r"^Error parsing ", "", plain[0])) if plain else "wrong option")
+        words.append(_lower(_reworded(plain[0])) if plain else "wrong option")
     ending = "" if words[-1].endswith((".", "?")) else "."
     return f"{verb}: {'; '.join(words)}{ending} `sparsight {verb} --help` lists the options."
 
@@ -219,6 +228,13 @@ def _unknown(tokens: list[str], known: Sequence[str]) -> str:
     text = f"unknown {kind}{'s' * (len(flags) > 1)} {_listed(flags)}"
     close = difflib.get_close_matches(flags[0].split("=")[0], known, n=1)
     return f"{text}; did you mean {close[0]}?" if close else text
+
+
+def _reworded(told: str) -> str:
+    """What tyro says of a value, without Python's words for numbers."""
+    for pattern, words in _WORDS.items():
+        told = re.sub(pattern, words, told)
+    return told
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -85,6 +85,7 @@ def parse(
     """
     asked = [argument for argument in arguments if argument in ASKS]
     arguments = [argument for argument in arguments if argument not in ASKS]
+    _check_paths(cls, arguments)
     path = flag(arguments, "--config")
     default = cls() if path is None else load(cls, Path(path))
     default = default if adapt is None else adapt(default, arguments)
@@ -114,6 +115,21 @@ def parse(
         raise UserError(wrong_option(verb, told.getvalue(), known)) from None
     _check_device(getattr(options, "device", None))
     return options
+
+
+def _check_paths(cls: type[CommandOptions], arguments: Sequence[str]) -> None:
+    """Refuse an empty path, which would be the working folder: in a shell, a variable not set."""
+    names = {f.name.replace("_", "-"): f for f in fields(cls) if "Path" in str(f.type)}
+    positional = any("Positional" in str(field.type) for field in names.values())
+    last = None
+    for argument in arguments:
+        given, equals, value = argument.partition("=")
+        if given.startswith("--"):
+            last = given[2:].replace("_", "-")
+        empty = not argument or (given.startswith("--") and equals and not value)
+        if empty and (last in names or (last is None and positional)):
+            where = "the name of a folder" if last is None else f"--{last}"
+            raise UserError(f"{where} is empty; expected a path. For this folder, write '.'.")
 
 
 def _check_device(named: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from sparsight.cli.help import Help
 from sparsight.cli.opening import open_index, open_model
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import plain_table, print_notes
+from sparsight.config import check_positive
 from sparsight.editing.actions import Set
 from sparsight.editing.contact_sheet import WORDS, write_contact_sheet
 from sparsight.editing.edits import LatentEdit
 from sparsight.editing.interventions import check_belongs
 from sparsight.editing.latent_search import find_latents
-from sparsight.editing.retrieval import SITE, Mode, SearchResult, check_texts, embed_collection
+from sparsight.editing.retrieval import SITE, Mode, SearchResult, check_query, embed_collection
 from sparsight.errors import UserError
 from sparsight.files import check_folder, replaced, write_json
 from sparsight.images import ImageError, decode_image, open_images
@@ -122,6 +124,7 @@ def main(arguments: Sequence[str]) -> None:
             )
         )
     _check(options, modes, latents)
+    check_positive(top=options.top, query_latents=options.query_latents)
     about = {} if sae is None else sae.metadata.get("model") or {}
     id = options.model or about.get("id")
     spec = options.images or (None if sae is None else sae.metadata.get("images"))
@@ -132,7 +135,7 @@ def main(arguments: Sequence[str]) -> None:
     if sae is not None:
         check_belongs(sae, model, model.canonical_site(SITE), strict=options.check)
     if isinstance(asked, str):
-        check_texts(model)
+        check_query(model, asked)
     elif not model.has_joint_space:
         print_notes([f"{model.id}: images are compared by {model.image_embedding}."])
     images = open_images(spec, table=options.table)
@@ -198,6 +201,8 @@ def _check(options: SearchOptions, modes: Sequence[Mode], latents: Sequence[int]
     for mode in ("filtered", "steered"):
         if mode in modes and not latents:
             raise UserError(f"Mode {mode!r} needs --latents.")
+    if options.activation is not None and not math.isfinite(options.activation):
+        raise UserError(f"--activation is {options.activation}; it must be a finite number.")
     if options.latents and not {"filtered", "steered"} & set(modes):
         raise UserError("--latents are for --modes filtered or steered.")
 

@@ -56,6 +56,8 @@ class Subjects:
         Raises:
             UserError: the SAE does not say where it belongs, and the options do not either.
         """
+        if self.options.store is not None and self.options.images is not None:
+            raise UserError("A store has its own images; give --store or --images, not both.")
         store = self.options.store or self._store_of(folder)
         if store is not None:
             found = self._stores.get(store) or self._open_store(store)

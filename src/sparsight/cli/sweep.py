@@ -147,7 +147,7 @@ def _value(text: str) -> Any:
     """A number or truth value, as TOML spells them; 1e3 and 2k are whole; else the text itself."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
     if isinstance(value, str) or (isinstance(value, float) and "." not in text):
         with suppress(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from sparsight.errors import UserError
@@ -29,7 +30,9 @@ def find_latents(
     found: dict[int, str | None] = {}
     for word in words:
         text = str(word).strip()
-        if text.lstrip("-").isdigit():
+        if not text:
+            raise UserError("A latent is named by nothing. Give its number, or a word of its name.")
+        if re.fullmatch("-?[0-9]{1,18}", text):
             latent = int(text)
             if not 0 <= latent < n_latents:
                 raise UserError(f"There is no latent {latent}; the SAE has 0 to {n_latents - 1}.")

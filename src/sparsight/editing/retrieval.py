@@ -108,15 +108,7 @@ class Collection:
             UserError: a text, and the model has no text tower; or one that is empty or too long.
         """
         if isinstance(query, str):
-            if not query.strip():
-                raise UserError("The query is empty. Give a text, or a picture.")
-            check_texts(self.model)
-            count, most = self.model.count_tokens([query])[0], self.model.context_length
-            if count > most:
-                raise UserError(
-                    f"The query has {count} tokens, and {most} fit into {self.model.id}, start and "
-                    "end included. Shorten it."
-                )
+            check_query(self.model, query)
             with torch.no_grad():
                 return self.model.embed_texts([query])[0].cpu()
         with torch.no_grad():
@@ -305,6 +297,23 @@ def check_texts(model: VisionModel) -> None:
         raise UserError(
             f"{model.id} ({model.family}) has no {lacks}, so that no text can be compared with its "
             "images. Search by an image (--image FILE), or take a CLIP or SigLIP."
+        )
+
+
+def check_query(model: VisionModel, query: str) -> None:
+    """Make sure that a model's images can be searched by a text.
+
+    Raises:
+        UserError: see `check_texts`; or the text is empty or too long.
+    """
+    if not query.strip():
+        raise UserError("The query is empty. Give a text, or a picture.")
+    check_texts(model)
+    count, most = model.count_tokens([query])[0], model.context_length
+    if count > most:
+        raise UserError(
+            f"The query has {count} tokens, and {most} fit into {model.id}, start and end "
+            "included. Shorten it."
         )
 
 

@@ -17,6 +17,7 @@ from sparsight.editing.class_curves import checked_ks, class_curves
 from sparsight.editing.edits import NO_SITE, LatentEdit, Positions
 from sparsight.editing.interventions import CodeMemo, check_site, interventions
 from sparsight.errors import UserError
+from sparsight.evaluation.report import finite
 from sparsight.images import ImageSource
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, classifier_weights, names_by_label
@@ -48,7 +49,8 @@ class SteerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON-able values."""
-        return dict(vars(self))
+        values: dict[str, Any] = finite(vars(self))  # strengths may be beyond what a model computes
+        return values
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sparsight.text import decoded
+from sparsight.text import decoded, without_surrogates
 
 IMAGE_COLUMNS = (
     "image", "img", "picture", "jpg", "jpeg", "png", "webp", "avif", "image_bytes", "bytes",
@@ -25,6 +25,25 @@ def find_column(names: Iterable[str], candidates: Sequence[str]) -> str | None:
     return next((by_lower[name] for name in candidates if name in by_lower), None)
 
 
+def left_out(names: Iterable[str], *chosen: tuple[str | None, Sequence[str]]) -> list[str]:
+    """A note of the columns that could have been read as well as those that are, if there are any.
+
+    Args:
+        names: all columns.
+        chosen: of labels, of captions: the column that is read, and the names that would do.
+    """
+    read = {column for column, _ in chosen}
+    others = [
+        name
+        for name in names
+        if name not in read and any(name.strip().lower() in like for _, like in chosen)
+    ]
+    if not others:
+        return []
+    taken = " and ".join(repr(column) for column, _ in chosen if column is not None)
+    return [f"Of its columns {taken} are read, {', '.join(map(repr, others))} not."]
+
+
 def as_label(value: Any, class_names: Sequence[str] | None = None) -> str | None:
     """A cell as a label; None where it says that there is none (`NO_LABEL`, or no text at all).
 
@@ -41,7 +60,7 @@ def as_label(value: Any, class_names: Sequence[str] | None = None) -> str | None
         return None
     if isinstance(value, int) and class_names:
         return class_names[value] if 0 <= value < len(class_names) else None
-    text = str(value).strip()
+    text = without_surrogates(str(value).strip())
     return None if text.lower() in NO_LABEL else text
 
 

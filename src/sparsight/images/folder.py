@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -157,7 +158,10 @@ class FolderImages(ImageSource):
         for ending in self._beside[id_]:
             file = self.folder / (os.path.splitext(path)[0] + ending)  # noqa: PTH122
             try:
-                if not too_large(id_, ending[1:], file.stat().st_size):
+                status = file.stat()
+                if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+                    raise ImageError(f"its {ending} is not a regular file")
+                if not too_large(id_, ending[1:], status.st_size):
                     found[ending[1:].lower()] = file.read_bytes()
             except OSError as error:
                 raise ImageError(f"its {ending} cannot be read ({error.strerror})") from error
@@ -251,9 +255,9 @@ def _list_images(folder: Path) -> _Listing:
             stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122
             ending = suffix.lower()
             if entry.name.startswith("."):
-                if ending in SUFFIXES or entry.is_dir():
+                if ending in SUFFIXES or _is_folder(entry):
                     found.hidden.append(relative)
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 pending.append((f"{relative}/", (*ancestors, identity)))
             elif ending in SUFFIXES:
                 found.images.append(relative)
@@ -266,6 +270,14 @@ def _list_images(folder: Path) -> _Listing:
     found.images.sort()
     found.tables.sort(key=_table_order)
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder; a link that leads back to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _table_order(relative: str) -> tuple[int, str, int]:

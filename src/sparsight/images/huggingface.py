@@ -17,6 +17,7 @@ from sparsight.images.columns import (
     as_captions,
     as_label,
     find_column,
+    left_out,
 )
 from sparsight.images.decoding import decode_image, read_picture
 from sparsight.images.parquet import picture_bytes
@@ -66,6 +67,8 @@ class HuggingFaceImages(ImageSource):
         rest = [column for column in features if column != self._image_column]
         self._label_column = find_column(rest, LABEL_COLUMNS)
         self._caption_column = find_column(rest, CAPTION_COLUMNS)
+        read = ((self._label_column, LABEL_COLUMNS), (self._caption_column, CAPTION_COLUMNS))
+        self.notes = (*self.notes, *left_out(rest, *read))
         label_feature: Any = features.get(self._label_column) if self._label_column else None
         is_class = isinstance(label_feature, datasets.ClassLabel)
         self._class_names: list[str] | None = list(label_feature.names) if is_class else None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
 from sparsight.images.calibration import DEFAULT_SCENES, CalibrationImages
 from sparsight.images.difference import images_difference
@@ -198,7 +199,7 @@ def _open_path(path: Path, table: str | Path | None) -> ImageSource:
 
 
 def _open_calibration(text: str) -> CalibrationImages:
-    match = re.fullmatch(r"calibration(?::(\d+)(?::(\d+)(:single)?)?)?", text)
+    match = re.fullmatch(r"calibration(?::([0-9]{1,18})(?::([0-9]{1,20})(:single)?)?)?", text)
     if match is None:
         raise UserError(
             f"{text!r}: expected 'calibration', 'calibration:N', 'calibration:N:SEED' or "
@@ -207,7 +208,8 @@ def _open_calibration(text: str) -> CalibrationImages:
     n_scenes = int(match[1]) if match[1] else DEFAULT_SCENES
     if n_scenes == 0:
         raise UserError(f"{text!r}: the number of scenes must be 1 or more.")
-    return CalibrationImages(n_scenes, int(match[2] or 0), single=match[3] is not None)
+    check_seed(seed := int(match[2] or 0))
+    return CalibrationImages(n_scenes, seed, single=match[3] is not None)
 
 
 def _open_hf(rest: str) -> HuggingFaceImages:

@@ -25,6 +25,7 @@ from sparsight.images.columns import (
     as_captions,
     as_label,
     find_column,
+    left_out,
 )
 from sparsight.images.decoding import ImageError, decode_image
 from sparsight.images.source import ImageInfo, ImageSource
@@ -118,6 +119,12 @@ class ParquetImages(ImageSource):
         self._label_column = find_column(rest, LABEL_COLUMNS)
         self._caption_column = find_column(rest, CAPTION_COLUMNS)
         for number, schema in schemas.items():
+            for name in (self._image_column, self._label_column, self._caption_column):
+                if schema.names.count(name) > 1:
+                    raise UserError(
+                        f"{self._files[number]}: has several columns named {name!r}. Rename all "
+                        "but one."
+                    )
             self._class_names[number] = _class_names(schema, self._label_column)
         self.notes = self._notes(columns, hidden)
         self._warned = False
@@ -133,7 +140,11 @@ class ParquetImages(ImageSource):
         self._group_row.append(row)
 
     def _notes(self, columns: Mapping[str, pa.DataType], hidden: int) -> tuple[str, ...]:
-        notes = []
+        notes = left_out(
+            (name for name in columns if name != self._image_column),
+            (self._label_column, LABEL_COLUMNS),
+            (self._caption_column, CAPTION_COLUMNS),
+        )
         if hidden:
             notes.append(f"{hidden:,} hidden .parquet files are left out.")
         if self._unread:
@@ -194,8 +205,12 @@ class ParquetImages(ImageSource):
         """Over the files' names, sizes and modification times."""
         digest = hashlib.sha256()
         for file in self._files:
-            status = file.stat()
-            name = file.relative_to(self._root).as_posix()
+            name = without_surrogates(file.relative_to(self._root).as_posix())
+            try:
+                status = file.stat()
+            except OSError:  # a link to nothing, which counts as a failed image
+                digest.update(f"{name}\0missing\n".encode())
+                continue
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
@@ -319,6 +334,8 @@ def _is_hidden(file: Path, root: Path) -> bool:
 
 
 def _metadata(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+    if file.exists() and not file.is_file():  # opening a named pipe would wait for ever
+        raise UserError(f"{file}: is not a regular file.")
     try:
         with pq.ParquetFile(for_arrow(file)) as opened:
             return opened.metadata, opened.schema_arrow
@@ -400,6 +417,6 @@ def _class_names(schema: pa.Schema, label_column: str | None) -> list[str] | Non
         return None
     try:
         names = json.loads(described)["info"]["features"][label_column]["names"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None

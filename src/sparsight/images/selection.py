@@ -19,7 +19,7 @@ SELECTION_FORM = "[0:100], [::4], [-100:] or [0:10,25,300:400:2]"
 SAMPLE_FORM = "?sample=1000&seed=0, or ?sample=1000&by=label&seed=0"
 
 _BRACKETS = re.compile(r"^(?P<rest>.+)\[(?P<parts>[^\[\]]*)\]\s*$", re.DOTALL)
-_NUMBER = re.compile(r"-?[0-9]+")
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 _PARAMETER = r"(?:sample|seed|by)=[^&?\[\]]*"
 _LAST = re.compile(rf"^(?P<rest>.+?)(?P<mark>[?&])(?P<query>{_PARAMETER}(?:&{_PARAMETER})*)$", re.S)
 _BEFORE_TABLE = re.compile(
@@ -202,7 +202,7 @@ def _parse_sample(query: str, spec: str) -> Sample:
         raise UserError(f"{spec}: {' and '.join(values)} without sample=. Expected {SAMPLE_FORM}.")
     for name in ("sample", "seed"):
         value = values.get(name, "1")
-        if not (value.isascii() and value.isdigit()) or (name == "sample" and not int(value)):
+        if not re.fullmatch("[0-9]{1,20}", value) or (name == "sample" and not int(value)):
             least = 1 if name == "sample" else 0
             raise UserError(
                 f"{spec}: {name}={value}; expected a whole number, {least} or more: {SAMPLE_FORM}."

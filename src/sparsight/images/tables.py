@@ -22,6 +22,7 @@ from sparsight.images.columns import (
     as_captions,
     as_label,
     find_column,
+    left_out,
 )
 from sparsight.text import decoded, lines, without_surrogates
 
@@ -140,6 +141,9 @@ def read_table(path: Path) -> AnnotationTable:
             f"({', '.join(FILE_COLUMNS)}) and a label ({LABEL_COLUMNS[0]}) or caption "
             f"({CAPTION_COLUMNS[0]}) column."
         )
+    for column in (file_column, label_column, caption_column):
+        if column is not None and names.count(column) > 1:
+            raise UserError(f"{path}: has several columns named {column!r}. Rename all but one.")
     by_file: dict[str, Annotation] = {}
     no_label: list[str] = []
     different: list[str] = []
@@ -158,7 +162,8 @@ def read_table(path: Path) -> AnnotationTable:
             annotation.label = annotation.label or label
         if caption_column is not None:
             annotation.captions += as_captions(row.get(caption_column))
-    notes = []
+    read = ((label_column, LABEL_COLUMNS), (caption_column, CAPTION_COLUMNS))
+    notes = [f"{path.name}: {note}" for note in left_out(set(names) - {file_column}, *read)]
     if no_label:
         notes.append(
             f"{path.name}: {len(no_label):,} labels such as {no_label[0]!r} are read as no label."
@@ -176,16 +181,23 @@ def _rows(path: Path) -> tuple[list[str], Iterable[dict[str, Any]]]:
         return _parquet_rows(path)
     data = path.read_bytes().decode("utf-8-sig")
     if path.suffix.lower() == ".jsonl":
-        rows = [_record(number, line) for number, line in enumerate(lines(data), start=1) if line]
+        rows = [_record(number, line) for number, line in enumerate(_json_lines(data), start=1)]
         records = [row for row in rows if row is not None]
         return list(dict.fromkeys(name for row in records for name in row)), records
     return _delimited(data)
+
+
+def _json_lines(text: str) -> list[str]:
+    """Lines that end in LF, CR LF or CR: JSON allows none of them in a value."""
+    return lines(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _parquet_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     names = pq.read_schema(for_arrow(path)).names
     known = {*FILE_COLUMNS, *LABEL_COLUMNS, *CAPTION_COLUMNS}
     wanted = [name for name in names if name.strip().lower() in known]
+    if len(set(wanted)) < len(wanted):  # told by the caller; Arrow reads no column of such a name
+        return names, []
     table = pq.read_table(for_arrow(path), columns=wanted)
     columns = {name: cells_of(table.column(name)) for name in wanted}
     return names, [
@@ -234,11 +246,10 @@ def _record(number: int, line: str) -> dict[str, Any] | None:
 def _delimited(text: str) -> tuple[list[str], Iterable[dict[str, Any]]]:
     # As Python's csv wants it: a record ends at LF, CR LF or CR, outside of quotes.
     file = io.StringIO(text, newline="")
-    header = file.readline()
-    file.seek(0)
+    header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = max("\t,|;", key=header.count)
     reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-    names = [name.strip() for name in next(reader, [])]
+    names = [name.strip() for name in next(filter(None, reader), [])]
     return names, _records(names, delimiter, reader)
 
 

@@ -23,7 +23,7 @@ from sparsight.text import path_of, without_surrogates
 
 MAX_SHARDS = 100_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+_RANGE = re.compile(r"^([0-9]{1,18})\.\.([0-9]{1,18})$")
 _BLOCK = 512
 _BEHIND = 64 * 1024  # writers pad with zeros to 10 KiB, as a rule
 
@@ -63,6 +63,7 @@ class _Told:
         beside: endings of images that stand beside the one that is taken.
         split: samples with several images whose names hold dots: each is an image of its own.
         links: members that are links to others.
+        sparse: members that are stored without their runs of zeros.
         hidden: images whose name begins with a dot.
         unread: shards that cannot be read, and why.
     """
@@ -71,6 +72,7 @@ class _Told:
     beside: Counter[str] = field(default_factory=Counter)
     split: int = 0
     links: int = 0
+    sparse: int = 0
     hidden: int = 0
     unread: list[str] = field(default_factory=list)
 
@@ -84,6 +86,8 @@ class _Told:
             f"{self.split:,} samples hold several images with dots in their names; each is taken "
             "for an image of its own.": self.split,
             f"{self.links:,} members of the shards are links and left out.": self.links,
+            f"{self.sparse:,} members of the shards are sparse files and left out; pack them "
+            "without --sparse.": self.sparse,
             f"{self.hidden:,} hidden images (.…) are left out.": self.hidden,
             f"{len(self.unread):,} shards cannot be read; each counts as one failed image "
             f"({'; '.join(self.unread[:3])}).": len(self.unread),
@@ -284,6 +288,7 @@ def _scan(shard: Path, told: _Told) -> list[_Group]:
 def _add(groups: list[_Group], member: tarfile.TarInfo, size: int, told: _Told) -> None:
     if not member.isreg() or member.issparse():
         told.links += member.islnk() or member.issym()
+        told.sparse += member.issparse()
         return
     path = PurePosixPath(member.name)
     stem, _, ending = path.name.partition(".")

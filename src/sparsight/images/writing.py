@@ -378,7 +378,7 @@ def _parsed(kind: type, value: str, name: str, text: str) -> Any:
 def _classes(value: str, text: str) -> dict[str, str]:
     try:
         found = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{text!r}: classes is no JSON object of names by label.")

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import without_folders, write_text
+from sparsight.files import check_file, without_folders, write_text
 from sparsight.latents import scores
 from sparsight.latents.cards import (
     LARGEST,
@@ -84,6 +84,7 @@ def write_report(
     out = Path(out)
     if out.is_dir() or not out.suffix:
         out = out / "report.html"
+    check_file(out)
     folders = find_runs(runs)
     found = [read_run(*pair) for pair in zip(folders, run_names(folders), strict=True)]
     models = RunModels(model)

@@ -270,6 +270,8 @@ class SAEConfig:
         check_types(self)
         if self.n_latents is not None and self.n_latents < 1:
             raise UserError(f"n_latents is {self.n_latents}; it must be at least 1.")
+        if self.n_latents is not None and self.n_latents >= 2**31:
+            raise UserError(f"n_latents is {self.n_latents}; it must be below 2^31.")
         if self.expansion < 1:
             raise UserError(f"expansion is {self.expansion}; it must be at least 1.")
         if self.soft_cap is not None and self.soft_cap <= 0:

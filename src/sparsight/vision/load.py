@@ -66,6 +66,8 @@ def _load(
     revision: str | None,
     tokenizer: str | None,
 ) -> VisionModel:
+    if not id.strip():
+        raise UserError("No model named. Expected a Hub id, a folder, a file, or calibration.")
     if id.startswith("open_clip:"):
         return _load_open_clip(id, target, kind, revision, tokenizer)
     if id != "calibration" and (file := _single_file(id)) is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
+from sparsight.text import without_surrogates
 from sparsight.vision.hashing import weights_hash
 from sparsight.vision.hooks import Edit, Place, StopForward, checked, touching
 from sparsight.vision.probe import Anatomy, Site, probe
@@ -335,7 +336,7 @@ class VisionModel(ABC):
             UserError: the model has no text tower.
         """
         self._require_text()
-        return self._count_tokens(texts)
+        return self._count_tokens([without_surrogates(text) for text in texts])
 
     def tokenize(self, texts: Sequence[str], *, truncate: bool = True) -> dict[str, Tensor]:
         """Turn texts into what `embed_tokens` takes.
@@ -355,6 +356,7 @@ class VisionModel(ABC):
         self._require_text()
         if isinstance(texts, str) or not texts:
             raise UserError("Texts come as a list of at least one.")
+        texts = [without_surrogates(text) for text in texts]  # which tokenizers refuse
         if not truncate:
             self._refuse_long(texts)
         return self._tokenize(texts)
@@ -388,6 +390,7 @@ class VisionModel(ABC):
         self._require_text()
         if isinstance(texts, str) or not texts:
             raise UserError("embed_texts takes a list of at least one text.")
+        texts = [without_surrogates(text) for text in texts]
         if not truncate:
             self._refuse_long(texts)
         batches = [list(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]

@@ -23,6 +23,7 @@ from sparsight.editing.attacks.salience import (
 )
 from sparsight.editing.attacks.significance import PERMUTATIONS, Alternative
 from sparsight.errors import UserError
+from sparsight.files import check_folder
 from sparsight.sae import SparseAutoencoder
 
 HELP = Help(
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str]) -> None:
             "Nothing to test: name run folders of SAEs, or sites with --neurons, e.g. "
             "blocks.-2.mlp_post."
         )
+    check_folder(options.out)
     saes = open_saes(options.runs, options.device) if options.runs else {}
     ids = {(sae.metadata.get("model") or {}).get("id") for sae in saes.values()} - {None}
     if options.model is None and len(ids) != 1:

@@ -12,6 +12,7 @@ from sparsight.cli.help import Help
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_table
 from sparsight.editing.attacks import SalienceTable, causal_check, measure_attack
+from sparsight.files import check_file
 
 HELP = Help(
     examples=(
@@ -43,6 +44,8 @@ class MeasureOptions(PairOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print a table."""
     options = parse(MeasureOptions, "attack measure", arguments, helped=HELP)
+    if options.out is not None:
+        check_file(options.out)
     tables = [SalienceTable.load(folder) for folder in options.off]
     model = model_of(options, options.model, tables)
     pairs = pairs_of(options)
