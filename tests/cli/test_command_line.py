@@ -119,6 +119,11 @@ def test_the_examples_of_the_help_are_understood(verb, monkeypatch):
         ("extract --model m --images i --out o --batch-size x", "--batch-size"),
         ("extract --model m --images i --out o --tokens no", "'all', 'patches', 'cls', 'mean'"),
         ("extract --model m --images i --out o --dtype", "'--dtype'"),
+        ("steer run --latents 1 --strengths x", "no number can be read from ['x']"),
+        ("train --lr x", "no number can be read from ['x']"),
+        ("extract --model m --images i --out=", "--out is empty"),
+        (f"extract --model m --images calibration:{'9' * 5000} --out o", "expected"),
+        (f"extract --model m --images calibration:9[{'9' * 5000}] --out o", "no selection"),
         ("train --bach-size 3", "unknown option --bach-size; did you mean --batch-size?"),
         ("train more words", "train: unknown arguments more and words."),
     ],
@@ -491,3 +496,59 @@ def test_held_out_images_are_measured_on_and_a_sweep_takes_a_share_or_a_store(
         for folder in ("sweep4", f"sweep{len(str(store))}")
     ]
     assert counts[0] * n == counts[1] * round(n / 4)
+
+
+def test_an_empty_path_is_no_name_of_the_working_folder(fails):
+    assert "--out is empty" in fails("report", "run", "--out", "")
+    assert "is empty" in fails("evaluate", "")
+    assert "No model named" in fails(
+        "extract", "--model", "", "--images", "calibration:2", "--out", "o"
+    )
+
+
+@pytest.fixture
+def run(store, tmp_path):
+    """A small run on the store."""
+    folder = tmp_path / "run"
+    assert main(["train", "--store", str(store), "--out", str(folder), *SHORT]) == 0
+    return folder
+
+
+def test_nothing_is_written_over_what_belongs_to_something_else(
+    store, run, tmp_path, fails, monkeypatch
+):
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    assert "a latent index, which would be lost" in fails("index", run, "--out", store)
+    assert "holds no run, but a manifest.json" in fails("train", "--store", store, "--out", store)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "clip"}')
+    assert "but a config.json" in fails("train", "--store", store, "--out", model)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a device or pipe" in fails("evaluate", run, "--out", tmp_path / "pipe")
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+    assert (model / "config.json").read_text() == '{"model_type": "clip"}'
+
+
+def test_what_cannot_be_done_is_told_before_the_work(run, tmp_path, fails):
+    (tmp_path / "file").touch()
+    missing = f"{tmp_path}/nowhere"
+    told = fails("evaluate", run, "--out", tmp_path / "file" / "x.json")
+    assert "is a file" in told and "images" not in told
+    asked = ("--images", missing, "--store", run)
+    assert "not both" in fails("evaluate", run, *asked)
+    search = ("search", "x", "--model", "calibration", "--images", missing)
+    assert "top is 0" in fails(*search, "--top", "0")
+    assert "must be a finite number" in fails(*search, "--activation", "nan")
+    assert "tokens, and 32 fit" in fails("search", "x" * 99, *search[2:])
+    assert "latents is -1" in fails("demo", "--latents", "-1", "--out", tmp_path / "demo")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"batch_size = {'9' * 5000}", f"max_failed = {'9' * 400}", 'out = ""', 'out = "a\\u0000b"'],
+)
+def test_numbers_and_paths_that_no_machine_takes_are_told_with_their_file(text, tmp_path, fails):
+    (tmp_path / "c.toml").write_text(text)
+    arguments = ("extract", "--model", "m", "--images", "i", "--config", tmp_path / "c.toml")
+    assert "c.toml: " in fails(*arguments)

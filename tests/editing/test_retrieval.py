@@ -11,6 +11,7 @@ from editing_parts import belonging, make_sae
 from evaluation_parts import Pictures, save_model
 
 from sparsight.editing import LatentEdit, Set, embed_collection, intervene, write_contact_sheet
+from sparsight.editing.latent_search import find_latents
 from sparsight.errors import UserError
 from sparsight.sae import SAEConfig, TopK
 from sparsight.vision import VisionModel, load_model
@@ -181,3 +182,15 @@ def test_the_page_names_no_folder_and_runs_nothing(collection, tmp_path):
     assert "home" not in page and "ada" not in page and "images of photos" in page
     assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
     assert "<script" not in page
+
+
+def test_a_text_that_is_not_utf8_is_searched_by_its_escaped_form(model):
+    same = model.embed_texts(["caf\udce9", "caf\\xe9"])
+    assert (same[0] == same[1]).all()
+    assert model.count_tokens(["\udce9"]) == model.count_tokens(["\\xe9"])
+
+
+@pytest.mark.parametrize("word", ["", " ", "²", "9" * 5000])
+def test_what_is_no_number_is_looked_up_as_a_word_and_nothing_names_no_latent(word):
+    with pytest.raises(UserError, match="named by nothing|is no number"):
+        find_latents([word], 32)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -596,3 +597,38 @@ def test_json_sidecars_bring_label_and_captions(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.jpg", encoded(picture(), "JPEG")), ("a.json", described)])
     info = open_images(tmp_path / "x.tar").info(0)
     assert (info.label, info.captions) == ("anchor", ("one", "two"))
+
+
+def test_sparse_members_of_a_shard_are_counted(tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        write_picture(tmp_path / name)
+    with (tmp_path / "1.jpg").open("ab") as file:
+        file.truncate(2**21)
+    packed = [tmp_path / "a.tar", "-C", tmp_path, "1.jpg", "2.jpg"]
+    done = subprocess.run(["tar", "--sparse", "-cf", *packed], capture_output=True)
+    if done.returncode:
+        pytest.skip("this tar packs no sparse files")
+    source = open_images(tmp_path / "a.tar")
+    assert source.info(0).id == "a.tar/2" and len(source) == 1
+    assert "1 members of the shards are sparse files" in " ".join(source.notes)
+
+
+def test_pipes_and_links_to_nothing_among_parquet_files_are_failed_images(tmp_path: Path) -> None:
+    cells = {"image": pa.array([encoded(picture(0), "PNG")]), "label": ["x"], "class": ["y"]}
+    pq.write_table(pa.table(cells), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "c.parquet")
+    source = open_images(f"parquet:{tmp_path}")
+    assert len(source) == 3 and source.labels() == ["x"]
+    assert source.fingerprint() == open_images(source.spec).fingerprint()
+    assert "are read: label; not read: class." in " ".join(source.notes)
+    with pytest.raises(ImageError, match="not a regular file"):
+        source.load(2)
+
+
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array([encoded(picture(0), "PNG")]), pa.array(["x"]), pa.array(["y"])]
+    table = pa.Table.from_arrays(columns, names=["image", "label", "label"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="several columns named 'label'"):
+        open_images(tmp_path / "a.parquet")

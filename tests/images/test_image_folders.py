@@ -11,7 +11,7 @@ import pytest
 from picture_files import write_picture
 
 from sparsight.errors import UserError
-from sparsight.images import ImageSource, open_images
+from sparsight.images import ImageError, ImageSource, open_images
 
 
 def ids(source: ImageSource) -> list[str]:
@@ -299,3 +299,47 @@ def test_a_selection_beyond_the_end_is_refused(animals: Path) -> None:
         open_images(f"{animals}[9]")
     with pytest.raises(IndexError):
         open_images(animals).info(-1)
+
+
+def test_links_in_a_circle_and_pipes_are_images_that_fail(photos: Path) -> None:
+    (photos / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(photos / "pipe.jpg")
+    os.mkfifo(photos / "images" / "1.txt")
+    source = open_images(photos)
+    assert ids(source.select([1, 2, 3, 4])) == [
+        "images/2.jpg", "images/3.jpg", "loop.jpg", "pipe.jpg"
+    ]  # fmt: skip
+    with pytest.raises(ImageError, match=r"its \.txt is not a regular file"):
+        source.info(0)
+    for index, reason in ((3, "symbolic links"), (4, "not a regular file")):
+        with pytest.raises(ImageError, match=reason):
+            source.load(index)
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(photos: Path) -> None:
+    table = photos / "images" / "t.csv"
+    table.write_text("file_name,label,label\n1.jpg,cat,dog\n")
+    with pytest.raises(UserError, match="several columns named 'label'"):
+        open_images(photos, table=table)
+    names = ["file_name", "label", "label"]
+    columns = [pa.array(["1.jpg"]), pa.array(["cat"]), pa.array(["dog"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), photos / "t.parquet")
+    with pytest.raises(UserError, match="several columns named 'label'"):
+        open_images(photos, table=photos / "t.parquet")
+
+
+def test_columns_that_are_not_read_beside_those_that_are_stand_in_the_notes(photos: Path) -> None:
+    table = photos / "t.csv"
+    table.write_text("\n\nfile_name,class,label,caption,text\n1.jpg,cat,3,a,b\n")
+    source = open_images(photos, table=table)
+    assert source.labels() == ["3"]
+    assert any("are read: label, caption; not read: class, text." in n for n in source.notes)
+
+
+def test_json_lines_may_end_in_cr_and_labels_are_valid_text(photos: Path) -> None:
+    table = photos / "t.jsonl"
+    one, two = '{"file": "1.jpg", "label": "a"}', '{"file": "2.jpg", "label": "\\udc80"}'
+    table.write_bytes(f"\ufeff{one}\r{two}\r".encode())
+    source = open_images(photos, table=table)
+    assert source.labels() == ["\\x80", "a"]
+    assert source.info(1).label == "\\x80"

@@ -27,8 +27,6 @@ _DEFAULT = re.compile(r"\s*\((default: (?P<value>.*)|required)\)$", re.DOTALL)
 
 _WORDS = {
     r"^Error parsing ": "",
-    r"invalid literal for int\(\) with base 10: ": "expected a whole number, not ",
-    r"Exceeds the limit \(.*": "the number has too many digits",
     r"Could not find valid parse for arguments: ": "no number can be read from ",
     r"no type matching .*? from (\[.*?\]).*": r"no number can be read from \1",
     r"could not convert string to float: ": "expected a number, not ",

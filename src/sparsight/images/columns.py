@@ -32,16 +32,19 @@ def left_out(names: Iterable[str], *chosen: tuple[str | None, Sequence[str]]) ->
         names: all columns.
         chosen: of labels, of captions: the column that is read, and the names that would do.
     """
-    read = {column for column, _ in chosen}
+    taken = {column for column, _ in chosen}
     others = [
         name
         for name in names
-        if name not in read and any(name.strip().lower() in like for _, like in chosen)
+        if name not in taken and any(name.strip().lower() in like for _, like in chosen)
     ]
     if not others:
         return []
-    taken = " and ".join(repr(column) for column, _ in chosen if column is not None)
-    return [f"Of its columns {taken} are read, {', '.join(map(repr, others))} not."]
+    read = [column for column, _ in chosen if column is not None]
+    return [
+        f"Columns of labels and captions that are read: {', '.join(read)}; not read: "
+        f"{', '.join(others)}."
+    ]
 
 
 def as_label(value: Any, class_names: Sequence[str] | None = None) -> str | None:
