@@ -192,5 +192,5 @@ def test_a_text_that_is_not_utf8_is_searched_by_its_escaped_form(model):
 
 @pytest.mark.parametrize("word", ["", " ", "²", "9" * 5000])
 def test_what_is_no_number_is_looked_up_as_a_word_and_nothing_names_no_latent(word):
-    with pytest.raises(UserError, match="named by nothing|is no number"):
+    with pytest.raises(UserError, match=r"named by nothing|is no number"):
         find_latents([word], 32)
