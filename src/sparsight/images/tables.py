@@ -163,7 +163,9 @@ def read_table(path: Path) -> AnnotationTable:
         if caption_column is not None:
             annotation.captions += as_captions(row.get(caption_column))
     read = ((label_column, LABEL_COLUMNS), (caption_column, CAPTION_COLUMNS))
-    notes = [f"{path.name}: {note}" for note in left_out(set(names) - {file_column}, *read)]
+    notes = [
+        f"{path.name}: {note}" for note in left_out((n for n in names if n != file_column), *read)
+    ]
     if no_label:
         notes.append(
             f"{path.name}: {len(no_label):,} labels such as {no_label[0]!r} are read as no label."
