@@ -518,7 +518,7 @@ def test_nothing_is_written_over_what_belongs_to_something_else(
     store, run, tmp_path, fails, monkeypatch
 ):
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
-    assert "a latent index, which would be lost" in fails("index", run, "--out", store)
+    assert "which an index would overwrite" in fails("index", run, "--out", store)
     assert "holds no run, but a manifest.json" in fails("train", "--store", store, "--out", store)
     model = tmp_path / "model"
     model.mkdir()
