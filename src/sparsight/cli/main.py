@@ -81,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return _stopped(stop, arguments is None)
     except Exception as error:
-        stop = _stop_behind(error)
-        if stop is not None:
-            return _stopped(stop, arguments is None)
+        behind = _stop_behind(error)
+        if behind is not None:
+            return _stopped(behind, arguments is None)
         if debug and not isinstance(error, BrokenPipeError):
             raise
         return _told(error)
