@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from sparsight.files import (
     new_file,
     new_folder,
     read_json,
+    remove_leftovers,
     replaced,
     settled,
     write_json,
@@ -241,6 +243,31 @@ def test_temporary_files_of_killed_processes_go_and_those_of_others_stay(tmp_pat
     os.utime(stranger, (0, 0))
     write_text(tmp_path / "a.txt", "again")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs two users")
+def test_a_temporary_file_of_another_users_killed_process_goes(tmp_path: Path) -> None:
+    """Its parent has not asked for its end yet, and it may not be sent signals."""
+    tmp_path.chmod(0o777)
+    killed = os.fork()
+    if killed == 0:
+        os._exit(0)
+    while Path(f"/proc/{killed}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.001)
+    with atomic_path(tmp_path / "a.txt") as temporary:
+        own = temporary.name
+    (tmp_path / own.replace(f"-{os.getpid()}-", f"-{killed}-")).touch()
+    try:
+        other = os.fork()
+        if other == 0:
+            os.chdir(tmp_path)  # folders above are closed to others
+            os.setuid(65534)
+            remove_leftovers(Path())
+            os._exit(0)
+        assert os.waitpid(other, 0)[1] == 0
+        assert {each.name for each in tmp_path.iterdir()} == {"a.txt"}
+    finally:
+        os.waitpid(killed, 0)
 
 
 def test_two_that_replace_the_same_folder_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -351,6 +351,8 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)  # tests, and sends nothing
     except ProcessLookupError:
         return False
+    except PermissionError:
+        pass  # another user's, which may be over as well
     except (OSError, OverflowError):
         return True
     with suppress(OSError, IndexError):

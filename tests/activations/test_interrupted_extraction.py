@@ -332,9 +332,16 @@ def test_flipped_statistics_and_manifests_are_named(own_store: Path) -> None:
     with pytest.raises(SparsightError, match=r"stats\.safetensors: .*altered"):
         ActivationStore(own_store).stats(BLOCK_0)
     path = own_store / "manifest.json"
-    path.write_text(path.read_text().replace('"family": "clip"', '"family": "clap"'))
-    with pytest.raises(SparsightError, match=r"manifest\.json: has been altered"):
-        ActivationStore(own_store)
+    whole = path.read_text()
+    for damaged, told in [
+        (whole.replace('"family": "clip"', '"family": "clap"'), "has been altered"),
+        (whole.replace('"checksum"', '"chEcksum"'), "unknown key 'chEcksum'"),
+        (whole.replace(":", "z", 1), "cannot be read as JSON"),
+        (whole.replace('"format_version": 2', '"format_version": 3'), "format_version is 3"),
+    ]:
+        path.write_text(damaged)
+        with pytest.raises(SparsightError, match=rf"manifest\.json: {told}.*extract again\."):
+            ActivationStore(own_store)
 
 
 def test_a_shard_is_compared_with_its_checksum_once(

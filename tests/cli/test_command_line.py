@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -233,6 +234,37 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(verb, "main", interrupted)
     assert main(["report", "runs/"]) == 130
     assert "same command" in capsys.readouterr().err
+
+
+def test_a_stop_that_a_library_made_an_error_of_is_told_as_a_stop(monkeypatch, capsys):
+    import sparsight.cli.report as verb
+
+    def swallowed(arguments):
+        try:
+            raise Terminated
+        except:  # noqa: E722, as libraries do that look for others
+            raise ModuleNotFoundError("No module named 'version'")  # noqa: B904
+
+    monkeypatch.setattr(verb, "main", swallowed)
+    assert main(["report", "runs/"]) == 143
+    assert capsys.readouterr().err == "sparsight: Terminated. Run the same command again.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_a_stop_was_told_ends_the_process_without_a_traceback(number):
+    """As of someone who presses Ctrl-C again while the process ends."""
+    code = (
+        "import atexit, os, sys, sparsight.cli.report as verb\n"
+        "from sparsight.cli import main\n"
+        f"verb.main = lambda arguments: os.kill(os.getpid(), {int(number)})\n"
+        f"atexit.register(os.kill, os.getpid(), {int(number)})\n"
+        "sys.argv = ['sparsight', 'report', 'runs/']\n"
+        "main()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.returncode == -number
+    assert found.stderr.endswith("Run the same command again.\n")
+    assert found.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

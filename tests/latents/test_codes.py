@@ -349,6 +349,19 @@ def test_a_shard_that_is_gone_is_named(
         encode(sae, store, out=codes.path, quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("there", "flipped", "told"),
+    [('"checksum"', '"chEcksum"', "unknown key 'chEcksum'"), (":", "z", "cannot be read as JSON")],
+)
+def test_a_damaged_manifest_is_named_with_what_to_do(
+    codes: CodeStore, there: str, flipped: str, told: str
+) -> None:
+    path = codes.path / "manifest.json"
+    path.write_text(path.read_text().replace(there, flipped, 1))
+    with pytest.raises(SparsightError, match=rf"manifest\.json: {told}.*encode again\."):
+        CodeStore(codes.path)
+
+
 def test_a_flipped_bit_is_noticed_on_request_and_when_it_is_read(codes: CodeStore) -> None:
     path = codes.path / "shard-00003.safetensors"
     data = bytearray(path.read_bytes())

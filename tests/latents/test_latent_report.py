@@ -237,6 +237,17 @@ def test_a_damaged_run_is_a_fault_that_names_the_file(run: Path, tmp_path: Path)
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_log_with_a_damaged_name_is_a_fault_that_names_the_file(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    line = {"vectors": 10, "dead": 0.1, "revived": 2, "dead_window": 5, "vectors_qer_second": 1.0}
+    (copy / "metrics.jsonl").write_text(json.dumps(line))
+    with pytest.raises(SparsightError, match=r"metrics\.jsonl: .*lacks 'vectors_per_second'"):
+        write_report(copy, tmp_path, quiet=True)
+
+
 def test_runs_are_found_below_a_folder_but_not_in_checkpoints(
     sae: SparseAutoencoder, tmp_path: Path
 ) -> None:

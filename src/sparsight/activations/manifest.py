@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from sparsight.activations.shards import AGAIN
 from sparsight.config import from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import checksum_of, read_json, write_json
@@ -22,6 +24,8 @@ IMAGES = "images.parquet"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 STATES = ("incomplete", "complete")
 CHECKSUM = "checksum"
+
+M = TypeVar("M")
 
 # The same extraction may be continued from another folder, in other batches; widths and counts
 # follow from the rest.
@@ -176,21 +180,63 @@ class Manifest:
         path = folder / MANIFEST
         if not path.exists():
             raise UserError(f"{folder}: is no activation store (it has no {MANIFEST}).")
-        values = read_json(path)
+        values = read_manifest(path, AGAIN)
         version = values.pop("format_version", None)
         if version not in range(1, FORMAT_VERSION + 1):
             raise UserError(
                 f"{path}: format_version is {version!r}; this Sparsight reads 1 to "
-                f"{FORMAT_VERSION}."
+                f"{FORMAT_VERSION}. Read it with the Sparsight that wrote it. If it was damaged: "
+                f"{AGAIN[0].lower()}{AGAIN[1:]}"
             )
-        checksum = values.pop(CHECKSUM, None)
-        manifest = from_dict(cls, values, str(path))
-        if version > 1 and checksum != _checksum(values):
-            raise SparsightError(
-                f"{path}: has been altered (its checksum differs). Remove the store and extract "
-                "again."
-            )
-        return manifest
+        return checked_manifest(cls, path, values, _checksum if version > 1 else None, AGAIN)
+
+
+def read_manifest(path: Path, again: str) -> dict[str, Any]:
+    """The JSON of a manifest that a program wrote: unreadable, it was damaged.
+
+    Args:
+        path: of the manifest, which is there.
+        again: what to do where it is damaged, as a sentence.
+
+    Raises:
+        SparsightError: it cannot be read.
+    """
+    try:
+        return read_json(path)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # it may be whole, and only not be ours to read
+            raise
+        raise SparsightError(f"{error} {again}") from error
+
+
+def checked_manifest(
+    kind: type[M],
+    path: Path,
+    values: dict[str, Any],
+    compute: Callable[[dict[str, Any]], str] | None,
+    again: str,
+) -> M:
+    """What the values of a manifest make, its own checksum compared.
+
+    Args:
+        kind: of the manifest.
+        path: of its file.
+        values: in it.
+        compute: the checksum of the values; None for formats without one.
+        again: what to do where it is damaged, as a sentence.
+
+    Raises:
+        UserError: a value makes no sense.
+        SparsightError: the checksum differs.
+    """
+    checksum = values.pop(CHECKSUM, None)
+    try:
+        manifest = from_dict(kind, values, str(path))
+    except UserError as error:
+        raise UserError(f"{error} {again}") from error
+    if compute is not None and checksum != compute(values):
+        raise SparsightError(f"{path}: has been altered (its checksum differs). {again}")
+    return manifest
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import sparsight
 from sparsight.cli.verbs import HELP, guess, listed, run
 from sparsight.errors import SparsightError, is_out_of_memory, out_of_memory
-from sparsight.interruption import Terminated, raise_terminated
+from sparsight.interruption import STOPS, Terminated, raise_terminated
 
 VERBS = {
     "demo": "everything below at once, on rendered pictures: minutes, offline, no GPU",
@@ -74,28 +74,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(verb, rest)
         if arguments is None:
             _let_exit()
-    except Terminated as stop:
-        return _complain(_interrupted(stop, "Terminated."), TERMINATED)
-    except SystemExit as stop:  # the parser: --help, or a flag that is wrong
-        return stop.code if isinstance(stop.code, int) else USAGE_ERROR
-    except SparsightError as error:
-        if debug:
-            raise
-        return _complain(str(error), error.exit_code)
+    except SystemExit as stop:
+        if isinstance(stop, Terminated):
+            return _stopped(stop, arguments is None)
+        return stop.code if isinstance(stop.code, int) else USAGE_ERROR  # --help, or a wrong flag
     except KeyboardInterrupt as stop:
-        return _complain(_interrupted(stop, "Interrupted."), INTERRUPTED)
-    except BrokenPipeError:  # `sparsight … | head`: whoever read has gone
+        return _stopped(stop, arguments is None)
+    except Exception as error:
+        behind = _stop_behind(error)
+        if behind is not None:
+            return _stopped(behind, arguments is None)
+        if debug and not isinstance(error, BrokenPipeError):
+            raise
+        return _told(error)
+    return 0
+
+
+def _told(error: Exception) -> int:
+    """Put an error into one line where that can be done; else raise it again."""
+    if isinstance(error, SparsightError):
+        return _complain(str(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):  # `sparsight … | head`: whoever read has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a file or folder that no one has put into words
-        if debug:
-            raise
+    if isinstance(error, OSError):  # a file or folder that no one has put into words
         return _complain(_of_system(error), FAULT)
-    except (MemoryError, RuntimeError) as error:
-        if debug or not is_out_of_memory(error):
-            raise
+    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
         return _complain(str(out_of_memory(error, "Give the run less to hold at a time.")), FAULT)
-    return 0
+    raise error
+
+
+def _stopped(stop: BaseException, ends: bool) -> int:
+    """Tell of a stop; a further signal ends a process that ends now, and shows no traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM) if ends else ():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if isinstance(stop, Terminated):
+        return _complain(_interrupted(stop, "Terminated."), TERMINATED)
+    return _complain(_interrupted(stop, "Interrupted."), INTERRUPTED)
+
+
+def _stop_behind(error: BaseException | None) -> BaseException | None:
+    """The stop that a library has made another error of, as some do while they are imported."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, STOPS):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _let_exit() -> None:

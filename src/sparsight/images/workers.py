@@ -71,6 +71,9 @@ def end_workers(batches: Any) -> None:
     timer.start()
     try:
         batches._shutdown_workers()
+    except BaseException:  # another Ctrl-C, say: nothing is waited for any more
+        kill()
+        raise
     finally:
         timer.cancel()
 

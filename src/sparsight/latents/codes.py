@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from sparsight.activations.manifest import IMAGES
+from sparsight.activations.manifest import CHECKSUM, IMAGES, checked_manifest, read_manifest
 from sparsight.activations.shards import (
     check_size,
     check_sum,
@@ -25,9 +25,9 @@ from sparsight.activations.shards import (
     map_tensors,
     write_tensors,
 )
-from sparsight.config import check_positive, from_dict, to_dict
+from sparsight.config import check_positive, to_dict
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import checksum_of, read_json, write_json
+from sparsight.files import checksum_of, write_json
 from sparsight.images import ImageSource, reopen_images
 from sparsight.notebooks import html_table
 from sparsight.sae import SparseAutoencoder, SparseCode
@@ -38,7 +38,6 @@ VERSION = 2
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 STATES = ("incomplete", "complete")
-CHECKSUM = "checksum"
 AGAIN = "Remove the codes and encode again."
 SMALLEST_FLOAT16 = 2.0**-24
 
@@ -225,19 +224,17 @@ class CodeManifest:
         path = folder / MANIFEST
         if not path.exists():
             raise UserError(f"{folder}: holds no codes (it has no {MANIFEST}).")
-        values = read_json(path)
+        values = read_manifest(path, AGAIN)
         if values.pop("format", None) != FORMAT:
             raise UserError(f"{path}: is no manifest of codes. Make some with `sparsight encode`.")
         version = values.pop("format_version", None)
         if version not in range(1, VERSION + 1):
             raise UserError(
-                f"{path}: format_version is {version!r}; this Sparsight reads 1 to {VERSION}."
+                f"{path}: format_version is {version!r}; this Sparsight reads 1 to {VERSION}. "
+                "Read it with the Sparsight that wrote it. If it was damaged: "
+                f"{AGAIN[0].lower()}{AGAIN[1:]}"
             )
-        checksum = values.pop(CHECKSUM, None)
-        manifest = from_dict(cls, values, str(path))
-        if version > 1 and checksum != _checksum(values):
-            raise SparsightError(f"{path}: has been altered (its checksum differs). {AGAIN}")
-        return manifest
+        return checked_manifest(cls, path, values, _checksum if version > 1 else None, AGAIN)
 
 
 def _checksum(values: dict[str, Any]) -> str:

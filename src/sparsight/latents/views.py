@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from sparsight.errors import SparsightError
 from sparsight.files import without_folders
 from sparsight.latents import plots, scores
 from sparsight.latents.cards import Gallery, make_gallery
@@ -20,6 +21,7 @@ from sparsight.latents.run_files import RunFiles
 from sparsight.latents.stored import StoredCodes
 from sparsight.latents.style import to_svg
 from sparsight.progress import progress
+from sparsight.training.run import METRICS
 from sparsight.vision import VisionModel
 
 
@@ -94,7 +96,7 @@ def make_view(
         for make in (scores.reconstruction_table, scores.downstream_table, scores.truth_table)
         if measured and (table := make(run.metrics)) is not None
     ]
-    dead = dead_latents_table(run.log, _remedies(run), run.sae.metadata.get("mean_to_spread"))
+    dead = _dead_latents(run)
     if dead is not None:
         tables.append(dead)
     cards = gallery.cards if gallery else []
@@ -113,6 +115,16 @@ def make_view(
         named=any(card.chosen == "named" for card in cards),
         heatmaps=any(shot.heat for card in cards for shot in card.top),
     )
+
+
+def _dead_latents(run: RunFiles) -> scores.Table | None:
+    try:
+        return dead_latents_table(run.log, _remedies(run), run.sae.metadata.get("mean_to_spread"))
+    except (KeyError, TypeError) as error:
+        raise SparsightError(
+            f"{run.folder / METRICS}: is damaged: a line lacks {error}, or holds it in another "
+            "form. Mend or remove the file."
+        ) from error
 
 
 def _remedies(run: RunFiles) -> list[str]:
