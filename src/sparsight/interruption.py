@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -97,17 +98,23 @@ def postponed() -> Iterator[Stop]:
     stop.check()
 
 
-def kept(done: int, total: int, unit: str) -> str:
+def kept(
+    done: int, total: int, unit: str, *, where: Path | None = None, complete: bool = False
+) -> str:
     """What a run that was stopped says of the work that lies on disk.
 
     Args:
         done: units that are on disk.
         total: units of the whole run.
         unit: what is counted, e.g. "vectors".
+        where: the folder, if it is to be named.
+        complete: whether nothing is missing any more.
     """
     if not done:
         return "Nothing is kept yet; the same command begins again."
-    return f"Kept {done:,} of {total:,} {unit}; the same command goes on."
+    place = "" if where is None else f" in {where}"
+    then = "nothing is missing" if complete else "the same command goes on"
+    return f"Kept {done:,} of {total:,} {unit}{place}; {then}."
 
 
 def raise_terminated(number: int, frame: FrameType | None) -> None:

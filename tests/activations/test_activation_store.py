@@ -182,7 +182,7 @@ def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no activation store \(it has no manifest\.json\)"):
         ActivationStore(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text('{"format_ver')
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(SparsightError, match=r"cannot be read as JSON .* Remove "):
         ActivationStore(tmp_path)
 
 

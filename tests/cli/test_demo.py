@@ -162,13 +162,13 @@ def test_a_shard_that_was_cut_off_is_a_fault_and_exits_with_1(demo, tmp_path, fa
     assert str(shard) in message and "cut off" in message
 
 
-def test_a_place_that_cannot_be_written_is_a_fault_and_exits_with_1(demo, run, tmp_path, fails):
+def test_a_place_that_cannot_be_written_is_named_before_any_work(demo, run, tmp_path, fails):
     (tmp_path / "file").write_text("no folder")
     out = tmp_path / "file" / "run"
     store = ["--store", demo / "store", "--sae.n-latents", "256"]
     assert str(out) in fails("train", *store, "--out", out, code=1)
     page = tmp_path / "file" / "page.html"
-    assert str(page) in fails("report", run, "--latents", "0", "--out", page, code=1)
+    assert str(page) in fails("report", run, "--latents", "0", "--out", page, code=2)
     figures = tmp_path / "file" / "metrics.json"
     options = ["--no-baselines", "--no-downstream", "--max-images", "10", "--out", figures]
-    assert str(figures) in fails("evaluate", run, *options, code=1)
+    assert str(figures) in fails("evaluate", run, *options, code=2)

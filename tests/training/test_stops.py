@@ -124,7 +124,7 @@ def test_who_waits_for_data_stops_at_once_and_keeps_what_was_trained(
 def test_a_run_that_is_stopped_before_its_first_step_says_that_nothing_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SiteTraining, "__init__", lambda *_: _send())
+    monkeypatch.setattr(SiteTraining, "__init__", lambda *_, **options: _send())
     with pytest.raises(KeyboardInterrupt) as stopped:
         _resume(tmp_path)
     assert stopped.value.__notes__ == ["Nothing is kept yet; the same command begins again."]
@@ -270,6 +270,7 @@ def test_an_unfinished_run_is_told_with_the_command_that_goes_on(
         with pytest.raises(UserError, match=told):
             find_runs(folder)
     train(sparse_mixtures(), CONFIG, out=tmp_path / "done", quiet=True)
+    caplog.set_level("INFO", logger="sparsight")
     assert find_runs(tmp_path) == [tmp_path / "done"]
     assert "Left out:" in caplog.text and "training is unfinished" in caplog.text
 

@@ -34,7 +34,7 @@ from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.files import lock
 from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource, load_batches
 from sparsight.images.difference import images_difference
-from sparsight.interruption import STOPS, Stop, postponed
+from sparsight.interruption import STOPS, Stop, kept, postponed
 from sparsight.progress import ProgressLine, progress
 from sparsight.vision import VisionModel
 
@@ -292,11 +292,9 @@ class _Extraction:
         return ExtractionSummary(self.n_read, self.tally.count, seconds, self.seconds_in_forward)
 
     def _kept(self) -> str:
-        manifest = self.writer.manifest
-        kept = f"Kept {manifest.done:,} of {len(self.images):,} images in {self.writer.folder}"
-        if manifest.state == "complete":
-            return f"{kept}; the store is complete."
-        return f"{kept}; the same command goes on."
+        manifest, folder = self.writer.manifest, self.writer.folder
+        complete = manifest.state == "complete"
+        return kept(manifest.done, len(self.images), "images", where=folder, complete=complete)
 
     def _fill_shards(self, line: ProgressLine, stop: Stop) -> None:
         """Write all shards that are missing; whatever stops it, whole batches are kept."""

@@ -26,7 +26,7 @@ from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.evaluation.data import find_site
 from sparsight.files import lock, remove_temporaries
 from sparsight.images import ImageSource, open_images
-from sparsight.interruption import STOPS, Stop, postponed
+from sparsight.interruption import STOPS, Stop, kept, postponed
 from sparsight.latents.codes import (
     AGAIN,
     DTYPES,
@@ -235,10 +235,10 @@ class _Encoding:
                 self._close()
         except STOPS as error:
             there = CodeManifest.read(self.folder)
-            kept = f"Kept {there.n_images:,} of {total:,} images in {self.folder}"
             complete = there.state == "complete"
-            what = "the codes are complete" if complete else "the same command goes on"
-            error.add_note(f"{kept}; {what}.")
+            error.add_note(
+                kept(there.n_images, total, "images", where=self.folder, complete=complete)
+            )
             raise
 
     def _fill_shards(self, line: ProgressLine, stop: Stop) -> None:

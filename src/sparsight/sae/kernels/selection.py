@@ -224,10 +224,10 @@ def _of_product(
 ) -> Float[Tensor, " rows"]:
     """By how much two sums of the same products may differ, for each vector.
 
-    The longest encoder row is taken for some times as long as the longest of a sample: to read all
-    would cost as much as to encode a vector.
+    The lengths of all encoder rows are looked at, which costs as much as encoding a single vector:
+    one row that is far longer than the others would make a bound from a sample too small.
     """
-    longest = 4 * W[:: max(1, len(W) // 64)].norm(dim=1).amax()
+    longest = W.norm(dim=1).amax()
     share = (W.shape[1] + 64) * torch.finfo(x.dtype).eps
     found: Tensor = share * longest * x.norm(dim=1)
     return found.nan_to_num(0, 0)
