@@ -201,9 +201,9 @@ def check_folder(path: Path) -> Path:
     path = _checked_name(path)
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not there.is_dir():
-        raise UserError(f"{path}: no folder can be made here, for {there} is a file.")
+        raise UserError(f"{path}: cannot create the folder: {there} is a file.")
     if not os.access(there, os.W_OK):
-        raise UserError(f"{path}: no folder can be made here, for {there} may not be written to.")
+        raise UserError(f"{path}: cannot create the folder: {there} may not be written to.")
     return path
 
 

@@ -168,7 +168,7 @@ def test_a_place_that_cannot_be_written_is_named_before_any_work(demo, run, tmp_
     store = ["--store", demo / "store", "--sae.n-latents", "256"]
     assert str(out) in fails("train", *store, "--out", out, code=1)
     page = tmp_path / "file" / "page.html"
-    assert str(page) in fails("report", run, "--latents", "0", "--out", page, code=2)
+    assert str(page.parent) in fails("report", run, "--latents", "0", "--out", page, code=2)
     figures = tmp_path / "file" / "metrics.json"
     options = ["--no-baselines", "--no-downstream", "--max-images", "10", "--out", figures]
-    assert str(figures) in fails("evaluate", run, *options, code=2)
+    assert str(figures.parent) in fails("evaluate", run, *options, code=2)

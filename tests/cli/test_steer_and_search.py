@@ -97,9 +97,9 @@ def test_search_by_an_image_takes_both_names_of_the_option(option, tmp_path, cap
         (["search", "--picture", "gone.png", "--sae", "embedding"], "no such picture"),
         (["steer", "stream", "--latents", "1", "--max-images", "-1"], "max_images is -1"),
         (["steer", "stream", "--latents", "1", "--ks", "0"], "ks are [0]"),
-        (["steer", "stream", "--latents", "1", "--out", __file__], "no folder can be made"),
+        (["steer", "stream", "--latents", "1", "--out", __file__], "cannot create the folder"),
         (["search", "sun", "--sae", "embedding", "--max-images", "0"], "max_images is 0"),
-        (["search", "sun", "--sae", "embedding", "--out", __file__], "no folder can be made"),
+        (["search", "sun", "--sae", "embedding", "--out", __file__], "cannot create the folder"),
     ],
 )
 def test_mistakes_are_answered_with_one_message(
