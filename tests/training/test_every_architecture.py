@@ -129,7 +129,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     return extract(model, images, sites=[SITE, TARGET], out=folder, workers=0, quiet=True)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+RELATIVES = (
+    "signed topk", "tied topk", "topk without b_dec", "weighted relu", "jumprelu with tanh",
+    "gated without b_dec", "random prefixes", "several k",
+)  # fmt: skip
+"""To the verbs these are much like another one, hence not among the quick tests."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in RELATIVES else ()) for name in TRAINED],
+)
 def test_every_verb_takes_every_architecture(
     name: str, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

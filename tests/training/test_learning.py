@@ -37,7 +37,10 @@ D_IN, D_OUT, N_TRUE, ACTIVE = 32, 24, 48, 3
 WIDTH = 2 * N_TRUE
 STEPS, BATCH, LR = 400, 256, 5e-3
 SLOW = pytest.mark.slow
-RELATIVES = ("tied topk", "weighted relu", "signed topk", "jumprelu with target", "matryoshka by k")
+RELATIVES = (
+    "tied topk", "weighted relu", "signed topk", "jumprelu with tanh", "jumprelu with target",
+    "matryoshka with random prefixes", "matryoshka by k",
+)  # fmt: skip
 """Much like another one, hence not among the quick tests."""
 
 FREE = {"unit_norm_decoder": False, "subtract_b_dec": False}
