@@ -263,7 +263,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_replaceable(path: Path, format: str, what: str) -> None:
-    """Make sure that a JSON file that says what its folder holds may be written anew.
+    """Make sure that a JSON file that says what its folder holds may be replaced.
 
     Args:
         path: the file; need not be there, and may be damaged.

@@ -199,7 +199,7 @@ class FusedStep(ABC):
     """Of the back end."""
 
     precisions: ClassVar[tuple[Precision, ...]]
-    """Of the selections that it has."""
+    """The precisions that its selection may have."""
 
     def __init__(
         self,

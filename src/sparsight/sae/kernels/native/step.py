@@ -49,7 +49,7 @@ class NativeStep(FusedStep):
         self.dictionary = None  # until there are vectors for it to fit
 
     def _copy_encoder_for(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Make the copy of the encoder anew, such as fits some vectors."""
+        """Make the copy of the encoder again, so that it fits some vectors."""
         if self.precision == "int8" or self.precision == "bfloat16":
             self.dictionary = library.Dictionary(self.W_enc, self.b_enc, self.precision, x)
         self.fits = False
