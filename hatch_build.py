@@ -9,7 +9,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NATIVE = Path("src/sparsight/sae/kernels/native")
+NATIVE = Path("src/sparsight/kernels/native")
 
 
 class CompileKernels(BuildHookInterface):

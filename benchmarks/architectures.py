@@ -32,6 +32,7 @@ from torch import Tensor
 
 import sparsight as sp
 from sparsight.activations import SiteStatistics
+from sparsight.kernels import choose
 from sparsight.sae import (
     Archetypal,
     BatchTopK,
@@ -44,7 +45,6 @@ from sparsight.sae import (
     SAEConfig,
     TopK,
 )
-from sparsight.sae.kernels import choose
 from sparsight.sae.sparsity import AnySparsity
 from sparsight.training import TrainConfig
 from sparsight.training.schedule import learning_rate_factor

@@ -55,7 +55,7 @@ AGREE_ACTIVATIONS = {"float32": 1e-2, "bfloat16": 1e-1}
 PyTorch convolves in TF32 on GPUs, also in float32.
 """
 
-TESTS = ("-m", "gpu", "tests", "tests/sae/triton_step_cases.py")
+TESTS = ("-m", "gpu", "tests", "tests/kernels/triton_step_cases.py")
 TESTS_SECONDS, POINT_SECONDS = 200.0, 100.0
 """At most, for the tests and for each shape: what hangs leaves the rest some time."""
 

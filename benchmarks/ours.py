@@ -10,8 +10,8 @@ from contenders import Contender, Task
 from torch import Tensor
 
 from sparsight.activations.statistics import RunningSums
+from sparsight.kernels import choose, using
 from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, SparseCode, TopK
-from sparsight.sae.kernels import choose, using
 from sparsight.training import TrainConfig
 from sparsight.training.site import SiteTraining
 

@@ -8,6 +8,7 @@ import torch
 from architecture_cases import ARCHITECTURES, WIDTH
 
 from sparsight.errors import UserError
+from sparsight.kernels import using
 from sparsight.sae import (
     AbsTopK,
     Archetypal,
@@ -22,7 +23,6 @@ from sparsight.sae import (
     SparseAutoencoder,
     TopK,
 )
-from sparsight.sae.kernels import using
 from sparsight.sae.objectives import Plan
 
 D = 24

@@ -11,6 +11,7 @@ import torch
 from architecture_cases import ARCHITECTURES
 
 from sparsight.errors import UserError
+from sparsight.kernels import using
 from sparsight.sae import (
     BatchTopK,
     Gated,
@@ -22,7 +23,6 @@ from sparsight.sae import (
     SparseCode,
     TopK,
 )
-from sparsight.sae.kernels import using
 
 D = 16
 NORMALISERS = ("scale", "standardise", "none", "layer_norm", "constant_norm")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsight.activations import SiteStatistics
+from sparsight.kernels import choose
 from sparsight.sae import (
     AbsTopK,
     Archetypal,
@@ -28,7 +29,6 @@ from sparsight.sae import (
     SparseAutoencoder,
     TopK,
 )
-from sparsight.sae.kernels import choose
 from sparsight.training import TrainConfig
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining

@@ -16,9 +16,9 @@ from sparsight.activations import ActivationStore, extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file
 from sparsight.images import open_images
+from sparsight.kernels import Kernels, choose, selection
+from sparsight.kernels.bounds import supports_int8
 from sparsight.sae import AuxK, BatchTopK, SAEConfig, SparseAutoencoder, TopK
-from sparsight.sae.kernels import Kernels, choose, selection
-from sparsight.sae.kernels.bounds import supports_int8
 from sparsight.training import TrainConfig, train
 from sparsight.training.loggers import JsonLines
 from sparsight.training.schedule import learning_rate_factor
@@ -57,7 +57,7 @@ def test_training_explains_sparse_mixtures(tmp_path: Path) -> None:
 def test_a_slower_back_end_that_was_not_asked_for_is_told(
     asked: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr("sparsight.sae.kernels.load_native", lambda: None)
+    monkeypatch.setattr("sparsight.kernels.load_native", lambda: None)
     train(
         sparse_mixtures(n_images=16),
         TrainConfig(sae=SAE, n_vectors=64, batch_size=32, kernels=asked),

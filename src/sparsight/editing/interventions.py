@@ -32,10 +32,10 @@ from sparsight.editing.edits import (
 )
 from sparsight.errors import UserError
 from sparsight.evaluation.data import Passes, find_site
+from sparsight.kernels import backend
 from sparsight.latents import LatentIndex
 from sparsight.sae import SparseAutoencoder, SparseCode
 from sparsight.sae.code import Frame
-from sparsight.sae.kernels import backend
 from sparsight.vision import VisionModel
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The sparse autoencoder: its parts, its parameters, its files.
 
-Builds on torch alone: no images, no vision models. Start with `SparseAutoencoder`; `kernels` holds
+Builds on torch alone: no images, no vision models. Start with `SparseAutoencoder`; `sparsight.kernels` holds
 the operations, `objectives` what training adds to them.
 """
 

@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparsight.errors import UserError
+from sparsight.kernels import backend
 from sparsight.notebooks import html_table
 from sparsight.reading import sha256_tensors
 from sparsight.sae.code import SparseCode
 from sparsight.sae.config import Archetypal, SAEConfig
 from sparsight.sae.dictionary import archetypal_rows, keep_archetypal
 from sparsight.sae.initialisation import blank_parameters, initial_parameters
-from sparsight.sae.kernels import backend
 from sparsight.sae.normaliser import Normaliser
 from sparsight.sae.precision import wide, without_autocast
 from sparsight.sae.sparsity import Gated, MatchingPursuit, Weights

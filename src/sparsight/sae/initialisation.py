@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparsight.kernels import backend
 from sparsight.sae.config import Archetypal, SAEConfig
 from sparsight.sae.dictionary import archetypal_rows, archetypal_start, unit_rows
-from sparsight.sae.kernels import backend
 from sparsight.sae.sparsity import Weights
 
 WEISZFELD_STEPS = 100

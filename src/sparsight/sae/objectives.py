@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsight.sae.kernels.interface import Objective
+from sparsight.kernels.interface import Objective
 from sparsight.sae.sparsity import BatchTopK, Dense, Sparsity, TopK, Weights
 from sparsight.sae.sparsity.base import largest
 

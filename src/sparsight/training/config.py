@@ -10,6 +10,7 @@ from typing import Literal
 
 from sparsight.config import check_seed, check_types
 from sparsight.errors import UserError
+from sparsight.kernels import Kernels, Objective
 from sparsight.sae import (
     AuxK,
     BatchTopK,
@@ -22,7 +23,6 @@ from sparsight.sae import (
     SAEConfig,
     TopK,
 )
-from sparsight.sae.kernels import Kernels, Objective
 from sparsight.sae.objectives import Plan, Stage, default_auxk
 from sparsight.vision import Tokens
 

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from sparsight.kernels import backend
 from sparsight.sae import Archetypal, SparseAutoencoder
 from sparsight.sae.dictionary import unit_rows
-from sparsight.sae.kernels import backend
 from sparsight.sae.objectives import SEED_STRIDE
 
 PER_LATENT = frozenset(

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sparsight.activations import SiteStatistics
 from sparsight.errors import SparsightError, UserError
+from sparsight.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
+from sparsight.kernels.interface import least_positive
 from sparsight.sae import BatchTopK, Normaliser, SparseAutoencoder
 from sparsight.sae.code import Frame
-from sparsight.sae.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
-from sparsight.sae.kernels.interface import least_positive
 from sparsight.sae.normaliser import ROUNDING
 from sparsight.sae.objectives import dense_loss, whole_batch
 from sparsight.training.config import TrainConfig

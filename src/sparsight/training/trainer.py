@@ -34,10 +34,10 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
 from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.pace import SECONDS, Pace
 from sparsight.progress import ProgressLine, in_words, progress
 from sparsight.sae.files import FILES
-from sparsight.sae.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.loggers import Logger, open_loggers

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.config import check_types
+from sparsight.kernels import backend
 from sparsight.sae.code import SparseCode
-from sparsight.sae.kernels import backend
 from sparsight.sae.sparsity.base import Dense, Sparsity, Weights, check_at_least
 
 

@@ -14,8 +14,8 @@ from torch.autograd import Function
 
 from sparsight.config import check_types
 from sparsight.errors import UserError
+from sparsight.kernels import backend
 from sparsight.sae.code import SparseCode
-from sparsight.sae.kernels import backend
 from sparsight.sae.sparsity.base import Dense, Sparsity, Weights, check_at_least, check_positive
 
 TANH_SCALE = 4.0

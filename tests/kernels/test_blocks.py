@@ -4,7 +4,7 @@ import pytest
 import torch
 from step_parts import use_variant
 
-from sparsight.sae.kernels.native import blocks, build
+from sparsight.kernels.native import blocks, build
 
 
 @pytest.mark.parametrize("variant", build.VARIANTS)

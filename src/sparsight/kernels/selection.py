@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Real, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.sae.kernels.interface import Objective, Precision
+from sparsight.kernels.interface import Objective, Precision
 
 # Torch says once a process that its sparse tensors are "in beta state"; what is used is tested.
 with warnings.catch_warnings():

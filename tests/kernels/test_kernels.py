@@ -6,7 +6,7 @@ import pytest
 import torch
 from step_parts import NEEDS_INT8
 
-from sparsight.sae.kernels import bounds, decode_topk, dense, encode_topk, selection
+from sparsight.kernels import bounds, decode_topk, dense, encode_topk, selection
 
 D_IN, N_LATENTS, K, BATCH = 12, 40, 5, 30
 

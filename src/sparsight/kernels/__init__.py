@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.errors import UserError
-from sparsight.sae.kernels import dense, inference, sparse
-from sparsight.sae.kernels.bounds import fast_bfloat16, fast_int8, supports_int8
-from sparsight.sae.kernels.interface import (
+from sparsight.kernels import dense, inference, sparse
+from sparsight.kernels.bounds import fast_bfloat16, fast_int8, supports_int8
+from sparsight.kernels.interface import (
     Adam,
     Backend,
     FusedStep,
@@ -29,10 +29,10 @@ from sparsight.sae.kernels.interface import (
     Precision,
     StepFigures,
 )
-from sparsight.sae.kernels.native.library import load as load_native
-from sparsight.sae.kernels.native.library import multiplies_int8
-from sparsight.sae.kernels.native.step import NativeStep
-from sparsight.sae.kernels.torch_step import TorchStep
+from sparsight.kernels.native.library import load as load_native
+from sparsight.kernels.native.library import multiplies_int8
+from sparsight.kernels.native.step import NativeStep
+from sparsight.kernels.torch_step import TorchStep
 
 __all__ = [
     "BACKENDS",
@@ -107,7 +107,7 @@ def choose(
     if kernels == "native" and load_native() is None:
         raise UserError(
             "kernels 'native' are not built: no C compiler was there when Sparsight was installed. "
-            "Install one and run `python -m sparsight.sae.kernels.native.build`, or take 'torch'."
+            "Install one and run `python -m sparsight.kernels.native.build`, or take 'torch'."
         )
     if kernels == "triton":
         _check_triton(device)
@@ -161,7 +161,7 @@ def _multiplies_float8(device: torch.device) -> bool:
 def _load_triton() -> ModuleType | None:
     """The module of the step in Triton, where Triton is installed."""
     try:
-        return importlib.import_module("sparsight.sae.kernels.triton_step")
+        return importlib.import_module("sparsight.kernels.triton_step")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
@@ -200,7 +200,7 @@ def fused_step(
     """A fused step of a back end other than "dense"; see `FusedStep` for the arguments."""
     kind: Callable[..., FusedStep]
     if kernels == "triton":
-        from sparsight.sae.kernels.triton_step import TritonStep
+        from sparsight.kernels.triton_step import TritonStep
 
         kind = TritonStep
     else:

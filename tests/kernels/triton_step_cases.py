@@ -22,7 +22,7 @@ from step_parts import (
     with_aux,
 )
 
-from sparsight.sae.kernels.triton_step import TritonStep
+from sparsight.kernels.triton_step import TritonStep
 
 pytestmark = pytest.mark.gpu
 
@@ -134,7 +134,7 @@ def test_selection_in_several_tiles_is_that_in_one(monkeypatch: pytest.MonkeyPat
     assert isinstance(fused, TritonStep)
     fused._copy_encoder()
     whole = fused._select(problem.batches[0], 5)
-    monkeypatch.setattr("sparsight.sae.kernels.triton_step.tile_rows", lambda x, width: 16)
+    monkeypatch.setattr("sparsight.kernels.triton_step.tile_rows", lambda x, width: 16)
     parts = fused._select(problem.batches[0], 5)
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one.sort(dim=1).values, other.sort(dim=1).values)

@@ -10,10 +10,10 @@ from step_parts import LR, TORCH_INT8, Ours, Problem, Reference
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparsight.sae.kernels import Objective
-from sparsight.sae.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
-from sparsight.sae.kernels.native import library
-from sparsight.sae.kernels.selection import select_topk
+from sparsight.kernels import Objective
+from sparsight.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
+from sparsight.kernels.native import library
+from sparsight.kernels.selection import select_topk
 
 K, N = 32, 10_000
 SMALL, MEDIUM = (768, 6144, 512), (768, 24_576, 2048)

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from sparsight.sae.kernels.memory import use_large_pages
-from sparsight.sae.kernels.selection import (
+from sparsight.kernels.memory import use_large_pages
+from sparsight.kernels.selection import (
     Decide,
     enough_candidates,
     room_of,

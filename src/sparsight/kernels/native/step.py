@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from sparsight.sae.kernels.auxiliary import Auxiliary
-from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
-from sparsight.sae.kernels.memory import use_large_pages
-from sparsight.sae.kernels.native import library
-from sparsight.sae.kernels.native.blocks import LatentsByVectors, VectorsByLatents
-from sparsight.sae.kernels.selection import batch_topk, exact_above, select_topk
+from sparsight.kernels.auxiliary import Auxiliary
+from sparsight.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
+from sparsight.kernels.memory import use_large_pages
+from sparsight.kernels.native import library
+from sparsight.kernels.native.blocks import LatentsByVectors, VectorsByLatents
+from sparsight.kernels.selection import batch_topk, exact_above, select_topk
 
 MOST_GIVEN_UP = 0.01
 """Share of vectors that int8 selection may leave to be scored in full; beyond it is left."""

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.sae.kernels.interface import Precision
+from sparsight.kernels.interface import Precision
 
 
 def encode_topk(

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-from sparsight.sae.kernels.inference import batch_topk, latents_above, strongest_latents
-from sparsight.sae.kernels.interface import Precision
-from sparsight.sae.kernels.selection import ragged_products
+from sparsight.kernels.inference import batch_topk, latents_above, strongest_latents
+from sparsight.kernels.interface import Precision
+from sparsight.kernels.selection import ragged_products
 
 
 def encode_topk(

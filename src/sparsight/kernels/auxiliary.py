@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsight.sae.kernels.interface import FusedStep
+from sparsight.kernels.interface import FusedStep
 
 
 class Auxiliary(NamedTuple):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsight import kernels
 from sparsight.errors import UserError
-from sparsight.sae import kernels
-from sparsight.sae.kernels import choose
+from sparsight.kernels import choose
 
 HERE = Path(__file__).parent
 
@@ -40,7 +40,7 @@ def test_kernels_compile_for_gpus() -> None:
 
 
 def test_where_triton_does_not_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_step = pytest.importorskip("sparsight.sae.kernels.triton_step")
+    triton_step = pytest.importorskip("sparsight.kernels.triton_step")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(triton_step, "INTERPRETED", True)
     assert choose("triton", "bfloat16", cpu) == ("triton", "bfloat16")
@@ -61,7 +61,7 @@ def test_where_triton_does_not_run_it_is_refused(monkeypatch: pytest.MonkeyPatch
         choose("triton", "float8", cuda)
     with pytest.raises(UserError, match=r"'float8' needs .* these are 'torch' on cpu"):
         choose("torch", "float8", cpu)
-    monkeypatch.delitem(sys.modules, "sparsight.sae.kernels.triton_step")
+    monkeypatch.delitem(sys.modules, "sparsight.kernels.triton_step")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert kernels._load_triton() is None
     with pytest.raises(UserError, match="which is not installed"):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsight.sae.kernels import Adam, FusedStep, Objective, fused_step
-from sparsight.sae.kernels.bounds import supports_int8
-from sparsight.sae.kernels.native import build, library
+from sparsight.kernels import Adam, FusedStep, Objective, fused_step
+from sparsight.kernels.bounds import supports_int8
+from sparsight.kernels.native import build, library
 from sparsight.sae.objectives import Plan, dense_loss
 from sparsight.sae.sparsity import Weights
 

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsight.sae.kernels import bounds, selection
-from sparsight.sae.kernels.interface import Precision
-from sparsight.sae.kernels.native import library
+from sparsight.kernels import bounds, selection
+from sparsight.kernels.interface import Precision
+from sparsight.kernels.native import library
 
 compiled = True
-"""Whether compiled code may be used; `sparsight.sae.kernels.using` changes it."""
+"""Whether compiled code may be used; `sparsight.kernels.using` changes it."""
 
 FEWEST = 256
 """Vectors of a call from which on copying the encoder into low precision pays."""

@@ -1,7 +1,7 @@
 """Compile the kernels: once for each set of instructions, next to their source.
 
 Needs nothing but the standard library, since it runs before the package is installed;
-`python -m sparsight.sae.kernels.native.build` does it afterwards.
+`python -m sparsight.kernels.native.build` does it afterwards.
 """
 
 from __future__ import annotations

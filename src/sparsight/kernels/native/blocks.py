@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsight.sae.kernels.native.library import at, constant, function, int32, opened
+from sparsight.kernels.native.library import at, constant, function, int32, opened
 
 
 class _Blocks(Structure):

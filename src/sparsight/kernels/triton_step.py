@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from sparsight.sae.kernels import triton_kernels
-from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
-from sparsight.sae.kernels.interface import FusedStep, StepFigures, least_positive
-from sparsight.sae.kernels.selection import enough_candidates, select_code, select_topk, tile_rows
-from sparsight.sae.kernels.triton_kernels import (
+from sparsight.kernels import triton_kernels
+from sparsight.kernels.auxiliary import Auxiliary, dense_auxiliary
+from sparsight.kernels.interface import FusedStep, StepFigures, least_positive
+from sparsight.kernels.selection import enough_candidates, select_code, select_topk, tile_rows
+from sparsight.kernels.triton_kernels import (
     FLOAT8,
     FP_FUSION,
     GROUP,

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.errors import SparsightError
-from sparsight.sae.kernels.memory import use_large_pages
-from sparsight.sae.kernels.native import build
-from sparsight.sae.kernels.selection import exact_above, select_exactly
+from sparsight.kernels.memory import use_large_pages
+from sparsight.kernels.native import build
+from sparsight.kernels.selection import exact_above, select_exactly
 
 CHUNKS = 64
 """Parts of the update whose sums are added in order, so that threads do not change the bits."""

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsight.sae.kernels import triton_kernels as kernels
+from sparsight.kernels import triton_kernels as kernels
 
 LOW = {"score_groups": ("x", "W"), "update_latents": ("low",)}
 BFLOAT16 = ("scores", "maxima")

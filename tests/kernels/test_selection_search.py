@@ -18,6 +18,9 @@ import torch
 from step_parts import NEEDS_INT8, use_variant
 from torch import Tensor
 
+from sparsight.kernels import bounds, inference, using
+from sparsight.kernels.native import build, library
+from sparsight.kernels.selection import ragged_scores
 from sparsight.sae import (
     BatchTopK,
     Gated,
@@ -27,9 +30,6 @@ from sparsight.sae import (
     SparseAutoencoder,
     TopK,
 )
-from sparsight.sae.kernels import bounds, inference, using
-from sparsight.sae.kernels.native import build, library
-from sparsight.sae.kernels.selection import ragged_scores
 
 KINDS = ("topk", "relu", "jumprelu", "batchtopk", "gated")
 FAMILIES = (

@@ -29,8 +29,8 @@ from step_parts import (
 )
 
 from sparsight.errors import UserError
-from sparsight.sae.kernels import bounds, choose
-from sparsight.sae.kernels.native import build, library
+from sparsight.kernels import bounds, choose
+from sparsight.kernels.native import build, library
 
 BACK_ENDS = [
     ("torch", "float32"),
@@ -354,7 +354,7 @@ def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         choose("torch", "int8", torch.device("cuda"))
     with pytest.raises(UserError, match="'dense' select exactly"):
         choose("dense", "int8", cpu)
-    import sparsight.sae.kernels as kernels
+    import sparsight.kernels as kernels
 
     monkeypatch.setattr(kernels, "load_native", lambda: None)
     assert choose("auto", "float32", cpu) == ("torch", "float32")

@@ -9,16 +9,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.sae.kernels.auxiliary import Auxiliary, dense_auxiliary
-from sparsight.sae.kernels.bounds import (
+from sparsight.kernels.auxiliary import Auxiliary, dense_auxiliary
+from sparsight.kernels.bounds import (
     Int8Bounds,
     Int8Encoder,
     fast_bfloat16,
     select_surely,
 )
-from sparsight.sae.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
-from sparsight.sae.kernels.memory import use_large_pages
-from sparsight.sae.kernels.selection import (
+from sparsight.kernels.interface import MATRICES, FusedStep, StepFigures, least_positive
+from sparsight.kernels.memory import use_large_pages
+from sparsight.kernels.selection import (
     enough_candidates,
     ragged_products,
     select_code,
