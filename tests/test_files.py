@@ -28,7 +28,7 @@ from sparsight.files import (
     write_text,
 )
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
-from sparsight.sae.files import save_tensors
+from sparsight.tensor_files import write_safetensors
 from sparsight.text import path_of, without_surrogates
 
 fcntl = pytest.importorskip("fcntl", reason="there are no such locks on Windows")
@@ -334,7 +334,7 @@ def test_weights_and_folders_are_as_open_as_the_umask_of_the_moment_allows(
     before = os.umask(mask)
     try:
         SparseAutoencoder(4, SAEConfig(8, sparsity=TopK(2))).save_pretrained(tmp_path / "sae")
-        save_tensors({"a": torch.zeros(2)}, tmp_path / "sae" / "training.safetensors")
+        write_safetensors({"a": torch.zeros(2)}, tmp_path / "sae" / "training.safetensors")
         with new_folder(tmp_path / "folder") as folder:
             save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
     finally:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from malicious_pickle import Opens
-from sparsight import pickles, reading
+from sparsight import pickles, reading, tensor_files
 from sparsight.errors import SparsightError
 
 
@@ -245,7 +245,7 @@ def test_a_tensor_beyond_its_storage_is_refused(
 def test_a_header_of_ten_gigabytes_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 10 * 2**30) + b"{" * 100)
-    for read in (reading.read_safetensors, reading.safetensors_keys):
+    for read in (tensor_files.read_safetensors, tensor_files.safetensors_keys):
         with pytest.raises(SparsightError, match=r"x\.safetensors.*10,737,418,240"):
             read(path)
 
@@ -290,7 +290,7 @@ def test_damage_at_any_place_is_an_error_or_harmless(tmp_path: Path, kind: str) 
         path.write_bytes(gzip.compress(pickle.dumps(value)))
     else:
         _save({**value, "net": 0}, path, zipped=kind == "zip")
-    read = {"gzip": reading.read_gzipped_pickle, "safetensors": reading.read_safetensors}
+    read = {"gzip": reading.read_gzipped_pickle, "safetensors": tensor_files.read_safetensors}
     data, chance = path.read_bytes(), random.Random(0)
     damaged = [data[: chance.randrange(len(data))] for _ in range(60)]
     for _ in range(200):
@@ -330,6 +330,6 @@ def test_a_configuration_that_is_none_is_named(tmp_path: Path, text: str) -> Non
 @pytest.mark.parametrize("name", ["x.pt", "x.pkl.gz", "x.safetensors", "x.json"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     kinds = {".pt": reading.read_torch, ".gz": reading.read_gzipped_pickle}
-    kinds |= {".safetensors": reading.read_safetensors, ".json": reading.read_config}
+    kinds |= {".safetensors": tensor_files.read_safetensors, ".json": reading.read_config}
     with pytest.raises(SparsightError, match=name):
         kinds[Path(name).suffix](tmp_path / name)

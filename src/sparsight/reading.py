@@ -1,41 +1,32 @@
 """Reading files that nobody vouches for: no code is run, no size is believed.
 
-`read_safetensors`, `read_torch` (zip archives and what came before), `read_gzipped_pickle`,
-`read_config` (JSON, YAML). Whatever is wrong with a file is a `SparsightError` that names it.
+`read_torch` (zip archives and what came before), `read_gzipped_pickle`, `read_config` (JSON,
+YAML); `sparsight.tensor_files` reads safetensors. Whatever is wrong with a file is a
+`SparsightError` that names it.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
-from sparsight.errors import SparsightError
 from sparsight.pickles import (
-    MOST_AXES,
     PickleError,
     Reader,
     Storage,
     budget_of,
     fill,
     read_legacy,
-    shown,
     storage_dtype,
 )
-
-LONGEST_HEADER = 100 * 2**20
-"""Bytes of a safetensors header: the limit of the format."""
+from sparsight.tensor_files import damaged
 
 LONGEST_CONFIG = 16 * 2**20
 """Bytes of a configuration, ours or another project's."""
@@ -45,77 +36,6 @@ LONGEST_YAML = 2**18
 
 LARGEST_UNZIPPED = 8 * 2**30
 """Bytes that a gzipped pickle may unfold to."""
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        SparsightError: it is missing, damaged or cut off.
-    """
-    check_header(path)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise damaged(path, error) from error
-    for name, tensor in tensors.items():
-        if tensor.ndim > MOST_AXES:
-            raise damaged(path, f"its tensor {shown(name)} has {tensor.ndim:,} axes")
-    return tensors
-
-
-def safetensors_keys(path: Path) -> tuple[str, ...]:
-    """The names of a safetensors file's tensors, without reading them.
-
-    Raises:
-        SparsightError: it is missing, damaged or cut off.
-    """
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return tuple(file.keys())
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise damaged(path, error) from error
-
-
-def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The free texts in a safetensors header, by their keys.
-
-    Raises:
-        SparsightError: the file is missing, damaged or cut off.
-    """
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise damaged(path, error) from error
-
-
-def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over the names, dtypes, shapes and bytes of tensors, whatever their order."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(data.numpy().data)
-    return digest.hexdigest()
-
-
-def check_header(path: Path) -> None:
-    """Make sure that a safetensors header ends within the file before it is read.
-
-    Raises:
-        SparsightError: it does not, or there is no such file.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-    except OSError as error:
-        raise damaged(path, error) from error
-    if size < 8 or length > min(LONGEST_HEADER, size - 8):
-        raise damaged(path, f"its header says {length:,} bytes, the file has {size:,}")
 
 
 def begins_with_json(path: Path) -> bool:
@@ -239,11 +159,6 @@ def parse_yaml(text: str, path: Path) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise damaged(path, error) from error
-
-
-def damaged(path: Path, error: object) -> SparsightError:
-    """The error of a file that cannot be read."""
-    return SparsightError(f"{path}: is missing, damaged or cut off ({error}).")
 
 
 def _read_zip(file: io.BufferedIOBase, size: int) -> Any:

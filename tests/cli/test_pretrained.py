@@ -8,8 +8,8 @@ import re
 import pytest
 
 from sparsight.cli import main
-from sparsight.sae.formats import FORMATS
-from sparsight.sae.pretrained import OTHER, published
+from sparsight.formats import FORMATS
+from sparsight.formats.pretrained import OTHER, published
 
 
 def rows(capsys, *filters: str) -> list[dict]:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 # The small models are those of the tests of `vision`; other packages run as in those of `formats`.
-sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("vision", "sae/formats")]
+sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("vision", "formats")]
 
 import cpu_torchvision  # noqa: E402, F401 - before transformers
 import numpy as np  # noqa: E402

@@ -14,8 +14,8 @@ from malicious_pickle import Opens
 from sparsight.compat.clipscope import ConfiguredViT, TopKSAE
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import ReconstructionMeter
+from sparsight.formats.calibration import Calibration
 from sparsight.sae import SparseAutoencoder
-from sparsight.sae.formats.calibration import Calibration
 
 D, N, K = 32, 96, 5
 LOCATIONS = [(0, "resid"), (2, "resid")]

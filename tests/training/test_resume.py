@@ -175,15 +175,15 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, whole: Run) 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tensors = checkpoint.save_tensors
+    write_safetensors = checkpoint.write_safetensors
 
     def full_disk(tensors, path: Path) -> None:
         if "000000016" in str(path):
             raise SparsightError(f"{path}: could not be written (No space left on device).")
-        save_tensors(tensors, path)
+        write_safetensors(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_tensors", full_disk)
+        patch.setattr(checkpoint, "write_safetensors", full_disk)
         with pytest.raises(SparsightError, match=r"checkpoint could not be written.*No space left"):
             _resume(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000008"]

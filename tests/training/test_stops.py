@@ -80,7 +80,7 @@ def test_a_second_signal_stops_the_writing_and_leaves_a_whole_run(
     stop_in_step, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_in_step.append((21, signal.SIGINT))
-    save = checkpoint.save_tensors
+    save = checkpoint.write_safetensors
 
     def save_and_stop(tensors, path: Path) -> None:
         if "000000022" in str(path):
@@ -88,7 +88,7 @@ def test_a_second_signal_stops_the_writing_and_leaves_a_whole_run(
         save(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_tensors", save_and_stop)
+        patch.setattr(checkpoint, "write_safetensors", save_and_stop)
         with pytest.raises(KeyboardInterrupt) as stopped:
             _resume(tmp_path)
     assert f"Kept 512 of {TOTAL} vectors" in stopped.value.__notes__[0]

@@ -11,8 +11,8 @@ import tyro
 from sparsight.cli.help import Help
 from sparsight.cli.options import CommandOptions, parse
 from sparsight.errors import UserError
+from sparsight.formats.converting import convert
 from sparsight.sae import SparseAutoencoder
-from sparsight.sae.formats.converting import convert
 
 HELP = Help(
     examples=(

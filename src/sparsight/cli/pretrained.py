@@ -12,7 +12,7 @@ from rich.padding import Padding
 
 from sparsight.cli.help import Help
 from sparsight.cli.options import CommandOptions, parse
-from sparsight.sae.pretrained import OTHER, Published, look_up
+from sparsight.formats.pretrained import OTHER, Published, look_up
 
 HELP = Help(
     examples=("", "--model vit-large --site resid_post"),

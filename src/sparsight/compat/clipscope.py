@@ -22,10 +22,10 @@ from sparsight.config import check_positive
 from sparsight.devices import choose_device
 from sparsight.errors import UserError
 from sparsight.evaluation import ReconstructionMeter
+from sparsight.formats.calibration import Calibration
+from sparsight.formats.clipscope import Checkpoint, unpack
+from sparsight.formats.places import find
 from sparsight.reading import read_torch
-from sparsight.sae.formats.calibration import Calibration
-from sparsight.sae.formats.clipscope import Checkpoint, unpack
-from sparsight.sae.places import find
 from sparsight.sae.precision import wide
 from sparsight.vision import VisionModel, load_model
 

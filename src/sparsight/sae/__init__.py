@@ -1,7 +1,7 @@
 """The sparse autoencoder: its parts, its parameters, its files.
 
-Builds on torch alone: no images, no vision models. Start with `SparseAutoencoder`; `sparsight.kernels` holds
-the operations, `objectives` what training adds to them.
+Builds on torch alone: no images, no vision models. Start with `SparseAutoencoder`;
+`sparsight.kernels` holds the operations, `objectives` what training adds to them.
 """
 
 from sparsight.sae.autoencoder import SAEOutput, SparseAutoencoder

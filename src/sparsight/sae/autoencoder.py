@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sparsight.errors import UserError
 from sparsight.kernels import backend
 from sparsight.notebooks import html_table
-from sparsight.reading import sha256_tensors
 from sparsight.sae.code import SparseCode
 from sparsight.sae.config import Archetypal, SAEConfig
 from sparsight.sae.dictionary import archetypal_rows, keep_archetypal
@@ -22,6 +21,7 @@ from sparsight.sae.initialisation import blank_parameters, initial_parameters
 from sparsight.sae.normaliser import Normaliser
 from sparsight.sae.precision import wide, without_autocast
 from sparsight.sae.sparsity import Gated, MatchingPursuit, Weights
+from sparsight.tensor_files import sha256_tensors
 
 
 class SAEOutput(NamedTuple):
@@ -267,7 +267,7 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             folder: is made if it is not there.
-            format: another project's, such as "saelens" (see `sparsight.sae.formats`); None is
+            format: another project's, such as "saelens" (see `sparsight.formats`); None is
                 ours: `config.json`, `sae.safetensors` and a model card.
 
         Raises:
@@ -275,7 +275,7 @@ class SparseAutoencoder(nn.Module):
             SparsightError: the disk is full or the folder cannot be written.
         """
         if format is not None:
-            from sparsight.sae.formats import find
+            from sparsight.formats import find
 
             return find(format).save(self, Path(folder))
         from sparsight.sae.files import save
@@ -306,7 +306,7 @@ class SparseAutoencoder(nn.Module):
                 such device.
             SparsightError: its files are damaged.
         """
-        from sparsight.sae.files import load
+        from sparsight.formats import load
 
         return load(name, revision=revision, subfolder=subfolder, filename=filename, device=device)
 

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from sparsight.config import from_dict, to_dict
-from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import (
-    atomic_path,
     check_replaceable,
     read_json,
     replaced,
@@ -23,17 +19,16 @@ from sparsight.files import (
     write_text,
 )
 from sparsight.pickles import shown
-from sparsight.progress import logger
-from sparsight.reading import (
-    LONGEST_CONFIG,
-    read_safetensors,
-    safetensors_metadata,
-    sha256_tensors,
-)
+from sparsight.reading import LONGEST_CONFIG
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.card import model_card
 from sparsight.sae.config import SAEConfig
-from sparsight.sae.places import find
+from sparsight.tensor_files import (
+    read_safetensors,
+    safetensors_metadata,
+    sha256_tensors,
+    write_safetensors,
+)
 
 FORMAT = "sparsight-sae"
 FORMAT_VERSION = 2
@@ -77,86 +72,18 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
     }
     check_replaceable(folder / CONFIG, FORMAT, "an SAE")
     with replaced(folder, FILES) as staged:
-        save_tensors(tensors, staged / WEIGHTS, {SHA256: sha256_tensors(tensors)})
+        write_safetensors(tensors, staged / WEIGHTS, {SHA256: sha256_tensors(tensors)})
         write_json(staged / CONFIG, description)
         write_text(staged / README, model_card(sae).text())
     return folder
 
 
-def save_tensors(
-    tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Args:
-        tensors: by name.
-        path: of the file.
-        about: one text for its metadata, by its key. Of several, safetensors would write the order
-            at random, and equal tensors would not give equal bytes.
+def is_own(folder: Path) -> bool:
+    """Whether a folder holds an SAE that Sparsight wrote.
 
     Raises:
-        SparsightError: the disk is full or the folder cannot be written.
+        SparsightError: its `config.json` is damaged or far too large.
     """
-    with atomic_path(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, metadata=dict(about or {"format": "pt"}))
-        except SafetensorError as error:
-            raise SparsightError(f"{path}: could not be written ({error}).") from error
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        SparsightError: it is missing, damaged or cut off.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise SparsightError(f"{path}: is missing, damaged or cut off ({error}).") from error
-
-
-def load(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    filename: str | None = None,
-    device: str | torch.device | None = None,
-) -> SparseAutoencoder:
-    """Read an SAE, ours or one of another project, from a folder, a file or the Hub.
-
-    The format is recognised by what is in the files; see `sparsight.sae.formats`. What was read of
-    another project's is told to the logger "sparsight", and kept in `metadata["source"]`.
-
-    Args:
-        name: a path, or a place on the Hub: "org/repo", "org/repo/folder", "org/repo/file.pt".
-        revision: on the Hub.
-        subfolder: in the folder or repository.
-        filename: in that.
-        device: where the SAE is to be; default the CPU.
-
-    Raises:
-        UserError: torch finds no such device, there is no SAE there, it is of an unknown format,
-            or has a part that Sparsight has no equal of.
-        SparsightError: a file is damaged.
-    """
-    target = None if device is None else choose_device(device)
-    place = find(name, revision=revision, subfolder=subfolder, filename=filename)
-    if place.is_dir() and not _is_own(place):
-        # Formats build SAEs and write with what is here.
-        from sparsight.sae.formats import Candidate
-
-        place = Candidate(place, str(name)).one()
-    folder = place if place.is_dir() else place.parent
-    if place in (folder, folder / CONFIG, folder / WEIGHTS) and _is_own(folder):
-        sae = _own(folder)
-    else:
-        sae = _foreign(place, str(name))
-    return sae if target is None else sae.to(target)
-
-
-def _is_own(folder: Path) -> bool:
     settled(folder)
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
         return False
@@ -166,27 +93,13 @@ def _is_own(folder: Path) -> bool:
     return "format" in read_json(folder / CONFIG)
 
 
-def _foreign(place: Path, name: str) -> SparseAutoencoder:
-    # Formats build SAEs and write with what is here.
-    from sparsight.sae.formats import read
+def load_own(folder: Path) -> SparseAutoencoder:
+    """Read an SAE that Sparsight wrote, on the CPU.
 
-    found = read(place, name)
-    sae = found.build()
-    where = (sae.metadata.get(key) for key in ("site", "target_site", "tokens"))
-    model = (sae.metadata.get("model") or {}).get("id")
-    parts = [
-        f"{sae.n_latents:,} latents of width {sae.d_in:,}",
-        sae.config.sparsity.describe(training=False),
-        *(str(each) for each in (model, *where) if each),
-    ]
-    told = f" ({'; '.join(found.notes)})" if found.notes else ""
-    logger().info("%s: read as %s: %s%s", name, found.format, ", ".join(parts), told)
-    if found.unknown:
-        logger().warning("%s: not understood, and not used: %s", name, ", ".join(found.unknown))
-    return sae
-
-
-def _own(folder: Path) -> SparseAutoencoder:
+    Raises:
+        UserError: `config.json` is not of a version that this Sparsight reads.
+        SparsightError: a file is missing or damaged.
+    """
     while True:
         before = _identity(folder / CONFIG)
         try:

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsight.files import write_bytes
-from sparsight.sae.files import WEIGHTS, load_tensors, save_tensors
+from sparsight.sae.files import WEIGHTS
+from sparsight.tensor_files import read_safetensors, write_safetensors
 from sparsight.training import checkpoint_files
 from sparsight.training.checkpoint_files import newest, newest_step
 from sparsight.training.run import METRICS
@@ -78,7 +79,7 @@ def save(
     def write_files(partial: Path) -> list[str]:
         for site, training in sites.items():
             training.sae.save_pretrained(partial / site)
-            save_tensors(training.state(), partial / site / _TENSORS)
+            write_safetensors(training.state(), partial / site / _TENSORS)
             lines = logs[site].read_bytes() if logs[site].exists() else b""
             write_bytes(partial / site / METRICS, lines)
         return [f"{site}/{name}" for site in sites for name in (WEIGHTS, _TENSORS, METRICS)]
@@ -104,8 +105,8 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
             state["step"],
             state["cursor"],
             {site: state["summed"][site] for site in sites},
-            {site: load_tensors(path / site / WEIGHTS) for site in sites},
-            {site: load_tensors(path / site / _TENSORS) for site in sites},
+            {site: read_safetensors(path / site / WEIGHTS) for site in sites},
+            {site: read_safetensors(path / site / _TENSORS) for site in sites},
             {site: state.get("runs", {}).get(site) for site in sites},
             {site: _log(path, f"{site}/{METRICS}", state) for site in sites},
         )

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.pickles import CLASS, tensors_of
-from sparsight.reading import read_safetensors, read_torch, safetensors_metadata
+from sparsight.reading import read_torch
+from sparsight.tensor_files import read_safetensors, safetensors_metadata
 from sparsight.vision.byte_pairs import standard_tokenizer
 from sparsight.vision.clip_shape import (
     STANDARD_VOCABULARY,

@@ -37,7 +37,7 @@ from sparsight.images import ImageSource
 from sparsight.interruption import STOPS, Stop, kept, postponed
 from sparsight.pace import SECONDS, Pace
 from sparsight.progress import logger, progress
-from sparsight.sae.files import load_tensors, save_tensors
+from sparsight.tensor_files import read_safetensors, write_safetensors
 from sparsight.training import checkpoint_files
 from sparsight.training.loggers import JsonLines
 from sparsight.training.run import CONFIG, METRICS, refuse_foreign_files
@@ -402,7 +402,7 @@ class _Loop:
             own = {
                 name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()
             }
-            save_tensors(own, folder / _TENSORS)
+            write_safetensors(own, folder / _TENSORS)
             write_bytes(folder / METRICS, self.log.path.read_bytes())
             return [_TENSORS, METRICS]
 
@@ -421,7 +421,7 @@ class _Loop:
         def read(path: Path, state: dict[str, Any]) -> _Kept:
             # Checkpoints of earlier versions of Sparsight have no log.
             lines = (path / METRICS).read_bytes() if METRICS in state["sha256"] else None
-            return state, load_tensors(path / _TENSORS), lines
+            return state, read_safetensors(path / _TENSORS), lines
 
         found, problems = checkpoint_files.read_latest(self.run.checkpoints, read)
         for problem in problems:

@@ -1,0 +1,378 @@
+"""SAELens, from 6 on and before: `cfg.json` and `sae_weights.safetensors`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import write_json
+from sparsight.formats.base import Candidate, Foreign, Format, need, weights, whole_number
+from sparsight.formats.sites import hook_of_site, site_of_hook
+from sparsight.formats.writing import Plain, above, at_least, plain
+from sparsight.pickles import shown
+from sparsight.sae.autoencoder import SparseAutoencoder
+from sparsight.sae.config import SAEConfig
+from sparsight.sae.sparsity import (
+    AbsTopK,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    MatchingPursuit,
+    ReLU,
+    TopK,
+)
+from sparsight.tensor_files import write_safetensors
+
+_MARKS = {"apply_b_dec_to_input", "sae_lens_training_version", "architecture", "activation_fn_str"}
+_MARKS |= {"activation_fn", "finetuning_scaling_factor"}
+
+_NORMS = {
+    "none": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm",
+}
+_TRANSCODERS = {
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+}
+_JUMPS = {"jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"}
+_BATCHES = {"batchtopk", "matryoshka_batchtopk"}
+
+_KNOWN = {
+    *("d_in", "d_sae", "d_out", "dtype", "device", "apply_b_dec_to_input", "architecture", "k"),
+    *("normalize_activations", "reshape_activations", "metadata", "activation_fn"),
+    *("rescale_acts_by_decoder_norm", "activation_fn_kwargs", "finetuning_scaling_factor"),
+    *("hook_name", "hook_layer", "hook_head_index", "model_name", "hook_name_out"),
+    *("residual_threshold", "max_iterations", "stop_on_duplicate_support"),
+    # Of the text that it was trained on, of its training, and of versions.
+    *("prepend_bos", "context_size", "dataset_path", "dataset_trust_remote_code", "model_class"),
+    *("model_from_pretrained_kwargs", "neuronpedia_id", "seqpos_slice", "sae_lens_version"),
+    *("sae_lens_training_version", "exclude_special_tokens", "sparsity", "seed"),
+    *("decoder_init_norm", "noise", "use_sparse_activations", "aux_loss_coefficient"),
+    *("topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss", "l1_coefficient"),
+    *(
+        "l0_coefficient",
+        "l1_warm_up_steps",
+        "l0_warm_up_steps",
+        "lp_norm",
+        "mse_loss_normalization",
+    ),
+    *("jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode"),
+    *("pre_act_loss_coefficient", "tanh_scale", "jumprelu_tanh_scale", "decoder_heuristic_init"),
+    *(
+        "init_encoder_as_decoder_transpose",
+        "normalize_sae_decoder",
+        "l1_loss_type",
+        "hook_layer_out",
+    ),
+}
+_RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_layer": "hook_layer",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+
+
+class SAELens(Format):
+    """Standard, TopK, AbsTopK, JumpReLU, gated, (skip) transcoders, matching pursuit."""
+
+    name = "saelens"
+    title = "SAELens"
+    can_save = True
+
+    def recognises(self, found: Candidate) -> bool:
+        """By safetensors with `W_dec` and `b_dec`, and the fields of its `cfg.json`."""
+        config = found.config("cfg.json", "config.json")
+        marked = {"d_in", "d_sae"} <= {*config} and bool(_MARKS & {*config})
+        return marked and self._file(found) is not None
+
+    def load(self, found: Candidate) -> Foreign:
+        """Read `cfg.json` and the weights beside it."""
+        file = self._file(found) or ""
+        config = _modern(found.config("cfg.json", "config.json"), found.name)
+        tensors = {
+            key: weights(each, key, found.name).to(torch.float32)
+            for key, each in found.tensors(file).items()
+        }
+        architecture = config["architecture"]
+        about = {**config, **(config.get("metadata") or {})}
+        d_in = config["d_in"]
+        notes: list[str] = []
+        settings: dict[str, Any] = {"normaliser": "none", "subtract_b_dec": False}
+        used = {"W_enc", "W_dec", "b_dec", "b_enc"}
+
+        kind = config.get("normalize_activations") or "none"
+        read: dict[str, Tensor] = {}
+        if kind in _NORMS:
+            settings["normaliser"] = _NORMS[kind]
+        elif kind == "expected_average_only_in":
+            read |= _scaling(found, d_in, settings, notes)
+        else:
+            raise UserError(
+                f"{found.name}: normalize_activations is {shown(kind)}, which Sparsight cannot "
+                f"undo from this file. It reads {', '.join(_NORMS)} and expected_average_only_in."
+            )
+
+        W_dec, b_dec = need(tensors, ("W_dec", "b_dec"), found.name)
+        n = W_dec.shape[0]
+        if architecture == "matching_pursuit":
+            W_enc, b_enc = W_dec.mT, torch.zeros(n)
+            if not config.get("apply_b_dec_to_input", True):
+                b_dec = torch.zeros_like(b_dec)
+            settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config, found.name)}
+        elif architecture == "gated":
+            W_enc, b_enc, r_mag, b_mag = need(
+                tensors, ("W_enc", "b_gate", "r_mag", "b_mag"), found.name
+            )
+            read |= {"r_mag": r_mag, "b_mag": b_mag}
+            used |= {"b_gate", "r_mag", "b_mag"}
+            settings["sparsity"] = Gated()
+        else:
+            W_enc, b_enc = need(tensors, ("W_enc", "b_enc"), found.name)
+        if "scaling_factor" in tensors:
+            # Fine-tuned decoders multiply each activation by it before they read it.
+            used.add("scaling_factor")
+            W_dec = W_dec * tensors["scaling_factor"][:, None]
+
+        if architecture in ("topk", "abstopk", *_BATCHES):
+            k = config.get("k")
+            if not isinstance(k, int | float) or k < 1:
+                raise SparsightError(f"{found.name}: k is {shown(k)}; expected a number from 1 on.")
+            choice = {"topk": TopK, "abstopk": AbsTopK}.get(architecture, BatchTopK)
+            settings["sparsity"] = choice(max(1, round(k)))
+            # Training configurations do so by default; files that say nothing do not.
+            if config.get("rescale_acts_by_decoder_norm", False):
+                W_enc, b_enc, W_dec = _rescaled(W_enc, b_enc, W_dec)
+                notes.append("the norms of the decoder's rows are folded into the encoder")
+        if architecture in _BATCHES:
+            (threshold,) = need(tensors, ("topk_threshold",), found.name)
+            used.add("topk_threshold")
+            read["threshold"] = at_least(threshold.reshape(()))
+        elif architecture in _JUMPS:
+            used |= {"threshold", "log_threshold"}
+            if "threshold" not in tensors and "log_threshold" in tensors:
+                read["threshold"] = tensors["log_threshold"].exp()
+            else:
+                (read["threshold"],) = need(tensors, ("threshold",), found.name)
+            settings["sparsity"] = JumpReLU()
+        elif architecture in ("standard", "transcoder", "skip_transcoder"):
+            activation = config.get("activation_fn", "relu")
+            if activation != "relu":
+                raise UserError(
+                    f"{found.name}: activation_fn is {shown(activation)}; expected relu."
+                )
+            settings["sparsity"] = ReLU()
+        if "sparsity" not in settings:
+            raise UserError(
+                f"{found.name}: SAELens' {shown(architecture)} has no equal in Sparsight "
+                "(architecture)."
+            )
+
+        transcodes = architecture in _TRANSCODERS
+        if transcodes and settings["normaliser"] != "none":
+            raise UserError(
+                f"{found.name}: a transcoder whose input alone is normalised by {shown(kind)} has "
+                "no equal in Sparsight."
+            )
+        if transcodes and "W_skip" in tensors:
+            used.add("W_skip")
+            settings["skip"], read["W_skip"] = True, tensors["W_skip"]
+        if not transcodes and config.get("apply_b_dec_to_input", True):
+            settings["subtract_b_dec"] = True
+        if config.get("reshape_activations", "none") == "hook_z":
+            notes.append("it reads the heads' outputs side by side: [batch, heads · width]")
+
+        read |= {"W_enc": W_enc.mT, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        return Foreign(
+            self.name,
+            d_in,
+            SAEConfig(n_latents=n, unit_norm_decoder=False, **settings),
+            read,
+            d_out=W_dec.shape[-1] if transcodes else None,
+            metadata={**_about(about), "source": found.source(self.name, file)},
+            unknown=tuple(sorted({*config} - _KNOWN)) + tuple(sorted({*tensors} - used)),
+            notes=tuple(notes),
+        )
+
+    def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
+        """Write `cfg.json` and `sae_weights.safetensors`; `SAE.load_from_disk` loads them.
+
+        BatchTopK becomes JumpReLU, as SAELens itself exports it.
+        """
+        # Its transcoders leave their output as it is, in nobody's units.
+        per_vector = () if sae.is_transcoder else ("layer_norm", "constant_norm")
+        parts = plain(sae, self.title, per_vector=per_vector)
+        transcodes = parts.d_out is not None
+        if transcodes:
+            parts.only(ReLU, JumpReLU, BatchTopK, title=f"{self.title}, for transcoders,")
+        else:
+            parts.only(
+                *(TopK, AbsTopK, BatchTopK, ReLU, JumpReLU, Gated, MatchingPursuit),
+                title=self.title,
+            )
+            parts.autoencoder_only(f"{self.title}, for SAEs that are no transcoders,")
+        pursues = isinstance(parts.sparsity, MatchingPursuit)
+        if pursues and not parts.subtracts and bool((parts.b_dec != 0).any()):
+            raise UserError(
+                f"{self.title}'s matching pursuit starts from x − b_dec, that of this SAE from x "
+                "(subtract_b_dec=False), and b_dec is not 0."
+            )
+        config, tensors = _parts(parts)
+        n = len(parts.W_enc)
+        about = sae.metadata
+        metadata = {
+            "sae_lens_version": "6.0.0",
+            "sae_lens_training_version": None,
+            "model_name": (about.get("model") or {}).get("id"),
+            "hook_name": hook_of_site(about.get("site")) or about.get("site"),
+        }
+        norms = {ours: theirs for theirs, ours in _NORMS.items()}
+        write_safetensors(tensors, folder / "sae_weights.safetensors")
+        write_json(
+            folder / "cfg.json",
+            {
+                "d_in": parts.d_in,
+                "d_sae": n,
+                "dtype": "float32",
+                "device": "cpu",
+                "apply_b_dec_to_input": parts.subtracts,
+                "normalize_activations": norms[parts.normaliser],
+                "reshape_activations": "none",
+                "metadata": metadata,
+                **({"d_out": parts.d_out} if transcodes else {}),
+                **config,
+            },
+        )
+        return folder
+
+    @staticmethod
+    def _file(found: Candidate) -> str | None:
+        safe = [each for each in found.weights if each.endswith(".safetensors")]
+        return next((each for each in safe if {"W_dec", "b_dec"} <= found.keys(each)), None)
+
+
+def _modern(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A configuration from before version 6, flat, as one of today."""
+    found = {_RENAMED.get(key, key): value for key, value in config.items()}
+    if found.get("activation_fn") == "topk":
+        kwargs = found.get("activation_fn_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise SparsightError(
+                f"{where}: activation_fn_kwargs is {shown(kwargs)}; expected an object."
+            )
+        k = kwargs.get("k")
+        found |= {"architecture": "topk", "k": k}
+    found["architecture"] = found.get("architecture") or "standard"
+    kind = found.get("normalize_activations")
+    if isinstance(kind, bool):
+        found["normalize_activations"] = "expected_average_only_in" if kind else "none"
+    whole_number(found, "d_in", where)
+    whole_number(found, "d_sae", where)
+    kinds: dict[str, tuple[type, str]] = {
+        "metadata": (dict, "an object"),
+        "normalize_activations": (str, "a text"),
+        "architecture": (str, "a text"),
+    }
+    for key, (kind, expected) in kinds.items():
+        if not isinstance(found.get(key) or kind(), kind):
+            raise SparsightError(f"{where}: {key} is {shown(found[key])}; expected {expected}.")
+    return found
+
+
+def _scaling(
+    found: Candidate, d_in: int, settings: dict[str, Any], notes: list[str]
+) -> dict[str, Tensor]:
+    """The scale that a training checkpoint has beside its weights, and an exported one in them."""
+    factor = found.config("activation_scaler.json").get("scaling_factor")
+    if isinstance(factor, int | float) and factor > 0:
+        settings["normaliser"] = "scale"
+        return {
+            "normaliser.mean": torch.zeros(d_in),
+            "normaliser.scale": torch.tensor([1 / factor], dtype=torch.float32),
+        }
+    notes.append(
+        "normalize_activations is expected_average_only_in and no activation_scaler.json says by "
+        "what: taken as folded into the weights"
+    )
+    return {}
+
+
+def _rescaled(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    norms = W_dec.norm(dim=-1)
+    return W_enc * norms, b_enc * norms, W_dec / norms.clamp(min=1e-30)[:, None]
+
+
+def _pursuit(config: dict[str, Any], where: str) -> MatchingPursuit:
+    steps = config["d_in"]
+    if config.get("max_iterations"):
+        steps = whole_number(config, "max_iterations", where)
+    tolerance = config.get("residual_threshold", 0.01)
+    if not isinstance(tolerance, int | float):
+        raise SparsightError(
+            f"{where}: residual_threshold is {shown(tolerance)}; expected a number."
+        )
+    return MatchingPursuit(
+        min(steps, config["d_sae"]),
+        tolerance=max(0.0, float(tolerance)),
+        stop_on_repeat=bool(config.get("stop_on_duplicate_support", True)),
+    )
+
+
+def _about(about: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if isinstance(about.get("model_name"), str):
+        found["model"] = {"id": about["model_name"]}
+    site = site_of_hook(about.get("hook_name"))
+    if site:
+        found["site"] = site
+    elif isinstance(about.get("hook_name"), str):
+        found["hook_name"] = about["hook_name"]
+    return found
+
+
+def _parts(parts: Plain) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields and tensors that depend on the architecture."""
+    sparsity = parts.sparsity
+    tensors = {
+        "W_enc": parts.W_enc.T.contiguous(),
+        "b_enc": parts.b_enc,
+        "W_dec": parts.W_dec,
+        "b_dec": parts.b_dec,
+    }
+    ending = ""
+    if parts.d_out is not None:
+        ending = "skip_transcoder" if parts.W_skip is not None else "transcoder"
+        if parts.W_skip is not None:
+            tensors["W_skip"] = parts.W_skip
+    if isinstance(sparsity, TopK | AbsTopK):
+        name = "abstopk" if isinstance(sparsity, AbsTopK) else "topk"
+        return {
+            "architecture": name,
+            "k": sparsity.k,
+            "rescale_acts_by_decoder_norm": False,
+        }, tensors
+    if isinstance(sparsity, JumpReLU | BatchTopK) and parts.threshold is not None:
+        threshold = parts.threshold
+        if isinstance(sparsity, BatchTopK):
+            threshold = above(threshold).expand(len(parts.W_enc)).contiguous()
+        tensors["threshold"] = threshold
+        return {"architecture": f"jumprelu_{ending}" if ending else "jumprelu"}, tensors
+    if isinstance(sparsity, Gated) and parts.r_mag is not None and parts.b_mag is not None:
+        tensors |= {"b_gate": tensors.pop("b_enc"), "r_mag": parts.r_mag, "b_mag": parts.b_mag}
+        return {"architecture": "gated"}, tensors
+    if isinstance(sparsity, MatchingPursuit):
+        return {
+            "architecture": "matching_pursuit",
+            "apply_b_dec_to_input": True,
+            "residual_threshold": sparsity.tolerance,
+            "max_iterations": sparsity.k,
+            "stop_on_duplicate_support": sparsity.stop_on_repeat,
+        }, {"W_dec": parts.W_dec, "b_dec": parts.b_dec}
+    return {"architecture": ending or "standard"}, tensors
