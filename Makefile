@@ -20,7 +20,7 @@ TEST := $(OFFLINE) $(WITH_PEERS) $(BIN)/python -m pytest $(IN_PARALLEL)
 TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest $(IN_PARALLEL) \
 	tests/vision/test_open_clip.py tests/vision/test_open_clip_layouts.py \
 	tests/editing/test_folding_open_clip.py tests/editing/test_weights_open_clip.py \
-	tests/editing/finetuning/test_finetuning_open_clip.py
+	tests/finetuning/test_finetuning_open_clip.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format docs bench bench-peers gpu-check clean

@@ -18,8 +18,7 @@ import tyro
 from tables import QUALITY, keep
 
 import sparsight as sp
-from sparsight.editing import MeanAblation
-from sparsight.editing.attacks import (
+from sparsight.attacks import (
     AttackPairs,
     CausalReport,
     SalienceTable,
@@ -28,6 +27,7 @@ from sparsight.editing.attacks import (
     find_text_salient,
     make_pairs,
 )
+from sparsight.editing import MeanAblation
 from sparsight.sae import SparseAutoencoder
 from sparsight.training import TrainConfig
 from sparsight.vision import VisionModel

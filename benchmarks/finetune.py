@@ -21,12 +21,12 @@ from tables import QUALITY, keep
 from transformers import AutoTokenizer, CLIPModel
 
 import sparsight as sp
+from sparsight.attacks import make_pairs
 from sparsight.calibration import CLIP_FOLDER
 from sparsight.calibration.clip import zero_shot_figures
-from sparsight.editing.attacks import make_pairs
-from sparsight.editing.finetuning import NeuronScaling, Rates
-from sparsight.editing.finetuning.measures import compare
-from sparsight.editing.finetuning.subjects import Subjects
+from sparsight.finetuning import NeuronScaling, Rates
+from sparsight.finetuning.measures import compare
+from sparsight.finetuning.subjects import Subjects
 
 
 @dataclass(frozen=True)

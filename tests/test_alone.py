@@ -32,7 +32,7 @@ def test_with_the_machine_for_itself(number):
 
 
 def test_a_test_marked_alone_runs_beside_no_other_and_the_rest_do(tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).with_name("alone.py"), tmp_path)
+    shutil.copy(Path(__file__).parent / "parts" / "alone.py", tmp_path)
     (tmp_path / "conftest.py").write_text("from alone import pytest_runtest_protocol\n")
     (tmp_path / "test_many.py").write_text(TESTS)
     (tmp_path / "Makefile").touch()

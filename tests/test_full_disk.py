@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sparsight as sp
-from activations.activation_parts import BLOCK_1, digests, save_clip, save_photos
+from activation_parts import BLOCK_1, digests, save_clip, save_photos
 from one_thread import one_thread
 from sparsight.cli import main
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import sparsight as sp
-from activations.activation_parts import BLOCK_1, save_clip, save_photos
+from activation_parts import BLOCK_1, save_clip, save_photos
 from cutting import cut
 from one_thread import one_thread
 from sparsight.cli import main

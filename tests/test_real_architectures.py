@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import sparsight as sp
+import tiny_models
 from one_thread import one_thread
-from vision import tiny_models
 
 __all__ = ["one_thread"]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         VectorStream,
         extract,
     )
+    from sparsight.attacks import find_text_salient, make_pairs, measure_attack
     from sparsight.demo import run_demo
     from sparsight.editing import (
         DirectionAblation,
@@ -28,10 +29,9 @@ if TYPE_CHECKING:
         intervene,
         steer,
     )
-    from sparsight.editing.attacks import find_text_salient, make_pairs, measure_attack
-    from sparsight.editing.finetuning import FinetuneConfig, FinetuneRun, finetune
     from sparsight.errors import MissingExtra, SparsightError, UserError
     from sparsight.evaluation import EvaluationReport, SweepMeasures, evaluate
+    from sparsight.finetuning import FinetuneConfig, FinetuneRun, finetune
     from sparsight.images import ImageInfo, ImageSource, load_batches, open_images
     from sparsight.latents import (
         CodeStore,
@@ -87,8 +87,8 @@ _HOMES = {
         "intervene",
         "steer",
     ),
-    "sparsight.editing.attacks": ("find_text_salient", "make_pairs", "measure_attack"),
-    "sparsight.editing.finetuning": ("FinetuneConfig", "FinetuneRun", "finetune"),
+    "sparsight.attacks": ("find_text_salient", "make_pairs", "measure_attack"),
+    "sparsight.finetuning": ("FinetuneConfig", "FinetuneRun", "finetune"),
     "sparsight.errors": ("MissingExtra", "SparsightError", "UserError"),
     "sparsight.evaluation": ("EvaluationReport", "SweepMeasures", "evaluate"),
     "sparsight.images": ("ImageInfo", "ImageSource", "load_batches", "open_images"),

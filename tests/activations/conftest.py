@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from activation_parts import BLOCK_0, BLOCK_1, save_clip, save_photos
 
+from activation_parts import BLOCK_0, BLOCK_1, save_clip, save_photos
 from one_thread import one_thread
 from sparsight.activations import ActivationStore, extract
 from sparsight.images import ImageSource, open_images

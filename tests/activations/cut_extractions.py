@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from activation_parts import BLOCK_0, BLOCK_1, digests
 
+from activation_parts import BLOCK_0, BLOCK_1, digests
 from sparsight.activations import extract
 from sparsight.images import open_images
 from sparsight.vision import load_model

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from activation_parts import BLOCK_0, BLOCK_1, digests
 
+from activation_parts import BLOCK_0, BLOCK_1, digests
 from sparsight.cli import main as sparsight
 
 

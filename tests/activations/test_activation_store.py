@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, everything, flip_bit, save_photos
 from safetensors.torch import load_file, save_file
 
+from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, everything, flip_bit, save_photos
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, open_images

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from activation_parts import BLOCK_0, BLOCK_1, save_photos
 
+from activation_parts import BLOCK_0, BLOCK_1, save_photos
 from sparsight.activations import ActivationStore
 
 N_IMAGES = 12

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, digests, everything, save_photos
 from PIL import Image
 from safetensors.torch import load_file, save
 
+from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, digests, everything, save_photos
 from images.picture_files import with_damaged_labels
 from sparsight.activations import ActivationStore, LiveActivations, extract, matching_sites
 from sparsight.activations.writer import StoreWriter

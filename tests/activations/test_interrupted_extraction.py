@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, digests, everything, save_photos
 
+from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, digests, everything, save_photos
 from sparsight.activations import ActivationStore, LiveActivations, extract, shards
 from sparsight.activations.manifest import Manifest
 from sparsight.errors import SparsightError, UserError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, everything, save_photos
 
+from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, everything, save_photos
 from sparsight.activations import ActivationStore, LiveActivations
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, open_images

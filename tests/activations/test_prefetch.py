@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from activation_parts import BLOCK_0, BLOCK_1
 from torch import Tensor
 
+from activation_parts import BLOCK_0, BLOCK_1
 from sparsight.activations import ActivationStore, Prefetcher, VectorStream, store
 from sparsight.errors import SparsightError
 

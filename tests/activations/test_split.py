@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from activation_parts import BLOCK_1
 
+from activation_parts import BLOCK_1
 from sparsight.activations import (
     ActivationStore,
     HeldOut,

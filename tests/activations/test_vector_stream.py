@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, everything
 from torch import Tensor
 
+from activation_parts import BLOCK_0, BLOCK_1, N_IMAGES, everything
 from sparsight.activations import ActivationStore, VectorStream, store
 from sparsight.errors import UserError
 

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-# The small models are those of the tests of `vision`; other packages run as in those of `formats`.
-sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("vision", "formats")]
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
-import cpu_torchvision  # noqa: E402, F401 - before transformers
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import cpu_torchvision  # noqa: F401 - before transformers
+import tiny_models
 
 torch.set_num_threads(1)
 

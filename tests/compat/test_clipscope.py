@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
-from foreign_files import peer
 from transformers import CLIPImageProcessor, CLIPModel
 
+from foreign_files import peer
 from malicious_pickle import Opens
 from sparsight.compat.clipscope import ConfiguredViT, TopKSAE
 from sparsight.errors import SparsightError, UserError

@@ -1,47 +1,5 @@
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from model_fixtures import calibration, clip, pixels, tiny
 
-import pytest
-import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("vision", "sae", "evaluation")]
-
-import cpu_torchvision  # noqa: F401, E402 - before transformers
-import tiny_models  # noqa: E402
-
-from sparsight.vision import VisionModel, load_model  # noqa: E402
-
-# Tiny products gain nothing from threads, and lose much on a busy machine.
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], VisionModel]:
-    """A family's small random model, loaded once: 3 blocks, width 32, 16 patches."""
-    root = tmp_path_factory.mktemp("tiny")
-    loaded: dict[str, VisionModel] = {}
-
-    def get(family: str) -> VisionModel:
-        if family not in loaded:
-            loaded[family] = load_model(str(tiny_models.build(family, root / family)), device="cpu")
-        return loaded[family]
-
-    return get
-
-
-@pytest.fixture
-def clip(tiny: Callable[[str], VisionModel]) -> VisionModel:
-    return tiny("clip")
-
-
-@pytest.fixture
-def pixels() -> torch.Tensor:
-    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="session")
-def calibration() -> VisionModel:
-    return load_model("calibration", device="cpu")
+__all__ = ["calibration", "clip", "pixels", "tiny"]

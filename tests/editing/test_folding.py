@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from editing_parts import SITE, activations, belonging, make_sae
 
+from editing_parts import SITE, activations, belonging, make_sae
 from sparsight.editing import (
     Clamp,
     DirectionAblation,

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from architecture_cases import ARCHITECTURES, WIDTH
-from editing_parts import SITE, activations, belonging, bits, make_sae
 from torch import Tensor
 
+from architecture_cases import ARCHITECTURES, WIDTH
+from editing_parts import SITE, activations, belonging, bits, make_sae
 from sparsight.editing import (
     Clamp,
     DirectionAblation,

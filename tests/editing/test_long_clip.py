@@ -11,9 +11,9 @@ from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from sparsight.editing import is_split, keep_positions, lengthen, merge_positions, stretched
-from sparsight.editing.finetuning.groups import Rates, set_trainable
 from sparsight.editing.long_clip import factor_for
 from sparsight.errors import UserError
+from sparsight.finetuning.groups import Rates, set_trainable
 from sparsight.vision import load_model
 from sparsight.vision.layouts import RES
 from sparsight.vision.saving import write_model

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+
 from editing_parts import belonging, make_sae
 from evaluation_parts import Pictures, save_model
-
 from sparsight.editing import LatentEdit, Set, embed_collection, intervene, write_contact_sheet
 from sparsight.editing.latent_search import find_latents
 from sparsight.errors import UserError

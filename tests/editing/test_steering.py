@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
+
 from editing_parts import belonging, make_sae
 from evaluation_parts import LABELS, Pictures, save_model
-
 from sparsight.editing import Keep, LatentEdit, Off, Set, intervene, steer
 from sparsight.editing.class_codes import class_codes, matched_latents
 from sparsight.editing.class_curves import default_ks

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evaluation_parts import save_model
 
+from evaluation_parts import save_model
 from sparsight.vision import VisionModel, load_model
 
 # Tiny products gain nothing from threads, and lose much on a busy machine.

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from evaluation_parts import LABELS, SITE, Pictures, make_sae, perfect_sae
 
+from evaluation_parts import LABELS, SITE, Pictures, make_sae, perfect_sae
 from sparsight.errors import UserError
 from sparsight.evaluation import downstream
 from sparsight.evaluation.downstream import CONTRASTIVE_BATCH, replacing, why_not

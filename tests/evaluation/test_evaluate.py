@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from evaluation_parts import (
     SITE,
     Pictures,
@@ -14,8 +16,6 @@ from evaluation_parts import (
     make_sae,
     perfect_sae,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from sparsight.activations import LiveActivations, extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import Passes, evaluate, evaluator

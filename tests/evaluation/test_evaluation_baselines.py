@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import make_sae
 
+from evaluation_parts import make_sae
 from sparsight.errors import UserError
 from sparsight.evaluation import PCA, Moments, Neurons, untrained
 from sparsight.sae import (

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import make_sae
 
+from evaluation_parts import make_sae
 from sparsight.errors import UserError
 from sparsight.evaluation import SparsityMeter
 from sparsight.evaluation.sparsity import LatentCounts, low_density_cluster, mean_pairwise_cosine

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import Scenes, TensorActivations
 
+from evaluation_parts import Scenes, TensorActivations
 from sparsight.errors import UserError
 from sparsight.evaluation import Passes, truth_table
 from sparsight.evaluation.choosing import MIN_POSITIVES, Halves

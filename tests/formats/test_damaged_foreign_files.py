@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from foreign_files import (
     CASES,
     PRISMA,
@@ -23,7 +24,6 @@ from foreign_files import (
     msae_state,
     prisma_state,
 )
-
 from malicious_pickle import Opens
 from sparsight.errors import SparsightError
 from sparsight.formats import read

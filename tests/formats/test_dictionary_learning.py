@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from exchange import D, K, N, exchange, trained_like, vectors
 
+from exchange import D, K, N, exchange, trained_like, vectors
 from sparsight.errors import SparsightError, UserError
 from sparsight.formats import find, read
 from sparsight.sae import (

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from foreign_files import (
     CASES,
     PATCHSAE,
@@ -25,7 +26,6 @@ from foreign_files import (
     saev_file,
     save_with,
 )
-
 from sparsight.errors import SparsightError, UserError
 from sparsight.formats import read
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_files import CASES, D, N
 from safetensors.torch import load_file, save_file
 
+from foreign_files import CASES, D, N
 from sparsight.errors import SparsightError
 from sparsight.formats import find, read
 from sparsight.sae import (

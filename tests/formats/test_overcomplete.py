@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from exchange import D, K, N, exchange, trained_like
 
+from exchange import D, K, N, exchange, trained_like
 from sparsight.errors import UserError
 from sparsight.formats import find, read
 from sparsight.sae import (

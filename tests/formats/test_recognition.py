@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exchange import D, K, N, trained_like, vectors
 from safetensors.torch import save_file
 
+from exchange import D, K, N, trained_like, vectors
 from malicious_pickle import Opens
 from sparsight.errors import SparsightError, UserError
 from sparsight.formats import FORMATS, find, read

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exchange import D, K, N, exchange, trained_like, vectors
 from safetensors.torch import load_file, save_file
 
+from exchange import D, K, N, exchange, trained_like, vectors
 from sparsight.errors import UserError
 from sparsight.formats import find, read
 from sparsight.sae import (

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exchange import D, K, N, exchange, trained_like
 from safetensors.torch import save_file
 
+from exchange import D, K, N, exchange, trained_like
 from sparsight.errors import UserError
 from sparsight.formats import find, read
 from sparsight.sae import AbsTopK, BatchTopK, GroupMax, SAEConfig, SparseAutoencoder, TopK

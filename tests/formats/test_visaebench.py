@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exchange import K, N, exchange, trained_like
 from safetensors.torch import save_file
 
+from exchange import K, N, exchange, trained_like
 from sparsight.errors import UserError
 from sparsight.formats import find, read
 from sparsight.sae import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from foreign_files import CASES, D, N, numbers, parts, peer
 
+from foreign_files import CASES, D, N, numbers, parts, peer
 from sparsight.compat.clipscope import TopKSAE
 from sparsight.errors import UserError
 from sparsight.formats import find, read

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from latent_parts import SITE, TensorActivations, make_sae, model_facts, save_clip, save_pictures
 
+from latent_parts import SITE, TensorActivations, make_sae, model_facts, save_clip, save_pictures
 from sparsight.images import ImageSource, load_batches, open_images
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, load_model

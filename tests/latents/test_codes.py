@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from latent_parts import SITE, TensorActivations, make_sae, save_pictures
 from torch import Tensor
 
+from latent_parts import SITE, TensorActivations, make_sae, save_pictures
 from sparsight.activations import ActivationStore, LiveActivations, extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file

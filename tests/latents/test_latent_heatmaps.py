@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from latent_parts import SITE, TensorActivations, make_sae
 from PIL import Image
 
+from latent_parts import SITE, TensorActivations, make_sae
 from sparsight.errors import UserError
 from sparsight.images import ImageSource
 from sparsight.latents import (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from latent_parts import SITE, TensorActivations, make_sae, save_pictures
 
+from latent_parts import SITE, TensorActivations, make_sae, save_pictures
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, open_images
 from sparsight.latents import (

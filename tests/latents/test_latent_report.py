@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latent_parts import LABELS, SITE, TensorActivations, make_sae, model_facts, save_clip
 from PIL import Image
 
+from latent_parts import LABELS, SITE, TensorActivations, make_sae, model_facts, save_clip
 from sparsight.activations import extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import evaluate

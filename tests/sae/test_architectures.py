@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architecture_cases import ARCHITECTURES, WIDTH
 
+from architecture_cases import ARCHITECTURES, WIDTH
 from sparsight.errors import UserError
 from sparsight.kernels import using
 from sparsight.sae import (

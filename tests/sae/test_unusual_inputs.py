@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from architecture_cases import ARCHITECTURES
 
+from architecture_cases import ARCHITECTURES
 from sparsight.errors import UserError
 from sparsight.kernels import using
 from sparsight.sae import (

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
-from memory_activations import sparse_mixtures
 from test_resume import CONFIG, SITES
 
+from memory_activations import sparse_mixtures
 from sparsight import files
 from sparsight.training import checkpoint_files, train, trainer
 

@@ -29,7 +29,7 @@ import sparsight.cli.finetune
 import sparsight.cli.main
 import sparsight.cli.sweep
 import sparsight.cli.train  # noqa: F401
-from sparsight.editing.finetuning import FinetuneRun
+from sparsight.finetuning import FinetuneRun
 from sparsight.training import Run, checkpoint, checkpoint_files
 
 BATCH, N_VECTORS = 32, 32 * 300

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from memory_activations import sparse_mixtures
 from test_resume import Stopped
 
-from sae.architecture_cases import ARCHITECTURES, WIDTH
+from architecture_cases import ARCHITECTURES, WIDTH
+from memory_activations import sparse_mixtures
 from sparsight.activations import ActivationStore, extract
 from sparsight.cli import main
 from sparsight.config import write_toml

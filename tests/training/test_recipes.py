@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_activations import sparse_mixtures
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from memory_activations import sparse_mixtures
 from sparsight.activations import extract, matching_sites
 from sparsight.config import load, to_dict, write_toml
 from sparsight.errors import UserError

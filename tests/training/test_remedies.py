@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_activations import sparse_mixtures
 from test_learning import mixtures
 
+from memory_activations import sparse_mixtures
 from sparsight.errors import UserError
 from sparsight.sae import (
     Archetypal,

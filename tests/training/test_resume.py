@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from memory_activations import sparse_mixtures
 
+from memory_activations import sparse_mixtures
 from sparsight.errors import SparsightError, UserError
 from sparsight.sae import AuxK, SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import Run, TrainConfig, checkpoint, train

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory_activations import MemoryStream, sparse_mixtures
 from test_resume import CONFIG, SITES, _assert_same, _interrupt, _resume
 
+from memory_activations import MemoryStream, sparse_mixtures
 from sparsight import pace
 from sparsight.errors import UserError
 from sparsight.interruption import Terminated, postponed

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from memory_activations import MemoryActivations, sparse_mixtures
 from test_resume import CONFIG, SITES, WALL_CLOCK, Stopped
 
+from memory_activations import MemoryActivations, sparse_mixtures
 from sparsight.config import load, write_toml
 from sparsight.errors import SparsightError, UserError
 from sparsight.interruption import Terminated

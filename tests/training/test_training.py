@@ -8,10 +8,10 @@ from typing import Literal
 
 import pytest
 import torch
-from memory_activations import MemoryActivations, sparse_mixtures
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from activations.activation_parts import BLOCK_0, BLOCK_1, save_clip, save_photos
+from activation_parts import BLOCK_0, BLOCK_1, save_clip, save_photos
+from memory_activations import MemoryActivations, sparse_mixtures
 from sparsight.activations import ActivationStore, extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file

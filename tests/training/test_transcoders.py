@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_activations import MemoryActivations, sparse_mixtures
 
+from memory_activations import MemoryActivations, sparse_mixtures
 from sparsight.errors import UserError
 from sparsight.evaluation import evaluate
 from sparsight.sae import Normaliser, SAEConfig, TopK

@@ -3,12 +3,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import cpu_torchvision  # noqa: F401 - before transformers
 import pytest
-import tiny_models
 import torch
 from torch import Tensor
 
+import cpu_torchvision  # noqa: F401 - before transformers
+import tiny_models
 from sparsight.vision import VisionModel, load_model
 
 # Tiny products gain nothing from threads, and lose much on a busy machine.

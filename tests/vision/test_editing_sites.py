@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES
 
 from sparsight.errors import UserError
+from tiny_models import FAMILIES
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

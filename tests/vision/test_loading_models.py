@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-import tiny_models
 import torch
 from PIL import Image
 from transformers import (
@@ -30,6 +29,7 @@ from transformers import (
     SwinModel,
 )
 
+import tiny_models
 from malicious_pickle import Opens
 from sparsight.errors import MissingExtra, SparsightError, UserError
 from sparsight.images import ImageError

@@ -129,7 +129,7 @@ def test_code_in_weights_is_not_run(checkpoint, tmp_path):
 
 
 def test_mixtures_of_words_run_through_the_text_tower(ours):
-    from sparsight.editing.attacks import clip_opinion
+    from sparsight.attacks import clip_opinion
     from sparsight.vision.soft_text import SoftText
 
     text = SoftText(ours)

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from tiny_clips import OPEN_CLIP, open_clip_module, shake
 
 from sparsight.errors import UserError
 from sparsight.vision import load_model
 from sparsight.vision.layouts import to_openai
 from sparsight.vision.saving import save_model, write_model
+from tiny_clips import OPEN_CLIP, open_clip_module, shake
 
 open_clip = pytest.importorskip(
     "open_clip", reason="open_clip is not installed (extra open-clip)", exc_type=ImportError

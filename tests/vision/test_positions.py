@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from transformers import (
     YolosModel,
 )
 
+import tiny_models
 from sparsight.errors import UserError
 from sparsight.vision import load_model
 from sparsight.vision.positions import count_prefix, find_cls

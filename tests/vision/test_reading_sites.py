@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from PIL import Image
-from tiny_models import FAMILIES, WITH_TEXT
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -24,12 +22,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+import tiny_models
 from sparsight.errors import UserError
 from sparsight.vision import load_model, select_tokens, tower
 from sparsight.vision import transformers_models as loading
 from sparsight.vision.hashing import weights_hash
 from sparsight.vision.hooks import first_tensor
 from sparsight.vision.probe import probe
+from tiny_models import FAMILIES, WITH_TEXT
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PARTS = ("resid_pre", "attn_out", "mlp_pre", "mlp_post", "mlp_out", "resid_post")

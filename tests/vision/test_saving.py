@@ -4,12 +4,12 @@ import copy
 import json
 
 import pytest
-import tiny_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
+import tiny_models
 from malicious_pickle import Opens
 from sparsight.editing import parametrize
 from sparsight.errors import SparsightError, UserError

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from transformers import AltCLIPConfig, AltCLIPModel
 
+import tiny_models
 from sparsight.errors import UserError
 from sparsight.vision import load_model
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 import transformers as hf
 
+import tiny_models
 from sparsight.errors import UserError
 from sparsight.vision import VisionModel, load_model
 

@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModel
 
+import tiny_models
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import open_images
 from sparsight.intervals import wilson_interval

@@ -11,12 +11,13 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from sparsight.attacks import AttackPairs, SalienceTable, find_text_salient, make_pairs
 from sparsight.cli.help import Help
 from sparsight.cli.opening import open_model
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import plain_table, print_notes
-from sparsight.editing.attacks import AttackPairs, SalienceTable, find_text_salient, make_pairs
-from sparsight.editing.finetuning import (
+from sparsight.errors import UserError
+from sparsight.finetuning import (
     CaptionedImages,
     FinetuneConfig,
     PenalisedLatents,
@@ -24,9 +25,8 @@ from sparsight.editing.finetuning import (
     finetune,
     open_pairs,
 )
-from sparsight.editing.finetuning.report import PAGE, lead, report_finetuning, table_rows
-from sparsight.editing.finetuning.subjects import Subjects
-from sparsight.errors import UserError
+from sparsight.finetuning.report import PAGE, lead, report_finetuning, table_rows
+from sparsight.finetuning.subjects import Subjects
 from sparsight.images import CalibrationImages, ImageSource, open_images
 from sparsight.interruption import STOPS
 from sparsight.pace import SECONDS

@@ -3,7 +3,7 @@
 Builds on `vision`, `sae` and `latents`. Start at `intervene` (interventions.py) and the actions
 that an edit may have (actions.py); `fold` (folding.py) writes an edit into
 the model's weights; `steer` (steering.py) and `embed_collection` (retrieval.py) show what edits do;
-`attacks` and `finetuning` are rooms of their own.
+`attacks` and `finetuning` stand above it.
 """
 
 from __future__ import annotations

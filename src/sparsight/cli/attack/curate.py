@@ -8,12 +8,12 @@ from pathlib import Path
 
 import tyro
 
+from sparsight.attacks import SalienceTable, curate
+from sparsight.attacks.curating import SENTENCE, Captions
 from sparsight.cli.attack.shared import model_of, target_of
 from sparsight.cli.help import Help
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
-from sparsight.editing.attacks import SalienceTable, curate
-from sparsight.editing.attacks.curating import SENTENCE, Captions
 from sparsight.images import open_images
 
 HELP = Help(

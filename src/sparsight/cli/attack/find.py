@@ -8,20 +8,20 @@ from pathlib import Path
 
 import tyro
 
-from sparsight.cli.attack.shared import PairOptions, check_failed, pairs_of
-from sparsight.cli.help import Help
-from sparsight.cli.opening import open_model, open_saes
-from sparsight.cli.options import parse
-from sparsight.cli.printing import print_notes, print_table
-from sparsight.editing.attacks import Target, causal_check, find_text_salient
-from sparsight.editing.attacks.salience import (
+from sparsight.attacks import Target, causal_check, find_text_salient
+from sparsight.attacks.salience import (
     FDR,
     SELECTIVE,
     Contrast,
     Read,
     Statistic,
 )
-from sparsight.editing.attacks.significance import PERMUTATIONS, Alternative
+from sparsight.attacks.significance import PERMUTATIONS, Alternative
+from sparsight.cli.attack.shared import PairOptions, check_failed, pairs_of
+from sparsight.cli.help import Help
+from sparsight.cli.opening import open_model, open_saes
+from sparsight.cli.options import parse
+from sparsight.cli.printing import print_notes, print_table
 from sparsight.errors import UserError
 from sparsight.files import check_folder
 from sparsight.sae import SparseAutoencoder

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsight.attacks import SalienceTable, causal_check, measure_attack
 from sparsight.cli.attack.shared import PairOptions, check_failed, model_of, pairs_of, target_of
 from sparsight.cli.help import Help
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_table
-from sparsight.editing.attacks import SalienceTable, causal_check, measure_attack
 from sparsight.files import check_file
 
 HELP = Help(

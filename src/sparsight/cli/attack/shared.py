@@ -10,11 +10,7 @@ from typing import Literal
 
 import tyro
 
-from sparsight.cli.opening import open_model, open_saes
-from sparsight.cli.options import ModelOptions
-from sparsight.cli.printing import print_notes
-from sparsight.editing.actions import Off
-from sparsight.editing.attacks import (
+from sparsight.attacks import (
     AttackPairs,
     SalienceTable,
     Target,
@@ -22,6 +18,10 @@ from sparsight.editing.attacks import (
     WorldBand,
     make_pairs,
 )
+from sparsight.cli.opening import open_model, open_saes
+from sparsight.cli.options import ModelOptions
+from sparsight.cli.printing import print_notes
+from sparsight.editing.actions import Off
 from sparsight.errors import UserError
 from sparsight.images import open_images
 from sparsight.images.writing import Nonsense

@@ -1,0 +1,331 @@
+"""Whether what was found is what does it: switch it off, beside as much that was not found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsight.attacks.measuring import (
+    Mean,
+    Share,
+    change_of,
+    describe,
+    require_loss,
+    share_of,
+    won_back,
+)
+from sparsight.attacks.outcomes import ORIGINAL, Outcome, outcomes
+from sparsight.attacks.pairs import AttackPairs
+from sparsight.attacks.salience import SalienceTable, picture_marks
+from sparsight.config import check_seed
+from sparsight.editing.actions import Action, Off
+from sparsight.editing.edits import Edit, LatentEdit, NeuronEdit, Positions
+from sparsight.errors import UserError
+from sparsight.files import write_json
+from sparsight.intervals import t_interval
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
+
+FOUND = "found"
+NEAREST = 8
+"""Of how many neighbours in density a random one is drawn, at least."""
+
+_KINDS = ("clean", "attacked", "same", "control")
+_RANDOM_KINDS = ("clean", "attacked")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edit does to pictures with words, and to those without.
+
+    Attributes:
+        accuracy: share classified right, by kind.
+        fooled: share of attacked pictures for which the written word's class wins.
+        won_back: share of the loss (accuracy clean − attacked, without the edit) that is won back
+            on attacked pictures, with a percentile bootstrap interval over pictures.
+        clean_change: accuracy on clean pictures with the edit minus without it.
+    """
+
+    accuracy: dict[str, Share]
+    fooled: Share
+    won_back: Mean
+    clean_change: Share
+
+
+@dataclass(frozen=True)
+class RandomEffects:
+    """The same for several draws of random latents of equal density.
+
+    Attributes:
+        draws: share won back, of each draw.
+        won_back: their mean, with Student's 95 % interval over draws.
+        clean_change: mean change of clean accuracy.
+        accuracy: mean accuracy on clean and on attacked pictures.
+        density: mean density of those drawn; compare with that of the found ones.
+    """
+
+    draws: list[float]
+    won_back: Mean
+    clean_change: float
+    accuracy: dict[str, float]
+    density: float
+
+
+@dataclass(frozen=True)
+class CausalReport:
+    """What the found ones, and random ones, do.
+
+    Attributes:
+        n: pictures.
+        original: accuracy by kind without an edit.
+        fooled: share of attacked pictures for which the written word's class wins, without one.
+        loss: accuracy on clean minus on attacked pictures, without an edit.
+        found: the effect of those found.
+        random: that of random ones; None where none were drawn.
+        density: mean density of those found.
+        edits: what was done, in words.
+        failed: pictures that did not load, by kind.
+        pairs: how the words were made.
+        same_pictures: on how many of these very pictures they were found; 0 if all is well.
+    """
+
+    n: int
+    original: dict[str, Share]
+    fooled: Share
+    loss: float
+    found: Effect
+    random: RandomEffects | None
+    density: float
+    edits: list[str]
+    failed: dict[str, int]
+    pairs: dict[str, Any] = field(repr=False)
+    same_pictures: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON-able values."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the figures as JSON."""
+        write_json(Path(path), self.to_dict())
+        return Path(path)
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows for a terminal, the head first: the model as it is, found off, random off."""
+        rows: list[tuple[str, ...]] = [
+            ("", *self.original, "fooled", "loss won back", "clean change")
+        ]
+        rows.append(
+            ("as it is", *(_percent(s.value) for s in self.original.values()),
+             _percent(self.fooled.value), "", "")
+        )  # fmt: skip
+        effect = self.found
+        rows.append(
+            ("found", *(_percent(s.value) for s in effect.accuracy.values()),
+             _percent(effect.fooled.value), _with_interval(effect.won_back),
+             f"{100 * effect.clean_change.value:+.1f} points")
+        )  # fmt: skip
+        if self.random is not None:
+            rows.append(
+                (f"random ×{len(self.random.draws)}",
+                 *(_percent(self.random.accuracy[kind]) if kind in self.random.accuracy else ""
+                   for kind in self.original), "",
+                 _with_interval(self.random.won_back),
+                 f"{100 * self.random.clean_change:+.1f} points")
+            )  # fmt: skip
+        return rows
+
+
+@dataclass(frozen=True)
+class Target:
+    """Latents of an SAE, or neurons of a site, that were found to respond to words.
+
+    Attributes:
+        table: the test of all of them.
+        chosen: which; default those that were found and are selective.
+        sae: the SAE that was tested; None for neurons.
+        action: what is done to them.
+        tokens: at which positions; default those that were tested.
+    """
+
+    table: SalienceTable
+    chosen: Sequence[int] | None = None
+    sae: SparseAutoencoder | None = None
+    action: Action = field(default_factory=Off)
+    tokens: Positions | None = None
+
+    def __post_init__(self) -> None:
+        if (self.sae is None) == (self.table.about["unit"] == "latent"):
+            raise UserError(
+                f"The test at {self.table.site} is of {self.table.about['unit']}s; "
+                + ("give the SAE with it." if self.sae is None else "it goes without an SAE.")
+            )
+        if self.sae is not None and self.sae.fingerprint() != self.table.about["sae"]:
+            raise UserError(
+                f"The test at {self.table.site} is of another SAE than the one that was given; "
+                "its latents mean other things. Find them anew."
+            )
+        object.__setattr__(self, "chosen", self.table.chosen(self.chosen))
+
+    def edit(self, chosen: Sequence[int] | None = None) -> Edit:
+        """The edit of those chosen, or of others in their place."""
+        which = self.chosen if chosen is None else chosen
+        tokens = self.tokens or self.table.about["tokens"]
+        if self.sae is None:
+            return NeuronEdit(self.table.site, which, self.action, tokens)
+        return LatentEdit(self.sae, which, self.action, site=self.table.site, tokens=tokens)
+
+
+def causal_check(
+    model: VisionModel,
+    pairs: AttackPairs,
+    targets: Sequence[Target] | Target,
+    *,
+    draws: int = 10,
+    seed: int = 0,
+    templates: str | Sequence[str] = "simple",
+    check: bool = True,
+    batch_size: int = 64,
+    workers: int | None = None,
+    quiet: bool = True,
+) -> CausalReport:
+    """Measure a model with what was found switched off, and with as much that was not found.
+
+    Args:
+        model: one with a text tower.
+        pairs: pictures; not those on which they were found.
+        targets: what was found; several sites at once are edited together.
+        draws: sets of random ones.
+        seed: of the draws.
+        templates: sentences for class names.
+        check: see `intervene`.
+        batch_size: pictures at a time.
+        workers: processes that decode and draw.
+        quiet: no progress line.
+
+    Raises:
+        UserError: words cost the model nothing, or an edit does not fit it.
+    """
+    check_seed(seed)
+    if draws < 0:
+        raise UserError(f"draws is {draws}; it must be 0 or more.")
+    given = [targets] if isinstance(targets, Target) else list(targets)
+    if not given:
+        raise UserError("Nothing to switch off: no target was given.")
+    rng = np.random.default_rng(seed)
+    variants: dict[str, list[Edit]] = {FOUND: [target.edit() for target in given]}
+    densities = []
+    for number in range(draws):
+        drawn_here = [draw_like(target.table, target.chosen or [], rng) for target in given]
+        variants[f"random {number}"] = [
+            target.edit(other) for target, other in zip(given, drawn_here, strict=True)
+        ]
+        densities.append(_density(given, drawn_here))
+    options: dict[str, Any] = {
+        "templates": templates,
+        "check": check,
+        "batch_size": batch_size,
+        "workers": workers,
+        "quiet": quiet,
+    }
+    found_edits = {FOUND: variants.pop(FOUND)}
+    seen = outcomes(model, pairs, found_edits, kinds=_KINDS, **options)
+    before = seen.by_variant[ORIGINAL]
+    loss = require_loss(before["clean"], before["attacked"])
+    found = _effect(before, seen.by_variant[FOUND], seed)
+    others: list[Effect] = []
+    if variants:
+        drawn = outcomes(model, pairs, variants, kinds=_RANDOM_KINDS, **options).by_variant
+        others = [_effect(drawn[ORIGINAL], drawn[name], seed) for name in variants]
+    won = [effect.won_back.value for effect in others]
+    random = None
+    if won:
+        random = RandomEffects(
+            draws=won,
+            won_back=Mean(float(np.mean(won)), t_interval(won)),
+            clean_change=float(np.mean([each.clean_change.value for each in others])),
+            accuracy={
+                kind: float(np.mean([each.accuracy[kind].value for each in others]))
+                for kind in _RANDOM_KINDS
+            },
+            density=float(np.mean(densities)),
+        )
+    searched = {mark for target in given for mark in target.table.about["pictures"]}
+    return CausalReport(
+        n=seen.n,
+        original={kind: share_of(before[kind].right) for kind in _KINDS},
+        fooled=share_of(before["attacked"].fooled),
+        loss=loss,
+        found=found,
+        random=random,
+        density=_density(given, [list(target.chosen or []) for target in given]),
+        edits=[describe(edit) for edit in found_edits[FOUND]],
+        failed=seen.failed,
+        pairs=pairs.about,
+        same_pictures=sum(mark in searched for mark in picture_marks(pairs)),
+    )
+
+
+def draw_like(table: SalienceTable, chosen: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """As many others, each of about the density of one that was chosen.
+
+    For each of them one is drawn from the `NEAREST` in density that were neither chosen, nor
+    found, nor drawn before.
+
+    Raises:
+        UserError: there are too few others that are ever active.
+    """
+    barred = np.zeros(len(table), bool)
+    barred[list(chosen)] = True
+    barred[table.found] = True
+    pool = np.flatnonzero(~barred & (table.density > 0))
+    if len(pool) < len(chosen):
+        raise UserError(
+            f"{table.site}: {len(chosen):,} are to be compared with as many others, but only "
+            f"{len(pool):,} of {len(table):,} are active and were not found. Switch off fewer."
+        )
+    pool = pool[np.argsort(table.density[pool], kind="stable")]
+    free = table.density[pool]
+    drawn: list[int] = []
+    # In random order, so that those drawn last, which have fewer left, are not always the same.
+    for latent in np.asarray(chosen)[np.argsort(rng.random(len(chosen)), kind="stable")]:
+        width = min(NEAREST, len(pool))
+        middle = int(np.searchsorted(free, table.density[latent]))
+        start = min(max(0, middle - width // 2), len(pool) - width)
+        place = start + int(rng.random() * width)
+        drawn.append(int(pool[place]))
+        pool, free = np.delete(pool, place), np.delete(free, place)
+    return drawn
+
+
+def _density(targets: Sequence[Target], chosen: Sequence[Sequence[int]]) -> float:
+    parts = [
+        target.table.density[list(which)] for target, which in zip(targets, chosen, strict=True)
+    ]
+    return float(np.concatenate(parts).mean())
+
+
+def _effect(before: dict[str, Outcome], after: dict[str, Outcome], seed: int) -> Effect:
+    return Effect(
+        accuracy={kind: share_of(outcome.right) for kind, outcome in after.items()},
+        fooled=share_of(after["attacked"].fooled),
+        won_back=won_back(
+            before["clean"].right, before["attacked"].right, after["attacked"].right, seed
+        ),
+        clean_change=change_of(before["clean"].right, after["clean"].right),
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _with_interval(mean: Mean) -> str:
+    if mean.interval is None:
+        return _percent(mean.value)
+    low, high = mean.interval
+    return f"{100 * mean.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

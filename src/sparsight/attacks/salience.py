@@ -1,0 +1,480 @@
+"""Which latents of an SAE, or neurons of an MLP, respond to words: paired tests, one for each.
+
+Every picture is seen twice, and differs from itself in what is written alone. Three contrasts ask
+three questions:
+
+- `word` (attacked − control): the name of a class against nonsense of the same length, place and
+  look. What differs reads the word.
+- `writing` (control − clean): nonsense against nothing. What differs sees letters, or the band.
+- `attack` (attacked − clean): all that the attack brings, the two together.
+
+The null hypothesis is that the two pictures of a pair might as well change places. Under it the
+sign of a pair's difference is a coin's: flipping the signs of whole pairs gives the null
+distribution of the mean difference, whatever the shape of activations (Fisher 1935, "The Design of
+Experiments", section 21). One set of flips serves all latents. The false discovery rate over
+latents is held by Benjamini and Hochberg (1995).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsight.attacks.pairs import AttackPairs
+from sparsight.attacks.significance import (
+    PERMUTATIONS,
+    Alternative,
+    benjamini_hochberg,
+    sign_flip_p,
+)
+from sparsight.config import check_seed
+from sparsight.editing.interventions import check_belongs
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import read_json, replaced, settled, write_json
+from sparsight.images import load_batches
+from sparsight.progress import progress
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
+
+Contrast = Literal["word", "writing", "attack"]
+"""attacked − control, control − clean, attacked − clean."""
+
+Statistic = Literal["mean", "max"]
+"""Over a picture's positions."""
+
+Read = Literal["all", "patches", "cls"]
+
+CONTRASTS: dict[Contrast, tuple[str, str]] = {
+    "word": ("attacked", "control"),
+    "writing": ("control", "clean"),
+    "attack": ("attacked", "clean"),
+}
+KINDS = ("clean", "control", "attacked")
+FDR = 0.05
+SELECTIVE = 0.9
+TABLE, CSV, ABOUT = "salience.parquet", "salience.csv", "salience.json"
+CAUSAL = "causal.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SalienceTable:
+    """How each latent, or neuron, responds to words on pictures.
+
+    Attributes:
+        mean: by kind (`clean`, `control`, `attacked`), the mean over pictures of each latent's
+            activation (see `statistic`).
+        effect: of each latent, the mean paired difference of the contrast.
+        effect_size: the same in standard deviations of the difference (Cohen's d of pairs); 0
+            where nothing differs.
+        selectivity: (a − b) / (a + b) of the means on the two sides: 1 if the latent is silent
+            without the first, 0 if it makes no difference; of neurons, of their absolute values.
+        p: of the permutation test; 1 where a latent was active on no picture.
+        q: the smallest false discovery rate at which the latent counts as found.
+        density: share of vectors on which it is active (not 0; a neuron: above 0), over all three
+            kinds.
+        tested: whether it was active on any picture of the contrast; others are in no correction.
+        about: site, tokens, contrast, statistic, counts and what was read.
+    """
+
+    mean: dict[str, npt.NDArray[np.float64]]
+    effect: npt.NDArray[np.float64]
+    effect_size: npt.NDArray[np.float64]
+    selectivity: npt.NDArray[np.float64]
+    p: npt.NDArray[np.float64]
+    q: npt.NDArray[np.float64]
+    density: npt.NDArray[np.float64]
+    tested: npt.NDArray[np.bool_]
+    about: dict[str, Any] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.p)
+
+    @property
+    def site(self) -> str:
+        """Where."""
+        return str(self.about["site"])
+
+    @property
+    def found(self) -> list[int]:
+        """Those with q at most the rate that was asked for, the largest effect size first."""
+        return self.select(selectivity=-1.0)
+
+    @property
+    def selective(self) -> list[int]:
+        """Those found that are all but silent on the other picture of a pair: see `select`."""
+        return self.select()
+
+    def select(
+        self, n: int | None = None, *, fdr: float | None = None, selectivity: float | None = None
+    ) -> list[int]:
+        """Those that were found, the largest effect size first.
+
+        Args:
+            n: at most so many.
+            fdr: false discovery rate; default the one that was asked for.
+            selectivity: only those of at least so much; default what was asked for. Switching off
+                a latent that is active without words, too, costs what it does there.
+        """
+        rate = self.about["fdr"] if fdr is None else fdr
+        least = self.about["selectivity"] if selectivity is None else selectivity
+        hits = np.flatnonzero((self.q <= rate) & self.tested & (self.selectivity >= least))
+        order = np.argsort(-np.abs(self.effect_size[hits]), kind="stable")
+        chosen: list[int] = hits[order][:n].tolist()
+        return chosen
+
+    def chosen(self, latents: Sequence[int] | None = None) -> list[int]:
+        """Those that are named, else the selective ones.
+
+        Raises:
+            UserError: there are none, or one is out of range.
+        """
+        chosen = self.selective if latents is None else [int(each) for each in latents]
+        if not chosen:
+            raise UserError(
+                f"{self.site}: {len(self.found)} {self.about['unit']}s were found to respond to "
+                f"{self.about['compares']} (false discovery rate {self.about['fdr']}, "
+                f"{self.about['n_pairs']} pairs), none with a selectivity of "
+                f"{self.about['selectivity']}. Take another contrast or site, or lower it."
+            )
+        beyond = [each for each in chosen if not 0 <= each < len(self)]
+        if beyond:
+            raise UserError(
+                f"{self.site} has no {self.about['unit']} {beyond[0]}, only 0 to {len(self) - 1}."
+            )
+        return chosen
+
+    def table(self) -> pa.Table:
+        """A row a latent, the strongest first."""
+        found = np.zeros(len(self), bool)
+        found[self.found] = True
+        selective = np.zeros(len(self), bool)
+        selective[self.selective] = True
+        order = np.lexsort((-np.abs(self.effect_size), self.q))
+        columns: dict[str, npt.NDArray[Any]] = {
+            self.about["unit"]: np.arange(len(self)),
+            "effect": self.effect,
+            "effect_size": self.effect_size,
+            "selectivity": self.selectivity,
+            "p": self.p,
+            "q": self.q,
+            "density": self.density,
+            **{f"mean_{kind}": values for kind, values in self.mean.items()},
+            "tested": self.tested,
+            "found": found,
+            "selective": selective,
+        }
+        return pa.table({name: values[order] for name, values in columns.items()})
+
+    @property
+    def fewest(self) -> int:
+        """How many must be found together, or none can be: p is never below 1 / (1 + flips)."""
+        least = 1 / (1 + int(self.about["permutations"]))
+        share = float(self.about["n_tested"] * least / self.about["fdr"])
+        return max(1, math.ceil(share - 1e-9))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was done, and which were found: JSON-able."""
+        found, selective = self.found, self.selective
+        counts = {"n_found": len(found), "n_selective": len(selective)}
+        return {**self.about, **counts, "found": found, "selective": selective}
+
+    def save(self, folder: str | Path, causal: Mapping[str, Any] | None = None) -> Path:
+        """Write `salience.parquet`, `.csv` and `.json` into a folder, all at once.
+
+        Args:
+            folder: made if it is not there; what lay there of an earlier search is replaced.
+            causal: figures of `causal_check` on what was found, for `causal.json`.
+        """
+        folder = Path(folder)
+        table = self.table()
+        with replaced(folder, (TABLE, CSV, ABOUT, CAUSAL)) as staged:
+            pq.write_table(table, staged / TABLE)
+            pyarrow.csv.write_csv(table, staged / CSV)
+            write_json(staged / ABOUT, {"format_version": VERSION, **self.to_dict()})
+            if causal is not None:
+                write_json(staged / CAUSAL, causal)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SalienceTable:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: it is not there, or of another version.
+            SparsightError: it is damaged.
+        """
+        folder = settled(Path(folder))
+        about = read_json(folder / ABOUT)
+        if about.pop("format_version", None) != VERSION:
+            raise UserError(f"{folder / ABOUT}: is of another version; find the latents anew.")
+        try:
+            table = pq.read_table(folder / TABLE).sort_by(about["unit"])
+            columns = {name: table[name].to_numpy() for name in table.column_names}
+            for name in ("n_found", "n_selective", "found", "selective"):
+                del about[name]
+            return cls(
+                mean={kind: columns[f"mean_{kind}"] for kind in KINDS},
+                **{
+                    name: columns[name]
+                    for name in ("effect", "effect_size", "selectivity", "p", "q", "density")
+                },
+                tested=columns["tested"],
+                about=about,
+            )
+        except FileNotFoundError:
+            raise UserError(f"{folder / TABLE}: no such file.") from None
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise SparsightError(f"{folder / TABLE}: is damaged ({error}).") from error
+
+
+def find_text_salient(
+    model: VisionModel,
+    pairs: AttackPairs,
+    sae: SparseAutoencoder | None = None,
+    *,
+    site: str | None = None,
+    tokens: Read | None = None,
+    contrast: Contrast = "word",
+    statistic: Statistic = "mean",
+    alternative: Alternative = "greater",
+    fdr: float = FDR,
+    selectivity: float = SELECTIVE,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+    check: bool = True,
+    batch_size: int = 64,
+    workers: int | None = None,
+    quiet: bool = True,
+) -> SalienceTable:
+    """Test each latent of an SAE, or each neuron of a site, for a response to words.
+
+    Args:
+        model: the model.
+        pairs: from `make_pairs`; measure what the found ones do on others.
+        sae: the SAE; without one the site's own coordinates are tested, such as the neurons of
+            `blocks.7.mlp_post`.
+        site: where; default the SAE's.
+        tokens: which positions; default those that the SAE was trained on, `all` without one.
+        contrast: what is compared, see above.
+        statistic: of a picture's positions.
+        alternative: which differences count.
+        fdr: false discovery rate of `found`.
+        selectivity: the least of those in `selective`: 0.9 is 19 times as active with as without.
+        permutations: random sign flips; all there are where that is no more.
+        seed: of the flips.
+        check: make sure that the SAE is of this model and site.
+        batch_size: pictures at a time.
+        workers: processes that decode and draw.
+        quiet: no progress line.
+
+    Raises:
+        UserError: an SAE of another model, no such site, tokens or contrast, no two pictures.
+        SparsightError: an activation is not finite.
+    """
+    _check_choice("contrast", contrast, Contrast)
+    _check_choice("statistic", statistic, Statistic)
+    _check_choice("alternative", alternative, Alternative)
+    if not 0 < fdr < 1:
+        raise UserError(f"fdr is {fdr}; it must lie between 0 and 1.")
+    if not -1 <= selectivity <= 1:
+        raise UserError(f"selectivity is {selectivity}; it must lie between -1 and 1.")
+    if permutations < 19:
+        raise UserError(f"permutations is {permutations}; with fewer than 19 no p is below 0.05.")
+    check_seed(seed)
+    name = site or (sae.metadata.get("site") if sae is not None else None)
+    if name is None:
+        raise UserError("Name a site, or give an SAE that says which one is its own.")
+    place = model.canonical_site(str(name))
+    if sae is not None:
+        check_belongs(sae, model, place, strict=check)
+    where = tokens or (sae.metadata.get("tokens") if sae is not None else None) or "all"
+    if where == "mean":  # over patches, which is what it was trained on the mean of
+        where = "patches"
+    _check_choice("tokens", where, Read)
+    model.token_count(place, where)
+
+    seen = _activations(
+        model,
+        pairs,
+        sae,
+        place,
+        where,
+        statistic,
+        batch_size=batch_size,
+        workers=workers,
+        quiet=quiet,
+    )
+    first, second = CONTRASTS[contrast]
+    a, b = seen.values[first], seen.values[second]
+    difference = a - b
+    n = len(difference)
+    tested = (seen.active[first] + seen.active[second]) > 0
+    effect = difference.mean(axis=0)
+    deviation = difference.std(axis=0, ddof=1)
+    size = np.divide(effect, deviation, out=np.zeros_like(effect), where=deviation > 0)
+    total = np.abs(a).mean(axis=0) + np.abs(b).mean(axis=0)
+    change = np.abs(a).mean(axis=0) - np.abs(b).mean(axis=0)
+    p = np.ones(len(effect))
+    p[tested] = sign_flip_p(
+        difference[:, tested], permutations=permutations, seed=seed, alternative=alternative
+    )
+    q = np.ones(len(effect))
+    q[tested] = benjamini_hochberg(p[tested])
+    about = {
+        "model": model.id,
+        "weights_hash": model.weights_hash,
+        "unit": "neuron" if sae is None else "latent",
+        "site": place,
+        "sae": None if sae is None else sae.fingerprint(),
+        "tokens": where,
+        "contrast": contrast,
+        "compares": f"{first} - {second}",
+        "statistic": f"{statistic} over positions",
+        "alternative": alternative,
+        "fdr": fdr,
+        "selectivity": selectivity,
+        "permutations": min(permutations, 2**n) if n < 63 else permutations,
+        "seed": seed,
+        "n_pairs": n,
+        "n_tested": int(tested.sum()),
+        "failed": seen.failed,
+        "pairs": pairs.about,
+        "pictures": picture_marks(pairs),
+    }
+    return SalienceTable(
+        mean={kind: values.mean(axis=0) for kind, values in seen.values.items()},
+        effect=effect,
+        effect_size=size,
+        selectivity=np.divide(change, total, out=np.zeros_like(change), where=total > 0),
+        p=p,
+        q=q,
+        density=np.sum(list(seen.active.values()), axis=0) / seen.vectors,
+        tested=tested,
+        about=about,
+    )
+
+
+def picture_marks(pairs: AttackPairs) -> list[str]:
+    """A short mark of each picture's address, to tell whether it is met again."""
+    addresses = (pairs.clean.known(i).uri for i in range(len(pairs)))
+    return [hashlib.sha256(each.encode()).hexdigest()[:12] for each in addresses]
+
+
+@dataclass
+class _Seen:
+    """Of the pictures that loaded in every kind: a row each, a column a latent."""
+
+    values: dict[str, npt.NDArray[np.float64]]
+    active: dict[str, npt.NDArray[np.float64]]
+    """Vectors on which a latent is active, by kind."""
+    vectors: int
+    failed: dict[str, int]
+
+
+@torch.no_grad()
+def _activations(
+    model: VisionModel,
+    pairs: AttackPairs,
+    sae: SparseAutoencoder | None,
+    site: str,
+    tokens: str,
+    statistic: Statistic,
+    *,
+    batch_size: int,
+    workers: int | None,
+    quiet: bool,
+) -> _Seen:
+    reduce = latent_reducer(model, sae, site, tokens, statistic)
+    width = model.d_in(site) if sae is None else sae.n_latents
+    n = len(pairs)
+    values = {kind: np.zeros((n, width), np.float32) for kind in KINDS}
+    counts = {kind: np.zeros((n, width), np.int32) for kind in KINDS}
+    loaded = np.ones(n, bool)
+    failed: dict[str, int] = {}
+    with progress("text salience", n * len(KINDS), "images", quiet=quiet) as line:
+        for kind in KINDS:
+            for batch in load_batches(
+                pairs.source(kind),
+                model.transform,
+                batch_size,
+                workers=workers,
+                min_side=model.min_side,
+            ):
+                line.advance(len(batch.indices) + len(batch.failures))
+                for index, _ in batch.failures:
+                    loaded[index] = False
+                    failed[kind] = failed.get(kind, 0) + 1
+                if not batch.indices:
+                    continue
+                value, count = reduce(batch.pixels)
+                if not bool(value.isfinite().all()):
+                    raise SparsightError(
+                        f"{model.id}, {site}: activations on {kind} pictures are not finite."
+                    )
+                values[kind][batch.indices] = value.cpu().numpy()
+                counts[kind][batch.indices] = count.cpu().numpy()
+    if loaded.sum() < 2:
+        raise UserError(
+            f"{pairs.clean.spec}: {int(loaded.sum())} of {n:,} pictures load in every kind; two "
+            "or more are needed."
+        )
+    return _Seen(
+        values={kind: each[loaded].astype(np.float64) for kind, each in values.items()},
+        active={kind: each[loaded].sum(axis=0, dtype=np.float64) for kind, each in counts.items()},
+        vectors=int(loaded.sum()) * len(KINDS) * model.token_count(site, tokens),  # type: ignore[arg-type]
+        failed=failed,
+    )
+
+
+def latent_reducer(
+    model: VisionModel,
+    sae: SparseAutoencoder | None,
+    site: str,
+    tokens: str,
+    statistic: Statistic,
+) -> Callable[[Tensor], tuple[Float[Tensor, "batch width"], Tensor]]:
+    """A function from preprocessed pictures to each latent's mean or maximum over positions.
+
+    And to the number of positions on which it is active. Without an SAE, of the site's own
+    coordinates.
+    """
+
+    def reduce(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = model.read(pixels, [site], tokens)[site].float()  # type: ignore[arg-type]
+        batch, positions = x.shape[:2]
+        if sae is None:
+            value = x.mean(dim=1) if statistic == "mean" else x.amax(dim=1)
+            return value, (x > 0).sum(dim=1)
+        code = sae.encode(x.flatten(0, 1).to(sae.W_dec.device))
+        picture = code.rows // positions
+        value = torch.zeros(batch, sae.n_latents, device=code.values.device)
+        count = torch.zeros_like(value)
+        where = (picture, code.indices)
+        count.index_put_(where, (code.values != 0).float(), accumulate=True)
+        if statistic == "mean":
+            value.index_put_(where, code.values.float(), accumulate=True)
+            return value / positions, count
+        flat = picture * sae.n_latents + code.indices
+        value.view(-1).scatter_reduce_(0, flat, code.values.float(), "amax", include_self=True)
+        return value, count
+
+    return reduce
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise UserError(f"{name} is {value!r}; expected {' or '.join(get_args(choices))}.")

@@ -1,0 +1,37 @@
+"""Fine-tune a CLIP against words in pictures, and show what it did.
+
+Builds on `vision` and `images`; knows SAEs only to price their latents. Start at `finetune`
+(loop.py); `config.py` has every setting, `report.py` the page of before and after.
+"""
+
+from __future__ import annotations
+
+from sparsight.finetuning.config import FinetuneConfig, FinetuneRecipe
+from sparsight.finetuning.groups import Rates
+from sparsight.finetuning.loop import PairedAttacks, finetune
+from sparsight.finetuning.optimisers import AdaBelief
+from sparsight.finetuning.pairs import (
+    CaptionedImages,
+    PairFileImages,
+    captioned,
+    open_pairs,
+)
+from sparsight.finetuning.penalty import PenalisedLatents
+from sparsight.finetuning.run import FinetuneRun
+from sparsight.finetuning.scaling import NeuronScaling
+
+__all__ = [
+    "AdaBelief",
+    "CaptionedImages",
+    "FinetuneConfig",
+    "FinetuneRecipe",
+    "FinetuneRun",
+    "NeuronScaling",
+    "PairFileImages",
+    "PairedAttacks",
+    "PenalisedLatents",
+    "Rates",
+    "captioned",
+    "finetune",
+    "open_pairs",
+]

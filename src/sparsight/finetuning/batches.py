@@ -1,0 +1,164 @@
+"""Batches of pairs, loaded: pixels, captions, and which of them are attacks."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor, tensor
+
+from sparsight.errors import SparsightError
+from sparsight.finetuning.sampling import Pair
+from sparsight.images import ImageInfo, ImageSource, load_batches
+from sparsight.vision import VisionModel
+
+
+class JoinedImages(ImageSource):
+    """Several sources behind each other, so that one loader prepares the pictures of all."""
+
+    def __init__(self, parts: Sequence[ImageSource]) -> None:
+        self.parts = tuple(parts)
+        self.starts = list(itertools.accumulate(map(len, parts), initial=0))
+        self.spec = " + ".join(part.spec for part in parts)
+        self.notes = tuple(note for part in parts for note in part.notes)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        part = bisect.bisect_right(self.starts, self._check_index(index)) - 1
+        return self.parts[part], index - self.starts[part]
+
+    def info(self, index: int) -> ImageInfo:
+        """See `ImageSource.info`."""
+        part, place = self._find(index)
+        return part.info(place)
+
+    def load(self, index: int, min_side: int | None = None) -> Image.Image:
+        """See `ImageSource.load`."""
+        part, place = self._find(index)
+        return part.load(place) if min_side is None else part.load(place, min_side)
+
+    def fingerprint(self) -> str:
+        """Over those of the parts."""
+        together = " ".join(part.fingerprint() for part in self.parts)
+        return hashlib.sha256(together.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What a forward pass takes.
+
+    Attributes:
+        pixels: of the pictures.
+        captions: of each.
+        attack: which of them are attacks; they come last.
+        clean: of the attacked pictures, the same without words, where they are known.
+    """
+
+    pixels: Float[Tensor, "batch 3 height width"]
+    captions: list[str]
+    attack: Bool[Tensor, " batch"]
+    clean: Float[Tensor, "attacked 3 height width"] | None
+
+
+class BatchLoader:
+    """Loads planned batches; a broken picture is left out of its batch and counted.
+
+    Args:
+        model: whose preprocessing.
+        data: where clean pairs come from.
+        attack: where attacked ones come from.
+        clean: the same pictures as `attack` without words, in the same order.
+        max_failed: share of all pictures that may be broken.
+        workers: processes; see `load_batches`.
+
+    Attributes:
+        failures: reason by place, of every picture that was broken so far.
+    """
+
+    def __init__(
+        self,
+        model: VisionModel,
+        data: ImageSource,
+        attack: ImageSource | None,
+        clean: ImageSource | None,
+        *,
+        max_failed: float,
+        workers: int | None,
+    ) -> None:
+        self.model = model
+        parts = [data, *([attack] if attack is not None else ())]
+        self.n_pictures = sum(map(len, parts))
+        self.paired = clean is not None
+        self.images = JoinedImages([*parts, *([clean] if clean is not None else ())])
+        self.max_failed = max_failed
+        self.workers = workers
+        self.failures: dict[int, str] = {}
+
+    def load(self, planned: Sequence[Sequence[Pair]]) -> Generator[PairBatch]:
+        """The batches, in order.
+
+        Raises:
+            SparsightError: too many pictures are broken, or none of a batch is whole.
+        """
+        if not planned:
+            return
+        rows = [self._places(batch) for batch in planned]
+        loaded = load_batches(
+            self.images,
+            self.model.transform,
+            len(rows[0]),
+            indices=list(itertools.chain.from_iterable(rows)),
+            workers=self.workers,
+            min_side=self.model.min_side,
+        )
+        for pairs, places, batch in zip(planned, rows, loaded, strict=True):
+            self.failures.update(batch.failures)
+            self._check()
+            failed = {place for place, _ in batch.failures}
+            yield self._assemble(pairs, places, failed, batch.pixels)
+
+    def _places(self, pairs: Sequence[Pair]) -> list[int]:
+        """Where a batch's pictures lie in `images`: all, then those of attacks without words."""
+        starts = self.images.starts
+        places = [starts[int(pair.attack)] + pair.place for pair in pairs]
+        if self.paired:
+            places += [starts[2] + pair.place for pair in pairs if pair.attack]
+        return places
+
+    def _assemble(
+        self, pairs: Sequence[Pair], places: list[int], failed: set[int], pixels: Tensor
+    ) -> PairBatch:
+        # Of this batch alone: a picture that failed once may have loaded now, and have its row.
+        whole = [place not in failed for place in places]
+        row = list(itertools.accumulate(whole, initial=0))
+        behind = itertools.count(len(pairs))
+        kept: list[tuple[Pair, int, int | None]] = []
+        for number, pair in enumerate(pairs):
+            other = next(behind) if self.paired and pair.attack else None
+            if whole[number] and (other is None or whole[other]):
+                kept.append((pair, row[number], None if other is None else row[other]))
+        if len(kept) < 2:
+            raise SparsightError("A batch has fewer than two pictures that are whole.")
+        clean = [other for *_, other in kept if other is not None]
+        return PairBatch(
+            pixels[[number for _, number, _ in kept]],
+            [pair.caption for pair, *_ in kept],
+            tensor([pair.attack for pair, *_ in kept]),
+            pixels[clean] if self.paired else None,
+        )
+
+    def _check(self) -> None:
+        if len(self.failures) > self.max_failed * self.n_pictures:
+            place, reason = next(iter(self.failures.items()))
+            raise SparsightError(
+                f"{len(self.failures):,} of {self.n_pictures:,} pictures are broken, more than "
+                f"max_failed ({self.max_failed:.1%}) allows; the first is "
+                f"{self.images.known(place).id}: {reason}."
+            )

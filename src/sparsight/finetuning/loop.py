@@ -1,0 +1,577 @@
+"""`finetune`: train a copy of a CLIP on pairs and attacks, resumed exactly where it was cut."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.editing.gmp import parametrize, to_plain
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import remove_temporaries, sha256_json, write_bytes
+from sparsight.finetuning import losses
+from sparsight.finetuning.batches import BatchLoader, PairBatch
+from sparsight.finetuning.config import FinetuneConfig, FinetuneRecipe
+from sparsight.finetuning.groups import Member, set_trainable
+from sparsight.finetuning.optimisers import AdaBelief, rate_factor
+from sparsight.finetuning.pairs import CaptionedImages, captioned, check_lengths
+from sparsight.finetuning.penalty import LatentPenalty, PenalisedLatents
+from sparsight.finetuning.run import WRITTEN, FinetuneRun
+from sparsight.finetuning.sampling import Pair, PairSampler
+from sparsight.finetuning.scaling import ScaledNeurons
+from sparsight.images import ImageSource
+from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.pace import SECONDS, Pace
+from sparsight.progress import logger, progress
+from sparsight.tensor_files import read_safetensors, write_safetensors
+from sparsight.training import checkpoint_files
+from sparsight.training.loggers import JsonLines
+from sparsight.training.run import CONFIG, METRICS, refuse_foreign_files
+from sparsight.training.trainer import refuse_other_checkpoint, told_difference, warn_of_damage
+from sparsight.vision import VisionModel
+from sparsight.vision.hashing import weights_hash
+from sparsight.vision.saving import Layout, save_model
+
+_TENSORS = "training.safetensors"
+_Kept = tuple[dict[str, Any], dict[str, Tensor], bytes | None]
+_TERMS = ("contrastive", "distillation", "pull", "penalty")
+
+
+@runtime_checkable
+class PairedAttacks(Protocol):
+    """Pictures with words on them, and the same without; `sparsight.attacks` makes them."""
+
+    @property
+    def attacked(self) -> ImageSource:
+        """With the words, under the true labels."""
+
+    @property
+    def clean(self) -> ImageSource:
+        """The same pictures in the same order, without."""
+
+
+def finetune(
+    model: VisionModel,
+    data: ImageSource | CaptionedImages,
+    config: FinetuneConfig | None = None,
+    out: str | Path = "runs/tuned",
+    *,
+    attack: ImageSource | CaptionedImages | PairedAttacks | None = None,
+    latents: PenalisedLatents | None = None,
+    neurons: Mapping[int, Sequence[int]] | None = None,
+    layout: Layout = "huggingface",
+    workers: int | None = None,
+    max_failed: float = 0.01,
+    resume: bool = True,
+    checkpoint_seconds: float | None = SECONDS,
+    quiet: bool = False,
+) -> FinetuneRun:
+    """Fine-tune a copy of a CLIP so that words in pictures fool it less.
+
+    Ctrl-C and SIGTERM finish the step that is under way, write a checkpoint and are raised then,
+    as `KeyboardInterrupt` and `SystemExit`; a second one stops at once.
+
+    Args:
+        model: with a text tower; it stays as it is, and is what distillation keeps to.
+        data: clean pictures with captions or labels.
+        config: how to train.
+        out: folder of the run. A finished run of the same configuration is returned as it is, a
+            cut one goes on from its last checkpoint with the same bits.
+        attack: pictures that fool the model, with true captions or labels; none trains on the
+            data alone.
+        latents: of an SAE, to be penalised with `config.penalty`.
+        neurons: to be scaled, by block; default those of each batch (`config.scaling`).
+        layout: of the exported model, in the run's `model/`.
+        workers: processes that decode pictures; see `load_batches`.
+        max_failed: share of the pictures that may be broken; they are left out and counted.
+        resume: False refuses a folder that holds a run.
+        checkpoint_seconds: a checkpoint is written when the last one is so long ago, or less often
+            where writing takes more than a fiftieth of that; beside those of
+            `config.checkpoint_every`. None writes none by time. No part of what a run is.
+        quiet: no progress line.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: `out` holds another run, another process trains into it, or the configuration
+            does not fit model and pictures.
+        SparsightError: a loss or gradient is not finite, or too many pictures are broken; the last
+            checkpoint stays.
+    """
+    config = config or FinetuneConfig()
+    run = FinetuneRun(Path(out))
+    if not model.has_text:
+        raise UserError(f"{model.id} has no text tower, so there are no captions to train it on.")
+    clean = attack.clean if isinstance(attack, PairedAttacks) and config.pull else None
+    pictures = attack.attacked if isinstance(attack, PairedAttacks) else attack
+    pairs = _with_captions(data, config.captions, config)
+    attacks = None
+    if pictures is not None:
+        attacks = _with_captions(pictures, config.attack_captions, config)
+    recipe = FinetuneRecipe(
+        model=model.id,
+        weights=weights_hash({"all": model.module.parameters()}),
+        data=pairs.source.spec,
+        data_fingerprint=pairs.fingerprint,
+        attack=None if attacks is None else attacks.source.spec,
+        attack_fingerprint=None if attacks is None else attacks.fingerprint,
+        clean_fingerprint=None if clean is None else clean.fingerprint(),
+        latents=None if latents is None else _identity(latents),
+        neurons=None if neurons is None else _neurons_text(neurons),
+        layout=layout,
+        train=config,
+    )
+    pace = Pace(checkpoint_seconds)
+    if _settled(run, recipe, resume):
+        run.clear_leftovers()
+        if run.recipe.layout != layout:
+            raise UserError(
+                f"{run.folder}: is finished, in the layout {run.recipe.layout}. `sparsight export` "
+                f"writes it in the layout {layout}."
+            )
+        return run
+    texts = list(dict.fromkeys([*pairs.distinct(), *(attacks.distinct() if attacks else ())]))
+    cut = check_lengths(model, texts, config.truncate_captions)
+    if cut and not quiet:
+        logger().info(
+            f"{cut:,} of {len(texts):,} captions are cut to {model.context_length} tokens."
+        )
+    with run.claimed():
+        loader = BatchLoader(
+            model,
+            pairs.source,
+            None if attacks is None else attacks.source,
+            clean,
+            max_failed=max_failed,
+            workers=workers,
+        )
+        loop: _Loop | None = None
+        try:
+            loop = _Loop(model, pairs, attacks, loader, recipe, run, latents, neurons, pace)
+            loop.run_to_end(layout, quiet)
+        except STOPS as stop:
+            stop.add_note(_what_is_kept(run, loop))
+            raise
+    return run
+
+
+class _Loop:
+    """The state of everything that trains."""
+
+    def __init__(
+        self,
+        original: VisionModel,
+        data: CaptionedImages,
+        attack: CaptionedImages | None,
+        loader: BatchLoader,
+        recipe: FinetuneRecipe,
+        run: FinetuneRun,
+        latents: PenalisedLatents | None,
+        neurons: Mapping[int, Sequence[int]] | None,
+        pace: Pace,
+    ) -> None:
+        self.original, self.loader, self.run = original, loader, run
+        self.config, self.identity, self.pace = recipe.train, _what_counts(recipe), pace
+        config = self.config
+        remove_temporaries(run.out, WRITTEN)
+        remove_temporaries(run.checkpoints, checkpoint_files.PARTIAL)
+        sampler = PairSampler(
+            data,
+            attack,
+            batch_size=config.batch_size,
+            attack_share=config.attack_share,
+            duplicates=config.duplicates,
+            seed=config.seed,
+        )
+        self.per_epoch = len(data) / sampler.n_data
+        n_batches = config.n_batches(len(data), sampler.n_data)
+        self.planned: list[list[Pair]] = list(islice(sampler.batches(), n_batches))
+        self.n_steps = config.n_steps(n_batches)
+        self.model = working_copy(original, geometric=config.parametrisation == "geometric")
+        self.trained = set_trainable(self.model, config.rates, config.first_block)
+        self.optimiser = make_optimiser(self.trained, config, self._width())
+        self.penalty: LatentPenalty | None = None
+        if latents is not None and config.penalty:
+            self.penalty = LatentPenalty(self.model, latents, latents.place(original))
+        self.scaled: ScaledNeurons | None = None
+        if attack is not None and config.scaling.factor != 1:
+            self.scaled = ScaledNeurons(self.model, config.scaling, neurons)
+        self.step = self.kept_step = 0
+        self.summed: dict[str, float] = {}
+        lines = self._restore()
+        write_toml(run.out / CONFIG, recipe)
+        self.log = JsonLines(run.out, self.step, lines)
+        self.logged = time.monotonic()
+
+    def run_to_end(self, layout: Layout, quiet: bool) -> None:
+        """Train, log and save until the planned batches are done; write the model."""
+        with postponed() as stop:
+            self._train(stop, quiet)
+            self.export(layout)
+
+    def _train(self, stop: Stop, quiet: bool) -> None:
+        config = self.config
+        every = config.every(config.log_every, self.n_steps, 100)
+        save_every = config.every(config.checkpoint_every, self.n_steps, 10)
+        with (
+            closing(self.loader.load(self.planned[self.step * config.accumulation :])) as batches,
+            progress("finetune", self.n_steps, "steps", done=self.step, quiet=quiet) as line,
+        ):
+            self.model.module.train()
+            while self.step < self.n_steps:
+                self._hear(stop)
+                norms = self._take_step(batches)
+                self.step += 1
+                last = self.step == self.n_steps
+                note = self._log(norms) if self.step % every == 0 or last else ""
+                asked = self.step % save_every == 0
+                if config.checkpoint_every is None:
+                    asked = asked and self.pace.affordable()
+                if (asked or self.pace.due()) and not last:
+                    self._save(quiet)
+                line.advance(1, note)
+        self.model.module.eval()
+        self._check_weights()
+
+    def _hear(self, stop: Stop) -> None:
+        """Whoever stops the run is heard here, where state is whole."""
+        try:
+            stop.check()
+        except STOPS:
+            if self.step > self.kept_step:
+                self._save(quiet=True)
+            raise
+
+    def _take_step(self, batches: Iterator[PairBatch]) -> dict[str, Tensor]:
+        """One step of the optimiser; the norm of each layer's gradient before clipping."""
+        config = self.config
+        factor = rate_factor(config.schedule, self.step, self.n_steps, config.warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimiser.zero_grad(set_to_none=True)
+        first = self.step * config.accumulation
+        n = len(self.planned[first : first + config.accumulation])
+        with _own_random_numbers(config.seed, self.step):
+            for _ in range(n):
+                loss = self._loss(next(batches))
+                (loss / n).backward()
+        norms = gradient_norms(self.trained)
+        whole = torch.stack(list(norms.values())).norm()
+        self._check_finite("gradient", whole)
+        if config.grad_clip is not None and whole > config.grad_clip:
+            for member in self.trained:
+                if member.parameter.grad is not None:
+                    member.parameter.grad.mul_(config.grad_clip / whole)
+        self.optimiser.step()
+        self._clamp_scale()
+        self._add("steps", 1.0)
+        return {"all": whole, **norms}
+
+    def _loss(self, batch: PairBatch) -> Tensor:
+        """Everything that is minimised, of one batch."""
+        config, model = self.config, self.model
+        texts = list(dict.fromkeys(batch.captions))
+        own = torch.tensor([texts.index(caption) for caption in batch.captions])
+        attack = batch.attack
+        factor = config.scaling.factor_at(self.step, self.n_steps)
+        device = model.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with (
+                self.scaled.applied(attack, factor) if self.scaled else _nothing(),
+                self.penalty.reading() if self.penalty else _nothing(),
+            ):
+                images = model.embed_images(batch.pixels)
+            distinct = model.embed_texts(texts)
+        captions = distinct[own.to(distinct.device)]
+        terms = {"contrastive": self._contrastive(images, captions, batch.captions)}
+        attacked = attack.to(images.device)
+        if config.distillation:
+            kept: list[Tensor] = []
+            with torch.no_grad():
+                wanted = self.original.embed_texts(texts)
+                calm = (
+                    self.original.embed_images(batch.pixels[~attack]) if not all(attack) else None
+                )
+            kept.append(losses.distillation(distinct, wanted))
+            if calm is not None:
+                kept.append(losses.distillation(images[~attacked], calm))
+            terms["distillation"] = torch.stack(kept).sum()
+        if batch.clean is not None and any(attack):
+            with torch.no_grad():
+                calm = self.original.embed_images(batch.clean)
+            terms["pull"] = losses.distillation(images[attacked], calm)
+        if self.penalty:
+            rows = attack if any(attack) else torch.ones_like(attack)
+            terms["penalty"] = self.penalty.value(rows.float())
+        weights = {"contrastive": 1.0} | {name: getattr(config, name) for name in _TERMS[1:]}
+        total = sum(weights[name] * term for name, term in terms.items())
+        assert isinstance(total, Tensor)
+        self._check_finite("loss", total)
+        for name, term in {"loss": total, **terms}.items():
+            self._add(name, float(term.detach()))
+        self._add("batches", 1.0)
+        return total
+
+    def _contrastive(self, images: Tensor, captions: Tensor, texts: Sequence[str]) -> Tensor:
+        config = self.config
+        if config.loss == "similarity_of_similarities":
+            return losses.similarity_of_similarities(
+                images, captions, config.temperature, config.smoothing, config.entropy
+            )
+        groups = losses.caption_groups(texts)
+        targets = losses.contrastive_targets(groups, config.smoothing).to(images.device)
+        scale = self.model.module.logit_scale.float().reshape(())  # type: ignore[operator]
+        return losses.info_nce(images, captions, scale, targets, config.entropy)
+
+    @torch.no_grad()
+    def _clamp_scale(self) -> None:
+        scale = self.model.module.logit_scale
+        if isinstance(scale, Tensor) and scale.requires_grad:
+            scale.clamp_(max=losses.LARGEST_LOG_SCALE)
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Before they are kept: a step may be too long for them though its gradient was finite."""
+        for member in self.trained:
+            self._check_finite(f"sum of {member.name}", member.parameter.sum(), self.step)
+
+    def _check_finite(self, what: str, value: Tensor, step: int | None = None) -> None:
+        found = float(value.detach())
+        if math.isfinite(found):
+            return
+        step = self.step + 1 if step is None else step
+        newest = checkpoint_files.newest(self.run.checkpoints)
+        stays = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        raise SparsightError(
+            f"The {what} is {found} at step {step} of {self.n_steps}. Fine-tuning "
+            f"stops; {stays}. A lower lr may help"
+            + (", or precision float32." if self.config.precision != "float32" else ".")
+        )
+
+    def _add(self, name: str, value: float) -> None:
+        self.summed[name] = self.summed.get(name, 0.0) + value
+
+    def _log(self, norms: Mapping[str, Tensor]) -> str:
+        """Write a line: means since the last one, gradient norms of this step."""
+        now, summed = time.monotonic(), self.summed
+        batches, steps = summed.pop("batches"), summed.pop("steps")
+        config = self.config
+        means = {name: value / batches for name, value in summed.items()}
+        whole = norms["all"]
+        figures = {
+            "step": self.step,
+            "epoch": min(self.step * config.accumulation, len(self.planned)) / self.per_epoch,
+            **means,
+            "logit_scale": self.model.logit_scale,
+            "lr_factor": rate_factor(config.schedule, self.step - 1, self.n_steps, config.warmup),
+            "lr": {group["part"]: group["lr"] for group in self.optimiser.param_groups},
+            "scaling": config.scaling.factor_at(self.step - 1, self.n_steps),
+            "gradient_norm": float(whole),
+            "clipped": config.grad_clip is not None and float(whole) > config.grad_clip,
+            "gradient_norms": {name: float(norm) for name, norm in norms.items() if name != "all"},
+            "failed": len(self.loader.failures),
+            "seconds_per_step": (now - self.logged) / steps,
+        }
+        self.log.log(figures)
+        self.logged, self.summed = now, {}
+        return " · ".join(f"{name} {value:.4f}" for name, value in means.items())
+
+    def _save(self, quiet: bool) -> None:
+        self._check_weights()
+        tensors = {f"model/{name}": value for name, value in self.model.module.state_dict().items()}
+        for member in self.trained:
+            for key, value in self.optimiser.state[member.parameter].items():
+                tensors[f"optimiser/{member.name}/{key}"] = value
+
+        def write_files(folder: Path) -> list[str]:
+            own = {
+                name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()
+            }
+            write_safetensors(own, folder / _TENSORS)
+            write_bytes(folder / METRICS, self.log.path.read_bytes())
+            return [_TENSORS, METRICS]
+
+        failures = {str(place): reason for place, reason in self.loader.failures.items()}
+        state = {"summed": self.summed, "failures": failures, "run": self.identity}
+        with self.pace.writing():
+            checkpoint_files.write(self.run.checkpoints, self.step, state, write_files)
+        self.kept_step = self.step
+        slow = self.pace.stretched()
+        if slow is not None and not quiet:
+            logger().info(slow)
+
+    def _restore(self) -> bytes | None:
+        """Go on from the last checkpoint, if there is one; the lines of the log that it has."""
+
+        def read(path: Path, state: dict[str, Any]) -> _Kept:
+            # Checkpoints of earlier versions of Sparsight have no log.
+            lines = (path / METRICS).read_bytes() if METRICS in state["sha256"] else None
+            return state, read_safetensors(path / _TENSORS), lines
+
+        found, problems = checkpoint_files.read_latest(self.run.checkpoints, read)
+        for problem in problems:
+            warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
+        if found is None:
+            return None
+        state, tensors, lines = found
+        refuse_other_checkpoint(self.run.checkpoints, state.get("run"), self.identity)
+        self.step = self.kept_step = state["step"]
+        self.summed = dict(state["summed"])
+        self.loader.failures = {int(place): why for place, why in state["failures"].items()}
+        head = "model/"
+        own = {name[len(head) :]: x for name, x in tensors.items() if name.startswith(head)}
+        self.model.module.load_state_dict(own)
+        for member in self.trained:
+            head = f"optimiser/{member.name}/"
+            moments = {name[len(head) :]: x for name, x in tensors.items() if name.startswith(head)}
+            if moments:
+                device = member.parameter.device
+                self.optimiser.state[member.parameter] = {
+                    key: x if key == "step" else x.to(device) for key, x in moments.items()
+                }
+        return lines
+
+    def _width(self) -> int:
+        return self.model.d_in("blocks.0.resid_pre")
+
+    def export(self, layout: Layout) -> None:
+        """Write the model, whole or not at all, under its final name."""
+        to_plain(self.model.module)
+        save_model(self.model, self.run.folder, layout)
+        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # thrice the model, and of no use
+
+
+def working_copy(original: VisionModel, geometric: bool = False) -> VisionModel:
+    """A copy to be trained, in float32; with MLPs as W = r θ/‖θ‖ if `geometric`."""
+    model = copy.deepcopy(original)
+    model.__dict__.pop("weights_hash", None)  # of weights that will not be these
+    model.module.float()
+    if geometric:
+        parametrize(model.module)
+    return model
+
+
+def make_optimiser(
+    trained: Sequence[Member], config: FinetuneConfig, width: int
+) -> torch.optim.Optimizer:
+    """The optimiser, with a group for each part and for what decays in it.
+
+    Args:
+        trained: what is trained.
+        config: rates and the rest.
+        width: of the vision tower, for the default rate.
+    """
+    lr = config.learning_rate(width)
+    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    for member in trained:
+        groups.setdefault((member.part, member.decays), []).append(member.parameter)
+    made = [
+        {
+            "params": parameters,
+            "part": part,
+            "peak": lr * getattr(config.rates, part),
+            "lr": lr * getattr(config.rates, part),
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (part, decays), parameters in groups.items()
+    ]
+    if config.optimiser == "adabelief":
+        eps = 1e-14 if config.eps is None else config.eps
+        return AdaBelief(made, lr, config.betas, eps, rectify=config.rectify)
+    eps = 1e-8 if config.eps is None else config.eps
+    return torch.optim.AdamW(made, lr, config.betas, eps)
+
+
+@torch.no_grad()
+def gradient_norms(trained: Sequence[Member]) -> dict[str, Tensor]:
+    """The norm of each layer's gradient: `visual.0`, …, `text.0`, …, and the other parts."""
+    layers: dict[str, list[Tensor]] = {}
+    for member in trained:
+        if member.parameter.grad is not None:
+            layers.setdefault(member.layer, []).append(member.parameter.grad.float().norm())
+    return {layer: torch.stack(norms).norm() for layer, norms in layers.items()}
+
+
+def _with_captions(
+    pictures: ImageSource | CaptionedImages, use: Any, config: FinetuneConfig
+) -> CaptionedImages:
+    if isinstance(pictures, CaptionedImages):
+        return pictures
+    return captioned(pictures, use, config.templates)
+
+
+def _settled(run: FinetuneRun, recipe: FinetuneRecipe, resume: bool) -> bool:
+    """Whether the run is finished; makes sure that what is there is a part of the same run."""
+    path = run.out / CONFIG
+    if not path.exists():
+        refuse_foreign_files(run.out)
+        return False
+    if not resume:
+        raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
+    try:
+        there, own = _what_counts(load(FinetuneRecipe, path)), _what_counts(recipe)
+        if first_difference(there, own) is not None:
+            raise UserError(
+                f"{path}: holds a run that differs in {told_difference(there, own)}. Choose "
+                "another folder, or remove this one."
+            )
+    except UserError as error:
+        if checkpoint_files.newest_state(run.checkpoints).get("run") != _what_counts(recipe):
+            raise
+        warn_of_damage(error)
+    return run.is_finished
+
+
+def _what_is_kept(run: FinetuneRun, loop: _Loop | None) -> str:
+    """What a stopped run says."""
+    if run.is_finished:
+        return f"Fine-tuning was finished by then: {run.folder} is whole."
+    if loop is None:
+        return "Run the same command again."
+    return kept(loop.kept_step, loop.n_steps, "steps")
+
+
+def _what_counts(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """What two parts of a run share. Folders may have moved; fingerprints know the contents."""
+    return to_dict(dataclasses.replace(recipe, model="", data="", attack=None, layout=""))
+
+
+def _identity(latents: PenalisedLatents) -> str:
+    weights = {name: list(value.shape) for name, value in latents.sae.state_dict().items()}
+    digest = hashlib.sha256(json.dumps([weights, list(latents.latents), latents.site]).encode())
+    for value in latents.sae.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _neurons_text(neurons: Mapping[int, Sequence[int]]) -> str:
+    return sha256_json({str(block): list(chosen) for block, chosen in neurons.items()})
+
+
+@contextmanager
+def _own_random_numbers(seed: int, step: int) -> Iterator[None]:
+    """Dropout, where a model has some, draws from the step alone."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,336 @@
+"""Figures of a CLIP before and after: what words do to it, what it still knows, where its two
+modalities lie.
+
+Every figure is taken on pictures that neither model was fine-tuned on, the same for both, and with
+the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from sparsight.attacks.measuring import change_of, share_of, won_back
+from sparsight.attacks.outcomes import ORIGINAL, Outcome, outcomes
+from sparsight.errors import UserError
+from sparsight.finetuning.latents import compare_latents
+from sparsight.finetuning.pairs import CaptionedImages
+from sparsight.finetuning.subjects import Subjects
+from sparsight.images import ImageSource, load_batches, sample_places
+from sparsight.intervals import wilson_interval
+from sparsight.vision import (
+    VisionModel,
+    names_by_label,
+    zero_shot,
+)
+
+IN_BATCH = 48
+RECALL_AT = (1, 5)
+EXAMPLES = 14
+RIDGE = 1e-3
+"""Of the covariance's mean variance, added before it is inverted: 512 dimensions, few pictures."""
+
+
+def compare(
+    before: VisionModel, after: VisionModel, subjects: Subjects, *, quiet: bool = True
+) -> dict[str, Any]:
+    """Both models on the same pictures, JSON-able.
+
+    Returns:
+        `attack`: by kind of picture accuracy and success of the attack before and after, with the
+        change over the same pictures; `won_back`: the share of the accuracy that words cost that is
+        there again, with its bootstrap interval (`won_back_interval`); `clean_cost`: what clean
+        pictures lost; `in_batch_accuracy`, `zero_shot`, `retrieval`, `modality_gap`, `logit_scale`:
+        `before` and `after` of each; `latents` (see `compare_latents`); `examples`. What there are
+        no pictures or no SAE for is left out.
+
+    Raises:
+        UserError: no picture loads, or the SAE is not of the model before.
+    """
+    models = {"before": before, "after": after}
+    seen = {
+        name: outcomes(
+            model,
+            subjects.pairs,
+            templates=subjects.templates,
+            workers=subjects.workers,
+            quiet=quiet,
+        )
+        for name, model in models.items()
+    }
+    kinds = {name: found.by_variant[ORIGINAL] for name, found in seen.items()}
+    attack = {
+        kind: {
+            **{name: _figures(kinds[name][kind]) for name in models},
+            "change": asdict(change_of(kinds["before"][kind].right, kinds["after"][kind].right)),
+        }
+        for kind in kinds["before"]
+    }
+    clean, attacked = (attack[kind] for kind in ("clean", "attacked"))
+    lost = clean["before"]["accuracy"] - attacked["before"]["accuracy"]
+    won = won_back(
+        kinds["before"]["clean"].right,
+        kinds["before"]["attacked"].right,
+        kinds["after"]["attacked"].right,
+        subjects.seed,
+    )
+    found: dict[str, Any] = {
+        "n": seen["before"].n,
+        "n_classes": len(subjects.pairs.class_names),
+        "failed": seen["before"].failed,
+        "pairs": subjects.pairs.about,
+        "attack": attack,
+        "words_cost": lost,
+        "won_back": won.value if lost > 0 else None,
+        "won_back_interval": won.interval if lost > 0 else None,
+        "clean_cost": -clean["change"]["value"],
+        "logit_scale": {name: model.logit_scale for name, model in models.items()},
+        "examples": _examples(subjects, kinds),
+    }
+    for name, model in models.items():
+        for family, figures in _one_model(model, subjects, quiet).items():
+            found.setdefault(family, {})[name] = figures
+    if subjects.sae is not None:
+        found["latents"] = compare_latents(before, after, subjects, quiet=quiet)
+    return found
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    right, fooled = share_of(outcome.right), share_of(outcome.fooled)
+    return {
+        "accuracy": right.value,
+        "interval": right.interval,
+        "fooled": fooled.value,
+        "fooled_interval": fooled.interval,
+        "margin": float(outcome.margin.mean()),
+    }
+
+
+def _examples(
+    subjects: Subjects, kinds: Mapping[str, Mapping[str, Outcome]]
+) -> list[dict[str, Any]]:
+    """Attacked pictures drawn by lot, with what each model made of them."""
+    pairs, n = subjects.pairs, len(kinds["before"]["attacked"].right)
+    if n != len(pairs):  # some did not load: places here are not places there
+        return []
+    chosen = np.random.default_rng(subjects.seed).permutation(n)[:EXAMPLES]
+    return [
+        {
+            "index": int(i),
+            "label": pairs.class_names[pairs.labels[i]],
+            "word": pairs.class_names[pairs.words[i]],
+            **{name: _verdict(kinds[name]["attacked"], int(i)) for name in ("before", "after")},
+        }
+        for i in chosen
+    ]
+
+
+def _verdict(outcome: Outcome, index: int) -> str:
+    if outcome.right[index]:
+        return "right"
+    return "word" if outcome.fooled[index] else "other"
+
+
+def _one_model(model: VisionModel, subjects: Subjects, quiet: bool) -> dict[str, Any]:
+    """The figures that need one model alone."""
+    labelled = subjects.images if subjects.images is not None else subjects.pairs.clean
+    names = subjects.pairs.class_names if subjects.images is None else None
+    found: dict[str, Any] = {
+        "in_batch_accuracy": in_batch_accuracy(
+            model, labelled, names, limit=subjects.max_images, seed=subjects.seed
+        )
+    }
+    if subjects.images is not None:
+        result = zero_shot(
+            model,
+            subjects.images,
+            templates=subjects.templates,
+            workers=subjects.workers,
+            limit=subjects.max_images,
+            seed=subjects.seed,
+            quiet=quiet,
+        )
+        found["zero_shot"] = {
+            key: value for key, value in result.to_dict().items() if key != "per_class"
+        }
+    if subjects.captioned is not None:
+        images, texts, own = embed_pairs(
+            model, subjects.captioned, subjects.max_images, subjects.seed
+        )
+        found["retrieval"] = retrieval(images, texts, own)
+        found["modality_gap"] = modality_gap(images, texts, subjects.seed)
+    return found
+
+
+@torch.no_grad()
+def in_batch_accuracy(
+    model: VisionModel,
+    source: ImageSource,
+    class_names: Mapping[str, str] | None = None,
+    *,
+    batch_size: int = IN_BATCH,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What zer0int's scripts call accuracy on ImageNet and ObjectNet: a figure within batches.
+
+    A picture is right if, of the texts of its own batch's labels (bare names, no template), the
+    one with the largest dot product names its label. Embeddings are not normalised. So the task is
+    at most `batch_size`-way, easier in small batches and where labels repeat, and no figure of it
+    compares with N-way zero-shot accuracy. Here batches are drawn with a seed.
+
+    Args:
+        model: with a text tower.
+        source: pictures with labels.
+        class_names: what stands for a label.
+        batch_size: of the task; 48 in his script.
+        limit: pictures at most.
+        seed: of the order.
+
+    Returns:
+        `accuracy`, `interval`, `n`, `batch_size`, and `ways`: the mean number of different labels
+        in a batch.
+
+    Raises:
+        UserError: no picture has a label.
+    """
+    labels = [source.known(i).label for i in range(len(source))]
+    known = [i for i, label in enumerate(labels) if label is not None]
+    if not known:
+        raise UserError(f"{source.spec}: none of its pictures has a label.")
+    names = class_names or names_by_label([label for label in labels if label], None)
+    order = np.random.default_rng(seed).permutation(known)[:limit].tolist()
+    hits = n = 0
+    ways: list[int] = []
+    for batch in load_batches(
+        source, model.transform, batch_size, indices=order, min_side=model.min_side
+    ):
+        if not batch.indices:
+            continue
+        own = [str(labels[i]) for i in batch.indices]
+        products = model.embed_images(batch.pixels) @ model.embed_texts([names[x] for x in own]).T
+        chosen = products.argmax(dim=1).tolist()
+        hits += sum(own[column] == label for column, label in zip(chosen, own, strict=True))
+        n += len(own)
+        ways.append(len(set(own)))
+    return {
+        "accuracy": hits / n,
+        "interval": wilson_interval(hits, n),
+        "n": n,
+        "batch_size": batch_size,
+        "ways": float(np.mean(ways)),
+    }
+
+
+@torch.no_grad()
+def embed_pairs(
+    model: VisionModel, pairs: CaptionedImages, limit: int | None = None, seed: int = 0
+) -> tuple[Float[Tensor, "n d_embed"], Float[Tensor, "n d_embed"], list[str]]:
+    """Unit embeddings of images and of the first caption of each, and these captions; of a random
+    sample of `limit` images."""
+    chosen = sample_places(len(pairs), limit or len(pairs), seed).tolist()
+    captions = {pairs.places[i]: pairs.captions[i][0][0] for i in chosen}
+    found, own = [], []
+    for batch in load_batches(
+        pairs.source,
+        model.transform,
+        64,
+        indices=list(captions),
+        workers=0 if len(chosen) < 256 else None,
+        min_side=model.min_side,
+    ):
+        if batch.indices:
+            found.append(model.embed_images(batch.pixels))
+            own += [captions[i] for i in batch.indices]
+    if len(own) < 2:
+        raise UserError(f"{pairs.source.spec}: fewer than two pictures with captions load.")
+    images, texts = torch.cat(found), model.embed_texts(own)
+    return F.normalize(images, dim=-1), F.normalize(texts, dim=-1), own
+
+
+def retrieval(
+    images: Float[Tensor, "n d_embed"], texts: Float[Tensor, "n d_embed"], captions: Sequence[str]
+) -> dict[str, Any]:
+    """Recall at 1 and 5, both ways: the share of queries with a match among the best k.
+
+    A match is any row with the same caption, so that equal captions are no errors of each other.
+
+    Args:
+        images: unit rows.
+        texts: unit rows; row i is the caption of picture i.
+        captions: the same as text.
+
+    Returns:
+        `image_to_text.{1,5}`, `text_to_image.{1,5}`, each a share and its interval, and `n`.
+    """
+    numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    group = torch.tensor([numbers[caption] for caption in captions])
+    cosines = (images @ texts.T).cpu()
+    found: dict[str, Any] = {"n": len(group), "different_captions": len(numbers)}
+    for name, scores in (("image_to_text", cosines), ("text_to_image", cosines.T)):
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : max(RECALL_AT)]
+        hit = group[order] == group[:, None]
+        found[name] = {}
+        for k in RECALL_AT:
+            hits = int(hit[:, :k].any(dim=1).sum())
+            interval = wilson_interval(hits, len(group))
+            found[name][str(k)] = {"recall": hits / len(group), "interval": interval}
+    return found
+
+
+def modality_gap(
+    images: Float[Tensor, "n d_embed"], texts: Float[Tensor, "n d_embed"], seed: int = 0
+) -> dict[str, Any]:
+    """How far apart pictures and texts lie (Liang et al. 2022, section 2).
+
+    `distance` is ‖mean(Î) − mean(T̂)‖. `separability` is the share of held-out embeddings that a
+    linear discriminant tells apart by modality: fitted to one half, w = (Σ + ε I)⁻¹ (μ_I − μ_T),
+    threshold at the middle of the means (Fisher 1936), measured on the other; 0.5 is chance.
+
+    Args:
+        images: unit rows.
+        texts: unit rows.
+        seed: of the halves.
+
+    Returns:
+        `distance`, `separability`, `interval`, `matched_cosine`, `random_cosine` (of a picture and
+        its own caption, and of another's) and `n`.
+    """
+    one, two = (x.cpu().double().numpy() for x in (images, texts))
+    n = len(one)
+    order = np.random.default_rng(seed).permutation(n)
+    # A picture and its caption go the same way: no half has a pair that the other was fitted to.
+    fit, held = order[: n // 2], order[n // 2 :]
+    weights, threshold = discriminant(one[fit], two[fit])
+    right = int((one[held] @ weights > threshold).sum() + (two[held] @ weights <= threshold).sum())
+    cosines = one @ two.T
+    return {
+        "distance": float(np.linalg.norm(one.mean(axis=0) - two.mean(axis=0))),
+        "separability": right / (2 * len(held)),
+        "interval": wilson_interval(right, 2 * len(held)),
+        "matched_cosine": float(np.diag(cosines).mean()),
+        "random_cosine": float((cosines.sum() - np.trace(cosines)) / (n * (n - 1))),
+        "n": n,
+    }
+
+
+def discriminant(
+    one: Float64[np.ndarray, "n d"], two: Float64[np.ndarray, "m d"]
+) -> tuple[Float64[np.ndarray, " d"], float]:
+    """Fisher's linear discriminant of two classes: weights, and the threshold above which is one.
+
+    The covariance is that within the classes, with a little of its mean variance added.
+    """
+    means = one.mean(axis=0), two.mean(axis=0)
+    within = np.concatenate([one - means[0], two - means[1]])
+    covariance = within.T @ within / len(within)
+    covariance += RIDGE * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    weights = np.linalg.solve(covariance, means[0] - means[1])
+    return weights, float(weights @ (means[0] + means[1]) / 2)

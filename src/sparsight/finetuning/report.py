@@ -1,0 +1,500 @@
+"""The page of before and after: one static HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from sparsight.errors import SparsightError, UserError
+from sparsight.files import read_json, without_folders, write_json, write_text
+from sparsight.finetuning import plots
+from sparsight.finetuning.config import FinetuneRecipe
+from sparsight.finetuning.measures import compare
+from sparsight.finetuning.run import FinetuneRun
+from sparsight.finetuning.subjects import Subjects
+from sparsight.latents.cards import encode_picture, is_crisp
+from sparsight.latents.report import made_with, page_css, template
+from sparsight.latents.scores import NOT_MEASURED, Row, Table, dig, figure, interval, percent
+from sparsight.latents.style import to_svg
+from sparsight.latents.views import Plot
+from sparsight.training.run import CONFIG
+from sparsight.vision import VisionModel
+
+FIGURES, PAGE = "before-after.json", "report.html"
+FORMAT_VERSION = 1
+PICTURE_SIDE = 160
+
+VERDICTS = {"right": "right", "word": "fooled by the word", "other": "something else"}
+_SHOT = {"image_to_text": "caption of a picture", "text_to_image": "picture of a caption"}
+_KINDS = {
+    "clean": "no words",
+    "attacked": "another class's name",
+    "same": "its own name",
+    "control": "nonsense",
+}
+
+GLOSSARY: dict[str, str] = {
+    "accuracy": "Share of pictures whose own class scores highest among all classes, each written "
+    "into a sentence. Intervals hold in 95 of 100 cases (Wilson); those of changes are for the "
+    "same pictures before and after.",
+    "fooled": "Share of pictures on which the class of the attacking word wins. Where that word is "
+    "not written, this is what chance makes of it.",
+    "won back": "Accuracy on attacked pictures that fine-tuning brought back, as a share of what "
+    "words cost before.",
+    "in-batch accuracy": "zer0int's figure for ImageNet and ObjectNet, under its own name: a "
+    "picture is compared with the bare names of the labels in its own batch alone, embeddings not "
+    "normalised. Far easier than N-way zero-shot, and not comparable with it.",
+    "zero-shot": "Accuracy among all classes on other pictures than the attacked ones.",
+    "recall": "Share of queries with a matching caption or picture among the best 1 or 5. Equal "
+    "captions count as matches.",
+    "modality gap": "Distance between the mean unit embedding of pictures and that of captions.",
+    "separability": "Share of held-out embeddings that a linear discriminant tells apart by "
+    "modality. 50 % is chance: no gap.",
+    "text-salient": "Latents that are more active on pictures with another class's name on than "
+    "on the same pictures without, by a paired permutation test that holds the false discovery "
+    "rate.",
+    "drift": "Correlation of a latent's activation over the same pictures before and after. "
+    "Matched: with whichever latent it fits best, one to one.",
+    "AUC": "How well the single best latent tells images with an attribute from those without; "
+    "chosen on half of the images, scored on the rest. 0.5 is chance.",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A headline figure before and after."""
+
+    name: str
+    term: str
+    before: str
+    after: str
+    note: str = ""
+
+
+def report_finetuning(
+    run: FinetuneRun | str | Path,
+    before: VisionModel,
+    subjects: Subjects,
+    *,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure a finished run before and after, and write `before-after.json` and `report.html`.
+
+    Args:
+        run: the run, or its folder.
+        before: the model that it began with.
+        subjects: what both are measured on; pictures that the run did not train on.
+        quiet: no progress lines.
+
+    Returns:
+        The figures, see `compare`.
+
+    Raises:
+        UserError: the run has not finished, or the SAE is not of the model before.
+    """
+    run = run if isinstance(run, FinetuneRun) else FinetuneRun(Path(run))
+    found = compare(before, run.model(str(before.device)), subjects, quiet=quiet)
+    write_json(run.out / FIGURES, {"format_version": FORMAT_VERSION, **found})
+    write_page(run, found, subjects)
+    return found
+
+
+def read_figures(run: FinetuneRun) -> dict[str, Any]:
+    """The figures that `report_finetuning` wrote.
+
+    Raises:
+        UserError: they are not there, or of another version.
+    """
+    found = read_json(run.out / FIGURES)
+    if found.pop("format_version", None) != FORMAT_VERSION:
+        raise UserError(f"{run.out / FIGURES}: is of another version; measure anew.")
+    return found
+
+
+def write_page(run: FinetuneRun, found: Mapping[str, Any], subjects: Subjects) -> Path:
+    """Write the page about figures that were measured.
+
+    Returns:
+        Its path.
+    """
+    recipe, log = run.recipe, run.metrics()
+    text = template("finetuning.html.jinja", Path(__file__).parent / "templates").render(
+        title=f"{without_folders(recipe.model)}, before and after",
+        facts=_facts(recipe, log, found),
+        lead=lead(found),
+        tiles=_tiles(found),
+        plots=_plots(found),
+        examples=_examples(found, subjects),
+        verdicts=VERDICTS,
+        tables=_tables(found),
+        omitted=_omitted(found),
+        training=_training(log),
+        config=without_folders((run.out / CONFIG).read_text(encoding="utf-8")),
+        glossary=GLOSSARY,
+        not_measured=NOT_MEASURED,
+        css=page_css(),
+    )
+    write_text(run.out / PAGE, text)
+    return run.out / PAGE
+
+
+def lead(found: Mapping[str, Any]) -> str:
+    """What happened, in two sentences."""
+    attack = found["attack"]
+    clean, attacked = (attack[kind] for kind in ("clean", "attacked"))
+    cost = 100 * found["words_cost"]
+    first = (
+        f"Another class's name on a picture cost this model {cost:.1f} points of accuracy: "
+        f"{percent(clean['before']['accuracy'])} without, "
+        f"{percent(attacked['before']['accuracy'])} with it."
+    )
+    if found["won_back"] is None:
+        return f"{first} There was no loss to win back."
+    change = 100 * clean["change"]["value"]
+    moved = (
+        "left clean pictures where they were"
+        if abs(change) < 0.05
+        else (f"{'cost' if change < 0 else 'brought'} {abs(change):.1f} points on clean pictures")
+    )
+    return (
+        f"{first} Fine-tuning won back {100 * found['won_back']:.0f} % of that "
+        f"({percent(attacked['after']['accuracy'])} after) and {moved}."
+    )
+
+
+def table_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The headline figures as name, before, after and change, for a terminal."""
+    rows: list[tuple[str, str, str, str]] = []
+    for kind, words in _KINDS.items():
+        each = dig(found, f"attack.{kind}")
+        if each:
+            change = f"{100 * each['change']['value']:+.1f} points"
+            was, now = (percent(each[name]["accuracy"]) for name in ("before", "after"))
+            rows.append((f"accuracy, {words}", was, now, change))
+    for name, path, show in _LINES:
+        first, second = _both(found, path)
+        if first is not None:
+            points = f"{100 * (second - first):+.1f} points" if show is percent else ""
+            rows.append((name, show(first), show(second), points))
+    return rows
+
+
+_LINES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("zero-shot, other pictures", "zero_shot.*.top1", percent),
+    ("in-batch accuracy (zer0int)", "in_batch_accuracy.*.accuracy", percent),
+    ("recall@1, picture to caption", "retrieval.*.image_to_text.1.recall", percent),
+    ("recall@1, caption to picture", "retrieval.*.text_to_image.1.recall", percent),
+    ("modality gap", "modality_gap.*.distance", figure),
+    ("modalities told apart", "modality_gap.*.separability", percent),
+)
+
+
+def _facts(
+    recipe: FinetuneRecipe, log: list[dict[str, Any]], found: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    config = recipe.train
+    steps = log[-1]["step"] if log else 0
+    loss = "InfoNCE" if config.loss == "info_nce" else config.loss.replace("_", " ")
+    seconds = sum(
+        line["seconds_per_step"] * (line["step"] - previous)
+        for line, previous in zip(log, [0, *(line["step"] for line in log)], strict=False)
+    )
+    batch = f"{config.batch_size:,}"
+    if config.accumulation > 1:
+        batch += f" × {config.accumulation}"
+    facts = [
+        ("Trained on", _source(recipe.data)),
+        ("Attacks", _source(recipe.attack or "none")),
+        ("Measured on", f"{found['n']:,} pictures, {found['n_classes']:,} classes"),
+        *([("Did not load", _lost(log, found))] if _lost(log, found) else []),
+        ("Steps", f"{steps:,} of {batch} pairs"),
+        ("Loss", loss),
+        ("Optimiser", {"adamw": "AdamW", "adabelief": "AdaBelief"}[config.optimiser]),
+        ("Parametrisation", config.parametrisation),
+        ("Time", f"{seconds / 60:.1f} minutes"),
+        ("Date", f"{datetime.datetime.now(datetime.UTC):%-d %B %Y, %H:%M} UTC"),
+        ("Made with", made_with()),
+        ("Seed", str(config.seed)),
+    ]
+    return facts
+
+
+def _lost(log: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> str:
+    """Pictures that were left out, in training and in measuring."""
+    trained = log[-1].get("failed", 0) if log else 0
+    parts = [
+        f"{count:,} {what}"
+        for count, what in (
+            (trained, "of those to train on"),
+            (max(found["failed"].values(), default=0), "of those to measure on"),
+        )
+        if count
+    ]
+    return " and ".join(parts)
+
+
+def _tiles(found: Mapping[str, Any]) -> list[Change]:
+    attack = found["attack"]
+    made = [
+        Change(
+            name,
+            "accuracy",
+            percent(attack[kind]["before"]["accuracy"]),
+            percent(attack[kind]["after"]["accuracy"]),
+            interval(attack[kind]["after"]),
+        )
+        for kind, name in (("attacked", "Attacked pictures"), ("clean", "Clean pictures"))
+    ]
+    if found["won_back"] is not None:
+        made.append(
+            Change("Loss won back", "won back", "", f"{100 * found['won_back']:.0f} %",
+                   _won(found))
+        )  # fmt: skip
+    shown = dig(found, "attack.attacked")
+    made.append(
+        Change(
+            "Fooled by the word",
+            "fooled",
+            percent(shown["before"]["fooled"]),
+            percent(shown["after"]["fooled"]),
+        )
+    )
+    for name, path, show in _LINES[:1] + _LINES[4:5]:
+        values = [dig(found, path.replace("*", side)) for side in ("before", "after")]
+        if values[0] is not None:
+            term = "zero-shot" if path.startswith("zero") else "modality gap"
+            made.append(Change(name[0].upper() + name[1:], term, *map(show, values)))
+    return made
+
+
+def _won(found: Mapping[str, Any]) -> str:
+    note = f"of {100 * found['words_cost']:.1f} points"
+    if found["won_back_interval"] is None:
+        return note
+    low, high = found["won_back_interval"]
+    return f"{note}; {100 * low:.0f} to {100 * high:.0f} %"
+
+
+def _tables(found: Mapping[str, Any]) -> list[Table]:
+    made = [_attack_table(found), _kept_table(found), _modality_table(found)]
+    made += [_latents_table(found), _truth_table(found)]
+    return [table for table in made if table is not None]
+
+
+def _attack_table(found: Mapping[str, Any]) -> Table:
+    rows: list[Row] = []
+    for kind, words in _KINDS.items():
+        each = found["attack"].get(kind)
+        if not each:
+            continue
+        cells = [percent(each[name]["accuracy"]) for name in ("before", "after")]
+        rows.append(Row("accuracy", "accuracy", (*cells, _points(each["change"])), group=words))
+        rows.append(
+            Row("95 % interval", "", (*(interval(each[n]) for n in ("before", "after")), ""))
+        )
+        cells = [percent(each[name]["fooled"]) for name in ("before", "after")]
+        rows.append(Row("fooled", "fooled", (*cells, "")))
+        margins = [each[name]["margin"] for name in ("before", "after")]
+        change = f"{margins[1] - margins[0]:+.2f}"
+        rows.append(Row("margin (logits)", "", (*(f"{m:.2f}" for m in margins), change)))
+    return Table(
+        "Words on pictures",
+        ("before", "after", "change"),
+        tuple(rows),
+        f"{found['n']:,} pictures, each in every kind; {found['n_classes']:,} classes. Margin: "
+        "logit of the own class minus that of the attacking word's.",
+        strong=1,
+    )
+
+
+def _kept_table(found: Mapping[str, Any]) -> Table | None:
+    lines: list[tuple[str, str, str, str]] = [
+        ("top-1", "zero-shot", "zero_shot.*.top1", "N-way zero-shot, other pictures"),
+        ("top-5", "zero-shot", "zero_shot.*.top5", ""),
+        ("accuracy", "in-batch accuracy", "in_batch_accuracy.*.accuracy", "in-batch, zer0int's"),
+    ]
+    for way, words in _SHOT.items():
+        for k, group in ((1, f"retrieval, {words}"), (5, "")):
+            lines.append((f"recall@{k}", "recall", f"retrieval.*.{way}.{k}.recall", group))
+    rows = [
+        Row(name, term, (*map(percent, values), f"{100 * (values[1] - values[0]):+.1f} points"),
+            group=group)
+        for name, term, path, group in lines
+        if (values := _both(found, path))[0] is not None
+    ]  # fmt: skip
+    if not rows:
+        return None
+    notes = []
+    if shot := dig(found, "zero_shot.after"):
+        notes.append(f"Zero-shot: {shot['n']:,} pictures, {shot['n_classes']:,} classes.")
+    if batch := dig(found, "in_batch_accuracy.after"):
+        notes.append(
+            f"In-batch: {batch['n']:,} pictures, {batch['ways']:.0f} different labels a batch of "
+            f"{batch['batch_size']}."
+        )
+    if pairs := dig(found, "retrieval.after"):
+        notes.append(f"Retrieval: among {pairs['n']:,} pairs.")
+    return Table(
+        "What it still knows", ("before", "after", "change"), tuple(rows), " ".join(notes), strong=1
+    )
+
+
+def _modality_table(found: Mapping[str, Any]) -> Table | None:
+    lines: list[tuple[str, str, str, Callable[[Any], str]]] = [
+        ("distance of the means", "modality gap", "modality_gap.*.distance", figure),
+        ("told apart by a line", "separability", "modality_gap.*.separability", percent),
+        ("cosine with own caption", "", "modality_gap.*.matched_cosine", figure),
+        ("cosine with another's", "", "modality_gap.*.random_cosine", figure),
+        ("logit scale", "", "logit_scale.*", figure),
+    ]
+    rows = tuple(
+        Row(name, term, (*map(show, values), f"{values[1] - values[0]:+.3f}" if show is figure
+            else f"{100 * (values[1] - values[0]):+.1f} points"))
+        for name, term, path, show in lines
+        if (values := _both(found, path))[0] is not None
+    )  # fmt: skip
+    return Table("Pictures and captions", ("before", "after", "change"), rows, strong=1)
+
+
+def _latents_table(found: Mapping[str, Any]) -> Table | None:
+    each = found.get("latents")
+    if not each:
+        return None
+    drift = each["drift"]
+    kept = each["found_before"]
+    rows = [
+        Row("text-salient latents", "text-salient", (f"{kept:,}", f"{each['found_after']:,}")),
+        Row("of those before, still so", "", (f"{kept:,}", f"{each['kept']:,}")),
+        Row("newly so", "", ("", f"{each['new']:,}")),
+        Row(
+            "their summed response",
+            "",
+            (figure(each["effect_before"]), figure(each["effect_after"])),
+        ),
+        Row("active on some picture", "", (f"{drift['n_alive']:,}", _left(drift))),
+        Row("correlation with itself", "drift", ("", figure(drift["own"])), group="drift"),
+    ]
+    if "matched" in drift:
+        rows.append(Row("with its best match", "drift", ("", figure(drift["matched"]))))
+        rows.append(Row("matched by another latent", "drift", ("", f"{drift['moved']:,}")))
+    return Table(
+        f"Latents at {each['site']}",
+        ("before", "after"),
+        tuple(rows),
+        f"One SAE, of the model before, reads both: {each['n_latents']:,} latents. Found on other "
+        f"pairs, tested again and compared on {each['n_pairs']:,}; false discovery rate "
+        f"{each['fdr']:g}.",
+        strong=1,
+    )
+
+
+def _left(drift: Mapping[str, Any]) -> str:
+    return f"{drift['n_alive'] - drift['fell_silent']:,}"
+
+
+def _truth_table(found: Mapping[str, Any]) -> Table | None:
+    truth = dig(found, "latents.truth")
+    if not truth:
+        return None
+    rows = []
+    for kind, before in truth["before"].items():
+        group = f"{kind.replace('_', ' ')} · {before['n']}"
+        for score, title in (("auc", "AUC"), ("f1", "F1"), ("iou", "IoU")):
+            values = [dig(truth[side].get(kind), f"{score}.mean") for side in ("before", "after")]
+            if None not in values:
+                change = f"{values[1] - values[0]:+.3f}"
+                cells = (*map(figure, values), change)
+                rows.append(Row(title, title, cells, group=group))
+                group = ""
+    return Table(
+        "Known attributes",
+        ("before", "after", "change"),
+        tuple(rows),
+        "Means of the best single latents of the same SAE, chosen anew for each model on half of "
+        "the scenes and scored on the rest.",
+        strong=1,
+    )
+
+
+def _omitted(found: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if "zero_shot" not in found:
+        notes.append(
+            "N-way zero-shot on other pictures: not measured; no labelled ones were given."
+        )
+    if "retrieval" not in found:
+        notes.append("Retrieval and modality gap: not measured; no pictures with captions given.")
+    if "latents" not in found:
+        notes.append("Latents: not measured; no SAE of the model before was given.")
+    elif "truth" not in found["latents"]:
+        notes.append("Known attributes: they take some forty images of the calibration world.")
+    elif "matched" not in found["latents"]["drift"]:
+        notes.append(f"Matched latents: {found['latents']['drift'].get('omitted')}")
+    return notes
+
+
+def _plots(found: Mapping[str, Any]) -> list[Plot]:
+    drawn = [
+        (
+            "accuracy",
+            "Accuracy by what is written",
+            "The same pictures with another class's name, their own, nonsense or nothing on them.",
+            plots.accuracy_bars(found["attack"]),
+        )
+    ]
+    latents = dig(found, "latents.latents")
+    if latents:
+        text = "The latents that responded most to class names before; one SAE reads both models."
+        drawn.append(("latents", "Text-salient latents", text, plots.latent_effects(latents)))
+    return [_drawn(*each) for each in drawn]
+
+
+def _training(log: list[dict[str, Any]]) -> list[Plot]:
+    if not log:
+        return []
+    drawn = [
+        ("loss", "Loss", "Means since the line before; the parts without their weights.",
+         plots.loss_curves(log)),
+        ("gradients", "Gradient norms by layer", "Before clipping.", plots.gradient_norms(log)),
+        ("learning", "Rate, scale, gradient", "", plots.learning(log)),
+    ]  # fmt: skip
+    return [_drawn(*each) for each in drawn]
+
+
+def _drawn(name: str, title: str, text: str, drawn: Figure) -> Plot:
+    return Plot(title, text, Markup(to_svg(drawn, name, title)))
+
+
+def _examples(found: Mapping[str, Any], subjects: Subjects) -> list[dict[str, Any]]:
+    made = []
+    for each in found["examples"]:
+        try:
+            picture = subjects.pairs.attacked.load(each["index"])
+        except SparsightError:  # it was there when it was measured
+            continue
+        uri = encode_picture(picture, PICTURE_SIDE)
+        made.append({**each, "picture": uri, "crisp": is_crisp(picture)})
+    return made
+
+
+def _source(spec: str) -> str:
+    """Where pictures come from, for people: without folders and long selections."""
+    whole, _, selection = without_folders(unquote(spec)).partition("[")
+    shown = f" [{selection}" if 0 < len(selection) < 24 else " (a selection)" if selection else ""
+    return whole + shown
+
+
+def _both(found: Mapping[str, Any], path: str) -> list[Any]:
+    return [dig(found, path.replace("*", side)) for side in ("before", "after")]
+
+
+def _points(change: Mapping[str, Any]) -> str:
+    low, high = change["interval"]
+    return f"{100 * change['value']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
