@@ -12,7 +12,7 @@ OPEN_CLIP := $(VENV)/open_clip
 NATIVE := $(wildcard hatch_build.py src/sparsight/kernels/native/*.[ch] src/sparsight/kernels/native/*.inc)
 PEERS := $(VENV)/peers
 GPU := $(VENV)/gpu
-CODE := src tests benchmarks hatch_build.py
+CODE := src tests tools benchmarks hatch_build.py
 OFFLINE := HF_HUB_OFFLINE=1
 WITH_PEERS := SPARSIGHT_PEERS=$(PEERS)
 IN_PARALLEL := --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal

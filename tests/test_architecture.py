@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import grimp
 import pytest
 
 import sparsight
@@ -34,6 +36,40 @@ def test_imports_run_downwards_only():
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def import_graph() -> grimp.ImportGraph:
+    graph = grimp.build_graph("sparsight", cache_dir=None)
+    # The root points to public names, and loads them when they are used.
+    for imported in graph.find_modules_directly_imported_by("sparsight"):
+        graph.remove_import(importer="sparsight", imported=imported)
+    # `from_pretrained` and `save_pretrained` know other projects' formats, which know the SAE.
+    graph.remove_import(importer="sparsight.sae.autoencoder", imported="sparsight.formats")
+    return graph
+
+
+def test_no_circle_of_imports_joins_more_than_three_files(import_graph: grimp.ImportGraph) -> None:
+    circles = {
+        frozenset(
+            import_graph.find_upstream_modules(module)
+            & import_graph.find_downstream_modules(module)
+            | {module}
+        )
+        for module in import_graph.modules
+    }
+    assert len(import_graph.modules) > 200
+    assert not [sorted(circle) for circle in circles if len(circle) > 3]
+
+
+def test_no_room_holds_more_than_15_percent_of_the_lines() -> None:
+    package = ROOT / "src" / "sparsight"
+    lines = {path: len(path.read_text().splitlines()) for path in package.rglob("*.py")}
+    rooms: Counter[str] = Counter()
+    for path, count in lines.items():
+        rooms[path.relative_to(package).parts[0]] += count
+    largest, count = rooms.most_common(1)[0]
+    assert count < 0.15 * sum(lines.values()), largest
 
 
 def test_importing_the_package_loads_no_heavy_library():

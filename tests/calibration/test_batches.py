@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from sparsight.calibration import COLOURS, PATCH_GRID, PATTERNS, SYMBOLS, CalibrationWorld
-from sparsight.calibration.batches import SCENES_ON_ONE_GROUND, difficulty, draw_batch
 from sparsight.calibration.captions import (
     BACKGROUND_TEMPLATES,
     CONTEXT_LENGTH,
@@ -17,6 +16,7 @@ from sparsight.calibration.captions import (
     make_tokenizer,
 )
 from sparsight.calibration.world import WorldConfig
+from tools.calibration_clip.batches import SCENES_ON_ONE_GROUND, difficulty, draw_batch
 
 
 def test_a_batch_is_the_same_again_and_others_differ() -> None:

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from malicious_pickle import Opens
-from sparsight.calibration.batches import Batch
 from sparsight.calibration.symbols import SYMBOLS
-from sparsight.calibration.train import Settings, Trainer, contrastive_loss
 from sparsight.errors import SparsightError, UserError
+from tools.calibration_clip.batches import Batch
+from tools.calibration_clip.train import Settings, Trainer, contrastive_loss
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +154,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, fl
 
 
 def test_the_command_line_names_a_wrong_setting_and_exits_with_two(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparsight.calibration.train", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.calibration_clip.train", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "minutes is 0.0" in done.stderr

@@ -13,9 +13,9 @@ from evaluation_parts import LABELS, Pictures, save_model
 from sparsight.editing import Keep, LatentEdit, Off, Set, intervene, steer
 from sparsight.editing.class_codes import class_codes, matched_latents
 from sparsight.editing.class_curves import default_ks
-from sparsight.editing.recall import distinct, image_text_recall
 from sparsight.editing.steering_files import save_steering
 from sparsight.errors import UserError
+from sparsight.evaluation.recall import distinct, image_text_recall
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.vision import VisionModel, classifier_weights, classify, load_model
 

@@ -78,7 +78,7 @@ def test_a_model_in_openais_layout_is_trained_and_handed_back_in_any(model, layo
 
 def test_every_position_of_a_long_clip_is_trained_but_the_kept_ones(model):
     """A table that is in no group of parameters is never trained."""
-    long_clip = pytest.importorskip("sparsight.editing.long_clip")
+    long_clip = pytest.importorskip("sparsight.vision.long_clip")
     copy = working_copy(model)
     long_clip.keep_positions(long_clip.lengthen(copy.module, kept=4), kept=4)
     trained = set_trainable(copy, Rates())

@@ -18,7 +18,7 @@ from sparsight.evaluation import SweepMeasures, evaluate, measure_sweep, t_inter
 from sparsight.images import open_images
 from sparsight.latents import compare
 from sparsight.latents.comparison import spots_of, table_markdown
-from sparsight.latents.plots import Spot, front, pareto
+from sparsight.pages.plots import Spot, front, pareto
 from sparsight.sae import AuxK, SAEConfig, TopK
 from sparsight.training import Sweep, SweepConfig, TrainConfig, sweep
 from sparsight.vision import VisionModel, load_model

@@ -4,7 +4,7 @@ Builds on `vision` and `images`. Start with `extract`; `ActivationStore` reads b
 and `ActivationSource` is what training, evaluation and the index ask of either.
 """
 
-from sparsight.activations.extraction import ExtractionSummary, extract
+from sparsight.activations.extraction import extract
 from sparsight.activations.live import LiveActivations
 from sparsight.activations.prefetch import Prefetcher
 from sparsight.activations.source import (
@@ -17,6 +17,7 @@ from sparsight.activations.split import HeldOut, held_out_of, seen_in_training
 from sparsight.activations.statistics import SiteStatistics
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.stream import VectorStream
+from sparsight.activations.summary import ExtractionSummary
 
 __all__ = [
     "ActivationSource",

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from sparsight.activations.manifest import DTYPES, MANIFEST, Manifest, describe_
 from sparsight.activations.source import count_tokens, matching_sites
 from sparsight.activations.statistics import all_finite
 from sparsight.activations.store import ActivationStore
+from sparsight.activations.summary import ExtractionSummary
 from sparsight.activations.writer import (
     JOURNAL,
     Row,
@@ -46,37 +47,6 @@ FLUSH_SECONDS = 60.0
 
 FAILURES_BEFORE_STOP = 100
 """So many images may fail before extraction stops midway: the reasons of the first are told."""
-
-
-@dataclass(frozen=True)
-class ExtractionSummary:
-    """What one call of `extract` did; a continued extraction counts its own part.
-
-    Attributes:
-        images: images that went through the model.
-        failed: images that could not be read, earlier calls included.
-        seconds: wall time.
-        seconds_in_forward: wall time in the model's forward pass.
-    """
-
-    images: int
-    failed: int
-    seconds: float
-    seconds_in_forward: float
-
-    @property
-    def forward_share(self) -> float:
-        """Share of the wall time that the model's forward pass took."""
-        return self.seconds_in_forward / max(self.seconds, 1e-9)
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.images:,} images in {self.seconds:,.1f} s, {self.forward_share:.0%} of it in "
-            "the model"
-        )
-        if self.failed:
-            text += f" · {self.failed:,} could not be read, see images.parquet for the reasons"
-        return text
 
 
 def extract(

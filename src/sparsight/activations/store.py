@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,15 +32,13 @@ from sparsight.activations.shards import (
 from sparsight.activations.source import OrderedBatch, other_tokens, same_count
 from sparsight.activations.statistics import RunningSums, SiteStatistics, all_finite
 from sparsight.activations.stream import Position, VectorStream, WindowPlan
+from sparsight.activations.summary import ExtractionSummary
 from sparsight.config import check_positive
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_json
 from sparsight.images import ImageSource, reopen_images
 from sparsight.vision import Tokens, count_from_start, select_tokens
 from sparsight.vision.tokens import check_tokens
-
-if TYPE_CHECKING:
-    from sparsight.activations.extraction import ExtractionSummary
 
 WINDOW_BYTES = 128 << 20
 """What a stream mixes at a time; it holds two of these, and the page cache the rest."""

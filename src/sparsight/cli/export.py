@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.kept is not None and options.positions is None:
         raise UserError("--kept is for more --positions; name how many there shall be.")
     kept = KEPT_POSITIONS if options.kept is None else options.kept
-    from sparsight.editing.long_clip import factor_for, lengthen
+    from sparsight.vision.long_clip import factor_for, lengthen
 
     model = load_model(
         options.model, device="cpu", revision=options.revision, tokenizer=options.tokenizer

@@ -12,7 +12,6 @@ from sparsight.editing.actions import Action, Clamp, Keep, MeanAblation, Off, Sc
 from sparsight.editing.contact_sheet import write_contact_sheet
 from sparsight.editing.edits import DirectionAblation, Edit, LatentEdit, NeuronEdit
 from sparsight.editing.folding import every_write, fold
-from sparsight.editing.gmp import GeometricLinear, is_parametrized, parametrize, to_plain
 from sparsight.editing.interventions import (
     Intervention,
     intervene,
@@ -20,7 +19,11 @@ from sparsight.editing.interventions import (
     mean_codes,
 )
 from sparsight.editing.latent_search import find_latents
-from sparsight.editing.long_clip import (
+from sparsight.editing.retrieval import Collection, Hit, SearchResult, embed_collection
+from sparsight.editing.steering import SteerReport, steer
+from sparsight.editing.steering_files import save_steering
+from sparsight.vision.gmp import GeometricLinear, is_parametrized, parametrize, to_plain
+from sparsight.vision.long_clip import (
     LongPositions,
     is_split,
     keep_positions,
@@ -28,9 +31,6 @@ from sparsight.editing.long_clip import (
     merge_positions,
     stretched,
 )
-from sparsight.editing.retrieval import Collection, Hit, SearchResult, embed_collection
-from sparsight.editing.steering import SteerReport, steer
-from sparsight.editing.steering_files import save_steering
 
 __all__ = [
     "Action",

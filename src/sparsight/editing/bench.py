@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsight.editing.recall import distinct, image_text_recall
 from sparsight.errors import UserError
+from sparsight.evaluation.recall import distinct, image_text_recall
 from sparsight.images import ImageSource, load_batches
 from sparsight.intervals import paired_difference, wilson_interval
 from sparsight.progress import progress

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from sparsight.editing.steering import SteerReport
 from sparsight.files import replaced, write_json, write_text
-from sparsight.latents.style import PALETTE, figure, plot_style, save_png, save_svg
+from sparsight.pages.style import PALETTE, figure, plot_style, save_png, save_svg
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 COLUMNS = (

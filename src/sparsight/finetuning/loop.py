@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from sparsight.config import first_difference, load, to_dict, write_toml
-from sparsight.editing.gmp import parametrize, to_plain
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import remove_temporaries, sha256_json, write_bytes
 from sparsight.finetuning import losses
@@ -43,6 +42,7 @@ from sparsight.training.loggers import JsonLines
 from sparsight.training.run import CONFIG, METRICS, refuse_foreign_files
 from sparsight.training.trainer import refuse_other_checkpoint, told_difference, warn_of_damage
 from sparsight.vision import VisionModel
+from sparsight.vision.gmp import parametrize, to_plain
 from sparsight.vision.hashing import weights_hash
 from sparsight.vision.saving import Layout, save_model
 

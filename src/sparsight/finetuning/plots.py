@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sparsight.latents.style import PALETTE, figure, plot_style
+from sparsight.pages.style import PALETTE, figure, plot_style
 
 KINDS = {
     "clean": "no words",

@@ -22,8 +22,8 @@ from sparsight.finetuning.subjects import Subjects
 from sparsight.latents.cards import encode_picture, is_crisp
 from sparsight.latents.report import made_with, page_css, template
 from sparsight.latents.scores import NOT_MEASURED, Row, Table, dig, figure, interval, percent
-from sparsight.latents.style import to_svg
 from sparsight.latents.views import Plot
+from sparsight.pages.style import to_svg
 from sparsight.training.run import CONFIG
 from sparsight.vision import VisionModel
 

@@ -27,9 +27,9 @@ from sparsight.files import (
     write_text,
 )
 from sparsight.images import ImageSource
-from sparsight.latents.plots import Spot, pareto
 from sparsight.latents.scores import measured_on
-from sparsight.latents.style import save_svg
+from sparsight.pages.plots import Spot, pareto
+from sparsight.pages.style import save_svg
 from sparsight.training import Sweep
 from sparsight.vision import VisionModel
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparsight.errors import UserError
-from sparsight.latents.style import HEAT_COLOURS
+from sparsight.pages.style import HEAT_COLOURS
 from sparsight.sae import SparseAutoencoder, SparseCode
 from sparsight.vision import VisionModel
 

@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 
 from sparsight.errors import SparsightError
 from sparsight.files import without_folders
-from sparsight.latents import plots, scores
+from sparsight.latents import scores
 from sparsight.latents.cards import Gallery, make_gallery
 from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
 from sparsight.latents.run_files import RunFiles
 from sparsight.latents.stored import StoredCodes
-from sparsight.latents.style import to_svg
+from sparsight.pages import plots
+from sparsight.pages.style import to_svg
 from sparsight.progress import progress
 from sparsight.training.run import METRICS
 from sparsight.vision import VisionModel

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from sparsight.latents import plots
-from sparsight.latents.style import to_svg
+from sparsight.pages import plots
+from sparsight.pages.style import to_svg
 
 LOG = [
     {"vectors": 1000 * i, "fvu": 1 / (1 + i), "l0": 32.0, "dead": 0.01 * i, "loss": 1.0}

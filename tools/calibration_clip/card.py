@@ -87,7 +87,7 @@ name; 95 % intervals (Wilson).
 {making.steps:,} steps of {making.batch_size} scenes ({making.steps * making.batch_size:,} pictures,
 each seen once), {making.minutes:.0f} minutes on {making.device}{legs}:
 
-    python -m sparsight.calibration.train {making.options}
+    python -m tools.calibration_clip.train {making.options}
 
 Every patch token predicts what covers it (symbol, colour,
 word, letters) and the CLS token what the scene shows, through linear heads that are thrown away

@@ -1,4 +1,4 @@
-"""Train the calibration CLIP: `python -m sparsight.calibration.train --out DIR --minutes 60`.
+"""Train the calibration CLIP: `python -m tools.calibration_clip.train --out DIR --minutes 60`.
 
 A contrastive loss alone is solved by colours and never gets to the symbols. So the truth helps:
 each patch predicts what covers it (symbol, colour, written word, letters), the class token what
@@ -35,14 +35,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsight.calibration.batches import Batch, difficulty, draw_batch
 from sparsight.calibration.captions import (
     BACKGROUND_TEMPLATES,
     TEMPLATES,
     WORD_TEMPLATES,
     make_tokenizer,
 )
-from sparsight.calibration.card import Making, write_card
 from sparsight.calibration.clip import (
     embed_texts,
     export,
@@ -57,6 +55,8 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, remove_temporaries
 from sparsight.interruption import STOPS, Stop, Terminated, kept, postponed, raise_terminated
 from sparsight.pace import SECONDS, Pace
+from tools.calibration_clip.batches import Batch, difficulty, draw_batch
+from tools.calibration_clip.card import Making, write_card
 
 WARM_UP_STEPS = 300
 LARGEST_LOGIT_SCALE = 100.0

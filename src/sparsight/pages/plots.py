@@ -12,7 +12,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from sparsight.latents.style import PALETTE, SEQUENTIAL, figure, plot_style
+from sparsight.pages.style import PALETTE, SEQUENTIAL, figure, plot_style
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""Make the calibration CLIP again: `python -m tools.calibration_clip.train`, from a clone."""
