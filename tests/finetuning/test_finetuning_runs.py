@@ -29,7 +29,7 @@ from sparsight.finetuning.batches import BatchLoader
 from sparsight.finetuning.sampling import Pair
 from sparsight.images import ImageError
 from sparsight.interruption import Terminated
-from sparsight.training import checkpoint_files
+from sparsight.runs import checkpoint_files
 
 CAPTIONS = [
     ("a photo of the cat", "the cat"),

@@ -17,7 +17,8 @@ from test_resume import CONFIG, SITES
 
 from memory_activations import sparse_mixtures
 from sparsight import files
-from sparsight.training import checkpoint_files, train, trainer
+from sparsight.runs import checkpoint_files
+from sparsight.training import train, trainer
 
 
 def die(*_: object) -> None:

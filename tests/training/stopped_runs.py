@@ -30,7 +30,8 @@ import sparsight.cli.main
 import sparsight.cli.sweep
 import sparsight.cli.train  # noqa: F401
 from sparsight.finetuning import FinetuneRun
-from sparsight.training import Run, checkpoint, checkpoint_files
+from sparsight.runs import checkpoint_files
+from sparsight.training import Run, checkpoint
 
 BATCH, N_VECTORS = 32, 32 * 300
 SITES = ("blocks.1.resid_post", "blocks.2.resid_post")

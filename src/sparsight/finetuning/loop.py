@@ -36,8 +36,8 @@ from sparsight.images import ImageSource
 from sparsight.interruption import STOPS, Stop, kept, postponed
 from sparsight.pace import SECONDS, Pace
 from sparsight.progress import logger, progress
+from sparsight.runs import checkpoint_files
 from sparsight.tensor_files import read_safetensors, write_safetensors
-from sparsight.training import checkpoint_files
 from sparsight.training.loggers import JsonLines
 from sparsight.training.run import CONFIG, METRICS, refuse_foreign_files
 from sparsight.training.trainer import refuse_other_checkpoint, told_difference, warn_of_damage

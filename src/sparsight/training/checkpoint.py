@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from sparsight.files import write_bytes
+from sparsight.runs import checkpoint_files
+from sparsight.runs.checkpoint_files import newest, newest_step
 from sparsight.sae.files import WEIGHTS
 from sparsight.tensor_files import read_safetensors, write_safetensors
-from sparsight.training import checkpoint_files
-from sparsight.training.checkpoint_files import newest, newest_step
 from sparsight.training.run import METRICS
 from sparsight.training.site import SiteTraining
 

@@ -13,9 +13,9 @@ from typing import Any
 from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import lock, read_json, remove_temporaries, temporaries
+from sparsight.runs import checkpoint_files
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
-from sparsight.training import checkpoint_files
 from sparsight.training.config import TrainConfig, TrainRecipe
 
 CONFIG = "config.toml"

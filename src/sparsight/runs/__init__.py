@@ -1,0 +1,4 @@
+"""Work that outlives its process: checkpoints, written whole and checked when read.
+
+Stands under every room that trains.
+"""
