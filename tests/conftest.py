@@ -5,7 +5,12 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+# Scripts that tests start find what tests share, as the tests themselves do.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).with_name("parts")), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and a core has a worker
 

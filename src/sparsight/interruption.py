@@ -3,19 +3,21 @@
 A loop wraps itself in `postponed()` and asks `stop.check()` where its state is whole. The first
 signal is only noted until then, so that no buffer is left half filled; a second one stops at once.
 Where the loop only waits, for the next batch say, `with stop.at_once():` lets the first through.
-Whoever catches `STOPS` to keep what is in memory says with `add_note` how much that was, and
-raises again: the command line prints the notes.
+What is in memory then is kept with `keeping`, and `noted` puts on the exception how much that was:
+the command line prints the notes.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from sparsight.errors import SparsightError
 
 
 class Terminated(SystemExit):
@@ -96,6 +98,42 @@ def postponed() -> Iterator[Stop]:
         for number, handler in before.items():
             signal.signal(number, handler)
     stop.check()
+
+
+@contextmanager
+def noted(told: Callable[[], str]) -> Iterator[None]:
+    """Put a note on the stop that ends the block, if one does.
+
+    Args:
+        told: says what is kept, once that is certain.
+    """
+    try:
+        yield
+    except STOPS as stop:
+        stop.add_note(told())
+        raise
+
+
+@contextmanager
+def keeping(keep: Callable[[], None]) -> Iterator[None]:
+    """Keep what is in memory, whatever ends the block before its end.
+
+    Args:
+        keep: writes it. Where that fails after a stop, a note on the stop says so; after an error,
+            the error is what is told.
+    """
+    try:
+        yield
+    except STOPS as stop:
+        try:
+            keep()
+        except SparsightError as failed:
+            stop.add_note(f"Not everything could be kept: {failed}")
+        raise
+    except Exception:
+        with suppress(SparsightError):  # the first error is the one to tell
+            keep()
+        raise
 
 
 def kept(

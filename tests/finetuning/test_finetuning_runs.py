@@ -23,9 +23,10 @@ from sparsight.finetuning import (
     Rates,
     captioned,
     finetune,
-    loop,
+    losses,
 )
 from sparsight.finetuning.batches import BatchLoader
+from sparsight.finetuning.loop import FinetuneLoop
 from sparsight.finetuning.sampling import Pair
 from sparsight.images import ImageError
 from sparsight.interruption import Terminated
@@ -92,14 +93,14 @@ class Killed(Exception):
 def test_a_run_that_is_killed_and_resumed_has_the_bits_of_one_that_was_not(
     model, whole, tmp_path, monkeypatch, after
 ):
-    real = loop._Loop._take_step
+    real = FinetuneLoop.take_step
 
     def killed(self, batches):
         if self.step == after:
             raise Killed
         return real(self, batches)
 
-    monkeypatch.setattr(loop._Loop, "_take_step", killed)
+    monkeypatch.setattr(FinetuneLoop, "take_step", killed)
     with pytest.raises(Killed):
         tune(model, tmp_path / "run", EVERYTHING)
     monkeypatch.undo()
@@ -167,8 +168,8 @@ def gradients(model, tmp_path, monkeypatch, config, keep=1):
         found.append({m.name: m.parameter.grad.clone() for m in self.trained})
         return norms
 
-    real = loop._Loop._take_step
-    monkeypatch.setattr(loop._Loop, "_take_step", caught)
+    real = FinetuneLoop.take_step
+    monkeypatch.setattr(FinetuneLoop, "take_step", caught)
     tune(model, tmp_path, dataclasses.replace(config, steps=keep))
     monkeypatch.undo()
     return found
@@ -208,17 +209,18 @@ def test_gradients_are_clipped_as_a_whole_and_hold_nothing_of_the_step_before(
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_checkpoint(
     model, tmp_path, monkeypatch, bad
 ):
-    real = loop._Loop._contrastive
+    real, batches = losses.info_nce, []
 
-    def broken(self, images, captions, texts):
-        loss = real(self, images, captions, texts)
-        if self.step < 2:
+    def broken(images, *others):
+        batches.append(images)
+        loss = real(images, *others)
+        if len(batches) < 3:
             return loss
         # A NaN itself, or a finite loss whose gradient is one.
         zero = (images * 0).sum()
         return loss + (float("nan") if bad == "loss" else zero.sqrt())
 
-    monkeypatch.setattr(loop._Loop, "_contrastive", broken)
+    monkeypatch.setattr(losses, "info_nce", broken)
     with pytest.raises(SparsightError, match=rf"{bad} is nan at step 3 of 4.*checkpoint is.*2\."):
         tune(model, tmp_path / "run")
     monkeypatch.undo()
@@ -227,14 +229,15 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_check
 
 
 def test_weights_that_are_not_finite_are_neither_kept_nor_handed_back(model, tmp_path, monkeypatch):
-    real = loop._Loop._clamp_scale
+    real = FinetuneLoop.take_step
 
-    def broken(self):
-        real(self)
+    def broken(self, batches):
+        norms = real(self, batches)
         if self.step == 2:
             next(self.model.module.parameters()).data.fill_(float("nan"))
+        return norms
 
-    monkeypatch.setattr(loop._Loop, "_clamp_scale", broken)
+    monkeypatch.setattr(FinetuneLoop, "take_step", broken)
     with pytest.raises(SparsightError, match=r"sum of .* is nan at step 3 of 4.*000000002"):
         tune(model, tmp_path / "run")
     last = dataclasses.replace(CONFIG, steps=3)
@@ -250,7 +253,7 @@ def test_what_is_handed_back_is_the_last_step_and_nothing_in_a_run_is_a_pickle(
 ):
     """His second script loads the checkpoint of an epoch that the first one never reaches."""
     states, kinds = [], set()
-    real = loop._Loop._take_step
+    real = FinetuneLoop.take_step
 
     def watched(self, batches):
         kinds.update(path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file())
@@ -258,7 +261,7 @@ def test_what_is_handed_back_is_the_last_step_and_nothing_in_a_run_is_a_pickle(
         states.append({k: v.clone() for k, v in self.model.module.state_dict().items()})
         return norms
 
-    monkeypatch.setattr(loop._Loop, "_take_step", watched)
+    monkeypatch.setattr(FinetuneLoop, "take_step", watched)
     run = tune(model, tmp_path / "run")
     assert len(states) == 4
     found = weights(run)
@@ -283,7 +286,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(model, tmp_path, monkeyp
     def broken(self, layout):
         raise Killed
 
-    monkeypatch.setattr(loop._Loop, "export", broken)
+    monkeypatch.setattr(FinetuneLoop, "export", broken)
     with pytest.raises(Killed):
         tune(model, tmp_path / "run")
     monkeypatch.undo()
@@ -401,7 +404,7 @@ def test_too_many_broken_pictures_stop_the_run(model, tmp_path):
 
 
 def test_a_checkpoint_of_another_version_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop._Loop, "export", lambda self, layout: None)
+    monkeypatch.setattr(FinetuneLoop, "export", lambda self, layout: None)
     run = tune(model, tmp_path / "run")
     monkeypatch.undo()
     state = run.checkpoints / "000000003" / "state.json"
@@ -422,14 +425,14 @@ def test_captioned_pictures_are_taken_as_they_are(model, tmp_path):
 
 def stop_in(monkeypatch, step, number=signal.SIGINT):
     """A signal in the middle of a step."""
-    real = loop._Loop._take_step
+    real = FinetuneLoop.take_step
 
     def stopped(self, batches):
         if self.step == step:
             os.kill(os.getpid(), number)
         return real(self, batches)
 
-    monkeypatch.setattr(loop._Loop, "_take_step", stopped)
+    monkeypatch.setattr(FinetuneLoop, "take_step", stopped)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -452,13 +455,13 @@ def test_a_stopped_run_says_what_is_kept_and_ends_with_the_same_bits(
 
 
 def test_a_stop_while_the_model_is_written_leaves_it_whole(model, tmp_path, monkeypatch):
-    real = loop._Loop.export
+    real = FinetuneLoop.export
 
     def stopped(self, layout):
         os.kill(os.getpid(), signal.SIGINT)
         real(self, layout)
 
-    monkeypatch.setattr(loop._Loop, "export", stopped)
+    monkeypatch.setattr(FinetuneLoop, "export", stopped)
     with pytest.raises(KeyboardInterrupt) as stop:
         tune(model, tmp_path / "run")
     assert "Fine-tuning was finished by then" in stop.value.__notes__[0]

@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,8 +54,10 @@ from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, remove_temporaries
-from sparsight.interruption import STOPS, Stop, Terminated, kept, postponed, raise_terminated
+from sparsight.interruption import STOPS, Stop, Terminated, kept, noted, postponed, raise_terminated
 from sparsight.pace import SECONDS, Pace
+from sparsight.runs.folder import claimed
+from sparsight.runs.loop import CheckpointedLoop
 from tools.calibration_clip.batches import Batch, difficulty, draw_batch
 from tools.calibration_clip.card import Making, write_card
 
@@ -246,10 +249,11 @@ def contrastive_loss(
     return loss + 0.5 * both_ways
 
 
-class Trainer:
+class Trainer(CheckpointedLoop):
     """The state of a run: model, heads, optimiser, step and the time spent."""
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.out, Pace(SECONDS))
         self.settings = settings
         torch.manual_seed(settings.seed)
         self.device = choose_device(settings.device)
@@ -270,7 +274,8 @@ class Trainer:
             fused=True,
         )
         self.parameters = parameters
-        self.step = self.first_step = 0
+        self.first_step = 0
+        self.losses: list[Tensor] = []  # since the last line of the log
         self.seconds = self.earlier_seconds = 0.0
         settings.out.mkdir(parents=True, exist_ok=True)
         remove_temporaries(settings.out, ["checkpoint.pt"])
@@ -289,6 +294,20 @@ class Trainer:
         if self.settings.steps is not None:
             return min((self.step - self.first_step) / self.settings.steps, 1.0)
         return min(self.seconds / (60 * self.settings.minutes), 1.0)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Where the state of the run is kept, if it was written."""
+        return self.checkpoint if self.checkpoint.exists() else None
+
+    def tell(self, text: str) -> None:
+        """Tell the user something beside the log, which goes to standard output."""
+        print(text, file=sys.stderr, flush=True)
+
+    def keep(self) -> None:
+        """Write a checkpoint, if every loss since the last line of the log is finite."""
+        if self.losses:
+            self._mean_loss()
+        super().keep()
 
     def save(self) -> None:
         """Write all that a resumed run needs."""
@@ -327,7 +346,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.first_step = state["step"], state["first_step"]
+        self.step = self.kept_step = state["step"]
+        self.first_step = state["first_step"]
         self.seconds, self.earlier_seconds = state["seconds"], state["earlier_seconds"]
 
     def start_from(self, checkpoint: Path) -> None:
@@ -335,7 +355,7 @@ class Trainer:
         state = _read_checkpoint(checkpoint, self.device)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
-        self.step = self.first_step = state["step"]
+        self.step = self.first_step = self.kept_step = state["step"]
         self.earlier_seconds = state.get("earlier_seconds", 0.0) + state["seconds"]
 
     def curriculum(self, step: int) -> float:
@@ -393,24 +413,28 @@ class Trainer:
         """Train to the end of the budget, with a line of log every 20 seconds."""
         if self.progress() >= 1:
             return self.evaluate()
-        with postponed() as stop, closing(self._batches()) as batches:
+        with (
+            claimed(self.settings.out, "training into"),
+            postponed() as stop,
+            closing(self._batches()) as batches,
+        ):
             return self._train(batches, stop)
 
     def _train(self, batches: Iterator[Batch], stop: Stop) -> dict[str, float]:
-        settings, pace = self.settings, Pace(SECONDS)
+        settings = self.settings
         log = settings.out / "log.jsonl"
         logged, evaluated = self.seconds, self.seconds
-        seen, losses = 0, []
+        seen = 0
         last = time.monotonic()
         for batch in batches:
-            losses.append(self.train_step(batch))
+            self.losses.append(self.train_step(batch))
             seen += settings.batch_size
             self.seconds += time.monotonic() - last
             last = time.monotonic()
             done = self.progress() >= 1
             due = self.seconds - evaluated >= 60 * settings.evaluate_every
             if self.seconds - logged >= 20 or due or done:
-                loss = self._mean(losses)
+                loss = self._mean_loss()
                 line: dict[str, Any] = {
                     "step": self.step,
                     "minutes": round(self.seconds / 60, 2),
@@ -420,42 +444,34 @@ class Trainer:
                 }
                 if due or done:
                     line |= self.evaluate()
-                    self.save()
+                    self.keep()
                     evaluated = self.seconds
                 print(json.dumps(line), flush=True)
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                logged, seen, losses = self.seconds, 0, []
+                logged, seen, self.losses = self.seconds, 0, []
                 last = time.monotonic()
             if done:
                 return {name: line[name] for name in ("clean", "attacked", "fooled", "reads")}
-            if pace.due() or stop.signal is not None:
-                if losses:
-                    self._mean(losses)
-                with pace.writing():
-                    self.save()
+            if self.pace.due():
+                self.keep()
                 last = time.monotonic()
-            self._hear(stop)
+            with noted(self._what_is_kept), self.kept_when_stopped():
+                stop.check()
         raise AssertionError("the batches are endless")
 
-    def _mean(self, losses: list[Tensor]) -> float:
-        loss = torch.stack(losses).mean().item()
+    def _mean_loss(self) -> float:
+        loss = torch.stack(self.losses).mean().item()
         if not math.isfinite(loss):
             raise SparsightError(f"The loss is {loss} at step {self.step}; training stops.")
         return loss
 
-    def _hear(self, stop: Stop) -> None:
-        """Stop if a signal came; the checkpoint is written by then."""
-        try:
-            stop.check()
-        except STOPS as error:
-            total = self.settings.steps
-            if total is not None:
-                error.add_note(kept(self.step - self.first_step, total, "steps"))
-            else:
-                minutes = f"{self.seconds / 60:.1f} of {self.settings.minutes:g} minutes"
-                error.add_note(f"Kept {minutes}; the same command goes on.")
-            raise
+    def _what_is_kept(self) -> str:
+        """What a stopped run says, once the checkpoint is written."""
+        if self.settings.steps is not None:
+            return kept(self.step - self.first_step, self.settings.steps, "steps")
+        minutes = f"{self.seconds / 60:.1f} of {self.settings.minutes:g} minutes"
+        return f"Kept {minutes}; the same command goes on."
 
     def _batches(self) -> Generator[Batch]:
         """Batches from the present step on, drawn one ahead in a thread."""

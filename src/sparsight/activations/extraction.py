@@ -9,15 +9,17 @@ import shutil
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from sparsight.activations.claiming import claimed_manifest
 from sparsight.activations.failures import FailureTally
-from sparsight.activations.manifest import DTYPES, MANIFEST, Manifest, describe_model
+from sparsight.activations.manifest import DTYPES, Manifest, describe_model
 from sparsight.activations.source import count_tokens, matching_sites
 from sparsight.activations.statistics import all_finite
 from sparsight.activations.store import ActivationStore
@@ -30,12 +32,11 @@ from sparsight.activations.writer import (
     image_row,
     recorded_ids,
 )
-from sparsight.config import check_positive, check_seconds, first_difference, value_at
+from sparsight.config import check_positive, check_seconds, value_at
 from sparsight.errors import SparsightError, UserError, memory_told
-from sparsight.files import lock
 from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource, load_batches
 from sparsight.images.difference import images_difference
-from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.interruption import Stop, keeping, kept, noted, postponed
 from sparsight.progress import ProgressLine, progress
 from sparsight.vision import VisionModel
 
@@ -109,7 +110,16 @@ def extract(
         raise UserError(f"sites is {sites!r}; it is a list, e.g. [{model.sites[-1]!r}].")
     tally = FailureTally(len(images), max_failed)
     plan = _plan(model, images, sites, tokens, dtype, batch_size, shard_images)
-    with _claimed(folder, plan, images) as manifest:
+    with claimed_manifest(
+        folder,
+        plan,
+        what="activation store",
+        is_a_folder="a store is a folder",
+        doing="extracting into",
+        in_words=partial(_in_words, folder, images),
+    ) as there:
+        # Where shards end is this call's to say.
+        manifest = replace(there, batch_size=plan.batch_size, shard_images=plan.shard_images)
         if manifest.state == "complete":
             summary = None
             shutil.rmtree(folder / JOURNAL, ignore_errors=True)
@@ -159,42 +169,8 @@ def _plan(
     )
 
 
-@contextmanager
-def _claimed(folder: Path, plan: Manifest, images: ImageSource) -> Iterator[Manifest]:
-    """The manifest to go on with, while no other process is at the same folder."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; a store is a folder.")
-    there = _manifest_of(folder, plan, images)
-    if there is not None and there.state == "complete":
-        yield there
-        return
-    with lock(folder / ".lock", f"{folder}: another process is extracting into it."):
-        there = _manifest_of(folder, plan, images)
-        if there is None:
-            plan.write(folder)
-            yield plan
-        else:
-            yield replace(there, batch_size=plan.batch_size, shard_images=plan.shard_images)
-
-
-def _manifest_of(folder: Path, plan: Manifest, images: ImageSource) -> Manifest | None:
-    """The manifest that is there, if any; it must be of the same extraction."""
-    if not (folder / MANIFEST).exists():
-        if folder.is_dir() and any(each.name[0] != "." for each in folder.iterdir()):
-            raise UserError(f"{folder}: is not empty and holds no activation store.")
-        return None
-    there = Manifest.read(folder)
-    field = first_difference(there.identity(), plan.identity())
-    if field is not None:
-        raise UserError(
-            f"{folder}: holds a store {_in_words(field, folder, there, plan, images)}. Choose "
-            "another folder, or remove this one."
-        )
-    return there
-
-
 def _in_words(
-    field: str, folder: Path, there: Manifest, plan: Manifest, images: ImageSource
+    folder: Path, images: ImageSource, field: str, there: Manifest, plan: Manifest
 ) -> str:
     """What a store that is there differs in: hashes are nothing to read."""
     found, asked = value_at(there.identity(), field), value_at(plan.identity(), field)
@@ -202,11 +178,13 @@ def _in_words(
         specs = f"{there.images['spec']} there, {images.spec} asked for"
         ids = recorded_ids(folder, there)
         how = images_difference(images, there.images["n_images"], ids)
-        return f"of other images ({field} differs): {how} ({specs})"
+        return f"a store of other images ({field} differs): {how} ({specs})"
     if field == "model.weights_hash":
         models = [each.model.get("id") for each in (there, plan)]
-        return f"of other weights ({field} differs): {models[0]} there, {models[1]} asked for"
-    return f"whose {field} is {found!r}; asked for is {asked!r}"
+        return (
+            f"a store of other weights ({field} differs): {models[0]} there, {models[1]} asked for"
+        )
+    return f"a store whose {field} is {found!r}; asked for is {asked!r}"
 
 
 class _Extraction:
@@ -245,23 +223,20 @@ class _Extraction:
                 file=sys.stderr,
             )
         total = len(self.images)
-        try:
-            with (
-                postponed() as stop,
-                memory_told("Lower batch_size or shard_images, or take fewer workers."),
-                self.writer,
-                progress("extract", total, "images", done=self.done, quiet=quiet) as line,
-            ):
-                self._fill_shards(line, stop)
-                self.tally.check()
-                self.writer.close_store()
-        except STOPS as error:
-            error.add_note(self._kept())
-            raise
+        with (
+            noted(self._what_is_kept),
+            postponed() as stop,
+            memory_told("Lower batch_size or shard_images, or take fewer workers."),
+            self.writer,
+            progress("extract", total, "images", done=self.done, quiet=quiet) as line,
+        ):
+            self._fill_shards(line, stop)
+            self.tally.check()
+            self.writer.close_store()
         seconds = time.perf_counter() - self.start
         return ExtractionSummary(self.n_read, self.tally.count, seconds, self.seconds_in_forward)
 
-    def _kept(self) -> str:
+    def _what_is_kept(self) -> str:
         manifest, folder = self.writer.manifest, self.writer.folder
         complete = manifest.state == "complete"
         return kept(manifest.done, len(self.images), "images", where=folder, complete=complete)
@@ -281,7 +256,7 @@ class _Extraction:
         )
         with closing(batches):
             for buffer, n_batches in self._shards():
-                try:
+                with keeping(partial(self._keep, buffer)):
                     for _ in range(n_batches):
                         with stop.at_once():
                             batch = next(batches)
@@ -289,13 +264,6 @@ class _Extraction:
                         self._flush(buffer)
                     self.writer.commit(buffer)
                     self.flushed = time.perf_counter()
-                except STOPS as error:
-                    self._keep(buffer, error)
-                    raise
-                except Exception:
-                    with suppress(SparsightError):  # the first error is the one to tell
-                        self._keep(buffer)
-                    raise
             self.writer.wait()
 
     def _shards(self) -> Iterator[tuple[ShardBuffer, int]]:
@@ -330,15 +298,10 @@ class _Extraction:
             self.writer.keep(buffer)
             self.flushed = now
 
-    def _keep(self, buffer: ShardBuffer, error: BaseException | None = None) -> None:
+    def _keep(self, buffer: ShardBuffer) -> None:
         """Write what is in memory, and wait for that."""
-        try:
-            self.writer.keep(buffer)
-            self.writer.wait()
-        except SparsightError as failed:
-            if error is None:
-                raise
-            error.add_note(f"Not everything could be kept: {failed}")
+        self.writer.keep(buffer)
+        self.writer.wait()
 
     def _read(self, batch: ImageBatch, shard: int) -> dict[str, Tensor]:
         """A batch's activations at each site, in the type of the store."""

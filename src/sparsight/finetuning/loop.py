@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -19,9 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sparsight.config import first_difference, load, to_dict, write_toml
+from sparsight.config import load, to_dict, write_toml
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import remove_temporaries, sha256_json, write_bytes
+from sparsight.files import sha256_json, write_bytes
 from sparsight.finetuning import losses
 from sparsight.finetuning.batches import BatchLoader, PairBatch
 from sparsight.finetuning.config import FinetuneConfig, FinetuneRecipe
@@ -29,18 +28,19 @@ from sparsight.finetuning.groups import Member, set_trainable
 from sparsight.finetuning.optimisers import AdaBelief, rate_factor
 from sparsight.finetuning.pairs import CaptionedImages, captioned, check_lengths
 from sparsight.finetuning.penalty import LatentPenalty, PenalisedLatents
-from sparsight.finetuning.run import WRITTEN, FinetuneRun
+from sparsight.finetuning.run import FinetuneRun
 from sparsight.finetuning.sampling import Pair, PairSampler
 from sparsight.finetuning.scaling import ScaledNeurons
 from sparsight.images import ImageSource
-from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.interruption import Stop, kept, noted, postponed
 from sparsight.pace import SECONDS, Pace
 from sparsight.progress import logger, progress
 from sparsight.runs import checkpoint_files
+from sparsight.runs.loop import CheckpointedLoop, warn_of_damage
+from sparsight.runs.same_run import damaged_if, refuse_difference, refuse_other_checkpoint
 from sparsight.tensor_files import read_safetensors, write_safetensors
 from sparsight.training.loggers import JsonLines
-from sparsight.training.run import CONFIG, METRICS, refuse_foreign_files
-from sparsight.training.trainer import refuse_other_checkpoint, told_difference, warn_of_damage
+from sparsight.training.run import CONFIG, METRICS, goes_on
 from sparsight.vision import VisionModel
 from sparsight.vision.gmp import parametrize, to_plain
 from sparsight.vision.hashing import weights_hash
@@ -160,18 +160,30 @@ def finetune(
             max_failed=max_failed,
             workers=workers,
         )
-        loop: _Loop | None = None
-        try:
-            loop = _Loop(model, pairs, attacks, loader, recipe, run, latents, neurons, pace)
-            loop.run_to_end(layout, quiet)
-        except STOPS as stop:
-            stop.add_note(_what_is_kept(run, loop))
-            raise
+        run.clear()
+        loop: FinetuneLoop | None = None
+        with noted(lambda: _what_is_kept(run, loop)):
+            loop = FinetuneLoop(
+                model, pairs, attacks, loader, recipe, run, latents, neurons, pace, quiet
+            )
+            loop.run_to_end(layout)
     return run
 
 
-class _Loop:
-    """The state of everything that trains."""
+class FinetuneLoop(CheckpointedLoop):
+    """The state of everything that trains.
+
+    Args:
+        original: the model as it was given.
+        data: clean images with their captions.
+        attack: attacks with theirs, if there are any.
+        loader: of both.
+        recipe: all that repeats the run.
+        run: its folder, which must be claimed.
+        latents, neurons: see `finetune`.
+        pace: when to write a checkpoint by time.
+        quiet: no progress line.
+    """
 
     def __init__(
         self,
@@ -184,12 +196,12 @@ class _Loop:
         latents: PenalisedLatents | None,
         neurons: Mapping[int, Sequence[int]] | None,
         pace: Pace,
+        quiet: bool,
     ) -> None:
+        super().__init__(run.checkpoints, pace)
         self.original, self.loader, self.run = original, loader, run
-        self.config, self.identity, self.pace = recipe.train, _what_counts(recipe), pace
+        self.config, self.identity, self.quiet = recipe.train, _what_counts(recipe), quiet
         config = self.config
-        remove_temporaries(run.out, WRITTEN)
-        remove_temporaries(run.checkpoints, checkpoint_files.PARTIAL)
         sampler = PairSampler(
             data,
             attack,
@@ -211,53 +223,42 @@ class _Loop:
         self.scaled: ScaledNeurons | None = None
         if attack is not None and config.scaling.factor != 1:
             self.scaled = ScaledNeurons(self.model, config.scaling, neurons)
-        self.step = self.kept_step = 0
         self.summed: dict[str, float] = {}
         lines = self._restore()
         write_toml(run.out / CONFIG, recipe)
         self.log = JsonLines(run.out, self.step, lines)
         self.logged = time.monotonic()
 
-    def run_to_end(self, layout: Layout, quiet: bool) -> None:
+    def run_to_end(self, layout: Layout) -> None:
         """Train, log and save until the planned batches are done; write the model."""
         with postponed() as stop:
-            self._train(stop, quiet)
+            self._train(stop)
             self.export(layout)
 
-    def _train(self, stop: Stop, quiet: bool) -> None:
+    def _train(self, stop: Stop) -> None:
         config = self.config
         every = config.every(config.log_every, self.n_steps, 100)
         save_every = config.every(config.checkpoint_every, self.n_steps, 10)
         with (
             closing(self.loader.load(self.planned[self.step * config.accumulation :])) as batches,
-            progress("finetune", self.n_steps, "steps", done=self.step, quiet=quiet) as line,
+            progress("finetune", self.n_steps, "steps", done=self.step, quiet=self.quiet) as line,
         ):
             self.model.module.train()
             while self.step < self.n_steps:
-                self._hear(stop)
-                norms = self._take_step(batches)
+                with self.kept_when_stopped():
+                    stop.check()
+                norms = self.take_step(batches)
                 self.step += 1
                 last = self.step == self.n_steps
                 note = self._log(norms) if self.step % every == 0 or last else ""
-                asked = self.step % save_every == 0
-                if config.checkpoint_every is None:
-                    asked = asked and self.pace.affordable()
-                if (asked or self.pace.due()) and not last:
-                    self._save(quiet)
+                wanted = config.checkpoint_every is not None
+                if self.is_due(save_every, wanted) and not last:
+                    self.keep()
                 line.advance(1, note)
         self.model.module.eval()
         self._check_weights()
 
-    def _hear(self, stop: Stop) -> None:
-        """Whoever stops the run is heard here, where state is whole."""
-        try:
-            stop.check()
-        except STOPS:
-            if self.step > self.kept_step:
-                self._save(quiet=True)
-            raise
-
-    def _take_step(self, batches: Iterator[PairBatch]) -> dict[str, Tensor]:
+    def take_step(self, batches: Iterator[PairBatch]) -> dict[str, Tensor]:
         """One step of the optimiser; the norm of each layer's gradient before clipping."""
         config = self.config
         factor = rate_factor(config.schedule, self.step, self.n_steps, config.warmup)
@@ -355,11 +356,9 @@ class _Loop:
         if math.isfinite(found):
             return
         step = self.step + 1 if step is None else step
-        newest = checkpoint_files.newest(self.run.checkpoints)
-        stays = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise SparsightError(
             f"The {what} is {found} at step {step} of {self.n_steps}. Fine-tuning "
-            f"stops; {stays}. A lower lr may help"
+            f"stops; {self.what_stays()}. A lower lr may help"
             + (", or precision float32." if self.config.precision != "float32" else ".")
         )
 
@@ -391,8 +390,18 @@ class _Loop:
         self.logged, self.summed = now, {}
         return " · ".join(f"{name} {value:.4f}" for name, value in means.items())
 
-    def _save(self, quiet: bool) -> None:
+    def keep(self) -> None:
+        """Write a checkpoint of weights that are finite."""
         self._check_weights()
+        super().keep()
+
+    def tell(self, text: str) -> None:
+        """Tell the user something on the way."""
+        if not self.quiet:
+            logger().info(text)
+
+    def save(self) -> None:
+        """Write a checkpoint of the model and its optimiser."""
         tensors = {f"model/{name}": value for name, value in self.model.module.state_dict().items()}
         for member in self.trained:
             for key, value in self.optimiser.state[member.parameter].items():
@@ -408,12 +417,7 @@ class _Loop:
 
         failures = {str(place): reason for place, reason in self.loader.failures.items()}
         state = {"summed": self.summed, "failures": failures, "run": self.identity}
-        with self.pace.writing():
-            checkpoint_files.write(self.run.checkpoints, self.step, state, write_files)
-        self.kept_step = self.step
-        slow = self.pace.stretched()
-        if slow is not None and not quiet:
-            logger().info(slow)
+        checkpoint_files.write(self.checkpoints, self.step, state, write_files)
 
     def _restore(self) -> bytes | None:
         """Go on from the last checkpoint, if there is one; the lines of the log that it has."""
@@ -423,13 +427,12 @@ class _Loop:
             lines = (path / METRICS).read_bytes() if METRICS in state["sha256"] else None
             return state, read_safetensors(path / _TENSORS), lines
 
-        found, problems = checkpoint_files.read_latest(self.run.checkpoints, read)
-        for problem in problems:
-            warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
+        found, problems = checkpoint_files.read_latest(self.checkpoints, read)
+        warn_of_damage(problems)
         if found is None:
             return None
         state, tensors, lines = found
-        refuse_other_checkpoint(self.run.checkpoints, state.get("run"), self.identity)
+        refuse_other_checkpoint(self.checkpoints, state.get("run"), self.identity)
         self.step = self.kept_step = state["step"]
         self.summed = dict(state["summed"])
         self.loader.failures = {int(place): why for place, why in state["failures"].items()}
@@ -453,7 +456,7 @@ class _Loop:
         """Write the model, whole or not at all, under its final name."""
         to_plain(self.model.module)
         save_model(self.model, self.run.folder, layout)
-        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # thrice the model, and of no use
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # thrice the model, and of no use
 
 
 def working_copy(original: VisionModel, geometric: bool = False) -> VisionModel:
@@ -517,27 +520,15 @@ def _with_captions(
 
 def _settled(run: FinetuneRun, recipe: FinetuneRecipe, resume: bool) -> bool:
     """Whether the run is finished; makes sure that what is there is a part of the same run."""
-    path = run.out / CONFIG
-    if not path.exists():
-        refuse_foreign_files(run.out)
+    path, own = run.out / CONFIG, _what_counts(recipe)
+    if not goes_on(run.out, path.exists(), resume):
         return False
-    if not resume:
-        raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
-    try:
-        there, own = _what_counts(load(FinetuneRecipe, path)), _what_counts(recipe)
-        if first_difference(there, own) is not None:
-            raise UserError(
-                f"{path}: holds a run that differs in {told_difference(there, own)}. Choose "
-                "another folder, or remove this one."
-            )
-    except UserError as error:
-        if checkpoint_files.newest_state(run.checkpoints).get("run") != _what_counts(recipe):
-            raise
-        warn_of_damage(error)
+    with damaged_if(checkpoint_files.newest_state(run.checkpoints).get("run") == own):
+        refuse_difference(path, _what_counts(load(FinetuneRecipe, path)), own)
     return run.is_finished
 
 
-def _what_is_kept(run: FinetuneRun, loop: _Loop | None) -> str:
+def _what_is_kept(run: FinetuneRun, loop: FinetuneLoop | None) -> str:
     """What a stopped run says."""
     if run.is_finished:
         return f"Fine-tuning was finished by then: {run.folder} is whole."

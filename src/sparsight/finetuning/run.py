@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparsight.config import load
 from sparsight.errors import UserError
-from sparsight.files import lock, remove_temporaries, temporaries
 from sparsight.finetuning.config import FinetuneRecipe
-from sparsight.training.run import CONFIG, LOCK, METRICS, read_metrics
+from sparsight.runs import checkpoint_files
+from sparsight.runs.folder import RunFolder
+from sparsight.training.run import CONFIG, METRICS, read_metrics
 from sparsight.vision import VisionModel, load_model
 from sparsight.vision.saving import OPEN_CLIP_CONFIG
 
@@ -24,19 +25,14 @@ WRITTEN = (MODEL, CONFIG, METRICS, "before-after.json", "report.html")
 
 
 @dataclass(frozen=True)
-class FinetuneRun:
+class FinetuneRun(RunFolder):
     """A finished or unfinished run.
 
     Attributes:
         out: its folder: `config.toml`, `metrics.jsonl`, `checkpoints/`, and `model/` in the end.
     """
 
-    out: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.out / "checkpoints"
+    doing: ClassVar[str] = "fine-tuning into"
 
     @property
     def folder(self) -> Path:
@@ -69,22 +65,16 @@ class FinetuneRun:
         prefix = "open_clip:local-dir:" if of_open_clip else ""
         return load_model(f"{prefix}{self.folder}", device=device)
 
-    def claimed(self) -> AbstractContextManager[None]:
-        """While it lasts no other process may train into the folder.
+    def written(self) -> list[tuple[Path, Collection[str]]]:
+        """The run's folder and the checkpoints, with what fine-tuning writes there."""
+        return [(self.out, WRITTEN), (self.checkpoints, checkpoint_files.PARTIAL)]
 
-        Raises:
-            UserError: another process does.
-            SparsightError: the folder cannot be made or written.
-        """
-        return lock(self.out / LOCK, f"{self.out}: another process is fine-tuning into it.")
+    def has_leftovers(self) -> bool:
+        """Whether a process was killed here: in a finished run, checkpoints are such a trace."""
+        return super().has_leftovers() or (self.is_finished and self.checkpoints.exists())
 
-    def clear_leftovers(self) -> None:
-        """Remove what a process left that was killed in the moment when the run was finished."""
-        if not self.is_finished:
-            return
-        lying = (self.out / LOCK).exists() or temporaries(self.out, WRITTEN)
-        if lying or self.checkpoints.exists():
-            # Whoever holds the lock still clears up behind itself.
-            with suppress(UserError), self.claimed():
-                remove_temporaries(self.out, WRITTEN)
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
+    def clear(self) -> None:
+        """Remove what such a process left. The folder must be claimed."""
+        super().clear()
+        if self.is_finished:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
@@ -18,19 +18,19 @@ from typing import Literal, cast
 import torch
 
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
+from sparsight.activations.claiming import claimed_manifest
 from sparsight.activations.extraction import FLUSH_SECONDS
 from sparsight.activations.manifest import IMAGES
 from sparsight.activations.shards import check_size, check_sums
-from sparsight.config import check_positive, check_seconds, first_difference, value_at
+from sparsight.config import check_positive, check_seconds, value_at
 from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.evaluation.data import find_site
-from sparsight.files import lock, remove_temporaries
+from sparsight.files import remove_temporaries
 from sparsight.images import ImageSource, open_images
-from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.interruption import Stop, keeping, kept, noted, postponed
 from sparsight.latents.codes import (
     AGAIN,
     DTYPES,
-    MANIFEST,
     CodeBatch,
     CodeManifest,
     CodeStore,
@@ -121,7 +121,14 @@ def encode(
         batch_images=batch_images or usual_batch(activations, site),
         shard_bytes=shard_bytes,
     )
-    with _claimed(folder, plan) as manifest:
+    with claimed_manifest(
+        folder,
+        plan,
+        what="codes",
+        is_a_folder="codes are a folder",
+        doing="encoding into",
+        in_words=_differently,
+    ) as manifest:
         if manifest.state != "complete":
             if isinstance(activations, ActivationStore):
                 sha256 = _copy_records(activations.path / IMAGES, folder / IMAGES)
@@ -225,21 +232,19 @@ class _Encoding:
         """Write the shards that are missing, and declare the codes complete."""
         self.flushed = time.perf_counter()
         total, done = self.activations.n_images, self.manifest.n_images
-        try:
-            with (
-                postponed() as stop,
-                memory_told("Lower batch_images or shard_bytes."),
-                progress("encode", total, "images", done=done, quiet=quiet) as line,
-            ):
-                self._fill_shards(line, stop)
-                self._close()
-        except STOPS as error:
-            there = CodeManifest.read(self.folder)
-            complete = there.state == "complete"
-            error.add_note(
-                kept(there.n_images, total, "images", where=self.folder, complete=complete)
-            )
-            raise
+        with (
+            noted(self._what_is_kept),
+            postponed() as stop,
+            memory_told("Lower batch_images or shard_bytes."),
+            progress("encode", total, "images", done=done, quiet=quiet) as line,
+        ):
+            self._fill_shards(line, stop)
+            self._close()
+
+    def _what_is_kept(self) -> str:
+        there, total = CodeManifest.read(self.folder), self.activations.n_images
+        complete = there.state == "complete"
+        return kept(there.n_images, total, "images", where=self.folder, complete=complete)
 
     def _fill_shards(self, line: ProgressLine, stop: Stop) -> None:
         """Write all shards that are missing; whatever stops it, whole batches are kept."""
@@ -249,27 +254,16 @@ class _Encoding:
             Generator[CodeBatch, None, None],
             encoded(self.sae, self.activations, manifest.site, manifest.batch_images, after=after),
         )
-        with closing(batches):
-            try:
-                while (batch := self._next(batches, stop)) is not None:
-                    self.buffer.add(batch)
-                    if self.buffer.n_bytes >= manifest.shard_bytes:
-                        self._write()
-                    elif time.perf_counter() - self.flushed >= self.flush_seconds:
-                        self._keep()
-                    line.advance(len(batch.image_indices))
-                if self.buffer.n_images:
+        with closing(batches), keeping(self._keep):
+            while (batch := self._next(batches, stop)) is not None:
+                self.buffer.add(batch)
+                if self.buffer.n_bytes >= manifest.shard_bytes:
                     self._write()
-            except STOPS as error:
-                try:
+                elif time.perf_counter() - self.flushed >= self.flush_seconds:
                     self._keep()
-                except SparsightError as failed:
-                    error.add_note(f"Not everything could be kept: {failed}")
-                raise
-            except Exception:
-                with suppress(SparsightError):  # the first error is the one to tell
-                    self._keep()
-                raise
+                line.advance(len(batch.image_indices))
+            if self.buffer.n_images:
+                self._write()
 
     def _next(self, batches: Generator[CodeBatch, None, None], stop: Stop) -> CodeBatch | None:
         """The next batch, None behind the last; nothing is lost where a stop ends the wait."""
@@ -316,40 +310,12 @@ def _copy_records(recorded: Path, target: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@contextmanager
-def _claimed(folder: Path, plan: CodeManifest) -> Iterator[CodeManifest]:
-    """The manifest to go on with, while no other process is at the same folder."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; codes are a folder.")
-    there = _manifest_of(folder, plan)
-    if there is not None and there.state == "complete":
-        yield there
-        return
-    with lock(folder / ".lock", f"{folder}: another process is encoding into it."):
-        there = _manifest_of(folder, plan)
-        if there is None:
-            plan.write(folder)
-        yield there or plan
-
-
-def _manifest_of(folder: Path, plan: CodeManifest) -> CodeManifest | None:
-    """The manifest that is there, if any; it must be of the same encoding."""
-    if not (folder / MANIFEST).exists():
-        if folder.is_dir() and any(each.name[0] != "." for each in folder.iterdir()):
-            raise UserError(f"{folder}: is not empty and holds no codes.")
-        return None
-    there = CodeManifest.read(folder)
-    field = first_difference(there.identity(), plan.identity())
-    if field is not None:
-        raise UserError(
-            f"{folder}: holds codes of another encoding ({field} differs): "
-            f"{_in_words(field, there, plan)}. Choose another folder, or remove this one."
-        )
-    return there
+def _differently(field: str, there: CodeManifest, plan: CodeManifest) -> str:
+    """What codes that are there differ in: hashes are nothing to read."""
+    return f"codes of another encoding ({field} differs): {_in_words(field, there, plan)}"
 
 
 def _in_words(field: str, there: CodeManifest, plan: CodeManifest) -> str:
-    """What codes that are there differ in: hashes are nothing to read."""
     if field.startswith("images."):
         counts = [f"{each.images['n_images']:,} images" for each in (there, plan)]
         specs = [each.images["spec"] for each in (there, plan)]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import lock, read_json, remove_temporaries, temporaries
+from sparsight.files import read_json
 from sparsight.runs import checkpoint_files
+from sparsight.runs.folder import RunFolder
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
 from sparsight.training.config import TrainConfig, TrainRecipe
@@ -25,9 +25,6 @@ DIVERGED = "diverged.json"
 SWEEP = "sweep.toml"
 """At the root of a sweep."""
 WANDB_ID = "wandb-id.txt"
-LOCK = ".lock"
-"""Held by the process that trains into the folder."""
-
 
 WRITTEN = (CONFIG, METRICS, DIVERGED, WANDB_ID, WEIGHTS, "config.json", "README.md")
 """What training writes into the folder of an SAE; other verbs may be at work on the others."""
@@ -36,7 +33,7 @@ _OWN = ("checkpoints", METRICS, DIVERGED, WANDB_ID, "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(RunFolder):
     """A finished or unfinished run: `out` itself for one site, `out/SITE` for each of several.
 
     Attributes:
@@ -44,7 +41,6 @@ class Run:
         sites: the sites that were trained on.
     """
 
-    out: Path
     sites: tuple[str, ...]
 
     def folder(self, site: str | None = None) -> Path:
@@ -63,27 +59,10 @@ class Run:
         """Whether a site's SAE is there."""
         return (self.folder(site) / WEIGHTS).exists()
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.out / "checkpoints"
-
-    def claimed(self) -> AbstractContextManager[None]:
-        """While it lasts no other process may train into the folder.
-
-        Raises:
-            UserError: another process does.
-            SparsightError: the folder cannot be made or written.
-        """
-        return lock(self.out / LOCK, f"{self.out}: another process is training into it.")
-
-    def clear_leftovers(self) -> None:
-        """Remove what a process left that was killed in the moment when the run was finished."""
-        folders = [self.folder(site) for site in self.sites]
-        if (self.out / LOCK).exists() or lying_about(folders, self.checkpoints):
-            # Whoever holds the lock still clears up behind itself.
-            with suppress(UserError), self.claimed():
-                clear(folders, self.checkpoints)
+    def written(self) -> list[tuple[Path, Collection[str]]]:
+        """The folders of the SAEs and the checkpoints, with what training writes there."""
+        folders = [(self.folder(site), WRITTEN) for site in self.sites]
+        return [*folders, (self.checkpoints, checkpoint_files.PARTIAL)]
 
     @property
     def recipe(self) -> TrainRecipe:
@@ -108,18 +87,22 @@ class Run:
         return read_metrics(self.folder(site) / METRICS)
 
 
-def lying_about(folders: Iterable[Path], checkpoints: Path) -> bool:
-    """Whether a process was killed while it wrote into folders of SAEs, or checkpoints."""
-    return any(temporaries(each, WRITTEN) for each in folders) or bool(
-        temporaries(checkpoints, checkpoint_files.PARTIAL)
-    )
+def goes_on(out: Path, has_part: bool, resume: bool) -> bool:
+    """Whether a run goes on with what is in its folder, or begins there.
 
+    Args:
+        out: the folder.
+        has_part: whether a part of this run is there.
+        resume: whether it may go on.
 
-def clear(folders: Iterable[Path], checkpoints: Path) -> None:
-    """Remove what such a process left. The lock must be held."""
-    for folder in folders:
-        remove_temporaries(folder, WRITTEN)
-    remove_temporaries(checkpoints, checkpoint_files.PARTIAL)
+    Raises:
+        UserError: it may not, or the folder holds something else.
+    """
+    if not has_part:
+        refuse_foreign_files(out)
+    elif not resume:
+        raise UserError(f"{out} holds a run already. Choose another folder, or resume it.")
+    return has_part
 
 
 def refuse_foreign_files(out: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,8 +24,10 @@ from sparsight.activations import ActivationSource, HeldOut
 from sparsight.config import load, write_toml
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import lock, read_json, remove_temporaries, temporaries, write_json
+from sparsight.files import read_json, write_json
 from sparsight.pace import SECONDS, Pace
+from sparsight.runs import checkpoint_files
+from sparsight.runs.folder import RunFolder
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
@@ -33,12 +35,10 @@ from sparsight.training.grid import TOKENS, Setting, checked, combinations, conf
 from sparsight.training.run import (
     CONFIG,
     DIVERGED,
-    LOCK,
     SWEEP,
+    WRITTEN,
     Run,
-    clear,
     diverged,
-    lying_about,
     refuse_foreign_files,
 )
 from sparsight.training.trainer import (
@@ -56,6 +56,8 @@ from sparsight.vision import Tokens
 
 TABLE = "sweep.json"
 FORMAT_VERSION = 1
+_TABLES = (SWEEP, TABLE, "table.json", "table.csv", "table.md")
+"""What is written into a sweep's folder, here and by `compare`; that writes `plots/`, too."""
 FIGURES = ("fvu", "l0", "dead", "vectors_per_second")
 
 
@@ -97,23 +99,27 @@ class SweepRecipe(TrainRecipe):
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(RunFolder):
     """A finished sweep.
 
     Attributes:
-        out: its folder.
+        out: its folder; what trains together has its checkpoints there.
         runs: its members by name, each an ordinary run in `out/NAME`.
         settings: the values of the grid by name.
     """
 
-    out: Path
     runs: Mapping[str, Run]
     settings: Mapping[str, Setting]
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints of what trains together."""
-        return self.out / "checkpoints"
+    def written(self) -> list[tuple[Path, Collection[str]]]:
+        """The folders of the SAEs, the checkpoints and the tables, with what is written there."""
+        members = [run.folder(site) for run in self.runs.values() for site in run.sites]
+        return [
+            *((folder, WRITTEN) for folder in members),
+            (self.checkpoints, checkpoint_files.PARTIAL),
+            (self.out, _TABLES),
+            (self.out / "plots", ["*"]),
+        ]
 
     def table(self) -> list[dict[str, Any]]:
         """One row per autoencoder: `name`, `site`, `folder` (in `out`), `settings`, and the last
@@ -207,10 +213,10 @@ def sweep(
     for name, run in result.runs.items():
         own = identity(recipes[name])
         holds_part(run, recipes[name], all(begun.get(f"{name}/{each}") == own for each in names))
-    if list(_pending(result, recipes)) or result.checkpoints.exists() or _leftovers(result):
-        with lock(out / LOCK, f"{out}: another process is training into it."):
+    if list(_pending(result, recipes)) or result.checkpoints.exists() or result.has_leftovers():
+        with result.claimed():
             _refuse_to_drop(result)
-            _clear(result)
+            result.clear()
             _write_recipe(first, names, config, out, held_out)
             read = with_target(names, config.train)
             while _train_together(sources, read, result, recipes, place, pace, quiet):
@@ -338,30 +344,6 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
         return read_json(path)
     except UserError:
         return None
-
-
-_TABLES = (SWEEP, TABLE, "table.json", "table.csv", "table.md")
-"""What is written into a sweep's folder, here and by `compare`; that writes `plots/`, too."""
-
-
-def _folders(sweep: Sweep) -> list[Path]:
-    """Where the SAEs lie."""
-    return [run.folder(site) for run in sweep.runs.values() for site in run.sites]
-
-
-def _leftovers(sweep: Sweep) -> bool:
-    """Whether a process was killed that trained or wrote here."""
-    return (
-        (sweep.out / LOCK).exists()
-        or lying_about(_folders(sweep), sweep.checkpoints)
-        or bool(temporaries(sweep.out, _TABLES) or temporaries(sweep.out / "plots", ["*"]))
-    )
-
-
-def _clear(sweep: Sweep) -> None:
-    clear(_folders(sweep), sweep.checkpoints)
-    remove_temporaries(sweep.out, _TABLES)
-    remove_temporaries(sweep.out / "plots", ["*"])
 
 
 def _refuse_single_run(out: Path, resume: bool) -> None:

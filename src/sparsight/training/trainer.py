@@ -28,15 +28,17 @@ from sparsight.activations import (
     matching_sites,
     with_tokens,
 )
-from sparsight.config import first_difference, load, read_toml, to_dict, value_at, write_toml
+from sparsight.config import first_difference, load, read_toml, to_dict, write_toml
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
 from sparsight.images import ImageSource
-from sparsight.interruption import STOPS, Stop, kept, postponed
+from sparsight.interruption import Stop, kept, noted, postponed
 from sparsight.kernels import Kernels, Precision, choose, native_is_absent
 from sparsight.pace import SECONDS, Pace
 from sparsight.progress import ProgressLine, in_words, progress
+from sparsight.runs.loop import CheckpointedLoop, warn_of_damage
+from sparsight.runs.same_run import damaged_if, refuse_difference, refuse_other_checkpoint
 from sparsight.sae.files import FILES
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
@@ -47,8 +49,7 @@ from sparsight.training.run import (
     METRICS,
     SWEEP,
     Run,
-    clear,
-    refuse_foreign_files,
+    goes_on,
 )
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
@@ -124,6 +125,7 @@ def train(
         run.clear_leftovers()
         return run
     with run.claimed():
+        run.clear()
         members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
         read = with_target(run.sites, config)
         train_members(kept_in, read, members, run.checkpoints, "train", place, pace, quiet)
@@ -177,21 +179,20 @@ def train_members(
         quiet: without one.
     """
     loop: Loop | None = None
-    try:
-        loop = Loop(source, sites, members, checkpoints, device, pace, drop_diverged=drop_diverged)
-        loop.run_to_end(title, quiet)
-    except STOPS as stop:
+
+    def told() -> str:
+        if loop is not None and loop.finished:
+            return "Training was finished by then, and nothing is lost."
         config = members[0].config
         step = checkpoint.newest_step(checkpoints) if loop is None else loop.kept_step
-        if loop is not None and loop.finished:
-            stop.add_note("Training was finished by then, and nothing is lost.")
-        else:
-            total = config.n_steps * config.batch_size
-            stop.add_note(kept(step * config.batch_size, total, "vectors"))
-        raise
+        return kept(step * config.batch_size, config.n_steps * config.batch_size, "vectors")
+
+    with noted(told):
+        loop = Loop(source, sites, members, checkpoints, device, pace, drop_diverged=drop_diverged)
+        loop.run_to_end(title, quiet)
 
 
-class Loop:
+class Loop(CheckpointedLoop):
     """One pass over the activations, and the state of everything that trains in it.
 
     Args:
@@ -205,7 +206,7 @@ class Loop:
             folder.
 
     Attributes:
-        kept_step: steps that are in a checkpoint.
+        step, kept_step: see `CheckpointedLoop`.
         finished: whether all is trained and written.
 
     Raises:
@@ -223,15 +224,12 @@ class Loop:
         *,
         drop_diverged: bool = False,
     ) -> None:
+        super().__init__(checkpoints, pace or Pace(None))
         self.members = {member.name: member for member in members}
         self.config = members[0].config  # for what all have in common
-        self.checkpoints = checkpoints
         self.device = choose_device(device, float64=True)
-        self.pace = pace or Pace(None)
         self.drop_diverged = drop_diverged
-        self.step = self.kept_step = 0
         self.finished = False
-        clear([member.folder for member in members], checkpoints)
         stream = source.stream(sites, self.config.batch_size, seed=self.config.order_seed)
         needed = tuple(
             dict.fromkeys(
@@ -240,8 +238,7 @@ class Loop:
         )
         self.batches = Prefetcher(stream, needed, self.device)
         found, problems = checkpoint.load_latest(checkpoints, tuple(self.members))
-        for problem in problems:
-            warnings.warn(f"Skipped a damaged checkpoint: {problem}", stacklevel=4)
+        warn_of_damage(problems)
         self.identities = {name: identity(each.recipe) for name, each in self.members.items()}
         if found is not None:
             for name, own in self.identities.items():
@@ -377,13 +374,8 @@ class Loop:
 
     def _next_or_keep(self, stop: Stop) -> dict[str, Tensor]:
         """The next batch. Whoever stops the run is heard here, where state is whole."""
-        try:
-            with stop.at_once():
-                return self._next_batch()
-        except STOPS:
-            if self.step > self.kept_step:
-                self._keep()
-            raise
+        with self.kept_when_stopped(), stop.at_once():
+            return self._next_batch()
 
     def _take_step(self, batch: Mapping[str, Tensor], line: ProgressLine) -> None:
         config = self.config
@@ -397,29 +389,30 @@ class Loop:
         last = self.step == config.n_steps
         if self.step % config.steps_every(config.log_every, 100) == 0 or last:
             self.note = self._log()
-        asked = self.step % config.steps_every(config.checkpoint_every, 10) == 0
-        if config.checkpoint_every is None:
-            asked = asked and self.pace.affordable()
-        if (asked or self.pace.due()) and not last:
-            self._keep()
+        every = config.steps_every(config.checkpoint_every, 10)
+        if self.is_due(every, config.checkpoint_every is not None) and not last:
+            self.keep()
         line.advance(config.batch_size, self.note)
         if not (self.quiet or self._told_time):
             self._tell_time()
 
-    def _keep(self) -> None:
-        """Write a checkpoint."""
+    def keep(self) -> None:
+        """Write a checkpoint of what is finite."""
         self._check_finite()
-        if not self.trainings:
-            return
+        if self.trainings:
+            super().keep()
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that trains."""
         logs = {name: self.members[name].folder / METRICS for name in self.trainings}
-        with self.pace.writing():
-            checkpoint.save(
-                self.checkpoints, self.step, self.trainings, self.cursor, self.identities, logs
-            )
-        self.kept_step = self.step
-        slow = self.pace.stretched()
-        if slow is not None and not self.quiet:
-            print(slow, file=sys.stderr)
+        checkpoint.save(
+            self.checkpoints, self.step, self.trainings, self.cursor, self.identities, logs
+        )
+
+    def tell(self, text: str) -> None:
+        """Tell the user something on the way."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
 
     def _lr_factor(self, name: str, step: int) -> float:
         config = self.members[name].config
@@ -438,7 +431,7 @@ class Loop:
             raise
         except SparsightError as error:
             raise SparsightError(
-                f"{error} Training stops at step {self.step + 1}; {self._what_stays()}."
+                f"{error} Training stops at step {self.step + 1}; {self.what_stays()}."
             ) from error
 
     def _log(self) -> str:
@@ -478,15 +471,11 @@ class Loop:
             )
             advice = "" if what == "activations" else " A lower lr may help."
             if what == "activations" or not self.drop_diverged:
-                raise SparsightError(f"{told} Training stops; {self._what_stays()}.{advice}")
+                raise SparsightError(f"{told} Training stops; {self.what_stays()}.{advice}")
             write_json(self.members[name].folder / DIVERGED, {"step": step + 1, "reason": told})
             warnings.warn(f"{told} The others go on without it.{advice}", stacklevel=2)
             self._close(name)
             del self.trainings[name]
-
-    def _what_stays(self) -> str:
-        newest = checkpoint.newest(self.checkpoints)
-        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def _finish(self) -> None:
         self._check_finite()
@@ -509,26 +498,6 @@ def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
         )
     fvus = [each["fvu"] for each in figures.values()]
     return f"{len(fvus)} autoencoders, FVU {min(fvus):.4f} to {max(fvus):.4f}"
-
-
-def refuse_other_checkpoint(
-    folder: Path, there: Mapping[str, Any] | None, own: Mapping[str, Any]
-) -> None:
-    """Make sure that a checkpoint is of this run.
-
-    Args:
-        folder: of the checkpoints.
-        there: what the checkpoint is of; None in those of earlier versions of Sparsight.
-        own: what this run is.
-
-    Raises:
-        UserError: it is of another run.
-    """
-    if there is not None and there != own:
-        raise UserError(
-            f"{folder}: holds checkpoints of a run that differs in {told_difference(there, own)}. "
-            "Choose another folder, or remove this one."
-        )
 
 
 def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple[str, ...]:
@@ -625,12 +594,9 @@ def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
     if (run.out / SWEEP).exists():
         raise UserError(f"{run.out} holds a sweep. Choose another folder for a single run.")
     begun = checkpoint.identities(run.checkpoints)
-    if not holds_part(run, recipe, all(begun.get(site) == identity(recipe) for site in run.sites)):
-        refuse_foreign_files(run.out)
-        return False
-    if not resume:
-        raise UserError(f"{run.out} holds a run already. Choose another folder, or resume it.")
-    return all(run.is_finished(site) for site in run.sites)
+    own = identity(recipe)
+    has_part = holds_part(run, recipe, all(begun.get(site) == own for site in run.sites))
+    return goes_on(run.out, has_part, resume) and all(map(run.is_finished, run.sites))
 
 
 def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
@@ -647,14 +613,10 @@ def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
     """
     paths = [run.folder(site) / CONFIG for site in run.sites]
     present = [path for path in paths if path.exists()]
-    try:
+    with damaged_if(begun):
         _refuse_other_sites(run)
         for path in present:
             _refuse_other_run(path, recipe)
-    except UserError as error:
-        if not begun:
-            raise
-        warn_of_damage(error)
     if not present and not begun:
         for folder in map(run.folder, run.sites):
             _refuse_other_files(folder)
@@ -670,13 +632,6 @@ def _refuse_other_files(folder: Path) -> None:
             )
 
 
-def warn_of_damage(error: UserError) -> None:
-    """Tell of a `config.toml` that says otherwise than the checkpoints, which are checksummed."""
-    warnings.warn(
-        f"{error} It counts as damaged, for the checkpoints are of this very run.", stacklevel=4
-    )
-
-
 def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
     there, own = identity(load(TrainRecipe, path)), identity(recipe)
     if any(there.get(key) != own.get(key) for key in HELD_OUT):  # so the activations differ, too
@@ -688,18 +643,7 @@ def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
             "preprocessing, the images or the selection of them differ. Choose another "
             "folder, or remove this one."
         )
-    if field is not None:
-        raise UserError(
-            f"{path}: holds a run that differs in {told_difference(there, own)}. Choose another "
-            "folder, or remove this one."
-        )
-
-
-def told_difference(there: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """The first field in which two mappings differ, and what either says; they do differ."""
-    field = str(first_difference(there, own))
-    values = ("none" if x is None else x for x in (value_at(there, field), value_at(own, field)))
-    return "{!r} ({} there, {} now)".format(field, *values)
+    refuse_difference(path, there, own)
 
 
 def identity(recipe: TrainRecipe) -> dict[str, Any]:
