@@ -15,18 +15,10 @@ from safetensors.torch import save_file
 
 from cutting import cut
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import (
-    atomic_path,
-    lock,
-    new_file,
-    new_folder,
-    read_json,
-    remove_leftovers,
-    replaced,
-    settled,
-    write_json,
-    write_text,
-)
+from sparsight.files import atomic_path, read_json, write_json, write_text
+from sparsight.folders import new_file, new_folder, replaced, settled
+from sparsight.leftovers import remove_leftovers
+from sparsight.locks import lock
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.tensor_files import write_safetensors
 from sparsight.text import path_of, without_surrogates
@@ -34,7 +26,7 @@ from sparsight.text import path_of, without_surrogates
 fcntl = pytest.importorskip("fcntl", reason="there are no such locks on Windows")
 
 HOLDER = (
-    "import sys\nfrom sparsight.files import lock\n"
+    "import sys\nfrom sparsight.locks import lock\n"
     "with lock(sys.argv[1], 'held'):\n    print('held', flush=True)\n    sys.stdin.read()"
 )
 
@@ -152,7 +144,7 @@ def test_killed_at_any_point_the_files_of_a_folder_are_all_old_or_all_new(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "renamed twice":
-        monkeypatch.setattr("sparsight.files._exchanged", lambda *_: False)
+        monkeypatch.setattr("sparsight.folders._exchanged", lambda *_: False)
     other = {"notes": "mine"} if way == "file by file" else {}
     outcomes = []
     for place in itertools.count():

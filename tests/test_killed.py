@@ -18,7 +18,7 @@ from activation_parts import BLOCK_1, save_clip, save_photos
 from cutting import cut
 from one_thread import one_thread
 from sparsight.cli import main
-from sparsight.files import settled
+from sparsight.folders import settled
 from sparsight.latents import LatentName, set_names
 
 __all__ = ["one_thread"]

@@ -7,8 +7,7 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
-from sparsight.files import without_folders
-from sparsight.redaction import without_folders_in
+from sparsight.redaction import without_folders, without_folders_in
 
 NESTED = urlencode({"of": "written:attack?" + urlencode({"of": "/home/ada/photos[0:9]"})})
 

@@ -53,8 +53,9 @@ from sparsight.calibration.clip import (
 from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, remove_temporaries
+from sparsight.files import atomic_path
 from sparsight.interruption import STOPS, Stop, Terminated, kept, noted, postponed, raise_terminated
+from sparsight.leftovers import remove_temporaries
 from sparsight.pace import SECONDS, Pace
 from sparsight.runs.folder import claimed
 from sparsight.runs.loop import CheckpointedLoop

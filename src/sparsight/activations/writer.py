@@ -49,9 +49,10 @@ from sparsight.activations.shards import (
 )
 from sparsight.activations.statistics import RunningSums
 from sparsight.errors import SparsightError
-from sparsight.files import atomic_path, remove_temporaries, sha256_file
+from sparsight.files import atomic_path, sha256_file
 from sparsight.images import ImageInfo
 from sparsight.interruption import STOPS
+from sparsight.leftovers import remove_temporaries
 
 JOURNAL = "journal"
 _ENDINGS = ("parquet", "safetensors")

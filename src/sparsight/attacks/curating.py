@@ -32,9 +32,11 @@ from sparsight.attacks.salience import latent_reducer
 from sparsight.config import check_positive
 from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import atomic_path, new_folder, without_folders, write_json, write_text
+from sparsight.files import atomic_path, write_json, write_text
+from sparsight.folders import new_folder
 from sparsight.images import ImageError, ImageInfo, ImageSource, load_batches
 from sparsight.progress import progress
+from sparsight.redaction import without_folders
 from sparsight.vision import VisionModel, classifier_weights, classify, names_by_label
 
 Captions = Literal["own", "labels", "zero-shot", "opinion"]

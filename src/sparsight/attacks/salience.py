@@ -43,7 +43,8 @@ from sparsight.attacks.significance import (
 from sparsight.config import check_seed
 from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, replaced, settled, write_json
+from sparsight.files import read_json, write_json
+from sparsight.folders import replaced, settled
 from sparsight.images import load_batches
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder

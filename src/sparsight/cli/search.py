@@ -24,7 +24,8 @@ from sparsight.editing.interventions import check_belongs
 from sparsight.editing.latent_search import find_latents
 from sparsight.editing.retrieval import SITE, Mode, SearchResult, check_query, embed_collection
 from sparsight.errors import UserError
-from sparsight.files import check_folder, replaced, write_json
+from sparsight.files import check_folder, write_json
+from sparsight.folders import replaced
 from sparsight.images import ImageError, decode_image, open_images
 from sparsight.images.decoding import read_picture
 from sparsight.sae import SparseAutoencoder

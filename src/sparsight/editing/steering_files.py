@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from sparsight.editing.steering import SteerReport
-from sparsight.files import replaced, write_json, write_text
+from sparsight.files import write_json, write_text
+from sparsight.folders import replaced
 from sparsight.pages.style import PALETTE, figure, plot_style, save_png, save_svg
 
 MARKERS = ("o", "s", "^", "D", "v", "P")

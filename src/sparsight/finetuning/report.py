@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, without_folders, write_json, write_text
+from sparsight.files import read_json, write_json, write_text
 from sparsight.finetuning import plots
 from sparsight.finetuning.config import FinetuneRecipe
 from sparsight.finetuning.measures import compare
@@ -24,6 +24,7 @@ from sparsight.latents.report import made_with, page_css, template
 from sparsight.latents.scores import NOT_MEASURED, Row, Table, dig, figure, interval, percent
 from sparsight.latents.views import Plot
 from sparsight.pages.style import to_svg
+from sparsight.redaction import without_folders
 from sparsight.training.run import CONFIG
 from sparsight.vision import VisionModel
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import new_folder
+from sparsight.folders import new_folder
 from sparsight.formats.registry import FORMATS, find, read
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.files import load_own, save

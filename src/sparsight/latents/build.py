@@ -12,7 +12,8 @@ import torch
 from sparsight.activations import ActivationSource
 from sparsight.config import check_positive, check_seed
 from sparsight.errors import UserError
-from sparsight.files import read_json, replaced
+from sparsight.files import read_json
+from sparsight.folders import replaced
 from sparsight.images import ImageInfo, ImageSource
 from sparsight.latents.codes import CodeBatch, CodeStore
 from sparsight.latents.encoding import (

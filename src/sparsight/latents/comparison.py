@@ -18,18 +18,13 @@ import torch
 from sparsight.activations import ActivationSource
 from sparsight.errors import SparsightError
 from sparsight.evaluation import SweepMeasures, measure_sweep
-from sparsight.files import (
-    read_json,
-    replaced,
-    settled,
-    without_folders,
-    write_json,
-    write_text,
-)
+from sparsight.files import read_json, write_json, write_text
+from sparsight.folders import replaced, settled
 from sparsight.images import ImageSource
 from sparsight.latents.scores import measured_on
 from sparsight.pages.plots import Spot, pareto
 from sparsight.pages.style import save_svg
+from sparsight.redaction import without_folders
 from sparsight.training import Sweep
 from sparsight.vision import VisionModel
 

@@ -25,7 +25,6 @@ from sparsight.activations.shards import check_size, check_sums
 from sparsight.config import check_positive, check_seconds, value_at
 from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.evaluation.data import find_site
-from sparsight.files import remove_temporaries
 from sparsight.images import ImageSource, open_images
 from sparsight.interruption import Stop, keeping, kept, noted, postponed
 from sparsight.latents.codes import (
@@ -38,6 +37,7 @@ from sparsight.latents.codes import (
     shard_path,
 )
 from sparsight.latents.image_records import image_records
+from sparsight.leftovers import remove_temporaries
 from sparsight.progress import ProgressLine, progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel

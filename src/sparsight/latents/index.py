@@ -18,15 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from sparsight.errors import MissingExtra, SparsightError, UserError
-from sparsight.files import (
-    folder_lock,
-    read_json,
-    replaced,
-    settled,
-    sha256_json,
-    write_bytes,
-    write_json,
-)
+from sparsight.files import read_json, sha256_json, write_bytes, write_json
+from sparsight.folders import folder_lock, replaced, settled
 from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
 from sparsight.latents.statistics import Examples
 from sparsight.notebooks import html_table

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import check_file, without_folders, write_text
+from sparsight.files import check_file, write_text
 from sparsight.latents import scores
 from sparsight.latents.cards import (
     LARGEST,
@@ -30,6 +30,7 @@ from sparsight.latents.cards import (
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
 from sparsight.latents.stored import find_stored, needs_model
 from sparsight.latents.views import RunView, make_view
+from sparsight.redaction import without_folders
 from sparsight.vision import VisionModel, load_model
 
 TEMPLATES = Path(__file__).parent / "templates"

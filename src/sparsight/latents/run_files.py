@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, settled
+from sparsight.files import read_json
+from sparsight.folders import settled
 from sparsight.latents.index import MANIFEST, LatentIndex
 from sparsight.progress import logger
 from sparsight.sae import SparseAutoencoder

@@ -13,7 +13,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sparsight.errors import SparsightError
-from sparsight.files import without_folders
 from sparsight.latents import scores
 from sparsight.latents.cards import Gallery, make_gallery
 from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
@@ -22,6 +21,7 @@ from sparsight.latents.stored import StoredCodes
 from sparsight.pages import plots
 from sparsight.pages.style import to_svg
 from sparsight.progress import progress
+from sparsight.redaction import without_folders
 from sparsight.training.run import METRICS
 from sparsight.vision import VisionModel
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sparsight
-from sparsight.files import without_folders
 from sparsight.latents import scores
 from sparsight.latents.cards import TOP_SHOWN
 from sparsight.latents.run_files import RunFiles
 from sparsight.publishing.pictures import LatentPicture, LatentPictures
+from sparsight.redaction import without_folders
 from sparsight.sae.card import ModelCard, escape, fenced, model_card, number, table
 
 HUB = "https://huggingface.co"

@@ -10,21 +10,15 @@ from pathlib import Path
 import sparsight
 from sparsight.config import check_seed
 from sparsight.errors import UserError
-from sparsight.files import (
-    atomic_path,
-    json_bytes,
-    new_folder,
-    read_json,
-    without_folders,
-    write_bytes,
-)
+from sparsight.files import atomic_path, json_bytes, read_json, write_bytes
+from sparsight.folders import new_folder
 from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
 from sparsight.latents.stored import find_stored, needs_model
 from sparsight.publishing import hub
 from sparsight.publishing.card import card_of, index_card
 from sparsight.publishing.pictures import LatentPictures, latent_pictures
-from sparsight.redaction import without_folders_in
+from sparsight.redaction import without_folders, without_folders_in
 from sparsight.sae.files import CONFIG, WEIGHTS
 from sparsight.text import without_surrogates
 from sparsight.training import Run

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, remove_temporaries, sha256_file, sha256_json, write_json
+from sparsight.files import read_json, sha256_file, sha256_json, write_json
+from sparsight.leftovers import remove_temporaries
 
 FORMAT_VERSION = 1
 KEPT = 2

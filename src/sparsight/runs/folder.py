@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from sparsight.errors import UserError
-from sparsight.files import lock, remove_temporaries, temporaries
+from sparsight.leftovers import remove_temporaries, temporaries
+from sparsight.locks import lock
 
 LOCK = ".lock"
 """Held by the process that works in the folder."""

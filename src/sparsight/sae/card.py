@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsight.files import without_folders
+from sparsight.redaction import without_folders
 from sparsight.sae.autoencoder import SparseAutoencoder
 
 UNKNOWN = "not recorded"

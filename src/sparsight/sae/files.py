@@ -10,14 +10,8 @@ import torch
 
 from sparsight.config import from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import (
-    check_replaceable,
-    read_json,
-    replaced,
-    settled,
-    write_json,
-    write_text,
-)
+from sparsight.files import check_replaceable, read_json, write_json, write_text
+from sparsight.folders import replaced, settled
 from sparsight.pickles import shown
 from sparsight.reading import LONGEST_CONFIG
 from sparsight.sae.autoencoder import SparseAutoencoder

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sparsight.errors import MissingExtra, SparsightError
-from sparsight.files import without_folders, write_bytes, write_text
-from sparsight.redaction import without_folders_in
+from sparsight.files import write_bytes, write_text
+from sparsight.redaction import without_folders, without_folders_in
 from sparsight.training.run import METRICS, WANDB_ID, read_metrics
 
 

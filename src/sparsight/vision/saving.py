@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import new_file, new_folder, read_json, without_folders, write_json
+from sparsight.files import read_json, write_json
+from sparsight.folders import new_file, new_folder
+from sparsight.redaction import without_folders
 from sparsight.vision.byte_pairs import from_open_clip, is_standard
 from sparsight.vision.clip_shape import (
     ClipShape,
