@@ -14,8 +14,8 @@ from sparsight.errors import UserError
 from sparsight.images import open_images
 from sparsight.sae import AuxK, SAEConfig, TopK
 from sparsight.training import SweepConfig, TrainConfig, TrainRecipe, sweep, train
+from sparsight.training.planning import with_length
 from sparsight.training.sweeping import SweepRecipe
-from sparsight.training.trainer import with_length
 from sparsight.vision import VisionModel, load_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"

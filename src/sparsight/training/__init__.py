@@ -7,6 +7,6 @@ Builds on `sae` and `activations`. Start with `train`; what a run leaves on disk
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.run import Run
 from sparsight.training.sweeping import Sweep, SweepConfig, sweep
-from sparsight.training.trainer import train
+from sparsight.training.training import train
 
 __all__ = ["Run", "Sweep", "SweepConfig", "TrainConfig", "TrainRecipe", "sweep", "train"]

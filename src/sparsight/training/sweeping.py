@@ -32,6 +32,8 @@ from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
 from sparsight.training.grid import TOKENS, Setting, checked, combinations, configuration
+from sparsight.training.identity import holds_part, identity
+from sparsight.training.planning import Activations, recipe_of, resolve, with_length, with_target
 from sparsight.training.run import (
     CONFIG,
     DIVERGED,
@@ -41,17 +43,7 @@ from sparsight.training.run import (
     diverged,
     refuse_foreign_files,
 )
-from sparsight.training.trainer import (
-    Activations,
-    Member,
-    holds_part,
-    identity,
-    recipe_of,
-    resolve,
-    train_members,
-    with_length,
-    with_target,
-)
+from sparsight.training.trainer import Member, train_members
 from sparsight.vision import Tokens
 
 TABLE = "sweep.json"

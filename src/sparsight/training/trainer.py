@@ -1,135 +1,46 @@
 """The training loop: one pass over the data for all autoencoders, resumed exactly where it was cut.
 
-`train` is the case of one autoencoder a site; `sweep` trains several.
+`train` trains one autoencoder per site in it, `sweep` several.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import sparsight
-from sparsight.activations import (
-    ActivationSource,
-    HeldOut,
-    LiveActivations,
-    Prefetcher,
-    SiteStatistics,
-    matching_sites,
-    with_tokens,
-)
-from sparsight.config import first_difference, load, read_toml, to_dict, write_toml
+from sparsight.activations import ActivationSource, HeldOut, Prefetcher, SiteStatistics
+from sparsight.config import to_dict, write_toml
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import write_json
-from sparsight.images import ImageSource
 from sparsight.interruption import Stop, kept, noted, postponed
 from sparsight.kernels import Kernels, Precision, choose, native_is_absent
-from sparsight.pace import SECONDS, Pace
+from sparsight.pace import Pace
 from sparsight.progress import ProgressLine, in_words, progress
 from sparsight.runs.loop import CheckpointedLoop, warn_of_damage
-from sparsight.runs.same_run import damaged_if, refuse_difference, refuse_other_checkpoint
-from sparsight.sae.files import FILES
+from sparsight.runs.same_run import refuse_other_checkpoint
 from sparsight.training import checkpoint
 from sparsight.training.config import TrainConfig, TrainRecipe
+from sparsight.training.identity import identity
 from sparsight.training.loggers import Logger, open_loggers
-from sparsight.training.run import (
-    CONFIG,
-    DIVERGED,
-    METRICS,
-    SWEEP,
-    Run,
-    goes_on,
-)
+from sparsight.training.run import CONFIG, DIVERGED, METRICS
 from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
-from sparsight.vision import Tokens, VisionModel
-
-Activations = ActivationSource | tuple[VisionModel, ImageSource]
 
 ESTIMATE_SECONDS = 1.0
 """How long to train before the time that the whole run will take is told."""
 
-HELD_OUT = ("held_out", "held_out_seed")
-"""The fields of a recipe that say which images are held out."""
-
 SHOWN_MEMBERS = 3
 """Autoencoders whose figures fit into a line of progress."""
-
-
-def train(
-    source: Activations,
-    config: TrainConfig | None = None,
-    out: str | Path = "runs/sae",
-    *,
-    sites: Sequence[str] | None = None,
-    tokens: Tokens | None = None,
-    held_out: HeldOut | float | None = None,
-    resume: bool = True,
-    device: str | torch.device | None = None,
-    checkpoint_seconds: float | None = SECONDS,
-    quiet: bool = False,
-) -> Run:
-    """Train an SAE on each site, all in one pass over the activations.
-
-    Ctrl-C and SIGTERM finish the step that is under way, write a checkpoint and are raised then,
-    as `KeyboardInterrupt` and `SystemExit`; a second one stops at once.
-
-    Args:
-        source: an activation store, live activations, or a model and its images.
-        config: how to train.
-        out: folder of the run. A finished run of the same configuration is returned as it is, a
-            cut one goes on from its last checkpoint with the same bits.
-        sites: which sites of the source; all by default.
-        tokens: which positions; "all" by default where `source` is a model and images. A store has
-            its own, which must be these if they are given.
-        held_out: share of the images to keep out of training, which `HeldOut` chooses;
-            `held_out_of(sae.metadata)` gives them back.
-        resume: False refuses a folder that holds a run.
-        device: "cpu", "cuda", …; a GPU if there is one.
-        checkpoint_seconds: a checkpoint is written when the last one is so long ago, or less often
-            where writing takes more than a fiftieth of that; beside those of
-            `config.checkpoint_every`. None writes none by time. No part of what a run is.
-        quiet: no progress line.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: `out` holds another run, another process trains into it, or the configuration
-            does not fit the activations.
-        SparsightError: the loss or the activations are not finite; the last checkpoint stays.
-    """
-    place = choose_device(device, float64=True)
-    config = config or TrainConfig()
-    activations, names, config = resolve(source, config, sites, tokens)
-    run = Run(Path(out), names)
-    for site in run.sites:
-        config.sae.width(activations.d_in(site))
-    held_out = HeldOut.of(held_out)
-    kept_in = activations if held_out is None else held_out.split(activations)[0]
-    config = with_length(config, [kept_in], names, run.folder(names[0]) / CONFIG)
-    recipe = recipe_of(kept_in, run, config, held_out)
-    pace = Pace(checkpoint_seconds)
-    if _settled(run, recipe, resume):
-        run.clear_leftovers()
-        return run
-    with run.claimed():
-        run.clear()
-        members = [Member(site, site, run.folder(site), recipe) for site in run.sites]
-        read = with_target(run.sites, config)
-        train_members(kept_in, read, members, run.checkpoints, "train", place, pace, quiet)
-    return run
 
 
 @dataclass(frozen=True)
@@ -498,171 +409,6 @@ def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
         )
     fvus = [each["fvu"] for each in figures.values()]
     return f"{len(fvus)} autoencoders, FVU {min(fvus):.4f} to {max(fvus):.4f}"
-
-
-def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple[str, ...]:
-    """The canonical names of some sites, each once; all of the source by default."""
-    return matching_sites(sites or source.sites, source.sites, source.canonical_site)
-
-
-def resolve(
-    source: Activations,
-    config: TrainConfig,
-    sites: Sequence[str] | None,
-    tokens: Tokens | None,
-) -> tuple[ActivationSource, tuple[str, ...], TrainConfig]:
-    """The activations, the sites to train on, and the configuration with its target's full name.
-
-    Raises:
-        UserError: see `as_activations`; or nothing but a transcoder's target is to be trained on.
-    """
-    target = config.target_site
-    activations = as_activations(source, (*sites, target) if sites and target else sites, tokens)
-    names = chosen_sites(activations, sites)
-    if target is not None:
-        target = activations.canonical_site(target)
-        config = dataclasses.replace(config, target_site=target)
-        names = tuple(name for name in names if name != target)
-        if not names:
-            raise UserError(f"target_site is {target!r}, the only site: name one to predict from.")
-    return activations, names, config
-
-
-def with_target(sites: tuple[str, ...], config: TrainConfig) -> tuple[str, ...]:
-    """The sites that are read: a transcoder's target after those that are trained on."""
-    return sites if config.target_site is None else (*sites, config.target_site)
-
-
-def as_activations(
-    source: Activations, sites: Sequence[str] | None, tokens: Tokens | None
-) -> ActivationSource:
-    """What `train` is given, as activations; a model and images are read on the fly.
-
-    Raises:
-        UserError: `tokens` are not those of the activations, or no site is named.
-    """
-    if not isinstance(source, tuple):
-        return with_tokens(source, tokens)
-    model, images = source
-    if not sites:
-        raise UserError("Name the sites to train on: sites=['blocks.-1.resid_post'], say.")
-    return LiveActivations(model, images, sites, tokens or "all")
-
-
-def with_length(
-    config: TrainConfig, sources: Sequence[ActivationSource], sites: Sequence[str], there: Path
-) -> TrainConfig:
-    """The configuration with its number of vectors.
-
-    Where none is named it is that of the run that is there already, or follows from the vectors of
-    the activations.
-
-    Args:
-        config: as it was given.
-        sources: the activations, or several of other positions.
-        sites: what is trained on.
-        there: the `config.toml` or `sweep.toml` of the run, if it is there.
-    """
-    if config.n_vectors is not None:
-        return config
-    with suppress(UserError, KeyError, TypeError):
-        return dataclasses.replace(config, n_vectors=read_toml(there)["train"]["n_vectors"])
-    return config.with_length(max(each.n_images * each.n_tokens[sites[0]] for each in sources))
-
-
-def recipe_of(
-    source: ActivationSource, run: Run, config: TrainConfig, held_out: HeldOut | None = None
-) -> TrainRecipe:
-    """All that repeats a run on activations, of which those that are held out are no part."""
-    store = getattr(source, "path", None)
-    return TrainRecipe(
-        store=str(Path(store).resolve()) if store is not None else None,
-        model=source.model_info.get("id"),
-        images=source.model_info.get("images"),
-        sites=run.sites,
-        tokens=cast(Tokens, source.tokens),
-        held_out=None if held_out is None else held_out.share,
-        held_out_seed=0 if held_out is None else held_out.seed,
-        out=run.out,
-        activations=source.fingerprint,
-        train=config,
-    )
-
-
-def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
-    """Whether the run is finished; makes sure that what is there is a part of the same run."""
-    if (run.out / SWEEP).exists():
-        raise UserError(f"{run.out} holds a sweep. Choose another folder for a single run.")
-    begun = checkpoint.identities(run.checkpoints)
-    own = identity(recipe)
-    has_part = holds_part(run, recipe, all(begun.get(site) == own for site in run.sites))
-    return goes_on(run.out, has_part, resume) and all(map(run.is_finished, run.sites))
-
-
-def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
-    """Whether some of the run is there already.
-
-    Args:
-        run: the run.
-        recipe: what it is.
-        begun: a checkpoint says that it is of this recipe: a `config.toml` that says otherwise is
-            damaged.
-
-    Raises:
-        UserError: another run is there.
-    """
-    paths = [run.folder(site) / CONFIG for site in run.sites]
-    present = [path for path in paths if path.exists()]
-    with damaged_if(begun):
-        _refuse_other_sites(run)
-        for path in present:
-            _refuse_other_run(path, recipe)
-    if not present and not begun:
-        for folder in map(run.folder, run.sites):
-            _refuse_other_files(folder)
-    return bool(present)
-
-
-def _refuse_other_files(folder: Path) -> None:
-    """Raise a `UserError` if a folder that is no run's holds files that a run would write over."""
-    for name in ("manifest.json", *FILES):
-        if (folder / name).exists():
-            raise UserError(
-                f"{folder}: holds no run, but a {name} of something else. Choose another folder."
-            )
-
-
-def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
-    there, own = identity(load(TrainRecipe, path)), identity(recipe)
-    if any(there.get(key) != own.get(key) for key in HELD_OUT):  # so the activations differ, too
-        there, own = ({key: each.get(key) for key in HELD_OUT} for each in (there, own))
-    field = first_difference(there, own)
-    if field == "activations":
-        raise UserError(
-            f"{path}: holds a run on other activations: the model's weights, the "
-            "preprocessing, the images or the selection of them differ. Choose another "
-            "folder, or remove this one."
-        )
-    refuse_difference(path, there, own)
-
-
-def identity(recipe: TrainRecipe) -> dict[str, Any]:
-    """What two parts of a run share. Folders may have moved; the fingerprint knows the contents."""
-    return to_dict(dataclasses.replace(recipe, out=Path(), store=None, model=None, images=None))
-
-
-def _refuse_other_sites(run: Run) -> None:
-    """Raise a `UserError` if the folder holds a run of other sites, whose checkpoints are there."""
-    for path in (run.out / CONFIG, *run.out.glob(f"*/{CONFIG}")):
-        if not path.exists():
-            continue
-        sites = load(TrainRecipe, path).sites
-        places = [run.out] if len(sites) == 1 else [run.out / site for site in sites]
-        if path.parent in places and set(sites) != set(run.sites):
-            raise UserError(
-                f"{path}: belongs to a run of {', '.join(sites)}. Choose another folder, or remove "
-                "this one."
-            )
 
 
 def _metadata(source: ActivationSource, site: str, recipe: TrainRecipe) -> dict[str, Any]:
