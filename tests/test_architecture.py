@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import grimp
 import pytest
 
 import sparsight
+from sparsight.sae.sparsity import AnySparsity
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +73,24 @@ def test_no_room_holds_more_than_15_percent_of_the_lines() -> None:
         rooms[path.relative_to(package).parts[0]] += count
     largest, count = rooms.most_common(1)[0]
     assert count < 0.15 * sum(lines.values()), largest
+
+
+def test_nobody_but_other_projects_formats_asks_what_kind_a_sparsity_is() -> None:
+    kinds = {kind.__name__ for kind in get_args(AnySparsity)} | {"Sparsity"}
+    package = ROOT / "src" / "sparsight"
+    asked = []
+    for path in package.rglob("*.py"):
+        if path.relative_to(package).parts[0] == "formats":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                choices = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+            elif isinstance(node, ast.MatchClass):
+                choices = {ast.unparse(node.cls)}
+            else:
+                continue
+            asked += [(path.name, node.lineno)] if kinds & choices else []
+    assert not asked
 
 
 def test_importing_the_package_loads_no_heavy_library():

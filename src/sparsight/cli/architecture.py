@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsight.cli.options import flag
+from sparsight.config import kind_of
 from sparsight.errors import UserError
 from sparsight.sae import AuxK, GhostGradients, Resampling
 from sparsight.sae.sparsity import AnySparsity
 from sparsight.training import TrainConfig
 
-KINDS: dict[str, type[AnySparsity]] = {
-    kind.__name__.lower(): kind for kind in typing.get_args(AnySparsity)
-}
+KINDS: dict[str, type[AnySparsity]] = {kind_of(kind): kind for kind in typing.get_args(AnySparsity)}
 Remedy = Literal["auxk", "ghost", "resampling", "none"]
 
 
@@ -48,7 +47,7 @@ def with_choices(
     kind = flag(arguments, "--sparsity") or options.sparsity
     if kind is not None and kind not in KINDS:
         raise UserError(f"--sparsity {kind}: there is no such kind, only: {', '.join(KINDS)}.")
-    if kind is not None and not isinstance(config.sae.sparsity, KINDS[kind]):
+    if kind is not None and kind_of(type(config.sae.sparsity)) != kind:
         sae = dataclasses.replace(config.sae, sparsity=KINDS[kind]())
         config = dataclasses.replace(config, sae=sae)
     remedy = flag(arguments, "--remedy") or options.remedy

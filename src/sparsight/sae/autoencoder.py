@@ -20,7 +20,7 @@ from sparsight.sae.dictionary import archetypal_rows, keep_archetypal
 from sparsight.sae.initialisation import blank_parameters, initial_parameters
 from sparsight.sae.normaliser import Normaliser
 from sparsight.sae.precision import wide, without_autocast
-from sparsight.sae.sparsity import Gated, MatchingPursuit, Weights
+from sparsight.sae.sparsity import Weights
 from sparsight.tensor_files import sha256_tensors
 
 
@@ -218,10 +218,11 @@ class SparseAutoencoder(nn.Module):
                 f"The normaliser {self.normaliser.kind!r} depends on each vector: it cannot be "
                 "folded into the weights."
             )
-        if isinstance(self.config.sparsity, MatchingPursuit) and self.config.normaliser != "none":
+        if not self.config.sparsity.has_encoder and self.config.normaliser != "none":
             raise UserError(
-                "MatchingPursuit encodes with its decoder rows, so a normaliser cannot be folded "
-                "into the weights. Train with normaliser 'none' for an SAE that can."
+                f"{type(self.config.sparsity).__name__} encodes with its decoder rows, so a "
+                "normaliser cannot be folded into the weights. Train with normaliser 'none' for "
+                "an SAE that can."
             )
         without = dataclasses.replace(
             self.config,
@@ -356,8 +357,7 @@ class SparseAutoencoder(nn.Module):
         if not self.config.subtract_b_dec:
             shift = found["W_enc"] @ mean
             found["b_enc"] = weights.b_enc - shift
-            if isinstance(sparsity, Gated):
-                found["b_mag"] = weights.extra["b_mag"] - weights.extra["r_mag"].exp() * shift
+            found |= sparsity.shifted(weights.extra, shift)
         found["W_dec"] = wide(self.W_dec) * out_scale
         found["b_dec"] = weights.b_dec * out_scale + out_mean
         if self.config.skip:
@@ -452,7 +452,7 @@ def _check_parts(config: SAEConfig, d_out: int | None) -> None:
     for name, bad in {
         "subtract_b_dec (set it to False; --sae.no-subtract-b-dec)": config.subtract_b_dec,
         "tied": config.tied,
-        "sparsity MatchingPursuit": isinstance(config.sparsity, MatchingPursuit),
+        f"sparsity {type(config.sparsity).__name__}": not config.sparsity.has_encoder,
         "an archetypal dictionary": isinstance(config.dictionary, Archetypal),
     }.items():
         if bad:

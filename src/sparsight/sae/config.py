@@ -7,7 +7,7 @@ from typing import Literal
 
 from sparsight.config import check_types
 from sparsight.errors import UserError
-from sparsight.sae.sparsity import AnySparsity, MatchingPursuit, TopK
+from sparsight.sae.sparsity import AnySparsity, TopK
 
 NormaliserKind = Literal["scale", "standardise", "none", "layer_norm", "constant_norm"]
 BiasInit = Literal["zero", "mean", "geometric_median"]
@@ -278,8 +278,9 @@ class SAEConfig:
             raise UserError(f"soft_cap is {self.soft_cap}; it must be positive (or None).")
         if self.tied and isinstance(self.dictionary, Archetypal):
             raise UserError("tied weights and an archetypal dictionary exclude each other.")
-        if self.tied and isinstance(self.sparsity, MatchingPursuit):
-            raise UserError("MatchingPursuit has no encoder that could be tied; leave tied out.")
+        if self.tied and not self.sparsity.has_encoder:
+            kind = type(self.sparsity).__name__
+            raise UserError(f"{kind} has no encoder that could be tied; leave tied out.")
         if self.n_latents is not None:
             self.sparsity.check_width(self.n_latents)
 

@@ -149,7 +149,7 @@ def whole_batch(
     n = sum(len(z) for z, _ in parts)
     b_dec = weights.b_dec
     cutoff = None
-    if isinstance(plan.sparsity, BatchTopK):
+    if plan.sparsity.per_batch:
         z = torch.cat([z for z, _ in parts])
         values = plan.sparsity.encode(weights, z, training=True).values
         # The parts' scores are rounded otherwise: its last latent shall not fall out.
@@ -235,8 +235,7 @@ def _dense(
 def _code(plan: Plan, stage: Stage, weights: Weights, found: Dense) -> Float[Tensor, "batch width"]:
     code = found.code
     if stage.k is not None:
-        assert isinstance(plan.sparsity, TopK)
-        other = dataclasses.replace(plan.sparsity, k=stage.k)
+        other = plan.sparsity.with_k(stage.k)
         code = other.activate(weights, found.scores, training=True)
     return code if stage.width is None else code[:, : stage.width]
 

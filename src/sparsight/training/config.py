@@ -13,7 +13,6 @@ from sparsight.errors import UserError
 from sparsight.kernels import Kernels, Objective
 from sparsight.sae import (
     AuxK,
-    BatchTopK,
     Free,
     GhostGradients,
     Matryoshka,
@@ -21,7 +20,6 @@ from sparsight.sae import (
     MultiTopK,
     Resampling,
     SAEConfig,
-    TopK,
 )
 from sparsight.sae.objectives import Plan, Stage, default_auxk
 from sparsight.vision import Tokens
@@ -144,7 +142,7 @@ class TrainConfig:
             "multi_topk": self.multi_topk,
             "matryoshka with several k": isinstance(self.matryoshka, MatryoshkaK) or None,
         }.items():
-            if part is not None and not isinstance(self.sae.sparsity, TopK):
+            if part is not None and not self.sae.sparsity.several_k:
                 kind = type(self.sae.sparsity).__name__
                 raise UserError(f"{name} needs sparsity TopK; with {kind} leave it out.")
         if not 0 <= self.sparsity_warmup <= 1:
@@ -218,8 +216,7 @@ class TrainConfig:
         main = 0
         random: int | None = None
         if self.multi_topk is not None:
-            assert isinstance(sparsity, TopK)
-            larger = self.multi_topk.multiple * sparsity.k
+            larger = self.multi_topk.multiple * sparsity.places
             if larger > n_latents:
                 raise UserError(
                     f"multi_topk.multiple is {self.multi_topk.multiple}: {larger} latents, more "
@@ -227,12 +224,11 @@ class TrainConfig:
                 )
             stages = (Stage(), Stage(self.multi_topk.weight, k=larger))
         elif isinstance(self.matryoshka, MatryoshkaK):
-            assert isinstance(sparsity, TopK)
-            ks = self.matryoshka.stages(sparsity.k, n_latents)
+            ks = self.matryoshka.stages(sparsity.places, n_latents)
             rising = range(len(ks), 0, -1)
             raw = rising if self.matryoshka.weights == "reverse" else [1] * len(ks)
             stages = tuple(Stage(w / sum(raw), k=k) for w, k in zip(raw, ks, strict=True))
-            main = ks.index(sparsity.k)
+            main = ks.index(sparsity.places)
         elif isinstance(self.matryoshka, Matryoshka):
             random = self.matryoshka.random
             widths = self.matryoshka.widths(n_latents)
@@ -259,8 +255,7 @@ class TrainConfig:
         sparsity = sae.sparsity
         usual = sae.subtract_b_dec and not sae.tied and isinstance(sae.dictionary, Free)
         if (
-            not isinstance(sparsity, TopK | BatchTopK)
-            or (isinstance(sparsity, TopK) and not sparsity.rectify)
+            not sparsity.fusable
             or not usual
             or self.target_site is not None
             or plan.random_widths is not None
@@ -271,8 +266,8 @@ class TrainConfig:
             return None
         widths = tuple(stage.width for stage in plan.stages if stage.width is not None)
         return Objective(
-            sparsity.k,
-            per_batch=isinstance(sparsity, BatchTopK),
+            sparsity.places,
+            per_batch=sparsity.per_batch,
             larger_k=plan.stages[-1].k,
             widths=widths,
             weights=tuple(stage.weight for stage in plan.stages),

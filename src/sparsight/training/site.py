@@ -14,7 +14,7 @@ from sparsight.activations import SiteStatistics
 from sparsight.errors import SparsightError, UserError
 from sparsight.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
 from sparsight.kernels.interface import least_positive
-from sparsight.sae import BatchTopK, Normaliser, SparseAutoencoder
+from sparsight.sae import Normaliser, SparseAutoencoder
 from sparsight.sae.code import Frame
 from sparsight.sae.normaliser import ROUNDING
 from sparsight.sae.objectives import dense_loss, whole_batch
@@ -189,7 +189,7 @@ class SiteTraining:
             self._average(step)
             spread = (y - self.centre).square().sum()
             self._watch(step, spread, found.loss, found.grad_norm)
-            if isinstance(self.config.sae.sparsity, BatchTopK):
+            if self.config.sae.sparsity.per_batch:
                 self._follow_threshold(step, found.least)
             revived = penalty.new_zeros(())
             if before is not None:
@@ -294,7 +294,7 @@ class SiteTraining:
         price = min((step + 1) / max(self.config.sparsity_warmup * self.config.n_steps, 1), 1.0)
         self.optimiser.zero_grad(set_to_none=True)
         size, whole = max(1, DENSE_ENTRIES // self.sae.n_latents), None
-        if not (plan.sparsity.separable or isinstance(plan.sparsity, BatchTopK)):
+        if not (plan.sparsity.separable or plan.sparsity.per_batch):
             size = len(z)
         batch = list(zip(z.split(size), y.split(size), strict=True))
         some_dead = dead is not None and len(dead) > 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -62,6 +62,26 @@ class Sparsity(ABC):
     lr_factors: ClassVar[Mapping[str, float]] = {}
     """Tensors of `start` that learn at a multiple of the learning rate."""
 
+    has_encoder: ClassVar[bool] = True
+    """Whether codes are computed from `W_enc` and `b_enc`."""
+
+    per_batch: ClassVar[bool] = False
+    """Whether training chooses among the latents of a whole batch. In use a threshold takes the
+    batch's place, which training learns: the mean of the batches' smallest activations."""
+
+    several_k: ClassVar[bool] = False
+    """Whether training may reconstruct with several k at once; see `with_k`."""
+
+    @property
+    def places(self) -> int:
+        """Its k; 0 where it has none."""
+        return getattr(self, "k", 0)
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the training steps without autograd compute it."""
+        return False
+
     @property
     def separable(self) -> bool:
         """Whether the loss of a batch is the mean of its vectors' losses."""
@@ -69,6 +89,17 @@ class Sparsity(ABC):
 
     def start(self, n_latents: int) -> dict[str, Tensor]:
         """The tensors that it has beside the weights, as training begins."""
+        return {}
+
+    def with_k(self, k: int) -> Self:
+        """The same with another k, where it has one."""
+        return replace(self, k=k)  # type: ignore[type-var]
+
+    def shifted(
+        self, extra: Mapping[str, Tensor], shift: Float[Tensor, " n_latents"]
+    ) -> dict[str, Tensor]:
+        """The tensors of `start` that change where every W_enc z becomes W_enc z + `shift`, so that
+        the code stays; `b_enc` is not among them."""
         return {}
 
     def check_width(self, n_latents: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +38,12 @@ class Gated(Sparsity):
     def start(self, n_latents: int) -> dict[str, Tensor]:
         """`r_mag` and `b_mag`: gate and magnitude begin as one."""
         return {"r_mag": torch.zeros(n_latents), "b_mag": torch.zeros(n_latents)}
+
+    def shifted(
+        self, extra: Mapping[str, Tensor], shift: Float[Tensor, " n_latents"]
+    ) -> dict[str, Tensor]:
+        """See `Sparsity.shifted`: the magnitude reads the same product."""
+        return {"b_mag": extra["b_mag"] - extra["r_mag"].exp() * shift}
 
     def encode(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,8 @@ class MatchingPursuit(Sparsity):
     hierarchical: extracting sparse representations with matching pursuit"). There is no encoder:
     `W_enc` and `b_enc` are not used. Meant for decoder rows of norm 1.
     """
+
+    has_encoder: ClassVar[bool] = False
 
     k: int = 32
     """Choices per vector, hence active latents at most."""

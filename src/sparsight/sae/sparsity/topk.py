@@ -28,6 +28,8 @@ class TopK(Sparsity):
     Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
     """
 
+    several_k: ClassVar[bool] = True
+
     k: int = 32
     """Active latents per vector, at most."""
 
@@ -37,6 +39,11 @@ class TopK(Sparsity):
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
         check_at_least(self.k, 1, "sparsity.k")
+
+    @property
+    def fusable(self) -> bool:
+        """See `Sparsity.fusable`."""
+        return self.rectify
 
     def encode(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
@@ -69,6 +76,7 @@ class BatchTopK(Sparsity):
     """
 
     buffers: ClassVar[frozenset[str]] = frozenset({"threshold"})
+    per_batch: ClassVar[bool] = True
 
     k: int = 32
     """Active latents per vector, on average."""
@@ -76,6 +84,11 @@ class BatchTopK(Sparsity):
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
         check_at_least(self.k, 1, "sparsity.k")
+
+    @property
+    def fusable(self) -> bool:
+        """See `Sparsity.fusable`."""
+        return True
 
     @property
     def separable(self) -> bool:
