@@ -12,7 +12,8 @@ import sparsight as sp
 from finetuning_samples import NoisePictures, tiny_clip
 from sparsight.finetuning import FinetuneConfig, Rates, finetune
 from sparsight.finetuning.groups import members, set_trainable
-from sparsight.finetuning.loop import make_optimiser, working_copy
+from sparsight.finetuning.loop import working_copy
+from sparsight.finetuning.optimising import make_optimiser
 from sparsight.vision.saving import save_model
 
 CAPTIONS = [("a photo of the cat",), ("a photo of the dog",), ("the sun",), ("a red anchor",)]

@@ -1,24 +1,19 @@
 """Fine-tune a CLIP against words in pictures, and show what it did.
 
 Builds on `vision` and `images`; knows SAEs only to price their latents. Start at `finetune`
-(loop.py); `config.py` has every setting, `report.py` the page of before and after.
+(tuning.py); `config.py` has every setting, `report.py` the page of before and after.
 """
 
 from __future__ import annotations
 
 from sparsight.finetuning.config import FinetuneConfig, FinetuneRecipe
 from sparsight.finetuning.groups import Rates
-from sparsight.finetuning.loop import PairedAttacks, finetune
 from sparsight.finetuning.optimisers import AdaBelief
-from sparsight.finetuning.pairs import (
-    CaptionedImages,
-    PairFileImages,
-    captioned,
-    open_pairs,
-)
+from sparsight.finetuning.pairs import CaptionedImages, PairFileImages, captioned, open_pairs
 from sparsight.finetuning.penalty import PenalisedLatents
 from sparsight.finetuning.run import FinetuneRun
 from sparsight.finetuning.scaling import NeuronScaling
+from sparsight.finetuning.tuning import PairedAttacks, finetune
 
 __all__ = [
     "AdaBelief",

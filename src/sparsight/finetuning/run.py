@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sparsight.config import load
+from sparsight.config import load, to_dict
 from sparsight.errors import UserError
 from sparsight.finetuning.config import FinetuneRecipe
 from sparsight.runs import checkpoint_files
@@ -78,3 +79,8 @@ class FinetuneRun(RunFolder):
         super().clear()
         if self.is_finished:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def identity(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """What two parts of a run share. Folders may have moved; fingerprints know the contents."""
+    return to_dict(dataclasses.replace(recipe, model="", data="", attack=None, layout=""))
