@@ -20,7 +20,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_file
 from sparsight.images import ImageSource, open_images
 from sparsight.latents import CodeBatch, CodeStore, build_index, encode
-from sparsight.latents.codes import CodeManifest
+from sparsight.latents.code_manifest import CodeManifest
 from sparsight.latents.encoding import encoded
 from sparsight.sae import AbsTopK, SparseAutoencoder, SparseCode, TopK
 from sparsight.vision import VisionModel

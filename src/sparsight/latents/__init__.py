@@ -9,7 +9,8 @@ Start at `build_index` (build.py), then `LatentIndex` (index.py) and `write_repo
 from __future__ import annotations
 
 from sparsight.latents.build import build_index
-from sparsight.latents.codes import CodeBatch, CodeStore
+from sparsight.latents.code_shards import CodeBatch
+from sparsight.latents.codes import CodeStore
 from sparsight.latents.comparison import compare
 from sparsight.latents.encoding import encode
 from sparsight.latents.heatmaps import (

@@ -15,7 +15,8 @@ from sparsight.errors import UserError
 from sparsight.files import read_json
 from sparsight.folders import replaced
 from sparsight.images import ImageInfo, ImageSource
-from sparsight.latents.codes import CodeBatch, CodeStore
+from sparsight.latents.code_shards import CodeBatch
+from sparsight.latents.codes import CodeStore
 from sparsight.latents.encoding import (
     FEWEST_IMAGES,
     VECTORS_AT_ONCE,
@@ -26,12 +27,7 @@ from sparsight.latents.encoding import (
 from sparsight.latents.image_records import ImageRecords, image_records
 from sparsight.latents.index import FILES, FORMAT, MANIFEST, VERSION, LatentIndex
 from sparsight.latents.names import LatentName, names_from_truth, with_names
-from sparsight.latents.statistics import (
-    Examples,
-    LatentStatistics,
-    label_mixture,
-    quantile_samples,
-)
+from sparsight.latents.statistics import Examples, LatentStatistics, label_mixture, quantile_samples
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, count_from_start

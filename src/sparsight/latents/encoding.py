@@ -1,6 +1,6 @@
 """`encode`: from activations to sparse codes, batch by batch, and from there to shards on disk.
 
-A shard is committed when the manifest that names it is renamed into place; see `codes`.
+A shard is committed when the manifest that names it is renamed into place; see `code_shards`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,9 @@ from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.evaluation.data import find_site
 from sparsight.images import ImageSource, open_images
 from sparsight.interruption import Stop, keeping, kept, noted, postponed
-from sparsight.latents.codes import (
-    AGAIN,
-    DTYPES,
-    CodeBatch,
-    CodeManifest,
-    CodeStore,
-    ShardBuffer,
-    shard_path,
-)
+from sparsight.latents.code_manifest import AGAIN, DTYPES, CodeManifest, shard_path
+from sparsight.latents.code_shards import CodeBatch, ShardBuffer
+from sparsight.latents.codes import CodeStore
 from sparsight.latents.image_records import image_records
 from sparsight.leftovers import remove_temporaries
 from sparsight.progress import ProgressLine, progress
