@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import tiny_models
 from sparsight.errors import UserError
 from sparsight.vision import load_model, select_tokens, tower
-from sparsight.vision import transformers_models as loading
+from sparsight.vision import transformers_files as loading
 from sparsight.vision.hashing import weights_hash
 from sparsight.vision.hooks import first_tensor
 from sparsight.vision.probe import probe

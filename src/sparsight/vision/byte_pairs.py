@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import UserError
-from sparsight.vision.transformers_models import load_tokenizer, quiet
+from sparsight.vision.transformers_files import load_tokenizer, quiet
 
 HUB_ID = "openai/clip-vit-base-patch32"
 """Any CLIP of OpenAI's has this tokenizer; this is the smallest."""

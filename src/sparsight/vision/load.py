@@ -82,7 +82,7 @@ def _load(
         name = f"open_clip:local-dir:{Path(id).resolve()}"
         return _load_open_clip(name, target, kind, revision, tokenizer)
 
-    from sparsight.vision.transformers_models import load_transformers
+    from sparsight.vision.transformers_files import load_transformers
 
     if id == "calibration":
         from sparsight.calibration import CLIP_FOLDER

@@ -37,7 +37,8 @@ from sparsight.vision.layouts import (
     to_huggingface,
     to_openai,
 )
-from sparsight.vision.transformers_models import TransformersModel, load_tokenizer, model_of
+from sparsight.vision.transformers_files import load_tokenizer
+from sparsight.vision.transformers_models import TransformersModel, model_of
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 METADATA = "sparsight"
@@ -223,7 +224,7 @@ def _refuse_program(path: Path) -> None:
 
 
 def _processor(path: Path, shape: ClipShape, said: Any) -> Any:
-    from sparsight.vision.transformers_models import load_processor
+    from sparsight.vision.transformers_files import load_processor
 
     if (path.parent / "preprocessor_config.json").is_file():
         return load_processor(str(path.parent), str(path))

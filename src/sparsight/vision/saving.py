@@ -43,7 +43,8 @@ from sparsight.vision.load import load_model
 from sparsight.vision.model import VisionModel
 from sparsight.vision.open_clip_models import OpenClipModel, import_open_clip
 from sparsight.vision.openai_files import METADATA, image_processor, load_openai
-from sparsight.vision.transformers_models import ProcessorTransform, TransformersModel, quiet
+from sparsight.vision.transformers_files import quiet
+from sparsight.vision.transformers_models import ProcessorTransform, TransformersModel
 
 Layout = Literal["huggingface", "openai", "open_clip"]
 
