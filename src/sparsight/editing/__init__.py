@@ -12,12 +12,7 @@ from sparsight.editing.actions import Action, Clamp, Keep, MeanAblation, Off, Sc
 from sparsight.editing.contact_sheet import write_contact_sheet
 from sparsight.editing.edits import DirectionAblation, Edit, LatentEdit, NeuronEdit
 from sparsight.editing.folding import every_write, fold
-from sparsight.editing.interventions import (
-    Intervention,
-    intervene,
-    interventions,
-    mean_codes,
-)
+from sparsight.editing.interventions import Intervention, intervene, interventions, mean_codes
 from sparsight.editing.latent_search import find_latents
 from sparsight.editing.retrieval import Collection, Hit, SearchResult, embed_collection
 from sparsight.editing.steering import SteerReport, steer

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsight.editing.changes import frozen
 from sparsight.editing.edits import Positions
-from sparsight.editing.interventions import frozen
 from sparsight.errors import UserError
 from sparsight.images import ImageSource, load_batches
 from sparsight.progress import progress

@@ -12,17 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparsight.editing.bench import Bench
+from sparsight.editing.changes import Change, CodeMemo, active_change, added, frozen, units
 from sparsight.editing.class_codes import ClassCodes, matched_latents
 from sparsight.editing.edits import Positions
-from sparsight.editing.interventions import (
-    WHERE,
-    Change,
-    CodeMemo,
-    active_change,
-    added,
-    frozen,
-    units,
-)
+from sparsight.editing.interventions import WHERE
 from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparsight.config import check_positive
+from sparsight.editing.changes import frozen
 from sparsight.editing.edits import LatentEdit, checked_numbers
-from sparsight.editing.interventions import Intervention, check_belongs, frozen
+from sparsight.editing.interventions import Intervention, check_belongs
 from sparsight.errors import UserError
 from sparsight.images import ImageSource, load_batches
 from sparsight.progress import progress

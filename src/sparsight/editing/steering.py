@@ -12,10 +12,11 @@ import torch
 from sparsight.config import check_positive
 from sparsight.editing.actions import Off, Scale, Set
 from sparsight.editing.bench import Bench, Halves
+from sparsight.editing.changes import CodeMemo
 from sparsight.editing.class_codes import ClassCodes, class_codes
 from sparsight.editing.class_curves import checked_ks, class_curves
 from sparsight.editing.edits import NO_SITE, LatentEdit, Positions
-from sparsight.editing.interventions import CodeMemo, check_site, interventions
+from sparsight.editing.interventions import check_site, interventions
 from sparsight.errors import UserError
 from sparsight.evaluation.report import finite
 from sparsight.images import ImageSource
