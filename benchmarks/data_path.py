@@ -234,7 +234,8 @@ def write_store(
 ) -> None:
     """Write a store as `extract` does, without a model: shards of x, again and again."""
     from sparsight.activations.manifest import Manifest
-    from sparsight.activations.writer import StoreWriter, image_row
+    from sparsight.activations.shard_buffer import image_row
+    from sparsight.activations.writer import StoreWriter
     from sparsight.images import ImageInfo
 
     shard_images, n_tokens, _ = x.shape

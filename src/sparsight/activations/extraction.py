@@ -20,18 +20,12 @@ from torch import Tensor
 from sparsight.activations.claiming import claimed_manifest
 from sparsight.activations.failures import FailureTally
 from sparsight.activations.manifest import DTYPES, Manifest, describe_model
+from sparsight.activations.shard_buffer import Row, ShardBuffer, image_row
 from sparsight.activations.source import count_tokens, matching_sites
 from sparsight.activations.statistics import all_finite
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.summary import ExtractionSummary
-from sparsight.activations.writer import (
-    JOURNAL,
-    Row,
-    ShardBuffer,
-    StoreWriter,
-    image_row,
-    recorded_ids,
-)
+from sparsight.activations.writer import JOURNAL, StoreWriter, recorded_ids
 from sparsight.config import check_positive, check_seconds, value_at
 from sparsight.errors import SparsightError, UserError, memory_told
 from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource, load_batches

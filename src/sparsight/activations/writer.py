@@ -16,12 +16,12 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,6 +38,7 @@ from sparsight.activations.manifest import (
     shard_path,
     stats_path,
 )
+from sparsight.activations.shard_buffer import IMAGE_ROWS, Filled, ShardBuffer, ShardPart
 from sparsight.activations.shards import (
     ACTIVATIONS,
     check_size,
@@ -50,7 +51,6 @@ from sparsight.activations.shards import (
 from sparsight.activations.statistics import RunningSums
 from sparsight.errors import SparsightError
 from sparsight.files import atomic_path, sha256_file
-from sparsight.images import ImageInfo
 from sparsight.interruption import STOPS
 from sparsight.leftovers import remove_temporaries
 
@@ -58,42 +58,6 @@ JOURNAL = "journal"
 _ENDINGS = ("parquet", "safetensors")
 _OWN = re.compile(r"(shard-)?\d{5}(-until-\d{8})?\.(parquet|safetensors)")
 """Names of files that this module gives, final ones of a complete store apart."""
-
-IMAGE_ROWS = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("id", pa.string()),
-        ("uri", pa.string()),
-        ("label", pa.string()),
-        ("caption", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("shard", pa.int32()),
-        ("row", pa.int32()),
-    ]
-)
-
-
-Row = dict[str, Any]
-"""What `images.parquet` says of an image."""
-
-
-def image_row(index: int, info: ImageInfo, size: tuple[int, int] | None, reason: str | None) -> Row:
-    """What is recorded of an image, read (`size`) or failed (`reason`)."""
-    width, height = size or (None, None)
-    return {
-        "index": index,
-        "id": info.id,
-        "uri": info.uri,
-        "label": info.label,
-        "caption": info.caption,
-        "width": width,
-        "height": height,
-        "status": "ok" if reason is None else "failed",
-        "reason": reason,
-    }
 
 
 def recorded_ids(folder: Path, manifest: Manifest) -> list[str]:
@@ -111,76 +75,6 @@ def recorded_ids(folder: Path, manifest: Manifest) -> list[str]:
         except (pa.ArrowException, OSError):
             break
     return ids
-
-
-class _Filled(NamedTuple):
-    """How much of a buffer counts; whole batches only."""
-
-    n_rows: int
-    n_images: int
-
-
-@dataclass
-class ShardBuffer:
-    """One shard of every site, being filled.
-
-    Attributes:
-        number: of the shard.
-        first: first image of the source that it covers.
-        x: for each site, room for all its images.
-        rows: of `images.parquet`.
-        filled: how many rows and images are in; more may be on their way.
-    """
-
-    number: int
-    first: int
-    x: Mapping[str, Float[Tensor, "images tokens d_in"]]
-    rows: list[Row] = field(default_factory=list)
-    filled: _Filled = field(default=_Filled(0, 0))
-
-    def add(
-        self,
-        rows: Sequence[Row],
-        activations: Mapping[str, Float[Tensor, "batch tokens d_in"]],
-    ) -> None:
-        """Put a batch behind the ones that are in.
-
-        Args:
-            rows: of all images of the batch, in order; see `image_row`.
-            activations: of those that were read; of no site where there are none.
-        """
-        start = stop = self.filled.n_images
-        for row in rows:
-            read = row["status"] == "ok"
-            row["shard"], row["row"] = (self.number, stop) if read else (None, None)
-            stop += read
-        for site, x in activations.items():
-            self.x[site][start:stop].copy_(x)
-        del self.rows[self.filled.n_rows :]
-        self.rows.extend(rows)
-        self.filled = _Filled(len(self.rows), stop)  # in one step: a stop may come at any point
-
-    def part(self, unfinished: bool) -> _Part:
-        """What is in now; what is added later does not touch it."""
-        n_rows, n_images = self.filled
-        x = {site: x[:n_images] for site, x in self.x.items()}
-        return _Part(self.number, self.first, x, self.rows[:n_rows], n_images, unfinished)
-
-
-class _Part(NamedTuple):
-    """A shard, or the part of one that is there so far, on its way to the disk."""
-
-    number: int
-    first: int
-    x: Mapping[str, Tensor]
-    rows: Sequence[Row]
-    n_images: int
-    unfinished: bool
-
-    @property
-    def stop(self) -> int:
-        """The image after the last."""
-        return self.first + len(self.rows)
 
 
 class StoreWriter:
@@ -402,7 +296,7 @@ class StoreWriter:
             self._journal_sums(number)
         return found
 
-    def _write(self, part: _Part) -> None:
+    def _write(self, part: ShardPart) -> None:
         """Write a shard of each site, its sums and rows, and last the manifest."""
         number, before = part.number, self.manifest
         until = part.stop if part.unfinished else None
@@ -448,7 +342,7 @@ class StoreWriter:
             check_sum(path, shard.sha256[site])
             buffer.x[site][: shard.n_images].copy_(x)
         buffer.rows = self._journal_rows(buffer.number).to_pylist()
-        buffer.filled = _Filled(len(buffer.rows), shard.n_images)
+        buffer.filled = Filled(len(buffer.rows), shard.n_images)
 
     def _journal_rows(self, number: int) -> pa.Table:
         """The rows about a shard's images."""
