@@ -15,15 +15,11 @@ import pytest
 import torch
 
 import sparsight as sp
-from activation_parts import BLOCK_1, digests, save_clip, save_photos
-from one_thread import one_thread
+from activation_parts import digests
+from small_runs import one_thread, store, train_small
 from sparsight.cli import main
 
-__all__ = ["one_thread"]
-
-CONFIG = sp.TrainConfig(
-    sae=sp.SAEConfig(n_latents=64, sparsity=sp.TopK(k=4)), n_vectors=640, batch_size=32
-)
+__all__ = ["one_thread", "store"]
 
 
 @contextmanager
@@ -36,19 +32,10 @@ def files_no_longer_than(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.fixture(scope="module")
-def store(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> sp.ActivationStore:
-    folder = tmp_path_factory.mktemp("full_disk")
-    model = sp.load_model(str(save_clip(folder / "clip")), device="cpu")
-    images = sp.open_images(save_photos(folder / "photos"))
-    out = folder / "store"
-    return sp.extract(model, images, sites=[BLOCK_1], out=out, workers=0, quiet=True)
-
-
 @pytest.fixture
 def run(store: sp.ActivationStore, tmp_path: Path) -> sp.Run:
     """A run with all its files."""
-    run = sp.train(store, CONFIG, out=tmp_path / "run", device="cpu", quiet=True)
+    run = train_small(store, tmp_path / "run")
     sp.evaluate(run.sae(), store, quiet=True, baselines=False).save(run.out)
     sp.build_index(run.sae(), store, out=run.out / "index", quiet=True)
     sp.write_report(run.out, run.out, latents=2, quiet=True)

@@ -14,33 +14,20 @@ from pathlib import Path
 import pytest
 
 import sparsight as sp
-from activation_parts import BLOCK_1, save_clip, save_photos
 from cutting import cut
-from one_thread import one_thread
+from small_runs import one_thread, store, train_small
 from sparsight.cli import main
 from sparsight.folders import settled
 from sparsight.latents import LatentName, set_names
 
-__all__ = ["one_thread"]
+__all__ = ["one_thread", "store"]
 
-CONFIG = sp.TrainConfig(
-    sae=sp.SAEConfig(n_latents=64, sparsity=sp.TopK(k=4)), n_vectors=640, batch_size=32
-)
 INDEX = {"images.parquet", "latents.parquet", "manifest.json", "top_examples.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def store(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> sp.ActivationStore:
-    folder = tmp_path_factory.mktemp("killed")
-    model = sp.load_model(str(save_clip(folder / "clip")), device="cpu")
-    images = sp.open_images(save_photos(folder / "photos"))
-    out = folder / "store"
-    return sp.extract(model, images, sites=[BLOCK_1], out=out, workers=0, quiet=True)
 
 
 @pytest.fixture
 def run(store: sp.ActivationStore, tmp_path: Path) -> sp.Run:
-    return sp.train(store, CONFIG, out=tmp_path / "run", device="cpu", quiet=True)
+    return train_small(store, tmp_path / "run")
 
 
 def names_in(folder: Path) -> set[str]:
