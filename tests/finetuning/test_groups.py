@@ -9,7 +9,8 @@ from finetuning_samples import tiny_clip
 from sparsight.errors import UserError
 from sparsight.finetuning import FinetuneConfig, Rates
 from sparsight.finetuning.groups import PARTS, members, set_trainable
-from sparsight.finetuning.optimising import gradient_norms, make_optimiser, rate_factor
+from sparsight.finetuning.optimisers import rate_factor
+from sparsight.finetuning.optimising import gradient_norms, make_optimiser
 
 
 @pytest.fixture(scope="module")
