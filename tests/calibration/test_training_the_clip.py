@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from malicious_pickle import Opens
 from sparsight.calibration.symbols import SYMBOLS
 from sparsight.errors import SparsightError, UserError
+from sparsight.runs.folder import claimed
 from tools.calibration_clip.batches import Batch
 from tools.calibration_clip.train import Settings, Trainer, contrastive_loss
 
@@ -181,3 +182,18 @@ def test_a_stopped_run_keeps_its_steps_and_says_so(tmp_path: Path) -> None:
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
     assert not list((tmp_path / "cut").glob(".*"))
+
+
+def test_one_process_at_a_time_trains_into_a_folder(tmp_path: Path) -> None:
+    trainer = Trainer(small(tmp_path))
+    with claimed(tmp_path, "training into"):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                trainer.run()
+            except UserError as error:
+                code = 0 if "another process is training into it" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
