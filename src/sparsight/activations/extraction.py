@@ -1,6 +1,6 @@
 """From images to an activation store: what to extract, and where it may go.
 
-How shards are filled and committed stands in `writer`.
+How shards are filled stands in `shard_buffer`, how they are committed in `writer`.
 """
 
 from __future__ import annotations
