@@ -9,11 +9,11 @@ the command line prints the notes.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -137,7 +137,12 @@ def keeping(keep: Callable[[], None]) -> Iterator[None]:
 
 
 def kept(
-    done: int, total: int, unit: str, *, where: Path | None = None, complete: bool = False
+    done: int,
+    total: int,
+    unit: str,
+    *,
+    where: os.PathLike[str] | None = None,
+    complete: bool = False,
 ) -> str:
     """What a run that was stopped says of the work that lies on disk.
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import sparsight
 from sparsight.cli.verbs import HELP, guess, listed, run
-from sparsight.errors import SparsightError, is_out_of_memory, out_of_memory
+from sparsight.errors import SparsightError, UserError, is_out_of_memory, out_of_memory
 from sparsight.interruption import STOPS, Terminated, raise_terminated
+from sparsight.plugins import VERB_PLUGINS, all_plugins, name_clash, plugin_named
 
 VERBS = {
     "demo": "everything below at once, on rendered pictures: minutes, offline, no GPU",
@@ -64,14 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sparsight {sparsight.__version__}")
         return 0
     verb, *rest = given
-    if verb not in VERBS:
-        return _complain(
-            f"There is no verb {verb!r}.{guess(verb, VERBS)} `sparsight --help` lists them."
-        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, raise_terminated)
     try:
-        run(verb, rest)
+        _run(verb, rest)
         if arguments is None:
             _let_exit()
     except SystemExit as stop:
@@ -88,6 +85,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _told(error)
     return 0
+
+
+def _run(verb: str, arguments: Sequence[str]) -> None:
+    """Run a verb of Sparsight's own, or one that another package registers.
+
+    Raises:
+        UserError: there is no such verb.
+    """
+    if verb in VERBS:
+        run(verb, arguments)
+        return
+    plugin = plugin_named(VERB_PLUGINS, verb)
+    if plugin is None:
+        known = [*VERBS, *(other.name for other in all_plugins(VERB_PLUGINS))]
+        raise UserError(
+            f"There is no verb {verb!r}.{guess(verb, known)} `sparsight --help` lists them."
+        )
+    plugin.call(arguments)
 
 
 def _told(error: Exception) -> int:
@@ -135,11 +150,20 @@ def _help() -> str:
     return (
         "usage: sparsight VERB [OPTIONS]\n\n"
         "Open up CLIP and other vision transformers with sparse autoencoders.\n\n"
-        f"verbs:\n{listed(VERBS)}\n\n"
+        f"verbs:\n{listed(VERBS)}\n\n{_outside()}"
         "`sparsight VERB --help` shows examples and the options that matter most, `--help-all`\n"
         "every option. Each verb reads its options from `--config FILE.toml`, too. `--traceback`\n"
         "shows where an error came from."
     )
+
+
+def _outside() -> str:
+    """The verbs of other packages, none of which is imported for this."""
+    lines = []
+    for plugin in all_plugins(VERB_PLUGINS):
+        about = name_clash(plugin, VERBS) or plugin.summary
+        lines.append(f"  {plugin.name}  {plugin.package}: {about}")
+    return "\n".join(["verbs of other packages:", *lines, "", ""]) if lines else ""
 
 
 def _interrupted(stop: BaseException, what: str) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 HELP = ("-h", "--help", "help")
 
@@ -15,9 +14,11 @@ def listed(verbs: Mapping[str, str]) -> str:
     return "\n".join(f"  {verb:<{width}}  {text}" for verb, text in verbs.items())
 
 
-def guess(verb: str, verbs: Mapping[str, str]) -> str:
+def guess(verb: str, verbs: Iterable[str]) -> str:
     """What may have been meant, as a sentence after a space; nothing if no verb is close."""
-    close = difflib.get_close_matches(verb, verbs, n=1)
+    import difflib  # takes a while to load, and --help does without it
+
+    close = difflib.get_close_matches(verb, list(verbs), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -7,6 +7,16 @@ nobody vouches for are read by `sparsight.reading`, `tensor_files` and `pickles`
 
 from sparsight.formats.base import Candidate, Foreign, Format
 from sparsight.formats.loading import load
-from sparsight.formats.registry import FORMATS, find, read, recognise
+from sparsight.formats.registry import FORMATS, find, formats, read, recognise
 
-__all__ = ["FORMATS", "Candidate", "Foreign", "Format", "find", "load", "read", "recognise"]
+__all__ = [
+    "FORMATS",
+    "Candidate",
+    "Foreign",
+    "Format",
+    "find",
+    "formats",
+    "load",
+    "read",
+    "recognise",
+]

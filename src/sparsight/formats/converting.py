@@ -13,13 +13,12 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
 from sparsight.folders import new_folder
-from sparsight.formats.registry import FORMATS, find, read
+from sparsight.formats.registry import OWN, find, formats, read
 from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.files import load_own, save
 from sparsight.sae.precision import wide
 from sparsight.sae.sparsity import TopK
 
-OWN = "sparsight"
 COMPARED = 256
 """Vectors that the written SAE is compared on."""
 TOLERANCE = 1e-4
@@ -55,7 +54,7 @@ def convert(
         SparsightError: it could not be written, or what was read back differs.
     """
     out = Path(out)
-    writers = [OWN, *(each.name for each in FORMATS if each.can_save)]
+    writers = [OWN, *(format.name for format in formats() if format.can_save)]
     if to not in writers:
         raise UserError(f"{to!r} is no format that can be written, only: {', '.join(writers)}.")
     written = _without_relu(sae) if approximate else sae

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 from sparsight.errors import SparsightError, UserError
@@ -19,6 +21,7 @@ from sparsight.formats.saelens import SAELens
 from sparsight.formats.saev import Saev
 from sparsight.formats.sparsify import Sparsify
 from sparsight.formats.visaebench import VisAEBench
+from sparsight.plugins import FORMAT_PLUGINS, Plugin, plugin_named, usable_plugins, warn_once
 
 FORMATS: tuple[Format, ...] = (
     Saev(),
@@ -35,19 +38,35 @@ FORMATS: tuple[Format, ...] = (
     Overcomplete(),
     DictionaryLearning(),
 )
-"""In the order in which they are asked whether they recognise some files."""
+"""Those of Sparsight itself, in the order in which they are asked whether they recognise files."""
+
+OWN = "sparsight"
+"""The name of our own format, which no `Format` stands for."""
+
+
+def formats() -> tuple[Format, ...]:
+    """All formats: Sparsight's own, then those that other packages register.
+
+    One that cannot be had is left out, and the logger "sparsight" tells why.
+    """
+    return (*FORMATS, *_outside())
 
 
 def find(name: str) -> Format:
     """The format of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several packages register one.
+        SparsightError: the package that registers it is broken.
     """
-    for each in FORMATS:
-        if each.name == name:
-            return each
-    raise UserError(f"{name!r} is no format; there are {', '.join(e.name for e in FORMATS)}.")
+    for format in FORMATS:
+        if format.name == name:
+            return format
+    plugin = plugin_named(FORMAT_PLUGINS, name)
+    if plugin is not None:
+        return _made(plugin)
+    names = ", ".join(format.name for format in formats())
+    raise UserError(f"{name!r} is no format; there are {names}.")
 
 
 def recognise(found: Candidate) -> Format:
@@ -58,20 +77,24 @@ def recognise(found: Candidate) -> Format:
         SparsightError: a file is damaged.
     """
     first: SparsightError | None = None
-    for each in FORMATS:
+    for format in itertools.chain(FORMATS, _outside()):
         try:
-            if each.recognises(found):
-                return each
+            if format.recognises(found):
+                return format
         except SparsightError as error:
             first = first or error
         except Exception as error:
-            first = first or _misfit(found, each, error)
+            if format in FORMATS:
+                first = first or _misfit(found, format, error)
+            else:  # lest one package hide what else is known of the files
+                fault = f"{type(error).__name__}: {error}"
+                warn_once(f"{found.name}: {format.title} failed to tell its files ({fault}).")
     if first is not None:
         raise first
     found.check_below()
     raise UserError(
         f"{found.name}: holds no SAE in a format that Sparsight reads "
-        f"({', '.join(each.title for each in FORMATS)}). {_inventory(found)}"
+        f"({', '.join(format.title for format in formats())}). {_inventory(found)}"
     )
 
 
@@ -99,6 +122,33 @@ def read(path: Path, name: str | None = None) -> Foreign:
         raise _misfit(found, format, error) from error
 
 
+def _outside() -> Iterator[Format]:
+    """The formats of other packages, each loaded when its turn comes."""
+    for plugin in usable_plugins(FORMAT_PLUGINS, {OWN, *(each.name for each in FORMATS)}).values():
+        try:
+            yield _made(plugin)
+        except SparsightError as error:
+            warn_once(str(error))
+
+
+def _made(plugin: Plugin) -> Format:
+    """A format that another package registers: a class, or an instance of one.
+
+    Raises:
+        SparsightError: it cannot be loaded, or is no format, or calls itself something else.
+    """
+    value = plugin.load()
+    try:
+        format = value() if isinstance(value, type) else value
+    except Exception as error:
+        raise plugin.fault(f"cannot be made ({type(error).__name__}: {error})") from error
+    if not isinstance(format, Format):
+        raise plugin.fault("is no sparsight.formats.Format")
+    if format.name != plugin.name:
+        raise plugin.fault(f"calls itself {format.name!r}; the two names must be the same")
+    return format
+
+
 def _misfit(found: Candidate, format: Format, error: Exception) -> SparsightError:
     """For files nobody vouches for: a wrong type or shape may come up at any place."""
     told = str(error).strip().partition("\n")[0]
@@ -118,6 +168,3 @@ def _inventory(found: Candidate) -> str:
         kept = ", ".join(each[:60] for each in keys[:12]) + (", …" if len(keys) > 12 else "")
         parts.append(f"{file} has {kept or 'no names at its top'}")
     return f"Found: {'; '.join(parts)}."
-
-
-__all__ = ["FORMATS", "Candidate", "Foreign", "Format", "find", "read", "recognise"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sparsight.config import check_seed
@@ -24,14 +24,13 @@ from sparsight.images.selection import (
 from sparsight.images.source import ImageSource
 from sparsight.images.tar_shards import TarShardImages
 from sparsight.images.writing import parse_written, written
+from sparsight.plugins import SOURCE_PLUGINS, Plugin, plugin_named, usable_plugins
 from sparsight.text import path_of
 
 KINDS = (
     "a folder, 'webdataset:PATH-{000..127}.tar', 'parquet:FILE-or-FOLDER', 'hf:NAME[:SPLIT]', "
     "'calibration[:N[:SEED[:single]]]', or 'written:KIND?of=SOURCE'"
 )
-RESERVED = ("webdataset", "parquet", "hf", "calibration", "written")
-"""Words that never stand for a folder; a folder of that name is written `./calibration`."""
 
 
 def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = None) -> ImageSource:
@@ -68,7 +67,7 @@ def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = No
         return spec
     text = str(spec) if isinstance(spec, Path) or _is_there(str(spec)) else spec.strip()
     if not text:
-        raise UserError(f"No images named. Expected {KINDS}.")
+        raise UserError(f"No images named. Expected {_kinds()}.")
     if isinstance(spec, Path) and os.path.lexists(path_of(spec)):
         return _open_path(spec, table)
     return _open(text, table)
@@ -111,7 +110,7 @@ def reopen_images(
 def _open(text: str, table: str | Path | None) -> ImageSource:
     """Open a spec: what is to the right applies to what is to the left of it."""
     kind = text.partition(":")[0]
-    if kind not in RESERVED and _is_there(text):
+    if kind not in OPENERS and _is_there(text):
         return _open_whole(text, table)
     rest, parts = split_selection(text)
     if parts is not None and not _exists(text.partition(":")[2]):
@@ -154,30 +153,64 @@ def _exists(text: str) -> bool:
 
 
 def _open_whole(text: str, table: str | Path | None) -> ImageSource:
-    kind, _, rest = text.partition(":")
-    if kind in RESERVED:
+    kind = text.partition(":")[0]
+    if kind in OPENERS:
         _refuse_table(table, text)
-    if kind == "calibration":
-        return _open_calibration(text)
-    if kind == "written":
-        return _open_written(text)
-    if kind in RESERVED:
-        if not rest:
-            raise UserError(f"{text!r}: nothing after {kind!r}. Expected {KINDS}.")
-        if kind == "webdataset":
-            return TarShardImages(rest)
-        return ParquetImages(path_of(rest).expanduser()) if kind == "parquet" else _open_hf(rest)
+        return OPENERS[kind](text)
+    plugin = None if kind == text or _is_there(text) else plugin_named(SOURCE_PLUGINS, kind)
+    if plugin is not None:
+        _refuse_table(table, text)
+        return _open_outside(plugin, text)
     folder, mark, named = text.partition("?table=")
     if mark and table is None and not _exists(text):
         return _open_path(Path(folder), named)
     return _open_path(Path(text), table)
 
 
-def _open_written(text: str) -> ImageSource:
+def _open_outside(plugin: Plugin, text: str) -> ImageSource:
+    """Open a source of another package.
+
+    Raises:
+        SparsightError: the package fails, or gives something else than a source.
+    """
+    source = plugin.call(text)
+    if not isinstance(source, ImageSource):
+        raise plugin.fault(f"gave {type(source).__name__}, which is no ImageSource, for {text}")
+    return source
+
+
+def open_webdataset(text: str) -> ImageSource:
+    """Open `webdataset:PATH-{000..127}.tar`."""
+    return TarShardImages(_after_kind(text))
+
+
+def open_parquet(text: str) -> ImageSource:
+    """Open `parquet:FILE-or-FOLDER`."""
+    return ParquetImages(path_of(_after_kind(text)).expanduser())
+
+
+def open_hf(text: str) -> ImageSource:
+    """Open `hf:NAME[:SPLIT]`."""
+    rest = _after_kind(text)
+    if path_of(rest).is_dir():
+        return HuggingFaceImages(str(path_of(rest)))
+    name, colon, split = rest.rpartition(":")
+    return HuggingFaceImages(name, split) if colon and name else HuggingFaceImages(rest)
+
+
+def open_written(text: str) -> ImageSource:
+    """Open `written:KIND?of=SOURCE`."""
     inner, kind, style, options = parse_written(text)
     n, by_label = options.pop("sample", None), options.pop("by_label", False)
     source = written(open_images(inner), kind, style, **options)
     return source if n is None else _sampled(source, Sample(n, source.seed, by_label))
+
+
+def _after_kind(text: str) -> str:
+    kind, _, rest = text.partition(":")
+    if not rest:
+        raise UserError(f"{text!r}: nothing after {kind!r}. Expected {_kinds()}.")
+    return rest
 
 
 def _open_path(path: Path, table: str | Path | None) -> ImageSource:
@@ -191,14 +224,15 @@ def _open_path(path: Path, table: str | Path | None) -> ImageSource:
     if path.suffix.lower() == ".tar":
         return TarShardImages(str(path))
     if path.exists():
-        raise UserError(f"{path}: is a file. Expected {KINDS}.")
+        raise UserError(f"{path}: is a file. Expected {_kinds()}.")
     brackets = f" A selection ends the text, e.g. {SELECTION_FORM}." if "[" in path.name else ""
     raise UserError(
-        f"{path}: no such folder, and no other kind of source. Expected {KINDS}.{brackets}"
+        f"{path}: no such folder, and no other kind of source. Expected {_kinds()}.{brackets}"
     )
 
 
-def _open_calibration(text: str) -> CalibrationImages:
+def open_calibration(text: str) -> CalibrationImages:
+    """Open `calibration[:N[:SEED[:single]]]`."""
     match = re.fullmatch(r"calibration(?::([0-9]{1,18})(?::([0-9]{1,20})(:single)?)?)?", text)
     if match is None:
         raise UserError(
@@ -212,13 +246,23 @@ def _open_calibration(text: str) -> CalibrationImages:
     return CalibrationImages(n_scenes, seed, single=match[3] is not None)
 
 
-def _open_hf(rest: str) -> HuggingFaceImages:
-    if path_of(rest).is_dir():
-        return HuggingFaceImages(str(path_of(rest)))
-    name, colon, split = rest.rpartition(":")
-    return HuggingFaceImages(name, split) if colon and name else HuggingFaceImages(rest)
-
-
 def _refuse_table(table: str | Path | None, spec: str) -> None:
     if table is not None:
         raise UserError(f"{spec}: table= goes with a folder of images only.")
+
+
+def _kinds() -> str:
+    """Everything that opens, for messages."""
+    outside = [f"'{name}:…'" for name in usable_plugins(SOURCE_PLUGINS, OPENERS)]
+    return KINDS if not outside else f"{KINDS}, or of other packages {', '.join(outside)}"
+
+
+OPENERS: Mapping[str, Callable[[str], ImageSource]] = {
+    "webdataset": open_webdataset,
+    "parquet": open_parquet,
+    "hf": open_hf,
+    "calibration": open_calibration,
+    "written": open_written,
+}
+"""By the word before the colon, which never stands for a folder; a folder of that name is written
+`./calibration`. Other packages add to these, see `sparsight.plugins`."""
