@@ -49,6 +49,7 @@ def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = No
               `single` those of one object and no word.
             - `written:KIND?of=SOURCE&size=0.2`: another source with words on its labelled pictures
               (`WrittenImages`); what stands behind `=` is escaped as in a web address.
+            - `KIND:…` of a kind that another package registers (docs/extending.md).
 
             Each may end in a selection, `[0:100]`, `[::4]`, `[-100:]` or `[0:1000:10,2000]`, and
             in a seeded random sample, `?sample=1000&seed=0`, or `?sample=1000&by=label&seed=0`
