@@ -43,7 +43,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """What is installed is looked up anew, before the test and after it."""
+    """What is installed is looked up again, before the test and after it."""
     caches = (plugins.all_plugins, plugins.warn_once)
     for cache in caches:
         cache.cache_clear()
@@ -208,12 +208,12 @@ def test_no_package_takes_a_name_of_sparsights_own(register, tmp_path, capsys, c
     entry_points = "[sparsight.formats]\nsaev = taking:Own\n[sparsight.sources]\nhf = taking:own\n"
     register("taking-names", entry_points + "[sparsight.verbs]\ntrain = taking:main\n")
     assert formats() == FORMATS
-    assert "'saev' of the package taking-names 2.0 is left out: Sparsight has one" in caplog.text
+    assert "'saev' of the package taking-names 2.0 is left out: Sparsight itself has" in caplog.text
     assert type(find("saev")).__module__ == "sparsight.formats.saev"
     assert main(["train", "--help"]) == 0
     assert "usage: sparsight train" in capsys.readouterr().out
     assert main([]) == 2
-    listing = "  train  taking-names 2.0: is left out: Sparsight has one of that name itself"
+    listing = "  train  taking-names 2.0: left out: Sparsight itself has one of that name"
     assert listing in capsys.readouterr().out
 
 
@@ -223,13 +223,15 @@ def test_of_two_packages_with_the_same_name_neither_is_chosen(register, capsys, 
             package, "[sparsight.formats]\nzoo = zoo:Zoo\n[sparsight.sources]\nzoo = zoo:zoo\n"
         )
     for use in (lambda: find("zoo"), lambda: open_images("zoo:1")):
-        with pytest.raises(UserError, match=r"several packages .*: one-zoo 2.0 and two-zoo 2.0"):
+        with pytest.raises(
+            UserError, match=r"several packages register 'zoo' .*: one-zoo 2.0 and two-zoo 2.0"
+        ):
             use()
     assert formats() == FORMATS
     assert "one-zoo 2.0 is left out: two-zoo 2.0 registers that name, too" in caplog.text
 
 
-def test_damaged_metadata_of_one_package_are_told_and_the_others_count(
+def test_damaged_metadata_of_one_package_do_not_hide_the_others(
     register, menagerie, tmp_path, caplog
 ):
     register("damaged-zoo", "[sparsight.sources]\nno equals sign\n")

@@ -139,7 +139,7 @@ def _leave_the_branch(repository: Path) -> None:
         ("", None, "which version?"),
     ],
 )
-def test_what_stands_against_a_release_is_told_and_nothing_changes(
+def test_a_release_that_cannot_be_cut_says_why_and_changes_nothing(
     repository, version, prepare, told
 ):
     if prepare is not None:

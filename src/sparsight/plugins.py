@@ -61,7 +61,8 @@ class Plugin(NamedTuple):  # a dataclass takes longer to import than all the res
         """Load it and call it.
 
         Raises:
-            SparsightError: it cannot be loaded, or fails in a way that tells users nothing.
+            SparsightError: it cannot be loaded, or fails with an error that only its author
+                understands.
         """
         function = self.load()
         try:
@@ -75,16 +76,16 @@ class Plugin(NamedTuple):  # a dataclass takes longer to import than all the res
     def fault(self, what: str) -> SparsightError:
         """An error that names the package; `what` says what is wrong, as the end of a sentence."""
         return SparsightError(
-            f"{self.name!r} of the package {self.package} {what}. It is registered as "
-            f"{self.group!r} = {self.target}. Update or uninstall that package."
+            f"{self.name!r} of the package {self.package} {what}. Its entry point is "
+            f"{self.target} in {self.group!r}. Update or uninstall the package."
         )
 
 
 @cache
 def all_plugins(group: str) -> tuple[Plugin, ...]:
-    """Everything that other packages register in a group, in the order of packages and names.
+    """Everything that other packages register in a group, sorted by package and name.
 
-    A package whose metadata are damaged is left out, and the logger "sparsight" tells that.
+    A package whose metadata are damaged is left out, and the logger "sparsight" warns of it.
     """
     by_package: dict[str, list[Plugin]] = {}
     for folder in _mentioning(group):
@@ -98,13 +99,13 @@ def all_plugins(group: str) -> tuple[Plugin, ...]:
 
 
 def usable_plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
-    """By name, what other packages register in a group, without names that are not theirs to take.
+    """By name, what other packages register in a group, without names that are already taken.
 
-    What is left out is told to the logger "sparsight", each package once.
+    The logger "sparsight" warns of each plug-in that is left out, once.
 
     Args:
         group: of the entry points.
-        own: names of Sparsight's own, which stay.
+        own: Sparsight's own names in the group.
     """
     kept: dict[str, Plugin] = {}
     for plugin in all_plugins(group):
@@ -112,7 +113,7 @@ def usable_plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
         if problem is None:
             kept[plugin.name] = plugin
         else:
-            warn_once(str(plugin.fault(problem)))
+            warn_once(str(plugin.fault(f"is {problem}")))
     return kept
 
 
@@ -121,20 +122,20 @@ def name_clash(plugin: Plugin, own: Collection[str]) -> str | None:
 
     Args:
         plugin: an entry point.
-        own: names of Sparsight's own in its group.
+        own: Sparsight's own names in its group.
     """
     if plugin.name in own:
-        return "is left out: Sparsight has one of that name itself"
+        return "left out: Sparsight itself has one of that name"
     others = [
         other.package
         for other in all_plugins(plugin.group)
         if other.name == plugin.name and other != plugin
     ]
-    return f"is left out: {' and '.join(others)} registers that name, too" if others else None
+    return f"left out: {' and '.join(others)} registers that name, too" if others else None
 
 
 def plugin_named(group: str, name: str) -> Plugin | None:
-    """What other packages register under a name; None if nothing.
+    """The plug-in of a name; None if no package registers one.
 
     Raises:
         UserError: several packages do.
@@ -143,7 +144,7 @@ def plugin_named(group: str, name: str) -> Plugin | None:
     if len(plugins) > 1:
         packages = " and ".join(plugin.package for plugin in plugins)
         raise UserError(
-            f"{name!r} is registered by several packages as one of {group!r}: {packages}. "
+            f"several packages register {name!r} in {group!r}: {packages}. "
             "Uninstall all but one of them."
         )
     return plugins[0] if plugins else None

@@ -91,7 +91,7 @@ def _run(verb: str, arguments: Sequence[str]) -> None:
     """Run a verb of Sparsight's own, or one that another package registers.
 
     Raises:
-        UserError: there is no such verb.
+        UserError: no verb has this name.
     """
     if verb in VERBS:
         run(verb, arguments)

@@ -47,7 +47,7 @@ OWN = "sparsight"
 def formats() -> tuple[Format, ...]:
     """All formats: Sparsight's own, then those that other packages register.
 
-    One that cannot be had is left out, and the logger "sparsight" tells why.
+    A format that cannot be loaded is left out, and the logger "sparsight" says why.
     """
     return (*FORMATS, *_outside())
 
@@ -86,9 +86,9 @@ def recognise(found: Candidate) -> Format:
         except Exception as error:
             if format in FORMATS:
                 first = first or _misfit(found, format, error)
-            else:  # lest one package hide what else is known of the files
+            else:  # a faulty package must not hide what the other formats say
                 fault = f"{type(error).__name__}: {error}"
-                warn_once(f"{found.name}: {format.title} failed to tell its files ({fault}).")
+                warn_once(f"{found.name}: {format.title} failed to look at it ({fault}).")
     if first is not None:
         raise first
     found.check_below()
@@ -132,7 +132,7 @@ def _outside() -> Iterator[Format]:
 
 
 def _made(plugin: Plugin) -> Format:
-    """A format that another package registers: a class, or an instance of one.
+    """The format that a plug-in names, by its class or an instance.
 
     Raises:
         SparsightError: it cannot be loaded, or is no format, or calls itself something else.
