@@ -24,6 +24,9 @@ CHANGELOG = """# Changes
 
 The first release.
 """
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+"""In a hook of git, these would name the repository of the hook."""
+
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="there is no git here")
 
 
@@ -42,9 +45,10 @@ def repository(tmp_path: Path) -> Path:
 
 
 def git(repository: Path, *arguments: str) -> str:
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(repository), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=outside).stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=ENVIRONMENT
+    ).stdout
 
 
 def commit(repository: Path) -> None:
@@ -54,7 +58,8 @@ def commit(repository: Path) -> None:
 
 def release(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(repository / "tools/release.py"), *arguments]
-    return subprocess.run([*command, "--date", "2031-02-03"], capture_output=True, text=True)
+    command += ["--date", "2031-02-03"]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
 
 
 def state(repository: Path) -> tuple[str, str, str]:
