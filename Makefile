@@ -32,7 +32,7 @@ help:
 	@echo "make demo         train and look at sparse autoencoders of a small CLIP, in minutes"
 	@echo "make test         run the quick tests, in a process for each core (WORKERS=N for N)"
 	@echo "make test-slow    run all tests"
-	@echo "make lint         style, types, import rules"
+	@echo "make lint         style, types, import rules, English"
 	@echo "make format       put the code into the house style"
 	@echo "make docs         build the documentation into site/"
 	@echo "make bench        measure world, remedies for dead latents, attacks, fine-tuning and search;"
@@ -62,6 +62,7 @@ lint: $(VENV)/.developer
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/english.py
 
 format: $(VENV)/.developer
 	$(BIN)/ruff check --fix $(CODE)
