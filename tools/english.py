@@ -1,7 +1,7 @@
 """Find phrases that a native speaker would stumble over, and say what to write instead.
 
 `python tools/english.py` reads the sources, the documentation and the names of the tests, prints
-one line per phrase that it finds (`file:line: 'phrase': write …`) and exits with 1 if there are any.
+one line per phrase that it finds (`file:line: 'phrase': write …`) and exits with 1 if it finds any.
 The list is short on purpose: a phrase belongs here only if it is wrong wherever it stands. What is
 right in one place all the same is in `EXCEPTIONS`, with the reason.
 """
@@ -106,7 +106,7 @@ PATTERNS = (
         "Broken files are told at the end.",
     ),
     Pattern(
-        r"\b[Ss]o many\b(?! (?:that|as)\b)|\b[Aa]t least so (?:much|many)\b",
+        r"\b[Ss]o many\b(?! (?:\w+ )?(?:that|as)\b)|\b[Aa]t least so (?:much|many)\b",
         "the number: “this many”, “`n` images”",
         "Read so many images.",
     ),
@@ -132,8 +132,8 @@ EXCEPTIONS = (
     ("src/sparsight/publishing/*", "?icture*", "drawings of a latent, one PNG each; a public name"),
 )
 
-# Files that nobody has rewritten yet: nothing in them is reported. Delete each line once it is done,
-# and at last this list.
+# Files that nobody has rewritten yet: nothing in them is reported. Delete each line once it is
+# done, and at last this list.
 TO_DO = (
     "CHANGELOG.md",
     "README.md",
@@ -192,7 +192,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _readable(path: Path) -> str:
-    """The text of a file that is checked; names of tests are sentences, past releases are history."""
+    """The text of a file: names of tests as sentences, and a changelog without past releases."""
     text = path.read_text(encoding="utf-8")
     if path.name == "CHANGELOG.md":
         unreleased = re.match(r"(?s).*?^## .*?(?=^## |\Z)", text, re.MULTILINE)
