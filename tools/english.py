@@ -129,6 +129,7 @@ EXCEPTIONS = (
     ("tests/test_english.py", "*", "quotes the phrases"),
     ("src/sparsight/calibration/captions.py", "?icture*", "captions that CLIP was trained on"),
     ("src/sparsight/images/columns.py", "picture", "the name of a column"),
+    ("src/sparsight/compat/clipscope.py", "pictures", "the name of a public argument"),
     ("src/sparsight/publishing/*", "?icture*", "drawings of a latent, one PNG each; a public name"),
 )
 

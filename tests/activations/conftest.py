@@ -27,7 +27,7 @@ def model(clip_folder: Path) -> VisionModel:
 
 @pytest.fixture
 def own_model(clip_folder: Path) -> VisionModel:
-    """One whose weights a test may spoil."""
+    """A model whose weights a test may change."""
     return load_model(str(clip_folder), device="cpu")
 
 
@@ -60,5 +60,5 @@ def kept_store(
 
 @pytest.fixture
 def own_store(kept_store: ActivationStore, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(kept_store.path, tmp_path / "store"))

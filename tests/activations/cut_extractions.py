@@ -1,4 +1,4 @@
-"""Runs extractions that are cut off at chosen points, and tells what the stores then hold.
+"""Runs extractions that are cut off at chosen points, and prints what the stores then hold.
 
 Run as a program, with the folders of a model, of photos and of the stores: imports are paid once,
 and each extraction is a fork that dies on its own. Prints JSON.

@@ -1,4 +1,4 @@
-"""Stops `sparsight extract` by signals at random moments, and tells what each left.
+"""Stops `sparsight extract` by signals at random moments, and prints what each left.
 
 Run as a program, with the folders of a model, of photos and of the stores, the number of stops, the
 signal and the number of workers: imports are paid once, and each extraction is a fork of its own.

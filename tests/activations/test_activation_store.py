@@ -209,7 +209,7 @@ def test_a_negative_block_counts_from_the_end(kept_store: ActivationStore) -> No
         kept_store.d_in("blocks.-9.resid_post")
 
 
-def test_a_fingerprint_tells_other_vectors(
+def test_other_vectors_have_another_fingerprint(
     model: VisionModel, kept_store: ActivationStore, photos: ImageSource, tmp_path: Path
 ) -> None:
     def made(name: str, images: ImageSource, **options: Any) -> str:
@@ -257,7 +257,7 @@ def test_a_view_of_positions_that_a_store_does_not_hold_is_refused(
 ) -> None:
     assert kept_store.with_tokens("all") is kept_store
     assert kept_store.with_tokens("cls").with_tokens("cls").tokens == "cls"
-    with pytest.raises(UserError, match=r"tokens is 'all', the activations are of 'cls'"):
+    with pytest.raises(UserError, match=r"tokens is 'all', but the activations are of 'cls'"):
         kept_store.with_tokens("cls").with_tokens("all")
     with pytest.raises(UserError, match="tokens is 'heads'"):
         kept_store.with_tokens("heads")

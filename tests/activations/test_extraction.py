@@ -202,7 +202,7 @@ def test_a_store_of_another_model_preprocessing_or_images_is_refused(
         extract(model, photos.subset(0, 22), out=tmp_path / "s", **SETTINGS)
 
 
-def test_a_finished_store_is_given_back_untouched_whatever_the_batch(
+def test_a_finished_store_is_returned_untouched_whatever_the_batch(
     model: VisionModel, photos: ImageSource, tmp_path: Path
 ) -> None:
     first = extract(model, photos, out=tmp_path / "s", **SETTINGS)
@@ -328,7 +328,7 @@ def test_two_processes_do_not_write_one_store(
     extract(model, photos, out=tmp_path / "s", **SETTINGS).verify()
 
 
-def test_a_picture_whose_label_cannot_be_read_is_recorded_as_failed(
+def test_an_image_whose_label_cannot_be_read_is_recorded_as_failed(
     model: VisionModel, tmp_path: Path
 ) -> None:
     with_damaged_labels(tmp_path / "x.parquet")
@@ -408,7 +408,7 @@ def test_a_full_disk_leaves_the_store_whole_and_more_room_continues_it(
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_scaled_jpegs_are_part_of_a_stores_identity_and_their_whole_size_is_told(
+def test_scaled_jpegs_are_part_of_a_stores_identity_and_their_whole_size_is_recorded(
     clip_folder: Path, tmp_path: Path
 ) -> None:
     photos = tmp_path / "photos"

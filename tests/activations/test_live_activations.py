@@ -50,7 +50,7 @@ def test_statistics_are_exact_for_few_images_and_a_sample_of_many(
 
 
 @pytest.mark.parametrize("window_bytes", [1, FOUR_IMAGES, 1 << 30])
-def test_every_vector_comes_once_an_epoch(
+def test_every_vector_comes_once_per_epoch(
     model: VisionModel, photos: ImageSource, window_bytes: int
 ) -> None:
     live = LiveActivations(model, photos, SITES, workers=0, batch_size=1, window_bytes=window_bytes)
@@ -98,7 +98,7 @@ def test_images_that_fit_in_a_window_go_through_the_model_once(
     assert not torch.equal(first, second)
 
 
-def test_broken_images_are_left_out_told_of_and_counted(
+def test_broken_images_are_left_out_reported_and_counted(
     model: VisionModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = open_images(str(save_photos(tmp_path / "photos", broken=(2, 9))))
@@ -124,7 +124,7 @@ def test_too_many_broken_images_stop(model: VisionModel, tmp_path: Path) -> None
         path.write_bytes(b"no picture")
     images = open_images(str(tmp_path / "photos"))
     live = LiveActivations(model, images, SITES, workers=0, max_failed=1)
-    with pytest.raises(SparsightError, match="Not one image of a whole epoch"):
+    with pytest.raises(SparsightError, match="No image of a whole epoch"):
         next(live.stream(SITES, 10))
 
 

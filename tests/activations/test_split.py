@@ -45,7 +45,7 @@ def test_a_store_and_live_activations_are_split_alike_whatever_the_tokens(
         assert held.tokens == source.tokens
 
 
-def test_a_view_of_live_activations_reads_its_images_alone(
+def test_a_view_of_live_activations_reads_only_its_images(
     model: VisionModel, photos: ImageSource
 ) -> None:
     live = LiveActivations(model, photos, [BLOCK_1], workers=0)
@@ -85,7 +85,7 @@ def test_it_is_known_whether_images_were_seen_in_training(kept_store: Activation
         assert seen_in_training({"images": trained}, kept_store) is told
     grown = {**about, "held_out": {**split["held_out"], "n_images": 50}}
     assert seen_in_training(grown, held) is None
-    with pytest.raises(UserError, match=r"chosen among 50, here are \d+: nobody can tell"):
+    with pytest.raises(UserError, match=r"chosen among 50, but this source has \d+"):
         held_out_of(grown).split(kept_store)
 
 

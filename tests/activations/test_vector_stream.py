@@ -40,7 +40,7 @@ def equal(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
     return all(torch.equal(a[site], b[site]) for a, b in zip(one, other, strict=True) for site in a)
 
 
-def test_every_vector_comes_once_an_epoch_and_batches_reach_into_the_next(
+def test_every_vector_comes_once_per_epoch_and_batches_reach_into_the_next(
     windowed: ActivationStore,
 ) -> None:
     x = everything(windowed, BLOCK_1)
@@ -121,5 +121,5 @@ def test_numbers_out_of_range_are_refused(kept_store: ActivationStore, tmp_path:
         kept_store.stream([], 4)
     with pytest.raises(UserError, match="batch_images is 0"):
         kept_store.ordered([BLOCK_0], 0)
-    with pytest.raises(UserError, match="not one image"):
+    with pytest.raises(UserError, match="no images were read"):
         kept_store.select([]).stream([BLOCK_0], 4)

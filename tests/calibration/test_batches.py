@@ -35,7 +35,7 @@ def test_scenes_of_a_group_share_their_ground() -> None:
         assert (groups == groups[:, :1]).all()
 
 
-def test_the_truth_of_patches_and_of_the_scene_agree() -> None:
+def test_the_ground_truth_of_patches_and_of_the_scene_agree() -> None:
     batch = draw_batch(1, 2, 96, WorldConfig(writing=0.5))
     none = len(SYMBOLS)
     for row in range(96):
@@ -64,7 +64,7 @@ def test_the_world_grows_from_easy_to_itself() -> None:
     assert stages[3:] == [WorldConfig()] * 8
 
 
-def test_the_tokenizer_is_always_the_same_and_reads_everything_that_is_said() -> None:
+def test_the_tokenizer_is_always_the_same_and_reads_every_caption() -> None:
     one, again = make_tokenizer(), make_tokenizer()
     assert one.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
     assert len(one) <= VOCABULARY_SIZE

@@ -109,7 +109,7 @@ def test_there_are_enough_symbols_colours_and_patterns() -> None:
 
 
 @pytest.mark.parametrize("symbol", SYMBOLS)
-def test_every_symbol_is_drawn_and_is_no_box_of_a_missing_glyph(symbol: str) -> None:
+def test_every_symbol_is_drawn_and_is_not_the_box_of_a_missing_glyph(symbol: str) -> None:
     for size in (18, 36):
         glyph = _glyph(symbol, size)
         assert max(glyph.shape) == size
@@ -131,7 +131,7 @@ def test_no_two_symbols_look_alike() -> None:
     assert unlike.min() > 0.15
 
 
-def test_objects_stand_out_from_the_ground_and_lie_within_the_picture() -> None:
+def test_objects_stand_out_from_the_ground_and_lie_within_the_image() -> None:
     for index in range(len(WORLD)):
         scene = WORLD.scene(index)
         ground = np.array(COLOUR_VALUES[scene.background])
@@ -284,6 +284,6 @@ def test_every_word_is_written_in_letters_that_can_be_read(text: str) -> None:
     assert set(letter_coverage(writing)) == set(text)
 
 
-def test_a_text_too_wide_for_the_picture_is_refused() -> None:
+def test_a_text_too_wide_for_the_image_is_refused() -> None:
     with pytest.raises(UserError, match="too wide"):
         write_on(WORLD.scene(0), "incomprehensibilities", np.random.default_rng(0))

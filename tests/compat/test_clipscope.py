@@ -23,7 +23,7 @@ LOCATIONS = [(0, "resid"), (2, "resid")]
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A file as the published ones are, of an autoencoder for standardised activations."""
+    """A file like the published ones, of an autoencoder for standardised activations."""
     generator = torch.Generator().manual_seed(3)
     enc = torch.randn(D, N, generator=generator) / D**0.5
     state = {"pre_b": torch.randn(D, generator=generator) * 0.1, "enc": enc, "dec": enc.T / 2}
@@ -40,7 +40,7 @@ def vit(clip):
 
 
 @torch.no_grad()
-def test_activations_are_those_of_every_picture_of_a_batch(vit, clip, pictures):
+def test_activations_are_those_of_every_image_of_a_batch(vit, clip, pictures):
     model = CLIPModel.from_pretrained(clip).eval()
     pixels = CLIPImageProcessor.from_pretrained(clip)(pictures, return_tensors="pt")
     states = model.vision_model(**pixels, output_hidden_states=True).hidden_states
@@ -53,7 +53,7 @@ def test_activations_are_those_of_every_picture_of_a_batch(vit, clip, pictures):
     assert torch.equal(cls[(2, "resid")], found[(2, "resid")][:, 0])
 
 
-def test_the_package_itself_sees_the_same_in_the_first_picture_and_no_other(
+def test_the_package_itself_sees_the_same_in_the_first_image_and_no_other(
     vit, clip, pictures, tmp_path
 ):
     paths = [str(tmp_path / f"{number}.png") for number in range(2)]
@@ -63,12 +63,12 @@ def test_the_package_itself_sees_the_same_in_the_first_picture_and_no_other(
     theirs = peer("clipscope", "clipscope_sees", given, tmp_path)["activations"]
     ours = vit.all_activations(pictures[:2])
     for place in LOCATIONS:
-        # Since transformers 5 it hands out the first picture alone; before, all of them.
+        # Since transformers 5 it returns only the first image; before, all of them.
         first = theirs[place] if theirs[place].ndim == 2 else theirs[place][0]
         torch.testing.assert_close(ours[place][0], first, rtol=1e-4, atol=1e-4)
 
 
-def test_the_calibration_serves_whoever_loads_the_checkpoint(activations, checkpoint):
+def test_the_calibration_serves_anyone_who_loads_the_checkpoint(activations, checkpoint):
     ported = TopKSAE.from_pretrained(str(checkpoint), device="cpu")
     ported.calibrate(activations)
     sae = SparseAutoencoder.from_pretrained(checkpoint)
@@ -78,7 +78,7 @@ def test_the_calibration_serves_whoever_loads_the_checkpoint(activations, checkp
     torch.testing.assert_close(sae(x).x_hat, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_one_picture_alone_is_a_batch_of_one(vit, pictures):
+def test_one_image_alone_is_a_batch_of_one(vit, pictures):
     alone, together = vit.all_activations(pictures[0]), vit.all_activations(pictures)
     torch.testing.assert_close(alone[(0, "resid")], together[(0, "resid")][:1])
 
@@ -118,7 +118,7 @@ def test_forward_verbose_follows_the_formulas_bit_for_bit(checkpoint):
     assert torch.equal(sae(x)["latent"], latent)
 
 
-def test_negative_values_among_the_k_greatest_are_kept():
+def test_negative_values_among_the_k_largest_are_kept():
     sae = TopKSAE(k=N, n_features=N, d_in=D, device="cpu")
     latent = sae.forward_verbose(torch.randn(3, D))["latent"]
     assert (latent < 0).any() and (latent != 0).all()
@@ -188,7 +188,7 @@ def test_the_report_has_raw_and_calibrated_figures_by_the_evaluations_own_meter(
 
 
 @pytest.mark.unchecked
-def test_mistakes_are_told_in_one_sentence(vit, clip, checkpoint, tmp_path):
+def test_mistakes_are_reported_in_one_sentence(vit, clip, checkpoint, tmp_path):
     sae = TopKSAE.from_pretrained(str(checkpoint), device="cpu")
     with pytest.raises(UserError, match="flatten"):
         sae.forward_verbose(torch.zeros(2, 17, D))

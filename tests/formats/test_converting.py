@@ -82,7 +82,7 @@ def test_every_format_that_is_written_takes_its_usual_sae(to: str, tmp_path: Pat
     assert convert(_usual(to), to, tmp_path / "out").difference < 1e-5
 
 
-def test_a_part_without_an_equal_names_itself_and_leaves_no_files(tmp_path: Path) -> None:
+def test_an_unsupported_part_is_named_and_leaves_no_files(tmp_path: Path) -> None:
     sae = _sae(SAEConfig(48, sparsity=MatchingPursuit(4)))
     with pytest.raises(UserError, match="MatchingPursuit"):
         convert(sae, "sparsify", tmp_path / "out")
@@ -92,7 +92,7 @@ def test_a_part_without_an_equal_names_itself_and_leaves_no_files(tmp_path: Path
         convert(layer_norm, "sparsify", tmp_path / "out")
 
 
-def test_an_unknown_format_is_answered_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_format_is_refused_with_a_list_of_the_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sparsight, .*sparsify"):
         convert(_sae(SAEConfig(48)), "onnx", tmp_path / "out")
 
@@ -104,7 +104,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_what_reads_back_differently_is_told(
+def test_what_reads_back_differently_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sae = _sae(SAEConfig(48, sparsity=TopK(4)))

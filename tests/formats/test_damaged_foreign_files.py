@@ -313,7 +313,7 @@ def test_a_field_of_a_configuration_that_is_of_another_type_is_named(
 
 
 @pytest.mark.parametrize("format", [None, "saelens", "sparsify", "visaebench"])
-def test_tensors_of_too_many_axes_and_headers_that_are_none_are_one_line(
+def test_tensors_of_too_many_axes_and_invalid_headers_are_one_line(
     format: str | None, tmp_path: Path
 ) -> None:
     sae = SparseAutoencoder(6, SAEConfig(18, sparsity=TopK(3), normaliser="none"))

@@ -87,7 +87,7 @@ def test_checkpoints_within_a_run_find_its_configuration(tmp_path: Path) -> None
     assert read(tmp_path / "checkpoints" / "ae_100.pt").metadata["model"] == {"id": "clip"}
 
 
-def test_a_run_s_backup_gets_the_norm_of_its_activations_back(tmp_path: Path) -> None:
+def test_a_runs_checkpoint_gets_the_norm_of_its_activations_back(tmp_path: Path) -> None:
     before = read(_write(tmp_path)).build()
     inside = torch.load(tmp_path / "ae.pt")
     backup = {"step": 5, "ae": inside, "optimizer": {}, "config": {}, "norm_factor": 10.0}
@@ -110,7 +110,7 @@ def test_a_class_that_the_tensors_are_not_of_is_named(tmp_path: Path) -> None:
         read(_write(tmp_path, dict_class="AutoEncoder"))
 
 
-def test_k_that_is_no_number_is_named(tmp_path: Path) -> None:
+def test_k_that_is_not_a_number_is_named(tmp_path: Path) -> None:
     tensors = torch.load(_write(tmp_path, k="many") / "ae.pt")
     torch.save({**tensors, "k": torch.tensor([1, 2])}, tmp_path / "ae.pt")
     with pytest.raises(SparsightError, match="k is 'many'"):

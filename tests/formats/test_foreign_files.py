@@ -85,7 +85,7 @@ def test_codes_and_outputs_are_those_of_the_projects_own_formulas(name, massive,
         },
     }.items(),
 )
-def test_where_an_sae_belongs_is_told_in_our_words(name, expected, tmp_path):
+def test_where_an_sae_belongs_is_given_in_our_terms(name, expected, tmp_path):
     metadata = read(CASES[name](tmp_path)[0]).build().metadata
     assert {key: metadata.get(key) for key in expected} == expected
     assert metadata["source"]["format"] == name.split("_")[0].replace("fry", "patchsae")
@@ -116,7 +116,7 @@ def test_a_prisma_configuration_without_a_normaliser_is_read_with_its_default(tm
     assert "taken to be by layer_norm" in foreign.notes[0]
 
 
-def test_unknown_tensors_and_keys_are_told(tmp_path):
+def test_unknown_tensors_and_keys_are_reported(tmp_path):
     def unknown(name, path):
         (tmp_path / name).mkdir()
         return read(path(tmp_path / name)).unknown
@@ -133,7 +133,7 @@ def test_unknown_tensors_and_keys_are_told(tmp_path):
     assert unknown("d", lambda f: llamascopium_folder(f, state, **config)) == ("W_new",)
 
 
-def test_unknown_fields_of_configurations_are_told(tmp_path):
+def test_unknown_fields_of_configurations_are_reported(tmp_path):
     def unknown(name, path):
         (tmp_path / name).mkdir()
         return read(path(tmp_path / name)).unknown
@@ -276,7 +276,7 @@ def test_orientations_and_biases_hold_against_vectors_that_were_computed_by_hand
                 prisma_state(b_dec_out=numbers(D), W_skip=numbers(D, D)),
                 normalize_activations="layer_norm",
             ),
-            "reads the input as it was before 'layer_norm'",
+            "reads the input before 'layer_norm'",
         ),
         (lambda f: [openai_file(f / "o.pt", "Sine"), f / "o.pt"][1], "'Sine'"),
         (lambda f: msae_file(f / "renamed.pth", msae_state()), "Give the file the name back"),
@@ -309,7 +309,7 @@ def test_orientations_and_biases_hold_against_vectors_that_were_computed_by_hand
         ),
     ],
 )
-def test_what_sparsight_has_no_equal_of_is_refused_by_name(write, message, tmp_path):
+def test_an_unsupported_part_is_refused_by_name(write, message, tmp_path):
     with pytest.raises(UserError, match=message):
         read(write(tmp_path))
 
@@ -343,7 +343,7 @@ def test_files_whose_parts_contradict_one_another_are_faults(write, message, tmp
     assert caught.value.exit_code == 1
 
 
-def test_an_unknown_file_is_told_with_what_is_in_it(tmp_path):
+def test_an_unknown_file_is_refused_with_its_contents(tmp_path):
     torch.save({"gamma": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"CLIP-Scope.*MSAE.*other\.pt has gamma"):
         read(tmp_path)

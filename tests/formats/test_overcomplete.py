@@ -98,17 +98,21 @@ def test_thresholds_are_logarithms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "more", "message"),
     [
-        (None, {}, "does not tell its class"),
-        ({"class": "OMPSAE"}, {}, "OMPSAE has no equal"),
+        (None, {}, "does not state its class"),
+        ({"class": "OMPSAE"}, {}, "does not support overcomplete.s OMPSAE"),
         ({"class": "SAE"}, {"Q": torch.ones(3)}, "quantised"),
         ({"class": "TopKSAE"}, {}, "top_k is None"),
         ({"class": "BatchTopKSAE"}, {}, "running_threshold"),
-        ({"class": "SAE"}, {"encoder.mlp_blocks.0.0.weight": torch.ones(2, 2)}, "more layers"),
+        (
+            {"class": "SAE"},
+            {"encoder.mlp_blocks.0.0.weight": torch.ones(2, 2)},
+            "more than one layer",
+        ),
         ({"class": "SAE"}, {"encoder.final_block.1.weight": torch.ones(2)}, "layer norm"),
         ({"class": "SAE", "dictionary_params": {"normalization": "odd"}}, {}, "'odd'"),
     ],
 )
-def test_what_has_no_equal_is_named(
+def test_an_unsupported_part_is_named(
     tmp_path: Path, config: dict | None, more: dict, message: str
 ) -> None:
     with pytest.raises(Exception, match=message) as told:

@@ -84,7 +84,7 @@ def test_what_was_fetched_before_is_read_without_the_hub(hub: Path) -> None:
         ("org/repo/../../x", "no such folder or file"),
     ],
 )
-def test_a_name_of_nothing_is_named(hub: Path, name: str, message: str) -> None:
+def test_a_name_that_means_nothing_is_refused(hub: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         SparseAutoencoder.from_pretrained(name)
 
@@ -111,7 +111,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_local_folder_of_several_lists_them_and_each_loads(copied: Path) -> None:
-    listed = r"holds 3 SAEs\. Name one behind the folder: layers\.0, layers\.2, layers\.10\.mlp\.$"
+    listed = r"holds 3 SAEs\. Name one after the folder: layers\.0, layers\.2, layers\.10\.mlp\.$"
     for name in ("mine/repo", copied):
         with pytest.raises(UserError, match=listed):
             SparseAutoencoder.from_pretrained(name)

@@ -52,7 +52,7 @@ def test_a_format_alone_recognises_its_own(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_one_call_reads_every_format_and_tells_what_it_found(
+def test_one_call_reads_every_format_and_reports_what_it_read(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _write(name, tmp_path)
@@ -86,7 +86,7 @@ def test_what_is_in_an_unknown_file_is_listed(tmp_path: Path) -> None:
     save_file({"wings": torch.ones(1), "beak": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"SAELens.*x\.safetensors has beak, wings"):
         SparseAutoencoder.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is no format; there are"):
+    with pytest.raises(UserError, match="is not a format; there are"):
         find("wings")
 
 
@@ -169,7 +169,7 @@ def test_tensors_of_other_shapes_are_errors(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
 @pytest.mark.parametrize("name", PLAIN)
-def test_weights_that_are_no_real_numbers_are_refused(
+def test_weights_that_are_not_real_numbers_are_refused(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     folder = _write(name, tmp_path)

@@ -75,7 +75,7 @@ def test_a_saved_sae_names_its_model_and_site_as_saelens_does(tmp_path: Path) ->
     assert again["model"] == {"id": "openai/clip"} and again["site"] == "blocks.3.mlp_out"
 
 
-def test_a_training_checkpoint_s_scale_becomes_the_normaliser(tmp_path: Path) -> None:
+def test_a_training_checkpoints_scale_becomes_the_normaliser(tmp_path: Path) -> None:
     before = read(_write(tmp_path)).build()
     (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 4.0}))
     _write(tmp_path, normalize_activations="expected_average_only_in")
@@ -97,7 +97,7 @@ def test_a_fine_tuned_decoder_is_scaled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "temporal"}, "'temporal' has no equal"),
+        ({"architecture": "temporal"}, "'temporal' is not supported"),
         ({"normalize_activations": "covariance_whitening"}, "cannot undo"),
         ({"architecture": "topk", "k": None}, "k is None"),
         ({"activation_fn": "tanh-relu"}, "tanh-relu"),
@@ -105,7 +105,7 @@ def test_a_fine_tuned_decoder_is_scaled(tmp_path: Path) -> None:
         ({"d_in": 17}, "width 17"),
     ],
 )
-def test_what_has_no_equal_is_named(tmp_path: Path, settings: dict, message: str) -> None:
+def test_an_unsupported_part_is_named(tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(Exception, match=message) as told:
         read(_write(tmp_path, **settings)).build()
     assert hasattr(told.value, "exit_code")

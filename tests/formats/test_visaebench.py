@@ -71,7 +71,7 @@ def test_what_visaebench_cannot_hold_is_refused(tmp_path: Path) -> None:
         find("visaebench").save(trained_like(SAEConfig(N, sparsity=Gated()), 0), tmp_path)
 
 
-def test_its_configuration_tells_what_it_is(tmp_path: Path) -> None:
+def test_its_configuration_says_what_it_is(tmp_path: Path) -> None:
     find("visaebench").save(trained_like(SAEConfig(N, sparsity=BatchTopK(K)), 0), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["activation"] == "batchtopk" and config["k"] == K

@@ -138,7 +138,7 @@ def test_where_an_sae_belongs_goes_along_into_prismas_format(tmp_path):
     ("name", "made", "message"),
     [
         ("saev", lambda: sae(JumpReLU()), "not JumpReLU"),
-        ("saev", lambda: sae(TopK(k=4)), "keeps negative values among the 4 greatest"),
+        ("saev", lambda: sae(TopK(k=4)), "keeps negative values among the 4 largest"),
         ("clipscope", lambda: sae(TopK(k=4)), "keeps negative values"),
         ("saev", lambda: sae(ReLU(), "layer_norm"), "layer_norm"),
         ("prisma", lambda: sae(AbsTopK(k=3)), "AbsTopK"),

@@ -88,13 +88,13 @@ def test_spawned_workers_give_the_same_as_this_process(source: ImageSource) -> N
         assert (one.indices, one.failures) == (other.indices, other.failures)
 
 
-def test_indices_choose_pictures_and_their_order(source: ImageSource) -> None:
+def test_indices_choose_images_and_their_order(source: ImageSource) -> None:
     batches = list(load_batches(source, to_tensor, 2, indices=[7, 4, 1], workers=0))
     assert [batch.indices for batch in batches] == [[7], [1]]
     assert batches[0].failures == [(4, "the file is empty")]
 
 
-def test_a_batch_with_no_picture_left_is_empty(source: ImageSource) -> None:
+def test_a_batch_with_no_image_left_is_empty(source: ImageSource) -> None:
     (batch,) = load_batches(source, to_tensor, 2, indices=[4, 9], workers=0)
     assert batch.indices == [] and len(batch.pixels) == 0 and len(batch.failures) == 2
 
@@ -112,7 +112,7 @@ def test_an_image_that_the_transform_fails_on_is_a_failure_of_that_image(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_transform_may_refuse_a_picture(source: ImageSource, workers: int) -> None:
+def test_a_transform_may_refuse_an_image(source: ImageSource, workers: int) -> None:
     batch = next(iter(load_batches(source, refuse_tall, 6, workers=workers)))
     assert batch.indices == [5]
     assert [reason for index, reason in batch.failures if index != 4] == ["too tall"] * 4
@@ -126,7 +126,7 @@ def test_a_users_mistake_stays_one_on_its_way_out_of_a_worker(
         list(load_batches(source, user_error, 2, workers=workers))
 
 
-def test_pictures_of_different_shapes_are_a_fault(source: ImageSource) -> None:
+def test_images_of_different_shapes_are_a_fault(source: ImageSource) -> None:
     with pytest.raises(SparsightError, match=r"one shape and type.*24, 20, 3.*24, 21, 3"):
         list(load_batches(source, keep_size, 2, workers=0))
 
@@ -152,7 +152,7 @@ def test_stopping_early_leaves_no_process_behind(source: ImageSource) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_few_pictures_start_no_process_unless_asked_to(source: ImageSource) -> None:
+def test_few_images_start_no_process_unless_asked_to(source: ImageSource) -> None:
     import torch.multiprocessing as multiprocessing
 
     for _ in load_batches(source, to_tensor, 5):

@@ -47,7 +47,7 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def test_shards_give_pictures_labels_and_captions_in_any_order(shards: Path) -> None:
+def test_shards_give_images_labels_and_captions_in_any_order(shards: Path) -> None:
     source = open_images(f"webdataset:{shards}/s-{{000..001}}.tar")
     assert len(source) == N
     assert same_pictures(source)
@@ -140,12 +140,12 @@ def test_images_whose_names_hold_dots_are_images_of_their_own(tmp_path: Path) ->
     assert captions_by_id(source) == expected | {"w": ("one",)}
     assert all((pixels(source.load(i)) == pixels(picture(i))).all() for i in range(3))
     assert source.notes == (
-        "1 samples hold several images with dots in their names; each is taken for an image of its "
+        "1 samples hold several images with dots in their names; each counts as an image of its "
         "own.",
     )
 
 
-def test_of_several_images_in_a_sample_the_plainest_is_taken_and_the_rest_is_told(
+def test_of_several_images_in_a_sample_the_plainest_is_taken_and_the_rest_is_counted(
     tmp_path: Path,
 ) -> None:
     members = [
@@ -167,7 +167,7 @@ def test_of_several_images_in_a_sample_the_plainest_is_taken_and_the_rest_is_tol
     )
 
 
-def test_shards_that_cannot_be_read_among_others_are_failures_that_are_told(tmp_path: Path) -> None:
+def test_unreadable_shards_among_others_are_failures_that_are_noted(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("a.png", encoded(picture(), "PNG")), ("._a.png", b"macOS")])
     (tmp_path / "._a.tar").write_bytes(b"macOS")
     (tmp_path / "b.tar").write_bytes(b"")
@@ -185,7 +185,7 @@ def test_shards_that_cannot_be_read_among_others_are_failures_that_are_told(tmp_
         assert source.notes[1].startswith("2 shards cannot be read; each counts as one failed")
 
 
-def test_members_that_are_links_are_told(tmp_path: Path) -> None:
+def test_members_that_are_links_are_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.png", encoded(picture(), "PNG"))])
     with tarfile.open(tmp_path / "x.tar", "a") as archive:
         link = tarfile.TarInfo("b.png")
@@ -218,13 +218,13 @@ def test_numbers_with_gaps_are_labels_and_no_label(tmp_path: Path, values: list[
     assert source.labels() == ["0"]
 
 
-def test_samples_without_a_picture_are_noted_and_a_broken_sidecar_warns(tmp_path: Path) -> None:
+def test_samples_without_an_image_are_noted_and_a_broken_sidecar_warns(tmp_path: Path) -> None:
     members = [("a.png", encoded(picture(), "PNG")), ("a.json", b"{"), ("b.txt", b"alone")]
     write_tar(tmp_path / "x.tar", members)
     source = open_images(tmp_path / "x.tar")
     assert len(source) == 1
     assert source.notes == ("1 samples of the shards hold no image.",)
-    with pytest.warns(UserWarning, match=r"x.tar/a: its .json is no JSON object"):
+    with pytest.warns(UserWarning, match=r"x.tar/a: its .json is not a JSON object"):
         assert source.info(0).label is None
 
 
@@ -243,7 +243,7 @@ def test_a_compressed_or_foreign_shard_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("struct", [True, False])
-def test_parquet_gives_pictures_by_row_group(tmp_path: Path, struct: bool) -> None:
+def test_parquet_gives_images_by_row_group(tmp_path: Path, struct: bool) -> None:
     cells = [encoded(picture(i), "PNG") for i in range(N)]
     for number, rows in enumerate([range(4), range(4, N)]):
         table = pa.table(
@@ -264,16 +264,16 @@ def test_parquet_gives_pictures_by_row_group(tmp_path: Path, struct: bool) -> No
     assert len(open_images(tmp_path / "p-1.parquet")) == 2
 
 
-def test_parquet_cells_without_a_picture_fail_alone(tmp_path: Path) -> None:
+def test_parquet_cells_without_an_image_fail_alone(tmp_path: Path) -> None:
     cells = [{"bytes": None, "path": "x.png"}, None, {"bytes": b"junk", "path": None}]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(cells, kind)}), tmp_path / "x.parquet")
     reasons = list(outcomes(open_images(tmp_path / "x.parquet")).values())
-    assert reasons[:2] == ["the table holds the path 'x.png' only", "the cell is empty"]
+    assert reasons[:2] == ["the table holds only the path 'x.png'", "the cell is empty"]
     assert "known format" in reasons[2]
 
 
-def test_a_damaged_row_group_fails_its_pictures_alone(tmp_path: Path) -> None:
+def test_a_damaged_row_group_fails_its_images_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     cells = [encoded(picture(i), "PNG") for i in range(4)]
     pq.write_table(pa.table({"image": cells}), path, row_group_size=2, compression="zstd")
@@ -337,7 +337,7 @@ def test_damage_inside_a_row_group_fails_what_lies_behind_it(
     assert (pixels(source.load(0)) == pixels(picture(0))).all()
 
 
-def test_damaged_labels_fail_their_pictures_and_no_others(tmp_path: Path) -> None:
+def test_damaged_labels_fail_their_images_and_no_others(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     with_damaged_labels(path)
     source = open_images(path)
@@ -351,7 +351,7 @@ def test_damaged_labels_fail_their_pictures_and_no_others(tmp_path: Path) -> Non
     assert same_pictures(source)
 
 
-def test_pictures_over_the_size_limit_fail_alone_in_every_container(
+def test_images_over_the_size_limit_fail_alone_in_every_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = [encoded(picture(i), "PNG") for i in range(3)]
@@ -411,7 +411,7 @@ def test_a_shard_that_goes_away_is_named(tmp_path: Path) -> None:
             read(0)
 
 
-def test_parquet_files_that_hold_no_pictures_are_refused(tmp_path: Path) -> None:
+def test_parquet_files_that_hold_no_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no .parquet files"):
         open_images(f"parquet:{tmp_path}")
     path = tmp_path / "x.parquet"
@@ -476,7 +476,7 @@ def test_class_names_are_those_of_each_part(tmp_path: Path) -> None:
     source = open_images(f"parquet:{tmp_path}")
     assert [source.info(i).label for i in range(2)] == ["cat", "dog"] == source.labels()
     assert source.notes == (
-        "The files name their classes differently; each goes by its own names.",
+        "The files name their classes differently; each file uses its own names.",
     )
 
 
@@ -485,7 +485,7 @@ def not_utf8(values: list[bytes]) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(values), binary.buffers())
 
 
-def test_text_that_is_not_utf8_is_escaped_and_told(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_escaped_and_noted(tmp_path: Path) -> None:
     data = [encoded(picture(i), "PNG") for i in range(2)]
     texts = not_utf8([b"caf\xe9", b"tea"])
     pq.write_table(
@@ -558,7 +558,7 @@ def test_splits_of_a_saved_data_set_are_chosen_by_name(hugging_face, tmp_path: P
         open_images(f"hf:{tmp_path}/saved:val")
 
 
-def test_a_hub_style_folder_of_pictures_opens_through_its_paths(tmp_path: Path) -> None:
+def test_a_hub_style_folder_of_images_opens_through_its_paths(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     paths = [tmp_path / f"{i}.png" for i in range(N)]
     for i, path in enumerate(paths):

@@ -110,7 +110,7 @@ def test_a_palette_with_a_transparent_colour_is_resolved() -> None:
     assert decoded.tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
 
-def test_greyscale_with_alpha_and_one_bit_pictures_become_rgb() -> None:
+def test_greyscale_with_alpha_and_one_bit_images_become_rgb() -> None:
     grey = np.full((2, 2, 2), 90, dtype=np.uint8)
     grey[..., 1] = 255
     assert (pixels(decode_image(encoded(Image.fromarray(grey, "LA"), "PNG"))) == 90).all()
@@ -137,7 +137,7 @@ def test_float_pixels_are_refused_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
-def test_a_truncated_picture_is_an_image_error_at_any_cut(kind: str) -> None:
+def test_a_truncated_image_is_an_image_error_at_any_cut(kind: str) -> None:
     data = encoded(picture(width=64, height=64), kind)
     for cut in range(0, len(data) - 20, max(1, len(data) // 40)):
         with pytest.raises(ImageError):
@@ -145,7 +145,7 @@ def test_a_truncated_picture_is_an_image_error_at_any_cut(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
-def test_flipped_bits_give_a_picture_or_an_image_error_and_nothing_else(kind: str) -> None:
+def test_flipped_bits_give_an_image_or_an_image_error_and_nothing_else(kind: str) -> None:
     data = encoded(picture(), kind)
     random = np.random.default_rng(1)
     for _ in range(60):

@@ -73,14 +73,14 @@ def test_the_spec_opens_the_same_source_from_any_working_folder(
         ),
     ],
 )
-def test_tables_in_the_folder_bring_captions(photos: Path, name: str, text: str) -> None:
+def test_tables_in_the_folder_give_captions(photos: Path, name: str, text: str) -> None:
     (photos / name).write_text(text)
     source = open_images(photos)
     assert source.info(0).captions == ("one a", "one, b")
     assert source.info(0).caption == "one a"
     assert source.info(1).captions == () and source.info(1).caption is None
     assert source.info(2).caption == "three"
-    assert source.notes == (f"{name}: says nothing of 1 images.",)
+    assert source.notes == (f"{name}: says nothing about 1 images.",)
 
 
 def test_a_given_table_brings_labels_and_is_part_of_the_spec(photos: Path, tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_rows_and_files_that_fit_nothing_are_noted(photos: Path) -> None:
     (photos / "captions.txt").write_text("file,caption\n1.jpg,x\ngone.jpg,y\n")
     (photos / "notes.md").write_text("")
     assert open_images(photos).notes == (
-        "1 files are not images by their name (.md ×1).",
+        "1 files are not images by their names (.md ×1).",
         "captions.txt: 1 of 2 files named there are not in the folder ('gone.jpg', …).",
-        "captions.txt: says nothing of 2 images.",
+        "captions.txt: says nothing about 2 images.",
     )
 
 
@@ -179,19 +179,19 @@ def test_captions_keep_every_line_break_that_they_hold(photos: Path, ending: str
     assert open_images(photos).info(0).captions == tuple(captions)
 
 
-def test_what_stands_for_no_label_in_a_table_is_told(photos: Path) -> None:
+def test_what_stands_for_no_label_in_a_table_is_noted(photos: Path) -> None:
     text = "file,label\n1.jpg,None\n2.jpg,-1\n3.jpg,cat\n3.jpg,dog\n"
     (photos / "labels.csv").write_text(text)
     source = open_images(photos)
     assert [source.info(i).label for i in range(3)] == [None, None, "cat"]
     assert source.notes == (
         "labels.csv: 2 labels such as 'None' are read as no label.",
-        "labels.csv: 1 rows give another label than an earlier row of the same file ('3.jpg', …); "
+        "labels.csv: 1 rows give another label than an earlier row for the same file ('3.jpg', …); "
         "the first label is taken.",
     )
 
 
-def test_names_that_differ_by_blanks_or_unicode_form_alone_are_told_apart(tmp_path: Path) -> None:
+def test_names_that_differ_only_by_blanks_or_unicode_form_are_distinguished(tmp_path: Path) -> None:
     names = ["a.png", " a.png", "caf\u00e9.png", "cafe\u0301.png"]
     for name in names:
         write_picture(tmp_path / name)
@@ -216,12 +216,12 @@ def test_tables_in_sub_folders_are_read_and_the_nearest_counts(tmp_path: Path) -
     ]  # fmt: skip
     told = "\n".join(source.notes)
     assert "test/labels.csv: not read" in told and "has the columns colour" in told
-    assert "train/metadata.jsonl: says nothing of 1 images." in source.notes
+    assert "train/metadata.jsonl: says nothing about 1 images." in source.notes
     assert "The labels look like splits of a data set (test, train), not like classes" in told
     (tmp_path / "mine.csv").write_text("file,text\ntest/0.png,mine\n")
     given = open_images(tmp_path, table=tmp_path / "mine.csv")
     assert [given.info(i).caption for i in range(4)] == ["mine", None, None, None]
-    assert "not read, since a table was named." in "\n".join(given.notes)
+    assert "not read, because another table was named." in "\n".join(given.notes)
 
 
 def test_text_files_beside_images_are_their_captions(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_text_files_beside_images_are_their_captions(tmp_path: Path) -> None:
     source = open_images(tmp_path)
     assert [source.info(i).caption for i in range(4)] == ["from text", "from json", None, None]
     assert source.notes == (
-        "1 files are not images by their name (.txt ×1).",
+        "1 files are not images by their names (.txt ×1).",
         "The labels look like numbers of shards (00000, 00001), not like classes: sub-folders name "
         "them.",
         "3 images have a .txt or .json of their own name beside them; their captions are read from "

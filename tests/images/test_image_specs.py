@@ -33,11 +33,11 @@ from sparsight.images.tar_shards import expand_braces
         ("nowhere[0:9:2]", "nowhere: no such folder"),
         ("nowhere[old]", r"nowhere\[old\]: no such folder"),
         ("calibration:9[0:9:0]", "the step in '0:9:0' must be 1 or more"),
-        ("calibration:9[a:b]", r"'a:b' is no selection. Expected e.g. \[0:100\]"),
-        ("calibration:9[1.5]", "'1.5' is no selection"),
-        ("calibration:9[0;3]", "'0;3' is no selection"),
-        ("calibration:9[0:3,]", "'' is no selection"),
-        ("calibration:9[0:1:1:1]", "'0:1:1:1' is no selection"),
+        ("calibration:9[a:b]", r"'a:b' is not a selection. Expected e.g. \[0:100\]"),
+        ("calibration:9[1.5]", "'1.5' is not a selection"),
+        ("calibration:9[0;3]", "'0;3' is not a selection"),
+        ("calibration:9[0:3,]", "'' is not a selection"),
+        ("calibration:9[0:1:1:1]", "'0:1:1:1' is not a selection"),
         ("calibration:9[5:10]", "no image 9; it has 9"),
         ("calibration:9[-10]", "no image -1; it has 9"),
         ("calibration:9?sample=0", "sample=0; expected a whole number, 1 or more"),
@@ -189,7 +189,7 @@ def test_a_sample_stands_beside_a_table_and_of_all_there_is(tmp_path: Path) -> N
     assert everything.notes == ("A sample of 9 was asked for; all 6 images are taken.",)
 
 
-def test_folders_with_odd_names_open_as_they_stand(tmp_path: Path) -> None:
+def test_folders_with_odd_names_open_as_they_are(tmp_path: Path) -> None:
     for name in ("photos ", " x", "a?sample=2", "calibration", "b[0:1]", os.fsdecode(b"caf\xe9")):
         write_picture(tmp_path / name / "a.png")
         for given in (tmp_path / name, str(tmp_path / name)):

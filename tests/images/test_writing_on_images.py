@@ -198,7 +198,7 @@ def test_the_same_seed_writes_the_same_in_any_process_and_another_does_not(
     assert one.fingerprint() == again.fingerprint() == copy.fingerprint() != other.fingerprint()
 
 
-def test_what_is_written_on_a_picture_does_not_hang_on_its_neighbours(photos: ImageSource) -> None:
+def test_what_is_written_on_an_image_does_not_depend_on_its_neighbours(photos: ImageSource) -> None:
     whole, part = written(photos, "attacked"), written(photos.select([7, 2]), "attacked")
     whole_of = {whole.info(i).id: whole.text(i) for i in range(len(whole))}
     for i in range(2):
@@ -214,9 +214,7 @@ def test_what_is_written_on_a_picture_does_not_hang_on_its_neighbours(photos: Im
     [None, TextStyle(), TextStyle(place="0.2,0.8", colour="#12ab34", tilt=20.0, font="serif")],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_spec_opens_the_same_pictures_again(
-    photos: ImageSource, kind: str, style: object
-) -> None:
+def test_a_spec_opens_the_same_images_again(photos: ImageSource, kind: str, style: object) -> None:
     names = {"cat": "tom & jerry = 2", "zebra": "stripy horse"}
     source = written(photos, kind, style, seed=5, n=6, nonsense="anagram", class_names=names)
     again = open_images(source.spec)
@@ -236,20 +234,20 @@ def test_a_fingerprint_tells_kinds_styles_and_names_apart(photos: ImageSource) -
     assert len({each.fingerprint() for each in made}) == len(made)
 
 
-def test_pictures_without_a_class_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_images_without_a_class_are_left_out_and_counted(tmp_path: Path) -> None:
     write_picture(tmp_path / "stray.png")
     for label in ("cat", "dog"):
         write_picture(tmp_path / label / "0.png")
     source = written(open_images(tmp_path), "attacked")
     assert [source.info(i).label for i in range(len(source))] == ["cat", "dog"]
-    assert "1 of 3 pictures have no label among the classes" in source.notes[-1]
+    assert "1 of 3 images have no label among the classes" in source.notes[-1]
 
 
 def test_one_class_or_no_labels_cannot_be_attacked(tmp_path: Path) -> None:
     write_picture(tmp_path / "0.png")
     with pytest.raises(UserError, match="0 classes; a word of another class needs two"):
         written(open_images(tmp_path), "attacked")
-    with pytest.raises(UserError, match="none of its 1 pictures has a label among the 2 classes"):
+    with pytest.raises(UserError, match="none of its 1 images has a label among the 2 classes"):
         written(open_images(tmp_path), "attacked", class_names={"a": "a", "b": "b"})
 
 
@@ -262,7 +260,7 @@ def test_a_name_in_letters_that_the_font_lacks_is_refused(tmp_path: Path) -> Non
     assert len(written(open_images(tmp_path), "attacked", class_names=names)) == 2
 
 
-def test_a_picture_too_small_for_its_word_is_a_failure_with_its_reason(tmp_path: Path) -> None:
+def test_an_image_too_small_for_its_word_is_a_failure_with_its_reason(tmp_path: Path) -> None:
     for label in ("cat", "rhinoceros"):
         write_picture(tmp_path / label / "0.png", width=32, height=24)
     source = written(open_images(tmp_path), "attacked", TextStyle(size=0.4))
@@ -311,7 +309,7 @@ def test_scenes_may_be_written_on_like_photos() -> None:
 
 
 def test_the_worlds_band_is_for_its_scenes_alone(photos: ImageSource) -> None:
-    with pytest.raises(UserError, match="goes on calibration scenes alone"):
+    with pytest.raises(UserError, match="works on calibration scenes only"):
         written(photos, "attacked", WorldBand())
 
 
@@ -325,7 +323,7 @@ def test_the_worlds_band_is_for_its_scenes_alone(photos: ImageSource) -> None:
         ("written:attacked?of=calibration&size=big", "size is 'big'; expected a number"),
         ("written:attacked?of=calibration&seed=-1", "seed is -1"),
         ("written:attacked?of=calibration&n=0", "n is 0"),
-        ("written:attacked?of=calibration&classes=[1]", "no JSON object"),
+        ("written:attacked?of=calibration&classes=[1]", "not a JSON object"),
         ("written:attacked?of=calibration&nonsense=noise", "expected letters or anagram"),
         ("written:attacked?of=calibration&style=world", "style is 'world'"),
         ("written:attacked?of=nowhere/at/all", "nowhere/at/all: no such folder"),

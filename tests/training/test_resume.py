@@ -307,5 +307,5 @@ def test_runs_of_single_sites_may_lie_in_a_run_folder_s_parent(tmp_path: Path) -
 
 
 def test_other_tokens_than_those_of_the_activations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokens is 'cls', the activations are of 'all'"):
+    with pytest.raises(UserError, match=r"tokens is 'cls', but the activations are of 'all'"):
         train(sparse_mixtures(), CONFIG, out=tmp_path, tokens="cls", quiet=True)

@@ -397,7 +397,7 @@ def test_positions_and_batch_sizes_vary_in_a_pass_each(
 
 
 def test_positions_that_the_activations_do_not_have_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tokens is 'cls', the activations are of 'all'"):
+    with pytest.raises(UserError, match="tokens is 'cls', but the activations are of 'all'"):
         _sweep(tmp_path, {"tokens": ["all", "cls"]})
 
 

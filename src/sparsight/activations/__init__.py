@@ -1,7 +1,7 @@
-"""Activations of a model on images: extracted to shards on disk, or made on the fly.
+"""A model's activations on images: extracted to shards on disk, or computed on the fly.
 
-Builds on `vision` and `images`. Start with `extract`; `ActivationStore` reads back what it left,
-and `ActivationSource` is what training, evaluation and the index ask of either.
+Builds on `vision` and `images`. Start with `extract`; `ActivationStore` reads back what it wrote,
+and `ActivationSource` is the interface that training, evaluation and the index ask of either.
 """
 
 from sparsight.activations.extraction import extract

@@ -1,6 +1,6 @@
-"""From images to an activation store: what to extract, and where it may go.
+"""From images to an activation store: what to extract, and where to.
 
-How shards are filled stands in `shard_buffer`, how they are committed in `writer`.
+`shard_buffer` holds the shard that is being filled; `writer` commits it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from sparsight.progress import ProgressLine, progress
 from sparsight.vision import VisionModel
 
 SHARD_BYTES = 128 << 20
-"""Roughly how much a shard of all sites together holds; twice that is in memory."""
+"""Approximate bytes per shard, all sites together; memory holds twice that."""
 
 FLUSH_SECONDS = 60.0
-"""So many seconds of work are at stake, at the most, where a process is killed."""
+"""Seconds of work that are lost at most if the process is killed."""
 
 FAILURES_BEFORE_STOP = 100
-"""So many images may fail before extraction stops midway: the reasons of the first are told."""
+"""Number of images that may fail before extraction stops midway, to see several reasons."""
 
 
 def extract(
@@ -59,15 +59,14 @@ def extract(
     max_failed: float = 0.01,
     quiet: bool = False,
 ) -> ActivationStore:
-    """Read activations of all images at some sites, in one forward pass, and store them.
+    """Read the activations of all images at some sites, in one forward pass, and store them.
 
-    An unfinished store of the same weights, preprocessing, images, sites, tokens and dtype is
-    continued at the first image that is not in it; a finished one is returned as it is. Continued
-    with the same settings, a store is the same, bit for bit, as one that was never cut.
+    An unfinished store with the same weights, preprocessing, images, sites, tokens and dtype is
+    continued at the first image that it lacks; a finished one is returned unchanged. Continued with
+    the same settings, a store is bit for bit the same as one that was never interrupted.
 
-    Ctrl-C and SIGTERM keep every batch that went through the model, and so does an error; a second
-    Ctrl-C does not wait for that. A process that is killed loses the work of `flush_seconds` at
-    the most.
+    Ctrl-C, SIGTERM and errors keep every batch that went through the model; a second Ctrl-C does
+    not wait for that. A process that is killed loses at most the work of `flush_seconds`.
 
     Args:
         model: the vision model.
@@ -75,22 +74,23 @@ def extract(
         sites: e.g. `["blocks.-2.resid_post"]`; `*` stands for every block.
         out: folder of the store.
         tokens: "all", "patches", "cls" or "mean" (over the patches).
-        dtype: of the stored activations: "float16", "bfloat16" or "float32".
-        batch_size: images in a forward pass.
-        shard_images: images of a shard, in whole batches; by default some 128 MB for all sites.
-        flush_seconds: what is in memory is written at least this often, in seconds.
-        workers: processes that decode; see `load_batches`.
-        max_failed: share of the images that may fail before extraction stops.
-        quiet: no progress line.
+        dtype: dtype of the stored activations: "float16", "bfloat16" or "float32".
+        batch_size: number of images per forward pass.
+        shard_images: number of images per shard, in whole batches; by default about 128 MB for all
+            sites.
+        flush_seconds: largest time, in seconds, between two writes of what is in memory.
+        workers: number of processes that decode; see `load_batches`.
+        max_failed: largest share of the images that may fail before extraction stops.
+        quiet: show no progress.
 
     Returns:
-        The store; its `summary` tells what this call did.
+        The store; its `summary` says what this call did.
 
     Raises:
-        UserError: a setting is wrong, `out` holds something else, or another process is at it.
-        SparsightError: activations are not finite or beyond the range of `dtype`, too many images
-            fail, the disk is full, memory is short, or what is there already is damaged. What was
-            stored stays whole.
+        UserError: a setting is wrong, `out` holds something else, or another process is using it.
+        SparsightError: activations are not finite or exceed the range of `dtype`, too many images
+            fail, the disk is full, memory runs out, or what is already there is damaged. What was
+            stored stays intact.
         KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM; a note says how many images are kept.
     """
     folder = Path(out)
@@ -166,23 +166,23 @@ def _plan(
 def _in_words(
     folder: Path, images: ImageSource, field: str, there: Manifest, plan: Manifest
 ) -> str:
-    """What a store that is there differs in: hashes are nothing to read."""
-    found, asked = value_at(there.identity(), field), value_at(plan.identity(), field)
+    """Say how an existing store differs, without hashes, which nobody can read."""
+    existing, asked = value_at(there.identity(), field), value_at(plan.identity(), field)
     if field.startswith("images."):
         specs = f"{there.images['spec']} there, {images.spec} asked for"
         ids = recorded_ids(folder, there)
         how = images_difference(images, there.images["n_images"], ids)
         return f"a store of other images ({field} differs): {how} ({specs})"
     if field == "model.weights_hash":
-        models = [each.model.get("id") for each in (there, plan)]
+        models = [manifest.model.get("id") for manifest in (there, plan)]
         return (
             f"a store of other weights ({field} differs): {models[0]} there, {models[1]} asked for"
         )
-    return f"a store whose {field} is {found!r}; asked for is {asked!r}"
+    return f"a store whose {field} is {existing!r}; asked for is {asked!r}"
 
 
 class _Extraction:
-    """One call's part of an extraction: batches through the model, into shards."""
+    """One call's part of an extraction: it runs batches through the model and fills shards."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class _Extraction:
         n_bytes = self.writer.check_what_is_there()
         if n_bytes and not quiet:
             print(
-                f"extract: goes on behind image {self.done:,}; the {n_bytes / 1e6:,.0f} MB that "
+                f"extract: goes on after image {self.done:,}; the {n_bytes / 1e6:,.0f} MB that "
                 "are there are compared with their checksums meanwhile",
                 file=sys.stderr,
             )
@@ -236,7 +236,7 @@ class _Extraction:
         return kept(manifest.done, len(self.images), "images", where=folder, complete=complete)
 
     def _fill_shards(self, line: ProgressLine, stop: Stop) -> None:
-        """Write all shards that are missing; whatever stops it, whole batches are kept."""
+        """Write all missing shards; whatever stops this, whole batches are kept."""
         batches = cast(
             Generator[ImageBatch, None, None],
             load_batches(
@@ -261,11 +261,11 @@ class _Extraction:
             self.writer.wait()
 
     def _shards(self) -> Iterator[tuple[ShardBuffer, int]]:
-        """The shards to write, each with the number of batches that it lacks."""
+        """Give the shards to write, each with the number of batches that it lacks."""
         manifest, total = self.writer.manifest, len(self.images)
         first, done = self.writer.first, self.done
         while first < total:
-            # Whole batches, also where they are other ones than those that are there.
+            # Whole batches, even if they are not the ones that the first call formed.
             n_missing = max(first + manifest.shard_images - done, 0)
             stop = min(done + -(-n_missing // manifest.batch_size) * manifest.batch_size, total)
             n_batches = -(-(stop - done) // manifest.batch_size)
@@ -273,7 +273,7 @@ class _Extraction:
             first = done = stop
 
     def _add(self, batch: ImageBatch, buffer: ShardBuffer, line: ProgressLine) -> None:
-        """Put a batch through the model and into the buffer."""
+        """Run a batch through the model and put it into the buffer."""
         infos, batch = _described(self.images, batch)
         rows: list[Row] = []
         for index, size, reason in _outcomes(batch):
@@ -286,23 +286,23 @@ class _Extraction:
         line.advance(len(rows), f"{share:.0%} of the time in the model")
 
     def _flush(self, buffer: ShardBuffer) -> None:
-        """Write what is in memory, if it has been there for long enough."""
+        """Write what is in memory, if it has been there long enough."""
         now = time.perf_counter()
         if now - self.flushed >= self.flush_seconds and self.writer.is_idle:
             self.writer.keep(buffer)
             self.flushed = now
 
     def _keep(self, buffer: ShardBuffer) -> None:
-        """Write what is in memory, and wait for that."""
+        """Write what is in memory, and wait until it is written."""
         self.writer.keep(buffer)
         self.writer.wait()
 
     def _read(self, batch: ImageBatch, shard: int) -> dict[str, Tensor]:
-        """A batch's activations at each site, in the type of the store."""
+        """Return a batch's activations at each site, in the store's dtype."""
         manifest = self.writer.manifest
         start = time.perf_counter()
         read = self.model.read(batch.pixels, manifest.sites, manifest.tokens)  # type: ignore[arg-type]
-        # Where the work was only queued, fetching it is part of the forward pass.
+        # On a GPU the work was only queued, so fetching the result is part of the forward pass.
         stored = {site: x.to(DTYPES[manifest.dtype]).cpu() for site, x in read.items()}
         self.seconds_in_forward += time.perf_counter() - start
         self.n_read += len(batch.indices)
@@ -324,7 +324,7 @@ class _Extraction:
 
 
 def _described(images: ImageSource, batch: ImageBatch) -> tuple[dict[int, ImageInfo], ImageBatch]:
-    """What is known of each image of a batch; an image of which that cannot be read has failed."""
+    """Return what is known about each image of a batch; an image without that has failed."""
     infos: dict[int, ImageInfo] = {}
     failures = dict(batch.failures)
     for index in (*batch.indices, *failures):
@@ -346,7 +346,7 @@ def _described(images: ImageSource, batch: ImageBatch) -> tuple[dict[int, ImageI
 
 
 def _outcomes(batch: ImageBatch) -> list[tuple[int, tuple[int, int] | None, str | None]]:
-    """Index, size and reason of failure of each image of a batch, in order."""
+    """Return index, size and reason of failure of each image of a batch, in order."""
     read = [(index, size, None) for index, size in zip(batch.indices, batch.sizes, strict=True)]
     failed = [(index, None, reason) for index, reason in batch.failures]
     return sorted([*read, *failed], key=lambda outcome: outcome[0])

@@ -1,4 +1,4 @@
-"""Images that could not be read: counted, and a reason to stop when there are too many."""
+"""Images that could not be read: count them, and stop when there are too many."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _REASONS_KEPT = 5
 
 @dataclass
 class FailureTally:
-    """How many of `n_images` failed, and why the first ones did.
+    """How many of `n_images` images failed, and why the first ones did.
 
     Attributes:
-        n_images: images in all.
-        max_failed: share of them that may fail, 0 to 1.
-        count: how many failed.
-        reasons: of the first five, with their ids.
+        n_images: total number of images.
+        max_failed: largest share of them that may fail, 0 to 1.
+        count: number of images that failed.
+        reasons: ids and reasons of the first five.
     """
 
     n_images: int
@@ -30,12 +30,12 @@ class FailureTally:
             raise UserError(f"max_failed is {self.max_failed}; it is a share, from 0 to 1.")
 
     def add(self, image_id: str, reason: str) -> None:
-        """Count one image."""
+        """Count one failed image."""
         self.count += 1
         self.note(image_id, reason)
 
     def note(self, image_id: str, reason: str) -> None:
-        """Keep the reason of an image that is counted already."""
+        """Keep the reason of an image that has already been counted."""
         if len(self.reasons) < _REASONS_KEPT:
             self.reasons.append(f"{image_id}: {reason}")
 
@@ -43,7 +43,7 @@ class FailureTally:
         """Stop if more images failed than may fail, and more than `patience`.
 
         Raises:
-            SparsightError: with the first reasons.
+            SparsightError: too many images failed; the message gives the first reasons.
         """
         if self.count > max(self.max_failed * self.n_images, patience):
             raise SparsightError(

@@ -1,4 +1,4 @@
-"""Activations made on the fly, where a disk would be too small."""
+"""Activations computed on the fly, for when they would not fit on a disk."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ STATISTICS_IMAGES = 2048
 _FAILURES_SHOWN = 10
 
 Read = tuple[list[int], dict[str, Float[Tensor, "batch tokens d_in"]]]
-"""The images of a batch that could be read, and their activations in the model's own type."""
+"""The images of a batch that could be read, and their activations in the model's own dtype."""
 
 
 class LiveActivations:
-    """Reads the model whenever vectors are asked for; takes the place of a store.
+    """Runs the model whenever vectors are asked for; a replacement for a store.
 
-    An image that cannot be read is left out, told of once, and kept in `failures`.
+    An image that cannot be read is left out, reported once, and kept in `failures`.
 
     Args:
         model: the vision model.
         images: the images.
         sites: where to read.
         tokens: which positions: "all", "patches", "cls" or "mean".
-        batch_size: images in a forward pass.
-        workers: processes that decode; see `load_batches`.
-        window_bytes: how much a stream holds and mixes, all its sites together.
-        statistics_images: statistics are estimated on so many random images; exact where there
-            are no more.
-        max_failed: share of the images that may fail.
+        batch_size: number of images per forward pass.
+        workers: number of processes that decode; see `load_batches`.
+        window_bytes: bytes that a stream holds and mixes, for all its sites together.
+        statistics_images: number of random images on which statistics are estimated; with no more
+            images than that they are exact.
+        max_failed: largest share of the images that may fail.
 
     Attributes:
         sites: canonical names of the sites.
-        image_indices: the place of each image in the whole source, of which this may be a view.
+        image_indices: place of each image in the whole source, of which this may be a view.
         failures: place in the source, and reason, of each image that could not be read so far.
         model_info: as in `ActivationStore`.
 
@@ -106,7 +106,7 @@ class LiveActivations:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that two sources share when they give the same vectors in the same order."""
+        """Return a hex digest, the same for sources with the same vectors in the same order."""
         return sha256_json(
             {
                 "model": {**describe_model(self.model), "id": None, "revision": None},
@@ -119,10 +119,10 @@ class LiveActivations:
         )
 
     def canonical_site(self, site: str) -> str:
-        """The site's one true name; negative block numbers count from the end.
+        """Return the canonical name of a site; negative block numbers count from the end.
 
         Raises:
-            UserError: it is not among the sites.
+            UserError: the site is not read here.
         """
         name = self.model.canonical_site(site)
         if name not in self.sites:
@@ -131,35 +131,35 @@ class LiveActivations:
 
     @property
     def n_images(self) -> int:
-        """Images, the ones that failed so far not counted."""
+        """The number of images, without those that have failed so far."""
         return len(self.images) - len(self.failures)
 
     @property
     def n_listed(self) -> int:
-        """Images of the whole source: the failed ones, and those not selected, included."""
+        """The number of images of the whole source, including failed and unselected ones."""
         return self._n_listed
 
     @property
     def n_tokens(self) -> Mapping[str, int]:
-        """Vectors an image gives at each site."""
+        """The number of vectors per image at each site."""
         return self._n_tokens
 
     def d_in(self, site: str) -> int:
-        """Width of a site's vectors."""
+        """Return the width of a site's vectors."""
         return self.model.d_in(self._site(site))
 
     def source(self) -> ImageSource:
-        """The images."""
+        """Return the images."""
         return self.images
 
     def with_tokens(self, tokens: str) -> LiveActivations:
-        """The same of other positions."""
+        """Return the activations at other positions of the same images."""
         return self._view(self.images, tokens, self.image_indices)
 
     def select(self, image_indices: Sequence[int] | npt.NDArray[np.int64]) -> LiveActivations:
-        """A view of some images, by their places in the whole source, in its order.
+        """Return a view of some images, given by their places in the whole source, in its order.
 
-        Its `source()` is a source of these images alone.
+        The view's `source()` has only these images.
 
         Raises:
             UserError: an image is not among these.
@@ -192,32 +192,33 @@ class LiveActivations:
         return view
 
     def stats(self, site: str) -> SiteStatistics:
-        """Statistics on `statistics_images` random images (a fixed sample), all sites at once.
+        """Return statistics over `statistics_images` random images (a fixed sample).
 
-        Exact where there are no more images than that, an estimate elsewhere; `count` tells.
+        They are exact if there are no more images than that, and an estimate otherwise; `count`
+        shows it.
         """
         site = self._site(site)
         if not self._stats:
-            sums = {each: RunningSums.nothing(self.d_in(each)) for each in self.sites}
+            sums = {name: RunningSums.nothing(self.d_in(name)) for name in self.sites}
             chosen = np.arange(len(self.images))
             if len(chosen) > self.statistics_images:
                 random = np.random.default_rng(0)
                 chosen = np.sort(random.choice(chosen, self.statistics_images, replace=False))
-            for _, found in self._read(self._batches(chosen, self.batch_size), self.sites):
-                for each, x in found.items():
-                    sums[each].add(x.flatten(0, 1))
-            self._stats = {each: running.statistics() for each, running in sums.items()}
+            for _, activations in self._read(self._batches(chosen, self.batch_size), self.sites):
+                for name, x in activations.items():
+                    sums[name].add(x.flatten(0, 1))
+            self._stats = {name: running.statistics() for name, running in sums.items()}
         return self._stats[site]
 
     def stream(self, sites: Sequence[str], batch_size: int, *, seed: int = 0) -> VectorStream:
-        """Vectors without end, shuffled, float32; the same positions at each site.
+        """Stream vectors without end, shuffled, float32; the same positions at each site.
 
-        Images come in random order, in windows of some 256 MB whose vectors are mixed. A restored
-        stream reads the window that it was in again. Where all images fit in one window, they go
-        through the model once, and not once an epoch.
+        Images come in random order, in windows of about 256 MB whose vectors are mixed. A restored
+        stream reads its current window again. If all images fit in one window, they go through the
+        model once, not once per epoch.
 
         Raises:
-            UserError: the sites give different numbers of vectors an image.
+            UserError: the sites give different numbers of vectors per image.
         """
         names = [self._site(site) for site in sites]
         n_tokens = same_count(names, self._n_tokens)
@@ -227,7 +228,7 @@ class LiveActivations:
         plan = WindowPlan(
             n_images=len(self.images),
             block_images=1,
-            # Whole batches, so that one chain of workers serves window after window.
+            # Whole batches, so that one chain of workers serves one window after another.
             window_images=window_images - window_images % batch_images,
         )
         chain = _Chain(self, plan, seed, batch_images)
@@ -238,8 +239,8 @@ class LiveActivations:
                 for site in names
             }
             n = 0
-            for indices, found in self._read(chain.batches(at, len(images)), names):
-                for site, x in found.items():
+            for indices, activations in self._read(chain.batches(at, len(images)), names):
+                for site, x in activations.items():
                     room[site][n : n + len(indices)].copy_(x)
                 n += len(indices)
             return {site: x[:n].flatten(0, 1) for site, x in room.items()}
@@ -258,7 +259,7 @@ class LiveActivations:
     def ordered(
         self, sites: Sequence[str], batch_images: int = 64, *, after: int | None = None
     ) -> Iterator[OrderedBatch]:
-        """All images once, in order, float32; images that cannot be read are left out.
+        """Give all images once, in order, float32; images that cannot be read are left out.
 
         See `ActivationSource.ordered` for `after`.
         """
@@ -267,8 +268,8 @@ class LiveActivations:
         start = 0 if after is None else (after // batch_images + 1) * batch_images
         batches = self._batches(np.arange(start, len(self.images)), batch_images)
         return (
-            OrderedBatch(torch.tensor(indices), {site: x.float() for site, x in found.items()})
-            for indices, found in self._read(batches, names)
+            OrderedBatch(torch.tensor(indices), {site: x.float() for site, x in read.items()})
+            for indices, read in self._read(batches, names)
         )
 
     def _batches(self, images: npt.NDArray[np.int64], batch_size: int) -> Iterator[ImageBatch]:
@@ -282,22 +283,22 @@ class LiveActivations:
         )
 
     def _read(self, batches: Iterator[ImageBatch], sites: Sequence[str]) -> Iterator[Read]:
-        """Batches through the model, failures noted; a batch with no image left is left out."""
+        """Run batches through the model and note failures; skip batches with nothing readable."""
         for batch in batches:
             self._note_failures(batch.failures)
             if not batch.indices:
                 continue
             read = self.model.read(batch.pixels, sites, self.tokens)  # type: ignore[arg-type]
-            found = {site: x.cpu() for site, x in read.items()}
-            for site, x in found.items():
+            activations = {site: x.cpu() for site, x in read.items()}
+            for site, x in activations.items():
                 if not all_finite(x):
                     bad = x.isfinite().flatten(1).all(dim=1).logical_not().nonzero()
-                    some = self.images.known(batch.indices[int(bad[0, 0])]).id
+                    first = self.images.known(batch.indices[int(bad[0, 0])]).id
                     raise SparsightError(
                         f"{site}: activations are NaN or infinite ({len(bad)} of "
-                        f"{len(batch.indices)} images of a batch, image {some} first)."
+                        f"{len(batch.indices)} images of a batch, image {first} first)."
                     )
-            yield batch.indices, found
+            yield batch.indices, activations
 
     def _note_failures(self, failures: Sequence[tuple[int, str]]) -> None:
         for index, reason in failures:
@@ -315,7 +316,7 @@ class LiveActivations:
 
 
 class _Chain:
-    """One chain of workers over the rest of an epoch, drawn on by window after window."""
+    """One chain of workers over the rest of an epoch, which fills one window after another."""
 
     def __init__(
         self, live: LiveActivations, plan: WindowPlan, seed: int, batch_images: int
@@ -328,12 +329,12 @@ class _Chain:
         self._rest: Iterator[ImageBatch] = iter(())
 
     def batches(self, at: Position, n_images: int) -> Iterator[ImageBatch]:
-        """The batches of a window."""
+        """Return the batches of a window."""
         if self._next != at:
             windows = [Position(at.epoch, w) for w in range(at.window, self.plan.n_windows)]
-            images = np.concatenate([self.plan.images(self.seed, each) for each in windows])
+            images = np.concatenate([self.plan.images(self.seed, window) for window in windows])
             self._rest = self.live._batches(images, self.batch_images)
-        self._next = None  # an error on the way breaks the chain
+        self._next = None  # an error in between breaks the chain
         for _ in range(-(-n_images // self.batch_images)):
             yield next(self._rest)
         self._next = Position(at.epoch, at.window + 1)

@@ -1,4 +1,4 @@
-"""What a store says of itself: whose activations, of which images, in which shards."""
+"""How a store describes itself: which model, which images, which shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsight.files import checksum_of, read_json, write_json
 from sparsight.vision import VisionModel
 
 FORMAT_VERSION = 2
-"""Version 1 has no checksums of the manifest and of the journal; it is read and continued."""
+"""Version 1 lacks the checksums of manifest and journal; it is read and continued."""
 MANIFEST = "manifest.json"
 IMAGES = "images.parquet"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -27,8 +27,8 @@ CHECKSUM = "checksum"
 
 M = TypeVar("M")
 
-# The same extraction may be continued from another folder, in other batches; widths and counts
-# follow from the rest.
+# The same extraction may be continued from another folder, with another batch size; widths and
+# counts follow from the rest.
 _NO_IDENTITY = {
     "": ("d_in", "n_tokens", "batch_size", "shard_images", "state", "shards", "failed", "files"),
     "model": ("id", "revision"),
@@ -38,17 +38,17 @@ _NO_IDENTITY = {
 
 @dataclass(frozen=True)
 class Shard:
-    """Images `first` to `stop` (without) of the source; `n_images` of them were read.
+    """Images `first` to `stop` − 1 of the source, `n_images` of which could be read.
 
     Attributes:
-        first: first image of the source.
+        first: the first image of the source.
         stop: the image after the last.
-        n_images: how many were read.
-        sha256: of each site's file, in hex.
-        n_bytes: of each site's file.
-        journal: SHA-256 of its files in the journal, by their ending, until the store is complete.
-        unfinished: the extraction stopped within the shard; a continued one fills it up. The names
-            of its files tell how far it reaches.
+        n_images: number of images that were read.
+        sha256: checksum of each site's file, in hex.
+        n_bytes: size of each site's file.
+        journal: SHA-256 of its files in the journal, by ending, until the store is complete.
+        unfinished: whether the extraction stopped within the shard; a continued one fills it. The
+            names of its files then say how far it reaches.
     """
 
     first: int
@@ -60,7 +60,7 @@ class Shard:
     unfinished: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """What `manifest.json` says of it."""
+        """Return what `manifest.json` says about it."""
         values = dataclasses.asdict(self)
         for name in ("journal", "unfinished"):
             if not values[name]:
@@ -73,20 +73,20 @@ class Manifest:
     """Everything that identifies a store, and its shards so far.
 
     Attributes:
-        model: id, revision, family, hash of the weights.
-        preprocessing: as the model describes it.
+        model: id, revision, family and weight hash.
+        preprocessing: the model's description of it.
         images: spec, fingerprint and number of the images.
         sites: canonical names.
         tokens: which positions.
-        dtype: of the stored activations.
+        dtype: dtype of the stored activations.
         d_in: width of each site's vectors.
-        n_tokens: vectors an image gives at each site.
-        batch_size: images in a forward pass; the last bits of activations depend on it.
-        shard_images: images of the source that a shard covers.
+        n_tokens: number of vectors per image at each site.
+        batch_size: number of images per forward pass; the last bits of activations depend on it.
+        shard_images: number of images of the source per shard.
         state: "incomplete" until the last shard is written.
         shards: in the order of the images.
-        failed: images that could not be read.
-        files: SHA-256 of the other files, by path; there once the store is complete.
+        failed: number of images that could not be read.
+        files: SHA-256 of the other files, by path, once the store is complete.
     """
 
     model: dict[str, Any]
@@ -112,7 +112,7 @@ class Manifest:
         if not self.sites:
             raise UserError("sites is empty.")
         for site in self.sites:
-            # Sites name folders: nothing may lead out of the store.
+            # Sites are names of folders: none may lead out of the store.
             if not re.fullmatch(r"\w[\w.]*", site):
                 raise UserError(f"sites: {site!r} is not the name of a site.")
             for name in ("d_in", "n_tokens"):
@@ -139,21 +139,21 @@ class Manifest:
 
     @property
     def n_images(self) -> int:
-        """Images whose activations are stored."""
+        """The number of images whose activations are stored."""
         return sum(shard.n_images for shard in self.shards)
 
     @property
     def done(self) -> int:
-        """Images of the source that shards cover, failed ones included."""
+        """The number of images of the source that the shards cover, including failed ones."""
         return self.shards[-1].stop if self.shards else 0
 
     @property
     def whole_shards(self) -> tuple[Shard, ...]:
-        """The shards without the last, if that is unfinished."""
+        """The shards without the last one if that is unfinished."""
         return tuple(shard for shard in self.shards if not shard.unfinished)
 
     def identity(self) -> dict[str, Any]:
-        """What two stores must share to be parts of one extraction."""
+        """Return what two stores must share to be parts of one extraction."""
         values = dataclasses.asdict(self)
         for part, names in _NO_IDENTITY.items():
             inside = values[part] if part else values
@@ -174,7 +174,7 @@ class Manifest:
         """Read and check `manifest.json`.
 
         Raises:
-            UserError: there is none, or it is of another format, or contradicts itself.
+            UserError: there is no manifest, it has another format, or it contradicts itself.
             SparsightError: it has been altered since it was written.
         """
         path = folder / MANIFEST
@@ -192,11 +192,11 @@ class Manifest:
 
 
 def read_manifest(path: Path, again: str) -> dict[str, Any]:
-    """The JSON of a manifest that a program wrote: unreadable, it was damaged.
+    """Return the JSON of a manifest; a program wrote it, so if it is unreadable, it is damaged.
 
     Args:
-        path: of the manifest, which is there.
-        again: what to do where it is damaged, as a sentence.
+        path: the manifest, which exists.
+        again: what to do if it is damaged, as a sentence.
 
     Raises:
         SparsightError: it cannot be read.
@@ -204,7 +204,7 @@ def read_manifest(path: Path, again: str) -> dict[str, Any]:
     try:
         return read_json(path)
     except UserError as error:
-        if isinstance(error.__cause__, OSError):  # it may be whole, and only not be ours to read
+        if isinstance(error.__cause__, OSError):  # it may be intact, but not readable by this user
             raise
         raise SparsightError(f"{error} {again}") from error
 
@@ -216,17 +216,17 @@ def checked_manifest(
     compute: Callable[[dict[str, Any]], str] | None,
     again: str,
 ) -> M:
-    """What the values of a manifest make, its own checksum compared.
+    """Build a manifest from its values, after comparing its own checksum.
 
     Args:
-        kind: of the manifest.
-        path: of its file.
-        values: in it.
-        compute: the checksum of the values; None for formats without one.
-        again: what to do where it is damaged, as a sentence.
+        kind: class of the manifest.
+        path: its file.
+        values: the values in it.
+        compute: computes the checksum of the values; None for formats without one.
+        again: what to do if it is damaged, as a sentence.
 
     Raises:
-        UserError: a value makes no sense.
+        UserError: a value is invalid.
         SparsightError: the checksum differs.
     """
     checksum = values.pop(CHECKSUM, None)
@@ -240,7 +240,7 @@ def checked_manifest(
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    """Covers what no other checksum does; an altered checksum is noticed at its own file."""
+    """Hash what no other checksum covers; an altered checksum is noticed at its own file."""
     shards = [
         {**shard, **{name: sorted(shard.get(name, ())) for name in ("sha256", "journal")}}
         for shard in values.get("shards", ())
@@ -250,7 +250,7 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def describe_model(model: VisionModel) -> dict[str, Any]:
-    """What tells one model's activations from another's, preprocessing apart."""
+    """Return what distinguishes one model's activations from another's, without preprocessing."""
     return {
         "id": model.id,
         "revision": model.revision,
@@ -264,18 +264,18 @@ def describe_model(model: VisionModel) -> dict[str, Any]:
 
 
 def shard_path(folder: Path, site: str, number: int, until: int | None = None) -> Path:
-    """Where a shard of a site lies; `until` is the `stop` of an unfinished one."""
+    """Return the path of a site's shard; `until` is the `stop` of an unfinished one."""
     return folder / site / f"shard-{shard_name(number, until)}.safetensors"
 
 
 def shard_name(number: int, until: int | None = None) -> str:
-    """What the files of a shard are named after: an unfinished one also after how far it reaches.
+    """Return the name that a shard's files share; an unfinished shard's says how far it reaches.
 
-    A shard that grows thereby never takes the place of the file that the manifest still names.
+    So a shard that grows never replaces the file that the manifest still names.
     """
     return f"{number:05d}" if until is None else f"{number:05d}-until-{until:08d}"
 
 
 def stats_path(folder: Path, site: str) -> Path:
-    """Where the statistics of a site lie."""
+    """Return the path of a site's statistics."""
     return folder / site / "stats.safetensors"

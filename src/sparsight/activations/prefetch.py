@@ -1,4 +1,4 @@
-"""Batches made ahead of the steps that train on them, and brought to where they train."""
+"""Batches made ahead of the training steps that need them, and moved to the training device."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 AHEAD = 2
-"""Batches that are made before they are asked for."""
+"""Number of batches made before they are asked for."""
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """What a prefetcher draws on; a `VectorStream` is such."""
+    """What a prefetcher draws batches from, such as a `VectorStream`."""
 
     vectors_per_epoch: int
     prefetch: bool
 
     def __next__(self) -> dict[str, Tensor]:
-        """The next batch."""
+        """Return the next batch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON takes it."""
+        """Return the position, as JSON-compatible values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
 
 
 class _Made(NamedTuple):
-    """A batch that is ready, or will be once the device has seen `arrived`."""
+    """A batch that is ready, or will be once the device has reached `arrived`."""
 
     batch: dict[str, Tensor]
     cursor: dict[str, Any]
@@ -41,18 +41,19 @@ class _Made(NamedTuple):
 
 
 class Prefetcher(Iterator[dict[str, Tensor]]):
-    """The batches of a stream on a device, the next ones made in a thread meanwhile.
+    """A stream's batches on a device; a thread makes the next ones in the meantime.
 
-    The thread ends with `close`, with the block that `with` opens, or when this object is dropped.
-    What goes wrong in it is raised where the batch that it befell is asked for, and again after
-    that. For a GPU, batches lie in pinned memory and are copied beside the work that is under way.
+    The thread ends with `close`, with the end of a `with` block, or when this object is dropped. An
+    error in the thread is raised when the batch in which it occurred is asked for, and on every
+    later call. For a GPU, batches lie in pinned memory and are copied while other work is under
+    way.
 
     Args:
-        stream: where batches come from; not to be used otherwise meanwhile.
+        stream: source of the batches; nothing else may use it in the meantime.
         sites: which of its sites are needed.
-        device: where batches go.
-        ahead: how many batches are made ahead; 0 makes each when it is asked for. By default none
-            where the stream does not load ahead itself.
+        device: where the batches go.
+        ahead: number of batches made ahead; 0 makes each one when it is asked for. By default 0 if
+            the stream does not load ahead itself.
     """
 
     def __init__(
@@ -72,17 +73,17 @@ class Prefetcher(Iterator[dict[str, Tensor]]):
     def __next__(self) -> dict[str, Float[Tensor, "batch d_in"]]:
         if self.ahead:
             self._fill()
-            made = self._made[0].result()
+            ready = self._made[0].result()
             self._made.popleft()
         else:
-            made = self._maker.make()
-        self._cursor = made.cursor
-        if made.arrived is not None:
+            ready = self._maker.make()
+        self._cursor = ready.cursor
+        if ready.arrived is not None:
             now = torch.cuda.current_stream(self._maker.device)
-            now.wait_event(made.arrived)
-            for x in made.batch.values():
+            now.wait_event(ready.arrived)
+            for x in ready.batch.values():
                 x.record_stream(now)
-        return made.batch
+        return ready.batch
 
     def __enter__(self) -> Self:
         return self
@@ -91,14 +92,14 @@ class Prefetcher(Iterator[dict[str, Tensor]]):
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the last batch that was handed out."""
+        """Return the position after the last batch that was handed out."""
         return dict(self._cursor)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position; what was made ahead is thrown away.
+        """Continue from a position; batches that were made ahead are discarded.
 
         Raises:
-            UserError: see `VectorStream.load_state_dict`.
+            UserError: as in `VectorStream.load_state_dict`.
         """
         self.close()
         self._maker.stream.load_state_dict(state)
@@ -106,12 +107,12 @@ class Prefetcher(Iterator[dict[str, Tensor]]):
         self._cursor = self._maker.stream.state_dict()
 
     def close(self) -> None:
-        """End the thread, once the batch that it is at is made."""
+        """End the thread, once it has finished the batch that it is making."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
         if self._made:
-            # The stream stands behind what was made ahead: back to what was handed out.
+            # The stream is ahead of what was handed out: take it back.
             self._made.clear()
             self._maker.stream.load_state_dict(self._cursor)
 
@@ -123,7 +124,7 @@ class Prefetcher(Iterator[dict[str, Tensor]]):
 
 
 class _Maker:
-    """What the thread holds: not the prefetcher, which could not be dropped then."""
+    """The state of the thread. It must not hold the prefetcher, or that could never be dropped."""
 
     def __init__(self, stream: Batches, sites: tuple[str, ...], device: torch.device) -> None:
         self.stream = stream
@@ -133,7 +134,7 @@ class _Maker:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def make(self) -> _Made:
-        """The next batch; nothing more after an error, or else a batch would be left out."""
+        """Make the next batch; after an error, make none, so that no batch is skipped."""
         if self.error is not None:
             raise self.error
         try:

@@ -11,14 +11,15 @@ from sparsight.images import sample_places
 
 
 def sampled(source: ActivationSource, n_images: int | None, seed: int = 0) -> ActivationSource:
-    """A view of `n_images` images drawn at random, in the order of the source.
+    """Return a view of `n_images` images drawn at random, in the order of the source.
 
-    Of images that lie class by class, the first are those of the first classes.
+    The first images would not do: where images are sorted by class, they show the first classes
+    only.
 
     Args:
-        source: a store or live activations; others are given back as they are.
-        n_images: None: all; all, too, if there are no more.
-        seed: of the draw.
+        source: a store or live activations; any other source is returned unchanged.
+        n_images: number of images; None, or more than there are, takes all.
+        seed: seed of the draw.
     """
     check_positive(max_images=n_images)
     if n_images is None or n_images >= source.n_images or not isinstance(source, Selectable):

@@ -1,4 +1,4 @@
-"""The files of a store: safetensors, hashed while they are written and mapped to be read."""
+"""The files of a store: safetensors, hashed while they are written, memory-mapped to be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsight.files import atomic_path, sha256_file
 from sparsight.progress import logger
 
 ACTIVATIONS = "activations"
-"""The one key of a shard."""
+"""The only key of a shard."""
 
 AGAIN = "Remove the store and extract again."
 _NAMES = {
@@ -38,10 +38,10 @@ _PIECE = 1 << 20
 _LONGEST_HEADER = 1 << 20
 _HASHING_THREADS = min(4, os.cpu_count() or 1)
 _TOLD_FROM = 4 << 30
-"""Comparing so many bytes with their checksums takes seconds, and a line says so."""
+"""Comparing more bytes than this with their checksums takes seconds, so it is announced."""
 
 _CHECKED: set[tuple[str, str, int, int, int, int]] = set()
-"""Files that this process has compared with their checksums, as they were then."""
+"""Files that this process has compared with their checksums, in the state they were in then."""
 
 
 def write_tensors(
@@ -50,15 +50,15 @@ def write_tensors(
     """Write a safetensors file, whole or not at all, without a second copy in memory.
 
     Args:
-        path: of the file.
-        tensors: by their keys.
-        cancelled: once it is set, the file is given up.
+        path: the file.
+        tensors: the tensors by key.
+        cancelled: once it is set, the file is abandoned.
 
     Returns:
         The file's SHA-256, in hex.
 
     Raises:
-        SparsightError: it could not be written, e.g. because the disk is full, or was given up.
+        SparsightError: writing failed, e.g. because the disk is full, or was abandoned.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -69,7 +69,7 @@ def write_tensors(
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that data begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
     digest = hashlib.sha256()
     parts = [memoryview(len(text).to_bytes(8, "little") + text), *map(_bytes, tensors.values())]
     with atomic_path(path) as temporary, temporary.open("wb", buffering=0) as file:
@@ -79,7 +79,7 @@ def write_tensors(
                     raise SparsightError(f"{path}: was given up while it was written.")
                 piece = part[at : at + _PIECE]
                 digest.update(piece)
-                while piece:  # an unbuffered file may take a part of it
+                while piece:  # an unbuffered file may accept only a part of it
                     piece = piece[file.write(piece) or 0 :]
     return digest.hexdigest()
 
@@ -88,7 +88,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a small safetensors file into memory.
 
     Raises:
-        SparsightError: it is missing or damaged.
+        SparsightError: the file is missing or damaged.
     """
     try:
         return load_file(path)
@@ -97,15 +97,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_size(path: Path, n_bytes: int, again: str = AGAIN) -> None:
-    """Make sure that a file is as long as it was when it was written.
+    """Check that a file has the size with which it was written.
 
     Args:
-        path: of the file.
-        n_bytes: that were written.
-        again: what to do if there are not as many.
+        path: the file.
+        n_bytes: number of bytes that were written.
+        again: what to do if the file has another size, as a sentence.
 
     Raises:
-        SparsightError: it is missing, or of another length.
+        SparsightError: the file is missing, or has another size.
     """
     try:
         size = path.stat().st_size
@@ -123,15 +123,15 @@ def check_sums(
     again: str = AGAIN,
     cancelled: threading.Event | None = None,
 ) -> None:
-    """Compare files with their checksums: each once per process, as long as it does not change.
+    """Compare files with their checksums: each once per process, unless it changes.
 
     Args:
-        expected: the files, and the SHA-256 of each, in hex.
-        again: what to do if one is damaged.
-        cancelled: once it is set, the rest is left out.
+        expected: the files, with the SHA-256 of each, in hex.
+        again: what to do if one is damaged, as a sentence.
+        cancelled: once it is set, the remaining files are skipped.
 
     Raises:
-        SparsightError: one is missing or altered; it is named.
+        SparsightError: a file is missing or altered; the message names it.
     """
     left = [(path, sha256) for path, sha256 in expected if _key(path, sha256) not in _CHECKED]
     if not left:
@@ -154,17 +154,17 @@ def check_sums(
 
 
 def check_sum(path: Path, sha256: str, again: str = AGAIN) -> None:
-    """Compare a file with its checksum, whether or not that was done before.
+    """Compare a file with its checksum, even if that was done before.
 
     Raises:
-        SparsightError: it is missing or altered.
+        SparsightError: the file is missing or altered.
     """
     key = _key(path, sha256)
     try:
-        found = sha256_file(path)
+        actual = sha256_file(path)
     except OSError as error:
         raise SparsightError(f"{path}: is missing or cannot be read ({error.strerror}).") from error
-    if found != sha256:
+    if actual != sha256:
         raise SparsightError(
             f"{path}: is missing or damaged: it has been altered (its checksum differs). {again}"
         )
@@ -173,19 +173,19 @@ def check_sum(path: Path, sha256: str, again: str = AGAIN) -> None:
 
 
 def _key(path: Path, sha256: str) -> tuple[str, str, int, int, int, int] | None:
-    """What a file that was compared is known by: it changes whenever the file is written to."""
+    """Return the key of a file that was compared, which changes whenever the file is written to."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    times = found.st_mtime_ns, found.st_ctime_ns
-    return (os.fspath(path.absolute()), sha256, found.st_ino, found.st_size, *times)
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return (os.fspath(path.absolute()), sha256, status.st_ino, status.st_size, *times)
 
 
 def map_shard(
     path: Path, shape: Sequence[int], dtype: torch.dtype, n_bytes: int
 ) -> Float[Tensor, "images tokens d_in"]:
-    """Map a shard of activations into memory; see `map_tensors`."""
+    """Memory-map a shard of activations; see `map_tensors`."""
     return map_tensors(path, {ACTIVATIONS: (tuple(shape), dtype)}, n_bytes)[ACTIVATIONS]
 
 
@@ -195,17 +195,17 @@ def map_tensors(
     n_bytes: int,
     again: str = AGAIN,
 ) -> dict[str, Tensor]:
-    """Map a safetensors file into memory; nothing is read until it is looked at.
+    """Memory-map a safetensors file; its data are read only when they are accessed.
 
     Args:
-        path: of the file.
-        layout: shape and type of each tensor, in the order in which they were written; types of
-            more bytes stand before those of fewer.
-        n_bytes: of the file.
-        again: what to do if it is damaged.
+        path: the file.
+        layout: shape and dtype of each tensor, in the order in which they were written; dtypes with
+            more bytes come before those with fewer.
+        n_bytes: size of the file.
+        again: what to do if the file is damaged, as a sentence.
 
     Raises:
-        SparsightError: it is missing or cut off, or its header is not what was written.
+        SparsightError: the file is missing or cut off, or its header is not the one written.
     """
     check_size(path, n_bytes, again)
     try:
@@ -213,7 +213,7 @@ def map_tensors(
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, _LONGEST_HEADER)))
         header.pop("__metadata__", None)
-        found = {
+        actual = {
             name: (entry["dtype"], entry["shape"], entry["data_offsets"])
             for name, entry in header.items()
         }
@@ -223,9 +223,9 @@ def map_tensors(
     for name, (shape, dtype) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         expected[name] = (_NAMES[dtype], list(shape), [start, end])
-    if found != expected or 8 + length + end != n_bytes:
+    if actual != expected or 8 + length + end != n_bytes:
         raise SparsightError(
-            f"{path}: its header says {found}, expected {expected}: it has been altered. {again}"
+            f"{path}: its header says {actual}, expected {expected}: it has been altered. {again}"
         )
     whole = torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
     data = whole[8 + length :]

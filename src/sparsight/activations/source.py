@@ -1,4 +1,4 @@
-"""What everything that takes activations asks of them, on disk or made on the fly."""
+"""The interface of a source of activations, whether on disk or computed on the fly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsight.vision import Tokens, VisionModel
 
 @dataclass(frozen=True)
 class OrderedBatch:
-    """Activations of some images, in order.
+    """Activations of consecutive images.
 
     Attributes:
         image_indices: places of the images in their source.
@@ -32,7 +32,7 @@ class OrderedBatch:
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """Activations of a model on images; `ActivationStore` and `LiveActivations` are such."""
+    """Activations of a model on images, such as `ActivationStore` and `LiveActivations`."""
 
     sites: tuple[str, ...]
     """Canonical names of the sites."""
@@ -41,94 +41,95 @@ class ActivationSource(Protocol):
     """Which positions: "all", "patches", "cls" or "mean"."""
 
     model_info: Mapping[str, Any]
-    """Id, revision, family, hash of the weights, preprocessing; `images` is the images' spec."""
+    """Id, revision, family, weight hash and preprocessing; `images` is the spec of the images."""
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that two sources share when they give the same vectors in the same order."""
+        """Return a hex digest, the same for sources with the same vectors in the same order."""
 
     def canonical_site(self, site: str) -> str:
-        """The site's one true name; negative block numbers count from the end.
+        """Return the canonical name of a site; negative block numbers count from the end.
 
         Raises:
-            UserError: it is not among the sites.
+            UserError: the source has no such site.
         """
 
     @property
     def n_images(self) -> int:
-        """Images that activations exist of."""
+        """The number of images that have activations."""
 
     @property
     def n_tokens(self) -> Mapping[str, int]:
-        """Vectors an image gives at each site."""
+        """The number of vectors per image at each site."""
 
     def d_in(self, site: str) -> int:
-        """Width of a site's vectors."""
+        """Return the width of a site's vectors."""
 
     def stats(self, site: str) -> SiteStatistics:
-        """Statistics of a site."""
+        """Return the statistics of a site."""
 
     def source(self) -> ImageSource:
-        """The images."""
+        """Return the images."""
 
     def stream(self, sites: Sequence[str], batch_size: int, *, seed: int = 0) -> VectorStream:
-        """Vectors without end, shuffled: the same ones at each site."""
+        """Stream vectors without end, shuffled; the same positions at each site."""
 
     def ordered(
         self, sites: Sequence[str], batch_images: int = 64, *, after: int | None = None
     ) -> Iterator[OrderedBatch]:
-        """All images once, in order.
+        """Give all images once, in order.
 
-        With `after`, the place of an image in the source: only the batches behind the one that
-        has it, each as it is in a whole pass.
+        With `after`, the place of an image in the source, give only the batches that follow the one
+        with that image, divided as in a whole pass.
         """
 
 
 def matching_sites(
     asked: Sequence[str], available: Sequence[str], canonical: Callable[[str], str]
 ) -> tuple[str, ...]:
-    """The sites that are asked for, each once; `*` stands for any number of a block.
+    """Return the sites that are asked for, each once; `*` stands for any block number.
 
     Args:
         asked: names, or patterns such as "blocks.*.resid_post".
-        available: canonical names of all there are.
-        canonical: from any name to the canonical one.
+        available: canonical names of all sites.
+        canonical: maps any name to the canonical one.
 
     Raises:
-        UserError: a pattern fits none; or what `canonical` raises.
+        UserError: a pattern fits no site; or as `canonical` raises.
     """
-    found: list[str] = []
-    for each in asked:
-        if "*" not in each:
-            found.append(canonical(each))
+    chosen: list[str] = []
+    for asked_site in asked:
+        if "*" not in asked_site:
+            chosen.append(canonical(asked_site))
             continue
-        fitting = [site for site in available if fnmatchcase(site, each)]
+        fitting = [site for site in available if fnmatchcase(site, asked_site)]
         if not fitting:
-            raise UserError(f"No site fits {each!r}; there are: {', '.join(available)}.")
-        found += fitting
-    return tuple(dict.fromkeys(found))
+            raise UserError(f"No site fits {asked_site!r}; there are: {', '.join(available)}.")
+        chosen += fitting
+    return tuple(dict.fromkeys(chosen))
 
 
 def count_tokens(model: VisionModel, sites: Sequence[str], tokens: str) -> dict[str, int]:
-    """How many vectors an image gives at each site.
+    """Return how many vectors an image gives at each site.
 
     Raises:
-        UserError: a site has no such positions, or patches are asked for where no site has any.
+        UserError: a site does not have these positions, or patches are asked for and no site has
+            any.
     """
     counts = {site: model.token_count(site, cast(Tokens, tokens)) for site in sites}
     if tokens == "patches" and {*counts} == {"embedding"}:
         raise UserError(
             "embedding: has one position per image and no patches, so tokens='patches' is not "
-            "there. Use 'all', or a site such as blocks.-1.resid_post."
+            "available. Use 'all', or a site such as blocks.-1.resid_post."
         )
     return counts
 
 
 def same_count(sites: Sequence[str], n_tokens: Mapping[str, int]) -> int:
-    """How many vectors an image gives at each of these sites.
+    """Return how many vectors an image gives at each of these sites.
 
     Raises:
-        UserError: not the same number at each, so that positions have no counterparts.
+        UserError: the numbers differ, so that positions have no counterparts.
     """
     if not sites:
         raise UserError("Name at least one site.")
@@ -137,16 +138,16 @@ def same_count(sites: Sequence[str], n_tokens: Mapping[str, int]) -> int:
         listed = ", ".join(f"{site} ({n})" for site, n in counts.items())
         raise UserError(
             f"An image gives different numbers of vectors at {listed}: they cannot be streamed "
-            "together. Take them one by one."
+            "together. Use them one by one."
         )
     return next(iter(counts.values()))
 
 
 def with_tokens(source: ActivationSource, tokens: Tokens | None) -> ActivationSource:
-    """The activations of some positions: the source itself, or a view of one that has more.
+    """Return the activations at some positions: the source itself, or a view of one that has more.
 
     Raises:
-        UserError: the source does not have these positions, or gives no views.
+        UserError: the source does not have these positions, or cannot give views.
     """
     if tokens in (None, source.tokens):
         return source
@@ -157,8 +158,8 @@ def with_tokens(source: ActivationSource, tokens: Tokens | None) -> ActivationSo
 
 
 def other_tokens(asked: str, own: str) -> str:
-    """What is said to who asks for positions that are not there."""
+    """Return the message for positions that a source does not have."""
     return (
-        f"tokens is {asked!r}, the activations are of {own!r}. Leave it out, or extract with "
+        f"tokens is {asked!r}, but the activations are of {own!r}. Leave it out, or extract with "
         f"tokens={asked!r}."
     )

@@ -1,4 +1,4 @@
-"""Images that are kept out of training, so that an SAE can be measured on what it has not seen."""
+"""Images that are held out of training, so that an SAE can be measured on unseen images."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from sparsight.errors import UserError
 from sparsight.images import whole_spec
 
 _SCENES = re.compile(r"(?<=^calibration:)\d+:")
-"""How many scenes a calibration world has: with more it holds those that it has with fewer."""
+"""Matches the number of scenes of a calibration world: a larger world contains a smaller one."""
 
 
 @runtime_checkable
 class Selectable(Protocol):
-    """Activations that give views of some images; stores and live activations do."""
+    """Activations that can be restricted to some images, as stores and live activations can."""
 
     image_indices: Any
     """The place in the source of each image here, in order."""
 
     @property
     def n_listed(self) -> int:
-        """Images of the whole source, those that could not be read included."""
+        """The number of images of the whole source, including those that could not be read."""
 
     def select(self, image_indices: Sequence[int] | npt.NDArray[np.int64]) -> Self:
-        """A view of some images, by their places in the source."""
+        """Return a view of some images, given by their places in the source."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Which images are held out; of the same source always the same ones.
+    """Which images are held out; from the same source, always the same ones.
 
     Attributes:
-        share: of all images, between 0 and 1.
-        seed: of the random choice.
-        n_images: of the source that it is to fit; None fits any.
+        share: share of all images that is held out, between 0 and 1.
+        seed: seed of the random choice.
+        n_images: number of images that the source must have; None accepts any.
 
     Raises:
         UserError: a number is out of range.
@@ -61,13 +61,13 @@ class HeldOut:
 
     @classmethod
     def of(cls, given: HeldOut | float | None) -> HeldOut | None:
-        """A share as what it stands for; anything else as it is."""
+        """Turn a share into a `HeldOut`; return anything else unchanged."""
         return cls(given) if isinstance(given, int | float) else given
 
     def places(self, n_images: int) -> Int64[np.ndarray, " held_out"]:
-        """The places of the held-out images in a source of `n_images`, in order.
+        """Return the places of the held-out images in a source of `n_images`, in order.
 
-        They follow from the three numbers alone.
+        They follow from share, seed and number of images alone.
 
         Raises:
             UserError: there are fewer than two images.
@@ -78,19 +78,19 @@ class HeldOut:
         return np.sort(np.random.default_rng(self.seed).permutation(n_images)[:n])
 
     def split(self, source: ActivationSource) -> tuple[ActivationSource, ActivationSource]:
-        """Two views of some activations: those to train on, and those that are held out.
+        """Return two views of some activations: one to train on, and one that is held out.
 
         Raises:
-            UserError: the activations give no views, no images would be left in one, or the source
-                has not the `n_images`.
+            UserError: the activations cannot be split by images, one part would be empty, or the
+                source does not have `n_images` images.
         """
         if not isinstance(source, Selectable):
             raise UserError("held_out: these activations cannot be split by images; leave it out.")
         if self.n_images not in (None, source.n_listed):
             raise UserError(
-                f"held_out: the images were chosen among {self.n_images:,}, here are "
-                f"{source.n_listed:,}: nobody can tell which of these they are. Leave it out, or "
-                "give the same images."
+                f"held_out: the images were chosen among {self.n_images:,}, but this source has "
+                f"{source.n_listed:,}, so it is unknown which of them were held out. Leave it "
+                "out, or give the same images."
             )
         there = np.asarray(source.image_indices)
         held = np.isin(there, self.places(source.n_listed))
@@ -103,28 +103,28 @@ class HeldOut:
         return cast(tuple[ActivationSource, ActivationSource], views)
 
     def to_metadata(self, source: ActivationSource) -> dict[str, Any]:
-        """What an SAE's metadata say: `share`, `seed`, `n_images` (those of the whole source)."""
+        """Return what an SAE's metadata say: `share`, `seed` and the whole source's `n_images`."""
         assert isinstance(source, Selectable)
         return {"share": self.share, "seed": self.seed, "n_images": source.n_listed}
 
 
 def held_out_of(metadata: Mapping[str, Any]) -> HeldOut | None:
-    """What an SAE's metadata say was held out of its training; None where nothing was."""
+    """Return what was held out of an SAE's training according to its metadata; None if nothing."""
     about = metadata.get("held_out")
     return None if about is None else HeldOut(about["share"], about["seed"], about["n_images"])
 
 
 def seen_in_training(metadata: Mapping[str, Any], source: ActivationSource) -> bool | None:
-    """Whether an SAE was trained on images that it is to be measured on.
+    """Return whether an SAE was trained on images on which it is to be measured.
 
     Args:
-        metadata: of the SAE.
-        source: what it is to be measured on.
+        metadata: the SAE's metadata.
+        source: the activations on which it is to be measured.
 
     Returns:
-        True where images of the same source are among those trained on, False where all of them
-        were held out or are of another source, None where nobody can tell, e.g. of two selections
-        of one source.
+        True if images of this source were among those trained on; False if all of them were held
+        out or belong to another source; None if this cannot be known, e.g. for two different
+        selections from one source.
     """
     trained, own = metadata.get("images"), source.model_info.get("images")
     if not trained or not own:

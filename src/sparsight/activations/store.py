@@ -41,21 +41,21 @@ from sparsight.vision import Tokens, count_from_start, select_tokens
 from sparsight.vision.tokens import check_tokens
 
 WINDOW_BYTES = 128 << 20
-"""What a stream mixes at a time; it holds two of these, and the page cache the rest."""
+"""Bytes that a stream mixes at a time; it holds two such windows, the page cache the rest."""
 
 BLOCK_BYTES = 256 << 10
-"""What stays together on the way from a shard into a window."""
+"""Bytes that stay together on the way from a shard into a window."""
 
 Rows = npt.NDArray[np.int64]
 
 _HELD = {"all": ("patches", "cls", "mean"), "patches": ("mean",)}
-"""Which positions can be made of those that a store holds."""
+"""The positions that can be derived from those that a store holds."""
 
 
 class ActivationStore:
-    """What `extract` left in a folder.
+    """The activations that `extract` wrote to a folder.
 
-    Lengths are compared at once; a file's checksum when it is first read, once per process.
+    Sizes are compared at once; a file's checksum when it is first read, once per process.
 
     Args:
         path: the folder.
@@ -63,11 +63,11 @@ class ActivationStore:
 
     Attributes:
         path: the folder.
-        manifest: what the store says of itself.
+        manifest: the store's description of itself.
         sites: canonical names of the sites.
         tokens: "all", "patches", "cls" or "mean".
-        model_info: id, revision, family, hash of the weights, preprocessing, the images' spec.
-        summary: what the call of `extract` that gave this store did; None where it did nothing.
+        model_info: id, revision, family, weight hash, preprocessing, and the spec of the images.
+        summary: what the call of `extract` that returned this store did; None if it did nothing.
 
     Raises:
         UserError: the folder holds no store, or an unfinished one.
@@ -96,7 +96,7 @@ class ActivationStore:
         self._rows: Rows = np.arange(self._starts[-1])
         self._stats: dict[str, SiteStatistics] = {}
         self._n_tokens: Mapping[str, int] = self.manifest.n_tokens
-        self._checked: set[tuple[str, int]] = set()  # shards; views share it
+        self._checked: set[tuple[str, int]] = set()  # shards; shared by views
         for site in self.sites:
             for number, shard in enumerate(self.manifest.shards):
                 check_size(shard_path(self.path, site, number), shard.n_bytes[site])
@@ -105,25 +105,25 @@ class ActivationStore:
 
     @property
     def n_images(self) -> int:
-        """Images whose activations are here."""
+        """The number of images whose activations are here."""
         return len(self._rows)
 
     @property
     def n_listed(self) -> int:
-        """Images of the whole source: the failed ones, and those not selected, included."""
+        """The number of images of the whole source, including failed and unselected ones."""
         return int(self.manifest.images["n_images"])
 
     @property
     def n_tokens(self) -> Mapping[str, int]:
-        """Vectors an image gives at each site."""
+        """The number of vectors per image at each site."""
         return self._n_tokens
 
     def n_vectors(self, site: str) -> int:
-        """Vectors of a site."""
+        """Return the number of vectors of a site."""
         return self.n_images * self.n_tokens[self._site(site)]
 
     def d_in(self, site: str) -> int:
-        """Width of a site's vectors.
+        """Return the width of a site's vectors.
 
         Raises:
             UserError: the store has no such site.
@@ -131,7 +131,7 @@ class ActivationStore:
         return self.manifest.d_in[self._site(site)]
 
     def canonical_site(self, site: str) -> str:
-        """The site's one true name; negative block numbers count from the end.
+        """Return the canonical name of a site; negative block numbers count from the end.
 
         Raises:
             UserError: the store has no such site.
@@ -143,7 +143,7 @@ class ActivationStore:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that two stores share when they give the same vectors in the same order."""
+        """Return a hex digest, the same for stores with the same vectors in the same order."""
         return sha256_json(
             {
                 **self.manifest.identity(),
@@ -156,7 +156,7 @@ class ActivationStore:
 
     @cached_property
     def images(self) -> pa.Table:
-        """A row for each image of the source, the failed ones and those not selected included.
+        """Return one row per image of the source, including failed and unselected ones.
 
         Columns: index, id, uri, label, caption, width, height, status ("ok" or "failed"), reason,
         and the shard and the row in it.
@@ -177,10 +177,10 @@ class ActivationStore:
         return chosen
 
     def source(self) -> ImageSource:
-        """The images, opened again; `image_indices` are places in it.
+        """Open the images again; `image_indices` are places in them.
 
         Raises:
-            UserError: they are not there any more, or have changed.
+            UserError: they are no longer there, or have changed.
         """
         about = self.manifest.images
         return reopen_images(
@@ -192,7 +192,7 @@ class ActivationStore:
         )
 
     def stats(self, site: str) -> SiteStatistics:
-        """Exact statistics of a site, as written at extraction; of a selection, computed here."""
+        """Return exact statistics of a site, from the extraction; for a selection, compute them."""
         site = self._site(site)
         if site not in self._stats:
             whole = self.n_images == self._starts[-1] and self._is_whole
@@ -200,7 +200,7 @@ class ActivationStore:
         return self._stats[site]
 
     def select(self, image_indices: Sequence[int] | Rows) -> Self:
-        """A view of some images, by their places in the source, in the order of the store.
+        """Return a view of some images, given by their places in the source, in the store's order.
 
         Raises:
             UserError: an image is not in the store.
@@ -217,7 +217,7 @@ class ActivationStore:
         return view
 
     def with_tokens(self, tokens: str) -> Self:
-        """A view of some positions of a store that holds all, or of the mean over its patches.
+        """Return a view of some of the positions, or of the mean over the patches.
 
         Raises:
             UserError: the store does not hold these positions.
@@ -233,7 +233,7 @@ class ActivationStore:
         view = copy.copy(self)
         view.tokens = tokens
         view._n_tokens = {site: 1 if self._has_one(site) else counts[tokens] for site in self.sites}
-        if tokens != "cls":  # a final_norm of the CLS position alone has no patches
+        if tokens != "cls":  # a final_norm of only the CLS position has no patches
             view.sites = tuple(
                 site for site in self.sites if not (self._has_one(site) and site == "final_norm")
             )
@@ -244,7 +244,7 @@ class ActivationStore:
         """Compare every file with its checksum.
 
         Raises:
-            SparsightError: one differs; its name is given.
+            SparsightError: a checksum differs; the message names the file.
         """
         for name, sha256 in self.manifest.files.items():
             check_sum(self.path / name, sha256)
@@ -255,10 +255,10 @@ class ActivationStore:
     def ordered(
         self, sites: Sequence[str], batch_images: int = 64, *, after: int | None = None
     ) -> Iterator[OrderedBatch]:
-        """All images once, in order, float32; see `ActivationSource.ordered` for `after`.
+        """Give all images once, in order, float32; see `ActivationSource.ordered` for `after`.
 
         Raises:
-            SparsightError: an activation is NaN or infinite; the shard is named.
+            SparsightError: an activation is NaN or infinite; the message names the shard.
         """
         names = [self._site(site) for site in sites]
         check_positive(batch_images=batch_images)
@@ -282,13 +282,13 @@ class ActivationStore:
             yield OrderedBatch(indices, {site: x.float() for site, x in stored.items()})
 
     def stream(self, sites: Sequence[str], batch_size: int, *, seed: int = 0) -> VectorStream:
-        """Vectors without end, shuffled, float32; the same positions at each site.
+        """Stream vectors without end, shuffled, float32; the same positions at each site.
 
-        Blocks of neighbouring images come together, in random order, in windows of some 128 MB
-        whose vectors are mixed; see `VectorStream`.
+        Blocks of neighbouring images come in random order, in windows of about 128 MB whose vectors
+        are mixed; see `VectorStream`.
 
         Raises:
-            UserError: the sites give different numbers of vectors an image.
+            UserError: the sites give different numbers of vectors per image.
         """
         names = [self._site(site) for site in sites]
         n_tokens = same_count(names, self.n_tokens)
@@ -300,8 +300,8 @@ class ActivationStore:
             window_images=max(1, WINDOW_BYTES // sum(image_bytes)),
         )
 
-        # Windows come and go one after the other, two at a time: memory that is used again need
-        # not be found and cleared again.
+        # Windows come and go one after another, two at a time: memory that is reused need not be
+        # allocated and cleared again.
         rooms: list[dict[str, Tensor]] = [{}, {}]
 
         def load(_: Position, images: Rows) -> dict[str, Tensor]:
@@ -336,22 +336,22 @@ class ActivationStore:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether all positions that are stored are read."""
+        """Whether all stored positions are read."""
         return self.tokens == self.manifest.tokens
 
     @property
     def _n_prefix(self) -> int:
-        """Positions before the first patch among those stored."""
+        """The number of stored positions before the first patch."""
         return int(self.manifest.model.get("n_prefix") or 0) if self.manifest.tokens == "all" else 0
 
     def _has_one(self, site: str) -> bool:
-        """Whether a site has one position an image, whatever the tokens."""
+        """Return whether a site has one position per image, whatever the tokens."""
         return self.manifest.n_tokens[site] == 1
 
     def _chosen(
         self, x: Float[Tensor, "images stored d_in"], site: str
     ) -> Float[Tensor, "images tokens d_in"]:
-        """The positions of this view."""
+        """Return the positions of this view."""
         if self._is_whole or self._has_one(site):
             return x
         return select_tokens(x, cast(Tokens, self.tokens), self._n_prefix, self._n_prefix > 0)
@@ -369,10 +369,10 @@ class ActivationStore:
     def _gather(
         self, site: str, rows: Rows, out: Float[Tensor, "room tokens d_in"]
     ) -> Float[Tensor, "images tokens d_in"]:
-        """Copy some images' activations to the beginning of `out`, run by run.
+        """Copy the activations of some images to the beginning of `out`, run by run.
 
-        Maps live as long as this call, so that what was read does not count as this process's
-        memory for longer.
+        Maps live only as long as this call, so that what was read does not keep counting as this
+        process's memory.
         """
         shards = self._shards_of(rows)
         breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)) + 1
@@ -389,14 +389,14 @@ class ActivationStore:
         return out[: len(rows)]
 
     def _check(self, site: str, rows: Rows) -> None:
-        """Compare the shards of some images with their checksums, each the first time."""
+        """Compare the shards of some images with their checksums, each when it is first used."""
         numbers = np.unique(self._shards_of(rows)).tolist()
         numbers = [number for number in numbers if (site, number) not in self._checked]
         if not numbers:
             return
         paths = {n: shard_path(self.path, site, n) for n in numbers}
         for number in numbers:
-            self._map(site, number)  # tells more of a damaged header
+            self._map(site, number)  # says more about a damaged header
         try:
             check_sums([(paths[n], self.manifest.shards[n].sha256[site]) for n in numbers])
         except SparsightError as error:
@@ -410,11 +410,11 @@ class ActivationStore:
         self._checked.update((site, number) for number in numbers)
 
     def _shards_of(self, rows: Rows) -> Rows:
-        found: Rows = np.searchsorted(self._starts, rows, side="right") - 1
-        return found
+        numbers: Rows = np.searchsorted(self._starts, rows, side="right") - 1
+        return numbers
 
     def _damaged(self, rows: Rows, site: str) -> str:
-        """Which of some images' shards holds numbers that are not finite."""
+        """Say in which of these images' shards there are numbers that are not finite."""
         for number in np.unique(self._shards_of(rows)).tolist():
             if not all_finite(self._map(site, number)):
                 return str(shard_path(self.path, site, number))
@@ -429,16 +429,16 @@ class ActivationStore:
             raise SparsightError(f"{path}: is missing or damaged ({error}). {AGAIN}") from error
 
     def _check_file(self, path: Path) -> None:
-        """Compare a file beside the shards with its checksum, the first time."""
+        """Compare a file beside the shards with its checksum, when it is first used."""
         sha256 = self.manifest.files.get(path.relative_to(self.path).as_posix())
         if sha256 is not None:
             check_sums([(path, sha256)])
 
     def _read_stats(self, site: str) -> SiteStatistics:
         path = stats_path(self.path, site)
-        found = read_tensors(path)
+        tensors = read_tensors(path)
         try:
-            stats = SiteStatistics(int(found["count"]), found["mean"], found["second_moment"])
+            stats = SiteStatistics(int(tensors["count"]), tensors["mean"], tensors["second_moment"])
         except KeyError as error:
             raise SparsightError(f"{path}: is damaged (it has no {error}).") from error
         if stats.count != self.n_vectors(site) or len(stats.mean) != self.d_in(site):

@@ -1,8 +1,8 @@
-"""A shuffled stream of vectors with a cursor that can be saved.
+"""A shuffled stream of vectors with a position that can be saved.
 
 An epoch is a permutation of blocks (runs of images), cut into windows that fit in memory; the
-vectors of a window are permuted again. Everything follows from seed, epoch and window, so that the
-cursor is a few numbers, and a restored stream gives the same bits.
+vectors of each window are permuted again. Everything follows from seed, epoch and window, so the
+position is a few numbers, and a restored stream gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparsight.errors import SparsightError, UserError
 
 
 class Position(NamedTuple):
-    """Which window of which epoch."""
+    """The number of a window, and of its epoch."""
 
     epoch: int
     window: int
@@ -33,20 +33,20 @@ class Position(NamedTuple):
 
 Window = dict[str, Tensor]
 LoadWindow = Callable[[Position, npt.NDArray[np.int64]], Window]
-"""From a window's position and the numbers of its images to its vectors [vectors, d_in] by site.
+"""Maps a window's position and the numbers of its images to vectors [vectors, d_in] by site.
 
-A window may be overwritten by the second that is loaded after it.
+A window may be overwritten by the next but one.
 """
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How images are grouped.
+    """How images are grouped into blocks and windows.
 
     Attributes:
-        n_images: images an epoch.
-        block_images: images that stay neighbours on the way into a window.
-        window_images: images that are mixed with one another.
+        n_images: number of images per epoch.
+        block_images: number of images that stay neighbours when a window is filled.
+        window_images: number of images that are mixed with one another.
     """
 
     n_images: int
@@ -55,15 +55,15 @@ class WindowPlan:
 
     def __post_init__(self) -> None:
         if self.n_images < 1:
-            raise UserError("There are no activations to stream: not one image was read.")
+            raise UserError("There are no activations to stream: no images were read.")
 
     @property
     def n_windows(self) -> int:
-        """Windows an epoch."""
+        """The number of windows per epoch."""
         return -(-self.n_images // self.window_images)
 
     def images(self, seed: int, at: Position) -> npt.NDArray[np.int64]:
-        """The images of a window, block after block."""
+        """Return the images of a window, block after block."""
         if self.n_windows == 1:
             return np.arange(self.n_images)
         order = _epoch_order(self.n_images, self.block_images, seed, at.epoch)
@@ -78,21 +78,21 @@ def _epoch_order(n_images: int, block_images: int, seed: int, epoch: int) -> npt
 
 
 class VectorStream(Iterator[dict[str, Tensor]]):
-    """Batches of vectors, each vector once an epoch; a batch may reach into the next epoch.
+    """Batches of vectors, each vector once per epoch; a batch may extend into the next epoch.
 
     `next` gives, for each site, float32 [batch_size, d_in]; row i is the same position of the same
-    image at each site. For use from one thread at a time.
+    image at each site. Only one thread may use it at a time.
 
     Args:
-        plan: the grouping.
-        load: gives the vectors of some images.
-        sites: what a batch holds.
-        batch_size: vectors a batch.
-        seed: of the order.
-        vectors_per_epoch: how many vectors there are.
+        plan: the grouping of the images.
+        load: returns the vectors of some images.
+        sites: the sites in a batch.
+        batch_size: number of vectors per batch.
+        seed: seed of the order.
+        vectors_per_epoch: total number of vectors.
         where: names the place of a vector that is not finite, for the error.
-        prefetch: load the next window in a thread while this one is consumed; a `Prefetcher` then
-            makes batches ahead, too.
+        prefetch: load the next window in a thread while this one is used; a `Prefetcher` then makes
+            batches ahead as well.
 
     Raises:
         UserError: a number is out of range.
@@ -144,7 +144,7 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         return {site: p[0] if len(p) == 1 else torch.cat(p) for site, p in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON takes it."""
+        """Return the position, as JSON-compatible values."""
         return {
             "seed": self.seed,
             "epoch": self._at.epoch,
@@ -160,7 +160,7 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         """Continue from a position.
 
         Raises:
-            UserError: the position is one in other data, or in another order of them.
+            UserError: the position belongs to other data, or to another order of them.
         """
         own = self.state_dict()
         for key in own:
@@ -189,11 +189,11 @@ class VectorStream(Iterator[dict[str, Tensor]]):
     def _go_to(self, at: Position, offset: int) -> None:
         self._at, self._offset = at, offset
         self._ready = False
-        if self.plan.n_windows > 1:  # else the one window serves every epoch
+        if self.plan.n_windows > 1:  # otherwise the one window serves every epoch
             self._window = None
 
     def _current(self) -> Window:
-        """The window at `_at`, or behind it where not one of its images could be read."""
+        """Return the window at `_at`, or the next one that has an image that can be read."""
         if self._ready and self._window is not None:
             return self._window
         for _ in range(self.plan.n_windows):
@@ -203,7 +203,7 @@ class VectorStream(Iterator[dict[str, Tensor]]):
                 break
             self._go_to(self._after(self._at), 0)
         else:
-            raise SparsightError("Not one image of a whole epoch could be read.")
+            raise SparsightError("No image of a whole epoch could be read.")
         self._window, self._ready = window, True
         shuffle = np.random.default_rng([self.seed, *self._at, 1])
         self._order = torch.from_numpy(shuffle.permutation(n))
@@ -217,7 +217,7 @@ class VectorStream(Iterator[dict[str, Tensor]]):
         if ahead is not None and ahead[0] == at:
             return ahead[1].result()
         if ahead is not None:
-            wait([ahead[1]])  # windows are loaded one after the other
+            wait([ahead[1]])  # windows are loaded one after another
         return self._read(at)
 
     def _read(self, at: Position) -> Window:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExtractionSummary:
-    """What one call of `extract` did; a continued extraction counts its own part.
+    """What one call of `extract` did; a continued extraction counts only its own part.
 
     Attributes:
-        images: images that went through the model.
-        failed: images that could not be read, earlier calls included.
+        images: number of images that went through the model.
+        failed: number of images that could not be read, including those of earlier calls.
         seconds: wall time.
-        seconds_in_forward: wall time in the model's forward pass.
+        seconds_in_forward: wall time of the model's forward pass.
     """
 
     images: int
@@ -23,7 +23,7 @@ class ExtractionSummary:
 
     @property
     def forward_share(self) -> float:
-        """Share of the wall time that the model's forward pass took."""
+        """The share of the wall time that the model's forward pass took."""
         return self.seconds_in_forward / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:

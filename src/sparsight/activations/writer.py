@@ -1,14 +1,14 @@
-"""Writes a store shard by shard, so that a cut at any byte costs little work.
+"""Write a store shard by shard, so that an interruption at any byte costs little work.
 
-A shard is committed in one step: when the manifest that names it is renamed into place. All that
-is written before (the shard of each site, its sums, the rows about its images) is named after its
-number, and written again if the manifest never came. Sums and rows wait in `journal/` until the
-last shard; then they become `stats.safetensors` and `images.parquet`.
+A shard is committed in one step, when the manifest that names it is renamed into place. Everything
+that is written before (the shard of each site, its sums, the rows about its images) is named after
+the shard's number, and is written again if the manifest was not. Sums and rows wait in `journal/`
+until the last shard; then they become `stats.safetensors` and `images.parquet`.
 
-A shard that is not full yet is kept in the same way, by time or because the extraction stops. It is
-marked as unfinished, its files are named after how far it reaches as well, and the next that is
-kept of the same shard replaces it. A continued extraction reads it back and fills it up: where
-shards end, and every byte of them, is as if nothing had stopped.
+A shard that is not full yet is kept in the same way, after some time or because the extraction
+stops. It is marked as unfinished, the names of its files also say how far it reaches, and the next
+version of the same shard replaces it. A continued extraction reads it back and fills it: the
+boundaries of shards, and every byte of them, are as if nothing had stopped.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ from sparsight.leftovers import remove_temporaries
 JOURNAL = "journal"
 _ENDINGS = ("parquet", "safetensors")
 _OWN = re.compile(r"(shard-)?\d{5}(-until-\d{8})?\.(parquet|safetensors)")
-"""Names of files that this module gives, final ones of a complete store apart."""
+"""Names of the files that this module writes, except the final ones of a complete store."""
 
 
 def recorded_ids(folder: Path, manifest: Manifest) -> list[str]:
-    """The ids of the images in a store, complete or not, as far as they can be read."""
+    """Return the ids of the images in a store, complete or not, as far as they can be read."""
     paths = [folder / IMAGES]
     if manifest.state != "complete":
         paths = [
@@ -78,20 +78,20 @@ def recorded_ids(folder: Path, manifest: Manifest) -> list[str]:
 
 
 class StoreWriter:
-    """Commits shards in the background; used as a context around `commit` and `keep`.
+    """Commits shards in the background; a context manager around `commit` and `keep`.
 
     Args:
-        folder: of the store.
-        manifest: what is there already.
+        folder: the folder of the store.
+        manifest: describes what is already there.
 
     Raises:
-        SparsightError: what is there already is damaged.
+        SparsightError: what is already there is damaged.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        # One commits; one sums while it writes and hashes; one looks at what is there already.
+        # One thread commits; one sums while it writes and hashes; one checks what is already there.
         self._threads = ThreadPoolExecutor(3)
         self._pending: Future[None] | None = None
         self._checking: Future[None] | None = None
@@ -103,7 +103,7 @@ class StoreWriter:
 
     @property
     def first(self) -> int:
-        """The image at which the next shard begins; some of it may be there."""
+        """The image at which the next shard begins; a part of that shard may already exist."""
         whole = self.manifest.whole_shards
         return whole[-1].stop if whole else 0
 
@@ -113,12 +113,12 @@ class StoreWriter:
         return self._pending is None or self._pending.done()
 
     def buffer(self, first: int, stop: int) -> ShardBuffer:
-        """The next shard to fill; at most two exist at a time, one filled and one written.
+        """Return the next shard to fill; at most two exist at a time, one filled and one written.
 
-        It holds what a stopped extraction left of it.
+        It contains what a stopped extraction left of it.
 
         Raises:
-            SparsightError: that is damaged.
+            SparsightError: what it left is damaged.
         """
         turn = self._started % 2
         room = self._room.get(turn)
@@ -134,15 +134,16 @@ class StoreWriter:
         return buffer
 
     def commit(self, buffer: ShardBuffer) -> None:
-        """Write a shard, once the one before is written; returns at once."""
+        """Write a shard, once the one before is written; return at once."""
         self._wait()
         self._pending = self._threads.submit(self._write, buffer.part(unfinished=False))
 
     def keep(self, buffer: ShardBuffer) -> None:
-        """Write what is in a shard that is not full, once the one before is written; as `commit`.
+        """Write what is in a shard that is not full, once the one before is written; return at
+        once.
 
-        Nothing is written where nothing was added since the last time, or where a shard before this
-        one is missing because it could not be written.
+        Nothing is written if nothing was added since the last time, or if an earlier shard is
+        missing because it could not be written.
         """
         self._wait()
         part = buffer.part(unfinished=True)
@@ -151,7 +152,7 @@ class StoreWriter:
             self._pending = self._threads.submit(self._write, part)
 
     def wait(self) -> None:
-        """Wait until what was handed over is on disk.
+        """Wait until everything that was handed over is on disk.
 
         Raises:
             SparsightError: it could not be written.
@@ -159,12 +160,12 @@ class StoreWriter:
         self._wait()
 
     def check_what_is_there(self) -> int:
-        """Begin to compare the shards that are there with their checksums, in the background.
+        """Begin to compare the existing shards with their checksums, in the background.
 
-        What is wrong is raised by what is called next, by `close_store` at the latest.
+        The next call raises what is wrong, `close_store` at the latest.
 
         Returns:
-            How many bytes there are.
+            The number of bytes to compare.
         """
         manifest = self.manifest
         paths = [
@@ -179,7 +180,7 @@ class StoreWriter:
         return sum(sum(shard.n_bytes.values()) for shard in manifest.whole_shards)
 
     def failures(self) -> Iterator[tuple[str, str]]:
-        """Id and reason of each failed image of the shards so far.
+        """Give id and reason of each failed image of the shards so far.
 
         Raises:
             SparsightError: a file of the journal is damaged.
@@ -192,7 +193,7 @@ class StoreWriter:
                     yield row["id"], row["reason"]
 
     def close_store(self) -> None:
-        """Bring sums and rows together and declare the store complete.
+        """Merge sums and rows and declare the store complete.
 
         Raises:
             SparsightError: a shard or a file of the journal is damaged, or the disk is full.
@@ -207,14 +208,14 @@ class StoreWriter:
                 count = shard.n_images * self.manifest.n_tokens[site]
                 total, squares = sums[f"{position}.total"], sums[f"{position}.squares"]
                 running.merge(RunningSums(count, total, squares))
-            found = running.statistics()
+            statistics = running.statistics()
             path = stats_path(self.folder, site)
             files[path.relative_to(self.folder).as_posix()] = write_tensors(
                 path,
                 {
-                    "count": torch.tensor(found.count),
-                    "mean": found.mean,
-                    "second_moment": found.second_moment,
+                    "count": torch.tensor(statistics.count),
+                    "mean": statistics.mean,
+                    "second_moment": statistics.second_moment,
                 },
             )
         with (
@@ -244,10 +245,10 @@ class StoreWriter:
             else:
                 self._checks_cancelled.set()
             if kind is not None and issubclass(kind, STOPS):
-                # A first stop has waited for what was written; a second one does not.
+                # A first stop has waited for the writing to finish; a second one does not.
                 self._writes_cancelled.set()
         finally:
-            # After an error too, the shard under way is finished: it is whole.
+            # After an error too, the shard under way is finished, because it is whole.
             self._threads.shutdown()
 
     def _wait(self) -> None:
@@ -258,7 +259,7 @@ class StoreWriter:
             self._pending = None
 
     def _clean(self) -> None:
-        """Remove what a killed process left, and look at what it committed."""
+        """Remove what a killed process left, and check what it committed."""
         folders = [self.folder / site for site in self.manifest.sites]
         for folder in (self.folder, self.folder / JOURNAL, *folders):
             remove_temporaries(folder)
@@ -267,7 +268,7 @@ class StoreWriter:
             for number, shard in enumerate(self.manifest.shards)
             for path in self._files(number, shard)
         }
-        for path in (each for at in (*folders, self.folder / JOURNAL) for each in at.glob("*")):
+        for path in (path for at in (*folders, self.folder / JOURNAL) for path in at.glob("*")):
             if path not in named and _OWN.fullmatch(path.name):
                 path.unlink()
         shards = []
@@ -278,26 +279,26 @@ class StoreWriter:
         self.manifest = replace(self.manifest, shards=tuple(shards))
 
     def _check_journal(self, number: int, shard: Shard) -> dict[str, str]:
-        """Look, before hours of work, at what is needed when the last shard is written.
+        """Check, before hours of work, what is needed once the last shard is written.
 
         Returns:
-            The checksums of a shard's files in the journal.
+            The checksums of the shard's files in the journal.
         """
-        found = {}
+        checksums = {}
         for path in self._journal_files(number, shard):
             ending = path.suffix[1:]
             if not path.exists():
                 raise _damaged(path, "the file is not there")
-            found[ending] = sha256_file(path)
-            if found[ending] != shard.journal.get(ending, found[ending]):
+            checksums[ending] = sha256_file(path)
+            if checksums[ending] != shard.journal.get(ending, checksums[ending]):
                 raise _damaged(path, "its checksum differs")
         self._journal_rows(number)
         if not shard.unfinished:
             self._journal_sums(number)
-        return found
+        return checksums
 
     def _write(self, part: ShardPart) -> None:
-        """Write a shard of each site, its sums and rows, and last the manifest."""
+        """Write each site's shard, then its sums and rows, and the manifest last."""
         number, before = part.number, self.manifest
         until = part.stop if part.unfinished else None
         sha256, n_bytes, sums, journal = {}, {}, {}, {}
@@ -310,8 +311,8 @@ class StoreWriter:
             sha256[site] = write_tensors(path, {ACTIVATIONS: x}, self._writes_cancelled)
             n_bytes[site] = path.stat().st_size
             if summing is not None:
-                found = summing.result()
-                sums[f"{position}.total"], sums[f"{position}.squares"] = found.total, found.squares
+                added = summing.result()
+                sums[f"{position}.total"], sums[f"{position}.squares"] = added.total, added.squares
         if not part.unfinished:
             path = self._journal(number, "safetensors")
             journal["safetensors"] = write_tensors(path, sums)
@@ -322,7 +323,7 @@ class StoreWriter:
             part.first, part.stop, part.n_images, sha256, n_bytes, journal, part.unfinished
         )
         shards = (*before.whole_shards, shard)
-        failed = sum(each.stop - each.first - each.n_images for each in shards)
+        failed = sum(shard.stop - shard.first - shard.n_images for shard in shards)
         manifest = replace(before, shards=shards, failed=failed)
         if self._writes_cancelled.is_set():
             return
@@ -333,7 +334,7 @@ class StoreWriter:
                 path.unlink(missing_ok=True)
 
     def _restore(self, buffer: ShardBuffer, shard: Shard) -> None:
-        """Put what is there of an unfinished shard back into its buffer."""
+        """Put what exists of an unfinished shard back into its buffer."""
         for site in self.manifest.sites:
             n_tokens, d_in = self.manifest.n_tokens[site], self.manifest.d_in[site]
             path = self._shard(site, buffer.number, shard)
@@ -345,7 +346,7 @@ class StoreWriter:
         buffer.filled = Filled(len(buffer.rows), shard.n_images)
 
     def _journal_rows(self, number: int) -> pa.Table:
-        """The rows about a shard's images."""
+        """Return the rows about a shard's images."""
         shard = self.manifest.shards[number]
         path = self._journal(number, "parquet", _until(shard))
         try:
@@ -358,7 +359,7 @@ class StoreWriter:
         return rows
 
     def _journal_sums(self, number: int) -> dict[str, Tensor]:
-        """The sums of a shard of each site."""
+        """Return the sums of each site's shard."""
         path = self._journal(number, "safetensors")
         try:
             sums = read_tensors(path)
@@ -375,7 +376,7 @@ class StoreWriter:
         return torch.empty(images, n_tokens, d_in, dtype=DTYPES[self.manifest.dtype])
 
     def _files(self, number: int, shard: Shard) -> list[Path]:
-        """All files of a shard."""
+        """Return all files of a shard."""
         own = [self._shard(site, number, shard) for site in self.manifest.sites]
         return [*own, *self._journal_files(number, shard)]
 
@@ -383,7 +384,7 @@ class StoreWriter:
         return shard_path(self.folder, site, number, _until(shard))
 
     def _journal_files(self, number: int, shard: Shard) -> list[Path]:
-        """Rows, and of a whole shard sums."""
+        """Return the files of rows and, for a whole shard, of sums."""
         endings = _ENDINGS[:1] if shard.unfinished else _ENDINGS
         return [self._journal(number, ending, _until(shard)) for ending in endings]
 
@@ -392,7 +393,7 @@ class StoreWriter:
 
 
 def _until(shard: Shard) -> int | None:
-    """What tells the names of an unfinished shard's files from those of the whole one."""
+    """Return what marks the names of an unfinished shard's files; None for a whole shard."""
     return shard.stop if shard.unfinished else None
 
 

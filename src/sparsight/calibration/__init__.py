@@ -1,7 +1,7 @@
-"""The embedded world: rendered scenes whose truth is known, and the small CLIP trained on them.
+"""The embedded world: rendered scenes with known ground truth, and the small CLIP trained on them.
 
 Builds on Pillow, NumPy and matplotlib's fonts; `train` needs torch and transformers as well.
-Start with `CalibrationWorld`; `python -m tools.calibration_clip.train` makes the CLIP again.
+Start with `CalibrationWorld`; `python -m tools.calibration_clip.train` trains the CLIP again.
 """
 
 from sparsight.calibration.symbols import COLOURS, PATTERNS, SYMBOLS

@@ -1,4 +1,4 @@
-"""What is said of scenes: captions for training and the tokenizer that reads them."""
+"""Texts about scenes: captions for training, and the tokenizer that reads them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BACKGROUND_TEMPLATES: tuple[str, ...] = ("a {} background.", "a picture on a {} 
 
 
 def caption_of(scene: Scene, u: float) -> str:
-    """A caption that tells all (u < 0.4), the objects, their names, or the ground alone.
+    """Return a caption with everything (u < 0.4), the objects, their names, or only the background.
 
     Args:
         scene: the scene.
@@ -60,7 +60,8 @@ def caption_of(scene: Scene, u: float) -> str:
 
 
 def make_tokenizer() -> Any:
-    """Train the byte-level BPE tokenizer on the world's own language; always the same one.
+    """Train the byte-level BPE tokenizer on the world's own language; the result is always the
+    same.
 
     Returns:
         A `transformers.PreTrainedTokenizerFast`.

@@ -1,4 +1,4 @@
-"""The small CLIP of the calibration world: its shape, its files, its zero-shot figures."""
+"""The small CLIP of the calibration world: its shape, its files and its zero-shot figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HELD_OUT_SEED = 990_000
 
 
 def new_clip(vocabulary_size: int) -> Any:
-    """An untrained `transformers.CLIPModel` of the calibration CLIP's shape."""
+    """Return an untrained `transformers.CLIPModel` with the shape of the calibration CLIP."""
     from transformers import CLIPConfig, CLIPModel
 
     pad, end, start = range(len(SPECIAL_TOKENS))
@@ -60,18 +60,18 @@ def new_clip(vocabulary_size: int) -> Any:
         },
         projection_dim=128,
     )
-    # At 65 tokens plain attention is quicker than the fused kernels, above all backwards.
+    # At 65 tokens plain attention is faster than the fused kernels, especially backwards.
     config._attn_implementation = "eager"
     return CLIPModel(config)
 
 
 def to_input(images: UInt8[Tensor, "batch 64 64 3"]) -> Float[Tensor, "batch 3 64 64"]:
-    """Pictures as the model takes them: channels first, -1 to 1."""
+    """Convert images to what the model takes: channels first, −1 to 1."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Token ids and mask, padded to the longest text."""
+    """Return token ids and mask, padded to the longest text."""
     encoded = tokenizer(
         list(texts),
         padding=True,
@@ -83,30 +83,31 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def embed_images(model: Any, pixels: Float[Tensor, "batch 3 64 64"]) -> Float[Tensor, "batch d"]:
-    """Unit-norm embeddings of pictures."""
+    """Return unit-norm embeddings of images."""
     pooled = model.vision_model(pixel_values=pixels).pooler_output
     return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
 
 
 def embed_texts(model: Any, tokens: dict[str, Tensor]) -> Float[Tensor, "batch d"]:
-    """Unit-norm embeddings of tokenized texts."""
+    """Return unit-norm embeddings of tokenized texts."""
     pooled = model.text_model(**tokens).pooler_output
     return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
 
 
 @torch.no_grad()
 def zero_shot_figures(model: Any, tokenizer: Any, n_scenes: int = 512) -> dict[str, float]:
-    """Held-out zero-shot figures over all symbols, with the plain prompt "a photo of a ...".
+    """Measure held-out zero-shot accuracy over all symbols, with the prompt "a photo of a ...".
 
     Args:
         model: a `transformers.CLIPModel`.
         tokenizer: its tokenizer.
-        n_scenes: how many single-object scenes.
+        n_scenes: number of single-object scenes.
 
     Returns:
-        `clean`: top-1 on scenes without a word; `attacked`: the same scenes with another symbol's
-        name written on them; `fooled`: share of those where the written name wins; `reads`: top-1
-        of the word among the prompts that ask for written words.
+        `clean`: top-1 accuracy on scenes without a word; `attacked`: on the same scenes with
+            another
+        symbol's name written on them; `fooled`: share of those in which the written name wins;
+        `reads`: top-1 accuracy of the word among prompts that ask for written words.
     """
     device = model.visual_projection.weight.device
     world = CalibrationWorld(n_scenes, HELD_OUT_SEED, WorldConfig.single())
@@ -147,11 +148,11 @@ def zero_shot_figures(model: Any, tokenizer: Any, n_scenes: int = 512) -> dict[s
 
 
 def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model (float16), tokenizer and image processor as `transformers` reads them."""
+    """Write model (float16), tokenizer and image processor in the format of `transformers`."""
     from transformers import CLIPImageProcessor
 
     folder.mkdir(parents=True, exist_ok=True)
-    # A copy: saving touches the configuration, which would make a compiled model compile anew.
+    # A copy: saving touches the configuration, and a compiled model would have to compile again.
     copy.deepcopy(model).half().cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(
@@ -161,5 +162,5 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
         image_std=[0.5, 0.5, 0.5],
     ).save_pretrained(folder)
     for file in folder.iterdir():
-        # safetensors gives its file to its owner alone; a package is read by everyone.
+        # safetensors gives its file to its owner alone, but everybody reads a package.
         file.chmod(0o644)

@@ -1,8 +1,8 @@
-"""What scenes are made of: symbols with plain English names, colours and patterns."""
+"""The elements of scenes: symbols with plain English names, colours and patterns."""
 
 from __future__ import annotations
 
-# Characters that DejaVu Sans draws and that stay distinct from one another at 20 pixels.
+# Characters that DejaVu Sans can draw and that stay distinct from one another at 20 pixels.
 CHARACTERS: dict[str, str] = {
     "sun": "☀", "cloud": "☁", "umbrella": "☂", "snowman": "☃", "comet": "☄", "star": "★",
     "phone": "☎", "clover": "☘", "skull": "☠", "radiation": "☢", "biohazard": "☣", "ankh": "☥",

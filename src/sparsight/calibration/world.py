@@ -1,4 +1,4 @@
-"""The calibration world: scenes rendered from code alone, whose truth is known to the patch.
+"""The calibration world: scenes rendered by code, with ground truth for every patch.
 
 A scene is a background (colour and pattern), one or two symbols (each with colour, size and
 place) and sometimes a written word. Scene `i` of a seed is the same on every machine.
@@ -32,7 +32,7 @@ PATCH_GRID = IMAGE_SIZE // PATCH_SIZE
 ATTRIBUTES = ("symbol", "object_colour", "background", "pattern", "word")
 
 MASK_COVERAGE = 0.08
-"""Share of a patch's pixels from which on an object or a word counts as shown in it."""
+"""An object or a word counts as shown in a patch if it covers at least this share of its pixels."""
 
 _MARGIN = 2
 _LEAST_CONTRAST = 135.0
@@ -41,14 +41,14 @@ _DRAWS = 24
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What scenes the world shows.
+    """Which scenes the world shows.
 
     Args:
         two_objects: share of scenes with two objects.
         writing: share of scenes with a written word.
         min_size: smallest height or width of an object, whichever is larger, in pixels.
-        max_size: largest, in pixels; objects of a pair are at most 28.
-        spread: how far from the centre objects may stand; 0 is the centre, 1 anywhere.
+        max_size: largest one, in pixels; objects of a pair have at most 28.
+        spread: how far from the centre objects may be: 0 is the centre, 1 anywhere.
     """
 
     two_objects: float = 0.4
@@ -70,7 +70,7 @@ class WorldConfig:
 
     @classmethod
     def single(cls) -> WorldConfig:
-        """One object, no word: the scenes of a clean zero-shot test."""
+        """Return the configuration with one object and no word, for a clean zero-shot test."""
         return cls(two_objects=0.0, writing=0.0)
 
 
@@ -98,7 +98,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything there is to know about a picture before it is drawn."""
+    """Everything there is to know about an image before it is drawn."""
 
     background: str
     pattern: str
@@ -119,7 +119,7 @@ class Scene:
         return text if self.writing is None else f'{text} with the word "{self.writing.text}"'
 
     def attributes(self) -> dict[str, frozenset[str]]:
-        """The values of each attribute that the scene shows; `word` may be empty."""
+        """Return the values of each attribute that the scene shows; `word` may be empty."""
         return {
             "symbol": frozenset(thing.symbol for thing in self.objects),
             "object_colour": frozenset(thing.colour for thing in self.objects),
@@ -131,7 +131,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class RenderedScene:
-    """A scene, its picture, and what share of each patch's pixels shows what."""
+    """A scene, its image, and what each patch shows, in shares of its pixels."""
 
     scene: Scene
     image: UInt8[np.ndarray, "64 64 3"]
@@ -139,7 +139,7 @@ class RenderedScene:
     writing_coverage: Float32[np.ndarray, "8 8"]
 
     def mask(self, attribute: str, value: str) -> Bool[np.ndarray, "8 8"]:
-        """The patches that show a value; for backgrounds, those that nothing covers.
+        """Return the patches that show a value; for backgrounds, those that nothing covers.
 
         Raises:
             UserError: the attribute is not one of `ATTRIBUTES`.
@@ -163,12 +163,12 @@ class RenderedScene:
 
 
 class CalibrationWorld:
-    """`n_scenes` scenes of a seed; any index may be asked for, in any order.
+    """`n_scenes` scenes of one seed; any of them can be asked for, in any order.
 
     Args:
-        n_scenes: how many scenes the world counts.
+        n_scenes: number of scenes in the world.
         seed: which world; scenes of different seeds are independent.
-        config: what the scenes show.
+        config: which scenes the world shows.
     """
 
     def __init__(
@@ -184,17 +184,17 @@ class CalibrationWorld:
         return self.n_scenes
 
     def scene(self, index: int) -> Scene:
-        """Scene number `index` of this world.
+        """Return scene number `index` of this world.
 
         Raises:
-            IndexError: there is no such scene.
+            IndexError: the world does not have this scene.
         """
         if not 0 <= index < self.n_scenes:
             raise IndexError(f"scene {index} of a world of {self.n_scenes}")
         return draw_scene(np.random.default_rng([self.seed, index]), self.config)
 
     def render(self, index: int) -> RenderedScene:
-        """Scene number `index`, drawn."""
+        """Render scene number `index`."""
         return render(self.scene(index))
 
 
@@ -204,9 +204,9 @@ def draw_scene(
     background: str | None = None,
     pattern: str | None = None,
 ) -> Scene:
-    """Draw a scene at random, on a given background or pattern if one is named.
+    """Draw a scene at random, on the given background or pattern if one is named.
 
-    Only `rng.random` is used: its stream is the one that numpy keeps stable.
+    Only `rng.random` is used, because numpy keeps its stream stable.
     """
     u = rng.random(_DRAWS)
     background = background or COLOURS[_pick(u[0], len(COLOURS))]
@@ -234,16 +234,16 @@ def draw_scene(
 
 
 def write_on(scene: Scene, text: str, rng: np.random.Generator) -> Scene:
-    """The same scene with `text` written on it, at a place that `rng` chooses.
+    """Return the same scene with `text` written on it, at a place that `rng` chooses.
 
     Raises:
-        UserError: the text does not fit the picture's width in the smallest font.
+        UserError: the text does not fit the width of the image in the smallest font.
     """
     return _write(scene, text, rng.random(4))
 
 
 def render(scene: Scene) -> RenderedScene:
-    """Draw a scene: objects in their order, the later above, the writing above all."""
+    """Render a scene: objects in order, later ones on top, the writing above everything."""
     canvas = np.array(_background(scene.background, scene.pattern, scene.phase), copy=True)
     alphas = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for number, thing in enumerate(scene.objects):
@@ -276,7 +276,7 @@ def render(scene: Scene) -> RenderedScene:
 
 
 def letter_coverage(writing: Writing) -> dict[str, Float32[np.ndarray, "8 8"]]:
-    """What share of each patch's width and height each letter of a word takes."""
+    """Return what share of each patch's width and height each letter of a word covers."""
     font = _font("DejaVuSans-Bold.ttf", writing.size)
     height, _ = _letters(writing.text, writing.size).shape
     found: dict[str, Float32[np.ndarray, "8 8"]] = {}
@@ -293,7 +293,7 @@ def letter_coverage(writing: Writing) -> dict[str, Float32[np.ndarray, "8 8"]]:
 def _write(scene: Scene, text: str, u: Float64[np.ndarray, " 4"]) -> Scene:
     largest = next((size for size in range(13, 7, -1) if _fits(text, size)), None)
     if largest is None:
-        raise UserError(f"The text {text!r} is too wide for a picture of {IMAGE_SIZE} pixels.")
+        raise UserError(f"The text {text!r} is too wide for an image of {IMAGE_SIZE} pixels.")
     smallest = min(10, largest)
     size = smallest + _pick(u[0], largest - smallest + 1)
     height, width = _letters(text, size).shape
@@ -306,7 +306,7 @@ def _write(scene: Scene, text: str, u: Float64[np.ndarray, " 4"]) -> Scene:
 
 
 def _hidden(objects: tuple[SceneObject, ...], x: int, y: int, width: int, height: int) -> int:
-    """How many pixels of the objects' boxes a band of writing covers."""
+    """Return how many pixels of the objects' boxes a band of writing covers."""
     area = 0
     for thing in objects:
         rows, columns = _place(_glyph(thing.symbol, thing.size).shape, thing.x, thing.y)
@@ -330,7 +330,7 @@ def _between(low: float, high: float, u: float, spread: float) -> int:
 
 
 def _slots(n_objects: int, u: float) -> list[tuple[int, int, int, int]]:
-    """Boxes (left, top, right, bottom) for the objects: the whole, or two halves."""
+    """Return boxes (left, top, right, bottom) for the objects: the whole image, or two halves."""
     low, high, middle = _MARGIN, IMAGE_SIZE - _MARGIN, IMAGE_SIZE // 2
     if n_objects == 1:
         return [(low, low, high, high)]
@@ -348,13 +348,13 @@ def _contrast(one: str, other: str) -> float:
 @cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    # The basic layout engine is always there; Raqm, which kerns otherwise, is not.
+    # The basic layout engine is always available; Raqm, which kerns differently, is not.
     return ImageFont.truetype(str(folder / name), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache
 def _glyph(symbol: str, size: int) -> Float32[np.ndarray, "height width"]:
-    """A symbol's opacity, cut to its box, the longer side `size` pixels."""
+    """Return a symbol's opacity, cropped to its box, with a longer side of `size` pixels."""
     character = CHARACTERS[symbol]
     font = _font("DejaVuSans.ttf", 128)
     left, top, right, bottom = font.getbbox(character)
@@ -368,7 +368,7 @@ def _glyph(symbol: str, size: int) -> Float32[np.ndarray, "height width"]:
 
 @cache
 def _letters(text: str, size: int) -> Float32[np.ndarray, "height width"]:
-    """A word's opacity on its band, with a pixel of air around."""
+    """Return a word's opacity on its band, with a margin of one pixel."""
     font = _font("DejaVuSans-Bold.ttf", size)
     _, top, _, bottom = font.getbbox("bdfghklpqty")
     page = Image.new("L", (math.ceil(font.getlength(text)) + 2, int(bottom - top) + 2))

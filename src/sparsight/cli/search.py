@@ -27,7 +27,7 @@ from sparsight.errors import UserError
 from sparsight.files import check_folder, write_json
 from sparsight.folders import replaced
 from sparsight.images import ImageError, decode_image, open_images
-from sparsight.images.decoding import read_picture
+from sparsight.images.decoding import read_image_file
 from sparsight.sae import SparseAutoencoder
 
 FIGURES, PAGE = "search.json", "search.html"
@@ -190,7 +190,7 @@ def _picture(path: Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"{path}: there is no such picture.")
     try:
-        return decode_image(read_picture(path))
+        return decode_image(read_image_file(path))
     except ImageError as error:
         raise UserError(f"{path}: cannot be searched by ({error.reason}).") from error
 

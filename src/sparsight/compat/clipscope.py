@@ -1,10 +1,10 @@
-"""The package `clipscope` (0.1.8 and before): the same names and numbers, on today's transformers.
+"""The package `clipscope` (up to 0.1.8): the same names and numbers, on today's transformers.
 
-`forward_verbose` gives what the package gives, bit for bit. Two things differ, on purpose.
-Activations are right for every picture of a batch: the package's hook takes the first entry of
-what a layer returns, which since transformers 5 is the first picture. And there is a calibrated
-mode: CLIP-Scope's autoencoders were trained on standardised activations, which neither the package
-nor its examples do; see `TopKSAE.calibrate`.
+`forward_verbose` returns the package's results, bit for bit. Two things differ on purpose.
+Activations are right for every image of a batch: the package's hook takes the first entry of what a
+layer returns, which since transformers 5 is the first image. And there is a calibrated mode:
+CLIP-Scope's autoencoders were trained on standardised activations, which neither the package nor
+its examples use; see `TopKSAE.calibrate`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ MODEL = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
 """The model that the published autoencoders read."""
 
 REPOSITORY = "lewington/CLIP-ViT-L-scope"
-"""Where they are published: `{2,5,8,11,14,17,20,22}_resid/{tokens trained on}.pt`."""
+"""Their repository: `{2,5,8,11,14,17,20,22}_resid/{number of training tokens}.pt`."""
 
 ACTIVE_FROM = 1e-3
-"""A latent counts as active in a batch where its greatest value is above this."""
+"""A latent counts as active in a batch if its largest value exceeds this."""
 
 ROWS_AT_A_TIME = 1024
-"""Vectors that `report` reconstructs at once: dense codes of 65,536 latents take 256 MiB."""
+"""Number of vectors that `report` reconstructs at once: 65,536 dense latents take 256 MiB."""
 
 Location = tuple[int, str]
 """Number of the block, from 0, and "resid"."""
@@ -51,7 +51,7 @@ class ConfiguredViT:
     Args:
         hook_locations: pairs such as `(22, "resid")`; `locations` in old programs.
         model_name: a Hub id or a folder; `transformer_name` in old programs.
-        device: default a GPU if there is one.
+        device: by default a GPU if there is one.
         locations: see `hook_locations`.
         transformer_name: see `model_name`.
 
@@ -90,29 +90,28 @@ class ConfiguredViT:
     def all_activations(
         self, batch: Image.Image | Sequence[Image.Image]
     ) -> dict[Location, Float[Tensor, "batch tokens d_in"]]:
-        """Activations of every position, CLS first, of one picture or several.
+        """Return the activations of every position, CLS first, of one image or several.
 
         Only the vision tower runs, and only up to the last of the locations.
         """
-        pictures = [batch] if isinstance(batch, Image.Image) else list(batch)
-        if not pictures:
-            raise UserError("There is not one picture in the batch.")
-        pixels = torch.stack(
-            [self.vision.transform(picture.convert("RGB")) for picture in pictures]
-        )
+        images = [batch] if isinstance(batch, Image.Image) else list(batch)
+        if not images:
+            raise UserError("The batch holds no images.")
+        pixels = torch.stack([self.vision.transform(image.convert("RGB")) for image in images])
         found = self.vision.read(pixels, tuple(self._sites.values()))
         return {place: found[site] for place, site in self._sites.items()}
 
     def cls_activations(
         self, batch: Image.Image | Sequence[Image.Image]
     ) -> dict[Location, Float[Tensor, "batch d_in"]]:
-        """Activations of the CLS position alone."""
+        """Return the activations of only the CLS position."""
         return {place: x[:, 0] for place, x in self.all_activations(batch).items()}
 
     def batches(
         self, pictures: Iterable[Image.Image], location: Location, batch_size: int = 32
     ) -> Iterator[Tensor]:
-        """Activations `[batch, tokens, d_in]` at one location: what `TopKSAE.calibrate` takes.
+        """Give activations `[batch, tokens, d_in]` at one location, as `TopKSAE.calibrate` takes
+        them.
 
         Raises:
             UserError: the location is not one of `hook_locations`.
@@ -122,8 +121,8 @@ class ConfiguredViT:
             raise UserError(f"{location} is not read here; the locations are {[*self._sites]}.")
         check_positive(batch_size=batch_size)
         waiting: list[Image.Image] = []
-        for picture in pictures:
-            waiting.append(picture)
+        for image in pictures:
+            waiting.append(image)
             if len(waiting) == batch_size:
                 yield self.all_activations(waiting)[place]
                 waiting = []
@@ -137,20 +136,20 @@ class ConfiguredViT:
 
 
 class TopKSAE(nn.Module):
-    """CLIP-Scope's autoencoder: TopK without a ReLU, no bias but the one that is subtracted first.
+    """CLIP-Scope's autoencoder: TopK without a ReLU; its only bias is subtracted from the input.
 
-    With `pre = (x − pre_b) enc`: the k greatest entries of `pre` are the code, whatever their
-    sign, and the reconstruction is `code dec + pre_b`.
+    With `pre = (x − pre_b) enc`, the code is the k largest entries of `pre`, whatever their sign,
+    and the reconstruction is `code dec + pre_b`.
 
     Args:
-        k: active latents per vector.
+        k: number of active latents per vector.
         n_features: number of latents.
         d_in: width of the activations.
-        device: default a GPU if there is one.
+        device: by default a GPU if there is one.
 
     Attributes:
-        calibration: mean and deviation of the activations; None until there are any.
-        path: of the checkpoint; None if it came from none.
+        calibration: mean and standard deviation of the activations; None until they are known.
+        path: the file of the checkpoint; None if there is none.
     """
 
     def __init__(
@@ -176,16 +175,16 @@ class TopKSAE(nn.Module):
         *,
         filename: str | Path | None = None,
     ) -> TopKSAE:
-        """Load a checkpoint, and the calibration that lies beside it if there is one.
+        """Load a checkpoint, and the calibration beside it if there is one.
 
         Args:
-            checkpoint: a file of the repository, such as "22_resid/1200013184.pt", or of the disk.
+            checkpoint: a file of the repository, such as "22_resid/1200013184.pt", or on disk.
             repo_id: the repository on the Hub.
-            device: default a GPU if there is one.
+            device: by default a GPU if there is one.
             filename: the same as `checkpoint`, in old programs.
 
         Raises:
-            UserError: there is no such file, or it is no checkpoint of CLIP-Scope.
+            UserError: the file does not exist, or is not a checkpoint of CLIP-Scope.
             SparsightError: the file, or the calibration beside it, is damaged.
         """
         name = checkpoint if checkpoint is not None else filename
@@ -203,7 +202,7 @@ class TopKSAE(nn.Module):
     def forward_verbose(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Any]:
         """Encode and decode activations as they are, without standardising them.
 
-        In float32, or in float64 if the parameters are float64.
+        The computation runs in float32, or in float64 if the parameters are float64.
 
         Returns:
             `reconstruction [batch, d_in]`, `latent [batch, n_features]` (dense), `active_latents
@@ -211,7 +210,7 @@ class TopKSAE(nn.Module):
             `expert_prop`, `expert_weighting`, which are None.
 
         Raises:
-            UserError: the activations are no matrix, or of another width.
+            UserError: the activations are not a matrix, or have another width.
         """
         x = self._vectors(x)
         pre_b, enc, dec = wide(self.pre_b), wide(self.enc), wide(self.dec)
@@ -228,7 +227,7 @@ class TopKSAE(nn.Module):
         }
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Any]:
-        """The same as `forward_verbose`."""
+        """See `forward_verbose`."""
         return self.forward_verbose(x)
 
     def calibrate(
@@ -238,16 +237,17 @@ class TopKSAE(nn.Module):
         about: dict[str, Any] | None = None,
         save: bool = True,
     ) -> Calibration:
-        """Estimate mean and deviation of the activations, and keep them beside the checkpoint.
+        """Estimate mean and standard deviation of the activations, and save them with the
+        checkpoint.
 
-        A few thousand pictures are plenty. Take all positions, not CLS alone: that is what the
-        autoencoders were trained on.
+        A few thousand images are plenty. Use all positions, not only CLS: the autoencoders were
+        trained on all of them.
 
         Args:
-            batches: activations `[…, d_in]`; `ConfiguredViT.batches` gives them.
-            about: of which model, site and pictures; kept with the figures.
-            save: write them beside the checkpoint, where the next `from_pretrained` finds them;
-                an autoencoder that came from no file keeps them in memory alone.
+            batches: activations `[…, d_in]`, as from `ConfiguredViT.batches`.
+            about: a description of model, site and images; kept with the figures.
+            save: write them beside the checkpoint, where the next `from_pretrained` finds them; an
+                autoencoder that was not loaded from a file keeps them only in memory.
 
         Raises:
             UserError: there are too few activations, or they have another width.
@@ -265,7 +265,7 @@ class TopKSAE(nn.Module):
         return calibration
 
     def forward_calibrated(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Any]:
-        """`forward_verbose` in the space of training; the reconstruction is in the units of x.
+        """Run `forward_verbose` in the space of training; the reconstruction is in the units of x.
 
         Raises:
             UserError: there is no calibration, or the activations have another shape.
@@ -277,21 +277,21 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def report(self, batches: Iterable[Tensor]) -> dict[str, dict[str, float | None]]:
-        """CLIP-Scope's two figures and FVU, of the same activations used in three ways.
+        """Measure CLIP-Scope's two figures and FVU on the same activations, used in three ways.
 
-        `raw`: fed as they are, as the package's examples do. `calibrated`: through
-        `forward_calibrated`, errors in the model's units. `standardised`: the same, errors in the
-        space of training; these stand beside the published figures.
+        `raw`: the activations as they are, as in the package's examples. `calibrated`: through
+        `forward_calibrated`, with errors in the model's units. `standardised`: the same, with
+        errors in the space of training, which compare with the published figures.
 
         Args:
             batches: activations `[batch, tokens, d_in]`.
 
         Returns:
-            For each of the three: `clipscope_mse`, `clipscope_ev`, `fvu`; None where a figure is
-            not defined. `raw` alone without a calibration.
+            For each of the three: `clipscope_mse`, `clipscope_ev`, `fvu`; None if a figure is not
+            defined. Only `raw` without a calibration.
 
         Raises:
-            UserError: there is not one vector, or the activations have another shape.
+            UserError: there are no vectors, or the activations have another shape.
             SparsightError: activations or reconstructions are not finite.
         """
         meters: dict[str, ReconstructionMeter] = {}
@@ -308,7 +308,7 @@ class TopKSAE(nn.Module):
         return {name: {key: each[key] for key in keys} for name, each in figures.items()}
 
     def _ways(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Activations and reconstructions, as they are and standardised."""
+        """Return activations and reconstructions, as they are and standardised."""
         found = {"raw": (x, self._reconstruct(x))}
         if self.calibration is not None:
             x_n = self.calibration.standardise(x)
@@ -326,16 +326,16 @@ class TopKSAE(nn.Module):
         if self.calibration is None:
             raise UserError(
                 "This autoencoder was trained on standardised activations, and there is no "
-                "calibration yet. Make one: sae.calibrate(vit.batches(pictures, location))."
+                "calibration yet. Make one: sae.calibrate(vit.batches(images, location))."
             )
         return self.calibration
 
     def _vectors(self, x: Tensor) -> Tensor:
-        """The activations in the dtype that is computed in, their shape checked."""
+        """Return the activations in the dtype of the computation, after checking their shape."""
         if x.ndim != 2 or x.shape[1] != len(self.pre_b):
             raise UserError(
                 f"The autoencoder takes [batch, {len(self.pre_b)}]; got {list(x.shape)}. Positions "
-                "of several pictures go in as x.flatten(0, 1)."
+                "of several images go in as x.flatten(0, 1)."
             )
         return x.to(torch.promote_types(self.pre_b.dtype, torch.float32))
 

@@ -25,7 +25,7 @@ from sparsight.images.columns import (
     as_captions,
     find_column,
 )
-from sparsight.images.decoding import read_picture
+from sparsight.images.decoding import read_image_file
 from sparsight.images.tables import read_table
 from sparsight.text import lines, without_surrogates
 from sparsight.vision import VisionModel, resolve_templates
@@ -118,7 +118,7 @@ class PairFileImages(ImageSource):
     def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
         file = self._files[self._check_index(index)]
-        return decode_image(read_picture(self.folder / file), min_side)
+        return decode_image(read_image_file(self.folder / file), min_side)
 
     def fingerprint(self) -> str:
         """Over paths, captions, sizes and modification times; no picture is opened."""

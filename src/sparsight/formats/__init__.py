@@ -1,8 +1,8 @@
-"""Checkpoints of other projects, one file each: how they are told apart, read and written.
+"""Checkpoints of other projects, one file each: how to recognise, read and write them.
 
-Start at `base`: what a `Format` is. `registry` finds the format of some files by their content,
-and `loading` reads an SAE, ours or another project's, from a folder, a file or the Hub. Files that
-nobody vouches for are read by `sparsight.reading`, `tensor_files` and `pickles`.
+Start at `base`, which says what a `Format` is. `registry` finds the format of files by their
+content, and `loading` reads an SAE, ours or another project's, from a folder, a file or the Hub.
+Untrusted files are read by `sparsight.reading`, `tensor_files` and `pickles`.
 """
 
 from sparsight.formats.base import Candidate, Foreign, Format

@@ -1,4 +1,4 @@
-"""What a format is: `Candidate` in, `Foreign` out, and `Foreign.build` makes the SAE."""
+"""What a format is: it turns a `Candidate` into a `Foreign`, and `Foreign.build` makes the SAE."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from sparsight.tensor_files import read_safetensors, safetensors_keys
 
 @dataclass(frozen=True)
 class Foreign:
-    """A checkpoint of another project, in our terms."""
+    """A checkpoint of another project, in Sparsight's terms."""
 
     format: str
     """The format's name."""
 
     d_in: int
-    """Width of the activations."""
+    """The width of the activations."""
 
     config: SAEConfig
-    """The parts; `n_latents` is taken from `W_enc`."""
+    """The configuration of the parts; `n_latents` is taken from `W_enc`."""
 
     tensors: dict[str, Tensor]
-    """By the names that `SparseAutoencoder.state_dict` has; rows are latents."""
+    """Tensors under the names of `SparseAutoencoder.state_dict`; one row per latent."""
 
     d_out: int | None = None
-    """Width of a transcoder's output."""
+    """The width of a transcoder's output."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     """Where the SAE belongs, as far as the checkpoint says: model, site, tokens."""
@@ -49,16 +49,16 @@ class Foreign:
     """Keys of the configuration, and tensors, that were not understood."""
 
     notes: tuple[str, ...] = ()
-    """What a user must know of the way that it was read."""
+    """What the user must know about how the checkpoint was read."""
 
     def build(self) -> SparseAutoencoder:
-        """The SAE, frozen and in evaluation mode; its tensors are float32.
+        """Build the SAE, frozen and in evaluation mode; its tensors are float32.
 
         Raises:
             SparsightError: tensors are missing, do not fit one another, or are not finite.
         """
         if "W_enc" not in self.tensors or self.tensors["W_enc"].ndim != 2:
-            raise SparsightError(f"{self._where}: there is no encoder matrix.")
+            raise SparsightError(f"{self._where}: it has no encoder matrix.")
         shape = tuple(self.tensors["W_enc"].shape)
         if shape[1] != self.d_in or 0 in shape:
             raise SparsightError(
@@ -67,7 +67,9 @@ class Foreign:
         try:
             config = dataclasses.replace(self.config, n_latents=shape[0])
             extras: dict[str, Any] = {} if self.d_out is None else {"d_out": self.d_out}
-            sae = SparseAutoencoder(self.d_in, config, blank=True, metadata=self._told(), **extras)
+            sae = SparseAutoencoder(
+                self.d_in, config, blank=True, metadata=self._metadata_with_notes(), **extras
+            )
         except UserError as error:
             raise SparsightError(f"{self._where}: {error}") from error
         wanted = sae.state_dict()
@@ -95,8 +97,8 @@ class Foreign:
         sae.requires_grad_(False).eval()
         return sae
 
-    def _told(self) -> dict[str, Any]:
-        """The metadata, its source with what was noted."""
+    def _metadata_with_notes(self) -> dict[str, Any]:
+        """Return the metadata, with the notes in its source."""
         source: dict[str, Any] = {"format": self.format, **self.metadata.get("source", {})}
         if self.notes:
             source["notes"] = list(self.notes)
@@ -111,13 +113,13 @@ class Foreign:
 
 
 class Candidate:
-    """The files that a user points at: a folder, or one file and what lies beside it.
+    """The files that the user points at: a folder, or one file and those beside it.
 
-    What is read is kept: several formats look at the same file to tell whether it is theirs.
+    Contents are cached, because several formats look at the same file to see whether it is theirs.
 
     Args:
         path: the folder or the file.
-        name: what the user called it, for messages; the path if None.
+        name: the user's name for it, for messages; the path if None.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
@@ -139,53 +141,53 @@ class Candidate:
         """Files that can hold tensors: the one that the user named, or those in the folder."""
         if self.chosen is not None:
             return (self.chosen,)
-        kept = [each for each in self.files if is_weights(each) and "/" not in each]
-        # Of the same weights in several kinds of files the safetensors are read most quickly.
-        return tuple(sorted(kept, key=lambda each: (not each.endswith(".safetensors"), each)))
+        kept = [file for file in self.files if is_weights(file) and "/" not in file]
+        # Of the same weights in several kinds of files, safetensors are read fastest.
+        return tuple(sorted(kept, key=lambda file: (not file.endswith(".safetensors"), file)))
 
     def one(self) -> Path:
-        """The folder with the one SAE that there is: this one, or one in it; or the file.
+        """Return the folder with the only SAE (this folder or one in it), or the file.
 
         Raises:
-            UserError: there are several, of which the user must name one.
+            UserError: there are several SAEs, of which the user must name one.
         """
-        safe = [each for each in self.weights if each.endswith(".safetensors")]
+        safe = [file for file in self.weights if file.endswith(".safetensors")]
         if len(self.weights) > 1 and len(safe) != 1:
             raise UserError(
                 f"{self.name}: holds {len(self.weights)} files with tensors. Name one: "
                 f"{some_of(self.weights)}."
             )
-        settled = [each for each in self.files if each.endswith(CONFIGS) and "/" not in each]
+        settled = [file for file in self.files if file.endswith(CONFIGS) and "/" not in file]
         if self.weights or settled:
             return self.path
         self.check_below()
-        below = [each for each in self.files if is_weights(each)]
+        below = [file for file in self.files if is_weights(file)]
         return (self.folder / below[0]).parent if len(below) == 1 else self.path
 
     def check_below(self) -> None:
-        """Make sure that there are not several SAEs in folders of this one.
+        """Check that the folders below this one do not hold several SAEs.
 
         Raises:
-            UserError: there are, of which the user must name one.
+            UserError: they do; the user must name one.
         """
-        below = [each for each in self.files if is_weights(each)]
+        below = [file for file in self.files if is_weights(file)]
         if self.chosen is None and not self.weights and len(below) > 1:
             places = folders_of(below)
             places = places if len(places) > 1 else below
             raise UserError(
-                f"{self.name}: holds {len(places)} SAEs. Name one behind the folder: "
+                f"{self.name}: holds {len(places)} SAEs. Name one after the folder: "
                 f"{some_of(places)}."
             )
 
     def has(self, file: str) -> bool:
-        """Whether there is a file of this name."""
+        """Return whether there is a file with this name."""
         return (self.folder / file).is_file()
 
     def config(self, *files: str) -> dict[str, Any]:
-        """The first of these JSON or YAML files that is there; empty if none is.
+        """Read the first of these JSON or YAML files that exists; empty if none does.
 
         Raises:
-            SparsightError: it is damaged.
+            SparsightError: the file is damaged.
         """
         for file in files:
             if file not in self._configs and self.has(file):
@@ -195,10 +197,10 @@ class Candidate:
         return {}
 
     def payload(self, file: str) -> Any:
-        """What a file holds, as plain data; of safetensors a dictionary of tensors.
+        """Return what a file holds, as plain data; for safetensors, a dictionary of tensors.
 
         Raises:
-            SparsightError: it is damaged.
+            SparsightError: the file is damaged.
         """
         if file not in self._payloads:
             path = self.folder / file
@@ -207,34 +209,34 @@ class Candidate:
             elif file.endswith(".gz"):
                 self._payloads[file] = read_gzipped_pickle(path)
             elif begins_with_json(path):
-                self._payloads[file] = {}  # saev's, whose reader looks for itself
+                self._payloads[file] = {}  # a file of saev, which has a reader of its own
             else:
                 self._payloads[file] = read_torch(path)
         return self._payloads[file]
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        """The tensors at the top of a file, as `named_tensors` gives them.
+        """Return the tensors at the top level of a file, as `named_tensors` does.
 
         Raises:
-            SparsightError: it is damaged.
+            SparsightError: the file is damaged.
         """
         if file not in self._tensors:
             self._tensors[file] = named_tensors(self.payload(file))
         return self._tensors[file]
 
     def keys(self, file: str) -> frozenset[str]:
-        """What stands at the top of a file, tensors and other things.
+        """Return the keys at the top level of a file, of tensors and of other things.
 
         Raises:
-            SparsightError: it is damaged.
+            SparsightError: the file is damaged.
         """
         if file.endswith(".safetensors") and file not in self._payloads:
             return frozenset(safetensors_keys(self.folder / file))
-        found = self.payload(file)
-        return frozenset(map(str, found)) if isinstance(found, dict) else frozenset()
+        content = self.payload(file)
+        return frozenset(map(str, content)) if isinstance(content, dict) else frozenset()
 
     def find(self, *keys: str) -> str | None:
-        """The first of the `weights` that has all of these keys at its top.
+        """Return the first of the `weights` that has all of these keys at its top level.
 
         Raises:
             SparsightError: the only file is damaged.
@@ -250,40 +252,40 @@ class Candidate:
         return None
 
     def source(self, format: str, file: str) -> dict[str, Any]:
-        """For `Foreign.metadata["source"]`."""
+        """Return the value of `Foreign.metadata["source"]`."""
         return {"format": format, "path": f"{self.name}: {file}" if file else self.name}
 
 
 class Format(ABC):
-    """How one project stores its SAEs; one instance a format, in `FORMATS`."""
+    """How one project stores its SAEs; there is one instance per format, in `FORMATS`."""
 
     name: ClassVar[str]
-    """For `--format` and messages."""
+    """The name for `--format` and messages."""
 
     title: ClassVar[str]
-    """The project, for readers."""
+    """The name of the project, for readers."""
 
     can_save: ClassVar[bool] = False
-    """Whether `save` writes it."""
+    """Whether `save` can write the format."""
 
     @abstractmethod
-    def recognises(self, found: Candidate) -> bool:
-        """Whether the files are of this format, by what is in them."""
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether the files are in this format, judged by their contents."""
 
     @abstractmethod
-    def load(self, found: Candidate) -> Foreign:
-        """Read it.
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the files.
 
         Raises:
-            UserError: it has a part that Sparsight has no equal of.
+            UserError: the SAE has a part that Sparsight does not support.
             SparsightError: a file is damaged.
         """
 
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
-        """Write an SAE so that the project's own code loads it, with the same function of x.
+        """Write an SAE that the project's own code loads, and that computes the same function of x.
 
         Returns:
-            The folder.
+            The folder that was written.
 
         Raises:
             UserError: the format cannot express the SAE, or Sparsight does not write it.
@@ -292,24 +294,24 @@ class Format(ABC):
 
 
 def named_tensors(state: object) -> dict[str, Tensor]:
-    """The tensors of a state by name; empty if it is no mapping.
+    """Return the named tensors of a state; empty if it is not a mapping.
 
-    Every reader takes its tensors from here. Those in half precision become float32, so that no
+    Every reader takes its tensors from here. Tensors in half precision become float32, so that no
     scale, norm or threshold is computed in half precision.
     """
     items = state.items() if isinstance(state, Mapping) else ()
     return {
-        str(key): wide(each) if _is_half(each) else each
-        for key, each in items
-        if isinstance(each, Tensor)
+        str(key): wide(value) if _is_half(value) else value
+        for key, value in items
+        if isinstance(value, Tensor)
     }
 
 
 def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> list[Tensor]:
-    """Tensors by name.
+    """Return tensors by name.
 
     Raises:
-        SparsightError: one is missing, or is of numbers that are no weights (see `weights`).
+        SparsightError: one is missing, or its numbers cannot be weights (see `weights`).
     """
     wanted = list(keys)
     missing = [key for key in wanted if key not in tensors]
@@ -321,32 +323,32 @@ def need(tensors: Mapping[str, Tensor], keys: Iterable[str], where: object) -> l
 
 
 def weights(tensor: Tensor, key: str, where: object) -> Tensor:
-    """The tensor, if it can be weights: whole numbers in place of them are quantised.
+    """Return the tensor if it can hold weights; matrices of integers are quantised weights.
 
-    So are floating-point numbers of one byte, whose scales lie elsewhere, if anywhere.
+    So are matrices of one-byte floats, whose scales are stored elsewhere, if at all.
 
     Raises:
-        SparsightError: it is a matrix of whole numbers, or of complex or float8 numbers.
+        SparsightError: it is a matrix of integers, complex numbers or float8 numbers.
     """
     real = tensor.is_floating_point()
     if tensor.is_complex() or (tensor.itemsize < 2 if real else tensor.ndim > 1):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise SparsightError(
             f"{where}: {key} is of {kind}; expected real numbers of 16 bits or more. Quantised "
-            "weights are not read."
+            "weights are not supported."
         )
     return tensor
 
 
 def whole_number(config: Mapping[str, Any], key: str, where: object) -> int:
-    """A setting that is a number from 1 on.
+    """Return a setting that is an integer of 1 or more.
 
     Raises:
         SparsightError: it is missing, or is something else.
     """
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SparsightError(f"{where}: {key} is {shown(value)}; expected a number from 1 on.")
+        raise SparsightError(f"{where}: {key} is {shown(value)}; expected an integer of 1 or more.")
     return value
 
 

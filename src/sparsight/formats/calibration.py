@@ -1,8 +1,8 @@
 """What CLIP-Scope's autoencoders need and their files lack: mean and deviation of the activations.
 
 They were trained on activations standardised batch by batch, x_n = (x − mean) / (deviation + 1e-6),
-and their published figures are of that space; the statistics were not kept. So they are estimated
-anew, on activations of all tokens, and stand in a JSON file beside the checkpoint.
+and their published figures apply to that space, but the statistics were not kept. So they are
+estimated again, on activations of all tokens, and kept in a JSON file beside the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ _KEYS = {"format", "format_version", "n_vectors", "about", "mean", "deviation"}
 
 @dataclass(frozen=True)
 class Calibration:
-    """Mean and deviation of each dimension of the activations that an SAE reads."""
+    """Mean and standard deviation of each dimension of the activations that an SAE reads."""
 
     mean: Float[Tensor, " d_in"]
-    """Of each dimension."""
+    """The mean of each dimension."""
 
     deviation: Float[Tensor, " d_in"]
-    """Standard deviation of each dimension, with n − 1."""
+    """The standard deviation of each dimension, with n − 1."""
 
     n_vectors: int
-    """On how many vectors both were estimated."""
+    """The number of vectors on which both were estimated."""
 
     about: dict[str, Any] = field(default_factory=dict)
-    """Model, site, images: whatever is known; JSON-able."""
+    """What is known about model, site and images; JSON-compatible."""
 
     @classmethod
     def estimate(
         cls, batches: Iterable[Tensor], about: dict[str, Any] | None = None
     ) -> Calibration:
-        """From activations `[…, d_in]`, batch by batch; the sums run in float64.
+        """Estimate from activations `[…, d_in]`, batch by batch; the sums run in float64.
 
         Raises:
-            UserError: there are fewer than two vectors, or batches of several widths.
+            UserError: there are fewer than two vectors, or batches of different widths.
             SparsightError: an activation is not finite.
         """
         n, mean, squares = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0)
@@ -63,7 +63,7 @@ class Calibration:
                 )
             if not len(x):
                 continue
-            # Two samples' means and squares are joined without subtracting great numbers.
+            # Means and squares of two samples are merged without subtracting large numbers.
             own = x.mean(dim=0)
             own_squares = (x - own).square().sum(dim=0)
             if n == 0:
@@ -83,21 +83,21 @@ class Calibration:
 
     @property
     def scale(self) -> Float[Tensor, " d_in"]:
-        """What activations are divided by: deviation + 1e-6."""
+        """The divisor of activations: deviation + 1e-6."""
         return self.deviation + EPSILON
 
     def standardise(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Into the space that the SAE was trained in."""
+        """Convert to the space in which the SAE was trained."""
         x = wide(x)
         return (x - self.mean.to(x)) / self.scale.to(x)
 
     def restore(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Back into the units of the model."""
+        """Convert back to the model's units."""
         x = wide(x)
         return x * self.scale.to(x) + self.mean.to(x)
 
     def save(self, path: Path) -> Path:
-        """Write it as JSON, whole or not at all.
+        """Write a JSON file, whole or not at all.
 
         Raises:
             SparsightError: the disk is full or the folder cannot be written.
@@ -117,59 +117,58 @@ class Calibration:
 
     @classmethod
     def open(cls, path: Path) -> Calibration:
-        """Read it.
+        """Read a JSON file.
 
         Raises:
-            UserError: the file is missing, no JSON, or of another format.
-            SparsightError: what it holds is damaged.
+            UserError: the file is missing, not JSON, or has another format.
+            SparsightError: its content is damaged.
         """
-        found = read_json(path)
-        if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
+        values = read_json(path)
+        if values.get("format") != FORMAT or values.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format is {shown(found.get('format'))}, version "
-                f"{shown(found.get('format_version'))}; expected {FORMAT!r}, {FORMAT_VERSION}."
+                f"{path}: format is {shown(values.get('format'))}, version "
+                f"{shown(values.get('format_version'))}; expected {FORMAT!r}, {FORMAT_VERSION}."
             )
-        if set(found) != _KEYS:
-            raise SparsightError(f"{path}: holds {sorted(found)}, expected {sorted(_KEYS)}.")
-        rows = [found["mean"], found["deviation"]]
+        if set(values) != _KEYS:
+            raise SparsightError(f"{path}: holds {sorted(values)}, expected {sorted(_KEYS)}.")
+        rows = [values["mean"], values["deviation"]]
         plain = all(isinstance(row, list) and all(map(_is_number, row)) for row in rows)
         if not plain or len(rows[0]) != len(rows[1]) or not rows[0] or min(rows[1]) < 0:
             raise SparsightError(
-                f"{path}: mean and deviation are not two lists of as many numbers, deviations 0 "
-                "or more. Make the calibration anew."
+                f"{path}: mean and deviation are not two lists of the same length with "
+                "deviations of 0 or more. Calibrate again."
             )
-        if not isinstance(found["n_vectors"], int) or not isinstance(found["about"], dict):
-            raise SparsightError(f"{path}: n_vectors is no number, or about no object.")
+        if not isinstance(values["n_vectors"], int) or not isinstance(values["about"], dict):
+            raise SparsightError(f"{path}: n_vectors is not a number, or about is not an object.")
         return cls(
             torch.tensor(rows[0], dtype=torch.float32),
             torch.tensor(rows[1], dtype=torch.float32),
-            found["n_vectors"],
-            found["about"],
+            values["n_vectors"],
+            values["about"],
         )
 
     @staticmethod
     def beside(checkpoint: Path) -> Path:
-        """Where the calibration of a checkpoint lies: `1200013184.pt` →
-        `1200013184.calibration.json`."""
+        """Return the path of a checkpoint's calibration: `1200013184.calibration.json`, say."""
         return checkpoint.with_name(f"{checkpoint.stem}.calibration.json")
 
     @classmethod
     def of(cls, checkpoint: Path, d_in: int) -> Calibration | None:
-        """The calibration that lies beside a checkpoint; None if there is none.
+        """Read the calibration beside a checkpoint; None if there is none.
 
         Raises:
-            SparsightError: there is one, and it is damaged, or of activations of another width.
+            SparsightError: it is damaged, or belongs to activations of another width.
         """
         path = cls.beside(checkpoint)
         if not path.is_file():
             return None
-        found = cls.open(path)
-        if len(found.mean) != d_in:
+        calibration = cls.open(path)
+        if len(calibration.mean) != d_in:
             raise SparsightError(
-                f"{path}: is of activations {len(found.mean)} wide; the autoencoder's are {d_in}. "
-                "Delete it, or make it anew."
+                f"{path}: is of activations {len(calibration.mean)} wide; the autoencoder's are "
+                f"{d_in}. Delete it, or calibrate again."
             )
-        return found
+        return calibration
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """CLIP-Scope: one file of `torch.save` with `pre_b`, `enc`, `dec`, and k beside them.
 
-(x − pre_b) enc; the k greatest, whatever their sign; their rows of dec, and pre_b. Trained on
-activations that were standardised batch by batch; `calibration.py` says what follows from that.
+The k largest entries of (x − pre_b) enc, whatever their sign, weigh their rows of dec; pre_b is
+added. Trained on activations standardised batch by batch; `calibration.py` says what follows from
+that.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sparsight.sae.config import SAEConfig
 from sparsight.sae.sparsity import TopK
 
 MODEL = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
-"""What the published ones read; they do not say so themselves."""
+"""The model of the published ones, which do not name it themselves."""
 
 _KEYS = {"model_state_dict", "n_features", "d_in", "k"}
 _KNOWN = {*_KEYS, "token_count", "dead_latents", "n_iter", "log_id", "optimizer_state_dict"}
@@ -35,7 +36,7 @@ _PLACE = re.compile(r"(?:^|[^0-9])(\d+)_resid(?:$|[^a-z])")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds, checked."""
+    """The checked content of a file."""
 
     k: int
     pre_b: Tensor
@@ -55,16 +56,16 @@ class CLIPScope(Format):
     title = "CLIP-Scope"
     can_save = True
 
-    def recognises(self, found: Candidate) -> bool:
-        """A state of three tensors under `model_state_dict`, with its shape beside it."""
-        return self._file(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether `model_state_dict` has the three tensors, with their shape beside it."""
+        return self._file(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read it, with the calibration that lies beside it."""
-        file = self._file(found)
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the file, with the calibration beside it."""
+        file = self._file(candidate)
         assert file is not None
-        path = found.folder / file
-        checkpoint = unpack(found.payload(file), path)
+        path = candidate.folder / file
+        checkpoint = unpack(candidate.payload(file), path)
         assert checkpoint is not None
         d_in, n = checkpoint.enc.shape
         tensors = {
@@ -97,16 +98,16 @@ class CLIPScope(Format):
                 unit_norm_decoder=False,
             ),
             tensors=tensors,
-            metadata={**_belongs(path, checkpoint), "source": found.source(self.name, file)},
+            metadata={**_belongs(path, checkpoint), "source": candidate.source(self.name, file)},
             unknown=checkpoint.unknown,
             notes=(note,),
         )
 
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
-        """Write `sae.pt`, the normaliser folded in; the format has no bias of latents.
+        """Write `sae.pt`, with the normaliser folded in; the format has no biases of latents.
 
         Raises:
-            UserError: the SAE is no TopK, or its latents have biases.
+            UserError: the SAE is not a TopK, or its latents have biases.
         """
         sparsity = sae.config.sparsity
         if not isinstance(sparsity, TopK):
@@ -130,35 +131,35 @@ class CLIPScope(Format):
         return folder
 
     @staticmethod
-    def _file(found: Candidate) -> str | None:
-        file = found.find(*_KEYS)
-        state = None if file is None else found.payload(file)["model_state_dict"]
+    def _file(candidate: Candidate) -> str | None:
+        file = candidate.find(*_KEYS)
+        state = None if file is None else candidate.payload(file)["model_state_dict"]
         return file if isinstance(state, Mapping) and set(state) >= _TENSORS else None
 
 
 def unpack(payload: Any, path: Path) -> Checkpoint | None:
-    """What a checkpoint holds; None if it is none of CLIP-Scope's.
+    """Return what a checkpoint holds; None if it is not CLIP-Scope's.
 
     Args:
         payload: the content of the file.
-        path: of the file, for messages.
+        path: the file, for messages.
 
     Raises:
-        SparsightError: the tensors do not fit the shape that stands beside them.
+        SparsightError: the tensors do not fit the shape given beside them.
     """
     state = payload.get("model_state_dict") if isinstance(payload, Mapping) else None
     if not isinstance(state, Mapping) or not set(payload) >= _KEYS or not set(state) >= _TENSORS:
         return None
     n, d_in, k = (payload[key] for key in ("n_features", "d_in", "k"))
-    if not all(type(each) is int and each >= 1 for each in (n, d_in, k)) or k > n:
+    if not all(type(number) is int and number >= 1 for number in (n, d_in, k)) or k > n:
         raise SparsightError(f"{path}: n_features, d_in, k are {shown((n, d_in, k))}.")
     wanted = {"pre_b": (d_in,), "enc": (d_in, n), "dec": (n, d_in)}
     tensors = named_tensors(state)
     for key, shape in wanted.items():
         tensor = tensors.get(key)
-        found = type(state[key]).__name__ if tensor is None else tuple(tensor.shape)
-        if tensor is None or found != shape:
-            raise SparsightError(f"{path}: {key} is {found}, expected {shape}.")
+        actual = type(state[key]).__name__ if tensor is None else tuple(tensor.shape)
+        if tensor is None or actual != shape:
+            raise SparsightError(f"{path}: {key} is {actual}, expected {shape}.")
         if not torch.isfinite(weights(tensor, key, path)).all():
             raise SparsightError(f"{path}: {key} holds values that are not finite.")
     strange = [str(key) for key in payload if key not in _KNOWN]
@@ -175,7 +176,7 @@ def unpack(payload: Any, path: Path) -> Checkpoint | None:
 
 
 def _belongs(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Model, site and tokens; the block stands in the log's name, or the folder's: `22_resid`."""
+    """Return model, site and tokens; the log or the folder names the block: `22_resid`."""
     place = _PLACE.search(checkpoint.log_id) or _PLACE.search(path.absolute().parent.name)
     if place is None:
         return {}

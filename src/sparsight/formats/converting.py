@@ -1,4 +1,4 @@
-"""From one format into another, and proof that nothing was lost."""
+"""Convert from one format into another, and prove that nothing was lost."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from sparsight.sae.precision import wide
 from sparsight.sae.sparsity import TopK
 
 COMPARED = 256
-"""Vectors that the written SAE is compared on."""
+"""Number of vectors on which the written SAE is compared."""
 TOLERANCE = 1e-4
-"""Largest relative difference of reconstructions; float32 rounds what is folded into weights."""
+"""Largest relative difference of reconstructions; folding into the weights rounds to float32."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written.
+    """The result of a conversion.
 
     Attributes:
         path: the folder.
-        difference: ‖x̂ − x̂'‖ / ‖x̂‖ between the SAE and what was read back.
+        difference: ‖x̂ − x̂'‖ / ‖x̂‖ between the SAE and the one that was read back.
     """
 
     path: Path
@@ -44,19 +44,19 @@ def convert(
     """Write an SAE in a format, read it back, and compare the two.
 
     Args:
-        sae: any.
+        sae: any SAE.
         to: name of the format; "sparsight" is our own.
         out: folder, empty or new.
-        approximate: write a TopK with a ReLU for formats whose TopK has none, too.
+        approximate: also write a TopK with a ReLU to formats whose TopK has none.
 
     Raises:
-        UserError: there is no such format, it cannot express the SAE, or `out` is not empty.
-        SparsightError: it could not be written, or what was read back differs.
+        UserError: the format does not exist or cannot express the SAE, or `out` is not empty.
+        SparsightError: writing failed, or what was read back differs.
     """
     out = Path(out)
     writers = [OWN, *(format.name for format in formats() if format.can_save)]
     if to not in writers:
-        raise UserError(f"{to!r} is no format that can be written, only: {', '.join(writers)}.")
+        raise UserError(f"{to!r} is not a format that can be written; choose {', '.join(writers)}.")
     written = _without_relu(sae) if approximate else sae
     with new_folder(out) as partial:
         path = save(sae, partial) if to == OWN else find(to).save(written, partial)
@@ -71,22 +71,22 @@ def convert(
 
 
 def _difference(one: SparseAutoencoder, other: SparseAutoencoder) -> float:
-    one = copy.deepcopy(one).eval()  # whoever gave it may be training it
+    one = copy.deepcopy(one).eval()  # the caller may be training it
     x = _typical_vectors(one)
     with torch.no_grad():
-        expected, found = one(x).x_hat, other.to(one.W_enc.device)(x).x_hat
-    return float((expected - found).norm() / expected.norm().clamp(min=1e-30))
+        expected, actual = one(x).x_hat, other.to(one.W_enc.device)(x).x_hat
+    return float((expected - actual).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _typical_vectors(sae: SparseAutoencoder) -> Float[Tensor, "vectors d_in"]:
-    """Normal vectors around the mean and in the scale that the SAE was trained in."""
+    """Draw normal vectors with the mean and scale of the data that the SAE was trained on."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(COMPARED, sae.d_in, generator=generator).to(sae.W_enc.device)
     return z * wide(sae.normaliser.scale) + wide(sae.normaliser.mean)
 
 
 def _without_relu(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same with a TopK that keeps negative values; whatever else it is, as it is."""
+    """Return a copy whose TopK keeps negative values; everything else stays."""
     sparsity = sae.config.sparsity
     if not isinstance(sparsity, TopK):
         return sae

@@ -1,4 +1,4 @@
-"""dictionary_learning (saprmarks, and forks as sae-for-vlm): `ae.pt` and `config.json`."""
+"""dictionary_learning (saprmarks, and forks such as sae-for-vlm): `ae.pt` and `config.json`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CLASSES = {
     "JumpReluAutoEncoder": tuple(sorted(_BARE)),
     "MatryoshkaBatchTopKSAE": (*sorted(_BARE), "k", "group_sizes"),
 }
-"""The tensors of each class; two of them have the same."""
+"""The names of each class's tensors; two classes share the same names."""
 
 _NONE = torch.zeros(0)
 
@@ -42,7 +42,7 @@ _SPELT = {
 _ANSWERED = {
     *("dict_class", "trainer_class", "activation_dim", "dict_size", "k", "layer", "lm_name"),
     *("submodule_name", "group_sizes", "group_fractions", "norm_factor"),
-    # Of its training.
+    # About training.
     *("lr", "steps", "seed", "device", "wandb_name", "auxk_alpha", "warmup_steps", "decay_start"),
     *("threshold_beta", "threshold_start_step", "top_k_aux", "group_weights", "l1_penalty"),
     *("sparsity_warmup_steps", "resample_steps", "sparsity_penalty", "bandwidth", "target_l0"),
@@ -58,23 +58,23 @@ class DictionaryLearning(Format):
     title = "dictionary_learning"
     can_save = True
 
-    def recognises(self, found: Candidate) -> bool:
-        """By the names of a class's tensors, and orientations where others share the names."""
-        return self._find(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether names match a class's, and orientations where others share the names."""
+        return self._find(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
+    def load(self, candidate: Candidate) -> Foreign:
         """Read `ae.pt`, and `config.json` beside it or, for checkpoints, in the folder above."""
-        file, tensors, possible = self._find(found) or ("", {}, [])
-        payload = found.payload(file)
-        whole = found.config("config.json", "../config.json")
+        file, tensors, possible = self._find(candidate) or ("", {}, [])
+        payload = candidate.payload(file)
+        whole = candidate.config("config.json", "../config.json")
         inside = payload.get("config") if isinstance(payload, dict) else None
         config = whole.get("trainer") or (inside if isinstance(inside, dict) else {})
         if not isinstance(config, dict):
-            raise SparsightError(f"{found.name}: trainer in config.json is no object.")
-        name = _class(config, possible, found.name)
+            raise SparsightError(f"{candidate.name}: trainer in config.json is not an object.")
+        name = _class(config, possible, candidate.name)
         wanted = _CLASSES[name]
-        given = dict(zip(wanted, need(tensors, wanted, found.name), strict=True))
-        given = {key: each.to(torch.float32) for key, each in given.items()}
+        given = dict(zip(wanted, need(tensors, wanted, candidate.name), strict=True))
+        given = {key: tensor.to(torch.float32) for key, tensor in given.items()}
         read: dict[str, Tensor] = {}
         notes: list[str] = []
         subtracts = True
@@ -107,18 +107,18 @@ class DictionaryLearning(Format):
             read["threshold"] = given["threshold"]
         else:
             inside = {"k": int(tensors["k"])} if tensors.get("k", _NONE).numel() == 1 else {}
-            k = whole_number({**config, **inside}, "k", found.name)
+            k = whole_number({**config, **inside}, "k", candidate.name)
             sparsity = TopK(k) if name == "AutoEncoderTopK" else BatchTopK(k)
             if name != "AutoEncoderTopK":
-                (threshold,) = need(tensors, ("threshold",), found.name)
+                (threshold,) = need(tensors, ("threshold",), candidate.name)
                 read["threshold"] = at_least(threshold.to(torch.float32).reshape(()))
                 if threshold < 0:
                     notes.append("its threshold was never set: every positive value is active")
             if "group_sizes" in tensors:
                 metadata["group_sizes"] = tensors["group_sizes"].tolist()
         known = {*wanted, "k", "threshold", "group_sizes"}
-        if tensors.keys() != found.tensors(file).keys() and (factor := _norm(payload)):
-            # A backup of a run; trainSAE multiplies the biases only in what it saves at the end.
+        if tensors.keys() != candidate.tensors(file).keys() and (factor := _norm(payload)):
+            # A checkpoint during a run: trainSAE multiplies only the biases that it saves last.
             read = _rescaled(read, factor)
             notes.append(f"biases are multiplied by its norm_factor, {factor:.6g}")
         return Foreign(
@@ -132,7 +132,7 @@ class DictionaryLearning(Format):
                 subtract_b_dec=subtracts,
             ),
             read,
-            metadata={**metadata, "source": found.source(self.name, file)},
+            metadata={**metadata, "source": candidate.source(self.name, file)},
             unknown=tuple(sorted({*config} - _ANSWERED)) + tuple(sorted({*tensors} - known)),
             notes=tuple(notes),
         )
@@ -140,7 +140,7 @@ class DictionaryLearning(Format):
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
         """Write `ae.pt` and `config.json`; `dictionary_learning.utils.load_dictionary` loads them.
 
-        ReLU is written as AutoEncoderNew, whose loader leaves the norms of the decoder as they are.
+        ReLU is written as AutoEncoderNew, whose loader keeps the norms of the decoder.
         """
         parts = plain(sae, self.title)
         parts.only(ReLU, TopK, BatchTopK, JumpReLU, Gated, title=self.title)
@@ -183,12 +183,12 @@ class DictionaryLearning(Format):
         return folder
 
     @staticmethod
-    def _find(found: Candidate) -> tuple[str, dict[str, Tensor], list[str]] | None:
-        """The file, its tensors, and the classes that have tensors of these names."""
-        for file in found.weights:
-            payload = found.payload(file)
+    def _find(candidate: Candidate) -> tuple[str, dict[str, Tensor], list[str]] | None:
+        """Return the file, its tensors, and the classes that have tensors with these names."""
+        for file in candidate.weights:
+            payload = candidate.payload(file)
             inside = payload.get("ae") if isinstance(payload, dict) else None
-            tensors = found.tensors(file)
+            tensors = candidate.tensors(file)
             if isinstance(inside, dict):
                 tensors = named_tensors(inside)
             possible = [
@@ -205,7 +205,7 @@ class DictionaryLearning(Format):
 
 
 def _oriented(name: str, tensors: dict[str, Tensor]) -> bool:
-    """Whether the decoder is as `nn.Linear` has it, and thresholds are as many as they must be."""
+    """Return whether the decoder is as in `nn.Linear`, and the number of thresholds is right."""
     if "W_enc" in _CLASSES[name]:
         scalar = tensors["threshold"].ndim == 0
         matryoshka = name == "MatryoshkaBatchTopKSAE"
@@ -251,21 +251,21 @@ def _norm(payload: Any) -> float | None:
 
 
 def _rescaled(read: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """For activations that are not divided by the factor: all biases and thresholds times it."""
+    """Multiply all biases and thresholds by the factor, for activations not divided by it."""
     biases = {"b_enc", "b_dec", "b_mag", "threshold"}
-    return {key: each * factor if key in biases else each for key, each in read.items()}
+    return {key: tensor * factor if key in biases else tensor for key, tensor in read.items()}
 
 
 def _about(config: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    belongs: dict[str, Any] = {}
     model, layer = config.get("lm_name"), config.get("layer")
     module = text_of(config.get("submodule_name"))
     if isinstance(model, str) and model:
-        found["model"] = {"id": model}
+        belongs["model"] = {"id": model}
     if module.startswith("blocks.") or module in ("embedding", "final_norm"):
-        found["site"] = module
+        belongs["site"] = module
     elif module == "post_projection":
-        found["site"] = "embedding"
+        belongs["site"] = "embedding"
     elif isinstance(layer, int) and layer >= 0 and (not module or module.startswith("resid_post")):
-        found["site"] = f"blocks.{layer}.resid_post"
-    return found
+        belongs["site"] = f"blocks.{layer}.resid_post"
+    return belongs

@@ -1,6 +1,6 @@
 """DN-CBM (Rao et al. 2024): the bare state of ai-safety-foundation's sparse autoencoder.
 
-ReLU((x − tied_bias) encᵀ + bias) decᵀ + tied_bias, on embeddings of CLIP.
+ReLU((x − tied_bias) encᵀ + bias) decᵀ + tied_bias, on CLIP embeddings.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ _COPIES = ("pre_encoder_bias._bias_reference", "post_decoder_bias._bias_referenc
 
 
 class DNCBM(Format):
-    """`sparse_autoencoder_final.pt` of Discover-then-Name."""
+    """The files `sparse_autoencoder_final.pt` of Discover-then-Name."""
 
     name = "dncbm"
     title = "DN-CBM"
 
-    def recognises(self, found: Candidate) -> bool:
-        """Encoder, decoder and the bias that they share, under their names with underscores."""
-        return found.find(*_TENSORS) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether a file has encoder, decoder and shared bias under the project's names."""
+        return candidate.find(*_TENSORS) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read it.
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the file.
 
         Raises:
-            UserError: it is of several components at once.
+            UserError: it holds several components.
             SparsightError: the file is damaged.
         """
-        file = found.find(*_TENSORS)
+        file = candidate.find(*_TENSORS)
         assert file is not None
-        path = found.folder / file
-        tensors = found.tensors(file)
+        path = candidate.folder / file
+        tensors = candidate.tensors(file)
         ranks = (2, 1, 2, 1)
         encoder, bias, decoder, tied = (
-            _single(each, rank, path)
-            for each, rank in zip(need(tensors, _TENSORS, path), ranks, strict=True)
+            _single(tensor, rank, path)
+            for tensor, rank in zip(need(tensors, _TENSORS, path), ranks, strict=True)
         )
         for key in _COPIES:
             copy = tensors.get(key)
             if copy is not None and not torch.equal(copy.reshape(-1), tied):
-                raise SparsightError(f"{path}: {key} is not tied_bias, of which it is a copy.")
+                raise SparsightError(f"{path}: {key} is not a copy of tied_bias, as it should be.")
         return Foreign(
             format=self.name,
             d_in=encoder.shape[1],
@@ -60,17 +60,18 @@ class DNCBM(Format):
                 unit_norm_decoder=False,
             ),
             tensors={"W_enc": encoder, "b_enc": bias, "W_dec": decoder.T, "b_dec": tied},
-            metadata={"site": "embedding", "source": found.source(self.name, file)},
-            unknown=tuple(sorted(set(found.keys(file)) - {*_TENSORS, *_COPIES})),
+            metadata={"site": "embedding", "source": candidate.source(self.name, file)},
+            unknown=tuple(sorted(set(candidate.keys(file)) - {*_TENSORS, *_COPIES})),
         )
 
 
 def _single(tensor: Tensor, rank: int, path: Path) -> Tensor:
-    """A tensor without the axis of components, of which there must be one."""
+    """Return a tensor without the axis of components, of which there must be one."""
     if tensor.ndim == rank + 1:
         if len(tensor) != 1:
             raise UserError(
-                f"{path}: holds {len(tensor)} SAEs, one a component; Sparsight reads files of one."
+                f"{path}: holds {len(tensor)} SAEs, one per component; Sparsight reads files "
+                "with one."
             )
         return tensor[0]
     if tensor.ndim != rank:

@@ -1,8 +1,8 @@
 """OpenMOSS Llamascopium (Language-Model-SAEs): `config.json` and `sae_weights.safetensors`.
 
-h = x̃ W_E + b_E with x̃ = x √d / (mean norm of the data set); a latent is weighed by the norm of
-its decoder row where `sparsity_include_decoder_norm` says so: f = act(h ‖W_D‖) / ‖W_D‖;
-f W_D + b_D, and back into the units of the target. Thresholds are stored as logarithms.
+h = x̃ W_E + b_E with x̃ = x √d / (mean norm of the data set). If `sparsity_include_decoder_norm` is
+set, a latent is weighted by the norm of its decoder row: f = act(h ‖W_D‖) / ‖W_D‖. The output is
+f W_D + b_D, converted back to the target's units. Thresholds are stored as logarithms.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KNOWN = {
     *("apply_decoder_bias_to_pre_encoder", "norm_activation", "dataset_average_activation_norm"),
     *("sparsity_include_decoder_norm", "top_k", "device", "dtype", "seed"),
     *("sae_pretrained_name_or_path", "sae_from_pretrained_path", "strict_loading"),
-    # Of its kernels, and of its training.
+    # About kernels and training.
     *("use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel"),
     *("sparsity_threshold_for_csr", "circuit_tracing_mode", "promote_act_fn_dtype"),
     *("jumprelu_threshold_window", "jumprelu_threshold_grad_scale", "force_unit_decoder_norm"),
@@ -58,33 +58,34 @@ class Llamascopium(Format):
     name = "llamascopium"
     title = "OpenMOSS Llamascopium"
 
-    def recognises(self, found: Candidate) -> bool:
-        """A configuration with two hook points, and an encoder."""
-        return self._file(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether there are a configuration with two hook points, and an encoder."""
+        return self._file(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read it.
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the files.
 
         Raises:
-            UserError: it is another kind of dictionary, or has a part without an equal.
+            UserError: it is another kind of dictionary, or has a part that Sparsight does not
+                support.
             SparsightError: a file is damaged.
         """
-        file = self._file(found)
+        file = self._file(candidate)
         assert file is not None
-        path, config = found.folder / file, found.config(CONFIG)
-        tensors = _state(found, file)
+        path, config = candidate.folder / file, candidate.config(CONFIG)
+        tensors = _state(candidate, file)
         _check_kind(config, tensors, path)
         old = "encoder.weight" in tensors
         W_enc, b_enc, W_dec = need(tensors, [_NAMES[k] if old else k for k in _NAMES], path)
         if W_enc.ndim != 2 or W_dec.ndim != 2:
-            raise SparsightError(f"{path}: the encoder or the decoder is no matrix.")
+            raise SparsightError(f"{path}: the encoder or the decoder is not a matrix.")
         if not old:
             W_enc = W_enc.T
         else:
             W_dec = W_dec.T
         (n, d_in), d_out = W_enc.shape, W_dec.shape[1]
         if len(W_dec) != n or b_enc.shape != (n,):
-            raise SparsightError(f"{path}: encoder, decoder and bias are of different sizes.")
+            raise SparsightError(f"{path}: encoder, decoder and bias have different sizes.")
         if config.get("d_model", d_in) != d_in or config.get("d_model", d_out) != d_out:
             raise SparsightError(
                 f"{path}: reads {d_in} numbers and gives {d_out}; d_model is "
@@ -143,19 +144,19 @@ class Llamascopium(Format):
                     site=site_of_hook(config.get("hook_point_in")),
                     target=site_of_hook(config.get("hook_point_out")) if transcoder else None,
                 ),
-                "source": found.source(self.name, file),
+                "source": candidate.source(self.name, file),
             },
             unknown=tuple(sorted({*config} - _KNOWN)) + tuple(sorted(strange)),
             notes=tuple(notes),
         )
 
     @staticmethod
-    def _file(found: Candidate) -> str | None:
-        if len(_MARKS & set(found.config(CONFIG))) < 2:
+    def _file(candidate: Candidate) -> str | None:
+        if len(_MARKS & set(candidate.config(CONFIG))) < 2:
             return None
-        others = () if found.chosen else tuple(each for each in _FILES if found.has(each))
-        for file in (*found.weights, *others):
-            keys = found.keys(file)
+        others = () if candidate.chosen else tuple(file for file in _FILES if candidate.has(file))
+        for file in (*candidate.weights, *others):
+            keys = candidate.keys(file)
             if "sae" in keys or {"W_E", "W_D"} <= keys or {"encoder.weight", "b_D"} <= keys:
                 return file
             if {"encoder.weight", "decoder.weight"} <= keys:
@@ -163,8 +164,8 @@ class Llamascopium(Format):
         return None
 
 
-def _state(found: Candidate, file: str) -> dict[str, Tensor]:
-    payload = found.payload(file)
+def _state(candidate: Candidate, file: str) -> dict[str, Tensor]:
+    payload = candidate.payload(file)
     return named_tensors(payload.get("sae", payload) if isinstance(payload, Mapping) else {})
 
 
@@ -176,13 +177,15 @@ def _check_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
             "and transcoders."
         )
     if config.get("use_glu_encoder") is True or "W_E_glu" in tensors:
-        raise UserError(f"{path}: its encoder is gated by a second one (GLU), which is not read.")
+        raise UserError(
+            f"{path}: its encoder is gated by a second one (GLU), which is not supported."
+        )
 
 
 def _normaliser(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: tuple[int, int], path: Path
 ) -> tuple[NormaliserKind, float, float]:
-    """The kind, and what activations and targets are divided by."""
+    """Return the kind, and the divisors of activations and targets."""
     kind = config.get("norm_activation", "inference")
     if kind in ("inference", "none", None):
         return "none", 1.0, 1.0
@@ -191,9 +194,9 @@ def _normaliser(
     if kind != "dataset-wise":
         raise UserError(
             f"{path}: norm_activation is {shown(kind)}, which depends on more than the vector "
-            "itself; only inference, dataset-wise and (for SAEs) token-wise are read."
+            "itself; only inference, dataset-wise and (for SAEs) token-wise are supported."
         )
-    found: list[float] = []
+    norms: list[float] = []
     for short, hook in (("in", "hook_point_in"), ("out", "hook_point_out")):
         norm = tensors.get(f"{_NORM}{config.get(hook)}", tensors.get(f"{_NORM}{short}"))
         if norm is None or norm.numel() != 1 or not float(norm) > 0:
@@ -202,8 +205,8 @@ def _normaliser(
                 f"their average norm, and {_NORM}{text_of(config.get(hook))} is "
                 f"{'missing' if norm is None else shown(norm)}."
             )
-        found.append(float(norm) / widths[len(found)] ** 0.5)
-    return "scale", found[0], found[1]
+        norms.append(float(norm) / widths[len(norms)] ** 0.5)
+    return "scale", norms[0], norms[1]
 
 
 def _sparsity(config: Mapping[str, Any], n: int, path: Path) -> tuple[AnySparsity, list[str]]:
@@ -228,8 +231,8 @@ def _sparsity(config: Mapping[str, Any], n: int, path: Path) -> tuple[AnySparsit
 def _thresholds(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], n: int, path: Path
 ) -> Tensor:
-    """One a latent; the first files have one number for all."""
-    key = next((each for each in _LOG_THRESHOLDS if each in tensors), None)
+    """Return one threshold per latent; the first files have one for all latents."""
+    key = next((key for key in _LOG_THRESHOLDS if key in tensors), None)
     if key is not None:
         return weights(tensors[key], key, path).double().exp().expand(n)
     number = config.get("jump_relu_threshold")

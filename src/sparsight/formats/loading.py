@@ -23,21 +23,21 @@ def load(
     filename: str | None = None,
     device: str | torch.device | None = None,
 ) -> SparseAutoencoder:
-    """Read an SAE, ours or one of another project, from a folder, a file or the Hub.
+    """Read an SAE, ours or another project's, from a folder, a file or the Hub.
 
-    The format is recognised by what is in the files; see `sparsight.formats`. What was read of
-    another project's is told to the logger "sparsight", and kept in `metadata["source"]`.
+    The contents of the files determine the format; see `sparsight.formats`. How another project's
+    checkpoint was read is logged (logger "sparsight") and kept in `metadata["source"]`.
 
     Args:
         name: a path, or a place on the Hub: "org/repo", "org/repo/folder", "org/repo/file.pt".
-        revision: on the Hub.
-        subfolder: in the folder or repository.
-        filename: in that.
-        device: where the SAE is to be; default the CPU.
+        revision: revision on the Hub.
+        subfolder: folder within the folder or repository.
+        filename: file within that.
+        device: where to put the SAE; by default the CPU.
 
     Raises:
-        UserError: torch finds no such device, there is no SAE there, it is of an unknown format,
-            or has a part that Sparsight has no equal of.
+        UserError: torch finds no such device, there is no SAE, its format is unknown, or it has a
+            part that Sparsight does not support.
         SparsightError: a file is damaged.
     """
     target = None if device is None else choose_device(device)
@@ -53,17 +53,19 @@ def load(
 
 
 def _foreign(place: Path, name: str) -> SparseAutoencoder:
-    found = read(place, name)
-    sae = found.build()
+    checkpoint = read(place, name)
+    sae = checkpoint.build()
     where = (sae.metadata.get(key) for key in ("site", "target_site", "tokens"))
     model = (sae.metadata.get("model") or {}).get("id")
     parts = [
         f"{sae.n_latents:,} latents of width {sae.d_in:,}",
         sae.config.sparsity.describe(training=False),
-        *(str(each) for each in (model, *where) if each),
+        *(str(part) for part in (model, *where) if part),
     ]
-    told = f" ({'; '.join(found.notes)})" if found.notes else ""
-    logger().info("%s: read as %s: %s%s", name, found.format, ", ".join(parts), told)
-    if found.unknown:
-        logger().warning("%s: not understood, and not used: %s", name, ", ".join(found.unknown))
+    notes = f" ({'; '.join(checkpoint.notes)})" if checkpoint.notes else ""
+    logger().info("%s: read as %s: %s%s", name, checkpoint.format, ", ".join(parts), notes)
+    if checkpoint.unknown:
+        logger().warning(
+            "%s: not understood, and not used: %s", name, ", ".join(checkpoint.unknown)
+        )
     return sae

@@ -1,9 +1,9 @@
-"""MSAE (Zaigrajew et al. 2025): tensors in the file, and all that they mean in the file's name.
+"""MSAE (Zaigrajew et al. 2025): tensors in the file, and their meaning in the name of the file.
 
-`4096_512_TopKReLU_64_RW_False_False_30.0_….pth`: latents, width, activation and k (of ReLU: its
-L1), weighting of the Matryoshka levels, tied, normalised, soft cap. There is no other place, so the
-name is read; the sizes in it, and whether weights are tied, are held against the tensors. Newer
-files (`checkpoint_version`) carry the same inside.
+`4096_512_TopKReLU_64_RW_False_False_30.0_….pth`: latents, width, activation and k (for ReLU: its
+L1), weighting of the Matryoshka levels, tied, normalised, soft cap. This is stated nowhere else, so
+the name is read; the sizes in it, and whether weights are tied, are checked against the tensors.
+Newer files (`checkpoint_version`) contain the same information.
 
 z = (x − mean_center) · scaling_factor; f = cap · tanh(act((z − pre_bias) enc + latent_bias) / cap);
 x̂ = (f dec + pre_bias) / scaling_factor + mean_center.
@@ -54,22 +54,22 @@ class MSAE(Format):
     name = "msae"
     title = "MSAE"
 
-    def recognises(self, found: Candidate) -> bool:
-        """A state with `encoder` and `latent_bias`, and how the data were centred and scaled."""
-        return self._file(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether a state has `encoder` and `latent_bias`, and the centring and scaling."""
+        return self._file(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read it.
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the file.
 
         Raises:
-            UserError: the file was renamed, so that nothing says what its tensors mean; or its
-                activation has no equal.
-            SparsightError: the file is damaged, or its name and its tensors do not agree.
+            UserError: the file was renamed, so that nothing says what its tensors mean; or
+                Sparsight has no such activation.
+            SparsightError: the file is damaged, or its name and its tensors disagree.
         """
-        file = self._file(found)
+        file = self._file(candidate)
         assert file is not None
-        path = found.folder / file
-        payload = found.payload(file)
+        path = candidate.folder / file
+        payload = candidate.payload(file)
         new = set(payload) >= _NEW
         state = payload["model_state_dict" if new else "model"]
         data = payload["preprocessing"] if new else payload
@@ -117,15 +117,15 @@ class MSAE(Format):
                 soft_cap=meaning.cap if meaning.cap > 0 else None,
             ),
             tensors=ours,
-            metadata={"site": "embedding", "source": found.source(self.name, file)},
+            metadata={"site": "embedding", "source": candidate.source(self.name, file)},
             unknown=tuple(sorted(strange)),
             notes=tuple(notes),
         )
 
     @staticmethod
-    def _file(found: Candidate) -> str | None:
-        for file in found.weights:
-            keys = found.keys(file)
+    def _file(candidate: Candidate) -> str | None:
+        for file in candidate.weights:
+            keys = candidate.keys(file)
             name = next(
                 (
                     part
@@ -134,17 +134,17 @@ class MSAE(Format):
                 ),
                 None,
             )
-            state = None if name is None else found.payload(file)[name]
+            state = None if name is None else candidate.payload(file)[name]
             if isinstance(state, Mapping) and set(state) >= set(_TENSORS):
                 return file
         return None
 
 
 def _of_name(name: str) -> _Meaning:
-    """Read the name of a file, from left to right.
+    """Parse the name of a file, from left to right.
 
     Raises:
-        UserError: it is not made like those of MSAE.
+        UserError: it does not have the form of MSAE's names.
     """
     words = name[: name.find(".pt")].split("_") if ".pt" in name else []
     try:
@@ -153,7 +153,7 @@ def _of_name(name: str) -> _Meaning:
         if "TopK" in activation:
             k = int(words.pop(0))
         elif activation == "ReLU":
-            words.pop(0)  # what follows the point of its L1
+            words.pop(0)  # the fractional digits of its L1
         matryoshka = words[0] in _LEVELS
         if matryoshka:
             words.pop(0)
@@ -163,22 +163,22 @@ def _of_name(name: str) -> _Meaning:
         )
     except (ValueError, IndexError, KeyError):
         raise UserError(
-            f"{name}: an MSAE checkpoint says what it is in its name alone, such as "
-            "4096_512_TopKReLU_64_RW_False_False_30.0_cc3m.pth, and this is no such name. Give the "
-            "file the name back that it was published under."
+            f"{name}: only the name of an MSAE checkpoint says what it is, for example "
+            "4096_512_TopKReLU_64_RW_False_False_30.0_cc3m.pth, and this name does not. Give the "
+            "file the name back under which it was published."
         ) from None
 
 
 def _of_config(payload: Mapping[str, Any], path: Path) -> _Meaning:
-    """The same from a newer file's own words.
+    """Read the same from the configuration inside a newer file.
 
     Raises:
-        UserError: it is of a class that Sparsight has no equal of.
+        UserError: it belongs to a class that Sparsight does not support.
         SparsightError: a value is missing or of another type.
     """
     config, kind = payload["model_config"], payload.get("model_class", "Autoencoder")
     if kind not in ("Autoencoder", "MatryoshkaAutoencoder"):
-        raise UserError(f"{path}: SAEs of the class {shown(kind)} are not read.")
+        raise UserError(f"{path}: SAEs of the class {shown(kind)} are not supported.")
     try:
         activation, _, k = text_of(config["activation"]).partition("_")
         nesting = config.get("nesting_list")
@@ -202,12 +202,12 @@ def _agree(meaning: _Meaning, tensors: Mapping[str, Tensor], path: Path) -> None
     shape = tuple(tensors["encoder"].shape)
     if shape != (meaning.d_in, meaning.n_latents):
         raise SparsightError(
-            f"{path}: by its name it has {meaning.n_latents} latents for width {meaning.d_in}; its "
+            f"{path}: its name says {meaning.n_latents} latents for width {meaning.d_in}, but its "
             f"encoder is {list(shape)}. Was the file renamed?"
         )
     if meaning.tied == ("decoder" in tensors):
         raise SparsightError(
-            f"{path}: by its name the weights are {'tied' if meaning.tied else 'not tied'}, but "
+            f"{path}: its name says that weights are {'tied' if meaning.tied else 'not tied'}, but "
             f"there is {'a' if meaning.tied else 'no'} decoder. Was the file renamed?"
         )
     if not math.isfinite(meaning.cap):
@@ -227,13 +227,13 @@ def _sparsity(meaning: _Meaning, path: Path) -> AnySparsity:
             raise SparsightError(f"{path}: k is {meaning.k}, of {meaning.n_latents} latents.")
         return TopK(k=meaning.k, rectify=name == "TopKReLU")
     raise UserError(
-        f"{path}: the activation {shown(name)} is not read; ReLU, JumpReLU, TopK and TopKReLU are. "
-        "(BatchTopK has no threshold in these files, and TopKabs drops signs.)"
+        f"{path}: the activation {shown(name)} is not supported; ReLU, JumpReLU, TopK, TopKReLU "
+        "are. (BatchTopK has no threshold in these files, and TopKabs drops signs.)"
     )
 
 
 def _scaling(data: Mapping[str, Any], d_in: int, path: Path) -> tuple[Tensor, Tensor]:
-    """Mean and scale of the normaliser; scaling_factor multiplies, a scale divides."""
+    """Return mean and scale of the normaliser; scaling_factor multiplies, a scale divides."""
     mean = torch.as_tensor(data.get("mean_center", 0.0), dtype=torch.float32)
     factor = torch.as_tensor(data.get("scaling_factor", 1.0), dtype=torch.float32)
     if mean.numel() not in (1, d_in) or factor.numel() != 1 or not float(factor) > 0:

@@ -1,8 +1,8 @@
-"""OpenAI's sparse autoencoders: one file with tensors, and the activation's name among them.
+"""OpenAI's sparse autoencoders: one file with tensors and the name of the activation.
 
 latents = act((LN(x) − pre_bias) encᵀ + latent_bias), x̂ = latents decᵀ + pre_bias, LN undone.
-The layer norm is there if, and only if, the activation is TopK; without `decoder.weight` the
-weights are tied.
+The layer norm exists if and only if the activation is TopK; without `decoder.weight` the weights
+are tied.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class OpenAI(Format):
     name = "openai"
     title = "OpenAI sparse_autoencoder"
 
-    def recognises(self, found: Candidate) -> bool:
-        """`pre_bias`, `encoder.weight` and `latent_bias` at the top of a file."""
-        return found.find(*_TENSORS) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether a file has `pre_bias`, `encoder.weight` and `latent_bias` on top."""
+        return candidate.find(*_TENSORS) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read it.
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the file.
 
         Raises:
-            UserError: the activation is none of ReLU, TopK and Identity.
+            UserError: the activation is not ReLU, TopK or Identity.
             SparsightError: the file is damaged.
         """
-        file = found.find(*_TENSORS)
+        file = candidate.find(*_TENSORS)
         assert file is not None
-        path = found.folder / file
-        payload, tensors = found.payload(file), found.tensors(file)
+        path = candidate.folder / file
+        payload, tensors = candidate.payload(file), candidate.tensors(file)
         pre_bias, encoder, latent_bias = need(tensors, _TENSORS, path)
         tied = "decoder.weight" not in tensors
         if encoder.ndim != 2 or (not tied and tensors["decoder.weight"].ndim != 2):
-            raise SparsightError(f"{path}: encoder.weight or decoder.weight is no matrix.")
+            raise SparsightError(f"{path}: encoder.weight or decoder.weight is not a matrix.")
         n, d_in = encoder.shape
         ours = {"W_enc": encoder, "b_enc": latent_bias, "b_dec": pre_bias}
         if not tied:
@@ -67,13 +67,13 @@ class OpenAI(Format):
                 tied=tied,
             ),
             tensors=ours,
-            metadata={"source": found.source(self.name, file)},
+            metadata={"source": candidate.source(self.name, file)},
             unknown=tuple(sorted(str(key) for key in payload if key not in known)),
         )
 
 
 def _sparsity(payload: Mapping[str, Any], n: int, path: Path) -> tuple[AnySparsity, bool]:
-    """The sparsity, and whether there is a layer norm before it."""
+    """Return the sparsity, and whether a layer norm precedes it."""
     name = payload.get("activation", "ReLU")
     if name == "ReLU":
         return ReLU(), False

@@ -1,4 +1,4 @@
-"""overcomplete: whole pickled modules, and their state dictionaries."""
+"""overcomplete: modules pickled as a whole, and state dictionaries."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _USED = {
 class Overcomplete(Format):
     """SAE, TopKSAE, BatchTopKSAE, JumpSAE, MpSAE; free and archetypal dictionaries.
 
-    A state dictionary does not tell how many latents are active; Sparsight writes (and reads) a
+    A state dictionary does not say how many latents are active, so Sparsight writes (and reads) a
     `config.json` beside it: `{"class": "TopKSAE", "top_k": 32}`.
     """
 
@@ -51,33 +51,33 @@ class Overcomplete(Format):
     title = "overcomplete"
     can_save = True
 
-    def recognises(self, found: Candidate) -> bool:
-        """By the names within its dictionary layer."""
-        return self._find(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether the names inside its dictionary layer match."""
+        return self._find(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read a module that was pickled whole, without running it, or a state dictionary."""
-        file, module, tensors = self._find(found) or ("", {}, {})
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read a module that was pickled as a whole, without running it, or a state dictionary."""
+        file, module, tensors = self._find(candidate) or ("", {}, {})
         tensors = {
-            key: weights(each, key, found.name).to(torch.float32) for key, each in tensors.items()
+            key: weights(each, key, candidate.name).to(torch.float32)
+            for key, each in tensors.items()
         }
-        config = {} if module else found.config("config.json")
+        config = {} if module else candidate.config("config.json")
         name = text_of(module.get(CLASS) or config.get("class")).rpartition(".")[2]
         if name not in ("", *_CLASSES):
             raise UserError(
-                f"{found.name}: overcomplete's {name[:60]} has no equal in Sparsight (class), "
-                "which reads "
-                f"{', '.join(_CLASSES)}."
+                f"{candidate.name}: Sparsight does not support overcomplete's {name[:60]} (class); "
+                f"it reads {', '.join(_CLASSES)}."
             )
         notes: list[str] = []
-        W_dec = _dictionary(tensors, module, config, found.name, notes)
+        W_dec = _dictionary(tensors, module, config, candidate.name, notes)
         read = {"W_dec": W_dec, "b_dec": torch.zeros(W_dec.shape[1])}
         pursuit = name == "MpSAE" or not any(key.startswith("encoder.") for key in tensors)
         if pursuit and not _tied(module):
             read |= {"W_enc": W_dec.clone(), "b_enc": torch.zeros(len(W_dec))}
         else:
-            read |= _encoder(tensors, module, W_dec, found.name)
-        sparsity, extra = _sparsity(name, module, config, tensors, found.name, notes)
+            read |= _encoder(tensors, module, W_dec, candidate.name)
+        sparsity, extra = _sparsity(name, module, config, tensors, candidate.name, notes)
         return Foreign(
             self.name,
             W_dec.shape[1],
@@ -89,17 +89,17 @@ class Overcomplete(Format):
                 subtract_b_dec=False,
             ),
             {**read, **extra},
-            metadata={"source": found.source(self.name, file)},
+            metadata={"source": candidate.source(self.name, file)},
             unknown=tuple(sorted({*tensors} - _USED)) + tuple(sorted({*config} - _SETTINGS)),
             notes=tuple(notes),
         )
 
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
-        """Write `sae.pt`, a state dictionary, and `config.json`, arguments of its class.
+        """Write `sae.pt`, a state dictionary, and `config.json`, the arguments of its class.
 
-        The class then loads it: `TopKSAE(input_shape, nb_concepts, top_k=…,
+        The class loads it: `TopKSAE(input_shape, nb_concepts, top_k=…,
         dictionary_params={"normalization": "identity"}).load_state_dict(torch.load("sae.pt"))`.
-        BatchTopK becomes JumpSAE, as a state dictionary has no place for its threshold.
+        BatchTopK becomes JumpSAE, because a state dictionary has no place for its threshold.
         """
         parts = plain(sae, self.title)
         parts.only(TopK, BatchTopK, ReLU, JumpReLU, MatchingPursuit, title=self.title)
@@ -131,7 +131,7 @@ class Overcomplete(Format):
             threshold = parts.threshold
             if isinstance(sparsity, BatchTopK):
                 threshold = above(threshold)
-            # It keeps logarithms; what is not positive lets every positive value pass.
+            # It stores logarithms; a threshold of 0 or less lets every positive value pass.
             tensors["thresholds"] = threshold.expand(n).clamp(min=1e-37).log().contiguous()
         file = io.BytesIO()
         torch.save(tensors, file)
@@ -140,12 +140,12 @@ class Overcomplete(Format):
         return folder
 
     @staticmethod
-    def _find(found: Candidate) -> tuple[str, dict[str, Any], dict[str, Tensor]] | None:
-        """The file, the module if it was pickled whole (or nothing), and the tensors."""
-        for file in found.weights:
-            payload = found.payload(file)
+    def _find(candidate: Candidate) -> tuple[str, dict[str, Any], dict[str, Tensor]] | None:
+        """Return the file, the module if the whole was pickled (or nothing), and the tensors."""
+        for file in candidate.weights:
+            payload = candidate.payload(file)
             module = payload if isinstance(payload, dict) and "_modules" in payload else {}
-            tensors = named_tensors(tensors_of(module)) if module else found.tensors(file)
+            tensors = named_tensors(tensors_of(module)) if module else candidate.tensors(file)
             if _DICTIONARY & {*tensors}:
                 return file, module, tensors
         return None
@@ -162,7 +162,7 @@ def _dictionary(
     where: str,
     notes: list[str],
 ) -> Tensor:
-    """The dictionary as its layer has it in use."""
+    """Return the dictionary as its layer computes it."""
     layer = (module.get("_modules") or {}).get("dictionary") or {}
     fused = layer.get("_fused_dictionary")
     if isinstance(fused, Tensor) and layer.get("training") is False:
@@ -197,7 +197,7 @@ def _dictionary(
         )
     if kind not in ("l2", "l1", "max_l2", "max_l1", "identity"):
         raise UserError(
-            f"{where}: the normalization of its dictionary is {shown(given)}, which is not known."
+            f"{where}: the normalization of its dictionary is {shown(given)}, which is unknown."
         )
     if kind != "identity":
         norms = rows.norm(p=int(kind[-1]), dim=1, keepdim=True)
@@ -208,7 +208,7 @@ def _dictionary(
 def _encoder(
     tensors: dict[str, Tensor], module: dict[str, Any], W_dec: Tensor, where: str
 ) -> dict[str, Tensor]:
-    """A linear encoder; a batch norm behind it, which is linear in use, is folded in."""
+    """Return a linear encoder, with any batch norm (which is linear at inference) folded in."""
     encoder = (module.get("_modules") or {}).get("encoder") or {}
     if "encoder.final_block.0.weight" not in tensors:
         tied = _tied(module) or "encoder.weight" not in tensors
@@ -220,7 +220,7 @@ def _encoder(
     deeper = [key for key in tensors if key.startswith("encoder.") and key not in _USED]
     if deeper or (encoder.get("_modules") or {}).get("mlp_blocks", {}).get("_modules"):
         raise UserError(
-            f"{where}: its encoder has more layers than one ({', '.join(deeper[:3])}); Sparsight's "
+            f"{where}: its encoder has more than one layer ({', '.join(deeper[:3])}); Sparsight's "
             "encoders are linear."
         )
     activation = (encoder.get("_modules") or {}).get("final_activation", {}).get(CLASS, "ReLU")
@@ -239,7 +239,7 @@ def _encoder(
         shift = norm["bias"] if norm["bias"] is not None else torch.zeros_like(mean)
         return {"W_enc": W_enc * gain[:, None], "b_enc": (b_enc - mean) * gain + shift}
     if norm["weight"] is not None:
-        raise UserError(f"{where}: its encoder ends with a layer norm, which Sparsight has not.")
+        raise UserError(f"{where}: its encoder ends with a layer norm, which is not supported.")
     return {"W_enc": W_enc, "b_enc": b_enc}
 
 
@@ -251,9 +251,9 @@ def _sparsity(
     where: str,
     notes: list[str],
 ) -> tuple[Any, dict[str, Tensor]]:
-    """How few are active; what the class's name tells, or the tensors where there is no name."""
+    """Return the sparsity, from the class's name or, if there is none, from the tensors."""
     if "Q" in tensors:
-        raise UserError(f"{where}: quantised SAEs (QSAE) have no equal in Sparsight.")
+        raise UserError(f"{where}: quantised SAEs (QSAE) are not supported.")
     n = len(tensors.get("dictionary._weights", tensors.get("dictionary.W", torch.zeros(0))))
     about = module or config
     if "thresholds" in tensors:
@@ -271,12 +271,12 @@ def _sparsity(
                 f"{where}: a BatchTopKSAE's running_threshold is not in its state dictionary. "
                 'Save the module whole, or add "running_threshold" to config.json.'
             )
-        # Its top_k counts all latents of a batch of unknown size, so a latent's k is not known.
+        # Its top_k counts all latents of a batch of unknown size, so k per vector is unknown.
         notes.append("written as JumpReLU: its top_k belongs to a batch of unknown size")
         cut = torch.as_tensor(threshold, dtype=torch.float32).reshape(())
         return JumpReLU(), {"threshold": above(cut).expand(n)}
     raise UserError(
-        f"{where}: a state dictionary of overcomplete does not tell its class and top_k. Save the "
+        f"{where}: a state dictionary of overcomplete does not state its class and top_k. Save the "
         'module whole, or put a config.json beside it: {"class": "TopKSAE", "top_k": 32}.'
     )
 

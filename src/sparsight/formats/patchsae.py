@@ -1,7 +1,7 @@
-"""Hugo Fry's SAEs for ViTs, and PatchSAE, which goes on from them: a pickle with `state_dict`.
+"""Hugo Fry's SAEs for ViTs, and PatchSAE, which builds on them: a pickle with `state_dict`.
 
 ReLU((x − b_dec) W_enc + b_enc) W_dec + b_dec. The configuration is an object of the project's own
-class, or a dictionary; either is read as plain data.
+class, or a dictionary; both are read as plain data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KNOWN = {
     *("__class__", "class_token", "image_width", "image_height", "model_name", "module_name"),
     *("block_layer", "d_in", "d_sae", "expansion_factor", "gated_sae", "architecture", "device"),
     *("dtype", "seed", "custom_clip_ckpt_path"),
-    # Of its training, and of the images.
+    # About training and images.
     *("dataset_path", "image_key", "label_key", "use_cached_activations"),
     *("cached_activations_path", "total_training_tokens", "n_batches_in_store", "store_size"),
     *("max_batch_size_for_vit_forward_pass", "create_dataloader", "b_dec_init_method"),
@@ -39,36 +39,36 @@ _DEPTHS = {
     "openai/clip-vit-large-patch14": 24,
     "openai/clip-vit-large-patch14-336": 24,
 }
-"""Blocks of the models that were used: these projects count layers from the end."""
+"""Number of blocks of the models that were used: these projects count layers from the end."""
 
 
 class PatchSAE(Format):
-    """SAEs of mats_sae_training_for_ViTs (Fry) and PatchSAE (Lim et al.)."""
+    """The SAEs of mats_sae_training_for_ViTs (Fry) and PatchSAE (Lim et al.)."""
 
     name = "patchsae"
     title = "PatchSAE and Fry's SAEs for ViTs"
 
-    def recognises(self, found: Candidate) -> bool:
-        """A state beside a configuration that names a block and a module."""
-        return self._find(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether a state stands beside a configuration that names a block and a module."""
+        return self._find(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read it.
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the file.
 
         Raises:
-            UserError: it is of an architecture other than the one that was ever finished.
+            UserError: its architecture is not the only one that the project finished.
             SparsightError: the file is damaged.
         """
-        parts = self._find(found)
+        parts = self._find(candidate)
         assert parts is not None
         file, config, state = parts
-        path = found.folder / file
+        path = candidate.folder / file
         tensors = named_tensors(state)
         W_enc, b_enc, W_dec, b_dec = need(tensors, _TENSORS, path)
         if config.get("gated_sae") is True or config.get("architecture") == "gated":
             raise UserError(f"{path}: gated SAEs were never finished in this project.")
         if W_enc.ndim != 2:
-            raise SparsightError(f"{path}: W_enc is no matrix.")
+            raise SparsightError(f"{path}: W_enc is not a matrix.")
         return Foreign(
             format=self.name,
             d_in=W_enc.shape[0],
@@ -79,19 +79,19 @@ class PatchSAE(Format):
                 unit_norm_decoder=False,
             ),
             tensors={"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec},
-            metadata={**_belongs(config), "source": found.source(self.name, file)},
+            metadata={**_belongs(config), "source": candidate.source(self.name, file)},
             unknown=tuple(sorted({*map(str, config)} - _KNOWN))
             + tuple(sorted({*tensors} - {*_TENSORS})),
         )
 
     @staticmethod
-    def _find(found: Candidate) -> tuple[str, Mapping[str, Any], Mapping[str, Any]] | None:
-        for file in found.weights:
-            keys = found.keys(file)
+    def _find(candidate: Candidate) -> tuple[str, Mapping[str, Any], Mapping[str, Any]] | None:
+        for file in candidate.weights:
+            keys = candidate.keys(file)
             name = next((each for each in _CONFIGS if each in keys), None)
             if name is None or "state_dict" not in keys:
                 continue
-            payload = found.payload(file)
+            payload = candidate.payload(file)
             config, state = payload[name], payload["state_dict"]
             if not isinstance(config, Mapping) or not isinstance(state, Mapping):
                 continue
@@ -101,7 +101,7 @@ class PatchSAE(Format):
 
 
 def _belongs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Model, site and tokens."""
+    """Return model, site and tokens."""
     model, layer, module = (config.get(key) for key in ("model_name", "block_layer", "module_name"))
     site = None
     if type(layer) is int and module == "resid":

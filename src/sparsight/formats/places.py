@@ -1,6 +1,6 @@
-"""Where an SAE lies: a folder, a file, or a place on the Hub, from which it alone is fetched.
+"""Where an SAE lies: a folder, a file, or a place on the Hub, from which only it is fetched.
 
-Other projects keep many SAEs in one repository, so a name may go on behind the repository's:
+Other projects keep many SAEs in one repository, so a name may continue after the repository's:
 `org/repo/sub/folder`, `org/repo/file.pt`.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 from sparsight.errors import SparsightError, UserError
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pkl.gz")
-"""How the names of files end that can hold tensors."""
+"""Endings of files that can hold tensors."""
 
 CONFIGS = (".json", ".yaml", ".yml")
-"""How the names of files end that can hold a configuration."""
+"""Endings of files that can hold a configuration."""
 
 _BESIDE = re.compile(
     r"(^|/)(optim\w*|(lr_)?scheduler|rank_\d+_state|state|trainer(_state)?|training_args"
@@ -30,7 +30,7 @@ _SHOWN = 12
 
 
 def is_weights(file: str) -> bool:
-    """Whether a file may hold an SAE, by its name: not what training resumes from, nor counts."""
+    """Return whether a file may hold an SAE, by its name: not states to resume from, nor counts."""
     return file.endswith(WEIGHTS) and not _BESIDE.search(file)
 
 
@@ -41,16 +41,16 @@ def find(
     subfolder: str | None = None,
     filename: str | None = None,
 ) -> Path:
-    """The folder or file that a name means, fetched from the Hub where it is not here.
+    """Return the folder or file that a name means; fetch it from the Hub if it is not local.
 
     Args:
-        name: a path, or a repository on the Hub, which may go on with a folder or file in it.
-        revision: of the repository.
-        subfolder: in the folder or repository.
-        filename: in that.
+        name: a path, or a repository on the Hub, optionally followed by a folder or file in it.
+        revision: revision of the repository.
+        subfolder: folder within the folder or repository.
+        filename: file within that.
 
     Raises:
-        UserError: there is nothing of this name, or it holds several SAEs.
+        UserError: nothing has this name, or it holds several SAEs.
     """
     inside = [each for each in (subfolder, filename) if each]
     local = Path(name).expanduser().joinpath(*inside)
@@ -61,22 +61,22 @@ def find(
         raise UserError(f"{local}: no such folder or file{_nearby(local)}")
     parts = [each for each in parts if each]
     if len(parts) > 2 and Path(*parts[:2]).is_dir():
-        # A copy of a repository: what it lacks is not looked for on the Hub.
+        # A copy of a repository: what it lacks is not fetched from the Hub.
         raise UserError(f"{local}: no such folder or file{_nearby(local)}")
     inner = "/".join(parts[2:])
     return _fetched("/".join(parts[:2]), inner, revision, str(name)) / inner
 
 
 def choose(files: Sequence[str], inner: str, name: str) -> list[str]:
-    """Which files of a repository one SAE needs.
+    """Choose the files of a repository that one SAE needs.
 
     Args:
-        files: of the repository.
-        inner: the folder or file in it, "" for its root.
-        name: for messages.
+        files: the files of the repository.
+        inner: the folder or file in it; "" for its root.
+        name: the user's name for it, for messages.
 
     Raises:
-        UserError: there is no SAE, or more than one.
+        UserError: there is no SAE, or there are several.
     """
     if inner in files:
         above = [PurePosixPath(inner).parent, PurePosixPath(inner).parent.parent]
@@ -98,20 +98,20 @@ def choose(files: Sequence[str], inner: str, name: str) -> list[str]:
         raise UserError(f"{name}: holds no file with tensors on the Hub{has}.")
     choices = here or folders_of(weights)
     raise UserError(
-        f"{name}: holds {len(choices)} SAEs on the Hub. Name one behind the repository: "
+        f"{name}: holds {len(choices)} SAEs on the Hub. Name one after the repository: "
         f"{some_of(choices)}."
     )
 
 
 def files_in(folder: Path) -> tuple[str, ...]:
-    """Names, relative to a folder, of the files in it and up to two folders below.
+    """Return names, relative to a folder, of the files in it and up to two folders below.
 
     Raises:
         SparsightError: a folder cannot be listed.
     """
-    found: list[str] = []
+    files: list[str] = []
     folders = [(folder, 0)]
-    while folders and len(found) < _MOST:
+    while folders and len(files) < _MOST:
         place, depth = folders.pop(0)
         try:
             inside = sorted(place.iterdir())
@@ -119,28 +119,28 @@ def files_in(folder: Path) -> tuple[str, ...]:
             raise SparsightError(f"{place}: cannot be listed ({error}).") from error
         for each in inside:
             if each.is_file():
-                found.append(each.relative_to(folder).as_posix())
+                files.append(each.relative_to(folder).as_posix())
             elif each.is_dir() and depth < _DEEPEST and not each.name.startswith("."):
                 folders.append((each, depth + 1))
-    return tuple(found[:_MOST])
+    return tuple(files[:_MOST])
 
 
 def folders_of(files: Iterable[str]) -> list[str]:
-    """The folders that some files lie in, in order; numbers in their names count as numbers."""
+    """Return the folders of some files, sorted; numbers in their names sort as numbers."""
     folders = {str(PurePosixPath(each).parent) for each in files}
     return sorted(folders, key=lambda each: re.sub(r"\d+", lambda n: n[0].zfill(12), each))
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first of some names, for messages."""
+    """Return the first of some names, for messages."""
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _nearby(missing: Path) -> str:
-    """What the folder has that lies nearest above a missing place, to end a sentence with."""
+    """End a sentence with what the nearest existing folder above a missing place has."""
     there = next(each for each in missing.absolute().parents if each.is_dir())
     if there in (Path.cwd(), Path.home(), *Path.cwd().parents):
-        return "."  # it holds everything
+        return "."  # the root, or the working folder
     shown = there if missing.is_absolute() else Path(os.path.relpath(there))
     try:
         weights = [each for each in files_in(there) if is_weights(each)]
@@ -156,7 +156,7 @@ def _configs(files: Sequence[str]) -> list[str]:
 
 
 def _fetched(repository: str, inner: str, revision: str | None, name: str) -> Path:
-    """The root of the repository, with what one SAE needs."""
+    """Fetch what one SAE needs, and return the root of the repository."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -164,19 +164,19 @@ def _fetched(repository: str, inner: str, revision: str | None, name: str) -> Pa
     unreachable: Exception | None = None
     try:
         try:
-            found = HfApi().model_info(repository, revision=revision, timeout=30)
+            on_hub = HfApi().model_info(repository, revision=revision, timeout=30)
         except (HfHubHTTPError, HFValidationError):
             raise
         except Exception as error:
-            # There is no way to the Hub, which has many names; what was fetched before is here.
+            # The Hub cannot be reached, for one of many reasons; use what was fetched before.
             unreachable = error
         else:
-            wanted = choose([each.rfilename for each in found.siblings or ()], inner, name)
+            wanted = choose([file.rfilename for file in on_hub.siblings or ()], inner, name)
         root = Path(
             snapshot_download(
                 repository,
                 revision=revision,
-                # Names, which may hold what stands for others in a pattern.
+                # File names, in which characters that are special in patterns must be escaped.
                 allow_patterns=wanted and [glob.escape(each) for each in wanted],
                 local_files_only=wanted is None,
             )

@@ -1,4 +1,4 @@
-"""SAEs that others have published: a table, `pretrained.toml`, and how to look things up in it."""
+"""SAEs that others have published: a table, `pretrained.toml`, and how to search it."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from sparsight.errors import UserError
 TABLE = Path(__file__).with_name("pretrained.toml")
 
 OTHER = "other"
-"""The format of what Sparsight does not read."""
+"""The format of what Sparsight cannot read."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """An SAE, or some that differ in what stands in braces, on the Hub."""
+    """One SAE on the Hub, or several that differ in what stands in braces."""
 
     id: str
     """What `SparseAutoencoder.from_pretrained` takes."""
 
     model: str
-    """What it reads; an id that `load_model` takes where one is known."""
+    """The model that it reads; an id for `load_model` if one is known."""
 
     format: str
-    """A format's name; "other" if Sparsight does not read it."""
+    """The name of its format; "other" if Sparsight cannot read it."""
 
     source: str
-    """Where the row is from."""
+    """The source of the row."""
 
     site: str | None = None
-    """Where in the model."""
+    """The site in the model."""
 
     tokens: str | None = None
-    """At which positions."""
+    """The positions that it reads."""
 
     latents: int | None = None
-    """How many."""
+    """The number of latents."""
 
     k: int | None = None
-    """Active latents per vector, where that is fixed."""
+    """The number of active latents per vector, if it is fixed."""
 
     licence: str | None = None
-    """As the Hub says."""
+    """The licence, as the Hub gives it."""
 
     note: str | None = None
-    """What else one must know."""
+    """What else a user must know."""
 
 
 @cache
 def published() -> tuple[Published, ...]:
-    """All rows of the table."""
+    """Return all rows of the table."""
     with TABLE.open("rb") as file:
         return tuple(Published(**row) for row in tomllib.load(file)["sae"])
 
@@ -60,15 +60,15 @@ def published() -> tuple[Published, ...]:
 def look_up(
     *, model: str | None = None, site: str | None = None, format: str | None = None
 ) -> list[Published]:
-    """Rows of the table, in its order.
+    """Return the rows of the table that match, in its order.
 
     Args:
-        model: a part of the model's name; upper and lower case are the same.
+        model: a part of the model's name; case is ignored.
         site: a part of the site's name: "embedding", "blocks.9.", "resid_post".
         format: the name of a format.
 
     Raises:
-        UserError: there is no such row; the message tells what there is.
+        UserError: no row matches; the message says what there is.
     """
     rows = list(published())
     for name, wanted in (("model", model), ("site", site), ("format", format)):

@@ -1,7 +1,8 @@
 """ViT-Prisma: `config.json` and a file of tensors, or one pickle that holds both.
 
-z − b_dec into the encoder, ReLU or TopK and then ReLU; as an option run-time normalisation of each
-vector, a gate, or another site as the target. Pickled configurations are read as plain data.
+The encoder reads z − b_dec and applies ReLU, or TopK and then ReLU. Optional are run-time
+normalisation of each vector, a gate, and another site as the target. Pickled configurations are
+read as plain data.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CONFIG = "config.json"
 
 _MATRICES = {"W_enc", "W_dec"}
 _MARK = "layer_subtype"
-"""A configuration with this is Prisma's."""
+"""A configuration with this key is Prisma's."""
 
 _NORMALISERS: dict[str | None, NormaliserKind] = {
     None: "none",
@@ -45,7 +46,7 @@ _KNOWN = {
     *("normalize_activations", "is_transcoder", "transcoder_with_skip_connection"),
     *("out_hook_point_layer", "layer_out_subtype", "device", "dtype", "_device", "_dtype"),
     *("_custom_hook_point", "seed"),
-    # Of its training, and of the images; the last lines are of the files in SAELens 2's way.
+    # About training and images; the last lines are from the files in the style of SAELens 2.
     *("is_training", "verbose", "initialization_method", "b_dec_init_method"),
     *("from_pretrained_path", "use_cached_activations", "cached_activations_path"),
     *("n_batches_in_buffer", "store_batch_size", "num_workers", "num_epochs"),
@@ -63,35 +64,35 @@ _KNOWN = {
     *("dead_feature_estimation_method", "eval_every_n_wandb_logs", "n_eval_batches"),
     *("n_eval_seqs", "training_tokens", "finetuning_tokens"),
 }
-"""Of its configurations. `apply_b_dec_to_input` is none of them: it would change the function."""
+"""Keys of its configurations. `apply_b_dec_to_input` is not among them: it would matter."""
 
 
 class Prisma(Format):
-    """SAEs and transcoders of ViT-Prisma, and its files in the way of SAELens 2."""
+    """SAEs and transcoders of ViT-Prisma, and its files in the style of SAELens 2."""
 
     name = "prisma"
     title = "ViT-Prisma"
     can_save = True
 
-    def recognises(self, found: Candidate) -> bool:
-        """Encoder and decoder, and a configuration with Prisma's names."""
-        return self._find(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether there are encoder, decoder, and a configuration with Prisma's keys."""
+        return self._find(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read it.
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the files.
 
         Raises:
-            UserError: an activation or architecture that Sparsight has no equal of.
+            UserError: Sparsight has no such activation or architecture.
             SparsightError: the file is damaged.
         """
-        parts = self._find(found)
+        parts = self._find(candidate)
         assert parts is not None
         file, config, state = parts
-        path = found.folder / file
+        path = candidate.folder / file
         tensors = named_tensors(state)
         W_enc, W_dec, b_dec = need(tensors, ("W_enc", "W_dec", "b_dec"), path)
         if W_enc.ndim != 2 or W_dec.ndim != 2:
-            raise SparsightError(f"{path}: W_enc or W_dec is no matrix.")
+            raise SparsightError(f"{path}: W_enc or W_dec is not a matrix.")
         d_in, n = W_enc.shape
         if config.get("d_in", d_in) != d_in:
             raise SparsightError(
@@ -123,7 +124,7 @@ class Prisma(Format):
                 soft_cap=cap,
             ),
             tensors=ours,
-            metadata={**_belongs(config), "source": found.source(self.name, file)},
+            metadata={**_belongs(config), "source": candidate.source(self.name, file)},
             unknown=tuple(sorted({*config} - _KNOWN)) + tuple(sorted({*tensors} - _USED)),
             notes=tuple(notes),
         )
@@ -131,10 +132,10 @@ class Prisma(Format):
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
         """Write `config.json` and `weights.pt`.
 
-        "layer_norm" and "constant_norm" stay what they are, other normalisers are folded in.
+        "layer_norm" and "constant_norm" are kept; other normalisers are folded in.
 
         Raises:
-            UserError: the sparsity is none of ReLU, TopK and Gated, or the number of latents no
+            UserError: the sparsity is not ReLU, TopK or Gated, or the number of latents is not a
                 multiple of the width.
         """
         kinds: dict[str, str] = {kind: name for name, kind in _NORMALISERS.items() if name}
@@ -159,7 +160,7 @@ class Prisma(Format):
             if parts.W_skip is not None and parts.normaliser != "none":
                 raise UserError(
                     f"ViT-Prisma's skip connections read the input before {parts.normaliser!r}, "
-                    "Sparsight's behind it."
+                    "but Sparsight's read it afterwards."
                 )
             state |= {"b_dec_out": parts.b_dec, "b_dec": torch.zeros(parts.d_in)}
             if parts.W_skip is not None:
@@ -187,13 +188,13 @@ class Prisma(Format):
         return folder
 
     @staticmethod
-    def _find(found: Candidate) -> tuple[str, dict[str, Any], Mapping[str, Any]] | None:
-        """File, configuration and state."""
-        beside = found.config(CONFIG)
-        for file in found.weights:
-            keys = found.keys(file)
+    def _find(candidate: Candidate) -> tuple[str, dict[str, Any], Mapping[str, Any]] | None:
+        """Return file, configuration and state."""
+        beside = candidate.config(CONFIG)
+        for file in candidate.weights:
+            keys = candidate.keys(file)
             if {"cfg", "state_dict"} <= keys or {"config", "autoencoder"} <= keys:
-                payload = found.payload(file)
+                payload = candidate.payload(file)
                 own = payload.get("cfg", payload.get("config"))
                 state = payload.get("state_dict", payload.get("autoencoder"))
                 if isinstance(state, Mapping) and "state_dict" in state:
@@ -202,7 +203,7 @@ class Prisma(Format):
                 if "autoencoder" in keys:
                     config = _of_saelens_2(config)
             elif keys >= _MATRICES:
-                config, state = beside, found.payload(file)
+                config, state = beside, candidate.payload(file)
             else:
                 continue
             if not isinstance(state, Mapping) or not set(state) >= _MATRICES:
@@ -217,7 +218,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _of_saelens_2(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of Prisma's first files, which know no run-time normalisation."""
+    """Return the configuration of Prisma's first files, which have no run-time normalisation."""
     if not {"hook_point", "d_in"} <= set(config):
         return {}
     layer, _, subtype = text_of(config["hook_point"]).removeprefix("blocks.").partition(".")
@@ -231,7 +232,7 @@ def _of_saelens_2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sparsity(config: Mapping[str, Any], path: Path) -> tuple[AnySparsity, float | None]:
-    """The sparsity, and a soft cap."""
+    """Return the sparsity, and a soft cap if there is one."""
     architecture = config.get("architecture", "standard")
     activation = config.get("activation_fn_str", "relu")
     kwargs = _plain(config.get("activation_fn_kwargs"))
@@ -255,12 +256,12 @@ def _sparsity(config: Mapping[str, Any], path: Path) -> tuple[AnySparsity, float
             if type(k) is not int or k < 1:
                 raise SparsightError(
                     f"{path}: activation_fn_kwargs gives its TopK the k {shown(k)}; expected a "
-                    "number from 1 on."
+                    "number of 1 or more."
                 )
             return TopK(k=k), None
     raise UserError(
         f"{path}: architecture {shown(architecture)} with activation_fn_str {shown(activation)} is "
-        "not known; Sparsight reads standard with relu, topk or tanh-relu, and gated with relu."
+        "not supported; Sparsight reads standard with relu, topk or tanh-relu, and gated with relu."
     )
 
 
@@ -268,35 +269,35 @@ def _normaliser(config: Mapping[str, Any], path: Path) -> tuple[NormaliserKind, 
     if "normalize_activations" not in config:
         return "layer_norm", [
             "its configuration does not say how activations are normalised; taken to be by "
-            "layer_norm, as ViT-Prisma does then"
+            "layer_norm, as ViT-Prisma does by default"
         ]
     kind = config["normalize_activations"]
     if not isinstance(kind, str | None) or kind not in _NORMALISERS:
-        raise UserError(f"{path}: normalize_activations is {shown(kind)}, which is not known.")
+        raise UserError(f"{path}: normalize_activations is {shown(kind)}, which is unknown.")
     return _NORMALISERS[kind], []
 
 
 def _transcoder(
     tensors: Mapping[str, Tensor], normaliser: NormaliserKind, path: Path
 ) -> dict[str, Tensor]:
-    """What is another tensor in a transcoder: the bias that is subtracted goes into `b_enc`."""
+    """Return the tensors of a transcoder; its subtracted bias becomes part of `b_enc`."""
     if normaliser != "none" and "W_skip" in tensors:
         raise UserError(
-            f"{path}: its skip connection reads the input as it was before {normaliser!r}, and "
-            "adds to what is scaled back afterwards, which Sparsight has no equal of."
+            f"{path}: its skip connection reads the input before {normaliser!r} and is added after "
+            "the output is scaled back, which Sparsight does not support."
         )
     W_enc, b_enc, b_dec, b_out = need(tensors, ("W_enc", "b_enc", "b_dec", "b_dec_out"), path)
     if b_dec.shape != W_enc.shape[:1] or b_enc.shape != W_enc.shape[1:]:
         raise SparsightError(f"{path}: b_dec or b_enc does not fit W_enc.")
     folded = b_enc.double() - b_dec.double() @ W_enc.double()
-    found = {"b_enc": folded.float(), "b_dec": b_out}
+    ours = {"b_enc": folded.float(), "b_dec": b_out}
     if "W_skip" in tensors:
-        found["W_skip"] = tensors["W_skip"]
-    return found
+        ours["W_skip"] = tensors["W_skip"]
+    return ours
 
 
 def _belongs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Model, site and tokens."""
+    """Return model, site and tokens."""
     layer, subtype = config.get("hook_point_layer"), config.get("layer_subtype")
     if isinstance(layer, list) and len(layer) == 1:
         layer = layer[0]
@@ -319,7 +320,7 @@ def _belongs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _our_id(name: str) -> str:
-    """`open-clip:laion/CLIP-…` → `open_clip:hf-hub:laion/CLIP-…`."""
+    """Turn `open-clip:laion/CLIP-…` into `open_clip:hf-hub:laion/CLIP-…`."""
     if not name.startswith("open-clip:"):
         return name
     own = name.removeprefix("open-clip:")
@@ -331,15 +332,15 @@ def _their_name(id: str) -> str:
 
 
 def _place(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Prisma's names for where an SAE belongs, as far as that is known."""
-    found: dict[str, Any] = {"hook_point_layer": None, "layer_subtype": None}
+    """Return Prisma's names for where an SAE belongs, as far as that is known."""
+    place: dict[str, Any] = {"hook_point_layer": None, "layer_subtype": None}
     model = (metadata.get("model") or {}).get("id")
     if isinstance(model, str):
-        found["model_name"] = _their_name(model)
+        place["model_name"] = _their_name(model)
     hook = hook_of_site(metadata.get("site"))
     if hook is not None:
         _, layer, subtype = hook.split(".")
-        found |= {"hook_point_layer": int(layer), "layer_subtype": subtype}
-    found["cls_token_only"] = metadata.get("tokens") == "cls"
-    found["use_patches_only"] = metadata.get("tokens") == "patches"
-    return found
+        place |= {"hook_point_layer": int(layer), "layer_subtype": subtype}
+    place["cls_token_only"] = metadata.get("tokens") == "cls"
+    place["use_patches_only"] = metadata.get("tokens") == "patches"
+    return place

@@ -1,4 +1,4 @@
-"""Which formats there are, and which of them some files are in."""
+"""Which formats there are, and which of them files are in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FORMATS: tuple[Format, ...] = (
     Overcomplete(),
     DictionaryLearning(),
 )
-"""Those of Sparsight itself, in the order in which they are asked whether they recognise files."""
+"""Sparsight's own formats, in the order in which they are asked whether they recognise files."""
 
 OWN = "sparsight"
 """The name of our own format, which no `Format` stands for."""
@@ -53,7 +53,7 @@ def formats() -> tuple[Format, ...]:
 
 
 def find(name: str) -> Format:
-    """The format of this name.
+    """Return the format with this name.
 
     Raises:
         UserError: there is none, or several packages register one.
@@ -66,14 +66,14 @@ def find(name: str) -> Format:
     if plugin is not None:
         return _made(plugin)
     names = ", ".join(format.name for format in formats())
-    raise UserError(f"{name!r} is no format; there are {names}.")
+    raise UserError(f"{name!r} is not a format; there are {names}.")
 
 
 def recognise(found: Candidate) -> Format:
-    """The format of some files.
+    """Return the format of some files.
 
     Raises:
-        UserError: it is none of them; the message lists what was found.
+        UserError: no format recognises them; the message lists what was found.
         SparsightError: a file is damaged.
     """
     first: SparsightError | None = None
@@ -103,10 +103,10 @@ def read(path: Path, name: str | None = None) -> Foreign:
 
     Args:
         path: a folder or a file.
-        name: what the user called it, for messages.
+        name: the user's name for it, for messages.
 
     Raises:
-        UserError: the format is unknown, or the SAE has a part that Sparsight has no equal of.
+        UserError: the format is unknown, or the SAE has a part that Sparsight does not support.
         SparsightError: a file is damaged.
     """
     found = Candidate(path, name)
@@ -150,7 +150,7 @@ def _made(plugin: Plugin) -> Format:
 
 
 def _misfit(found: Candidate, format: Format, error: Exception) -> SparsightError:
-    """For files nobody vouches for: a wrong type or shape may come up at any place."""
+    """Return the error for an untrusted file, in which a wrong type or shape may occur anywhere."""
     told = str(error).strip().partition("\n")[0]
     return SparsightError(
         f"{found.name}: looks like a checkpoint of {format.title}, but is damaged or of another "

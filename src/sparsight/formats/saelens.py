@@ -1,4 +1,4 @@
-"""SAELens, from 6 on and before: `cfg.json` and `sae_weights.safetensors`."""
+"""SAELens, version 6 and before: `cfg.json` and `sae_weights.safetensors`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _KNOWN = {
     *("rescale_acts_by_decoder_norm", "activation_fn_kwargs", "finetuning_scaling_factor"),
     *("hook_name", "hook_layer", "hook_head_index", "model_name", "hook_name_out"),
     *("residual_threshold", "max_iterations", "stop_on_duplicate_support"),
-    # Of the text that it was trained on, of its training, and of versions.
+    # About the text that it was trained on, its training, and versions.
     *("prepend_bos", "context_size", "dataset_path", "dataset_trust_remote_code", "model_class"),
     *("model_from_pretrained_kwargs", "neuronpedia_id", "seqpos_slice", "sae_lens_version"),
     *("sae_lens_training_version", "exclude_special_tokens", "sparsity", "seed"),
@@ -87,19 +87,19 @@ class SAELens(Format):
     title = "SAELens"
     can_save = True
 
-    def recognises(self, found: Candidate) -> bool:
-        """By safetensors with `W_dec` and `b_dec`, and the fields of its `cfg.json`."""
-        config = found.config("cfg.json", "config.json")
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether there are `W_dec` and `b_dec`, and SAELens' fields in `cfg.json`."""
+        config = candidate.config("cfg.json", "config.json")
         marked = {"d_in", "d_sae"} <= {*config} and bool(_MARKS & {*config})
-        return marked and self._file(found) is not None
+        return marked and self._file(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
+    def load(self, candidate: Candidate) -> Foreign:
         """Read `cfg.json` and the weights beside it."""
-        file = self._file(found) or ""
-        config = _modern(found.config("cfg.json", "config.json"), found.name)
+        file = self._file(candidate) or ""
+        config = _modern(candidate.config("cfg.json", "config.json"), candidate.name)
         tensors = {
-            key: weights(each, key, found.name).to(torch.float32)
-            for key, each in found.tensors(file).items()
+            key: weights(each, key, candidate.name).to(torch.float32)
+            for key, each in candidate.tensors(file).items()
         }
         architecture = config["architecture"]
         about = {**config, **(config.get("metadata") or {})}
@@ -113,29 +113,29 @@ class SAELens(Format):
         if kind in _NORMS:
             settings["normaliser"] = _NORMS[kind]
         elif kind == "expected_average_only_in":
-            read |= _scaling(found, d_in, settings, notes)
+            read |= _scaling(candidate, d_in, settings, notes)
         else:
             raise UserError(
-                f"{found.name}: normalize_activations is {shown(kind)}, which Sparsight cannot "
+                f"{candidate.name}: normalize_activations is {shown(kind)}, which Sparsight cannot "
                 f"undo from this file. It reads {', '.join(_NORMS)} and expected_average_only_in."
             )
 
-        W_dec, b_dec = need(tensors, ("W_dec", "b_dec"), found.name)
+        W_dec, b_dec = need(tensors, ("W_dec", "b_dec"), candidate.name)
         n = W_dec.shape[0]
         if architecture == "matching_pursuit":
             W_enc, b_enc = W_dec.mT, torch.zeros(n)
             if not config.get("apply_b_dec_to_input", True):
                 b_dec = torch.zeros_like(b_dec)
-            settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config, found.name)}
+            settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config, candidate.name)}
         elif architecture == "gated":
             W_enc, b_enc, r_mag, b_mag = need(
-                tensors, ("W_enc", "b_gate", "r_mag", "b_mag"), found.name
+                tensors, ("W_enc", "b_gate", "r_mag", "b_mag"), candidate.name
             )
             read |= {"r_mag": r_mag, "b_mag": b_mag}
             used |= {"b_gate", "r_mag", "b_mag"}
             settings["sparsity"] = Gated()
         else:
-            W_enc, b_enc = need(tensors, ("W_enc", "b_enc"), found.name)
+            W_enc, b_enc = need(tensors, ("W_enc", "b_enc"), candidate.name)
         if "scaling_factor" in tensors:
             # Fine-tuned decoders multiply each activation by it before they read it.
             used.add("scaling_factor")
@@ -144,7 +144,9 @@ class SAELens(Format):
         if architecture in ("topk", "abstopk", *_BATCHES):
             k = config.get("k")
             if not isinstance(k, int | float) or k < 1:
-                raise SparsightError(f"{found.name}: k is {shown(k)}; expected a number from 1 on.")
+                raise SparsightError(
+                    f"{candidate.name}: k is {shown(k)}; expected a number of 1 or more."
+                )
             choice = {"topk": TopK, "abstopk": AbsTopK}.get(architecture, BatchTopK)
             settings["sparsity"] = choice(max(1, round(k)))
             # Training configurations do so by default; files that say nothing do not.
@@ -152,7 +154,7 @@ class SAELens(Format):
                 W_enc, b_enc, W_dec = _rescaled(W_enc, b_enc, W_dec)
                 notes.append("the norms of the decoder's rows are folded into the encoder")
         if architecture in _BATCHES:
-            (threshold,) = need(tensors, ("topk_threshold",), found.name)
+            (threshold,) = need(tensors, ("topk_threshold",), candidate.name)
             used.add("topk_threshold")
             read["threshold"] = at_least(threshold.reshape(()))
         elif architecture in _JUMPS:
@@ -160,26 +162,26 @@ class SAELens(Format):
             if "threshold" not in tensors and "log_threshold" in tensors:
                 read["threshold"] = tensors["log_threshold"].exp()
             else:
-                (read["threshold"],) = need(tensors, ("threshold",), found.name)
+                (read["threshold"],) = need(tensors, ("threshold",), candidate.name)
             settings["sparsity"] = JumpReLU()
         elif architecture in ("standard", "transcoder", "skip_transcoder"):
             activation = config.get("activation_fn", "relu")
             if activation != "relu":
                 raise UserError(
-                    f"{found.name}: activation_fn is {shown(activation)}; expected relu."
+                    f"{candidate.name}: activation_fn is {shown(activation)}; expected relu."
                 )
             settings["sparsity"] = ReLU()
         if "sparsity" not in settings:
             raise UserError(
-                f"{found.name}: SAELens' {shown(architecture)} has no equal in Sparsight "
+                f"{candidate.name}: SAELens' {shown(architecture)} is not supported by Sparsight "
                 "(architecture)."
             )
 
         transcodes = architecture in _TRANSCODERS
         if transcodes and settings["normaliser"] != "none":
             raise UserError(
-                f"{found.name}: a transcoder whose input alone is normalised by {shown(kind)} has "
-                "no equal in Sparsight."
+                f"{candidate.name}: a transcoder of which only the input is normalised by "
+                f"{shown(kind)} is not supported."
             )
         if transcodes and "W_skip" in tensors:
             used.add("W_skip")
@@ -196,7 +198,7 @@ class SAELens(Format):
             SAEConfig(n_latents=n, unit_norm_decoder=False, **settings),
             read,
             d_out=W_dec.shape[-1] if transcodes else None,
-            metadata={**_about(about), "source": found.source(self.name, file)},
+            metadata={**_about(about), "source": candidate.source(self.name, file)},
             unknown=tuple(sorted({*config} - _KNOWN)) + tuple(sorted({*tensors} - used)),
             notes=tuple(notes),
         )
@@ -204,9 +206,9 @@ class SAELens(Format):
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
         """Write `cfg.json` and `sae_weights.safetensors`; `SAE.load_from_disk` loads them.
 
-        BatchTopK becomes JumpReLU, as SAELens itself exports it.
+        BatchTopK becomes JumpReLU, as in SAELens' own export.
         """
-        # Its transcoders leave their output as it is, in nobody's units.
+        # Its transcoders leave their output as it is, without a scale.
         per_vector = () if sae.is_transcoder else ("layer_norm", "constant_norm")
         parts = plain(sae, self.title, per_vector=per_vector)
         transcodes = parts.d_out is not None
@@ -221,8 +223,8 @@ class SAELens(Format):
         pursues = isinstance(parts.sparsity, MatchingPursuit)
         if pursues and not parts.subtracts and bool((parts.b_dec != 0).any()):
             raise UserError(
-                f"{self.title}'s matching pursuit starts from x − b_dec, that of this SAE from x "
-                "(subtract_b_dec=False), and b_dec is not 0."
+                f"{self.title}'s matching pursuit starts from x − b_dec, but this SAE's starts "
+                "from x (subtract_b_dec=False), and b_dec is not 0."
             )
         config, tensors = _parts(parts)
         n = len(parts.W_enc)
@@ -253,44 +255,44 @@ class SAELens(Format):
         return folder
 
     @staticmethod
-    def _file(found: Candidate) -> str | None:
-        safe = [each for each in found.weights if each.endswith(".safetensors")]
-        return next((each for each in safe if {"W_dec", "b_dec"} <= found.keys(each)), None)
+    def _file(candidate: Candidate) -> str | None:
+        safe = [each for each in candidate.weights if each.endswith(".safetensors")]
+        return next((each for each in safe if {"W_dec", "b_dec"} <= candidate.keys(each)), None)
 
 
 def _modern(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A configuration from before version 6, flat, as one of today."""
-    found = {_RENAMED.get(key, key): value for key, value in config.items()}
-    if found.get("activation_fn") == "topk":
-        kwargs = found.get("activation_fn_kwargs") or {}
+    """Turn a flat configuration from before version 6 into a current one."""
+    modern = {_RENAMED.get(key, key): value for key, value in config.items()}
+    if modern.get("activation_fn") == "topk":
+        kwargs = modern.get("activation_fn_kwargs") or {}
         if not isinstance(kwargs, dict):
             raise SparsightError(
                 f"{where}: activation_fn_kwargs is {shown(kwargs)}; expected an object."
             )
         k = kwargs.get("k")
-        found |= {"architecture": "topk", "k": k}
-    found["architecture"] = found.get("architecture") or "standard"
-    kind = found.get("normalize_activations")
+        modern |= {"architecture": "topk", "k": k}
+    modern["architecture"] = modern.get("architecture") or "standard"
+    kind = modern.get("normalize_activations")
     if isinstance(kind, bool):
-        found["normalize_activations"] = "expected_average_only_in" if kind else "none"
-    whole_number(found, "d_in", where)
-    whole_number(found, "d_sae", where)
+        modern["normalize_activations"] = "expected_average_only_in" if kind else "none"
+    whole_number(modern, "d_in", where)
+    whole_number(modern, "d_sae", where)
     kinds: dict[str, tuple[type, str]] = {
         "metadata": (dict, "an object"),
         "normalize_activations": (str, "a text"),
         "architecture": (str, "a text"),
     }
     for key, (kind, expected) in kinds.items():
-        if not isinstance(found.get(key) or kind(), kind):
-            raise SparsightError(f"{where}: {key} is {shown(found[key])}; expected {expected}.")
-    return found
+        if not isinstance(modern.get(key) or kind(), kind):
+            raise SparsightError(f"{where}: {key} is {shown(modern[key])}; expected {expected}.")
+    return modern
 
 
 def _scaling(
-    found: Candidate, d_in: int, settings: dict[str, Any], notes: list[str]
+    candidate: Candidate, d_in: int, settings: dict[str, Any], notes: list[str]
 ) -> dict[str, Tensor]:
-    """The scale that a training checkpoint has beside its weights, and an exported one in them."""
-    factor = found.config("activation_scaler.json").get("scaling_factor")
+    """Return the scale, which a training checkpoint keeps beside its weights, an export in them."""
+    factor = candidate.config("activation_scaler.json").get("scaling_factor")
     if isinstance(factor, int | float) and factor > 0:
         settings["normaliser"] = "scale"
         return {
@@ -326,19 +328,19 @@ def _pursuit(config: dict[str, Any], where: str) -> MatchingPursuit:
 
 
 def _about(about: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    belongs: dict[str, Any] = {}
     if isinstance(about.get("model_name"), str):
-        found["model"] = {"id": about["model_name"]}
+        belongs["model"] = {"id": about["model_name"]}
     site = site_of_hook(about.get("hook_name"))
     if site:
-        found["site"] = site
+        belongs["site"] = site
     elif isinstance(about.get("hook_name"), str):
-        found["hook_name"] = about["hook_name"]
-    return found
+        belongs["hook_name"] = about["hook_name"]
+    return belongs
 
 
 def _parts(parts: Plain) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields and tensors that depend on the architecture."""
+    """Return the fields and tensors that depend on the architecture."""
     sparsity = parts.sparsity
     tensors = {
         "W_enc": parts.W_enc.T.contiguous(),

@@ -1,8 +1,9 @@
-"""saev: a line of JSON, then what `torch.save` makes of four tensors, in one file.
+"""saev: a line of JSON, followed by four tensors as written by `torch.save`, in one file.
 
-f = act(x W_enc + b_enc), x̂ = f W_dec + b_dec. Files without a schema, and those of its first
-shape, were written by versions whose encoder reads x − b_dec; later ones read x. Later versions
-load the old files without the subtraction; here an SAE is read as the version that trained it.
+f = act(x W_enc + b_enc), x̂ = f W_dec + b_dec. Files without a schema, and those of the first
+schema, were written by versions whose encoder reads x − b_dec; later encoders read x. Later
+versions load the old files without the subtraction; Sparsight reads an SAE like the version that
+trained it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sparsight.sae.sparsity import AnySparsity, BatchTopK, ReLU, TopK
 from sparsight.tensor_files import damaged
 
 LONGEST_HEADER = 1 << 20
-"""Bytes of the first line."""
+"""Longest first line, in bytes."""
 
 NEWEST_SCHEMA = 5
 
@@ -61,21 +62,21 @@ class _Header:
 
 
 class Saev(Format):
-    """Checkpoints of saev, of all its schemas."""
+    """Checkpoints of saev, in all its schemas."""
 
     name = "saev"
     title = "saev"
     can_save = True
 
-    def recognises(self, found: Candidate) -> bool:
-        """A file that begins with a line of JSON which gives the width of the activations."""
-        return self._file(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether a file begins with a line of JSON that gives the activations' width."""
+        return self._file(candidate) is not None
 
-    def load(self, found: Candidate) -> Foreign:
-        """Read it, and the configuration of its training if that lies beside it."""
-        file = self._file(found)
+    def load(self, candidate: Candidate) -> Foreign:
+        """Read the file, and the configuration of its training if it lies beside it."""
+        file = self._file(candidate)
         assert file is not None
-        path = found.folder / file
+        path = candidate.folder / file
         header = _read_header(_header_line(path) or {}, path)
         state = _state(path)
         tensors = dict(zip(_TENSORS, need(state, _TENSORS, path), strict=True))
@@ -93,7 +94,7 @@ class Saev(Format):
         if header.subtract_b_dec:
             notes.append(
                 "it was trained by a version of saev whose encoder subtracts b_dec, and is read "
-                "so; later versions load it without that"
+                "accordingly; later versions load it without the subtraction"
             )
         strange = sorted(set(state) - {*_TENSORS, _THRESHOLD})
         return Foreign(
@@ -108,18 +109,18 @@ class Saev(Format):
             ),
             tensors=tensors,
             metadata={
-                **_belongs(found.config("config.json")),
-                "source": found.source(self.name, file),
+                **_belongs(candidate.config("config.json")),
+                "source": candidate.source(self.name, file),
             },
             unknown=(*header.unknown, *strange),
             notes=tuple(notes),
         )
 
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
-        """Write `sae.pt` in the newest schema, the normaliser folded in.
+        """Write `sae.pt` in the newest schema, with the normaliser folded in.
 
         Raises:
-            UserError: the sparsity is none of ReLU, TopK and BatchTopK.
+            UserError: the sparsity is not ReLU, TopK or BatchTopK.
         """
         parts = plain(sae, self.title)
         parts.autoencoder_only(self.title)
@@ -166,18 +167,18 @@ class Saev(Format):
         return folder
 
     @staticmethod
-    def _file(found: Candidate) -> str | None:
-        for file in found.weights:
+    def _file(candidate: Candidate) -> str | None:
+        for file in candidate.weights:
             if file.endswith((".safetensors", ".gz")):
                 continue
-            header = _header_line(found.folder / file)
+            header = _header_line(candidate.folder / file)
             if header is not None:
                 return file
         return None
 
 
 def _header_line(path: Path) -> dict[str, Any] | None:
-    """The JSON of the first line; None where the file does not begin with any."""
+    """Return the JSON in the first line; None if the file does not begin with JSON."""
     try:
         with path.open("rb") as file:
             line = file.readline(LONGEST_HEADER + 1)
@@ -188,22 +189,22 @@ def _header_line(path: Path) -> dict[str, Any] | None:
     if len(line) > LONGEST_HEADER or not line.endswith(b"\n"):
         raise damaged(path, "it begins with JSON whose line does not end")
     try:
-        found = parse_json(line.decode(), path)
+        header = parse_json(line.decode(), path)
     except UnicodeDecodeError as error:
         raise damaged(path, error) from error
-    return found if isinstance(found, dict) else None
+    return header if isinstance(header, dict) else None
 
 
 def _state(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             skipped = len(file.readline(LONGEST_HEADER + 1))
-            found = read_torch_stream(file, path.stat().st_size - skipped, path)
+            state = read_torch_stream(file, path.stat().st_size - skipped, path)
     except OSError as error:
         raise damaged(path, error) from error
-    if not isinstance(found, Mapping):
-        raise damaged(path, "behind the first line there are no named tensors")
-    return named_tensors(found)
+    if not isinstance(state, Mapping):
+        raise damaged(path, "after the first line there are no named tensors")
+    return named_tensors(state)
 
 
 def _read_header(given: Mapping[str, Any], path: Path) -> _Header:
@@ -254,7 +255,7 @@ def _sparsity(
     threshold = state.get(_THRESHOLD)
     if threshold is None:
         return TopK(k=header.k, rectify=False), [
-            f"its BatchTopK has no threshold: the {header.k} greatest of every vector are kept"
+            f"its BatchTopK has no threshold: the {header.k} largest of every vector are kept"
         ]
     if threshold.shape != torch.Size([]):
         raise SparsightError(f"{path}: {_THRESHOLD} is {list(threshold.shape)}, not one number.")
@@ -262,7 +263,7 @@ def _sparsity(
 
 
 def _belongs(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Site and tokens, out of the configuration of the training."""
+    """Return site and tokens, from the configuration of the training."""
     about: dict[str, Any] = {}
     for key in ("train_data", "data"):
         data = training.get(key)

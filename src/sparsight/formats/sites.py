@@ -1,4 +1,4 @@
-"""Names of places in a model, of other projects and ours: `blocks.9.resid_post`."""
+"""Names of sites in a model, other projects' and ours: `blocks.9.resid_post`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _MODULE = re.compile(r"^(?:.*\.)?(?:layers?|h|blocks|resblocks)\.(\d+)(?:\.(\w+)
 
 
 def site_of_hook(name: object) -> str | None:
-    """Of a TransformerLens hook: `blocks.9.hook_resid_post` → `blocks.9.resid_post`."""
+    """Return the site of a TransformerLens hook: `blocks.9.hook_resid_post`, say."""
     found = _HOOK.match(name) if isinstance(name, str) else None
     part = _PARTS.get(found[2]) if found else None
     return f"blocks.{int(found[1])}.{part}" if found and part else None
 
 
 def site_of_module(name: object) -> str | None:
-    """Of a module whose output is read: `vision_model.encoder.layers.9` → `blocks.9.resid_post`."""
+    """Return the site of a module's output: `vision_model.encoder.layers.9`, say."""
     found = _MODULE.match(name) if isinstance(name, str) else None
     if not found:
         return None
@@ -38,7 +38,7 @@ def site_of_module(name: object) -> str | None:
 
 
 def hook_of_site(site: object) -> str | None:
-    """The TransformerLens name of a site; the inverse of `site_of_hook`."""
+    """Return the TransformerLens name of a site; the inverse of `site_of_hook`."""
     found = re.match(r"^blocks\.(\d+)\.(\w+)$", site) if isinstance(site, str) else None
     return f"blocks.{found[1]}.hook_{found[2]}" if found else None
 
@@ -50,7 +50,7 @@ def belongs(
     target: str | None = None,
     tokens: str | None = None,
 ) -> dict[str, Any]:
-    """An SAE's metadata, as far as they are known."""
+    """Return an SAE's metadata, as far as they are known."""
     found: dict[str, Any] = {"model": {"id": model}} if model else {}
     given = {"site": site, "target": target, "tokens": tokens}
     return found | {key: value for key, value in given.items() if value is not None}

@@ -25,29 +25,29 @@ _TRAINING = {"normalize_decoder", "multi_topk"}
 
 
 class Sparsify(Format):
-    """TopK (signed in old files) and GroupMax; SAEs and transcoders of equal widths."""
+    """TopK (signed in old files) and GroupMax; SAEs, and transcoders with equal widths."""
 
     name = "sparsify"
     title = "EleutherAI sparsify"
     can_save = True
 
-    def recognises(self, found: Candidate) -> bool:
-        """By its own mix of names: a linear layer `encoder`, and bare `W_dec`, `b_dec`."""
-        return found.find(*_WEIGHTS) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether the names match: a layer `encoder`, but bare `W_dec` and `b_dec`."""
+        return candidate.find(*_WEIGHTS) is not None
 
-    def load(self, found: Candidate) -> Foreign:
+    def load(self, candidate: Candidate) -> Foreign:
         """Read `cfg.json` and the weights beside it."""
-        file = found.find(*_WEIGHTS) or ""
-        config, tensors = found.config("cfg.json", "config.json"), found.tensors(file)
+        file = candidate.find(*_WEIGHTS) or ""
+        config, tensors = candidate.config("cfg.json", "config.json"), candidate.tensors(file)
         W_enc, b_enc, W_dec, b_dec = (
-            each.to(torch.float32) for each in need(tensors, _WEIGHTS, found.name)
+            each.to(torch.float32) for each in need(tensors, _WEIGHTS, candidate.name)
         )
         d_in = W_enc.shape[-1]
         if "k" not in config:
-            raise UserError(f"{found.name}: needs cfg.json with k beside {file}.")
+            raise UserError(f"{candidate.name}: needs cfg.json with k beside {file}.")
         if config.get("d_in", d_in) != d_in:
             raise SparsightError(
-                f"{found.name}: d_in is {shown(config['d_in'])}, encoder.weight {d_in}."
+                f"{candidate.name}: d_in is {shown(config['d_in'])}, encoder.weight {d_in}."
             )
         transcode = bool(config.get("transcode", False))
         skip = tensors.get("W_skip")
@@ -55,16 +55,16 @@ class Sparsify(Format):
         if skip is not None:
             read["W_skip"] = skip
             if not transcode:
-                # With us only transcoders, whose encoders read x itself, have a way around.
+                # Here only transcoders, whose encoders read x itself, have a skip connection.
                 read["b_enc"] = (b_enc.double() - W_enc.double() @ b_dec.double()).float()
                 transcode = True
-        site = site_of_module(found.folder.name)
+        site = site_of_module(candidate.folder.name)
         return Foreign(
             self.name,
             d_in,
             SAEConfig(
                 n_latents=len(W_enc),
-                sparsity=_sparsity(config, found.name),
+                sparsity=_sparsity(config, candidate.name),
                 normaliser="none",
                 unit_norm_decoder=bool(config.get("normalize_decoder", True)),
                 subtract_b_dec=not transcode,
@@ -74,7 +74,7 @@ class Sparsify(Format):
             d_out=W_dec.shape[-1] if transcode else None,
             metadata={
                 **({"site": site} if site else {}),
-                "source": found.source(self.name, file),
+                "source": candidate.source(self.name, file),
             },
             unknown=tuple(sorted({*config} - _ANSWERED - _TRAINING))
             + tuple(sorted({*tensors} - {*_WEIGHTS, "W_skip"})),
@@ -124,5 +124,5 @@ def _sparsity(config: dict[str, Any], where: str) -> TopK | AbsTopK | GroupMax:
         raise UserError(
             f"{where}: activation is {shown(activation)}; Sparsight knows topk, groupmax."
         )
-    # Before it had `activation` it had `signed`: the largest in absolute value, not rectified.
+    # Older versions have `signed`: the largest in absolute value, not rectified.
     return AbsTopK(k) if config.get("signed", False) else TopK(k)

@@ -25,7 +25,7 @@ _KINDS = ("topk", "batchtopk", "jumprelu")
 _CONFIGS = ("config.json", "config.yaml", "config.yml")
 
 _FOLDED = "folded"
-"""Our mark, as "normaliser", in files that read vectors as the model gives them."""
+"""Our value of "normaliser" in files whose SAE reads vectors as the model gives them."""
 
 _ANSWERED = {
     *("activation", "sae_type", "architecture", "input_dim", "hidden_dim", "k", "threshold"),
@@ -34,32 +34,36 @@ _ANSWERED = {
 
 
 class VisAEBench(Format):
-    """TopK, BatchTopK and JumpReLU; the decoder's rows are latents, unlike in `nn.Linear`."""
+    """TopK, BatchTopK and JumpReLU; unlike in `nn.Linear`, the decoder's rows are latents."""
 
     name = "visaebench"
     title = "visaebench"
     can_save = True
 
-    def recognises(self, found: Candidate) -> bool:
-        """By its configuration's activation and the names of the tensors."""
-        config = found.config(*_CONFIGS)
-        return _kind(config) in _KINDS and "class" not in config and self._find(found) is not None
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether the configuration's activation and the names of the tensors match."""
+        config = candidate.config(*_CONFIGS)
+        return (
+            _kind(config) in _KINDS and "class" not in config and self._find(candidate) is not None
+        )
 
-    def load(self, found: Candidate) -> Foreign:
+    def load(self, candidate: Candidate) -> Foreign:
         """Read the configuration and the weights."""
-        file, names = self._find(found) or ("", _SIMPLE)
-        config, tensors = found.config(*_CONFIGS), found.tensors(file)
-        W_enc, b_enc, W_dec = (each.to(torch.float32) for each in need(tensors, names, found.name))
+        file, names = self._find(candidate) or ("", _SIMPLE)
+        config, tensors = candidate.config(*_CONFIGS), candidate.tensors(file)
+        W_enc, b_enc, W_dec = (
+            each.to(torch.float32) for each in need(tensors, names, candidate.name)
+        )
         used = {*names, "decoder.bias"}
         if names is _LAYERS:
-            # Here its loader takes the rows as they are: normalised already.
+            # Its loader takes these rows as they are: already normalised.
             used.add("dictionary.multiplier")
             W_dec = W_dec * tensors.get("dictionary.multiplier", torch.tensor(0.0)).exp()
         n, d_in = W_enc.shape
         for key, size in (("input_dim", d_in), ("hidden_dim", n)):
             if config.get(key, size) != size:
                 raise SparsightError(
-                    f"{found.name}: {key} is {shown(config[key])}, the weights' {size}."
+                    f"{candidate.name}: {key} is {shown(config[key])}, the weights' {size}."
                 )
         read = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}
         read["b_dec"] = tensors.get("decoder.bias", torch.zeros(d_in))
@@ -72,19 +76,19 @@ class VisAEBench(Format):
             sparsity, read["threshold"] = JumpReLU(), cut
         elif kind == "batchtopk":
             used.add("_running_threshold")
-            k = whole_number({"k": n, **config}, "k", found.name)
+            k = whole_number({"k": n, **config}, "k", candidate.name)
             sparsity = BatchTopK(min(k, n))
-            read["threshold"] = _threshold(config, tensors, found.name)
+            read["threshold"] = _threshold(config, tensors, candidate.name)
         else:
-            sparsity = TopK(whole_number(config, "k", found.name))
-        metadata: dict[str, Any] = {"source": found.source(self.name, file)}
+            sparsity = TopK(whole_number(config, "k", candidate.name))
+        metadata: dict[str, Any] = {"source": candidate.source(self.name, file)}
         model = config.get("model_name") or config.get("model") or config.get("backbone")
         if isinstance(model, str):
             metadata["model"] = {"id": model}
         folded = config.get("normaliser") == _FOLDED
         note = (
-            "visaebench trains on activations less their mean over their deviation, which its "
-            "files do not hold: give it such vectors"
+            "visaebench trains on standardised activations, and its files hold neither mean nor "
+            "deviation: give it such vectors"
         )
         known = _ANSWERED | {"normaliser"} if folded else _ANSWERED
         return Foreign(
@@ -130,19 +134,19 @@ class VisAEBench(Format):
         return folder
 
     @staticmethod
-    def _find(found: Candidate) -> tuple[str, tuple[str, ...]] | None:
+    def _find(candidate: Candidate) -> tuple[str, tuple[str, ...]] | None:
         for names in (_SIMPLE, _LAYERS):
-            file = found.find(*names)
+            file = candidate.find(*names)
             if file is not None:
-                tensors = found.tensors(file)
+                tensors = candidate.tensors(file)
                 if tensors[names[0]].shape == tensors[names[2]].shape:
                     return file, names
         return None
 
 
 def _kind(config: dict[str, Any]) -> str:
-    found = config.get("activation") or config.get("sae_type") or config.get("architecture")
-    return str(found).lower()
+    kind = config.get("activation") or config.get("sae_type") or config.get("architecture")
+    return str(kind).lower()
 
 
 def _threshold(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Tensor:

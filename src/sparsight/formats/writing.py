@@ -1,4 +1,4 @@
-"""An SAE as other projects can hold it: plain tensors, the normaliser folded in."""
+"""An SAE as other projects can store it: plain tensors, with the normaliser folded in."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Plain:
     """Whether the encoder reads x − b_dec."""
 
     normaliser: str
-    """"none", or one that works on each vector by itself and is left to the format."""
+    """"none", or a normaliser that works on each vector separately and is left to the format."""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -40,9 +40,9 @@ class Plain:
     W_skip: Tensor | None
 
     def biases(self, *, subtracts: bool) -> tuple[Tensor, Tensor | None]:
-        """Biases of the encoder (and of the magnitudes, if gated) where it reads x or x − b_dec.
+        """Return the encoder's biases (and the magnitudes', if gated) for reading x or x − b_dec.
 
-        W (x − b_dec) + b = W x + (b − W b_dec), which is computed in float64.
+        W (x − b_dec) + b = W x + (b − W b_dec) is computed in float64.
         """
         if subtracts == self.subtracts:
             return self.b_enc, self.b_mag
@@ -54,10 +54,10 @@ class Plain:
         return (self.b_enc.double() + shift).float(), b_mag
 
     def only(self, *kinds: type, title: str) -> None:
-        """Make sure that the sparsity is one of those that a format has.
+        """Check that the format has this sparsity.
 
         Raises:
-            UserError: it is another.
+            UserError: it does not.
         """
         if not isinstance(self.sparsity, kinds):
             names = ", ".join(each.__name__ for each in kinds)
@@ -68,7 +68,7 @@ class Plain:
             raise UserError(f"{title} has no TopK with negative values (rectify=False).")
 
     def autoencoder_only(self, title: str) -> None:
-        """Make sure that it reads what it writes, and has no way around the latents.
+        """Check that the SAE reconstructs its own input and has no skip connection.
 
         Raises:
             UserError: it is a transcoder, or has a skip connection.
@@ -83,12 +83,13 @@ def plain(sae: SparseAutoencoder, title: str, *, per_vector: tuple[str, ...] = (
     """Take an SAE apart for a format.
 
     Args:
-        sae: any; it is not changed.
-        title: of the format, for messages.
-        per_vector: normalisers that work on each vector by itself and that the format knows.
+        sae: any SAE; it is not changed.
+        title: name of the format, for messages.
+        per_vector: normalisers that work on each vector separately and that the format has.
 
     Raises:
-        UserError: it has a part that no other format has, or a normaliser that cannot be folded.
+        UserError: the SAE has a part that no other format has, or a normaliser that cannot be
+            folded.
     """
     config = sae.config
     if config.soft_cap is not None:
@@ -100,7 +101,7 @@ def plain(sae: SparseAutoencoder, title: str, *, per_vector: tuple[str, ...] = (
             "folded into the weights."
         )
     if sae.W_enc.dtype not in (torch.float32, torch.float64):
-        sae = copy.deepcopy(sae).float()  # lest what is folded in be rounded to half precision
+        sae = copy.deepcopy(sae).float()  # so that folding does not round to half precision
     folded = sae if kind in per_vector else sae.fold()
     tensors = {
         name: (each.detach().to("cpu", torch.float32).contiguous().clone())
@@ -126,30 +127,31 @@ def plain(sae: SparseAutoencoder, title: str, *, per_vector: tuple[str, ...] = (
 
 
 def above(threshold: Tensor) -> Tensor:
-    """The t' with which p ≥ t is p > t', for p > 0; both float32."""
+    """Return t' such that p ≥ t is p > t', for p > 0; both float32."""
     threshold = threshold.float()
     low = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
     return torch.where(threshold > 0, low, torch.zeros_like(threshold))
 
 
 def at_least(threshold: Tensor) -> Tensor:
-    """The t' with which p > t is p ≥ t', for p > 0; both float32."""
+    """Return t' such that p > t is p ≥ t', for p > 0; both float32."""
     threshold = threshold.float()
     high = torch.nextafter(threshold, torch.full_like(threshold, math.inf))
     return torch.where(threshold >= 0, high, torch.zeros_like(threshold))
 
 
 def keeps_negatives(sparsity: TopK, title: str) -> None:
-    """Make sure that a TopK has no ReLU, for a format whose TopK has none.
+    """Check that a TopK has no ReLU, for a format whose TopK has none.
 
     Raises:
-        UserError: it has.
+        UserError: it has one.
     """
     if sparsity.rectify:
         raise UserError(
-            f"{title} keeps negative values among the {sparsity.k} greatest, this SAE drops them "
-            "(rectify=True): a vector with fewer positive latents would have another code. Train "
-            "with rectify=False, or `sparsight convert --approximate`, which measures it."
+            f"{title} keeps negative values among the {sparsity.k} largest, but this SAE drops "
+            "them (rectify=True): a vector with fewer positive latents would have another code. "
+            "Train with rectify=False, or use `sparsight convert --approximate`, which measures "
+            "the effect."
         )
 
 
@@ -159,7 +161,7 @@ def write_torch(payload: Any, path: Path, header: bytes = b"") -> None:
     Args:
         payload: what to write.
         path: the file.
-        header: bytes that come before.
+        header: bytes that precede it.
 
     Raises:
         SparsightError: the disk is full or the folder cannot be written.

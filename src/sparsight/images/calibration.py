@@ -1,4 +1,4 @@
-"""The calibration world as a source of pictures: scenes rendered on demand, with known truth."""
+"""The calibration world as a source of images: scenes rendered on demand, with ground truth."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ DEFAULT_SCENES = 10_000
 class CalibrationImages(ImageSource):
     """Scenes of `CalibrationWorld(n_scenes, seed)`.
 
-    The id is `SEED/NUMBER`, `SEED-single/NUMBER` of single objects. Scene i is the same whatever
-    `n_scenes` is.
+    The id is `SEED/NUMBER`, or `SEED-single/NUMBER` for single objects. Scene i is the same
+    whatever `n_scenes` is.
 
     Args:
         n_scenes: how many scenes the world has.
         seed: which of the infinitely many worlds.
-        numbers: the scenes shown, all by default.
-        single: one object a scene, and no word: the scenes of a clean zero-shot test.
-        view: what the spec calls the scenes shown; default their numbers.
+        numbers: the scenes shown; all by default.
+        single: one object per scene and no word: the scenes of a clean zero-shot test.
+        view: how the spec names the scenes shown; by default by their numbers.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class CalibrationImages(ImageSource):
         return CalibrationWorld(self.n_scenes, self.seed, config)
 
     def number(self, index: int) -> int:
-        """The number in the world of the scene at `index` here."""
+        """Return the number in the world of the scene at `index` here."""
         self._check_index(index)
         return index if self._numbers is None else int(self._numbers[index])
 
     def scene(self, index: int) -> Scene:
-        """The truth about picture `index`."""
+        """Return the ground truth about image `index`."""
         return self.world.scene(self.number(index))
 
     def render(self, index: int) -> RenderedScene:
-        """Picture `index` with the masks of its parts."""
+        """Render image `index`, with the masks of its parts."""
         return self.world.render(self.number(index))
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class CalibrationImages(ImageSource):
         return Image.fromarray(np.asarray(self.render(index).image))
 
     def fingerprint(self) -> str:
-        """Hash world, scenes, and the first ones as rendered: another renderer is another world."""
+        """Hash the world, the numbers and the first rendered scenes: a new renderer is another."""
         scenes = "" if self._numbers is None else format_selection(self._numbers)
         digest = hashlib.sha256((self._whole + scenes).encode())
         for index in range(min(3, len(self))):
@@ -100,7 +100,7 @@ class CalibrationImages(ImageSource):
         return digest.hexdigest()
 
     def select(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> CalibrationImages:
-        """See `ImageSource.select`; the truth stays within reach."""
+        """See `ImageSource.select`; the ground truth stays available."""
         chosen = self._checked(indices)
         return self._shown(chosen, self._named.select(chosen))
 

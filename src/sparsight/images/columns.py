@@ -1,4 +1,4 @@
-"""The names that tables give to images, labels and captions, and the forms their values take."""
+"""The column names under which tables keep images, labels and captions, and how to read a cell."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "fine_lab
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "sentences", "description", "comment")
 
 NO_LABEL = frozenset({"", "none", "null", "nan", "n/a", "<na>", "-1", "-1.0"})
-"""What says, in a column of labels and in lower case, that an image has none."""
+"""Values that mean "no label" in a label column, in lower case."""
 
 
 def find_column(names: Iterable[str], candidates: Sequence[str]) -> str | None:
-    """The first of `candidates` among `names`, whatever its case."""
+    """Return the first of `candidates` that is among `names`, in upper or lower case."""
     by_lower = {name.strip().lower(): name for name in reversed(list(names))}
     return next((by_lower[name] for name in candidates if name in by_lower), None)
 
 
 def left_out(names: Iterable[str], *chosen: tuple[str | None, Sequence[str]]) -> list[str]:
-    """A note of the columns that could have been read as well as those that are, if there are any.
+    """Return a note that lists the suitable columns that are not read, or nothing if there are
+    none.
 
     Args:
         names: all columns.
-        chosen: of labels, of captions: the column that is read, and the names that would do.
+        chosen: for labels and for captions, the column that is read and the names that would do.
     """
     taken = {column for column, _ in chosen}
     others = [
@@ -48,10 +49,10 @@ def left_out(names: Iterable[str], *chosen: tuple[str | None, Sequence[str]]) ->
 
 
 def as_label(value: Any, class_names: Sequence[str] | None = None) -> str | None:
-    """A cell as a label; None where it says that there is none (`NO_LABEL`, or no text at all).
+    """Read a cell as a label; None if it says that there is none (`NO_LABEL`, or not a text).
 
-    A whole number is looked up in `class_names`; 3.0 is 3, as a column of numbers with gaps
-    becomes one of fractions.
+    An integer is looked up in `class_names`. So is 3.0, because a column of integers with gaps
+    becomes a column of floats.
     """
     if isinstance(value, bytes):
         value = decoded(value)
@@ -68,7 +69,7 @@ def as_label(value: Any, class_names: Sequence[str] | None = None) -> str | None
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
-    """A cell as captions: a text is one, a list of texts several, an empty cell none."""
+    """Read a cell as captions: a text is one, a list of texts several, an empty cell none."""
     if isinstance(value, list | tuple):
         return tuple(caption for item in value for caption in as_captions(item))
     if isinstance(value, dict) and "raw" in value:  # COCO on the Hub: {"raw": "A man …"}

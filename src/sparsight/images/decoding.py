@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to an upright 8-bit RGB image, or a reason why not."""
+"""Decode the bytes of an image file to an upright 8-bit RGB image, or say why that fails."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from sparsight.text import without_surrogates
 _AVIF = features.check("avif")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
-"""What Pillow may recognise. JPEG includes the MPO of phones; of many frames the first counts."""
+"""Formats that Pillow may recognise. JPEG includes phones' MPO, of which the first frame counts."""
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif"}
     | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", *((".avif",) if _AVIF else ())}
 )
-"""File name endings, in lower case, that are taken for images."""
+"""File name endings, in lower case, of files that are taken for images."""
 
 MAX_PIXELS = 100_000_000
-"""A header that declares more pixels than this is refused before anything is decoded."""
+"""An image whose header declares more pixels is refused before anything is decoded."""
 
 MAX_BYTES = 256 * 2**20
 """A larger file is refused before it is read."""
 
 MAX_DECODED_BYTES = 2**30
-"""More than this, beside its file, decoding one image never takes."""
+"""Decoding one image never takes more memory than this, in addition to the file."""
 
 SMALL_DECODED_BYTES = 256 * 2**20
-"""What it may take at most where `MAX_RATIO` times the file is less: a file of a few kB must not
-unfold to a gigabyte; a photo of 100 million pixels may."""
+"""The limit if `MAX_RATIO` times the file is less: a file of a few kB must not unfold to a
+gigabyte, but a photo of 100 million pixels may."""
 
 MAX_RATIO = 400
 
 _STRIP_PIXELS = 2**20
-"""Larger images are converted in strips of about so many pixels: what is in between is small."""
+"""Larger images are converted in strips of about this many pixels, to keep intermediates small."""
 
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 8}
-"""Bytes per pixel that a decoder keeps beside the pixels that it hands over."""
+"""Bytes per pixel that a decoder keeps in addition to the pixels that it returns."""
 
 _SCANS_BYTES = 6
-"""Bytes per pixel of the coefficients of a JPEG in several scans, which wait for the last one."""
+"""Bytes per pixel of the coefficients of a JPEG in several scans, kept until the last scan."""
 
 _TIFF_TILE, _TIFF_STRIP, _TIFF_BITS = (322, 323), 278, 258
 _START_OF_SCAN = b"\xff\xda"
@@ -70,7 +70,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 
 class ImageError(SparsightError):
-    """One picture cannot be used; `reason` says why. Recorded and counted, never fatal."""
+    """An image cannot be used; `reason` says why. It is recorded and counted, never fatal."""
 
     def __init__(self, reason: str) -> None:
         reason = without_surrogates(reason)
@@ -78,15 +78,15 @@ class ImageError(SparsightError):
         self.reason = reason
 
 
-def read_picture(path: Path) -> bytes:
-    """The bytes of a picture file.
+def read_image_file(path: Path) -> bytes:
+    """Read the bytes of an image file.
 
     Raises:
         ImageError: the file is missing, unreadable, not a regular file, or above `MAX_BYTES`.
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait forever
             raise ImageError("not a regular file")
         check_bytes(status.st_size)
         return path.read_bytes()
@@ -95,7 +95,7 @@ def read_picture(path: Path) -> bytes:
 
 
 def check_bytes(size: int) -> None:
-    """Refuse an encoded picture of `size` bytes that is empty or above `MAX_BYTES`."""
+    """Refuse an encoded image of `size` bytes if it is empty or above `MAX_BYTES`."""
     if size == 0:
         raise ImageError("the file is empty")
     if size > MAX_BYTES:
@@ -103,27 +103,28 @@ def check_bytes(size: int) -> None:
 
 
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
-    """Decode a picture to RGB, 8 bits a channel, turned upright as its EXIF says.
+    """Decode an image to RGB with 8 bits per channel, turned upright according to its EXIF tag.
 
     With `min_side`, a JPEG is decoded at an eighth, a quarter or half of its size (libjpeg's scaled
-    inverse DCT), which is several times faster, where its shorter side keeps so many pixels and the
-    factor divides both sides: elsewhere a part of a pixel would be left over, and all others
-    shifted. `whole_size` tells the size that it had.
+    inverse DCT), which is several times faster, if its shorter side keeps at least `min_side`
+    pixels and the factor divides both sides; otherwise a fraction of a pixel would be left over and
+    all others shifted. `whole_size` returns the original size.
 
-    Transparent pictures are laid over white. 16-bit greyscale is scaled to 8 bits. CMYK and other
+    Transparent images are composited over white. 16-bit greyscale is scaled to 8 bits. CMYK and
+    other
     colour models are converted by Pillow's formulas, without colour profiles.
 
-    Beside the file, decoding takes at most `MAX_RATIO` times the file, `SMALL_DECODED_BYTES` where
-    that is less, and never more than `MAX_DECODED_BYTES`.
+    In addition to the file, decoding takes at most `MAX_RATIO` times the size of the file, or
+    `SMALL_DECODED_BYTES` if that is more, and never more than `MAX_DECODED_BYTES`.
 
     Raises:
-        ImageError: empty, too large, declared above `MAX_PIXELS`, of no known format, truncated,
-            or otherwise broken; or it would take more memory.
+        ImageError: the image is empty, too large, declared above `MAX_PIXELS`, of an unknown
+            format, truncated or otherwise broken; or decoding would take too much memory.
     """
     check_bytes(len(data))
     try:
         with warnings.catch_warnings():
-            # Pillow warns of odd metadata, and of sizes under the limit that is checked below.
+            # Pillow warns about odd metadata, and about sizes below the limit that is checked here.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 width, height = opened.size
@@ -135,7 +136,7 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
                 opened.load()
                 image, orientation = _to_rgb(opened), _orientation(opened)
                 scaled = opened.size != (width, height)
-            # Here the file's own pixels are free.
+            # The file's own pixels are freed here.
             del opened
             turned = orientation in _UPRIGHT
             image = image.transpose(_UPRIGHT[orientation]) if turned else image
@@ -146,21 +147,21 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"not a picture in a known format ({', '.join(FORMATS)})") from None
+        raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise _too_many_pixels("the declared size") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on hostile bytes
         raise ImageError(f"cannot be decoded ({error or type(error).__name__})") from error
 
 
-def whole_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height of an upright picture, before a JPEG was scaled."""
-    width, height = picture.info.get(_WHOLE_SIZE, picture.size)
+def whole_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of an upright image, before a JPEG was scaled."""
+    width, height = image.info.get(_WHOLE_SIZE, image.size)
     return width, height
 
 
 def _scale_jpeg(opened: Image.Image, min_side: int) -> None:
-    """Have a JPEG that is not decoded yet decoded at the least size that is enough."""
+    """Make Pillow decode a JPEG at the smallest size that is enough."""
     if opened.format not in ("JPEG", "MPO"):
         return
     width, height = opened.size
@@ -176,15 +177,15 @@ def _too_many_pixels(what: str) -> ImageError:
 
 
 def _check_memory(opened: Image.Image, data: bytes, whole: tuple[int, int]) -> None:
-    """Refuse an image whose decoding would take more than its file may.
+    """Refuse an image whose decoding would take more memory than its file allows.
 
     Args:
-        opened: not decoded yet; a JPEG may be scaled.
+        opened: not decoded yet; a JPEG may already be set to be scaled.
         data: the file.
         whole: width and height before scaling.
 
     Raises:
-        ImageError: it would.
+        ImageError: it would take more.
     """
     width, height = opened.size
     per_pixel = _PIXEL_BYTES.get(opened.mode, 4) + (0 if opened.mode == "RGB" else 4)
@@ -204,7 +205,7 @@ def _check_memory(opened: Image.Image, data: bytes, whole: tuple[int, int]) -> N
 
 
 def _beyond_screen(opened: Image.Image, data: bytes) -> bool:
-    """Whether a GIF's frame is larger than the screen that its header declares."""
+    """Return whether a GIF's frame is larger than the screen that its header declares."""
     if opened.format != "GIF":
         return False
     width, height = struct.unpack_from("<HH", data, 6)
@@ -218,7 +219,7 @@ def _may_be_turned(opened: Image.Image) -> bool:
 
 
 def _tiff_block(opened: Image.Image) -> int:
-    """Bytes of the strip or tile that libtiff unpacks at once, whatever the size of the image."""
+    """Return the bytes of the strip or tile that libtiff unpacks at once."""
     if opened.format != "TIFF":
         return 0
     tags, (width, height) = _tags(opened), opened.size
@@ -235,7 +236,7 @@ def _tags(opened: Image.Image) -> Mapping[int, Any]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image._new(image.im)  # the pixels themselves, without the file behind them
+        return image._new(image.im)  # the pixels themselves, without the file that they came from
     if image.mode in ("I", "F") and not (image.mode == "I" and image.format in ("PNG", "PPM")):
         raise ImageError(f"{image.mode}-mode pixels (32 bits) have no agreed range")
     width, height = image.size
@@ -262,7 +263,7 @@ def _converted(image: Image.Image) -> Image.Image:
 
 
 def _orientation(opened: Image.Image) -> int:
-    """The number that EXIF gives for how the image is turned; 1 where it says nothing."""
+    """Return the EXIF orientation of the image; 1 if there is none."""
     try:
         return int(opened.getexif().get(_ORIENTATION_TAG) or 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels

@@ -1,4 +1,4 @@
-"""In words, how images differ from those that something was made from."""
+"""Describe how images differ from those that something was made from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from sparsight.images.source import ImageSource
 
 
 def images_difference(images: ImageSource, n_images: int, ids: Sequence[str] = ()) -> str:
-    """How a source whose fingerprint differs differs from what it was.
+    """Describe how a source with a new fingerprint differs from what it was.
 
     Args:
         images: the source now.
         n_images: how many images it had then.
-        ids: the ids of the first of them, as far as they are known.
+        ids: the ids of the first images, as far as they are known.
     """
     if len(images) != n_images:
         return f"{n_images:,} images then, {len(images):,} now"

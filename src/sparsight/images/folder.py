@@ -1,4 +1,4 @@
-"""A folder tree of images: sub-folders are labels, tables and text files say more of them."""
+"""A folder tree of images: sub-folders are labels, tables and text files add captions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from sparsight.errors import UserError
-from sparsight.images.decoding import SUFFIXES, ImageError, decode_image, read_picture
+from sparsight.images.decoding import SUFFIXES, ImageError, decode_image, read_image_file
 from sparsight.images.sidecars import is_caption, read_sidecars, too_large
 from sparsight.images.source import ImageInfo, ImageSource
 from sparsight.images.tables import FOUND_BY_NAME, Annotation, AnnotationTable, read_table
@@ -32,21 +32,21 @@ _BESIDE = (".txt", ".json")
 class FolderImages(ImageSource):
     """All images below a folder, sorted by their relative path, which is their id.
 
-    The label is the name of the first sub-folder below the deepest folder that holds them all, so
-    `photos/cat/1.jpg` beside `photos/dog/2.jpg` is a `cat`, and `photos/images/1.jpg` alone has
-    no label. A table (`metadata.csv`, `captions.txt`, … in the folder or one below it, whose paths
-    are relative to where it lies; or `table`) brings captions and, where it has a label column, the
-    labels; of several the nearest to the image counts. Images of which no table says anything take
-    captions from a `.txt` or `.json` of their own name. Hidden files and folders are left out;
-    symbolic links are followed. Images are known by the ending of their name
-    (`decoding.SUFFIXES`).
+    The label is the name of the first sub-folder below the deepest folder that holds all images:
+    with `photos/cat/1.jpg` and `photos/dog/2.jpg` the labels are `cat` and `dog`, and
+    `photos/images/1.jpg` alone has no label. Tables (`metadata.csv`, `captions.txt`, …) in the
+    folder or below it, whose paths are relative to where they lie, or the one given as `table`, add
+    captions and, if they have a label column, replace the labels; if there are several, the nearest
+    to the image counts. Images that no table mentions take captions from a `.txt` or `.json` file
+    of their own name. Hidden files and folders are left out; symbolic links are followed. Images
+    are recognised by their file name endings (`decoding.SUFFIXES`).
 
     Args:
         folder: the root.
-        table: a table of labels and captions that takes the place of those found by name.
+        table: a table of labels and captions, used instead of those found by name.
 
     Raises:
-        UserError: no such folder, no images below it, or a table that does not fit.
+        UserError: the folder does not exist, has no images below it, or a table does not fit.
     """
 
     def __init__(self, folder: Path, table: Path | None = None) -> None:
@@ -56,24 +56,24 @@ class FolderImages(ImageSource):
         self.spec = without_surrogates(f"{self.folder}{of_table}")
         if not self.folder.is_dir():
             raise UserError(f"{folder}: no such folder of images.")
-        found = _list_images(self.folder)
-        self._paths = found.images
+        listing = _list_images(self.folder)
+        self._paths = listing.images
         if not self._paths:
-            raise UserError(f"{folder}: holds no images. {_hint(self.folder, found.unused())}")
+            raise UserError(f"{folder}: holds no images. {_hint(self.folder, listing.unused())}")
         self._ids = [_as_id(path) for path in self._paths]
-        notes = found.notes()
+        notes = listing.notes()
         self._labels = _folder_labels(self._ids)
         self._annotations: dict[str, Annotation] = {}
         if self.table is not None:
             notes += self._annotate("", [read_table(self.table)])
-            if found.tables:
-                notes.append(f"{_few(found.tables)}: not read, since a table was named.")
+            if listing.tables:
+                notes.append(f"{_few(listing.tables)}: not read, because another table was named.")
         else:
-            notes += self._annotate_from(found.tables)
+            notes += self._annotate_from(listing.tables)
         if named := _no_classes(self._labels):
             notes.append(f"The labels look like {named}, not like classes: sub-folders name them.")
-        self._has_table = bool(self._annotations) or self.table is not None or bool(found.tables)
-        self._beside = self._find_beside(found.beside)
+        self._has_table = bool(self._annotations) or self.table is not None or bool(listing.tables)
+        self._beside = self._find_beside(listing.beside)
         if self._beside:
             notes.append(
                 f"{len(self._beside):,} images have a .txt or .json of their own name beside them; "
@@ -82,7 +82,7 @@ class FolderImages(ImageSource):
         self.notes = tuple(map(without_surrogates, notes))
 
     def _annotate_from(self, tables: Sequence[str]) -> list[str]:
-        """Read the tables in the folder and below it, those further up first."""
+        """Read the tables in the folder and below it, those higher up first."""
         notes: list[str] = []
         by_folder: dict[str, list[AnnotationTable]] = {}
         for relative in tables:
@@ -98,7 +98,7 @@ class FolderImages(ImageSource):
         return notes
 
     def _annotate(self, prefix: str, tables: Sequence[AnnotationTable]) -> list[str]:
-        """Take in the tables of one folder, which add up and replace those further up."""
+        """Apply the tables of one folder, which add up and replace those higher up."""
         start = _as_id(prefix)
         first, stop = (bisect_left(self._paths, end) for end in (prefix, f"{prefix}\U0010ffff"))
         places = {self._ids[place]: place for place in range(first, stop)}
@@ -106,13 +106,13 @@ class FolderImages(ImageSource):
         added: dict[str, Annotation] = {}
         for table in tables:
             try:
-                matched, told = table.match(id_.removeprefix(start) for id_ in places)
+                matched, table_notes = table.match(id_.removeprefix(start) for id_ in places)
             except UserError as error:
                 if not prefix:
                     raise
                 notes.append(f"{prefix}{table.path.name}: not read ({error})")
                 continue
-            notes += (f"{prefix}{note}" for note in told)
+            notes += (f"{prefix}{note}" for note in table_notes)
             if table.has_labels:
                 for id_, place in places.items():
                     annotation = matched.get(id_.removeprefix(start))
@@ -128,10 +128,10 @@ class FolderImages(ImageSource):
         return notes
 
     def _find_beside(self, beside: dict[str, list[str]]) -> dict[str, list[str]]:
-        """The endings of the text files that bear an image's name, by the image's id."""
-        said = {id_ for id_, annotation in self._annotations.items() if annotation.captions}
+        """Return the endings of the text files that share an image's name, by the image's id."""
+        captioned = {id_ for id_, annotation in self._annotations.items() if annotation.captions}
         found = ((id_, beside.get(os.path.splitext(path)[0])) for id_, path in self._named())  # noqa: PTH122
-        return {id_: endings for id_, endings in found if endings and id_ not in said}
+        return {id_: endings for id_, endings in found if endings and id_ not in captioned}
 
     def _named(self) -> zip[tuple[str, str]]:
         return zip(self._ids, self._paths, strict=True)
@@ -159,7 +159,7 @@ class FolderImages(ImageSource):
             file = self.folder / (os.path.splitext(path)[0] + ending)  # noqa: PTH122
             try:
                 status = file.stat()
-                if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+                if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait forever
                     raise ImageError(f"its {ending} is not a regular file")
                 if not too_large(id_, ending[1:], status.st_size):
                     found[ending[1:].lower()] = file.read_bytes()
@@ -171,11 +171,11 @@ class FolderImages(ImageSource):
     def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
         return decode_image(
-            read_picture(self.folder / self._paths[self._check_index(index)]), min_side
+            read_image_file(self.folder / self._paths[self._check_index(index)]), min_side
         )
 
     def fingerprint(self) -> str:
-        """Over ids, sizes, modification times, and what tables say; no picture is opened."""
+        """Hash ids, sizes, modification times and what tables say; no image is opened."""
         digest = hashlib.sha256()
         for id_, path in self._named():
             digest.update(_state(id_, f"{self.folder}/{path}"))
@@ -196,14 +196,14 @@ class FolderImages(ImageSource):
 
 @dataclass
 class _Listing:
-    """What lies below a folder, by relative posix paths.
+    """What lies below a folder, as relative POSIX paths.
 
     Attributes:
         images: sorted.
-        tables: named as in `FOUND_BY_NAME`, those further up first.
-        beside: endings of text files, by their path without ending.
-        others: the endings of all other files.
-        hidden: files and folders whose name begins with a dot.
+        tables: files named as in `FOUND_BY_NAME`, those higher up first.
+        beside: endings of text files, by their path without the ending.
+        others: how many other files have each ending.
+        hidden: files and folders whose names begin with a dot.
     """
 
     images: list[str] = field(default_factory=list)
@@ -213,7 +213,7 @@ class _Listing:
     hidden: list[str] = field(default_factory=list)
 
     def unused(self) -> Counter[str]:
-        """The endings of all files that are neither images nor say anything of one."""
+        """Count, by ending, the files that neither are images nor describe one."""
         others = self.others.copy()
         with_text = {os.path.splitext(path)[0] for path in self.images}  # noqa: PTH122
         for stem, endings in self.beside.items():
@@ -222,13 +222,13 @@ class _Listing:
         return others
 
     def notes(self) -> list[str]:
-        """What is left out."""
+        """Return sentences about what is left out."""
         notes, others = [], self.unused()
         if others:
             kinds = ", ".join(
                 f"{ending or 'no ending'} ×{n:,}" for ending, n in others.most_common(5)
             )
-            notes.append(f"{others.total():,} files are not images by their name ({kinds}).")
+            notes.append(f"{others.total():,} files are not images by their names ({kinds}).")
         if self.hidden:
             notes.append(
                 f"{len(self.hidden):,} hidden files or folders are left out ({_few(self.hidden)})."
@@ -237,14 +237,14 @@ class _Listing:
 
 
 def _list_images(folder: Path) -> _Listing:
-    found = _Listing()
+    listing = _Listing()
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         prefix, ancestors = pending.pop()
         here = os.path.join(folder, prefix)  # noqa: PTH118 - keeps names that are not UTF-8
         status = os.stat(here)  # noqa: PTH116
         identity = (status.st_dev, status.st_ino)
-        if identity in ancestors:  # a link to a folder above: going on would never end
+        if identity in ancestors:  # a link to a folder above: following it would never end
             continue
         try:
             entries = list(os.scandir(here))
@@ -256,24 +256,24 @@ def _list_images(folder: Path) -> _Listing:
             ending = suffix.lower()
             if entry.name.startswith("."):
                 if ending in SUFFIXES or _is_folder(entry):
-                    found.hidden.append(relative)
+                    listing.hidden.append(relative)
             elif _is_folder(entry):
                 pending.append((f"{relative}/", (*ancestors, identity)))
             elif ending in SUFFIXES:
-                found.images.append(relative)
+                listing.images.append(relative)
             elif entry.name in FOUND_BY_NAME:
-                found.tables.append(relative)
+                listing.tables.append(relative)
             elif ending in _BESIDE:
-                found.beside.setdefault(f"{prefix}{stem}", []).append(suffix)
+                listing.beside.setdefault(f"{prefix}{stem}", []).append(suffix)
             else:
-                found.others[ending] += 1
-    found.images.sort()
-    found.tables.sort(key=_table_order)
-    return found
+                listing.others[ending] += 1
+    listing.images.sort()
+    listing.tables.sort(key=_table_order)
+    return listing
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder; a link that leads back to itself is none."""
+    """Return whether the entry is a folder; a link that leads back to itself is not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -286,7 +286,7 @@ def _table_order(relative: str) -> tuple[int, str, int]:
 
 
 def _state(name: str, file: str) -> bytes:
-    """What a fingerprint sees of a file."""
+    """Return what a fingerprint takes from a file."""
     try:
         status = os.stat(file)  # noqa: PTH116 - a million times
     except OSError:
@@ -295,7 +295,7 @@ def _state(name: str, file: str) -> bytes:
 
 
 def _no_classes(labels: Sequence[str | None]) -> str | None:
-    """What labels are that name no classes: the splits of a data set, or its shards."""
+    """Say what the labels are if they name no classes: splits of a data set, or its shards."""
     names = {label for label in labels if label is not None}
     if names and all(label.lower() in _SPLITS for label in names):
         return f"splits of a data set ({_few(sorted(names))})"
@@ -309,13 +309,13 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _as_id(path: str) -> str:
-    """The path as valid text: bytes that are not UTF-8 are written as `\\xNN`."""
+    """Return the path as valid text: bytes that are not UTF-8 are written as `\\xNN`."""
     return without_surrogates(path)
 
 
 def _folder_labels(ids: list[str]) -> list[str | None]:
     parents = [PurePosixPath(id_).parts[:-1] for id_ in ids]
-    first, last = min(parents), max(parents)  # the common prefix of all is that of these two
+    first, last = min(parents), max(parents)  # these two share the common prefix of all
     depth = 0
     while depth < min(len(first), len(last)) and first[depth] == last[depth]:
         depth += 1

@@ -19,8 +19,8 @@ from sparsight.images.columns import (
     find_column,
     left_out,
 )
-from sparsight.images.decoding import decode_image, read_picture
-from sparsight.images.parquet import picture_bytes
+from sparsight.images.decoding import decode_image, read_image_file
+from sparsight.images.parquet import image_bytes
 from sparsight.images.source import ImageInfo, ImageSource
 from sparsight.text import without_surrogates
 
@@ -28,15 +28,15 @@ from sparsight.text import without_surrogates
 class HuggingFaceImages(ImageSource):
     """One split of a data set: a folder written by `save_to_disk`, or a name on the Hub.
 
-    `ClassLabel` numbers become their names. The id is `SPLIT/ROW`.
+    `ClassLabel` numbers are replaced by their names. The id is `SPLIT/ROW`.
 
     Args:
         name: a folder or a Hub name.
-        split: None takes the only split, or `train` where there are several.
+        split: name of the split; None takes the only one, or `train` if there are several.
 
     Raises:
         MissingExtra: `datasets` is not installed.
-        UserError: no such data set or split, no rows, or no column of pictures.
+        UserError: the data set or split does not exist, has no rows, or has no column of images.
     """
 
     def __init__(self, name: str, split: str | None = None) -> None:
@@ -49,11 +49,11 @@ class HuggingFaceImages(ImageSource):
             name = str(folder.absolute())
         loaded = _load(datasets, name, split)
         if isinstance(loaded, dict):
-            others = {each: len(part) for each, part in loaded.items()}
+            others = {other: len(rows) for other, rows in loaded.items()}
             asked, split = split, _choose_split(name, list(loaded), split)
             del others[split]
             if asked is None and others:
-                sizes = ", ".join(f"{each} ({n:,})" for each, n in others.items())
+                sizes = ", ".join(f"{other} ({n:,})" for other, n in others.items())
                 self.notes = (f"The split {split} is read; left out: {sizes}.",)
             loaded = loaded[split]
         elif split is not None and folder.is_dir():
@@ -73,13 +73,13 @@ class HuggingFaceImages(ImageSource):
         is_class = isinstance(label_feature, datasets.ClassLabel)
         self._class_names: list[str] | None = list(label_feature.names) if is_class else None
         self._fingerprint = str(loaded._fingerprint)
-        encoded = loaded.cast_column(self._image_column, datasets.Image(decode=False))
-        self._pictures = encoded.select_columns([self._image_column])
+        without_decoding = loaded.cast_column(self._image_column, datasets.Image(decode=False))
+        self._encoded = without_decoding.select_columns([self._image_column])
         texts = [column for column in (self._label_column, self._caption_column) if column]
-        self._texts = encoded.select_columns(texts) if texts else None
+        self._texts = without_decoding.select_columns(texts) if texts else None
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._encoded)
 
     def info(self, index: int) -> ImageInfo:
         """See `ImageSource.info`."""
@@ -96,17 +96,17 @@ class HuggingFaceImages(ImageSource):
 
     def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`."""
-        cell = self._pictures[self._check_index(index)][self._image_column]
+        cell = self._encoded[self._check_index(index)][self._image_column]
         if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-            return decode_image(read_picture(Path(cell["path"])), min_side)
-        return decode_image(picture_bytes(cell), min_side)
+            return decode_image(read_image_file(Path(cell["path"])), min_side)
+        return decode_image(image_bytes(cell), min_side)
 
     def fingerprint(self) -> str:
-        """Of the fingerprint that `datasets` keeps, and the number of rows."""
+        """Hash the fingerprint that `datasets` keeps, and the number of rows."""
         return hashlib.sha256(f"{self._fingerprint}\0{len(self)}".encode()).hexdigest()
 
     def labels(self) -> list[str]:
-        """See `ImageSource.labels`; reads the label column alone."""
+        """See `ImageSource.labels`; reads only the label column."""
         if self._texts is None or self._label_column is None:
             return []
         found = {
@@ -120,11 +120,11 @@ def _load(datasets: Any, name: str, split: str | None) -> Any:
     try:
         if folder.is_dir():
             return datasets.load_from_disk(name)
-        # Before version 4, datasets ran a script that came with the images, if it was allowed to.
+        # Before version 4, datasets ran a script that came with the images, if that was allowed.
         may_run = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
         options = {"trust_remote_code": False} if may_run else {}
         return datasets.load_dataset(name, split=split, **options)
-    except Exception as error:  # datasets and the Hub client raise dozens of kinds
+    except Exception as error:  # datasets and the Hub client raise dozens of exception types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         where = "a folder written by save_to_disk" if folder.is_dir() else "a folder or a Hub name"
         raise UserError(
@@ -145,9 +145,9 @@ def _choose_split(name: str, splits: list[str], wanted: str | None) -> str:
 
 
 def _image_column(datasets: Any, spec: str, features: Any) -> str:
-    pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    column = find_column(pictures, IMAGE_COLUMNS) or (pictures[0] if pictures else None)
+    image_columns = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    column = find_column(image_columns, IMAGE_COLUMNS) or next(iter(image_columns), None)
     if column is None:
         found = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
-        raise UserError(f"{spec}: no column of the kind Image; found {found}.")
+        raise UserError(f"{spec}: no column of type Image; found {found}.")
     return column

@@ -1,4 +1,4 @@
-"""How words look on a picture, and their drawing: the same everywhere with the same Pillow."""
+"""How words on an image look, and how they are drawn: everywhere the same with the same Pillow."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sparsight.errors import UserError
 from sparsight.images.decoding import ImageError
 
 Font = Literal["sans", "sans-bold", "serif", "serif-bold", "mono", "mono-bold"]
-"""The DejaVu fonts that matplotlib brings."""
+"""The DejaVu fonts that come with matplotlib."""
 
 PLACES: dict[str, tuple[float, float]] = {
     f"{row}-{column}".removeprefix("centre-").removesuffix("-centre"): (x, y)
     for y, row in ((0.0, "top"), (0.5, "centre"), (1.0, "bottom"))
     for x, column in ((0.0, "left"), (0.5, "centre"), (1.0, "right"))
 }
-"""From `top-left` over `centre` to `bottom-right`: shares of the room that is left over."""
+"""From `top-left` through `centre` to `bottom-right`: shares of the room that is left over."""
 
 SMALLEST = 6
-"""Pixels of the smallest font: below, no letter can be told from another."""
+"""Pixels of the smallest font: below this, letters are illegible."""
 
 _FILES: dict[Font, str] = {
     "sans": "DejaVuSans",
@@ -44,42 +44,42 @@ _Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TextStyle:
-    """How words look on pictures.
+    """How words look on images.
 
-    A word that is too wide or high is written smaller, down to `SMALLEST` pixels; then, or at once
-    with `fit="refuse"`, the picture is refused.
+    A word that is too wide or too high is written smaller, down to `SMALLEST` pixels. If it still
+    does not fit, or at once with `fit="refuse"`, the image is refused.
     """
 
     font: Font = "sans-bold"
     """A DejaVu font."""
 
     size: float = 0.14
-    """Of the font, in shorter sides of the picture."""
+    """Size of the font, as a share of the image's shorter side."""
 
     place: str = "random"
     """random; top-left, top, top-right, left, centre, right, bottom-left, bottom, bottom-right; or
-    X,Y: where the middle of the word is, in widths and heights of the picture from the top left."""
+    X,Y: the middle of the word, as shares of the image's width and height from the top left."""
 
     colour: str = "auto"
     """auto: black or white, whichever stands out more; or a name or #rrggbb that Pillow knows."""
 
     opacity: float = 1.0
-    """Of word and band, above 0."""
+    """Opacity of word and band, above 0."""
 
     rotation: float = 0.0
     """Degrees, counter-clockwise."""
 
     tilt: float = 0.0
-    """Degrees by which the rotation may differ from that at random, either way."""
+    """Largest random deviation from the rotation, in degrees, in either direction."""
 
     band: str = "none"
-    """none; auto: black or white under letters of the other; or the colour of a plain band."""
+    """none; auto: a band in black or white, in contrast to the letters; or its colour."""
 
     outline: str = "none"
-    """none; auto: black or white round letters of the other; or the colour of a thin outline."""
+    """none; auto: an outline in black or white, in contrast to the letters; or its colour."""
 
     fit: Literal["shrink", "refuse"] = "shrink"
-    """What becomes of a word for which the picture has no room."""
+    """What to do if the image has no room for the word: write it smaller, or refuse the image."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -103,17 +103,17 @@ class TextStyle:
 def write_on_image(
     image: Image.Image, text: str, style: TextStyle, u: Sequence[float] | None = None
 ) -> Image.Image:
-    """A copy of a picture with a word on it.
+    """Return a copy of an image with a word on it.
 
     Args:
         image: RGB.
         text: one line.
         style: how it looks.
-        u: numbers in [0, 1) that choose: place (2), tilt. The middle, untilted, by default.
+        u: numbers in [0, 1) that choose place (2) and tilt (1); by default the middle, untilted.
 
     Raises:
         UserError: the text is empty or has several lines.
-        ImageError: the text does not fit the picture.
+        ImageError: the text does not fit the image.
     """
     if not text.strip() or "\n" in text:
         raise UserError(f"The text {text!r} cannot be written: one line of letters is needed.")
@@ -133,14 +133,14 @@ def write_on_image(
 
 @cache
 def known_letters(font: Font) -> frozenset[int]:
-    """Code points that a font can write."""
+    """Return the code points that a font can write."""
     return frozenset(FT2Font(str(_font_file(font))).get_charmap())
 
 
 def _fitting(
     image: Image.Image, text: str, style: TextStyle, turn: float
 ) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """The opacity of letters, outline and band, turned, in the largest size that fits."""
+    """Return the opacity of letters, outline and band, rotated, in the largest size that fits."""
     wanted = round(style.size * min(image.size))
     size = wanted
     while size >= SMALLEST:
@@ -165,7 +165,7 @@ def _fitting(
 def _corner(
     style: TextStyle, size: tuple[int, int], letters: tuple[int, int], u: Sequence[float]
 ) -> tuple[int, int]:
-    """The upper left corner of the word's box, wholly inside the picture."""
+    """Return the upper left corner of the word's box, which lies wholly inside the image."""
     room = (size[0] - letters[0], size[1] - letters[1])
     if style.place in PLACES or style.place == "random":
         share = (u[0], u[1]) if style.place == "random" else PLACES[style.place]
@@ -181,7 +181,7 @@ def _corner(
 def _colours(
     style: TextStyle, image: Image.Image, box: tuple[int, int, int, int]
 ) -> tuple[_Colour, _Colour | None, _Colour | None]:
-    """Of the letters, and of their outline and band if there are any."""
+    """Return the colours of the letters and, if there are any, of their outline and band."""
     black, white = (0, 0, 0), (255, 255, 255)
     light = np.asarray(image.crop(box).convert("L"), np.float32).mean() >= 128
     paper = None
@@ -196,9 +196,9 @@ def _colours(
     return ink, edge, paper
 
 
-@lru_cache(maxsize=64)  # nonsense hardly ever comes twice
+@lru_cache(maxsize=64)  # nonsense words hardly ever repeat
 def _letters(text: str, font: Font, size: int) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """A word's opacity, its outline's, and its band's: a box with a little air."""
+    """Return the opacity of a word, of its outline and of its band (a box with a small margin)."""
     face = _font(font, size)
     left, top, right, bottom = face.getbbox(text)
     _, high, _, low = face.getbbox("bdfghklpqty")
@@ -214,7 +214,7 @@ def _letters(text: str, font: Font, size: int) -> tuple[Image.Image, Image.Image
 
 @cache
 def _font(name: Font, size: int) -> ImageFont.FreeTypeFont:
-    # The basic layout engine is always there; Raqm, which kerns otherwise, is not.
+    # The basic layout engine is always available; Raqm, which kerns differently, is not.
     return ImageFont.truetype(_font_file(name), size, layout_engine=ImageFont.Layout.BASIC)
 
 

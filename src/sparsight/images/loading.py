@@ -1,4 +1,4 @@
-"""Batches of decoded, transformed pictures, in order, prepared by worker processes."""
+"""Batches of decoded, transformed images, in order, prepared by worker processes."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Some pictures that follow each other, transformed and stacked."""
+    """Consecutive images, transformed and stacked."""
 
     indices: list[int]
-    """Places in the source of the pictures that loaded; one a row of `pixels`."""
+    """Places in the source of the images that loaded, one per row of `pixels`."""
     pixels: Shaped[Tensor, "batch ..."]
-    """The transform's outputs, stacked; of shape [0] where not one picture loaded."""
+    """The transform's outputs, stacked; of shape [0] if no image loaded."""
     sizes: list[tuple[int, int]]
-    """Width and height, in pixels, of the upright pictures before the transform."""
+    """Width and height, in pixels, of the upright images before the transform."""
     failures: list[tuple[int, str]]
-    """Place in the source, and reason, of each picture that did not load."""
+    """Place in the source, and reason, for each image that did not load."""
 
 
 def default_workers() -> int:
-    """One worker a processor that this process may use but one, at most 8."""
+    """Return the number of processors that this process may use minus one, at most 8."""
     if hasattr(os, "sched_getaffinity"):
         processors = len(os.sched_getaffinity(0))
     else:
@@ -61,27 +61,27 @@ def load_batches(
     prefetch: int = 2,
     start_method: Literal["fork", "spawn", "forkserver"] | None = None,
 ) -> Iterator[ImageBatch]:
-    """Load pictures in order, `batch_size` at a time; the last batch may be smaller.
+    """Load images in order, `batch_size` at a time; the last batch may be smaller.
 
-    An image that does not load, or that the transform fails on, goes into its batch's `failures`.
+    An image that does not load, or on which the transform fails, goes into its batch's `failures`.
     Decoding and transform run in worker processes with one torch thread each; pixels come back
     through shared memory.
 
     Args:
-        source: where the pictures come from.
-        transform: maps an RGB picture to a tensor, always of the same shape and type; picklable.
-        batch_size: pictures a batch, failed ones included.
+        source: where the images come from.
+        transform: maps an RGB image to a tensor, always of the same shape and dtype; picklable.
+        batch_size: images per batch, including those that fail.
         indices: places in the source, in the order wanted; all by default.
-        workers: processes; 0 works in this one. By default `default_workers()`, and 0 where
-            there are too few pictures to be worth the start of a process.
-        min_side: pixels that the shorter side of a JPEG may be scaled down to while it is decoded;
-            see `decode_image`. By default none is scaled.
-        prefetch: batches that each worker prepares ahead.
-        start_method: how workers start; Python's default for the platform by default.
+        workers: number of processes; 0 loads images in this one. By default `default_workers()`, or
+            0 if there are too few images for starting a process to pay off.
+        min_side: shortest side, in pixels, down to which a JPEG may be scaled while it is decoded
+            (see `decode_image`); None decodes it in full.
+        prefetch: number of batches that each worker prepares ahead.
+        start_method: how workers start; by default as Python does on this platform.
 
     Raises:
-        UserError: a number below its range, or an index that the source lacks.
-        SparsightError: the transform gave no tensor, or tensors of several shapes or types; or a
+        UserError: a number is below its range, or the source has no such index.
+        SparsightError: the transform gave no tensor, or tensors of different shapes or dtypes; or a
             worker died.
     """
     check_positive(batch_size=batch_size, prefetch=prefetch)
@@ -111,7 +111,7 @@ def load_batches(
 
 @dataclass(frozen=True)
 class _Fault:
-    """An exception on its way out of a worker, as text: not every exception can be pickled."""
+    """An exception on its way out of a worker, as text, because not every exception pickles."""
 
     message: str
     traceback: str
@@ -120,7 +120,7 @@ class _Fault:
 
 @dataclass(frozen=True)
 class _Batches(Dataset[ImageBatch | _Fault]):
-    """The batches as a map-style data set: a worker makes a whole batch at a time."""
+    """The batches as a map-style data set, so that a worker makes a whole batch at a time."""
 
     source: ImageSource
     transform: Transform
@@ -146,13 +146,13 @@ class _Batches(Dataset[ImageBatch | _Fault]):
         failures: list[tuple[int, str]] = []
         for index in indices:
             try:
-                picture = (
+                image = (
                     self.source.load(index)
                     if self.min_side is None
                     else self.source.load(index, self.min_side)
                 )
-                size = whole_size(picture)
-                tensors.append(self._transformed(picture))
+                size = whole_size(image)
+                tensors.append(self._transformed(image))
             except ImageError as error:
                 failures.append((index, error.reason))
                 continue
@@ -173,7 +173,7 @@ class _Batches(Dataset[ImageBatch | _Fault]):
             tensor = self.transform(image)
         except SparsightError:
             raise
-        except Exception as error:  # of others' code, on an image that nobody has seen before
+        except Exception as error:  # from others' code, on an image that nobody has seen before
             reason = f"the transform failed ({type(error).__name__}: {error})"
             raise ImageError(reason) from error
         if not isinstance(tensor, Tensor):
@@ -183,7 +183,7 @@ class _Batches(Dataset[ImageBatch | _Fault]):
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Threads that wait for one another make small copies 100 times slower on a busy machine."""
+    """Limit torch to one thread: on a busy machine, several make small copies 100 × slower."""
     threads = get_num_threads()
     set_num_threads(1)
     try:
@@ -212,14 +212,14 @@ def _from_workers(loader: DataLoader[Any]) -> Iterator[ImageBatch]:
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[ImageBatch | _Fault]:
-    """Start the workers from a thread of its own.
+    """Start the workers from a separate thread.
 
-    From the main thread, torch would install a signal handler that raises, wherever the caller
-    then is, when a worker dies. Without it the death is noticed, within seconds, in `next`.
+    From the main thread, torch would install a signal handler that raises in the middle of the
+    caller's code when a worker dies. Without it, `next` notices the death within seconds.
     """
     started: list[Iterator[ImageBatch | _Fault]] = []
     errors: list[BaseException] = []
-    done = threading.Event()  # a `join` that a signal interrupts takes the thread for ended
+    done = threading.Event()  # `join`, interrupted by a signal, believes that the thread has ended
 
     def start() -> None:
         try:
@@ -233,7 +233,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[ImageBatch | _Fault]:
     threading.Thread(target=start, name="sparsight-start-workers").start()
     try:
         done.wait()
-    except BaseException:  # a stop
+    except BaseException:  # the user stops the run
         done.wait()
         if started:
             end_workers(started[0])

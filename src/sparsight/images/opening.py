@@ -1,4 +1,4 @@
-"""`open_images`: one text that says where the images are."""
+"""`open_images`: one text says where the images are."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def open_images(spec: str | Path | ImageSource, *, table: str | Path | None = No
             - `photos/`: a folder tree, sub-folder = label. `photos/?table=labels.csv` is the same
               as `table="labels.csv"`.
             - `webdataset:shards-{000..127}.tar`: local tar shards (a plain `x.tar` will do).
-            - `parquet:FILE-or-FOLDER`: Parquet with encoded pictures (a plain `x.parquet` will do).
+            - `parquet:FILE-or-FOLDER`: Parquet with encoded images (a plain `x.parquet` will do).
             - `hf:PATH[:SPLIT]`, `hf:NAME[:SPLIT]`: a Hugging Face data set saved on disk, or from
               the Hub (extra `datasets`).
             - `calibration[:N[:SEED[:single]]]`: N (default 10,000) rendered scenes (seed 0), with
               `single` those of one object and no word.
-            - `written:KIND?of=SOURCE&size=0.2`: another source with words on its labelled pictures
-              (`WrittenImages`); what stands behind `=` is escaped as in a web address.
+            - `written:KIND?of=SOURCE&size=0.2`: another source with words on its labelled images
+              (`WrittenImages`); values after `=` are escaped as in a web address.
             - `KIND:…` of a kind that another package registers (docs/extending.md).
 
-            Each may end in a selection, `[0:100]`, `[::4]`, `[-100:]` or `[0:1000:10,2000]`, and
-            in a seeded random sample, `?sample=1000&seed=0`, or `?sample=1000&by=label&seed=0`
-            where each label keeps its share (beside a table: `photos/?table=labels.csv&sample=9`).
-            Of several the left one comes first. A `Path` is opened as it stands; round a text
-            blanks do not count, unless something of that name is there. An `ImageSource` is given
-            back as it is.
-        table: CSV, text, JSON-lines or Parquet with labels and captions of a folder's images.
+            Each may end in a selection (`[0:100]`, `[::4]`, `[-100:]`, `[0:1000:10,2000]`) and in a
+            seeded random sample (`?sample=1000&seed=0`), or a stratified one in which each label
+            keeps its share (`?sample=1000&by=label&seed=0`). With a table:
+            `photos/?table=labels.csv&sample=9`. Several are applied from left to right. A `Path` is
+            opened exactly as it is; blanks around a text are ignored, unless a file of that name
+            exists. An `ImageSource` is returned unchanged.
+        table: CSV, text, JSON-lines or Parquet file with labels and captions of a folder's images.
 
     Raises:
-        UserError: there is nothing of that kind there; the message says what to try.
+        UserError: nothing of that kind is there; the message says what to try.
     """
     if isinstance(spec, ImageSource):
         if table is not None:
@@ -81,17 +81,17 @@ def reopen_images(
     n_images: int | None = None,
     ids: Callable[[], Sequence[str]] | None = None,
 ) -> ImageSource:
-    """Open the pictures that something was made from.
+    """Open the images that something was made from, and check that they have not changed.
 
     Args:
-        spec: what `open_images` was called with.
-        fingerprint: of the source then.
-        made: what was made from it, for the message.
-        n_images: how many images there were then, if that is known.
-        ids: gives the ids of the first of them, if they are known.
+        spec: the spec that they had then.
+        fingerprint: the fingerprint that the source had then.
+        made: what was made from the images, for the message.
+        n_images: how many images there were then, if known.
+        ids: returns the ids of the first images, if known.
 
     Raises:
-        UserError: they are not there any more, or have changed.
+        UserError: the images are no longer there, or have changed.
     """
     try:
         images = open_images(spec)
@@ -109,7 +109,7 @@ def reopen_images(
 
 
 def _open(text: str, table: str | Path | None) -> ImageSource:
-    """Open a spec: what is to the right applies to what is to the left of it."""
+    """Open a spec: each part applies to everything on its left."""
     kind = text.partition(":")[0]
     if kind not in OPENERS and _is_there(text):
         return _open_whole(text, table)
@@ -117,7 +117,7 @@ def _open(text: str, table: str | Path | None) -> ImageSource:
     if parts is not None and not _exists(text.partition(":")[2]):
         source = _open_left(rest, table, text, parts)
         return source.select(parse_selection(parts, len(source), text))
-    # The first question mark there, and each ampersand, begins an option of the source itself.
+    # In the inner source's spec, the first "?" and each "&" begin an option of that source.
     if kind != "written" or text.count("?") > 1:
         rest, sample = split_sample(text, "?" if kind == "written" else "?&")
         if sample is not None:
@@ -126,7 +126,7 @@ def _open(text: str, table: str | Path | None) -> ImageSource:
 
 
 def _open_left(rest: str, table: str | Path | None, text: str, parts: str) -> ImageSource:
-    """What stands before a selection; brackets with other things in may belong to a name."""
+    """Open what precedes a selection; brackets that hold anything else may belong to a name."""
     try:
         return _open(rest, table)
     except UserError:
@@ -136,15 +136,15 @@ def _open_left(rest: str, table: str | Path | None, text: str, parts: str) -> Im
 
 
 def _sampled(source: ImageSource, sample: Sample) -> ImageSource:
-    """A sample of a source that was opened for it."""
+    """Draw a sample from a source that was opened for it; note if it has fewer images."""
     if sample.n > len(source):
-        told = f"A sample of {sample.n:,} was asked for; all {len(source):,} images are taken."
-        source.notes = (*source.notes, told)
+        note = f"A sample of {sample.n:,} was asked for; all {len(source):,} images are taken."
+        source.notes = (*source.notes, note)
     return source.sample(sample.n, sample.seed, by_label=sample.by_label)
 
 
 def _is_there(text: str) -> bool:
-    """Whether a text is a path, or a path with a table, as it stands."""
+    """Return whether the text, as it is, names a path, or a path with a table."""
     folder, mark, table = text.partition("?table=")
     return _exists(text) or bool(mark and _exists(folder) and _exists(table))
 

@@ -1,4 +1,4 @@
-"""Pictures in Parquet files, as the Hugging Face Hub writes them or as plain bytes."""
+"""Images in Parquet files, as the Hugging Face Hub writes them or as plain bytes."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from sparsight.images.tables import cells_of, decoded_cell, for_arrow
 from sparsight.text import without_surrogates
 
 PART_BYTES = 32 * 2**20
-"""Pictures of a row group are read in parts of about this size."""
+"""Images of a row group are read in parts of about this many bytes."""
 
 CACHED_PARTS = 2
 CACHED_TEXT_GROUPS = 16
 
-# By default Arrow reads the whole column of a row group before it gives the first row.
+# By default Arrow reads the whole column of a row group before it returns the first row.
 _STREAMED = {"pre_buffer": False, "buffer_size": 2**20}
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some pictures of a row group that follow each other, from row `start` of the group on."""
+    """Consecutive images of a row group, from row `start` of the group on."""
 
     group: int
     start: int
@@ -56,22 +56,22 @@ class _Part:
 
 
 class ParquetImages(ImageSource):
-    """One Parquet file, or all below a folder in the order of their paths.
+    """One Parquet file, or all Parquet files below a folder in the order of their paths.
 
-    The pictures stand in a column named as in `columns.IMAGE_COLUMNS`, as bytes or as a struct
-    with a field `bytes`. Numbers in the label column become names where the file's schema has
-    them (`ClassLabel`). The id is `FILE/ROW`. Pictures are read in parts of 32 MB or a row group,
-    whichever is less, and the last two parts are kept: reading in order costs one pass over the
-    file. Out of order, a picture may cost the reading of its row group up to its place. Memory
-    follows the parts and the pages of the file, not its row groups.
+    The images are in a column named as in `columns.IMAGE_COLUMNS`, as bytes or as a struct with a
+    field `bytes`. Numbers in the label column become names if the file's schema has them
+    (`ClassLabel`). The id is `FILE/ROW`. Images are read in parts of 32 MB or one row group,
+    whichever is less, and the last two parts are kept, so reading in order costs one pass over the
+    file. Out of order, an image may cost reading its row group up to its place. Memory depends on
+    the parts and of the file's pages, not of its row groups.
 
-    Several files are one data set if they have the same columns, in any order, of types that go
-    together (a column that is empty in one of them has none). One among several that cannot be read
+    Several files are one data set if they have the same columns, in any order, of compatible types
+    (a column that is empty in a file is compatible with any). An unreadable file among several
     counts as one failed image; hidden files are left out.
 
     Raises:
-        UserError: no such file, no Parquet files in the folder, no rows, no column of images, or
-            files whose columns do not go together.
+        UserError: the file does not exist, or there are no Parquet files in the folder, no rows, no
+            column of images, or files with incompatible columns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +89,7 @@ class ParquetImages(ImageSource):
         self._group_file: list[int] = []
         self._group_number: list[int] = []
         self._group_row: list[int] = []  # of the group's first row, within its file
-        self._unread: dict[int, str] = {}  # why a group, which stands for a file, cannot be read
+        self._unread: dict[int, str] = {}  # why a group that stands for a whole file cannot be read
         self._class_names: dict[int, list[str] | None] = {}
         sizes: list[int] = []
         schemas: dict[int, pa.Schema] = {}
@@ -155,7 +155,7 @@ class ParquetImages(ImageSource):
         if self._label_column and _kind(columns[self._label_column]) in ("list", "struct"):
             notes.append(f"The column {self._label_column!r} holds lists; no labels are read.")
         if len(set(map(str, self._class_names.values()))) > 1:
-            notes.append("The files name their classes differently; each goes by its own names.")
+            notes.append("The files name their classes differently; each file uses its own names.")
         return tuple(map(without_surrogates, notes))
 
     def __len__(self) -> int:
@@ -190,7 +190,7 @@ class ParquetImages(ImageSource):
                 self._warned = True
                 warnings.warn(
                     f"{self._files[self._group_file[group]]}: holds text that is not UTF-8; its "
-                    "odd bytes are written as \\xNN",
+                    "invalid bytes are written as \\xNN",
                     stacklevel=3,
                 )
             return decoded_cell(cell)
@@ -199,26 +199,26 @@ class ParquetImages(ImageSource):
         """See `ImageSource.load`."""
         group, row = self._locate(index)
         part = self._part(group, row)
-        return decode_image(picture_bytes(part.cells[row - part.start].as_py()), min_side)
+        return decode_image(image_bytes(part.cells[row - part.start].as_py()), min_side)
 
     def fingerprint(self) -> str:
-        """Over the files' names, sizes and modification times."""
+        """Hash the files' names, sizes and modification times."""
         digest = hashlib.sha256()
         for file in self._files:
             name = without_surrogates(file.relative_to(self._root).as_posix())
             try:
                 status = file.stat()
-            except OSError:  # a link to nothing, which counts as a failed image
+            except OSError:  # a broken link, which counts as a failed image
                 digest.update(f"{name}\0missing\n".encode())
                 continue
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def labels(self) -> list[str]:
-        """See `ImageSource.labels`; reads the label column alone.
+        """See `ImageSource.labels`; reads only the label column.
 
         Raises:
-            ImageError: it is damaged.
+            ImageError: the column is damaged.
         """
         if self._label_column is None:
             return []
@@ -259,7 +259,7 @@ class ParquetImages(ImageSource):
             raise self._damaged(group, error) from error
 
     def _part(self, group: int, row: int) -> _Part:
-        """The part that holds a row of a group; reads on from the last one where it can."""
+        """Return the part that holds a row of a group; read on from the last one if possible."""
         self._check_read(group)
         for part in self._parts:
             if (group, row) in part:
@@ -281,7 +281,7 @@ class ParquetImages(ImageSource):
                     return part
         except (OSError, pa.ArrowException) as error:
             why = error
-        self._lost[group] = (start, str(why))  # or each picture behind would be looked for again
+        self._lost[group] = (start, str(why))  # or every later image would be looked for again
         raise self._damaged(group, why)
 
     def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
@@ -316,16 +316,16 @@ class ParquetImages(ImageSource):
         }
 
 
-def picture_bytes(cell: Any) -> bytes:
-    """The encoded picture in a cell: bytes, or a struct with `bytes`.
+def image_bytes(cell: Any) -> bytes:
+    """Return the encoded image in a cell: bytes, or a struct with `bytes`.
 
     Raises:
-        ImageError: the cell is empty, or has a path only.
+        ImageError: the cell is empty, or has only a path.
     """
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data is None:
         path = cell.get("path") if isinstance(cell, dict) else None
-        raise ImageError(f"the table holds the path {path!r} only" if path else "the cell is empty")
+        raise ImageError(f"the table holds only the path {path!r}" if path else "the cell is empty")
     return bytes(data)
 
 
@@ -334,7 +334,7 @@ def _is_hidden(file: Path, root: Path) -> bool:
 
 
 def _metadata(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
-    if file.exists() and not file.is_file():  # opening a named pipe would wait for ever
+    if file.exists() and not file.is_file():  # opening a named pipe would wait forever
         raise UserError(f"{file}: is not a regular file.")
     try:
         with pq.ParquetFile(for_arrow(file)) as opened:
@@ -346,10 +346,10 @@ def _metadata(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
 
 
 def _common_columns(schemas: Mapping[Path, pa.Schema]) -> dict[str, pa.DataType]:
-    """The columns of all files, each with a type that it has in one of them.
+    """Return the columns that all files share, each with a type that it has in one of them.
 
     Raises:
-        UserError: a file has other columns than the first, or types that do not go with its.
+        UserError: a file has other columns than the first, or incompatible types.
     """
     (first, expected), *others = schemas.items()
     columns: dict[str, pa.DataType] = {field.name: field.type for field in expected}
@@ -372,7 +372,7 @@ def _common_columns(schemas: Mapping[Path, pa.Schema]) -> dict[str, pa.DataType]
 
 
 def _kind(kind: pa.DataType) -> str:
-    """What values of a type are read as; types of one kind go together."""
+    """Return how values of a type are read; types of the same kind are compatible."""
     types = pa.types
     if types.is_dictionary(kind):
         return _kind(kind.value_type)
@@ -411,7 +411,7 @@ def _image_column(file: Path, columns: Mapping[str, pa.DataType]) -> str:
 
 
 def _class_names(schema: pa.Schema, label_column: str | None) -> list[str] | None:
-    """The names of a `ClassLabel`, which `datasets` keeps in the schema's metadata."""
+    """Return the names of a `ClassLabel`, which `datasets` keeps in the schema's metadata."""
     described = (schema.metadata or {}).get(b"huggingface")
     if described is None or label_column is None:
         return None

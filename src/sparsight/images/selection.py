@@ -1,4 +1,4 @@
-"""Which images of a source a view shows, as short text, and back.
+"""Specs of views: which images of a source a view shows, as a short text, and back.
 
 `[0:100,250,300:400:2]`, `?sample=1000&seed=0`, `?sample=1000&by=label&seed=0`.
 """
@@ -29,13 +29,13 @@ _BEFORE_TABLE = re.compile(
 
 @dataclass(frozen=True)
 class Sample:
-    """A seeded random sample; the smaller of two of one seed is a part of the larger.
+    """A seeded random sample; with the same seed, a smaller sample is a subset of a larger one.
 
     Attributes:
-        n: so many images; all if the source has no more.
-        seed: of the draw.
-        by_label: draw from each label its share of the images (those without a label are a class
-            of their own), so that the shares of the sample are those of the source.
+        n: number of images; all of them if the source has no more.
+        seed: seed of the draw.
+        by_label: draw a stratified sample: the labels (images without a label are a class of their
+            own) have the shares that they have in the source.
     """
 
     n: int
@@ -51,15 +51,15 @@ class Sample:
 
 
 def sample_places(n_images: int, n: int, seed: int = 0) -> npt.NDArray[np.int64]:
-    """`n` of the places 0 … `n_images` − 1 (all if there are no more), drawn at random; rising."""
+    """Draw `n` of the places 0 … `n_images` − 1 (all if there are no more) at random; ascending."""
     return np.sort(_random_order(n_images, seed)[:n])
 
 
 def stratified_places(labels: Sequence[str | None], n: int, seed: int = 0) -> npt.NDArray[np.int64]:
-    """`n` places, of each label as many as its share, drawn at random; rising.
+    """Draw `n` places at random so that each label keeps its share; ascending.
 
-    What whole numbers leave over goes to the labels with the largest remainders, of equal ones to
-    those that come first.
+    The remainder from rounding down goes to the labels with the largest fractions, and among equal
+    ones to those that come first.
     """
     numbers = {
         label: i for i, label in enumerate(sorted({*labels}, key=lambda x: (x is None, x or "")))
@@ -77,7 +77,7 @@ def stratified_places(labels: Sequence[str | None], n: int, seed: int = 0) -> np
 
 
 def _random_order(n: int, seed: int) -> npt.NDArray[np.int64]:
-    """The places in an order by a hash of place and seed: the same in every version of NumPy."""
+    """Order the places by a hash of place and seed, which is the same in every version of NumPy."""
     place = np.arange(n, dtype=np.uint64)
     order: npt.NDArray[np.int64] = np.argsort(
         _mixed(place + _mixed(np.full(1, seed, dtype=np.uint64))), kind="stable"
@@ -86,7 +86,7 @@ def _random_order(n: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64, which scatters neighbouring numbers."""
+    """Apply SplitMix64, which scatters neighbouring numbers."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -94,7 +94,7 @@ def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def format_selection(indices: npt.NDArray[np.int64]) -> str:
-    """`[…]` with rising runs of equal step as `start:stop:step`, order and repeats kept."""
+    """Write places as `[…]`, with ascending runs of equal step as `start:stop:step`."""
     parts: list[str] = []
     steps = np.diff(indices)
     start, n = 0, len(indices)
@@ -116,21 +116,21 @@ def format_selection(indices: npt.NDArray[np.int64]) -> str:
 
 
 def split_selection(spec: str) -> tuple[str, str | None]:
-    """`"photos[0:3,9]"` → `("photos", "0:3,9")`; None where nothing in brackets ends the text."""
+    """Split `"photos[0:3,9]"` into `("photos", "0:3,9")`; None if no brackets end the text."""
     match = _BRACKETS.match(spec)
     return (spec, None) if match is None else (match["rest"], match["parts"])
 
 
 def parse_selection(parts: str, n_images: int, spec: str) -> list[int]:
-    """The places that a selection names; the marks of slices are Python's, bounds must exist.
+    """Return the places that a selection names; syntax as in Python slices, but bounds must exist.
 
     Args:
-        parts: what stands in the brackets.
-        n_images: images of the source; what an open end and a negative number count from.
-        spec: for messages.
+        parts: the text in the brackets.
+        n_images: number of images of the source, from which open ends and negative numbers count.
+        spec: the whole spec, for messages.
 
     Raises:
-        UserError: it is no selection, or names an image that is not there.
+        UserError: the text is not a selection, or names an image that does not exist.
     """
     places: list[int] = []
     for part in parts.split(",") if parts.strip() else ():
@@ -139,8 +139,8 @@ def parse_selection(parts: str, n_images: int, spec: str) -> list[int]:
             _NUMBER.fullmatch(number) or (len(numbers) > 1 and not number) for number in numbers
         ):
             raise UserError(
-                f"{spec}: {part.strip()!r} is no selection. Expected e.g. {SELECTION_FORM}; steps "
-                "and ends as in a Python slice."
+                f"{spec}: {part.strip()!r} is not a selection. Expected e.g. {SELECTION_FORM}; "
+                "steps and ends as in a Python slice."
             )
         start, stop, step = (*(int(number) if number else None for number in numbers), None, None)[
             :3
@@ -161,16 +161,16 @@ def parse_selection(parts: str, n_images: int, spec: str) -> list[int]:
 
 
 def split_sample(spec: str, marks: str = "?&") -> tuple[str, Sample | None]:
-    """`"photos?sample=100&seed=3"` → `("photos", Sample(100, 3))`; None where none is asked for.
+    """Split `"photos?sample=100&seed=3"` into `("photos", Sample(100, 3))`; None without a sample.
 
-    Beside `table=`, the sample may stand before or after it.
+    The sample may stand before or after `table=`.
 
     Args:
         spec: what `open_images` takes.
-        marks: what the sample may begin with.
+        marks: characters that may begin a sample.
 
     Raises:
-        UserError: `seed` or `by` without `sample`, or a value that is wrong.
+        UserError: `seed` or `by` is given without `sample`, or a value is wrong.
     """
     match = _LAST.match(spec)
     if match is not None and match["mark"] in marks and "?" in spec[: match.start("query")]:
@@ -182,7 +182,7 @@ def split_sample(spec: str, marks: str = "?&") -> tuple[str, Sample | None]:
 
 
 def whole_spec(spec: str) -> str:
-    """A spec without the selections and samples at its end, and without a table."""
+    """Return a spec without the selections and samples at its end, and without a table."""
     rest, marks = spec, "?" if spec.startswith("written:") else "?&"
     while True:
         before, rest = rest, split_selection(rest)[0]
@@ -218,7 +218,7 @@ def _from_start(place: int | None, n_images: int) -> int | None:
 
 
 def _check_end(first: int, last: int, n_images: int, spec: str) -> None:
-    """Before a selection of billions is written out."""
+    """Check the bounds before a selection of billions is written out."""
     for place in (first, last):
         if not 0 <= place < n_images:
             raise UserError(f"{spec}: no image {place}; it has {n_images:,} (0 based).")

@@ -1,4 +1,4 @@
-"""What small files beside an image say of it: `.txt`, `.caption`, `.cls`, `.label`, `.json`."""
+"""Small files beside an image describe it: `.txt`, `.caption`, `.cls`, `.label`, `.json`."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from sparsight.text import decoded, lines
 
 SIDECARS = ("cls", "label", "txt", "caption", "json")
 MAX_SIDECAR_BYTES = 2**20
-"""From a larger one nothing is taken, with a warning."""
+"""A larger sidecar is ignored, with a warning."""
 
 _BOX = re.compile(r"\d+(\s+[0-9.eE+-]+){4,}")
 
 
 def too_large(id_: str, ending: str, size: int) -> bool:
-    """Whether a sidecar is over the limit; warns if it is."""
+    """Return whether a sidecar exceeds the limit, and warn if it does."""
     if size <= MAX_SIDECAR_BYTES:
         return False
     warnings.warn(
         f"{id_}: its .{ending} of {size:,} bytes is over the limit of {MAX_SIDECAR_BYTES:,}; "
-        "nothing is taken from it",
+        "it is ignored",
         stacklevel=4,
     )
     return True
 
 
 def read_sidecars(id_: str, found: Mapping[str, bytes]) -> tuple[str | None, tuple[str, ...]]:
-    """Label and captions; a text file goes before what the JSON says.
+    """Read label and captions; text files take precedence over the JSON.
 
     Args:
-        id_: of the image, for warnings.
-        found: what the sidecars hold, by ending.
+        id_: the image's id, for warnings.
+        found: the contents of the sidecars, by file ending.
     """
     texts = {ending: decoded(data) for ending, data in found.items()}
     described = _json_object(id_, texts.get("json"))
@@ -56,7 +56,7 @@ def read_sidecars(id_: str, found: Mapping[str, bytes]) -> tuple[str | None, tup
 
 
 def is_caption(text: str) -> bool:
-    """Whether a text beside an image is no list of boxes, a class and four numbers per line."""
+    """Return whether a text is a caption, not boxes (a class and four numbers per line)."""
     return not all(_BOX.fullmatch(line.strip()) for line in lines(text))
 
 
@@ -66,6 +66,6 @@ def _json_object(id_: str, text: str | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         value = error
     if not isinstance(value, dict):
-        warnings.warn(f"{id_}: its .json is no JSON object; nothing is taken from it", stacklevel=5)
+        warnings.warn(f"{id_}: its .json is not a JSON object; it is ignored", stacklevel=5)
         return {}
     return value

@@ -1,4 +1,4 @@
-"""The one interface behind which all images stand, and a view of some of them."""
+"""The interface that every source of images implements, and a view of some of a source's images."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from sparsight.text import without_surrogates
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What is known about an image without decoding it; text that any file can hold as UTF-8."""
+    """What a source knows about an image without decoding it; all text can be written as UTF-8."""
 
     id: str
     """Unique within its source and stable: `sub/photo.jpg`, `shard-000.tar/0012`, `7/00012`."""
     uri: str
-    """Where the picture came from, in full: a path, or a path and a place inside it."""
+    """Where the image came from, in full: a path, or a path and a place inside it."""
     label: str | None = None
-    """Name of its class."""
+    """The name of its class."""
     caption: str | None = None
     """The first of `captions`."""
     captions: tuple[str, ...] = ()
@@ -52,48 +52,48 @@ class ImageInfo:
 
 
 class ImageSource(ABC):
-    """A list of pictures with stable order and ids.
+    """A list of images with stable order and ids.
 
     Sources are picklable and open their files lazily, once in every process, so that worker
-    processes can hold them whether forked or spawned.
+    processes can hold them, however they were started (forked or spawned).
     """
 
     spec: str
-    """What `open_images` takes to open the same list again, from any working folder."""
+    """The text that makes `open_images` open the same list again, from any working folder."""
 
     notes: tuple[str, ...] = ()
-    """Sentences for the user about what opening left out or could not match."""
+    """Sentences for the user about what was left out or could not be matched on opening."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def info(self, index: int) -> ImageInfo:
-        """What is known about picture `index` (0 … len − 1), without decoding it.
+        """Return what is known about image `index` (0 … len − 1), without decoding it.
 
         Raises:
-            ImageError: what the source says of it cannot be read; the reason is in `.reason`.
+            ImageError: the source's description of the image cannot be read; see `.reason`.
         """
 
     @abstractmethod
     def load(self, index: int, min_side: int | None = None) -> Image.Image:
-        """Picture `index` as upright 8-bit RGB.
+        """Return image `index` as upright 8-bit RGB.
 
         Args:
             index: 0 … len − 1.
-            min_side: the picture may be smaller than it is, see `decode_image`, as long as its
-                shorter side keeps so many pixels.
+            min_side: the shortest side, in pixels, down to which a JPEG may be scaled while it is
+                decoded (see `decode_image`); None decodes it in full.
 
         Raises:
-            ImageError: the picture is broken or too large; the reason is in `.reason`.
+            ImageError: the image is broken or too large; the reason is in `.reason`.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex SHA-256 that changes when the list of pictures (ids, sizes, times) does."""
+        """Return a hex SHA-256 that changes when the list of images (ids, sizes, times) changes."""
 
     def known(self, index: int) -> ImageInfo:
-        """As `info`; its place alone where what the source says of the image cannot be read."""
+        """Return `info(index)`, or only the image's place if its description cannot be read."""
         try:
             return self.info(index)
         except ImageError:
@@ -101,36 +101,37 @@ class ImageSource(ABC):
             return ImageInfo(id=place, uri=place)
 
     def labels(self) -> list[str]:
-        """The distinct labels, sorted; empty where there are none."""
+        """Return the distinct labels, sorted; empty if there are none."""
         found = {self.known(index).label for index in range(len(self))}
         return sorted(label for label in found if label is not None)
 
     def subset(self, start: int, stop: int) -> ImageSource:
-        """The pictures `start` … `stop − 1`, under the ids that they have here.
+        """Return images `start` … `stop − 1`, under the ids that they have here.
 
-        Like a slice, `stop` may lie beyond the end.
+        As in a slice, `stop` may lie beyond the end.
         """
         if not 0 <= start <= stop:
             raise UserError(f"subset({start}, {stop}): expected 0 <= start <= stop.")
         return self.select(range(min(start, len(self)), min(stop, len(self))))
 
     def select(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageSource:
-        """The pictures at `indices`, in that order, under the ids that they have here."""
+        """Return the images at `indices`, in that order, under the ids that they have here."""
         return SelectedImages(self, self._checked(indices))
 
     def sample(self, n: int, seed: int = 0, *, by_label: bool = False) -> ImageSource:
-        """A random sample, in the order of the source, under the ids that the images have here.
+        """Draw a random sample, in the order of the source, under the ids that the images have
+        here.
 
-        The same on every machine; with one seed, a smaller sample is a part of a larger one. Its
-        spec opens it again (`photos?sample=1000&seed=0`).
+        The sample is the same on every machine. With the same seed, a smaller sample is a subset of
+        a larger one. Its spec opens it again (`photos?sample=1000&seed=0`).
 
         Args:
-            n: so many images; all if there are no more.
-            seed: of the draw.
-            by_label: draw from each label its share of the images: a stratified sample.
+            n: number of images; all of them if the source has no more.
+            seed: seed of the draw.
+            by_label: draw a stratified sample, in which each label keeps its share of the images.
 
         Raises:
-            UserError: a number out of range.
+            UserError: a number is out of range.
         """
         asked = Sample(n, seed, by_label)
         if n >= len(self):
@@ -140,12 +141,12 @@ class ImageSource(ABC):
             places = stratified_places(labels, n, seed)
         else:
             places = sample_places(len(self), n, seed)
-        # The options of a written source are its own: a sample of it begins with a mark.
+        # A written source has options of its own, so a sample of it always begins with "?".
         mark = "&" if "?table=" in self.spec and not self.spec.startswith("written:") else "?"
         return self._view(places, f"{self.spec}{mark}{asked}")
 
     def _view(self, places: npt.NDArray[np.int64], spec: str) -> ImageSource:
-        """The images at `places`, as what `spec` opens."""
+        """Return the images at `places`; `spec` opens them again."""
         return SelectedImages(self, places, View.whole(spec, len(places)))
 
     def _checked(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -166,12 +167,12 @@ class ImageSource(ABC):
 
 @dataclass(frozen=True)
 class View:
-    """How the spec of a view names its images: by places in the nearest list with a short name.
+    """How the spec of a view names its images: by their places in the nearest list with a spec.
 
     Attributes:
         base: the spec of that list.
-        places: of the view's images in it; None for all of them, as they come.
-        size: images of the view.
+        places: where the view's images are in it; None for all of them, in order.
+        size: number of images in the view.
     """
 
     base: str
@@ -180,31 +181,31 @@ class View:
 
     @classmethod
     def of(cls, base: str, places: npt.NDArray[np.int64]) -> View:
-        """Some images of the list that `base` opens."""
+        """Return a view of the images at `places` in the list that `base` opens."""
         return cls(base, places, len(places))
 
     @classmethod
     def whole(cls, base: str, size: int) -> View:
-        """The list that `base` opens, e.g. a sample."""
+        """Return a view of the whole list that `base` opens, e.g. a sample."""
         return cls(base, None, size)
 
     @property
     def spec(self) -> str:
-        """What opens the view."""
+        """The text that opens the view."""
         return self.base + ("" if self.places is None else format_selection(self.places))
 
     def select(self, chosen: npt.NDArray[np.int64]) -> View:
-        """The images of the view at `chosen`."""
+        """Return a view of the images at `chosen` in this view."""
         return View.of(self.base, chosen if self.places is None else self.places[chosen])
 
 
 class SelectedImages(ImageSource):
-    """Some images of another source, in a given order, under their ids there.
+    """Some images of another source, in a given order, under the ids that they have there.
 
     Args:
-        whole: the source.
+        whole: the other source.
         indices: places in it.
-        view: the same, as the spec says it; default a selection of `whole`.
+        view: the same places as the spec expresses them; by default a selection from `whole`.
     """
 
     def __init__(
@@ -229,7 +230,7 @@ class SelectedImages(ImageSource):
         return self.whole.load(place) if min_side is None else self.whole.load(place, min_side)
 
     def fingerprint(self) -> str:
-        """The whole source's fingerprint, tied to the selection."""
+        """Return the whole source's fingerprint, combined with the selection."""
         digest = hashlib.sha256(self.whole.fingerprint().encode())
         digest.update(np.ascontiguousarray(self.indices, dtype="<i8").tobytes())
         return digest.hexdigest()

@@ -30,14 +30,14 @@ FOUND_BY_NAME = tuple(
     f"{stem}{suffix}"
     for stem in ("metadata", "labels", "captions")
     for suffix in (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
-    if (stem, suffix) != ("labels", ".txt")  # by custom a bare list of class names
+    if (stem, suffix) != ("labels", ".txt")  # by convention a bare list of class names
 )
-"""Tables that are used when they lie in the folder of the images, or below it."""
+"""Names of tables that are read if they lie in the folder of the images, or below it."""
 
 
 @dataclass
 class Annotation:
-    """What the rows of a table say about one image."""
+    """What a table says about one image, in one row or several."""
 
     label: str | None = None
     captions: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Annotation:
 
 @dataclass
 class AnnotationTable:
-    """Annotations by file name; several rows of one file bring several captions."""
+    """Annotations by file name; several rows for one file give several captions."""
 
     path: Path
     has_labels: bool
@@ -53,10 +53,10 @@ class AnnotationTable:
     notes: tuple[str, ...] = ()
 
     def match(self, ids: Iterable[str]) -> tuple[dict[str, Annotation], tuple[str, ...]]:
-        """Annotations by image id, and notes about what did not fit.
+        """Return annotations by image id, and notes about what did not fit.
 
-        A row names an image by its path relative to the folder or, where that fits nothing, by
-        its bare file name if only one image bears it.
+        A row names an image by its path relative to the folder or, if that fits no image, by its
+        bare file name, provided that only one image has it.
 
         Raises:
             UserError: no row names an image.
@@ -90,14 +90,14 @@ class AnnotationTable:
             )
         if len(matched) < len(places.ids):
             notes.append(
-                f"{self.path.name}: says nothing of {len(places.ids) - len(matched):,} images."
+                f"{self.path.name}: says nothing about {len(places.ids) - len(matched):,} images."
             )
         return matched, tuple(notes)
 
 
 class _Places:
-    """Image ids, to be found as tables spell them: exactly; in another Unicode form, with
-    backslashes or blanks round it; by the bare name. What fits several images fits none."""
+    """Looks up image ids as tables spell them: exactly; in another Unicode form, with backslashes
+    or surrounding blanks; or by the bare file name. What fits several images fits none."""
 
     def __init__(self, ids: Iterable[str]) -> None:
         self.ids = dict.fromkeys(ids)
@@ -109,7 +109,7 @@ class _Places:
                 found[key] = None if key in found else id_
 
     def find(self, file: str) -> str | None:
-        """The id of the image that a table calls `file`."""
+        """Return the id of the image that a table calls `file`."""
         if file in self.ids:
             return file
         path = _normal(file)
@@ -119,12 +119,13 @@ class _Places:
 def read_table(path: Path) -> AnnotationTable:
     """Read a table of labels and captions.
 
-    The image stands in a column named as in `FILE_COLUMNS`, the rest as in `LABEL_COLUMNS` and
-    `CAPTION_COLUMNS`. Text files may be parted by comma, tab, semicolon or `|`.
+    The file names are in a column named as in `FILE_COLUMNS`, the rest in columns named as in
+    `LABEL_COLUMNS` and `CAPTION_COLUMNS`. Text files may be separated by comma, tab, semicolon or
+    `|`.
 
     Raises:
-        UserError: the file is missing, cannot be read, or lacks the columns; or a row has not as
-            many cells as the header.
+        UserError: the file is missing, cannot be read, or lacks the columns; or a row does not have
+            as many cells as the header.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such table.")
@@ -150,7 +151,7 @@ def read_table(path: Path) -> AnnotationTable:
     for row in rows:
         file = row.get(file_column)
         if not isinstance(file, str):
-            raise UserError(f"{path}: column {file_column!r} holds {file!r}, no text.")
+            raise UserError(f"{path}: column {file_column!r} holds {file!r}, not a text.")
         annotation = by_file.setdefault(file, Annotation())
         if label_column is not None:
             value = row.get(label_column)
@@ -172,7 +173,7 @@ def read_table(path: Path) -> AnnotationTable:
         )
     if different:
         notes.append(
-            f"{path.name}: {len(different):,} rows give another label than an earlier row of the "
+            f"{path.name}: {len(different):,} rows give another label than an earlier row for the "
             f"same file ({different[0]!r}, …); the first label is taken."
         )
     return AnnotationTable(path, label_column is not None, by_file, tuple(notes))
@@ -190,7 +191,7 @@ def _rows(path: Path) -> tuple[list[str], Iterable[dict[str, Any]]]:
 
 
 def _json_lines(text: str) -> list[str]:
-    """Lines that end in LF, CR LF or CR: JSON allows none of them in a value."""
+    """Split at LF, CR LF or CR: JSON allows none of them inside a value."""
     return lines(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -198,7 +199,7 @@ def _parquet_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     names = pq.read_schema(for_arrow(path)).names
     known = {*FILE_COLUMNS, *LABEL_COLUMNS, *CAPTION_COLUMNS}
     wanted = [name for name in names if name.strip().lower() in known]
-    if len(set(wanted)) < len(wanted):  # told by the caller; Arrow reads no column of such a name
+    if len(set(wanted)) < len(wanted):  # the caller reports it; Arrow reads no such column
         return names, []
     table = pq.read_table(for_arrow(path), columns=wanted)
     columns = {name: cells_of(table.column(name)) for name in wanted}
@@ -208,12 +209,12 @@ def _parquet_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def for_arrow(path: Path) -> Path | BinaryIO:
-    """What Arrow reads a file from, which takes no name that is not UTF-8."""
+    """Return what Arrow can read the file from: it accepts only names that are UTF-8."""
     return path if str(path) == without_surrogates(str(path)) else path.open("rb")
 
 
 def cells_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    r"""The cells of an Arrow column; text that is not UTF-8 with `\xNN` for its odd bytes."""
+    r"""Return the cells of an Arrow column; bytes that are not UTF-8 are written as `\xNN`."""
     try:
         cells: list[Any] = column.to_pylist()
     except UnicodeDecodeError:
@@ -222,7 +223,7 @@ def cells_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def decoded_cell(cell: pa.Scalar) -> Any:
-    r"""A cell of an Arrow column; text that is not UTF-8 with `\xNN` for its odd bytes."""
+    r"""Return a cell of an Arrow column; bytes that are not UTF-8 are written as `\xNN`."""
     try:
         return cell.as_py()
     except UnicodeDecodeError:
@@ -246,7 +247,7 @@ def _record(number: int, line: str) -> dict[str, Any] | None:
 
 
 def _delimited(text: str) -> tuple[list[str], Iterable[dict[str, Any]]]:
-    # As Python's csv wants it: a record ends at LF, CR LF or CR, outside of quotes.
+    # newline="", as Python's csv expects: a record ends at LF, CR LF or CR, outside quotes.
     file = io.StringIO(text, newline="")
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = max("\t,|;", key=header.count)
@@ -272,6 +273,6 @@ def _records(names: list[str], delimiter: str, reader: Iterator[list[str]]) -> l
 
 
 def _normal(file: str) -> str:
-    """One spelling for one path: posix, no `./`, composed Unicode (macOS writes it decomposed)."""
+    """Return one spelling per path: POSIX, no `./`, composed Unicode (macOS decomposes it)."""
     text = unicodedata.normalize("NFC", file.strip().replace("\\", "/"))
     return PurePosixPath(text).as_posix()

@@ -25,11 +25,11 @@ MAX_SHARDS = 100_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^([0-9]{1,18})\.\.([0-9]{1,18})$")
 _BLOCK = 512
-_BEHIND = 64 * 1024  # writers pad with zeros to 10 KiB, as a rule
+_BEHIND = 64 * 1024  # writers usually pad with zeros to 10 KiB
 
 
 Place = tuple[int, int]
-"""Offset and size of a member."""
+"""Offset and size, in bytes, of a member."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class _Group:
 
 @dataclass
 class _Sample:
-    """An image, and what goes with it."""
+    """An image, and what belongs to it."""
 
     shard: int
     key: str
@@ -55,13 +55,13 @@ class _Sample:
 
 
 @dataclass
-class _Told:
-    """What is left out of the shards, or chosen between.
+class _LeftOut:
+    """Counts of what was left out of the shards, or chosen between.
 
     Attributes:
         without: samples that hold no image.
-        beside: endings of images that stand beside the one that is taken.
-        split: samples with several images whose names hold dots: each is an image of its own.
+        beside: endings of images that were left out because another one of their sample was taken.
+        split: samples with several images and dots in their names; each counts as its own image.
         links: members that are links to others.
         sparse: members that are stored without their runs of zeros.
         hidden: images whose name begins with a dot.
@@ -77,14 +77,14 @@ class _Told:
     unread: list[str] = field(default_factory=list)
 
     def notes(self) -> tuple[str, ...]:
-        """Sentences about all of it."""
+        """Return one sentence for each of these that is not zero."""
         kinds = ", ".join(f"{ending} ×{n:,}" for ending, n in self.beside.most_common(5))
         counted = {
             f"{self.without:,} samples of the shards hold no image.": self.without,
             f"{self.beside.total():,} images are left out, because their sample holds a plainer "
             f"one ({kinds}).": self.beside.total(),
-            f"{self.split:,} samples hold several images with dots in their names; each is taken "
-            "for an image of its own.": self.split,
+            f"{self.split:,} samples hold several images with dots in their names; each counts "
+            "as an image of its own.": self.split,
             f"{self.links:,} members of the shards are links and left out.": self.links,
             f"{self.sparse:,} members of the shards are sparse files and left out; pack them "
             "without --sparse.": self.sparse,
@@ -98,22 +98,22 @@ class _Told:
 class TarShardImages(ImageSource):
     """Samples of uncompressed tar files, in the order of the shards and of their members.
 
-    Neighbouring members with the same path up to the first dot of the file name are one sample:
-    an image, and sidecars: `.cls` or `.label` (label), `.txt` or `.caption` (caption), `.json`
-    (both). Of `0.jpg` and `0.depth.png` the image is the one whose whole ending is an image's; the
-    other is left out and counted, unless it has sidecars of its own (`0.depth.txt`). Where there
-    is none such, as of `v1.0.jpg` and `v1.1.jpg`, each is an image of its own, with the sidecars
-    of its own name or else those of the sample. The id is `SHARD/KEY`.
+    Neighbouring members with the same path up to the first dot of the file name form one sample:
+    an image and its sidecars: `.cls` or `.label` (label), `.txt` or `.caption` (caption), `.json`
+    (both). Of `0.jpg` and `0.depth.png`, the image is the one whose entire ending is an image's;
+    the other is left out and counted, unless it has sidecars of its own (`0.depth.txt`). If no
+    image has such an ending, as with `v1.0.jpg` and `v1.1.jpg`, each is an image of its own, with
+    the sidecars of its own name or otherwise those of the sample. The id is `SHARD/KEY`.
 
-    A shard that is cut off or damaged gives what can be read; what cannot is an image that fails
-    with the place of the damage as its reason, so it is counted like any broken image.
+    A truncated or damaged shard gives what can be read; the rest counts as one image that fails,
+    like any broken image, with the place of the damage as the reason.
 
     Args:
-        pattern: paths with `{000..127}` and `{a,b}`, `*`, or a folder of `.tar` files; several are
-            parted by `::`.
+        pattern: paths with `{000..127}`, `{a,b}` or `*`, or a folder of `.tar` files; several are
+            separated by `::`.
 
     Raises:
-        UserError: a shard is missing; or there are no images, e.g. since no shard is a plain tar.
+        UserError: a shard is missing, or there are no images, e.g. because no shard is a plain tar.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -124,19 +124,19 @@ class TarShardImages(ImageSource):
         )
         self.spec = without_surrogates("webdataset:" + "::".join(absolute))
         names = _shard_names(self._shards)
-        told = _Told()
+        left_out = _LeftOut()
         samples = [
             sample
             for number, shard in enumerate(self._shards)
-            for sample in _samples_of(number, shard, told, alone=len(self._shards) == 1)
+            for sample in _samples_of(number, shard, left_out, alone=len(self._shards) == 1)
         ]
         self._samples = [s for s in samples if s.image is not None or s.damage is not None]
-        told.without = len(samples) - len(self._samples)
+        left_out.without = len(samples) - len(self._samples)
         if not any(sample.image for sample in self._samples):
-            why = f" {told.unread[0]}." if told.unread else ""
+            why = f" {left_out.unread[0]}." if left_out.unread else ""
             raise UserError(
-                f"{pattern}: {len(self._shards):,} shards with {told.without:,} samples hold no "
-                f"images ({' '.join(sorted(SUFFIXES))}).{why}"
+                f"{pattern}: {len(self._shards):,} shards with {left_out.without:,} samples hold "
+                f"no images ({' '.join(sorted(SUFFIXES))}).{why}"
             )
         copies: Counter[str] = Counter()
         taken: set[str] = set()
@@ -146,7 +146,7 @@ class TarShardImages(ImageSource):
                 copies[key] += 1
                 sample.id = f"{key}~{copies[key] + 1}"
             taken.add(sample.id)
-        self.notes = told.notes()
+        self.notes = left_out.notes()
         self._open: tuple[int, BinaryIO] | None = None
 
     def __len__(self) -> int:
@@ -169,7 +169,7 @@ class TarShardImages(ImageSource):
         return decode_image(self._read(sample.shard, offset, size), min_side)
 
     def fingerprint(self) -> str:
-        """Over the shards' names, sizes and modification times."""
+        """Hash the shards' names, sizes and modification times."""
         digest = hashlib.sha256()
         for name, shard in zip(_shard_names(self._shards), self._shards, strict=True):
             status = shard.stat()
@@ -193,7 +193,7 @@ class TarShardImages(ImageSource):
                 if self._open is not None:
                     self._open[1].close()
                 self._open = (shard, self._shards[shard].open("rb"))
-            # pread moves no file position, which forked workers would share.
+            # pread does not move the file position, which forked workers would share.
             return os.pread(self._open[1].fileno(), size, offset)
         except OSError as error:
             raise ImageError(f"its shard cannot be read ({error.strerror or error})") from error
@@ -203,7 +203,7 @@ class TarShardImages(ImageSource):
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`"a-{00..02}.{x,y}"` → the six names, the ranges padded as written."""
+    """Expand `"a-{00..02}.{x,y}"` to the six names; ranges are padded as written."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -250,20 +250,20 @@ def _shard_names(shards: list[Path]) -> list[str]:
     return [without_surrogates(shard.relative_to(root).as_posix()) for shard in shards]
 
 
-def _samples_of(number: int, shard: Path, told: _Told, alone: bool) -> list[_Sample]:
-    """A shard's samples; one among several that cannot be read is a sample that fails."""
+def _samples_of(number: int, shard: Path, left_out: _LeftOut, alone: bool) -> list[_Sample]:
+    """List a shard's samples; one unreadable shard among several becomes a sample that fails."""
     try:
-        groups = _scan(shard, told)
+        groups = _scan(shard, left_out)
     except UserError as error:
         if alone:
             raise
-        told.unread.append(str(error).removesuffix("."))
+        left_out.unread.append(str(error).removesuffix("."))
         return [_Sample(number, "(damaged)", damage=str(error))]
-    return [sample for group in groups for sample in _split(number, group, told)]
+    return [sample for group in groups for sample in _split(number, group, left_out)]
 
 
-def _scan(shard: Path, told: _Told) -> list[_Group]:
-    """List a shard's members by their headers alone; damage becomes a group that fails."""
+def _scan(shard: Path, left_out: _LeftOut) -> list[_Group]:
+    """List a shard's members from their headers alone; damage becomes a group that fails."""
     size = shard.stat().st_size
     groups: list[_Group] = []
     try:
@@ -271,7 +271,7 @@ def _scan(shard: Path, told: _Told) -> list[_Group]:
             damage = None
             try:
                 for member in archive:
-                    _add(groups, member, size, told)
+                    _add(groups, member, size, left_out)
             except (tarfile.TarError, EOFError, ValueError) as error:
                 damage = f"the shard is damaged at byte {min(archive.offset, size):,} ({error})"
             damage = damage or _bad_end(shard, archive.offset, size)
@@ -281,21 +281,21 @@ def _scan(shard: Path, told: _Told) -> list[_Group]:
     except OSError as error:
         raise UserError(f"{shard}: cannot be read ({error.strerror or error}).") from error
     if damage is not None and not any(group.damage for group in groups):
-        groups.append(_Group("(damaged)", damage=f"{damage}; what came behind it is lost"))
+        groups.append(_Group("(damaged)", damage=f"{damage}; what came after it is lost"))
     return groups
 
 
-def _add(groups: list[_Group], member: tarfile.TarInfo, size: int, told: _Told) -> None:
+def _add(groups: list[_Group], member: tarfile.TarInfo, size: int, left_out: _LeftOut) -> None:
     if not member.isreg() or member.issparse():
-        told.links += member.islnk() or member.issym()
-        told.sparse += member.issparse()
+        left_out.links += member.islnk() or member.issym()
+        left_out.sparse += member.issparse()
         return
     path = PurePosixPath(member.name)
     stem, _, ending = path.name.partition(".")
     ending = ending.lower()
     is_image = f".{ending.rpartition('.')[2]}" in SUFFIXES
     if not stem:  # hidden files, and the ._ twins that macOS adds
-        told.hidden += is_image
+        left_out.hidden += is_image
         return
     key = (path.parent / stem).as_posix()
     if not groups or groups[-1].key != key:
@@ -305,31 +305,31 @@ def _add(groups: list[_Group], member: tarfile.TarInfo, size: int, told: _Told) 
     if is_image and ending not in group.images:
         group.images[ending] = place
     elif is_image:
-        told.beside[ending] += 1
+        left_out.beside[ending] += 1
     else:
         group.sidecars.setdefault(ending, place)
     if member.offset_data + member.size > size:
         group.damage = f"the shard is cut off at byte {size:,}, inside {member.name}"
 
 
-def _split(number: int, group: _Group, told: _Told) -> list[_Sample]:
-    """The samples of a group: one, unless the dots are those of file names."""
+def _split(number: int, group: _Group, left_out: _LeftOut) -> list[_Sample]:
+    """Return the samples of a group: one, unless the dots belong to file names."""
     plain = [ending for ending in group.images if "." not in ending]
     dotted = {ending: ending.rpartition(".")[0] for ending in group.images if "." in ending}
     own = {name: _own_sidecars(group, name) for name in dotted.values()}
-    if plain:  # a depth map has no caption of its own; an image whose name goes on has
-        told.beside.update(plain[1:])
-        told.beside.update(ending for ending, name in dotted.items() if not own[name])
+    if plain:  # a depth map has no caption of its own; an image with a dotted name has
+        left_out.beside.update(plain[1:])
+        left_out.beside.update(ending for ending, name in dotted.items() if not own[name])
         dotted = {ending: name for ending, name in dotted.items() if own[name]}
     samples: dict[str, _Sample] = {}
     if plain or not group.images:
         image = group.images[plain[0]] if plain else None
         samples[""] = _Sample(number, group.key, image, group.sidecars)
     several = len(dotted) + bool(plain) > 1
-    told.split += several
+    left_out.split += several
     for ending, name in dotted.items():
         if name in samples:
-            told.beside[ending] += 1
+            left_out.beside[ending] += 1
             continue
         key = f"{group.key}.{name}" if several else group.key
         sidecars = own[name] if plain else group.sidecars | own[name]
@@ -340,7 +340,7 @@ def _split(number: int, group: _Group, told: _Told) -> list[_Sample]:
 
 
 def _own_sidecars(group: _Group, name: str) -> dict[str, Place]:
-    """`1.txt` and the like of the image `1.jpg` in a group."""
+    """Return `1.txt` and other sidecars of the image `1.jpg` in a group."""
     return {
         rest.removeprefix(f"{name}."): place
         for rest, place in group.sidecars.items()
@@ -349,7 +349,7 @@ def _own_sidecars(group: _Group, name: str) -> dict[str, Place]:
 
 
 def _bad_end(shard: Path, offset: int, size: int) -> str | None:
-    """tarfile takes a spoilt header for the end; only a block of zeros truly is one."""
+    """Check the end mark: tarfile takes a damaged header for the end, which is a block of zeros."""
     with shard.open("rb") as file:
         file.seek(offset)
         block = file.read(_BLOCK)
@@ -359,7 +359,7 @@ def _bad_end(shard: Path, offset: int, size: int) -> str | None:
     if any(block):
         return f"the shard is damaged at byte {offset:,} (no header there)"
     if any(behind):
-        return f"the shard has more behind its end mark at byte {offset:,} (joined tar files?)"
+        return f"the shard has more after its end mark at byte {offset:,} (joined tar files?)"
     return None
 
 

@@ -1,9 +1,9 @@
-"""What a worker process that loads images does about signals, and when its parent is gone.
+"""How a worker process that loads images handles signals and the end of its parent.
 
-Ctrl-C in a terminal goes to every process of the group, as SIGTERM from a job scheduler may: what
-to keep, and when to stop, is for the parent to decide. So workers are born with both blocked, heed
-SIGTERM from their parent alone, and end by themselves within a moment once it is gone: torch's own
-watchdog looks every five seconds only.
+Ctrl-C in a terminal reaches every process of the group, and so may SIGTERM from a job scheduler;
+but only the parent should decide what to keep and when to stop. So workers start with both signals
+blocked, obey SIGTERM only from their parent, and end by themselves within a moment of its end:
+torch's own watchdog only looks every five seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 SECONDS_BETWEEN_LOOKS = 0.25
 PATIENCE = 0.5
-"""Seconds that a worker has to end by itself where no one waits for its images any more."""
+"""Seconds that a worker has to end by itself once nobody waits for its images any more."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _MASKS = hasattr(signal, "pthread_sigmask") and hasattr(signal, "sigtimedwait")
@@ -29,7 +29,7 @@ _MASKS = hasattr(signal, "pthread_sigmask") and hasattr(signal, "sigtimedwait")
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Let processes that the calling thread starts meanwhile be born with the signals blocked."""
+    """Block the signals in all processes that the calling thread starts in this context."""
     if not _MASKS:
         yield
         return
@@ -41,17 +41,17 @@ def deaf_children() -> Iterator[None]:
 
 
 def watch_parent(_: int) -> None:
-    """Start, in a worker, the thread that ends it with its parent; torch gives its number."""
+    """Start, in a worker, the thread that ends it with its parent; torch passes a number."""
     if _MASKS:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _told_unless_parent_has_gone
+    sys.excepthook = _report_unless_parent_has_gone
     threading.Thread(target=_watch, name="sparsight-watch-parent", daemon=True).start()
 
 
 def end_workers(batches: Any) -> None:
-    """End a loader's workers where the rest of their images is not wanted any more.
+    """End a loader's workers when the rest of their images is no longer wanted.
 
     Args:
         batches: torch's iterator over the batches of several workers.
@@ -63,7 +63,7 @@ def end_workers(batches: Any) -> None:
             if worker.is_alive():
                 worker.kill()
 
-    if sys.is_finalizing():  # no thread starts any more
+    if sys.is_finalizing():  # no new thread can start
         kill()
         return
     timer = threading.Timer(PATIENCE, kill)
@@ -71,32 +71,32 @@ def end_workers(batches: Any) -> None:
     timer.start()
     try:
         batches._shutdown_workers()
-    except BaseException:  # another Ctrl-C, say: nothing is waited for any more
+    except BaseException:  # another Ctrl-C, say: wait for nothing any more
         kill()
         raise
     finally:
         timer.cancel()
 
 
-def _told_unless_parent_has_gone(
+def _report_unless_parent_has_gone(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Say nothing where a stopped parent no longer takes what a worker hands over."""
+    """Print nothing when a stopped parent no longer takes what a worker hands over."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
 
 def _watch() -> None:
     parent = multiprocessing.parent_process()
-    if parent is None:  # this is no worker
+    if parent is None:  # this process is not a worker
         return
-    # Not where a server forks workers for the parent.
+    # It is not, where a fork server forks workers on the parent's behalf.
     is_child = os.getppid() == parent.pid
     while parent.is_alive() and (not is_child or os.getppid() == parent.pid):
         if not _MASKS:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             continue
-        found = signal.sigtimedwait([signal.SIGTERM], SECONDS_BETWEEN_LOOKS)
-        if found is not None and found.si_pid == parent.pid:
+        received = signal.sigtimedwait([signal.SIGTERM], SECONDS_BETWEEN_LOOKS)
+        if received is not None and received.si_pid == parent.pid:
             break
     os._exit(1)

@@ -1,7 +1,7 @@
-"""Any source of pictures with words written on them.
+"""Any source of images, with words written on them.
 
-What is written, where and how is drawn from a seed and the picture's id: the same on every machine,
-in any order, in any process. How it looks is in `lettering`.
+A seed and the image's id determine what is written, where and how: the result is the same on every
+machine, in any order and in any process. `lettering` draws the words.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from sparsight.calibration.world import RenderedScene, Scene
 
 Kind = Literal["clean", "attacked", "same", "control"]
-"""Nothing; the name of another class; of its own class; letters that name none."""
+"""Nothing; the name of another class; the name of its own class; letters that name no class."""
 
 Nonsense = Literal["letters", "anagram"]
-"""Letters drawn as often as class names have them; or the attacking word's own, shuffled."""
+"""Letters drawn as often as they occur in class names; or the attacking word's own, shuffled."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _DRAWS = 6
@@ -42,9 +42,9 @@ _TRIES = 64
 
 @dataclass(frozen=True)
 class WorldBand:
-    """The calibration world's own writing: bold letters on a band, where they hide little.
+    """The calibration world's own writing: bold letters on a band, placed where they hide little.
 
-    Only for its scenes; their masks then know the word.
+    It works only on that world's scenes, whose masks then include the word.
     """
 
 
@@ -52,22 +52,23 @@ Style = TextStyle | WorldBand
 
 
 class WrittenImages(ImageSource):
-    """The labelled pictures of a source with words on them, drawn when they are loaded.
+    """The labelled images of a source with words on them, drawn when the images are loaded.
 
-    Ids, labels and captions are the source's. The same seed gives a picture the same place and look
-    in every kind, so that kinds make pairs. Pictures without a label are left out.
+    Ids, labels and captions are those of the source. With the same seed, an image has the same
+    place and look in every kind, so that kinds form pairs. Images without a label are left out.
 
     Args:
-        source: the pictures.
-        kind: what is written: see `Kind`.
-        style: how.
-        seed: of words, places and the choice of pictures.
-        class_names: the words, by label; by default the labels, underscores read as spaces.
-        n: so many pictures, chosen at random, in the order of the source; default all.
-        nonsense: what stands in `control`.
+        source: the images.
+        kind: what is written; see `Kind`.
+        style: how it is written.
+        seed: seed of the words, their places and the choice of images.
+        class_names: the words, by label; by default the labels, with underscores read as spaces.
+        n: number of images, chosen at random, in the order of the source; all by default.
+        nonsense: what is written for the kind `control`.
 
     Raises:
-        UserError: no labels, a class name that cannot be written, or `WorldBand` on photos.
+        UserError: there are no labels, a class name cannot be written, or `WorldBand` is used on
+            photos.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class WrittenImages(ImageSource):
         self.style: Style = style or (WorldBand() if has_scenes else TextStyle())
         if isinstance(self.style, WorldBand) and not has_scenes:
             raise UserError(
-                f"{source.spec}: the world's own band goes on calibration scenes alone."
+                f"{source.spec}: the world's own band works on calibration scenes only."
             )
         self.seed = seed
         self.n = n
@@ -107,7 +108,7 @@ class WrittenImages(ImageSource):
         self.spec = self._spec()
 
     def _choose(self) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-        """Places in the source of the pictures that stand here, and what was left out."""
+        """Choose places in the source, and say what was left out."""
         known: list[int] = []
         unread = 0
         for index in range(len(self.source)):
@@ -121,13 +122,13 @@ class WrittenImages(ImageSource):
         left_out = len(self.source) - len(known)
         if not known:
             raise UserError(
-                f"{self.source.spec}: none of its {len(self.source):,} pictures has a label among "
+                f"{self.source.spec}: none of its {len(self.source):,} images has a label among "
                 f"the {len(self.class_names)} classes, so there is no other class to name."
             )
         notes = [*self.source.notes]
         if left_out:
             notes.append(
-                f"{left_out:,} of {len(self.source):,} pictures have no label among the classes"
+                f"{left_out:,} of {len(self.source):,} images have no label among the classes"
                 f"{f' ({unread:,} cannot be read)' if unread else ''}; nothing is written on them."
             )
         if self.n is not None and self.n < len(known):
@@ -136,7 +137,7 @@ class WrittenImages(ImageSource):
         return np.asarray(known, np.int64), tuple(notes)
 
     def as_kind(self, kind: Kind) -> WrittenImages:
-        """The same pictures with another kind of words on them."""
+        """Return the same images with another kind of words on them."""
         if kind not in KINDS:
             raise UserError(f"kind is {kind!r}; expected {', '.join(KINDS)}.")
         other = copy.copy(self)
@@ -170,11 +171,11 @@ class WrittenImages(ImageSource):
         return self.source.info(self.place(index))
 
     def place(self, index: int) -> int:
-        """Where picture `index` stands in the source."""
+        """Return where in the source image `index` is."""
         return int(self._places[self._check_index(index)])
 
     def attack(self, index: int) -> str:
-        """The label of the class, not the picture's own, whose name attacks picture `index`."""
+        """Return the label of the class (not the image's own) whose name attacks image `index`."""
         info = self.info(index)
         labels = list(self.class_names)
         own = labels.index(info.label or "")
@@ -182,7 +183,7 @@ class WrittenImages(ImageSource):
         return labels[(own + step) % len(labels)]
 
     def text(self, index: int) -> str | None:
-        """What is written on picture `index`; None where nothing is."""
+        """Return what is written on image `index`; None if nothing is."""
         if self.kind == "clean":
             return None
         info = self.info(index)
@@ -192,7 +193,7 @@ class WrittenImages(ImageSource):
         return word if self.kind == "attacked" else self._control(word, info.id)
 
     def _control(self, word: str, id: str) -> str:
-        """Letters in place of a word: as many, spaces where it has them, and no class's name."""
+        """Return letters instead of a word: as many, with the same spaces, and not a class name."""
         names = {_folded(name) for name in self.class_names.values()}
         pool = (
             [letter for letter in word if not letter.isspace()]
@@ -213,14 +214,14 @@ class WrittenImages(ImageSource):
 
     @cached_property
     def _pool(self) -> list[str]:
-        """Every letter of every class name, as often as it stands there."""
+        """Every letter of every class name, as often as it occurs."""
         return [c for name in self.class_names.values() for c in name if not c.isspace()]
 
     def load(self, index: int, min_side: int | None = None) -> Image.Image:
         """See `ImageSource.load`.
 
         Raises:
-            ImageError: also where the word does not fit.
+            ImageError: the word does not fit, or as in `ImageSource.load`.
         """
         place, text = self.place(index), self.text(index)
         image = self.source.load(place) if min_side is None else self.source.load(place, min_side)
@@ -231,7 +232,7 @@ class WrittenImages(ImageSource):
         return write_on_image(image, text, self.style, u.tolist())
 
     def fingerprint(self) -> str:
-        """The source's, tied to what is written and how."""
+        """Return the source's fingerprint, combined with what is written and how."""
         about = {
             "source": self.source.fingerprint(),
             "kind": self.kind,
@@ -248,9 +249,9 @@ class WrittenImages(ImageSource):
 
 
 class WrittenScenes(WrittenImages):
-    """Scenes of the calibration world with its own writing on them: the truth stays known.
+    """Scenes of the calibration world with its own writing on them; their ground truth stays known.
 
-    What the world itself wrote on some of them is left out, in every kind.
+    Words that the world itself wrote on some scenes are left out, in every kind.
     """
 
     @property
@@ -259,7 +260,7 @@ class WrittenScenes(WrittenImages):
         return self.source.world  # type: ignore[attr-defined]
 
     def scene(self, index: int) -> Scene:
-        """The truth about picture `index`, its writing included."""
+        """Return the ground truth about image `index`, including its writing."""
         from sparsight.calibration.world import write_on
 
         scene: Scene = self.source.scene(self.place(index))  # type: ignore[attr-defined]
@@ -273,7 +274,7 @@ class WrittenScenes(WrittenImages):
             raise ImageError(str(error)) from error
 
     def render(self, index: int) -> RenderedScene:
-        """Picture `index` with the masks of its parts."""
+        """Render image `index`, with the masks of its parts."""
         from sparsight.calibration.world import render
 
         return render(self.scene(index))
@@ -283,7 +284,7 @@ class WrittenScenes(WrittenImages):
         return Image.fromarray(np.asarray(self.render(index).image))
 
     def select(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageSource:
-        """See `ImageSource.select`; the truth stays within reach."""
+        """See `ImageSource.select`; the ground truth stays available."""
         return SelectedScenes(self, self._checked(indices))
 
     def _view(self, places: npt.NDArray[np.int64], spec: str) -> ImageSource:
@@ -291,7 +292,7 @@ class WrittenScenes(WrittenImages):
 
 
 class SelectedScenes(SelectedImages):
-    """Some of the scenes that are written on, with their truth."""
+    """Some of the scenes with words on them, with their ground truth."""
 
     whole: WrittenScenes
 
@@ -301,24 +302,24 @@ class SelectedScenes(SelectedImages):
         return self.whole.world
 
     def scene(self, index: int) -> Scene:
-        """The truth about image `index`, its writing included."""
+        """Return the ground truth about image `index`, including its writing."""
         return self.whole.scene(int(self.indices[self._check_index(index)]))
 
     def render(self, index: int) -> RenderedScene:
-        """Image `index` with the masks of its parts."""
+        """Render image `index`, with the masks of its parts."""
         return self.whole.render(int(self.indices[self._check_index(index)]))
 
 
 def written(
     source: ImageSource, kind: Kind, style: Style | None = None, **options: Any
 ) -> WrittenImages:
-    """`WrittenImages`, with the truth where the source has it and its own band is used.
+    """Return `WrittenImages`, with ground truth if the source has it and uses its own band.
 
     Args:
-        source: the pictures.
+        source: the images.
         kind: what is written.
-        style: how; by default the world's band on calibration scenes, else `TextStyle()`.
-        options: further ones of `WrittenImages`.
+        style: how; by default the world's band on calibration scenes, and `TextStyle()` elsewhere.
+        options: further arguments of `WrittenImages`.
     """
     own = style is None or isinstance(style, WorldBand)
     scenes = own and hasattr(source, "scene") and hasattr(source, "world")
@@ -326,12 +327,12 @@ def written(
 
 
 def parse_written(text: str) -> tuple[str, Kind, Style | None, dict[str, Any]]:
-    """What a spec `written:KIND?of=SOURCE&…` says: source, kind, style, further options.
+    """Parse a spec `written:KIND?of=SOURCE&…` into source, kind, style and further options.
 
-    Of these, `sample` and `by_label` choose among the written images.
+    Of the options, `sample` and `by_label` choose among the written images.
 
     Raises:
-        UserError: it is not of that form.
+        UserError: the spec does not have this form.
     """
     form = "'written:KIND?of=SOURCE&seed=0&size=0.2&…'"
     kind, mark, query = text.removeprefix("written:").partition("?")
@@ -340,7 +341,7 @@ def parse_written(text: str) -> tuple[str, Kind, Style | None, dict[str, Any]]:
     values = dict(parse_qsl(query, keep_blank_values=True))
     inner = values.pop("of", "")
     if not inner:
-        raise UserError(f"{text!r}: names no source of pictures. Expected {form}.")
+        raise UserError(f"{text!r}: names no source of images. Expected {form}.")
     options: dict[str, Any] = {}
     if "classes" in values:
         options["class_names"] = _classes(values.pop("classes"), text)
@@ -381,12 +382,12 @@ def _classes(value: str, text: str) -> dict[str, str]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise UserError(f"{text!r}: classes is no JSON object of names by label.")
+        raise UserError(f"{text!r}: classes is not a JSON object of names by label.")
     return found
 
 
 def _names(source: ImageSource) -> dict[str, str]:
-    """The names by label; of scenes all that the world has, whichever a view shows."""
+    """Return the class names by label; for scenes, all symbols of the world."""
     if hasattr(source, "world"):
         from sparsight.calibration.symbols import SYMBOLS
 
@@ -398,7 +399,7 @@ def _check_names(names: Mapping[str, str], spec: str) -> None:
     if len(names) < 2:
         raise UserError(
             f"{spec}: {len(names)} classes; a word of another class needs two or more. Give "
-            "pictures with labels (a sub-folder a class), or class_names."
+            "images with labels (one sub-folder per class), or class_names."
         )
     for label, name in names.items():
         if len(name.splitlines()) != 1 or not name.strip():
@@ -406,7 +407,7 @@ def _check_names(names: Mapping[str, str], spec: str) -> None:
 
 
 def _check_letters(names: Mapping[str, str], font: Font) -> None:
-    """A letter that a font lacks would be an empty box, the same for all of them."""
+    """Refuse letters that the font lacks: each would be drawn as the same empty box."""
     known = known_letters(font)
     for name in names.values():
         lacking = "".join(c for c in dict.fromkeys(name) if not c.isspace() and ord(c) not in known)
