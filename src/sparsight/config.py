@@ -1,9 +1,9 @@
-"""Settings as frozen dataclasses, and the same as plain mappings and TOML.
+"""Settings as frozen dataclasses, and the same settings as plain mappings and TOML.
 
-A field whose type is a union of dataclasses is tagged by `kind`, the class's name in lower case
-(`{kind = "topk", k = 32}`); a union of one needs no tag. `None` is left out where it is the default
-and `"none"` elsewhere: TOML has no word for it. An unknown key or a value of another type is an
-error that names the place.
+A field whose type is a union of dataclasses is tagged by `kind`, the lower-case name of the class
+(`{kind = "topk", k = 32}`); with a single dataclass, no tag is needed. `None` is left out if it is
+the default and written `"none"` otherwise, because TOML has no word for it. An unknown key or a
+value of another type is an error that names the place.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ _NUMBER = re.compile(
 )
 _POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9}
 _LONGEST_NUMBER = 25
-"""Digits; seeds of 64 bits have 20."""
+"""Longest number, in digits; seeds of 64 bits have 20."""
 
 SCHEMA = "schema_version"
 SCHEMA_VERSION = 1
-"""Of TOML files; one without it is read as this version."""
+"""The version of TOML files; a file without one is read as this version."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as a mapping of plain values; nested ones carry their `kind`."""
-    found: dict[str, Any] = {}
+    """Turn a dataclass into a mapping of plain values; nested ones carry their `kind`."""
+    plain: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = _plain(getattr(config, field.name))
         if value is not None:
-            found[field.name] = value
+            plain[field.name] = value
         elif field.default is not None:
-            found[field.name] = NONE
-    return found
+            plain[field.name] = NONE
+    return plain
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
@@ -66,7 +66,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
     Args:
         cls: the dataclass.
         values: its fields; those that are left out take their defaults.
-        where: what error messages name first, e.g. the file.
+        where: prefix of error messages, e.g. the file.
 
     Raises:
         UserError: a key is unknown or missing, or a value has another type or is out of range.
@@ -75,34 +75,34 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
 
 
 def convert(hint: Any, value: Any, where: str, path: str) -> Any:
-    """Bring a plain value to a type, as `from_dict` does with the fields of a dataclass.
+    """Convert a plain value to a type, as `from_dict` does with the fields of a dataclass.
 
     Args:
         hint: the type.
-        value: e.g. a table for a dataclass.
-        where: what error messages name first, e.g. the file.
-        path: the value's own name.
+        value: the value, e.g. a table for a dataclass.
+        where: prefix of error messages, e.g. the file.
+        path: the name of the value.
 
     Raises:
-        UserError: it has another type or is out of range.
+        UserError: the value has another type or is out of range.
     """
     return _convert(hint, value, where, path)
 
 
 def kind_of(cls: type) -> str:
-    """What a table says that stands for one of several dataclasses."""
+    """Return the `kind` of a dataclass, by which a table names it among several."""
     return _kind(cls)
 
 
 def check_types(config: Any, path: str = "") -> None:
-    """Bring a dataclass's fields to their types, as `from_dict` does; for its `__post_init__`.
+    """Convert a dataclass's fields to their types, as `from_dict` does; for its `__post_init__`.
 
     Args:
         config: the dataclass, frozen or not.
-        path: what stands before the names of its fields in messages, e.g. "auxk.".
+        path: prefix of its fields' names in messages, e.g. "auxk.".
 
     Raises:
-        UserError: a value has another type, is no choice of its `Literal`, or is not finite.
+        UserError: a value has another type, is not a choice of its `Literal`, or is not finite.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -111,25 +111,25 @@ def check_types(config: Any, path: str = "") -> None:
 
 
 def whole_number(text: str) -> int:
-    """Read a whole number as people write them: "1000000", "1_000_000", "1,000,000", "1e6", "1M".
+    """Read an integer as people write it: "1000000", "1_000_000", "1,000,000", "1e6", "1M".
 
     k, M and G (or B) stand for a thousand, a million and a thousand millions.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not an integer.
     """
-    found = _NUMBER.fullmatch(text.strip())
-    if found is not None:
-        value = Decimal(re.sub("[_,]", "", found[1]))
-        power = found[2].lower()
+    match = _NUMBER.fullmatch(text.strip())
+    if match is not None:
+        value = Decimal(re.sub("[_,]", "", match[1]))
+        power = match[2].lower()
         value = value.scaleb(_POWERS[power] if power in _POWERS else int(power[1:]))
         if value.adjusted() < _LONGEST_NUMBER and value == value.to_integral_value():
             return int(value)
-    raise ValueError(f"{text!r} is no whole number; write 1000000, 1_000_000, 1e6 or 1M.")
+    raise ValueError(f"{text!r} is not a whole number; write 1000000, 1_000_000, 1e6 or 1M.")
 
 
 def check_seed(seed: int, name: str = "seed") -> None:
-    """Make sure that torch and numpy both take a seed.
+    """Check that both torch and numpy accept a seed.
 
     Raises:
         UserError: it is negative or beyond 64 bits.
@@ -139,7 +139,7 @@ def check_seed(seed: int, name: str = "seed") -> None:
 
 
 def check_positive(**values: int | None) -> None:
-    """Make sure that counts, by their names, are 1 or more, or None.
+    """Check that counts, given by name, are 1 or more, or None.
 
     Raises:
         UserError: one is not.
@@ -151,7 +151,7 @@ def check_positive(**values: int | None) -> None:
 
 
 def check_seconds(**values: float) -> None:
-    """Make sure that spans of time, by their names, are above 0.
+    """Check that durations, given by name, are above 0.
 
     Raises:
         UserError: one is not.
@@ -177,12 +177,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read as TOML (lists or tables are nested too deeply)."
         ) from None
-    except (OSError, ValueError) as error:  # also a number of very many digits
+    except (OSError, ValueError) as error:  # ValueError also for numbers with too many digits
         raise UserError(f"{path}: cannot be read as TOML ({error}).") from error
 
 
 def _check_depth(path: Path, text: str) -> None:
-    """Refuse keys of very many parts: `tomllib` takes time in the square of their number."""
+    """Refuse keys with very many parts: `tomllib` takes time in the square of their number."""
     for number, line in enumerate(text.split("\n"), start=1):
         if any(part.count(".") >= MOST_PARTS for part in _BETWEEN_KEYS.split(line)):
             raise UserError(
@@ -200,20 +200,20 @@ def load(cls: type[Config], path: Path) -> Config:
     """Read a dataclass from a TOML file.
 
     Raises:
-        UserError: see `read_toml` and `from_dict`; or the file is of another schema version.
+        UserError: as in `read_toml` and `from_dict`; or the file has another schema version.
     """
     values = read_toml(path)
     version = values.pop(SCHEMA, SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: {SCHEMA} is {version!r}; this Sparsight reads {SCHEMA_VERSION}. "
-            "Update Sparsight, or remove the line if the file is written by hand."
+            "Update Sparsight, or remove the line if the file was written by hand."
         )
     return from_dict(cls, values, str(path))
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The dotted name of the first field in which two mappings differ, or None."""
+    """Return the dotted name of the first field in which two mappings differ, or None."""
     for key in sorted({*one, *other}):
         left, right = one.get(key), other.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):
@@ -226,11 +226,11 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
 
 
 def value_at(values: Mapping[str, Any], dotted: str) -> Any:
-    """The value of a field of a nested mapping, by its dotted name; None where there is none."""
-    found: Any = values
+    """Return the value of a field of a nested mapping by its dotted name; None if there is none."""
+    value: Any = values
     for key in dotted.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -239,9 +239,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path | str):
         return without_surrogates(str(value))
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 
@@ -280,7 +280,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
 
 
 def _default_kind(field: dataclasses.Field[Any]) -> dict[str, str]:
-    """The kind of a table that names none: that of the field's default, if it is a dataclass."""
+    """Return the kind of a table that names none: that of the field's default, if a dataclass."""
     make = field.default_factory
     default = field.default if make is dataclasses.MISSING else make()
     return {"kind": _kind(type(default))} if dataclasses.is_dataclass(default) else {}
@@ -311,21 +311,21 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
         if len(of) != len(value):
             raise _wrong(where, path, value, f"a list of {len(of)}")
         return tuple(
-            _convert(each, one, where, f"{path}[{number}]")
-            for number, (each, one) in enumerate(zip(of, value, strict=True))
+            _convert(item_hint, one, where, f"{path}[{number}]")
+            for number, (item_hint, one) in enumerate(zip(of, value, strict=True))
         )
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(where, path, value, "a table")
         inside = typing.get_args(hint)[1]
-        return {key: _convert(inside, each, where, f"{path}.{key}") for key, each in value.items()}
+        return {key: _convert(inside, item, where, f"{path}.{key}") for key, item in value.items()}
     if hint in (int, float) and isinstance(value, int) and not -(2**63) <= value < 2**64:
         raise UserError(f"{_at(where)}{path} is a number of more than 64 bits.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise _wrong(where, path, value, "a finite number")
-    if hint is int and where:  # in a file, where people write 1e6 or "1M"; not in a program
+    if hint is int and where:  # in a file people write 1e6 or "1M", but not in a program
         if isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(value, str):
@@ -344,11 +344,13 @@ def _convert_union(choices: tuple[Any, ...], value: Any, where: str, path: str) 
     if type(None) in choices and (value is None or (value == NONE and str not in choices)):
         return None
     classes = {
-        _kind(each): each
-        for each in choices
-        if isinstance(each, type) and dataclasses.is_dataclass(each)
+        _kind(choice): choice
+        for choice in choices
+        if isinstance(choice, type) and dataclasses.is_dataclass(choice)
     }
-    others = [each for each in choices if each is not type(None) and each not in classes.values()]
+    others = [
+        choice for choice in choices if choice is not type(None) and choice not in classes.values()
+    ]
     if type(value) in classes.values():
         return value
     if classes and isinstance(value, Mapping):
@@ -373,5 +375,5 @@ def _at(where: str) -> str:
     return f"{where}: " if where else ""
 
 
-def _wrong(where: str, path: str, found: Any, expected: str) -> UserError:
-    return UserError(f"{_at(where)}{path} is {reprlib.repr(found)}; expected {expected}.")
+def _wrong(where: str, path: str, value: Any, expected: str) -> UserError:
+    return UserError(f"{_at(where)}{path} is {reprlib.repr(value)}; expected {expected}.")

@@ -1,6 +1,6 @@
-"""The two ways that Sparsight fails: the user's mistake, and a fault.
+"""The two ways in which Sparsight fails: a mistake of the user, and a fault.
 
-The command line prints the message alone, without a traceback, and exits with `exit_code`.
+The command line prints only the message, without a traceback, and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class SparsightError(Exception):
 
 
 class UserError(SparsightError, ValueError):
-    """Something that the caller can put right: the message says what was found and what to do.
+    """A mistake that the caller can put right: the message says what was found and what to do.
 
     Exit code 2.
     """
@@ -25,7 +25,7 @@ class UserError(SparsightError, ValueError):
 
 
 class MissingExtra(UserError):
-    """An optional library is not installed; the message names the extra that brings it."""
+    """An optional library is not installed; the message names the extra that installs it."""
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(
@@ -35,11 +35,11 @@ class MissingExtra(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: torch tells that of a processor's by the words alone."""
+    """Return whether memory ran out; for the CPU, only torch's wording says so."""
     if isinstance(error, MemoryError):
         return True
-    words = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    phrases = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
 
 
 @contextmanager
@@ -58,6 +58,6 @@ def memory_told(advice: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException, advice: str) -> SparsightError:
-    """What is said where memory was short."""
+    """Return the error that reports that memory ran out."""
     reason = str(error).strip().partition("\n")[0].rstrip(".") or "the system gave no reason"
     return SparsightError(f"Memory ran out ({reason}). {advice}")

@@ -1,10 +1,10 @@
 """Ctrl-C and SIGTERM during long work: finish the step under way, keep what is done, then stop.
 
-A loop wraps itself in `postponed()` and asks `stop.check()` where its state is whole. The first
-signal is only noted until then, so that no buffer is left half filled; a second one stops at once.
-Where the loop only waits, for the next batch say, `with stop.at_once():` lets the first through.
-What is in memory then is kept with `keeping`, and `noted` puts on the exception how much that was:
-the command line prints the notes.
+A loop wraps itself in `postponed()` and calls `stop.check()` where its state is complete. Until
+then the first signal is only remembered, so that no buffer is left half filled; a second one stops
+at once. Where the loop only waits, for the next batch say, `with stop.at_once():` lets the first
+one through. `keeping` then keeps what is in memory, and `noted` puts a note on the exception that
+says how much that was, which the command line prints.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sparsight.errors import SparsightError
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived. Uncaught, the process ends with exit code 143 and no traceback."""
+    """SIGTERM arrived. If not caught, the process ends with exit code 143 and no traceback."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
 
 STOPS = (KeyboardInterrupt, Terminated)
-"""What Ctrl-C and SIGTERM raise."""
+"""The exceptions that Ctrl-C and SIGTERM raise."""
 
 
 class Stop:
@@ -39,7 +39,7 @@ class Stop:
         self._waiting = False
 
     def check(self) -> None:
-        """Raise what the signal stands for, if one has arrived.
+        """Raise the exception of the signal that has arrived, if any.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
@@ -50,11 +50,11 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal stop the block, which leaves the loop's state as it is, where it stands.
+        """Let a signal stop this block immediately; the block leaves the loop's state as it is.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, also one that came before.
-            Terminated: after SIGTERM, also one that came before.
+            KeyboardInterrupt: after Ctrl-C, including one that came before.
+            Terminated: after SIGTERM, including one that came before.
         """
         self._waiting = True
         try:
@@ -64,7 +64,7 @@ class Stop:
             self._waiting = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: remember the first signal; raise at the second, or where one may."""
+        """Handle a signal: remember the first; raise at the second, or where that is allowed."""
         first = self.signal is None
         if first:
             self.signal = number
@@ -76,7 +76,7 @@ class Stop:
 def postponed() -> Iterator[Stop]:
     """Hold back Ctrl-C and SIGTERM until `check` is called or the block ends.
 
-    A signal that came within a block that then ends by itself is raised at its end. Outside the
+    A signal that arrives within a block that then ends normally is raised at its end. Outside the
     main thread, where Python allows no handlers, nothing is held back.
     """
     stop = Stop()
@@ -87,7 +87,7 @@ def postponed() -> Iterator[Stop]:
     number: int
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
-        # Who ignores a signal, or has a handler of their own, keeps it.
+        # A signal that is ignored, or has another handler, is left alone.
         if handler in (signal.default_int_handler, signal.SIG_DFL, raise_terminated) or isinstance(
             getattr(handler, "__self__", None), Stop
         ):
@@ -101,26 +101,26 @@ def postponed() -> Iterator[Stop]:
 
 
 @contextmanager
-def noted(told: Callable[[], str]) -> Iterator[None]:
-    """Put a note on the stop that ends the block, if one does.
+def noted(message: Callable[[], str]) -> Iterator[None]:
+    """Add a note to the exception if Ctrl-C or SIGTERM ends the block.
 
     Args:
-        told: says what is kept, once that is certain.
+        message: returns what to say, once that is certain.
     """
     try:
         yield
     except STOPS as stop:
-        stop.add_note(told())
+        stop.add_note(message())
         raise
 
 
 @contextmanager
 def keeping(keep: Callable[[], None]) -> Iterator[None]:
-    """Keep what is in memory, whatever ends the block before its end.
+    """Keep what is in memory, whatever ends the block early.
 
     Args:
-        keep: writes it. Where that fails after a stop, a note on the stop says so; after an error,
-            the error is what is told.
+        keep: writes it. If that fails after a stop, a note on the stop says so; after an error,
+            the first error is the one that is reported.
     """
     try:
         yield
@@ -131,7 +131,7 @@ def keeping(keep: Callable[[], None]) -> Iterator[None]:
             stop.add_note(f"Not everything could be kept: {failed}")
         raise
     except Exception:
-        with suppress(SparsightError):  # the first error is the one to tell
+        with suppress(SparsightError):  # report the first error
             keep()
         raise
 
@@ -144,13 +144,13 @@ def kept(
     where: os.PathLike[str] | None = None,
     complete: bool = False,
 ) -> str:
-    """What a run that was stopped says of the work that lies on disk.
+    """Say how much of the work of a run that was stopped is on disk.
 
     Args:
-        done: units that are on disk.
-        total: units of the whole run.
+        done: number of units that are on disk.
+        total: number of units of the whole run.
         unit: what is counted, e.g. "vectors".
-        where: the folder, if it is to be named.
+        where: the folder, if the sentence is to name it.
         complete: whether nothing is missing any more.
     """
     if not done:
@@ -161,7 +161,7 @@ def kept(
 
 
 def raise_terminated(number: int, frame: FrameType | None) -> None:
-    """Signal handler for SIGTERM of programs that want it to unwind the stack as Ctrl-C does."""
+    """Handle SIGTERM in programs that want it to unwind the stack as Ctrl-C does."""
     raise Terminated
 
 

@@ -1,4 +1,4 @@
-"""How sure an estimate is: intervals of shares, of paired differences and of means."""
+"""How certain an estimate is: intervals of shares, of paired differences and of means."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sparsight.errors import UserError
 Z_95 = 1.959964
 RESAMPLES = 2000
 WEIGHTS_AT_ONCE = 1 << 22
-"""Of a bootstrap: bounds its memory."""
+"""Number of resampled values held at a time, which bounds a bootstrap's memory."""
 
 
 def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a share; `z` = 1.96 for 95 %."""
+    """Return Wilson's score interval of a share; `z` = 1.96 for 95 %."""
     if n == 0:
         return (0.0, 1.0)
     share = successes / n
@@ -30,22 +30,22 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
 def paired_difference(
     only_first: int, only_second: int, n: int, z: float = Z_95
 ) -> tuple[float, tuple[float, float]]:
-    """Share of successes of the second minus that of the first, on the same `n` items.
+    """Return the share of successes of the second minus the first's, on the same `n` items.
 
-    The interval is Wald's with half a pseudo-count in each of the four cells (Agresti and Min
-    2005), which holds up where hardly any item differs.
+    The interval is Wald's, with half a pseudo-count in each of the four cells (Agresti and Min
+    2005), which is accurate even if hardly any items differ.
 
     Args:
-        only_first: items on which the first alone succeeded.
-        only_second: items on which the second alone succeeded.
-        n: items.
+        only_first: number of items on which only the first succeeded.
+        only_second: number of items on which only the second succeeded.
+        n: number of items.
         z: 1.96 for 95 %.
 
     Returns:
         The difference, and its interval.
 
     Raises:
-        UserError: the counts do not fit together.
+        UserError: the counts contradict one another.
     """
     if min(only_first, only_second) < 0 or only_first + only_second > n or n < 1:
         raise UserError(
@@ -60,7 +60,7 @@ def paired_difference(
 def bootstrap_interval(
     values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
+    """Return the 95 % percentile bootstrap interval of the mean; None for fewer than two values."""
     array = np.asarray(values, dtype=np.float64)
     n = len(array)
     return bootstrap(lambda weights: weights @ array / n, n, seed, resamples)
@@ -72,46 +72,46 @@ def bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of a statistic; None for fewer than two items.
+    """Return the 95 % percentile bootstrap interval of a statistic; None for fewer than two items.
 
     Args:
-        statistic: from rows of weights `[rows, n]`, how often an item was drawn, to a value a row.
-        n: items.
-        seed: of the resampling.
-        resamples: how many.
+        statistic: maps weights `[rows, n]`, how often each item was drawn, to one value per row.
+        n: number of items.
+        seed: seed of the resampling.
+        resamples: number of resamples.
     """
     if n < 2:
         return None
-    generator, found = np.random.default_rng(seed), []
+    generator, resampled = np.random.default_rng(seed), []
     rows = max(1, WEIGHTS_AT_ONCE // n)
     for first in range(0, resamples, rows):
         drawn = generator.integers(n, size=(min(rows, resamples - first), n))
         drawn += n * np.arange(len(drawn))[:, None]
         weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        found.append(statistic(weights.astype(np.float64)))
-    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
+        resampled.append(statistic(weights.astype(np.float64)))
+    low, high = np.quantile(np.concatenate(resampled), (0.025, 0.975))
     return float(low), float(high)
 
 
 def t_interval(
     values: Sequence[float], least: float = -math.inf, most: float = math.inf
 ) -> tuple[float, float] | None:
-    """Student's 95 % interval of the mean of a few values, e.g. over seeds; None for fewer than 2.
+    """Return Student's 95 % interval of the mean of a few values; None for fewer than 2.
 
-    Two values give one 9 times as wide as they are apart, on either side: that is how little two
-    seeds tell. What cannot be below `least` or above `most` has an interval that is cut there.
+    The interval of two values extends 9 times their distance on either side: two seeds say very
+    little. An interval of what cannot be below `least` or above `most` is cut there.
     """
     n = len(values)
     if n < 2:
         return None
     mean = math.fsum(values) / n
-    deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in values) / (n - 1))
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = _t_95(n - 1) * deviation / math.sqrt(n)
     return max(mean - half, least), min(mean + half, most)
 
 
 def _t_95(df: int) -> float:
-    """The 97.5 % quantile of Student's t; beyond the table Fisher's expansion, exact to 1e-4."""
+    """Return the 97.5 % quantile of Student's t; beyond the table Fisher's expansion (to 1e-4)."""
     if df <= len(_T_95):
         return _T_95[df - 1]
     z = Z_95

@@ -1,4 +1,4 @@
-"""How objects show themselves in notebooks."""
+"""How objects are shown in notebooks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def html_table(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values as a table in HTML, for `_repr_html_`; both are escaped."""
+    """Make an HTML table of names and values, for `_repr_html_`; both are escaped."""
     cells = (
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
         for name, value in rows

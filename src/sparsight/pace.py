@@ -1,4 +1,4 @@
-"""How often work is put on disk: little is ever at stake, and keeping it costs little."""
+"""How often to save work: little is ever at stake, and saving costs little."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from sparsight.errors import UserError
 
 SECONDS = 60.0
-"""Work at stake, by default."""
+"""Seconds of work at stake, by default."""
 
 LARGEST_SHARE = 0.02
 """The largest share of the time that writing may take."""
 
 
 class Pace:
-    """Tells when to write a checkpoint again.
+    """Says when to write the next checkpoint.
 
     Args:
-        seconds: work at stake; None never asks for a checkpoint.
+        seconds: largest loss of work, in seconds; None never asks for a checkpoint.
 
     Attributes:
-        interval: seconds between checkpoints; more than was asked for where writing one takes more
-            than a fiftieth of that.
+        interval: seconds between checkpoints; more than `seconds` if writing one takes more than a
+            fiftieth of that.
 
     Raises:
         UserError: `seconds` is not positive.
@@ -39,16 +39,16 @@ class Pace:
         self._told = False
 
     def due(self) -> bool:
-        """Whether the last checkpoint is that long ago."""
+        """Return whether the next checkpoint is due."""
         return self.interval is not None and time.monotonic() - self._last >= self.interval
 
     def affordable(self) -> bool:
-        """Whether another checkpoint now would not take more than a fiftieth of the time."""
+        """Return whether another checkpoint now would take at most a fiftieth of the time."""
         return time.monotonic() - self._last >= self._took / LARGEST_SHARE
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Time what writes a checkpoint, and count from its end."""
+        """Time the block, which writes a checkpoint, and count from its end."""
         begun = time.monotonic()
         yield
         self._last = time.monotonic()
@@ -57,7 +57,7 @@ class Pace:
             self.interval = max(self.seconds, self._took / LARGEST_SHARE)
 
     def stretched(self) -> str | None:
-        """What to tell, once, of an interval that is longer than was asked for."""
+        """Return, once, a message about an interval longer than was asked for; else None."""
         if self._told or self.interval is None or self.interval == self.seconds:
             return None
         self._told = True

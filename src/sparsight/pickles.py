@@ -1,9 +1,9 @@
 """Pickles read as plain data: nothing that they name is imported or called.
 
-A pickle is a program for a small stack machine that can call anything. This is such a machine
-without calls: it knows a handful of names (`_KNOWN`), from which it makes tensors, arrays and
-containers itself; an object of any other class becomes a dictionary of its state, with the name of
-the class under `"__class__"`. The opcodes are those of the standard library's `pickletools`.
+A pickle is a program for a small stack machine that can call anything. This module is such a
+machine without calls. It knows a handful of names (`_KNOWN`), for which it makes tensors, arrays
+and containers itself; an object of any other class becomes a dictionary of its state, with the name
+of the class under `"__class__"`. The opcodes are those of the standard library's `pickletools`.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ CLASS = "__class__"
 """The key under which an object's dictionary holds the name of its class."""
 
 ARGUMENTS = "__args__"
-"""The key of what an object's constructor would have been given."""
+"""The key of the arguments that an object's constructor would have received."""
 
 STATE = "__state__"
-"""The key of a state that is no dictionary."""
+"""The key of a state that is not a dictionary."""
 
 ITEMS = "__items__"
 """The key of the elements of an object that is a list or a set."""
 
 _SPREAD = 2**24
-"""A tensor may have this many elements more than its storage: one that was `expand`ed."""
+"""A tensor that was `expand`ed may have this many more elements than its storage."""
 
 _MOST_MODULES = 10_000
 
 _COPIED = 2**24
-"""Elements and bytes that are copied at most, beside as many as the file has."""
+"""Largest number of elements and bytes that are copied, beyond the size of the file."""
 
 MOST_AXES = 64
-"""Of a tensor."""
+"""Largest number of axes of a tensor."""
 
 _LARGEST_KEY = 2**61 - 1
-"""Greater numbers can be made to have the same hash, and a dictionary of such is slow to fill."""
+"""Larger integers can be made to share a hash, and filling a dictionary with them is slow."""
 
 _DEEPEST = 8
-"""Pickles within pickles."""
+"""Deepest nesting of pickles within pickles."""
 
 
 class PickleError(Exception):
-    """The bytes are no pickle, are cut off, or hold what cannot be plain data."""
+    """The bytes are not a pickle, are cut off, or hold what cannot be plain data."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """What a pickle refers to by name: a class, a function, a dtype; never imported."""
+    """Something to which a pickle refers by name (a class, a function, a dtype); never imported."""
 
     name: str
 
@@ -65,16 +65,16 @@ class Name:
 
 
 def text_of(value: Any) -> str:
-    """A text or a name as text; "" for anything else.
+    """Return a text or a name as text; "" for anything else.
 
-    `str` and `repr` of a list that holds a list that holds … would not end: each may be there many
+    `str` and `repr` would never end for a list of lists of lists … in which each list occurs many
     times.
     """
     return str(value) if isinstance(value, str | Name) else ""
 
 
 def shown(value: Any) -> str:
-    """As `repr`, for messages; long or nested values are cut."""
+    """Return `repr` for messages; long or nested values are cut."""
     return reprlib.repr(value)
 
 
@@ -94,21 +94,21 @@ _MARK = _Mark()
 
 @dataclass
 class Budget:
-    """Elements and bytes that may be copied, so that a small file cannot fill the memory.
+    """The elements and bytes that may still be copied, so that a small file cannot fill memory.
 
-    Whatever lies in a file once can be named in it a thousand times, in a few bytes each.
+    What a file holds once can be named in it a thousand times, in a few bytes each.
 
     Attributes:
-        left: how many; give a file's size and some more.
+        left: how many are left; at first, the size of the file and some more.
     """
 
     left: int = _COPIED
 
     def spend(self, count: int) -> None:
-        """Copy so many.
+        """Account for copying `count` elements or bytes.
 
         Raises:
-            PickleError: there are fewer left.
+            PickleError: fewer are left.
         """
         self.left -= count
         if self.left < 0:
@@ -120,9 +120,9 @@ class Reader:
     """Reads the pickles of one file.
 
     Attributes:
-        storage: gives the storage that a persistent id names.
-        budget: what may be copied; pickles within this one share it.
-        depth: how many pickles this one is within.
+        storage: returns the storage that a persistent id names.
+        budget: what may be copied; nested pickles share it.
+        depth: how many pickles contain this one.
     """
 
     storage: Callable[[tuple[Any, ...]], Any] | None = None
@@ -132,10 +132,10 @@ class Reader:
     _memo: dict[int, Any] = field(default_factory=dict)
 
     def load(self, file: io.BufferedIOBase) -> Any:
-        """The next pickle of a file, as plain data; the file then stands behind it.
+        """Read the next pickle of a file, as plain data, up to its end.
 
         Raises:
-            PickleError: the bytes are none, are cut off or do not fit together.
+            PickleError: the bytes are not a pickle, are cut off or contradict one another.
         """
         self._stack, self._memo = [], {}
         try:
@@ -150,7 +150,7 @@ class Reader:
         except MemoryError as error:
             raise PickleError("does not fit into memory") from error
         except Exception as error:
-            # The stack machine has as many ways to trip as there are wrong programs.
+            # The stack machine can fail in as many ways as there are wrong programs.
             raise PickleError(f"{type(error).__name__}: {error}") from error
         raise PickleError("it ends before its last opcode")
 
@@ -211,14 +211,14 @@ class Reader:
         elif opcode in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
             extras = stack.pop() if opcode == "NEWOBJ_EX" else {}
             arguments, function = stack.pop(), stack.pop()
-            made = self._call(function, arguments)
-            if extras and isinstance(made, dict):
-                made["__kwargs__"] = extras
-            stack.append(made)
+            result = self._call(function, arguments)
+            if extras and isinstance(result, dict):
+                result["__kwargs__"] = extras
+            stack.append(result)
         elif opcode in ("INST", "OBJ"):
-            found = self._above_mark()
-            function = Name(argument.replace(" ", ".", 1)) if opcode == "INST" else found.pop(0)
-            stack.append(self._call(function, tuple(found)))
+            arguments = self._above_mark()
+            function = Name(argument.replace(" ", ".", 1)) if opcode == "INST" else arguments.pop(0)
+            stack.append(self._call(function, tuple(arguments)))
         elif opcode == "BUILD":
             state = stack.pop()
             stack[-1] = self._build(stack[-1], state)
@@ -235,12 +235,12 @@ class Reader:
             place -= 1
         if place < 0:
             raise PickleError("a mark is missing")
-        found = self._stack[place + 1 :]
+        above = self._stack[place + 1 :]
         del self._stack[place:]
-        return found
+        return above
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """What a call that the pickle asks for stands for; nothing is called that it names."""
+        """Return the value of a call that the pickle asks for; nothing that it names is called."""
         if not isinstance(arguments, tuple):
             raise PickleError(f"arguments are a {type(arguments).__name__}")
         self.budget.spend(len(arguments))
@@ -269,31 +269,31 @@ class Reader:
         if name == "copyreg._reconstructor":
             kind, _, content = arguments
             self.budget.spend(_size(content))
-            made = {CLASS: str(kind)}
-            return made if content is None else _with_items(made, content)
+            state = {CLASS: str(kind)}
+            return state if content is None else _with_items(state, content)
         if name == "copyreg.__newobj__":
             return self._call(arguments[0], arguments[1:])
-        made = {CLASS: str(function) if isinstance(function, Name) else "unknown"}
-        return {**made, ARGUMENTS: arguments} if arguments else made
+        state = {CLASS: str(function) if isinstance(function, Name) else "unknown"}
+        return {**state, ARGUMENTS: arguments} if arguments else state
 
-    def _build(self, made: Any, state: Any) -> Any:
-        if isinstance(made, _Array):
+    def _build(self, built: Any, state: Any) -> Any:
+        if isinstance(built, _Array):
             self.budget.spend(_size(state[-1]))
-            return made.filled(state)
-        if isinstance(made, _Dtype):
-            made.order = state[1]
-            return made
-        if not isinstance(made, dict) or CLASS not in made:
-            return made  # attributes of a tensor or a container: no data of a checkpoint
+            return built.filled(state)
+        if isinstance(built, _Dtype):
+            built.order = state[1]
+            return built
+        if not isinstance(built, dict) or CLASS not in built:
+            return built  # attributes of a tensor or a container are not data of a checkpoint
         halves = state if isinstance(state, tuple) and len(state) == 2 else (state,)
         if all(half is None or isinstance(half, dict) for half in halves):
             for half in halves:
                 self.budget.spend(_size(half))
-                # An attribute cannot pass for the name of the class.
-                made.update({k: v for k, v in (half or {}).items() if k != CLASS})
+                # No attribute can pretend to be the name of the class.
+                built.update({k: v for k, v in (half or {}).items() if k != CLASS})
         else:
-            made[STATE] = state
-        return made
+            built[STATE] = state
+        return built
 
     def _tensor(self, storage: Any, offset: int, size: Iterable[int], stride: Iterable[int]) -> Any:
         if not isinstance(storage, Storage):
@@ -325,16 +325,16 @@ class Reader:
 def read_legacy(
     file: io.BufferedIOBase, size: int, *, depth: int = 0, budget: Budget | None = None
 ) -> Any:
-    """What `torch.save` wrote before it wrote zip archives: pickles, and then the storages.
+    """Read what `torch.save` wrote before it wrote zip archives: pickles, then the storages.
 
     Args:
-        file: at its beginning.
-        size: of the file, in bytes.
-        depth: how many pickles this is within.
-        budget: what may be copied; by default by the size.
+        file: the file, at its beginning.
+        size: size of the file, in bytes.
+        depth: how many pickles contain this one.
+        budget: what may be copied; by default according to the size.
 
     Raises:
-        PickleError: it is not that, or is cut off.
+        PickleError: it is not such a file, or is cut off.
     """
     storages: dict[str, Storage] = {}
     budget = budget or budget_of(size)
@@ -365,17 +365,17 @@ def read_legacy(
     if plain.load(file) != LEGACY_MAGIC:
         raise PickleError("it is not a file that torch.save wrote")
     plain.load(file), plain.load(file)  # the protocol and the system
-    found = Reader(storage, depth=depth, budget=budget).load(file)
+    content = Reader(storage, depth=depth, budget=budget).load(file)
     for key in plain.load(file):
         count = int.from_bytes(file.read(8), "little")
         if _text(key) not in storages or count != len(storages[key].data):
-            raise PickleError(f"the storage {key!r} has not the size that was announced")
+            raise PickleError(f"the storage {key!r} does not have the announced size")
         fill(file, storages[key].data)
-    return found
+    return content
 
 
 def budget_of(size: int) -> Budget:
-    """What may be copied of a pickle of so many bytes."""
+    """Return what may be copied from a pickle of `size` bytes."""
     return Budget(_COPIED + 2 * size)
 
 
@@ -386,7 +386,7 @@ def fill(file: io.BufferedIOBase, data: Tensor) -> None:
     """Read a tensor's bytes from a file.
 
     Raises:
-        PickleError: the file ends before.
+        PickleError: the file ends too early.
     """
     if data.numel() == 0:
         return
@@ -400,39 +400,40 @@ def fill(file: io.BufferedIOBase, data: Tensor) -> None:
 
 
 def storage_dtype(kind: Any) -> torch.dtype:
-    """Of a storage class's name: `torch.FloatStorage`, or bytes for an untyped one.
+    """Return the dtype of a storage class: `torch.FloatStorage`, or bytes for an untyped one.
 
     Raises:
-        PickleError: there is no such class.
+        PickleError: the class is unknown.
     """
     name = text_of(kind).rpartition(".")[2]
     if name not in _STORAGES:
-        raise PickleError(f"tensors of the kind {name!r} are not read")
+        raise PickleError(f"tensors of the kind {name!r} are not supported")
     return _STORAGES[name]
 
 
 def tensors_of(module: Any) -> dict[str, Tensor]:
-    """The state dictionary of an `nn.Module` that was pickled whole, as far as it holds tensors.
+    """Return the tensors of an `nn.Module` that was pickled as a whole, by state dictionary key.
 
     Args:
-        module: the module's dictionary, as `Reader` gives it.
+        module: the module's dictionary, as `Reader` returns it.
 
     Raises:
-        PickleError: there are more modules than a checkpoint has, as where they hold themselves.
+        PickleError: there are more modules than in any checkpoint, e.g. because they hold
+            themselves.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     waiting = [("", module)]
     for _ in range(_MOST_MODULES):
         if not waiting:
-            return found
-        prefix, each = waiting.pop()
-        if not isinstance(each, dict):
+            return tensors
+        prefix, module = waiting.pop()
+        if not isinstance(module, dict):
             continue
         for group in ("_parameters", "_buffers"):
-            for name, tensor in dict(each.get(group) or {}).items():
+            for name, tensor in dict(module.get(group) or {}).items():
                 if isinstance(tensor, Tensor):
-                    found[f"{prefix}{name}"] = tensor
-        inner = dict(each.get("_modules") or {})
+                    tensors[f"{prefix}{name}"] = tensor
+        inner = dict(module.get("_modules") or {})
         waiting += [(f"{prefix}{name}.", child) for name, child in reversed(inner.items())]
     raise PickleError(f"it has more than {_MOST_MODULES:,} modules, or they hold themselves")
 
@@ -445,7 +446,7 @@ class _Dtype:
     @property
     def numpy(self) -> np.dtype[Any]:
         if len(self.code) < 2 or self.code[0] not in "biuf" or not self.code[1:].isdigit():
-            raise PickleError(f"arrays of the kind {self.code!r} are not read")
+            raise PickleError(f"arrays of the kind {self.code!r} are not supported")
         return np.dtype(f"{'>' if self.order == '>' else '<'}{self.code}")
 
 
@@ -485,7 +486,7 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dictionary; the hash of tuples nested without end would end the process."""
+    """Check a key of a dictionary: hashing tuples nested without end would end the process."""
     if isinstance(value, int) and abs(value) > _LARGEST_KEY:
         raise PickleError("a key is a number of more than 61 bits")
     plain = isinstance(value, str | bytes | int | float | Name | None)
@@ -519,10 +520,13 @@ def _add(target: Any, items: list[Any]) -> None:
         raise PickleError(f"elements are added to a {type(target).__name__}")
 
 
-def _with_items(made: dict[str, Any], content: Any) -> dict[str, Any]:
+def _with_items(result: dict[str, Any], content: Any) -> dict[str, Any]:
     if isinstance(content, dict):
-        return {**content, **made}
-    return {**made, ITEMS: list(content) if isinstance(content, list | tuple | set) else [content]}
+        return {**content, **result}
+    return {
+        **result,
+        ITEMS: list(content) if isinstance(content, list | tuple | set) else [content],
+    }
 
 
 _CONSTANTS: dict[str, Callable[[], Any]] = {

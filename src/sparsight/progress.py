@@ -1,4 +1,4 @@
-"""One way to show progress: a rich bar on a terminal, plain lines when piped."""
+"""The one way to show progress: a rich bar on a terminal, plain lines when piped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @dataclass
 class ProgressLine:
-    """A task under way: call `advance(n, note)`; it tells rate and time left by itself."""
+    """A task in progress: call `advance(n, note)`; rate and time left are shown automatically."""
 
     title: str
     total: int | None
@@ -35,7 +35,7 @@ class ProgressLine:
     _printed: float = field(default_factory=time.monotonic)
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Count `n` more units as done; `note` is shown behind the rate (figures, say)."""
+        """Count `n` more units as done; `note` (figures, say) is shown after the rate."""
         self._done += n
         if self._bar is not None:
             text = self._rate() + (f" · {note}" if note else "")
@@ -45,13 +45,13 @@ class ProgressLine:
             print(self._line(note), file=sys.stderr, flush=True)
 
     def expect(self, total: int) -> None:
-        """Tell how many units there are, where it was not known at the start."""
+        """Set the number of units, if it was not known at the start."""
         self.total = total
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], total=total)
 
     def finish(self, note: str = "") -> None:
-        """Print the closing line where there is no bar."""
+        """Print the closing line, if there is no bar."""
         if self._bar is None:
             print(self._line(note), file=sys.stderr, flush=True)
 
@@ -75,7 +75,7 @@ class ProgressLine:
 def progress(
     title: str, total: int | None, unit: str, *, done: int = 0, quiet: bool = False
 ) -> Iterator[ProgressLine]:
-    """Show a task of `total` units; `done` of them were there before (a resumed run)."""
+    """Show a task of `total` units, `done` of which were done before (by an interrupted run)."""
     if quiet:
         yield _Silent(title, total, unit)
         return
@@ -106,7 +106,7 @@ class _Silent(ProgressLine):
 
 
 def in_words(seconds: float) -> str:
-    """A length of time, e.g. "about 12 minutes"."""
+    """Put a duration into words, e.g. "about 12 minutes"."""
     for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
         if seconds >= 2 * size:
             return f"about {seconds / size:,.0f} {unit}s"
@@ -114,11 +114,11 @@ def in_words(seconds: float) -> str:
 
 
 def logger() -> logging.Logger:
-    """The logger "sparsight"; where nobody has set up logging, it writes to stderr from INFO on."""
-    found = logging.getLogger("sparsight")
-    if not found.hasHandlers():
+    """Return the logger "sparsight"; it writes INFO and above to stderr if nothing else is set."""
+    ours = logging.getLogger("sparsight")
+    if not ours.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
-        found.addHandler(handler)
-        found.setLevel(logging.INFO)
-    return found
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+    return ours

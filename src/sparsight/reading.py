@@ -1,7 +1,7 @@
-"""Reading files that nobody vouches for: no code is run, no size is believed.
+"""Reading untrusted files: no code is run, and no stated size is believed.
 
-`read_torch` (zip archives and what came before), `read_gzipped_pickle`, `read_config` (JSON,
-YAML); `sparsight.tensor_files` reads safetensors. Whatever is wrong with a file is a
+`read_torch` (zip archives and the format before them), `read_gzipped_pickle`, `read_config` (JSON,
+YAML); `sparsight.tensor_files` reads safetensors. Whatever is wrong with a file is raised as a
 `SparsightError` that names it.
 """
 
@@ -29,20 +29,20 @@ from sparsight.pickles import (
 from sparsight.tensor_files import damaged
 
 LONGEST_CONFIG = 16 * 2**20
-"""Bytes of a configuration, ours or another project's."""
+"""Longest configuration that is read, ours or another project's, in bytes."""
 
 LONGEST_YAML = 2**18
-"""Bytes of a YAML file, which are read a thousand times more slowly than JSON's."""
+"""Longest YAML file that is read, in bytes: reading YAML is a thousand times slower than JSON."""
 
 LARGEST_UNZIPPED = 8 * 2**30
-"""Bytes that a gzipped pickle may unfold to."""
+"""Largest size, in bytes, to which a gzipped pickle may unfold."""
 
 
 def begins_with_json(path: Path) -> bool:
-    """Whether the first byte opens a JSON object; no file of `torch.save` has it, nor gzip's.
+    """Return whether a file begins like a JSON object; no file of `torch.save` or gzip does.
 
     Raises:
-        SparsightError: there is no such file.
+        SparsightError: the file does not exist.
     """
     try:
         with path.open("rb") as file:
@@ -52,13 +52,13 @@ def begins_with_json(path: Path) -> bool:
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, as plain data: tensors, containers, numbers and text.
+    """Read what `torch.save` wrote, as plain data: tensors, containers, numbers and text.
 
-    An object of any class is a dictionary of its state, with the class's name under
+    An object of any other class becomes a dictionary of its state, with the name of the class under
     `"__class__"`; see `sparsight.pickles`.
 
     Raises:
-        SparsightError: it is missing, damaged or cut off, or is no such file.
+        SparsightError: the file is missing, damaged, cut off, or not written by `torch.save`.
     """
     try:
         with path.open("rb") as file:
@@ -68,15 +68,15 @@ def read_torch(path: Path) -> Any:
 
 
 def read_torch_stream(file: io.BufferedIOBase, size: int, path: Path) -> Any:
-    """As `read_torch`, from where an open file stands.
+    """Read what `torch.save` wrote from an open file's position on; see `read_torch`.
 
     Args:
-        file: seekable; what comes before the place where it stands is not looked at.
-        size: bytes from there to the end.
-        path: for messages.
+        file: seekable; everything before its position is ignored.
+        size: number of bytes from there to the end.
+        path: the file, for messages.
 
     Raises:
-        SparsightError: it is damaged or cut off, or torch.save did not write it.
+        SparsightError: it is damaged or cut off, or `torch.save` did not write it.
     """
     start = file.tell()
     zipped = file.read(4) == b"PK\x03\x04"
@@ -86,16 +86,16 @@ def read_torch_stream(file: io.BufferedIOBase, size: int, path: Path) -> Any:
             return _read_zip(file, size)
         return read_legacy(_Clamped(file, size), size)
     except Exception as error:
-        # zipfile and torch have many kinds for archives that no writer makes.
+        # zipfile and torch raise many kinds of errors on malformed archives.
         raise damaged(path, error) from error
 
 
 def read_gzipped_pickle(path: Path, limit: int = LARGEST_UNZIPPED) -> Any:
-    """A pickle within gzip, as plain data.
+    """Read a gzipped pickle, as plain data.
 
     Args:
-        path: of the file.
-        limit: bytes that it may unfold to.
+        path: the file.
+        limit: largest size, in bytes, to which it may unfold.
 
     Raises:
         SparsightError: it is missing, damaged, cut off, or unfolds to more than the limit.
@@ -114,10 +114,10 @@ def read_gzipped_pickle(path: Path, limit: int = LARGEST_UNZIPPED) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file that holds an object.
+    """Read a JSON or YAML file that holds an object.
 
     Raises:
-        SparsightError: it is missing, too long, cut off, or holds something else.
+        SparsightError: the file is missing, too long, cut off, or holds something else.
     """
     try:
         size = path.stat().st_size
@@ -127,17 +127,17 @@ def read_config(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise damaged(path, error) from error
-    found = parse_yaml(text, path) if yaml else parse_json(text, path)
-    if not isinstance(found, dict):
-        raise damaged(path, f"it holds a {type(found).__name__}, not an object")
-    return found
+    config = parse_yaml(text, path) if yaml else parse_json(text, path)
+    if not isinstance(config, dict):
+        raise damaged(path, f"it holds a {type(config).__name__}, not an object")
+    return config
 
 
 def parse_json(text: str, path: Path) -> Any:
-    """A JSON value.
+    """Parse a JSON value.
 
     Raises:
-        SparsightError: the text is none.
+        SparsightError: the text is not JSON.
     """
     try:
         return json.loads(text)
@@ -146,23 +146,23 @@ def parse_json(text: str, path: Path) -> Any:
 
 
 def parse_yaml(text: str, path: Path) -> Any:
-    """A YAML value of plain data; aliases, which can unfold without end, are refused.
+    """Parse a YAML value of plain data; aliases, which can unfold without end, are refused.
 
     Raises:
-        SparsightError: the text is none.
+        SparsightError: the text is not YAML of that kind.
     """
     import yaml  # type: ignore[import-untyped]
 
     try:
-        if any(isinstance(each, yaml.AliasEvent) for each in yaml.parse(text, yaml.SafeLoader)):
-            raise damaged(path, "YAML with aliases is not read")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise damaged(path, "YAML with aliases is not supported")
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise damaged(path, error) from error
 
 
 def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
-    # torch stores and does not compress, so the parts are no larger than the whole: a zip bomb is.
+    # torch stores without compressing, so the parts are no larger than the whole; a zip bomb's are.
     part = _Part(file, size)
     with zipfile.ZipFile(io.BufferedReader(part)) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -173,13 +173,13 @@ def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
             raise PickleError(f"its entries take {total:,} bytes, the file {size:,}")
         roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
         if len(roots) != 1 or roots[0].count("/") != 1:
-            raise PickleError("it is no archive of torch.save: it has no data.pkl")
+            raise PickleError("it is not an archive of torch.save: it has no data.pkl")
         root = roots[0]
         if f"{root}constants.pkl" in entries:
             raise PickleError("it is a TorchScript program, not a checkpoint")
         order = f"{root}byteorder"
         if order in entries and archive.read(order).strip() != b"little":
-            raise PickleError("it is of a machine with the other byte order")
+            raise PickleError("it was written on a machine with another byte order")
         storages: dict[str, Storage] = {}
 
         def storage(identity: Any) -> Storage:
@@ -187,16 +187,16 @@ def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
                 raise PickleError("a storage has no name")
             _, kind, key, _, elements = identity
             if not isinstance(key, str):
-                raise PickleError("a storage's name is no text")
+                raise PickleError("a storage's name is not a text")
             if key not in storages:
                 entry = entries.get(f"{root}data/{key}")
                 dtype = storage_dtype(kind)
                 if entry is None or entry.file_size != elements * dtype.itemsize:
-                    raise PickleError(f"the storage {key!r} is missing or of another size")
+                    raise PickleError(f"the storage {key!r} is missing or has another size")
                 data = torch.zeros(elements, dtype=dtype)
                 with archive.open(entry) as source:
                     fill(source, data)  # type: ignore[arg-type]
-                    source.read(1)  # at its end the checksum is compared
+                    source.read(1)  # reaching the end makes zipfile compare the checksum
                 storages[key] = Storage(data)
             return storages[key]
 
@@ -206,7 +206,7 @@ def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
 
 
 class _Part(io.RawIOBase):
-    """The rest of a file from where it stands, as a file of its own."""
+    """The rest of a file from its position on, as a file of its own."""
 
     def __init__(self, file: io.BufferedIOBase, size: int) -> None:
         self.file, self.start, self.size, self.place = file, file.tell(), size, 0
@@ -220,7 +220,7 @@ class _Part(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
         if base + offset < 0:
-            raise OSError("a place before the beginning")
+            raise OSError("a position before the beginning")
         self.place = base + offset
         return self.place
 
@@ -237,7 +237,7 @@ class _Part(io.RawIOBase):
 
 
 class _Clamped(io.BufferedReader):
-    """A file of which no more is asked than it has: lengths in a pickle are not believed."""
+    """A file that is never asked for more than it has, whatever lengths a pickle states."""
 
     def __init__(self, file: io.BufferedIOBase, size: int) -> None:
         super().__init__(_Part(file, size))

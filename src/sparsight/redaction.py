@@ -1,4 +1,4 @@
-"""Paths without the folders that they lie in, for what other people get to see."""
+"""Paths without the folders that contain them, for everything that other people get to see."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HOME = "~"
-"""What stands for a home folder, whose last part is a person's name."""
+"""Stands for a home folder, whose last part is a person's name."""
 
 _HOMES = {"home", "homes", "users"}
 
-# A character in any of the spellings that it has in URLs, JSON, TOML and HTML, nested or not.
+# A character in any spelling that it has in URLs, JSON, TOML and HTML, nested or not.
 _SPELLING = re.compile(
     r"%(?:25)*(?P<percent>[0-7][0-9A-Fa-f])"
     r"|\\+u(?P<unicode>[0-9A-Fa-f]{4})"
@@ -23,7 +23,7 @@ _SPELLING = re.compile(
 )
 
 _SEPARATOR = r"[\\/]+"
-# Addresses, and pixels in text; of `open_clip:NAME/FILE` what stands before the file.
+# Addresses, and pixels in text; of `open_clip:NAME/FILE`, the part before the file.
 _OTHER = (
     r"(?:https?|wss?|ftps?|sftp|ssh|git|s3|gs|gcs|az|abfss?|hf)://(?!/)(?:[^\s\"'<>`?#,;]|[,;](?![\\/~]))*"
     r"|data:[\w.+/-]*;base64,[\w+/=]*"
@@ -55,50 +55,50 @@ _CLOSING = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»"
 
 
 def without_folders(text: str) -> str:
-    """Absolute paths by their last part alone, for pages are mailed and paths name people.
+    """Cut absolute paths to their last part, because pages are mailed and paths name people.
 
     Home folders become `~`. Paths are found in every spelling that they have in URLs, JSON, TOML
-    and HTML, and in the middle of sentences and specifications of images; of those, the file with
-    the labels is left out, too. Addresses on the web and relative paths stay as they are.
+    and HTML, and inside sentences and specs of images, from which the file with the labels is left
+    out, too. Addresses on the web and relative paths stay.
     """
     if "/" not in text and "\\" not in text and "%" not in text and "#" not in text:
         return text
     plain, places = _plain(text)
     parts: list[str] = []
     done = 0
-    for start, end, instead in _told(plain):
+    for start, end, instead in _cuts(plain):
         parts += [text[done : places[start]], instead]
         done = places[end]
     return "".join(parts) + text[done:]
 
 
 def without_folders_in(value: Any) -> Any:
-    """The same of all texts in nested mappings and lists, keys included."""
+    """Apply `without_folders` to all texts in nested mappings and lists, including keys."""
     if isinstance(value, Mapping):
-        return {without_folders_in(key): without_folders_in(each) for key, each in value.items()}
+        return {without_folders_in(key): without_folders_in(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_folders_in(each) for each in value]
+        return [without_folders_in(item) for item in value]
     return without_folders(value) if isinstance(value, str) else value
 
 
 def _plain(text: str) -> tuple[str, list[int]]:
-    """The text with each character spelt as itself; where each begins in `text`, and the end."""
+    """Return the text with characters spelt plainly; where each begins in `text`, and its end."""
     characters: list[str] = []
     places: list[int] = []
     done = 0
-    for found in _SPELLING.finditer(text):
-        characters += text[done : found.start()]
-        places += range(done, found.start())
-        characters.append(_character(found))
-        places.append(found.start())
-        done = found.end()
+    for match in _SPELLING.finditer(text):
+        characters += text[done : match.start()]
+        places += range(done, match.start())
+        characters.append(_character(match))
+        places.append(match.start())
+        done = match.end()
     characters += text[done:]
     places += range(done, len(text) + 1)
     return "".join(characters), places
 
 
-def _character(found: re.Match[str]) -> str:
-    kind = str(found.lastgroup)
+def _character(match: re.Match[str]) -> str:
+    kind = str(match.lastgroup)
     match kind:
         case "slash":
             return "/"
@@ -107,29 +107,29 @@ def _character(found: re.Match[str]) -> str:
         case "line":
             return "\n"
         case _:
-            return chr(int(found[kind], 10 if kind == "decimal" else 16))
+            return chr(int(match[kind], 10 if kind == "decimal" else 16))
 
 
-def _told(text: str) -> Iterator[tuple[int, int, str]]:
-    """What is to be left out, from where to where, and what is to stand in its place."""
+def _cuts(text: str) -> Iterator[tuple[int, int, str]]:
+    """Find what to leave out: its start, its end, and what replaces it."""
     place = 0
-    while found := _NEXT.search(text, place):
-        place = found.end()
-        if found["other"]:
+    while match := _NEXT.search(text, place):
+        place = match.end()
+        if match["other"]:
             continue
-        if found["table"]:
+        if match["table"]:
             place = _end_of_table(text, place)
-            yield found.start(), place, ""
+            yield match.start(), place, ""
             continue
-        start = found.start("root")
-        cut = _cut(text, start, found)
+        start = match.start("root")
+        cut = _cut(text, start, match)
         if cut is not None:
             place, instead = cut
             yield start, place, instead
 
 
 def _end_of_table(text: str, place: int) -> int:
-    """Where the path of a file with labels ends."""
+    """Return where the path of a file with labels ends."""
     if root := re.compile(_START).match(text, place):
         place = root.end()
     while folder := _FOLDER.match(text, place):
@@ -142,16 +142,16 @@ def _end_of_table(text: str, place: int) -> int:
     return end if bracket < 0 else bracket
 
 
-def _cut(text: str, start: int, found: re.Match[str]) -> tuple[int, str] | None:
-    """Where the last part of a path begins, and what stands for what is before it."""
+def _cut(text: str, start: int, match: re.Match[str]) -> tuple[int, str] | None:
+    """Return where the last part of a path begins, and what replaces everything before it."""
     folder, last = _patterns(text, start)
-    place, names, ends = found.end(), [], [found.end()]
+    place, names, ends = match.end(), [], [match.end()]
     while part := folder.match(text, place):
         place = part.end()
         names.append(part["name"].lower())
         ends.append(place)
     rest = last.match(text, place)
-    if rest is None and not names:  # a slash alone
+    if rest is None and not names:  # only a slash
         return None
     if (rest is None and names[-2:-1] and names[-2] in _HOMES) or (
         rest is not None and names and names[-1] in _HOMES
@@ -161,13 +161,13 @@ def _cut(text: str, start: int, found: re.Match[str]) -> tuple[int, str] | None:
     if rest is None:  # the last folder's name, with the slash at its end
         names.pop()
         ends.pop()
-    if not names and found["root"].strip("\\/") == "":
+    if not names and match["root"].strip("\\/") == "":
         return None  # `/photos` names nobody
     return ends[-1], ""
 
 
 def _patterns(text: str, start: int) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """A folder in a path, and its last part: between quotes, all that stands between them."""
+    """Return patterns for a folder and for the last part: in quotes, they extend to the end."""
     closing = _CLOSING.get(text[start - 1]) if start else None
     end = text.find(closing, start) if closing else -1
     if closing is None or end < 0 or "\n" in text[start:end]:

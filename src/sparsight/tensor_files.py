@@ -1,4 +1,4 @@
-"""Safetensors files: read without believing a size, written whole or not at all, and checksums."""
+"""Safetensors files: no stated size is believed; written whole or not at all; with checksums."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sparsight.files import atomic_path
 from sparsight.pickles import MOST_AXES, shown
 
 LONGEST_HEADER = 100 * 2**20
-"""Bytes of a safetensors header: the limit of the format."""
+"""Longest header of a safetensors file, in bytes, according to the format."""
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
-        SparsightError: it is missing, damaged or cut off.
+        SparsightError: the file is missing, damaged or cut off.
     """
     check_header(path)
     try:
@@ -37,10 +37,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def safetensors_keys(path: Path) -> tuple[str, ...]:
-    """The names of a safetensors file's tensors, without reading them.
+    """Return the names of a safetensors file's tensors, without reading them.
 
     Raises:
-        SparsightError: it is missing, damaged or cut off.
+        SparsightError: the file is missing, damaged or cut off.
     """
     check_header(path)
     try:
@@ -51,7 +51,7 @@ def safetensors_keys(path: Path) -> tuple[str, ...]:
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The free texts in a safetensors header, by their keys.
+    """Return the free texts in a safetensors header, by key.
 
     Raises:
         SparsightError: the file is missing, damaged or cut off.
@@ -65,7 +65,7 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over the names, dtypes, shapes and bytes of tensors, whatever their order."""
+    """Hash names, dtypes, shapes and bytes of tensors, in any order, to a hex SHA-256."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -75,10 +75,10 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_header(path: Path) -> None:
-    """Make sure that a safetensors header ends within the file before it is read.
+    """Check, before reading it, that a safetensors header ends within the file.
 
     Raises:
-        SparsightError: it does not, or there is no such file.
+        SparsightError: it does not, or the file does not exist.
     """
     try:
         size = path.stat().st_size
@@ -96,10 +96,10 @@ def write_safetensors(
     """Write a safetensors file, whole or not at all.
 
     Args:
-        tensors: by name.
-        path: of the file.
-        about: one text for its metadata, by its key. Of several, safetensors would write the order
-            at random, and equal tensors would not give equal bytes.
+        tensors: the tensors by name.
+        path: the file.
+        about: one text for its metadata, by its key. safetensors would write several in random
+            order, and equal tensors would not give equal bytes.
 
     Raises:
         SparsightError: the disk is full or the folder cannot be written.
@@ -112,5 +112,5 @@ def write_safetensors(
 
 
 def damaged(path: Path, error: object) -> SparsightError:
-    """The error of a file that cannot be read."""
+    """Return the error for a file that cannot be read."""
     return SparsightError(f"{path}: is missing, damaged or cut off ({error}).")

@@ -1,4 +1,4 @@
-"""Text that comes from others' files: names that are not UTF-8, line breaks of every kind."""
+"""Text from others' files: names that are not UTF-8, line breaks of every kind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
-"""What UTF-8 cannot hold; a pair of them Python never keeps as two."""
+"""Matches what UTF-8 cannot hold; Python never keeps a pair of surrogates as two."""
 
 _ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 
@@ -16,7 +16,7 @@ def without_surrogates(text: str) -> str:
     r"""Escape what no file can hold as UTF-8.
 
     A byte of a file name that is not UTF-8 (Python keeps it as a surrogate) becomes `\xNN`; any
-    other surrogate that stands alone, e.g. one half of an emoji in a JSON file, `\uNNNN`.
+    other lone surrogate, such as half an emoji in a JSON file, becomes `\uNNNN`.
     """
     try:
         text.encode()
@@ -26,23 +26,23 @@ def without_surrogates(text: str) -> str:
 
 
 def decoded(data: bytes) -> str:
-    r"""Bytes as UTF-8; those that are not become `\xNN`, as in `without_surrogates`."""
+    r"""Decode bytes as UTF-8; invalid bytes become `\xNN`, as in `without_surrogates`."""
     return data.decode("utf-8", "backslashreplace")
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text that end in LF or CR LF.
+    """Split a text into lines that end in LF or CR LF.
 
-    `str.splitlines` also cuts at U+2028, U+0085 and six more, which JSON and CSV allow in a value.
+    `str.splitlines` also splits at U+2028, U+0085 and six more, which JSON and CSV allow in values.
     """
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def path_of(text: str | Path) -> Path:
-    r"""The path that a text names.
+    r"""Return the path that a text names.
 
-    Where nothing lies at the path as it stands, and something does with each `\xNN` read as the
-    byte that `without_surrogates` wrote so, it is that one.
+    If nothing exists at the path as it is, but something does once each `\xNN` is read as the byte
+    that `without_surrogates` escaped, it is that path.
     """
     if not os.path.lexists(text):
         bytes_of = _ESCAPED_BYTE.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), str(text))

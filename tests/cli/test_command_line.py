@@ -504,7 +504,7 @@ def test_every_whole_number_may_be_written_with_an_exponent_or_a_letter(tmp_path
     assert (options.train.n_vectors, options.train.batch_size) == (1_000_000, 4000)
     assert parse(TrainOptions, "train", ["--n-vectors", "None"]).train.n_vectors is None
     for wrong in (["--n-vectors", "1.5"], ["--batch-size", "many"]):
-        with pytest.raises(UserError, match=rf"{wrong[0]}.*'{wrong[1]}' is no whole number"):
+        with pytest.raises(UserError, match=rf"{wrong[0]}.*'{wrong[1]}' is not a whole number"):
             parse(TrainOptions, "train", wrong)
 
 

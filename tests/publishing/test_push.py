@@ -258,7 +258,7 @@ def test_private_is_private(hub: HubServer, measured: Path) -> None:
     assert hub.repositories[ID].private
     push_to_hub(measured, ID, latents=0, private=True, quiet=True)
     hub.make("ada/public")
-    with pytest.raises(UserError, match="is there already, and public"):
+    with pytest.raises(UserError, match="already exists, and is public"):
         push_to_hub(measured, "ada/public", latents=0, private=True, quiet=True)
     assert not pushed(hub, "ada/public")
 

@@ -105,9 +105,9 @@ def test_a_hub_that_is_not_there(hub: HubServer, fails, monkeypatch) -> None:
     ("to", "said"),
     [
         ("clip-sae", "name a user or organisation too, as in my-name/clip-sae"),
-        ("ada/clip/sae", "is no name of a repository"),
-        ("ada/my sae", "is no name of a repository"),
-        ("../sae", "is no name of a repository"),
+        ("ada/clip/sae", "is not the name of a repository"),
+        ("ada/my sae", "is not the name of a repository"),
+        ("../sae", "is not the name of a repository"),
     ],
 )
 def test_a_name_that_no_repository_has(to: str, said: str, hub: HubServer, fails) -> None:

@@ -35,14 +35,14 @@ def card_of(
     revision: str | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """The card of one SAE.
+    """Make the card of one SAE.
 
     Args:
-        run: the SAE and what lies around it.
+        run: the SAE and the files around it.
         place: what `from_pretrained` will take.
-        pictures: of some latents.
-        revision: branch of the Hub's repository, if not its first.
-        license: as the Hub spells it.
+        pictures: drawings of some latents.
+        revision: branch of the Hub's repository, if not the default one.
+        license: the licence, as the Hub spells it.
     """
     plain = model_card(run.sae, place)
     rows = dict(plain.rows)
@@ -74,13 +74,13 @@ def index_card(
     revision: str | None = None,
     license: str | None = None,
 ) -> str:
-    """The README at the root of a repository with several SAEs.
+    """Make the README at the root of a repository with several SAEs.
 
     Args:
-        runs: by the folder of each in the repository.
-        repo_id: of the repository.
-        revision: its branch, if not the first.
-        license: as the Hub spells it.
+        runs: the runs, by their folders in the repository.
+        repo_id: id of the repository.
+        revision: its branch, if not the default one.
+        license: the licence, as the Hub spells it.
     """
     first_place, first = next(iter(runs.items()))
     ids = list(dict.fromkeys(without_folders(str(run.model.get("id"))) for run in runs.values()))
@@ -120,18 +120,18 @@ def index_card(
 
 
 def header(runs: Sequence[RunFiles], license: str | None) -> dict[str, str | Sequence[str]]:
-    """What the Hub is told beside the library and the tags."""
+    """Return what the card's header says in addition to the library and the tags."""
     models = dict.fromkeys(filter(None, map(_hub_id, runs)))
     specs = [str(run.sae.metadata.get("images") or "") for run in runs]
     sets = dict.fromkeys(filter(None, map(_hub_dataset, specs)))
-    found: dict[str, str | Sequence[str]] = {}
+    header: dict[str, str | Sequence[str]] = {}
     if license:
-        found["license"] = license
-    return found | {"base_model": list(models), "datasets": list(sets)}
+        header["license"] = license
+    return header | {"base_model": list(models), "datasets": list(sets)}
 
 
 def _hub_id(run: RunFiles) -> str | None:
-    """The model's id on the Hub; None where it is not from there."""
+    """Return the model's id on the Hub; None if it is not from there."""
     id = str(run.model.get("id", ""))
     return id if _HUB_ID.fullmatch(id) else None
 
@@ -142,7 +142,7 @@ def _hub_dataset(spec: str) -> str | None:
 
 
 def _usage(run: RunFiles, place: str, revision: str | None) -> str | None:
-    """Code from images to codes; None where others cannot load the model."""
+    """Return code from images to sparse codes; None if others cannot load the model."""
     model = run.model
     id = str(model.get("id", ""))
     if not (id == "calibration" or _hub_id(run) or re.fullmatch(r"open_clip:[\w./-]+", id)):
@@ -182,8 +182,8 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     if kept := _kept(metrics):
         parts.append(kept)
     for make in (scores.reconstruction_table, scores.downstream_table, scores.truth_table):
-        if (found := make(metrics)) is not None:
-            parts.append(_score_table(found))
+        if (table_of_scores := make(metrics)) is not None:
+            parts.append(_score_table(table_of_scores))
     if window := metrics.get("dead_window"):
         parts.append(f"Dead: not active once in the last {scores.count(window)} vectors.")
     gaps = scores.not_measured(metrics)
@@ -192,7 +192,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
 
 
 def _kept(metrics: Mapping[str, Any]) -> str:
-    """How much zero-shot accuracy the reconstruction leaves, in a sentence."""
+    """Say in a sentence how much zero-shot accuracy the reconstruction leaves."""
     shot = metrics.get("zero_shot") or {}
     before, after = scores.dig(shot, "original.top1"), scores.dig(shot, "reconstructed.top1")
     if not before or after is None:
@@ -203,14 +203,14 @@ def _kept(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _score_table(found: scores.Table) -> str:
+def _score_table(scored: scores.Table) -> str:
     rows = []
-    for row in found.rows:
+    for row in scored.rows:
         name = escape(f"{row.group}: {row.name}" if row.group else row.name)
         cells = ["–" if cell == scores.NOT_MEASURED else escape(cell) for cell in row.cells]
         rows.append([name, *cells])
-    text = f"### {found.title}\n\n" + table(["", *map(escape, found.columns)], rows)
-    return text + (f"\n\n{escape(found.note)}" if found.note else "")
+    text = f"### {scored.title}\n\n" + table(["", *map(escape, scored.columns)], rows)
+    return text + (f"\n\n{escape(scored.note)}" if scored.note else "")
 
 
 def _latents(run: RunFiles, pictures: LatentPictures | None) -> str:
@@ -230,20 +230,20 @@ def _latents(run: RunFiles, pictures: LatentPictures | None) -> str:
         f"the {TOP_SHOWN} that activate a latent most, the strongest first."
         + (
             " Below them the same, dark where the latent is not active."
-            if any(each.heatmaps for each in pictures.pictures)
+            if any(picture.heatmaps for picture in pictures.pictures)
             else ""
         ),
         f"Latents: {escape(pictures.how_chosen)}",
     ]
-    parts += [_latent(each) for each in pictures.pictures]
+    parts += [_latent(picture) for picture in pictures.pictures]
     notes = list(dict.fromkeys(escape(without_folders(note)) for note in pictures.notes))
     if notes:
-        parts.append(notes[0] + (f" ({len(notes) - 1} more of the kind.)" if notes[1:] else ""))
+        parts.append(notes[0] + (f" ({len(notes) - 1} more of this kind.)" if notes[1:] else ""))
     return "\n\n".join(parts)
 
 
-def _latent(each: LatentPicture) -> str:
-    row = each.row
+def _latent(picture: LatentPicture) -> str:
+    row = picture.row
     facts = [
         f"active on {scores.percent(row['density'])} of the vectors, in "
         f"{scores.count(row['n_active_images'])} images",
@@ -258,7 +258,7 @@ def _latent(each: LatentPicture) -> str:
     if row["top_label"] is not None:
         share = scores.percent(row["top_label_share"])
         facts.append(f"most frequent label {escape(str(row['top_label']))} ({share})")
-    return f"**{name}** · {' · '.join(facts)}\n\n![{name}: its strongest images]({each.file})"
+    return f"**{name}** · {' · '.join(facts)}\n\n![{name}: its strongest images]({picture.file})"
 
 
 def _training(run: RunFiles) -> str:

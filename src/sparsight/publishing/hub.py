@@ -1,4 +1,4 @@
-"""The upload to the Hugging Face Hub, and what can go wrong with it in words."""
+"""The upload to the Hugging Face Hub, with a clear message for whatever can go wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 Files = Mapping[str, bytes | Path]
-"""What is uploaded, by path in the repository: contents, or a file of this machine."""
+"""The files to upload, by path in the repository: contents, or a file on this machine."""
 
 MAIN = "main"
 _REPO_ID = re.compile(r"\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", re.ASCII)
@@ -28,21 +28,22 @@ _INSTEAD = "--dry-run FOLDER writes the files without uploading them."
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Make sure that a repository can have this name.
+    """Check that a repository can have this name.
 
     Raises:
-        UserError: it is no ORG/NAME.
+        UserError: it is not of the form ORG/NAME.
     """
     if "/" not in repo_id:
         raise UserError(f"{repo_id}: name a user or organisation too, as in my-name/{repo_id}.")
     if not _REPO_ID.fullmatch(repo_id):
         raise UserError(
-            f"{repo_id}: is no name of a repository. Give ORG/NAME of letters, digits, -, _ and ."
+            f"{repo_id}: is not the name of a repository. Give ORG/NAME of letters, digits, -, _ "
+            "and ."
         )
 
 
 def check_ready(token: str | None = None) -> None:
-    """Make sure, before any work, that an upload can be tried.
+    """Check, before any work, that an upload is possible.
 
     Raises:
         UserError: the Hub is in offline mode, or there is no token.
@@ -72,33 +73,33 @@ def upload(
     """Put files into a repository in one commit, which also removes what an earlier push left.
 
     Args:
-        repo_id: made if it is not there.
-        files: by path in the repository.
-        folders: of the SAEs in the repository, "" for its root.
-        message: of the commit.
-        private: of a repository that is made.
-        revision: branch, made if it is not there.
-        token: default that of the machine.
-        quiet: no progress bars.
+        repo_id: the repository; it is created if it does not exist.
+        files: the files, by path in the repository.
+        folders: folders of the SAEs in the repository; "" for its root.
+        message: message of the commit.
+        private: whether a repository that is created is private.
+        revision: branch; it is created if it does not exist.
+        token: by default the machine's.
+        quiet: show no progress bars.
 
     Returns:
-        Address of the commit.
+        The address of the commit.
 
     Raises:
         UserError: the Hub does not let this user write there, the repository holds something
-            else, or it is public and was to be private.
+            else, or it is public although `private` was asked for.
         SparsightError: the Hub cannot be reached, or fails.
     """
     from huggingface_hub import HfApi
 
     hub = HfApi(
         token=token, library_name="sparsight", library_version=sparsight.__version__
-    )  # the endpoint is that of HF_ENDPOINT
+    )  # HF_ENDPOINT chooses the endpoint
     with _in_words(repo_id, hub.endpoint), _bars(quiet):
         hub.create_repo(repo_id, private=True if private else None, exist_ok=True)
         if private and not hub.model_info(repo_id).private:
             raise UserError(
-                f"{repo_id}: is there already, and public. Make it private in its settings on the "
+                f"{repo_id}: already exists, and is public. Make it private in its settings on the "
                 "Hub, choose another name, or leave --private out."
             )
         if revision not in (None, MAIN):
@@ -161,22 +162,22 @@ def _bars(quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def _in_words(repo_id: str, endpoint: str) -> Iterator[None]:
-    """Turn what the Hub's client raises inside into one message."""
+    """Turn whatever the Hub's client raises inside into one message."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The base of all errors of the HTTP library: requests, httpx or httpx2, by version.
+    # The base class of all errors of the HTTP library: requests, httpx or httpx2, by version.
     of_library: Any = HfHubHTTPError.__bases__[0]
     try:
         yield
     except SparsightError:
         raise
     except (of_library, OSError, ValueError, RuntimeError) as error:
-        if getattr(error, "filename", None):  # a file of this machine
+        if getattr(error, "filename", None):  # it concerns a file on this machine
             raise
-        raise _told(error, repo_id, endpoint) from error
+        raise _error_for(error, repo_id, endpoint) from error
 
 
-def _told(error: BaseException, repo_id: str, endpoint: str) -> SparsightError:
+def _error_for(error: BaseException, repo_id: str, endpoint: str) -> SparsightError:
     answered = _answered(error)
     if answered is None:
         if isinstance(error, ValueError):
@@ -203,7 +204,7 @@ def _told(error: BaseException, repo_id: str, endpoint: str) -> SparsightError:
 
 
 def _answered(error: BaseException | None) -> Any:
-    """The error behind this one that carries the Hub's answer; uploads wrap it."""
+    """Return the error behind this one that carries the Hub's answer; uploads wrap it."""
     while error is not None:
         if getattr(error, "response", None) is not None:
             return error
@@ -212,5 +213,5 @@ def _answered(error: BaseException | None) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Return an error's text in one line."""
     return " ".join(str(error).split()) or type(error).__name__

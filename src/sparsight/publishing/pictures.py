@@ -1,4 +1,4 @@
-"""Pictures of some latents for a model card: one PNG each, with the images that it responds to."""
+"""Pictures of latents for a model card: one PNG each, with the images that it responds to."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TILE, GAP = 128, 4
 
 @dataclass(frozen=True)
 class LatentPicture:
-    """One latent.
+    """The picture of one latent.
 
     Attributes:
-        row: its row of the index.
-        file: beside the card.
+        row: the latent's row of the index.
+        file: its path beside the card.
         png: the picture.
         heatmaps: whether it has a second row, with heatmaps.
     """
@@ -46,8 +46,8 @@ class LatentPictures:
     """The pictures of one SAE.
 
     Attributes:
-        pictures: one a latent.
-        how_chosen: a sentence.
+        pictures: one per latent.
+        how_chosen: a sentence that says how the latents were chosen.
         notes: what could not be shown, and why.
     """
 
@@ -65,19 +65,19 @@ def latent_pictures(
     quiet: bool,
     stored: StoredCodes | None = None,
 ) -> LatentPictures | None:
-    """Paint up to `n` latents; None if the run has no index, or none is wanted.
+    """Paint up to `n` latents; None if the run has no index, or `n` is 0.
 
-    Named latents come first, best name first; the others are drawn by lot from those that fill a
-    row of pictures.
+    Named latents come first, best name first; the others are drawn at random from those with enough
+    images to fill a row.
 
     Args:
         run: the SAE and its index.
-        model: what made its activations, or the reason why it is not there; None where there can
-            be no heatmaps.
+        model: the model that computed its activations, or the reason why it is not available; None
+            if no heatmaps are possible.
         n: number of latents.
-        seed: of the lot.
-        quiet: no progress bar.
-        stored: where heatmaps can be read, so that no model need run.
+        seed: seed of the random choice.
+        quiet: show no progress bar.
+        stored: where heatmaps can be read, so that no model needs to run.
     """
     index = run.index
     if index is None or n == 0:
@@ -88,7 +88,7 @@ def latent_pictures(
     for latent, examples in shown.items():
         for image in {example.image for example in examples}:
             wanted.setdefault(image, []).append(latent)
-    with progress(f"push: {run.name}", None, "pictures", quiet=quiet) as line:
+    with progress(f"push: {run.name}", None, "images", quiet=quiet) as line:
         seen = see(index, run.sae, None if isinstance(model, str) else model, wanted, line, stored)
     if isinstance(model, str):
         seen.notes.insert(0, f"No heatmaps: {model}")
@@ -101,7 +101,7 @@ def latent_pictures(
 
 
 def _paint(latent: int, images: Sequence[int], seen: Seen) -> tuple[bytes, bool]:
-    """A row of pictures; below it the same under heatmaps, where there are any."""
+    """Paint a row of images and, if there are any, the same images under heatmaps below it."""
     grids = {image: seen.grids[image, latent] for image in images if (image, latent) in seen.grids}
     peak = max((float(grid.max()) for grid in grids.values()), default=0.0)
     tiles = [[_tile(seen.pictures.get(image)) for image in images]]
@@ -109,7 +109,7 @@ def _paint(latent: int, images: Sequence[int], seen: Seen) -> tuple[bytes, bool]
         tiles.append([_lit(seen.pictures[image], grids.get(image), peak) for image in images])
     step = TILE + GAP
     size = (len(images) * step - GAP, len(tiles) * step - GAP)
-    sheet = Image.new("RGBA", size)  # clear, so that the gaps are the page's
+    sheet = Image.new("RGBA", size)  # transparent, so that the gaps show the page
     for y, row in enumerate(tiles):
         for x, tile in enumerate(row):
             sheet.paste(tile, (x * step, y * step))
@@ -119,7 +119,7 @@ def _paint(latent: int, images: Sequence[int], seen: Seen) -> tuple[bytes, bool]
 
 
 def _tile(picture: Image.Image | None) -> Image.Image:
-    """A picture cut to a square; grey where it has gone."""
+    """Crop an image to a square; a grey one if the image is no longer there."""
     if picture is None:
         return Image.new("RGB", (TILE, TILE), (128, 128, 128))
     method = Image.Resampling.NEAREST if is_crisp(picture) else Image.Resampling.LANCZOS
@@ -129,7 +129,7 @@ def _tile(picture: Image.Image | None) -> Image.Image:
 def _lit(
     picture: Image.Image | None, grid: Float[Tensor, "rows columns"] | None, peak: float
 ) -> Image.Image:
-    """The same, dark where the latent is not active."""
+    """Crop an image to a square that is dark where the latent is not active."""
     if picture is None:
         return _tile(None)
     grid = torch.zeros(1, 1) if grid is None else grid

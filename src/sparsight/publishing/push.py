@@ -30,12 +30,12 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class Push:
-    """What was uploaded, or would be.
+    """What was uploaded, or would be uploaded.
 
     Attributes:
-        repo_id: where to.
-        url: of the commit; None after a dry run.
-        files: size in bytes, by path in the repository.
+        repo_id: the repository.
+        url: address of the commit; None after a dry run.
+        files: size in bytes of each file, by path in the repository.
         notes: what the cards lack, and the command that makes it.
     """
 
@@ -62,29 +62,30 @@ def push_to_hub(
 ) -> Push:
     """Upload a finished run to the Hugging Face Hub, with a model card.
 
-    Of each SAE go `config.json`, `sae.safetensors`, `metrics.json` if it was evaluated, the card
-    (`README.md`) and `pictures/` of some latents if it was indexed. Several SAEs get a folder each
-    and a README that lists them; `SparseAutoencoder.from_pretrained("org/name/folder")` loads one.
-    Paths of this machine are cut to their last part in all of it.
+    For each SAE, the upload consists of `config.json`, `sae.safetensors`, `metrics.json` if it was
+    evaluated, the card (`README.md`), and `pictures/` of some latents if it was indexed. Several
+    SAEs get one folder each, and a README that lists them;
+    `SparseAutoencoder.from_pretrained("org/name/folder")` loads one. Paths on this machine are cut
+    to their last part throughout.
 
     Args:
-        run: a run, or its folder; or a folder with several in it, a sweep say.
-        repo_id: ORG/NAME; made if it is not there.
+        run: a run, or its folder; or a folder with several runs, such as a sweep.
+        repo_id: ORG/NAME; it is created if it does not exist.
         private: make it private.
-        revision: branch; made if it is not there.
-        message: of the commit.
-        latents: how many to show of each SAE, with pictures of the images that it was indexed on.
-        seed: of the lot that chooses those without a name.
-        model: what the heatmaps are made with where neither codes nor activations of the images
-            are on disk; default the model that the index names.
-        license: as the Hub spells it, e.g. "mit".
+        revision: branch; it is created if it does not exist.
+        message: message of the commit.
+        latents: number of latents to show per SAE, with the images on which it was indexed.
+        seed: seed of the random choice among latents without a name.
+        model: makes the heatmaps if neither codes nor activations of the images are on disk; by
+            default the model that the index names.
+        license: the licence, as the Hub spells it, e.g. "mit".
         dry_run: write the files into this new folder and upload nothing.
-        token: of the Hub; default the one of this machine.
-        quiet: no progress bars.
+        token: token for the Hub; by default this machine's.
+        quiet: show no progress bars.
 
     Raises:
         UserError: there is no finished run, no token, or no right to write there; the repository
-            holds something else; or `dry_run` is a folder with something in it.
+            holds something else; or `dry_run` is not empty.
         SparsightError: a file of the run is damaged, or the Hub cannot be reached.
     """
     check_seed(seed)
@@ -117,13 +118,13 @@ def push_to_hub(
         path: len(content) if isinstance(content, bytes) else content.stat().st_size
         for path, content in files.items()
     }
-    notes = [f"{each.name}: {lack}" for each in runs.values() for lack in each.missing]
+    notes = [f"{run.name}: {lack}" for run in runs.values() for lack in run.missing]
     return Push(repo_id, url, sizes, tuple(notes))
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What the caller of `push_to_hub` wants of the cards."""
+    """What the caller of `push_to_hub` chose about the cards."""
 
     latents: int
     seed: int
@@ -134,18 +135,18 @@ class _Choice:
 
 
 def _files(runs: Mapping[str, RunFiles], repo_id: str, choice: _Choice) -> dict[str, bytes | Path]:
-    """What goes into the repository, by its path there."""
+    """Return what goes into the repository, by path there."""
     models = RunModels(choice.model)
     files: dict[str, bytes | Path] = {}
-    for folder, each in runs.items():
+    for folder, run in runs.items():
         start, place = (f"{folder}/", f"{repo_id}/{folder}") if folder else ("", repo_id)
-        pictures = _pictures(each, models, n=choice.latents, seed=choice.seed, quiet=choice.quiet)
-        card = card_of(each, place, pictures, revision=choice.revision, license=choice.license)
+        pictures = _pictures(run, models, n=choice.latents, seed=choice.seed, quiet=choice.quiet)
+        card = card_of(run, place, pictures, revision=choice.revision, license=choice.license)
         files[start + README] = without_surrogates(without_folders(card.text())).encode()
-        files[start + CONFIG] = _config(each)
-        files[start + WEIGHTS] = each.folder / WEIGHTS
-        if each.metrics:
-            files[start + METRICS] = json_bytes(without_folders_in(each.metrics))
+        files[start + CONFIG] = _config(run)
+        files[start + WEIGHTS] = run.folder / WEIGHTS
+        if run.metrics:
+            files[start + METRICS] = json_bytes(without_folders_in(run.metrics))
         for picture in pictures.pictures if pictures else ():
             files[start + picture.file] = picture.png
     if "" not in runs:
@@ -155,13 +156,17 @@ def _files(runs: Mapping[str, RunFiles], repo_id: str, choice: _Choice) -> dict[
 
 
 def _runs(root: Path) -> dict[str, RunFiles]:
-    """SAEs by their folder in the repository: its root for one alone."""
-    found = find_runs(root)
-    names = run_names(found)
-    folders = [folder.relative_to(root).as_posix() for folder in found] if found[1:] else [""]
+    """Return the SAEs by their folders in the repository; a single one is at its root."""
+    folders_of_runs = find_runs(root)
+    names = run_names(folders_of_runs)
+    folders = (
+        [folder.relative_to(root).as_posix() for folder in folders_of_runs]
+        if folders_of_runs[1:]
+        else [""]
+    )
     return {
         place: read_run(folder, name)
-        for place, folder, name in zip(folders, found, names, strict=True)
+        for place, folder, name in zip(folders, folders_of_runs, names, strict=True)
     }
 
 
