@@ -144,7 +144,6 @@ class Trainer(CheckpointedLoop):
         self.losses: list[Tensor] = []  # since the last line of the log
         self.seconds = self.earlier_seconds = 0.0
         settings.out.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(settings.out, ["checkpoint.pt"])
         if self.checkpoint.exists():
             self.load()
         elif settings.start_from is not None:
@@ -277,14 +276,12 @@ class Trainer(CheckpointedLoop):
 
     def run(self) -> dict[str, float]:
         """Train to the end of the budget, with a line of log every 20 seconds."""
-        if self.progress() >= 1:
-            return self.evaluate()
-        with (
-            claimed(self.settings.out, "training into"),
-            postponed() as stop,
-            closing(self._batches()) as batches,
-        ):
-            return self._train(batches, stop)
+        with claimed(self.settings.out, "training into"):
+            remove_temporaries(self.settings.out, [self.checkpoint.name])
+            if self.progress() >= 1:
+                return self.evaluate()
+            with postponed() as stop, closing(self._batches()) as batches:
+                return self._train(batches, stop)
 
     def _train(self, batches: Iterator[Batch], stop: Stop) -> dict[str, float]:
         settings = self.settings
