@@ -36,6 +36,8 @@ SMALLER = {
     "n=500": "n=36",
     "FinetuneConfig(epochs=2)": "FinetuneConfig(steps=2, batch_size=8)",
     "--batch-size 44": "--batch-size 8",
+    # So small an autoencoder has no latents that are silent where there are no words.
+    'contrast="attack")': 'contrast="attack", selectivity=0.3)',
 }
 """Sizes in the pages, and the smaller ones that this test takes in their place."""
 
@@ -49,6 +51,7 @@ APPENDED = {
     r"sparsight (train|sweep) .*--config recipes/(fry|clip-scope|tied)": "--sae.expansion 2",
     r"sparsight steer": "--ks 1 8",
     r"sparsight sweep .*--config recipes/": "--vary n_latents=64,128 k=4,8",
+    r"sparsight attack (find|measure) .*(runs/|--off)": "--selectivity 0.3",
     r"sparsight finetune": "--steps 2 --max-images 16 --no-latents",
     r"sparsight finetune openai": "--batch-size 8",
     r"sparsight finetune calibration": FEWER_SCENES,

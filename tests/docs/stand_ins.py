@@ -76,6 +76,7 @@ def deepened(n_blocks: int, places: dict[int, int], positions: int) -> CLIPModel
     config = CLIPConfig(**shallow.config.to_dict())
     config.vision_config.num_hidden_layers = n_blocks
     config.text_config.max_position_embeddings = positions
+    torch.manual_seed(0)
     deep = CLIPModel(config)
     theirs, state = shallow.state_dict(), deep.state_dict()
     for key in state:
