@@ -8,6 +8,7 @@ VERSION ?=
 DRY_RUN ?=
 WORKERS ?= auto
 COVERAGE ?=
+PICTURES ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OPEN_CLIP := $(VENV)/open_clip
@@ -26,7 +27,7 @@ TEST_OPEN_CLIP := $(OFFLINE) PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest $(I
 	tests/finetuning/test_finetuning_open_clip.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench bench-peers gpu-check release clean
+.PHONY: help demo test test-slow lint format docs pictures bench bench-peers gpu-check release clean
 
 help:
 	@echo "make demo         train and look at sparse autoencoders of a small CLIP, in minutes"
@@ -35,6 +36,7 @@ help:
 	@echo "make lint         style, types, import rules, English"
 	@echo "make format       put the code into the house style"
 	@echo "make docs         build the documentation into site/"
+	@echo "make pictures     make the pictures of the documentation and the README, in minutes"
 	@echo "make bench        measure world, remedies for dead latents, attacks, fine-tuning and search;"
 	@echo "                  tables go to benchmarks/RESULTS.md and QUALITY.md"
 	@echo "make bench-peers  measure training, encoding, extraction, the store and what is learnt beside"
@@ -70,6 +72,10 @@ format: $(VENV)/.developer
 
 docs: $(VENV)/.developer
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# PICTURES="--photos-run RUN …" makes those of the tutorial on photos as well.
+pictures: $(VENV)/.developer
+	$(OFFLINE) $(BIN)/python tools/docs_pictures.py $(PICTURES)
 
 bench: $(VENV)/.developer
 	@set -e; for name in world remedies attack finetune retrieval; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done

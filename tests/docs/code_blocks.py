@@ -57,7 +57,7 @@ def blocks_of(page: Path) -> list[Block]:
 MADE_THERE = {
     "README.md": ("acts", "runs"),
     "docs/index.md": ("acts", "runs"),
-    "docs/guide/own-photos.md": ("acts", "runs"),
+    "docs/tutorials/photos.md": ("acts", "runs"),
     "docs/guide/extract.md": ("acts",),
     "docs/guide/train.md": ("runs",),
 }
