@@ -41,7 +41,7 @@ from sparsight.vision import classifier_weights, classify
 
 OUT = Path(__file__).parent.parent / "docs" / "pictures"
 MOST_BYTES = 60_000
-"""Of one picture."""
+"""The size of one image."""
 
 PANEL, INK, FAINT = (17, 20, 25), (236, 233, 228), (155, 161, 168)
 GOOD, BAD = (134, 184, 92), (222, 118, 92)
@@ -49,7 +49,7 @@ EDGE, GAP = 28, 12
 """Pixels around a panel, and between its tiles."""
 
 KINDS = ("symbol", "symbol", "word", "object_colour", "background")
-"""Of truth, one per column; a kind that is named twice has its two best attributes there."""
+"""Kinds of ground truth, one per column; a kind that is named twice has its two best attributes there."""
 
 PARTS = (
     "#run0, #terms, .plots, .part, .tables, details, nav, .tools, .bands { display: none }"
