@@ -49,7 +49,7 @@ EDGE, GAP = 28, 12
 """Pixels around a panel, and between its tiles."""
 
 KINDS = ("symbol", "symbol", "word", "object_colour", "background")
-"""Kinds of ground truth, one per column; a kind that is named twice has its two best attributes there."""
+"""Kinds of ground truth, one per column; a kind named twice shows its two best attributes."""
 
 PARTS = (
     "#run0, #terms, .plots, .part, .tables, details, nav, .tools, .bands { display: none }"
