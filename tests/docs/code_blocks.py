@@ -60,5 +60,6 @@ MADE_THERE = {
     "docs/tutorials/photos.md": ("acts", "runs"),
     "docs/guide/extract.md": ("acts",),
     "docs/guide/train.md": ("runs",),
+    "docs/tutorials/clip-with-text.md": ("acts", "runs"),
 }
 """Folders of the quick start that a page makes itself, and so does not find."""
