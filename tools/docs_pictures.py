@@ -2,7 +2,7 @@
 
     python tools/docs_pictures.py --demo demo/                            # rendered scenes alone
     python tools/docs_pictures.py --demo demo/ --photos-run runs/dino-l8 --sweep runs/sweep \
-        --samples samples/                                                # the tutorial's as well
+        --samples samples/ --clip-with-text tutorial/                     # the tutorials' as well
 
 The first line needs nothing but the demo's folder, which it makes where it is missing. The second
 needs the runs of the tutorial on photos, and a folder of photos that may be shown. Pictures of
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import clip_pictures  # beside this file
 import matplotlib
 import numpy as np
 import torch
@@ -84,6 +85,9 @@ class Options:
     samples: Path | None = None
     """Folder of photos that may be shown, on which the run's latents are drawn."""
 
+    clip_with_text: Path | None = None
+    """Folder in which the commands of the tutorial on CLIP with text were run."""
+
     out: Path = OUT
     """Folder of the pictures."""
 
@@ -108,6 +112,8 @@ def main(options: Options) -> None:
             made.append(save_pixels(drawn, options.out / "photo-latents.webp"))
     if options.sweep is not None:
         made += sweep_plot(options.sweep, options.out)
+    if options.clip_with_text is not None:
+        made += clip_pictures.make(options.clip_with_text, options.out)
     for path in made:
         print(f"{path}: {path.stat().st_size:,} bytes")
     whole = sum(path.stat().st_size for path in options.out.iterdir())
