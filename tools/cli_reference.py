@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import html
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -93,7 +94,7 @@ def page() -> str:
     """The whole reference, in Markdown."""
     sections = [section(verb) for verb in all_verbs()]
     rows = "\n".join(
-        f"| [`sparsight {each.verb}`](#{_anchor(each.verb)}) | {each.about.rstrip('.')} |"
+        f"| [`{each.verb}`](#{_anchor(each.verb)}) | {_cell(_text(_first_sentence(each.about)))} |"
         for each in sections
     )
     parts = [HEAD, f"| verb | what it does |\n|---|---|\n{rows}\n"]
@@ -142,6 +143,10 @@ def _table(options: list[Option]) -> list[str]:
         for option in options
     ]
     return ["| option | what it does | default |", "|---|---|---|", *rows, ""]
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?]) ", text)[0].rstrip(".")
 
 
 def _anchor(verb: str) -> str:
