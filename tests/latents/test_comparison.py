@@ -110,7 +110,7 @@ def test_the_folder_holds_tables_for_people_and_programs_and_plots(
     assert float(rows[5]["fvu"]) == table["members"][5]["fvu"]
     text = (swept.out / "table.md").read_text()
     head = (
-        "| site | k | latents | seeds | FVU | FVU, CLS | FVU, patches | L0 | dead | cosine "
+        "| site | k | latents | seeds | FVU | FVU of CLS | FVU of patches | L0 | dead | cosine "
         "| accuracy | stability |"
     )
     assert head in text and "Student's 95 % interval" in text

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from sparsight.figures import NOT_MEASURED, percent, rounded
 from sparsight.latents import scores
-from sparsight.latents.scores import NOT_MEASURED, figure, percent
 
 TRUTH = {
     "symbol/sun": {"latent": 4, "auc": 0.9, "f1": 0.8, "iou": 0.5},
@@ -117,7 +117,7 @@ def test_nothing_measured_makes_no_tables() -> None:
     ],
 )
 def test_figures_have_three_digits(value: float | None, text: str) -> None:
-    assert figure(value) == text
+    assert rounded(value) == text
 
 
 @pytest.mark.parametrize(

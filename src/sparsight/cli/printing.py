@@ -10,27 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparsight.latents.scores import (
+from sparsight.figures import (
     BASELINES,
-    cls_warning,
+    Figure,
     dig,
-    figure,
-    measured_on,
-    percent,
-    truth_by_kind,
+    figure_of,
+    rounded,
+    shown_in,
 )
+from sparsight.latents.scores import cls_warning, measured_on, truth_by_kind
 
 WIDTH = 120
-PERCENTAGES = ("dead", "zero_shot.reconstructed.top1", "zero_shot.original.top1")
-HEADLINES = {
-    "FVU": "fvu",
-    "FVU of CLS": "fvu_cls",
-    "FVU of patches": "fvu_patches",
-    "L0": "l0",
-    "dead": "dead",
-    "zero-shot, original": "zero_shot.original.top1",
-    "zero-shot, reconstructed": "zero_shot.reconstructed.top1",
-}
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -69,14 +59,13 @@ def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> 
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
-    for title, key in HEADLINES.items():
-        show = percent if key in PERCENTAGES else figure
-        if any(dig(each, key) is not None for each in metrics):
-            table.add_row(title, *(show(dig(each, key)) for each in metrics))
+    for figure in _headlines():
+        if any(figure.of(each) is not None for each in metrics):
+            table.add_row(figure.label, *(figure.show(figure.of(each)) for each in metrics))
             for baseline, words in BASELINES.items():
-                values = [dig(each, f"baselines.{baseline}.{key}") for each in metrics]
+                values = [figure.of(dig(each, f"baselines.{baseline}")) for each in metrics]
                 if any(value is not None for value in values):
-                    table.add_row(f"  {words}", *map(show, values), style="dim")
+                    table.add_row(f"  {words}", *map(figure.show, values), style="dim")
     kinds = list(dict.fromkeys(kind for each in metrics for kind in truth_by_kind(each)))
     for kind in kinds:
         words = f"{kind.replace('_', ' ')}: mean AUC"
@@ -95,6 +84,14 @@ def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> 
         _print_about(console, [name] if len(names) > 1 else [], cls_warning(each))
 
 
+def _headlines() -> list[Figure]:
+    """The first figures of an SAE; of variants the model as it is and the reconstruction."""
+    found: list[Figure] = []
+    for figure in shown_in("headline"):
+        found += [figure.at(variant) for variant in figure.variants[:2]] or [figure]
+    return found
+
+
 def _print_about(console: Console, names: Sequence[str], sentence: str) -> None:
     if sentence:
         text = f"{', '.join(names)}: {sentence}" if names else sentence
@@ -111,20 +108,21 @@ def print_sweep(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     table = plain_table()
     table.add_column(f"in {out}", overflow="fold")
     table.add_column("site", overflow="fold")
-    accurate = any(row.get("accuracy") is not None for row in rows)
-    for name in ("FVU", "L0", "dead", *(["zero-shot"] * accurate), "vectors/s"):
-        table.add_column(name, justify="right")
+    figures = [*shown_in("log")]
+    if any(row.get("accuracy") is not None for row in rows):
+        figures.append(figure_of("accuracy"))
+    speed = figure_of("vectors_per_second")
+    for each in (*figures, speed):
+        table.add_column(each.name, justify="right")
     for row in rows:
         if "diverged" in row:
             table.add_row(row["name"], row["site"], "diverged")
             continue
-        rate = row["vectors_per_second"]
-        figures = [figure(row["fvu"]), figure(row["l0"]), percent(row["dead"])]
-        if accurate:
-            figures.append(percent(row.get("accuracy")))
-        table.add_row(row["name"], row["site"], *figures, "–" if rate is None else f"{rate:,.0f}")
+        cells = [each.show(each.of(row)) for each in figures]
+        rate = speed.of(row)
+        table.add_row(row["name"], row["site"], *cells, "–" if rate is None else speed.show(rate))
     Console(markup=False, emoji=False).print(table)
 
 
 def _mean_auc(block: Mapping[str, Any], kind: str) -> str:
-    return figure(truth_by_kind(block).get(kind, {}).get("auc"))
+    return rounded(truth_by_kind(block).get(kind, {}).get("auc"))

@@ -16,6 +16,7 @@ from sparsight.cli.opening import open_model
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import print_notes
 from sparsight.errors import UserError
+from sparsight.figures import shown_in
 from sparsight.images import open_images
 from sparsight.pace import SECONDS
 from sparsight.training import TrainConfig, TrainRecipe, train
@@ -90,9 +91,9 @@ def main(arguments: Sequence[str]) -> None:
     for site in run.sites:
         last = (run.metrics(site) or [{}])[-1]
         figures = " · ".join(
-            f"{name} {last[key]:.4g}"
-            for name, key in (("FVU", "fvu"), ("L0", "l0"), ("dead", "dead"))
-            if key in last
+            f"{figure.name} {figure.precise(figure.of(last))}"
+            for figure in shown_in("log")
+            if figure.of(last) is not None
         )
         print(f"{run.folder(site)} · {site} · {figures}")
 

@@ -8,7 +8,6 @@ dictionaries of the seeds. The definitions are those of `evaluate`.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -36,6 +35,7 @@ from sparsight.evaluation.reconstruction import ReconstructionMeter
 from sparsight.evaluation.report import finite
 from sparsight.evaluation.sparsity import SparsityMeter
 from sparsight.evaluation.stability import stability
+from sparsight.figures import shown_in
 from sparsight.images import ImageSource
 from sparsight.intervals import t_interval
 from sparsight.progress import progress
@@ -45,17 +45,6 @@ from sparsight.training import Run, Sweep
 from sparsight.vision import Tokens, VisionModel, names_by_label
 
 FORMAT_VERSION = 1
-FIGURES = {
-    "fvu": (0.0, math.inf),
-    "fvu_cls": (0.0, math.inf),
-    "fvu_patches": (0.0, math.inf),
-    "l0": (0.0, math.inf),
-    "dead": (0.0, 1.0),
-    "cosine": (-1.0, 1.0),
-    "accuracy": (0.0, 1.0),
-}
-"""What has a mean and an interval over seeds, and what it lies between."""
-
 LIVE_IMAGES = 2000
 """Images that are measured on where the model must run for them."""
 
@@ -243,10 +232,9 @@ def _measure(
         positions = layout.n_prefix, layout.has_cls
         figures = {**error.result(*positions), **count.result(*positions, None)}
         # What training logged is in `trained`: it is over other vectors.
-        member.row["trained"] = {key: member.row.get(key) for key in ("fvu", "l0", "dead")}
-        member.row |= {key: figures[key] for key in ("fvu", "l0", "dead", "cosine")}
-        apart = ("fvu_cls", "fvu_patches")
-        member.row |= {key: figures[key] for key in apart if key in figures}
+        member.row["trained"] = {each.key: each.of(member.row) for each in shown_in("log")}
+        shown = (each.key for each in shown_in("sweep"))
+        member.row |= {key: figures[key] for key in shown if key in figures}
         member.row["trained_on_these"] = trained_on(sae, source)
         member.row["held_out"] = held_out(sae, source)
         member.row["dead_window"] = figures["dead_window"]
@@ -362,12 +350,12 @@ def _groups(
             "saes": [each.row["sae"] for each in part],
             "n_latents": first["n_latents"],
         }
-        for key, limits in FIGURES.items():
-            values = [each.row[key] for each in part if each.row.get(key) is not None]
+        for figure in shown_in("sweep"):
+            values = [each.row[figure.key] for each in part if figure.of(each.row) is not None]
             if len(values) == len(part):
-                row[key] = {
+                row[figure.key] = {
                     "mean": fmean(values),
-                    "interval": t_interval(values, *limits),
+                    "interval": t_interval(values, *figure.range),
                     "lowest": min(values),
                     "highest": max(values),
                 }

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsight.evaluation.sparsity import LatentCounts
+from sparsight.figures import TRUTH_SCORES, Figure, shown_in, truth_score
 from sparsight.files import write_json
-
-ROWS = {
-    "FVU": "fvu",
-    "FVU, CLS": "fvu_cls",
-    "FVU, patches": "fvu_patches",
-    "cosine": "cosine",
-    "relative bias": "relative_bias",
-    "CLIP-Scope explained variance": "clipscope_ev",
-    "L0": "l0",
-    "L0, CLS": "l0_cls",
-    "L0, patches": "l0_patches",
-    "dead": "dead",
-    "zero-shot top-1, original": "zero_shot.original.top1",
-    "zero-shot top-1, reconstructed": "zero_shot.reconstructed.top1",
-    "zero-shot top-1, mean": "zero_shot.mean.top1",
-    "zero-shot top-1, zero": "zero_shot.zero.top1",
-    "contrastive loss, original": "contrastive.original.loss",
-    "contrastive loss, reconstructed": "contrastive.reconstructed.loss",
-}
-TRUTH_SCORES = ("auc", "f1", "iou")
 
 
 @dataclass(frozen=True)
@@ -57,16 +39,25 @@ class EvaluationReport:
         """Rows for a terminal: the head, then name, the SAE's figure and each baseline's."""
         blocks = {"SAE": self.metrics, **(self.metrics.get("baselines") or {})}
         rows = [("", *blocks)]
-        lines = dict(ROWS)
-        for kind in self.metrics.get("truth_summary") or {}:
-            for score in TRUTH_SCORES:
-                name = f"{kind.replace('_', ' ')}, mean {score.upper()}"
-                lines[name] = f"truth_summary.{kind}.{score}.mean"
-        for name, key in lines.items():
-            values = [_dig(block, key) for block in blocks.values()]
+        for figure in self._figures():
+            values = [figure.of(block) for block in blocks.values()]
             if any(value is not None for value in values):
-                rows.append((name, *("" if v is None else f"{v:.4g}" for v in values)))
+                cells = ("" if value is None else figure.precise(value) for value in values)
+                rows.append((figure.label, *cells))
         return rows
+
+    def _figures(self) -> Iterator[Figure]:
+        """The rows of the table; of variants each that can be there."""
+        for figure in shown_in("table"):
+            yield from [figure.at(variant) for variant in figure.variants] or [figure]
+        for kind in self.metrics.get("truth_summary") or {}:
+            for name in TRUTH_SCORES:
+                score = truth_score(name)
+                yield dataclasses.replace(
+                    score,
+                    key=f"truth_summary.{kind}.{name}.mean",
+                    label=f"{kind.replace('_', ' ')}, mean {score.label}",
+                )
 
 
 def finite(value: Any, path: str = "", gaps: dict[str, str] | None = None) -> Any:
@@ -89,11 +80,3 @@ def finite(value: Any, path: str = "", gaps: dict[str, str] | None = None) -> An
             gaps[path] = f"The figure was {value}."
         return None
     return value
-
-
-def _dig(block: Any, path: str) -> Any:
-    for key in path.split("."):
-        if not isinstance(block, Mapping):
-            return None
-        block = block.get(key)
-    return block

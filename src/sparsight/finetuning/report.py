@@ -13,6 +13,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sparsight.errors import SparsightError, UserError
+from sparsight.figures import (
+    NOT_MEASURED,
+    TRUTH_SCORES,
+    dig,
+    interval,
+    percent,
+    rounded,
+    truth_score,
+)
 from sparsight.files import read_json, write_json, write_text
 from sparsight.finetuning import plots
 from sparsight.finetuning.config import FinetuneRecipe
@@ -21,7 +30,7 @@ from sparsight.finetuning.run import FinetuneRun
 from sparsight.finetuning.subjects import Subjects
 from sparsight.latents.cards import encode_picture, is_crisp
 from sparsight.latents.report import made_with, page_css, template
-from sparsight.latents.scores import NOT_MEASURED, Row, Table, dig, figure, interval, percent
+from sparsight.latents.scores import Row, Table
 from sparsight.latents.views import Plot
 from sparsight.pages.style import to_svg
 from sparsight.redaction import without_folders
@@ -192,7 +201,7 @@ _LINES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("in-batch accuracy (zer0int)", "in_batch_accuracy.*.accuracy", percent),
     ("recall@1, picture to caption", "retrieval.*.image_to_text.1.recall", percent),
     ("recall@1, caption to picture", "retrieval.*.text_to_image.1.recall", percent),
-    ("modality gap", "modality_gap.*.distance", figure),
+    ("modality gap", "modality_gap.*.distance", rounded),
     ("modalities told apart", "modality_gap.*.separability", percent),
 )
 
@@ -349,14 +358,14 @@ def _kept_table(found: Mapping[str, Any]) -> Table | None:
 
 def _modality_table(found: Mapping[str, Any]) -> Table | None:
     lines: list[tuple[str, str, str, Callable[[Any], str]]] = [
-        ("distance of the means", "modality gap", "modality_gap.*.distance", figure),
+        ("distance of the means", "modality gap", "modality_gap.*.distance", rounded),
         ("told apart by a line", "separability", "modality_gap.*.separability", percent),
-        ("cosine with own caption", "", "modality_gap.*.matched_cosine", figure),
-        ("cosine with another's", "", "modality_gap.*.random_cosine", figure),
-        ("logit scale", "", "logit_scale.*", figure),
+        ("cosine with own caption", "", "modality_gap.*.matched_cosine", rounded),
+        ("cosine with another's", "", "modality_gap.*.random_cosine", rounded),
+        ("logit scale", "", "logit_scale.*", rounded),
     ]
     rows = tuple(
-        Row(name, term, (*map(show, values), f"{values[1] - values[0]:+.3f}" if show is figure
+        Row(name, term, (*map(show, values), f"{values[1] - values[0]:+.3f}" if show is rounded
             else f"{100 * (values[1] - values[0]):+.1f} points"))
         for name, term, path, show in lines
         if (values := _both(found, path))[0] is not None
@@ -377,13 +386,13 @@ def _latents_table(found: Mapping[str, Any]) -> Table | None:
         Row(
             "their summed response",
             "",
-            (figure(each["effect_before"]), figure(each["effect_after"])),
+            (rounded(each["effect_before"]), rounded(each["effect_after"])),
         ),
         Row("active on some picture", "", (f"{drift['n_alive']:,}", _left(drift))),
-        Row("correlation with itself", "drift", ("", figure(drift["own"])), group="drift"),
+        Row("correlation with itself", "drift", ("", rounded(drift["own"])), group="drift"),
     ]
     if "matched" in drift:
-        rows.append(Row("with its best match", "drift", ("", figure(drift["matched"]))))
+        rows.append(Row("with its best match", "drift", ("", rounded(drift["matched"]))))
         rows.append(Row("matched by another latent", "drift", ("", f"{drift['moved']:,}")))
     return Table(
         f"Latents at {each['site']}",
@@ -407,11 +416,12 @@ def _truth_table(found: Mapping[str, Any]) -> Table | None:
     rows = []
     for kind, before in truth["before"].items():
         group = f"{kind.replace('_', ' ')} · {before['n']}"
-        for score, title in (("auc", "AUC"), ("f1", "F1"), ("iou", "IoU")):
+        for score in TRUTH_SCORES:
+            title = truth_score(score).label
             values = [dig(truth[side].get(kind), f"{score}.mean") for side in ("before", "after")]
             if None not in values:
                 change = f"{values[1] - values[0]:+.3f}"
-                cells = (*map(figure, values), change)
+                cells = (*map(rounded, values), change)
                 rows.append(Row(title, title, cells, group=group))
                 group = ""
     return Table(

@@ -18,6 +18,7 @@ import torch
 from sparsight.activations import ActivationSource
 from sparsight.errors import SparsightError
 from sparsight.evaluation import SweepMeasures, measure_sweep
+from sparsight.figures import Figure, shown_in
 from sparsight.files import read_json, write_json, write_text
 from sparsight.folders import replaced, settled
 from sparsight.images import ImageSource
@@ -29,16 +30,6 @@ from sparsight.training import Sweep
 from sparsight.vision import VisionModel
 
 TABLE = "table.json"
-COLUMNS = {
-    "FVU": "fvu",
-    "FVU, CLS": "fvu_cls",
-    "FVU, patches": "fvu_patches",
-    "L0": "l0",
-    "dead": "dead",
-    "cosine": "cosine",
-    "accuracy": "accuracy",
-}
-PLOTS = {"fvu": ("FVU", False), "accuracy": ("zero-shot accuracy", True)}
 _SPARSITY = "sae.sparsity"
 _SHORT = {"sae.sparsity": "sparsity", "sae.sparsity.k": "k", "sae.n_latents": "latents"}
 
@@ -93,22 +84,28 @@ def compare(
 
 
 def _plot(found: Mapping[str, Any], folder: Path) -> None:
-    for key in PLOTS:
-        spots = spots_of(found["groups"], key)
+    for figure in shown_in("pareto"):
+        spots = spots_of(found["groups"], figure.key)
         if spots:
             drawn = pareto(
                 spots,
-                PLOTS[key][0],
-                higher_is_better=PLOTS[key][1],
-                reference=_original(found) if key == "accuracy" else None,
+                figure.label,
+                higher_is_better=figure.better == "higher",
+                reference=_original(found) if figure.key == "accuracy" else None,
             )
-            save_svg(drawn, folder / f"{key}-l0.svg")
+            save_svg(drawn, folder / f"{figure.key}-l0.svg")
 
 
 def table_csv(table: Mapping[str, Any]) -> str:
     """A row an autoencoder, for other programs: its settings, and its figures as they are."""
     keys = list(dict.fromkeys(key for row in table["members"] for key in row["settings"]))
-    own = ["n_latents", "n_alive", *COLUMNS.values(), "vectors_per_second", "diverged"]
+    own = [
+        "n_latents",
+        "n_alive",
+        *(each.key for each in shown_in("sweep")),
+        "vectors_per_second",
+        "diverged",
+    ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["name", "site", "folder", *keys, *own])
@@ -127,26 +124,26 @@ def table_markdown(table: Mapping[str, Any], title: str) -> str:
     places = _varying(groups, "site") + [
         key for key in _varying(groups, "tokens") if key not in keys
     ]
-    figures = {name: key for name, key in COLUMNS.items() if any(key in each for each in groups)}
+    figures = [each for each in shown_in("sweep") if any(each.key in group for group in groups)]
     seeds = any(group["n"] > 1 for group in groups)
     head = [*places, *(_SHORT.get(key, key) for key in keys), "latents"] + ["seeds"] * seeds
     if "sae.n_latents" in keys:
         head.remove("latents")
-    head += [*figures, *(["stability"] * seeds)]
+    head += [*(each.name for each in figures), *(["stability"] * seeds)]
     lines = []
     for group in groups:
         line = [f"`{group[key]}`" for key in places]
         line += [worded(group["settings"].get(key, "")) for key in keys]
         line += [f"{group['n_latents']:,}"] * ("sae.n_latents" not in keys)
         line += [str(group["n"])] * seeds
-        line += [_figure(group.get(key), key) for key in figures.values()]
+        line += [_cell(group.get(each.key), each) for each in figures]
         line += [_stability(group.get("stability"))] * seeds
         lines.append(line)
     rows = [head, ["---"] * len(head), *lines]
     parts = [f"# Sweep {title}", "\n".join("| " + " | ".join(row) + " |" for row in rows)]
     parts += _notes(table, seeds)
-    plots = [key for key in PLOTS if spots_of(groups, key)]
-    parts += [f"![{PLOTS[key][0]} over L0](plots/{key}-l0.svg)" for key in plots]
+    plots = [each for each in shown_in("pareto") if spots_of(groups, each.key)]
+    parts += [f"![{each.label} over L0](plots/{each.key}-l0.svg)" for each in plots]
     return "\n\n".join(parts) + "\n"
 
 
@@ -214,16 +211,15 @@ def _notes(table: Mapping[str, Any], seeds: bool) -> list[str]:
     return [without_folders(note.strip()) for note in notes if note]
 
 
-def _figure(block: Mapping[str, Any] | None, key: str) -> str:
+def _cell(block: Mapping[str, Any] | None, figure: Figure) -> str:
     if block is None:
         return "–"
     low, high = block["interval"] or (block["mean"], block["mean"])
-    share = key in ("dead", "accuracy")
-    scale, digits = (100, ".3g") if share else (1, ".4g")
-    text = f"{scale * block['mean']:{digits}}"
+    text, unit = figure.precise(block["mean"]), " %" if figure.is_share else ""
     if high != low:
-        text += f" [{scale * low:{digits}}, {scale * high:{digits}}]"
-    return f"{text} %" if share else text
+        ends = ", ".join(figure.precise(end).removesuffix(unit) for end in (low, high))
+        text = f"{text.removesuffix(unit)} [{ends}]{unit}"
+    return text
 
 
 def _stability(block: Mapping[str, Any] | None) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from sparsight.latents.scores import Row, Table, figure, percent
+from sparsight.figures import percent, rounded
+from sparsight.latents.scores import Row, Table
 
 REMEDIES = {"auxk": "AuxK", "ghost": "ghost gradients", "resampling": "resampling"}
 
@@ -40,7 +41,7 @@ def dead_latents_table(
         share = median(after) / max(median(before), 1e-9)
         rows.append(("speed once latents can be dead, of that before", percent(share)))
     if mean_to_spread is not None:
-        rows.append(("distance of the mean from 0, in spreads", figure(mean_to_spread)))
+        rows.append(("distance of the mean from 0, in spreads", rounded(mean_to_spread)))
     return Table(
         "Dead latents in training",
         ("value",),

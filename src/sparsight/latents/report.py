@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from sparsight.config import check_seed
 from sparsight.errors import SparsightError, UserError
+from sparsight.figures import NOT_MEASURED, count, percent, rounded
 from sparsight.files import check_file, write_text
 from sparsight.latents import scores
 from sparsight.latents.cards import (
@@ -167,7 +168,7 @@ def _page(
         facts=_facts(runs),
         runs=views,
         glossary=scores.GLOSSARY,
-        not_measured=scores.NOT_MEASURED,
+        not_measured=NOT_MEASURED,
         top_shown=TOP_SHOWN,
         css=page_css(),
         picture_css=Markup(_picture_css(views, thumbnail)),
@@ -179,7 +180,7 @@ def _page(
 def _facts(runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
     first = runs[0]
     images = dict.fromkeys(
-        f"{scores.count(run.index.manifest['images']['n_images'])} of "
+        f"{count(run.index.manifest['images']['n_images'])} of "
         f"{without_folders(run.index.manifest['images']['source'])}"
         for run in runs
         if run.index is not None
@@ -232,7 +233,7 @@ def template(name: str = "report.html.jinja", folder: Path = TEMPLATES) -> jinja
         undefined=jinja2.StrictUndefined,
         finalize=_shown,
     )
-    environment.globals.update(figure=scores.figure, percent=scores.percent, policy=POLICY)
+    environment.globals.update(figure=rounded, percent=percent, policy=POLICY)
     return environment.get_template(name)
 
 

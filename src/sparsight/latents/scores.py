@@ -7,42 +7,40 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparsight.figures import (
+    BASELINES,
+    FIGURES,
+    NOT_MEASURED,
+    TRUTH_SCORES,
+    Figure,
+    count,
+    dig,
+    figure_of,
+    glossary,
+    interval,
+    is_number,
+    rounded,
+    shown_in,
+    truth_score,
+)
+
 Metrics = Mapping[str, Any]
 
-BASELINES = {"untrained": "untrained SAE", "pca": "PCA", "neurons": "neurons", "kmeans": "k-means"}
 REPLACEMENTS = {"mean": "mean instead", "zero": "zero instead"}
-TRUTH_SCORES = {"auc": "AUC", "f1": "F1", "iou": "IoU"}
 EVERYWHERE = "iou_everywhere"
-ALL_PATCHES = "all patches"
-NOT_MEASURED = "not measured"
 CLS_WORSE = 2.0
 """From this ratio to the patches' FVU on, a worse FVU of CLS is pointed out."""
 
 GLOSSARY: dict[str, str] = {
-    "FVU": "Fraction of variance unexplained: squared error of the reconstruction over the "
-    "variance of the activations, over the whole data set. 0 is perfect, 1 is no better than the "
-    "mean.",
-    "L0": "Mean number of latents that are active on a vector.",
+    **glossary("FVU", "L0"),
     "vector": "One activation vector: one position of one image at one site.",
-    "dead": "Share of latents that were not active once in the last N vectors; N stands beside it.",
+    **glossary("dead"),
     "density": "Share of vectors on which a latent is active.",
     "mean activation": "Mean of a latent's activation over the vectors on which it is active.",
     "label entropy": "How mixed the labels of a latent's strongest images are, weighted by "
     "activation, in nats. 0: all of one label. Not given under 10 labelled images.",
-    "zero-shot": "The model's own classification by text, with the activations at this site "
-    "replaced by their reconstruction, by their mean, or by zero. Reconstruction should be close "
-    "to the original and far above the other two.",
-    "AUC": "How well the activation of the single best latent tells images with an attribute from "
-    "those without. Chosen on one half of the images, scored on the other. 0.5 is chance.",
-    "F1": "Harmonic mean of precision and recall of that latent at the best threshold of the first "
-    "half.",
-    "IoU": "Overlap of that latent's heatmap, above a threshold, with where the attribute truly "
-    "is: intersection over union of patches.",
-    "all patches": "IoU of a heatmap that is lit everywhere: what an attribute scores for being "
-    "large.",
-    "KL": "Divergence of the classes' probabilities from the original's, in nats.",
-    "loss": "Contrastive loss of pictures and their captions, in nats: how well the model still "
-    "pairs them within a batch.",
+    **glossary("zero-shot", "AUC", "F1", "IoU", "all patches"),
+    **glossary(),
     "untrained SAE": "An SAE of the same shape with its starting weights. What it scores comes "
     "from the architecture, not from learning.",
     "PCA": "Principal components, as many as the SAE has active latents.",
@@ -104,22 +102,11 @@ def tiles(metrics: Metrics) -> list[Tile]:
     kinds = truth_by_kind(metrics)
     kind = "symbol" if "symbol" in kinds else next(iter(kinds), None)
     window = metrics.get("dead_window")
+    top1 = figure_of("zero_shot.*.top1")
     made = [
-        Tile(
-            "FVU",
-            "FVU",
-            figure(metrics.get("fvu")),
-            _beside(metrics, "fvu"),
-            "; ".join(_about_fvu(metrics)),
-        ),
-        Tile("L0", "L0", figure(metrics.get("l0")), _beside(metrics, "l0"), "latents a vector"),
-        Tile(
-            "Dead latents",
-            "dead",
-            percent(metrics.get("dead")),
-            _beside(metrics, "dead", percent),
-            f"of the last {count(window)} vectors" if window else "",
-        ),
+        _tile(metrics, "fvu", "; ".join(_about_fvu(metrics))),
+        _tile(metrics, "l0", "latents a vector"),
+        _tile(metrics, "dead", f"of the last {count(window)} vectors" if window else ""),
     ]
     if shot:
         others = [
@@ -129,10 +116,10 @@ def tiles(metrics: Metrics) -> list[Tile]:
         ]
         made.append(
             Tile(
-                "Zero-shot top-1",
-                "zero-shot",
-                percent(dig(shot, "reconstructed.top1")),
-                tuple(Beside(name, percent(of["top1"])) for name, of in others if "top1" in of),
+                _capitalised(top1.label),
+                top1.term,
+                top1.show(dig(shot, "reconstructed.top1")),
+                tuple(Beside(name, top1.show(of["top1"])) for name, of in others if "top1" in of),
                 interval(shot.get("reconstructed")),
             )
         )
@@ -141,13 +128,13 @@ def tiles(metrics: Metrics) -> list[Tile]:
             Tile(
                 f"Mean AUC, {kinds[kind]['n']} {kind.replace('_', ' ')}s",
                 "AUC",
-                figure(kinds[kind].get("auc")),
+                rounded(kinds[kind].get("auc")),
                 tuple(
-                    Beside(name, figure(truth_by_kind(block).get(kind, {}).get("auc")))
+                    Beside(name, rounded(truth_by_kind(block).get(kind, {}).get("auc")))
                     for name, block in baselines(metrics)
                     if truth_by_kind(block)
                 ),
-                interval(dig(metrics, f"truth_summary.{kind}.auc"), figure)
+                interval(dig(metrics, f"truth_summary.{kind}.auc"), rounded)
                 or "best single latents, held-out images",
             )
         )
@@ -172,8 +159,9 @@ def cls_warning(metrics: Metrics) -> str:
     if cls is None or patches is None or cls < CLS_WORSE * patches:
         return ""
     return (
-        f"CLS is reconstructed far worse (FVU {figure(cls)}) than the patches ({figure(patches)}), "
-        "which outnumber it: before you read CLS latents, train on CLS alone."
+        f"CLS is reconstructed far worse (FVU {rounded(cls)}) than the patches "
+        f"({rounded(patches)}), which outnumber it: before you read CLS latents, train on CLS "
+        "alone."
     )
 
 
@@ -182,7 +170,7 @@ def _about_fvu(metrics: Metrics) -> Iterator[str]:
     if n_vectors := metrics.get("n_vectors"):
         yield f"{count(n_vectors)} vectors"
     if metrics.get("fvu_cls") is not None:
-        yield f"CLS {figure(metrics['fvu_cls'])}, patches {figure(metrics.get('fvu_patches'))}"
+        yield f"CLS {rounded(metrics['fvu_cls'])}, patches {rounded(metrics.get('fvu_patches'))}"
     if (same := metrics.get("trained_on_these")) is not None:
         other = "held-out" if metrics.get("held_out") else "other"
         yield "measured on the training data" if same else f"measured on {other} images"
@@ -190,27 +178,13 @@ def _about_fvu(metrics: Metrics) -> Iterator[str]:
 
 def reconstruction_table(metrics: Metrics) -> Table | None:
     """Reconstruction, sparsity and life, with the baselines."""
-    lines: list[tuple[str, str, str, Callable[[Any], str]]] = [
-        ("FVU", "FVU", "fvu", figure),
-        ("FVU of CLS", "FVU", "fvu_cls", figure),
-        ("FVU of patches", "FVU", "fvu_patches", figure),
-        ("cosine", "", "cosine", figure),
-        ("MSE", "", "mse", figure),
-        ("relative bias", "", "relative_bias", figure),
-        ("explained variance (CLIP-Scope)", "", "clipscope_ev", figure),
-        ("MSE (CLIP-Scope)", "", "clipscope_mse", figure),
-        ("dead (CLIP-Scope)", "", "clipscope_dead", percent),
-        ("L0", "L0", "l0", figure),
-        ("L0 of CLS", "L0", "l0_cls", figure),
-        ("L0 of patches", "L0", "l0_patches", figure),
-        ("dead latents", "dead", "dead", percent),
-    ]
+    lines = [each for each in shown_in("table") if not each.variants]
     blocks = [("SAE", metrics), *baselines(metrics)]
-    blocks = [(name, block) for name, block in blocks if any(line[2] in block for line in lines)]
+    blocks = [(name, block) for name, block in blocks if any(line.key in block for line in lines)]
     rows = tuple(
-        Row(name, term, tuple(show(block.get(key)) for _, block in blocks))
-        for name, term, key, show in lines
-        if any(block.get(key) is not None for _, block in blocks)
+        Row(line.label, line.term, tuple(line.show(line.of(block)) for _, block in blocks))
+        for line in lines
+        if any(line.of(block) is not None for _, block in blocks)
     )
     if not rows:
         return None
@@ -241,13 +215,12 @@ def downstream_table(metrics: Metrics) -> Table | None:
     lines = [line for line in lines if line[2] or line[3]]
     if not lines:
         return None
-    columns: list[tuple[str, Callable[[Metrics, Metrics], str]]] = [
-        ("top-1", lambda shot, _: percent(shot.get("top1"))),
-        ("95 % interval", lambda shot, _: interval(shot)),
-        ("top-5", lambda shot, _: percent(shot.get("top5"))),
-        ("KL", lambda shot, _: figure(shot.get("kl"))),
-        ("loss", lambda _, contrastive: figure(contrastive.get("loss"))),
-    ]
+    columns: list[tuple[str, Callable[[Metrics, Metrics], str]]] = []
+    for each in FIGURES:
+        if each.variants:
+            columns.append((each.name, _downstream_cell(each)))
+        if each.key == "zero_shot.*.top1":
+            columns.append(("95 % interval", lambda shot, _: interval(shot)))
     columns = [
         (name, show)
         for name, show in columns
@@ -274,6 +247,16 @@ def downstream_table(metrics: Metrics) -> Table | None:
     )
 
 
+def _downstream_cell(figure: Figure) -> Callable[[Metrics, Metrics], str]:
+    """What shows the figure, of the figures of one replacement: zero-shot, and contrastive."""
+    family, _, key = figure.key.split(".")
+
+    def show(shot: Metrics, contrastive: Metrics) -> str:
+        return figure.show((shot if family == "zero_shot" else contrastive).get(key))
+
+    return show
+
+
 def _variant(block: Metrics, name: str) -> tuple[Metrics, Metrics]:
     """Zero-shot and contrastive figures of one replacement; {} where there are none."""
     return (dig(block, f"zero_shot.{name}") or {}, dig(block, f"contrastive.{name}") or {})
@@ -291,15 +274,16 @@ def truth_table(metrics: Metrics) -> Table | None:
     rows: list[Row] = []
     for kind, summary in kinds.items():
         group = f"{kind.replace('_', ' ')} · {summary['n']}"
-        for score, title in TRUTH_SCORES.items():
+        for score in TRUTH_SCORES:
+            figure = truth_score(score)
             if summary.get(score) is None:
                 continue
-            cells = [figure(own.get(kind, {}).get(score)) for _, own in found]
+            cells = [figure.show(own.get(kind, {}).get(score)) for _, own in found]
             if everywhere:
-                cells.append(figure(summary.get(EVERYWHERE)) if score == "iou" else "")
-            rows.append(Row(title, title, tuple(cells), group=group))
+                cells.append(figure.show(summary.get(EVERYWHERE)) if score == "iou" else "")
+            rows.append(Row(figure.label, figure.term, tuple(cells), group=group))
             group = ""
-    columns = [name for name, _ in found] + ([ALL_PATCHES] if everywhere else [])
+    columns = [name for name, _ in found] + ([truth_score(EVERYWHERE).label] if everywhere else [])
     note = "Means of the best single latents: chosen on half of the images, scored on the rest."
     return Table("Known attributes", tuple(columns), tuple(rows), note)
 
@@ -314,8 +298,8 @@ def attribute_table(metrics: Metrics) -> Table | None:
             "",
             (
                 str(scores.get("latent", "–")),
-                *(figure(scores.get(score)) for score in TRUTH_SCORES),
-                *(figure(dig(block.get(attribute) or {}, "auc")) for _, block in blocks),
+                *(rounded(scores.get(score)) for score in TRUTH_SCORES),
+                *(rounded(dig(block.get(attribute) or {}, "auc")) for _, block in blocks),
             ),
         )
         for attribute, scores in truth.items()
@@ -323,7 +307,12 @@ def attribute_table(metrics: Metrics) -> Table | None:
     )
     if not rows:
         return None
-    columns = ("latent", *TRUTH_SCORES.values(), *(f"AUC, {name}" for name, _ in blocks))
+    auc = truth_score("auc").label
+    columns = (
+        "latent",
+        *(truth_score(score).label for score in TRUTH_SCORES),
+        *(f"{auc}, {name}" for name, _ in blocks),
+    )
     return Table(f"All {len(rows)} attributes", columns, rows, strong=1)
 
 
@@ -365,53 +354,26 @@ def baselines(metrics: Metrics) -> list[tuple[str, Metrics]]:
     ]
 
 
-def dig(metrics: Any, path: str) -> Any:
-    """The value at a dotted path, None if there is none."""
-    for key in path.split("."):
-        if not isinstance(metrics, Mapping):
-            return None
-        metrics = metrics.get(key)
-    return metrics
+def _tile(metrics: Metrics, key: str, note: str) -> Tile:
+    figure = figure_of(key)
+    return Tile(
+        _capitalised(figure.label),
+        figure.term,
+        figure.show(figure.of(metrics)),
+        _beside(metrics, figure),
+        note,
+    )
 
 
-def figure(value: Any) -> str:
-    """A number to three digits."""
-    if not _is_number(value):
-        return NOT_MEASURED if value is None else str(value)
-    if value == 0 or abs(value) >= 1e4:
-        return f"{value:,.0f}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{digits}f}" if abs(value) >= 1e-3 else f"{value:.1e}"
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
-def percent(value: Any) -> str:
-    """A share as a percentage."""
-    if not _is_number(value):
-        return NOT_MEASURED
-    share = 100 * value
-    return f"{share:.1f} %" if share >= 0.05 or share == 0 else f"{share:.2g} %"
-
-
-def count(value: Any) -> str:
-    """A whole number with thousands apart."""
-    return f"{value:,.0f}" if _is_number(value) else NOT_MEASURED
-
-
-def interval(scores: Any, show: Callable[[Any], str] | None = None) -> str:
-    """A 95 % interval, in per cent unless `show` says otherwise; empty where there is none."""
-    bounds = scores.get("interval") if isinstance(scores, Mapping) else None
-    if not bounds or len(bounds) != 2:
-        return ""
-    if show is not None:
-        return f"{show(bounds[0])}–{show(bounds[1])}"
-    return f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f} %"
-
-
-def _beside(metrics: Metrics, key: str, show: Callable[[Any], str] = figure) -> tuple[Beside, ...]:
+def _beside(metrics: Metrics, figure: Figure) -> tuple[Beside, ...]:
     return tuple(
-        Beside(name, show(block[key]))
+        Beside(name, figure.show(figure.of(block)))
         for name, block in baselines(metrics)
-        if block.get(key) is not None
+        if figure.of(block) is not None
     )
 
 
@@ -420,10 +382,6 @@ def _place(name: str) -> int:
     return names.index(name) if name in names else len(names)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _mean(values: Any) -> float | None:
-    known = [float(value) for value in values if _is_number(value)]
+    known = [float(value) for value in values if is_number(value)]
     return math.fsum(known) / len(known) if known else None

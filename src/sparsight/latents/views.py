@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sparsight.errors import SparsightError
+from sparsight.figures import count
 from sparsight.latents import scores
 from sparsight.latents.cards import Gallery, make_gallery
 from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
@@ -148,7 +149,7 @@ def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plo
     if run.index is not None:
         table = run.index.table
         density = table["density"].to_numpy()
-        images = scores.count(run.index.manifest["images"]["n_images"])
+        images = count(run.index.manifest["images"]["n_images"])
         text = f"How often each of {len(density):,} latents is active, over {images} images."
         never = int((density == 0).sum())
         drawn.append(("density", "Density", text, plots.density_histogram(density, never)))

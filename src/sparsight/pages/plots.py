@@ -12,6 +12,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from sparsight.figures import figure_of, is_number, shown_in
 from sparsight.pages.style import PALETTE, SEQUENTIAL, figure, plot_style
 
 Floats = npt.NDArray[np.float64]
@@ -23,28 +24,24 @@ LONG_LABEL = 34
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
     """FVU, L0 and the share of dead latents over the vectors seen; what was logged of them."""
-    panels = [
-        ("fvu", "FVU"),
-        ("l0", "L0 (latents per vector)"),
-        ("dead", "dead latents (%)"),
-    ]
-    shown = [panel for panel in panels if any(_number(row.get(panel[0])) for row in log)]
+    shown = [each for each in shown_in("log") if any(is_number(each.of(row)) for row in log)]
     with plot_style():
         drawn = figure(0.55 + 1.15 * max(1, len(shown)))
         axes = drawn.subplots(max(1, len(shown)), 1, sharex=True, squeeze=False)[:, 0]
-        for i, (ax, (key, title)) in enumerate(zip(axes, shown, strict=False)):
-            rows = [row for row in log if _number(row.get(key)) and _number(row.get("vectors"))]
+        for i, (ax, each) in enumerate(zip(axes, shown, strict=False)):
+            rows = [row for row in log if is_number(each.of(row)) and is_number(row.get("vectors"))]
             x = np.array([row["vectors"] for row in rows], dtype=float)
-            y = np.array([row[key] for row in rows], dtype=float) * (100 if key == "dead" else 1)
+            y = np.array([each.of(row) for row in rows], dtype=float)
+            y *= 100 if each.is_share else 1
             ax.plot(x, y, color=PALETTE[i], linestyle="-")
-            ax.set_title(title, loc="left")
-            if key == "fvu" and len(y) and y.min() > 0 and y.max() / y.min() > 8:
+            ax.set_title(each.axis, loc="left")
+            if each.key == "fvu" and len(y) and y.min() > 0 and y.max() / y.min() > 8:
                 ax.set_yscale("log")
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 ax.yaxis.set_minor_formatter(FuncFormatter(_minor))
             else:
                 ax.yaxis.set_major_locator(MaxNLocator(4))
-                if key != "l0":
+                if each.key != "l0":
                     ax.set_ylim(bottom=0)
         axes[-1].set_xlabel("vectors seen")
         axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -120,7 +117,7 @@ def error_by_position(fvu: Floats, patch_grid: tuple[int, int] | None, n_prefix:
             ax = drawn.subplots()
             ax.plot(np.arange(len(fvu)), fvu, color=PALETTE[0], marker="o", markersize=2.5)
             ax.set_xlabel("token")
-            ax.set_ylabel("FVU")
+            ax.set_ylabel(figure_of("fvu").axis)
             ax.set_ylim(bottom=0)
             return drawn
         grid = fvu[n_prefix:].reshape(patch_grid)
@@ -149,7 +146,7 @@ def error_by_position(fvu: Floats, patch_grid: tuple[int, int] | None, n_prefix:
             for spine in ax.spines.values():
                 spine.set_visible(False)
         bar = drawn.colorbar(drawn_grid, ax=axes[-1], pad=0.03, aspect=24, shrink=0.9)
-        bar.set_label("FVU")
+        bar.set_label(figure_of("fvu").axis)
         bar.outline.set_visible(False)
         return drawn
 
@@ -231,7 +228,7 @@ def pareto(
         _log_if_wide(ax, "x", [spot.x[0] for spot in spots], 4)
         if not higher_is_better:
             _log_if_wide(ax, "y", [spot.y[0] for spot in spots], 8)
-        ax.set_xlabel("L0 (latents per vector)")
+        ax.set_xlabel(figure_of("l0").axis)
         ax.set_ylabel(y_label)
         if shown:
             drawn.legend(loc="outside lower center", ncols=columns)
@@ -270,10 +267,6 @@ def short(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.3g}{letter}"
     return f"{value:.3g}"
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _power_of_ten(value: float, _: object = None) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sparsight
+from sparsight.figures import NOT_MEASURED, count, dig, percent, rounded, shown_in
 from sparsight.latents import scores
 from sparsight.latents.cards import TOP_SHOWN
 from sparsight.latents.run_files import RunFiles
@@ -18,13 +19,6 @@ from sparsight.sae.card import ModelCard, escape, fenced, model_card, number, ta
 
 HUB = "https://huggingface.co"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_LAST_LINE = {
-    "vectors": ("vectors", scores.count),
-    "fvu": ("FVU", scores.figure),
-    "l0": ("L0", scores.figure),
-    "dead": ("dead", scores.percent),
-    "loss": ("loss", scores.figure),
-}
 
 
 def card_of(
@@ -86,22 +80,17 @@ def index_card(
     ids = list(dict.fromkeys(without_folders(str(run.model.get("id"))) for run in runs.values()))
     usage = _usage(first, f"{repo_id}/{first_place}", revision)
     plain = model_card(first.sae, f"{repo_id}/{first_place}")
-    head = ("folder", "site", "latents", "sparsity", "FVU", "L0", "dead")
+    head = ("folder", "site", "latents", "sparsity", *(each.name for each in shown_in("log")))
     lines = [
         (
             f"[{escape(place)}]({place}/README.md)",
             escape(run.site),
             number(run.sae.n_latents),
             escape(run.sae.config.sparsity.describe()),
-            *(
-                show(run.metrics.get(key))
-                for key, show in (
-                    ("fvu", scores.figure), ("l0", scores.figure), ("dead", scores.percent)
-                )
-            ),
+            *(each.show(each.of(run.metrics)) for each in shown_in("log")),
         )
         for place, run in runs.items()
-    ]  # fmt: skip
+    ]
     card = dataclasses.replace(
         plain,
         title=f"{len(runs)} sparse autoencoders for {', '.join(ids)}",
@@ -185,7 +174,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
         if (table_of_scores := make(metrics)) is not None:
             parts.append(_score_table(table_of_scores))
     if window := metrics.get("dead_window"):
-        parts.append(f"Dead: not active once in the last {scores.count(window)} vectors.")
+        parts.append(f"Dead: not active once in the last {count(window)} vectors.")
     gaps = scores.not_measured(metrics)
     parts += ["\n".join(f"- {escape(without_folders(gap))}" for gap in gaps)] if gaps else []
     return "\n\n".join(parts)
@@ -194,12 +183,12 @@ def _figures(metrics: Mapping[str, Any]) -> str:
 def _kept(metrics: Mapping[str, Any]) -> str:
     """Say in a sentence how much zero-shot accuracy the reconstruction leaves."""
     shot = metrics.get("zero_shot") or {}
-    before, after = scores.dig(shot, "original.top1"), scores.dig(shot, "reconstructed.top1")
+    before, after = dig(shot, "original.top1"), dig(shot, "reconstructed.top1")
     if not before or after is None:
         return ""
     return (
-        f"Zero-shot accuracy with this site reconstructed: {scores.percent(after)}, which is "
-        f"{scores.percent(after / before)} of the model's own {scores.percent(before)}."
+        f"Zero-shot accuracy with this site reconstructed: {percent(after)}, which is "
+        f"{percent(after / before)} of the model's own {percent(before)}."
     )
 
 
@@ -207,7 +196,7 @@ def _score_table(scored: scores.Table) -> str:
     rows = []
     for row in scored.rows:
         name = escape(f"{row.group}: {row.name}" if row.group else row.name)
-        cells = ["–" if cell == scores.NOT_MEASURED else escape(cell) for cell in row.cells]
+        cells = ["–" if cell == NOT_MEASURED else escape(cell) for cell in row.cells]
         rows.append([name, *cells])
     text = f"### {scored.title}\n\n" + table(["", *map(escape, scored.columns)], rows)
     return text + (f"\n\n{escape(scored.note)}" if scored.note else "")
@@ -225,7 +214,7 @@ def _latents(run: RunFiles, pictures: LatentPictures | None) -> str:
         return f"None is shown: no latent is active on {TOP_SHOWN} images or more."
     images = run.index.manifest["images"]
     parts = [
-        f"Of {scores.count(images['n_images'])} images "
+        f"Of {count(images['n_images'])} images "
         f"({escape(without_folders(images['source']))}), "
         f"the {TOP_SHOWN} that activate a latent most, the strongest first."
         + (
@@ -245,18 +234,18 @@ def _latents(run: RunFiles, pictures: LatentPictures | None) -> str:
 def _latent(picture: LatentPicture) -> str:
     row = picture.row
     facts = [
-        f"active on {scores.percent(row['density'])} of the vectors, in "
-        f"{scores.count(row['n_active_images'])} images",
-        f"strongest {scores.figure(row['max_activation'])}",
+        f"active on {percent(row['density'])} of the vectors, in "
+        f"{count(row['n_active_images'])} images",
+        f"strongest {rounded(row['max_activation'])}",
     ]
     name = f"latent {row['latent']}"
     if row["name"] is not None:
         facts.insert(0, name)
         name = escape(row["name"])
         if row["name_score"] is not None:
-            facts.insert(1, f"score of the name {scores.figure(row['name_score'])}")
+            facts.insert(1, f"score of the name {rounded(row['name_score'])}")
     if row["top_label"] is not None:
-        share = scores.percent(row["top_label_share"])
+        share = percent(row["top_label_share"])
         facts.append(f"most frequent label {escape(str(row['top_label']))} ({share})")
     return f"**{name}** · {' · '.join(facts)}\n\n![{name}: its strongest images]({picture.file})"
 
@@ -265,8 +254,8 @@ def _training(run: RunFiles) -> str:
     parts = []
     if run.log:
         last = run.log[-1]
-        cells = [(name, show(last.get(key))) for key, (name, show) in _LAST_LINE.items()]
-        known = [(name, cell) for name, cell in cells if cell != scores.NOT_MEASURED]
+        cells = [(each.name, each.show(each.of(last))) for each in shown_in("card")]
+        known = [(name, cell) for name, cell in cells if cell != NOT_MEASURED]
         parts += [
             "The last line of its log, over the batches since the line before:",
             table([name for name, _ in known], [[cell for _, cell in known]]),

@@ -24,6 +24,7 @@ from sparsight.activations import ActivationSource, HeldOut
 from sparsight.config import load, write_toml
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
+from sparsight.figures import shown_in
 from sparsight.files import read_json, write_json
 from sparsight.pace import SECONDS, Pace
 from sparsight.runs import checkpoint_files
@@ -50,7 +51,7 @@ TABLE = "sweep.json"
 FORMAT_VERSION = 1
 _TABLES = (SWEEP, TABLE, "table.json", "table.csv", "table.md")
 """What is written into a sweep's folder, here and by `compare`; that writes `plots/`, too."""
-FIGURES = ("fvu", "l0", "dead", "vectors_per_second")
+FIGURES = (*(figure.key for figure in shown_in("log")), "vectors_per_second")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from sparsight.activations import ActivationSource, HeldOut, Prefetcher, SiteSta
 from sparsight.config import to_dict, write_toml
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
+from sparsight.figures import shown_in
 from sparsight.files import write_json
 from sparsight.interruption import Stop, kept, noted, postponed
 from sparsight.kernels import Kernels, Precision, choose, native_is_absent
@@ -39,6 +40,8 @@ from sparsight.training.site import SiteTraining
 ESTIMATE_SECONDS = 1.0
 """How long to train before the time that the whole run will take is told."""
 
+LOGGED = shown_in("log")
+"""What a line of progress tells of a member."""
 SHOWN_MEMBERS = 3
 """Autoencoders whose figures fit into a line of progress."""
 
@@ -404,11 +407,13 @@ def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
     """The latest figures in a line: of each member where they are few, else their range."""
     if len(figures) <= SHOWN_MEMBERS:
         return " · ".join(
-            f"{name} FVU {each['fvu']:.4f} L0 {each['l0']:.1f} dead {100 * each['dead']:.2f} %"
-            for name, each in figures.items()
+            " ".join([name, *(f"{each.name} {each.precise(each.of(row))}" for each in LOGGED)])
+            for name, row in figures.items()
         )
-    fvus = [each["fvu"] for each in figures.values()]
-    return f"{len(fvus)} autoencoders, FVU {min(fvus):.4f} to {max(fvus):.4f}"
+    first = LOGGED[0]
+    values = [first.of(row) for row in figures.values()]
+    low, high = first.precise(min(values)), first.precise(max(values))
+    return f"{len(values)} autoencoders, {first.name} {low} to {high}"
 
 
 def _metadata(source: ActivationSource, site: str, recipe: TrainRecipe) -> dict[str, Any]:
