@@ -355,7 +355,7 @@ def test_a_sweep_from_a_file_leaves_runs_that_the_other_verbs_take(
     shown = [line.split() for line in done.out.splitlines()]
     names = [f"k{k}-seed{seed}" for k in (4, 8) for seed in (0, 1)]
     assert [line[0] for line in shown] == ["in", *names]
-    assert shown[0] == ["in", "swept", "site", "FVU", "L0", "dead", "zero-shot", "vectors/s"]
+    assert shown[0] == ["in", "swept", "site", "FVU", "L0", "dead", "accuracy", "vectors/s"]
     assert "| 4 | 64 | 2 |" in (tmp_path / "swept" / "table.md").read_text()
     assert len((tmp_path / "swept" / "table.csv").read_text().splitlines()) == 5
     for name in ("fvu-l0", "accuracy-l0"):
