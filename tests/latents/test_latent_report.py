@@ -25,9 +25,10 @@ from sparsight.latents import (
     set_names,
     write_report,
 )
-from sparsight.latents.cards import choose_latents, encode_picture, see
+from sparsight.latents.cards import choose_latents, see
 from sparsight.latents.run_files import find_runs, read_run, run_names
 from sparsight.latents.stored import find_stored, needs_model
+from sparsight.pages.data_uris import encode_picture
 from sparsight.progress import progress
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import TrainConfig, train

@@ -18,7 +18,7 @@ from sparsight.figures import (
     rounded,
     shown_in,
 )
-from sparsight.latents.scores import cls_warning, measured_on, truth_by_kind
+from sparsight.pages.scores import cls_warning, measured_on, truth_by_kind
 
 WIDTH = 120
 

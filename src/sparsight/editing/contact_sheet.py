@@ -12,7 +12,7 @@ from PIL import Image
 from sparsight.editing.retrieval import SearchResult
 from sparsight.files import write_text
 from sparsight.images import ImageError, ImageSource
-from sparsight.latents.report import template
+from sparsight.pages.template import template
 
 SIDE = 160
 """Pixels of the longer side of a picture on the page."""
@@ -58,7 +58,7 @@ def write_contact_sheet(
             for hit in result.hits
         ]
         parts.append({"title": WORDS[result.mode], "about": " · ".join(about), "hits": hits})
-    page = template("search.html.jinja", Path(__file__).parent / "templates")
+    page = template("search.html.jinja")
     facts = results[0].about
     subtitle = (
         f"{facts['n_images']:,} images of {images.spec} · {facts['model']}, compared by "

@@ -28,11 +28,10 @@ from sparsight.finetuning.config import FinetuneRecipe
 from sparsight.finetuning.measures import compare
 from sparsight.finetuning.run import FinetuneRun
 from sparsight.finetuning.subjects import Subjects
-from sparsight.latents.cards import encode_picture, is_crisp
-from sparsight.latents.report import made_with, page_css, template
-from sparsight.latents.scores import Row, Table
-from sparsight.latents.views import Plot
+from sparsight.pages.data_uris import encode_picture, is_crisp
 from sparsight.pages.style import to_svg
+from sparsight.pages.tables import Plot, Row, Table
+from sparsight.pages.template import made_with, page_css, template
 from sparsight.redaction import without_folders
 from sparsight.training.run import CONFIG
 from sparsight.vision import VisionModel
@@ -135,7 +134,7 @@ def write_page(run: FinetuneRun, found: Mapping[str, Any], subjects: Subjects) -
         Its path.
     """
     recipe, log = run.recipe, run.metrics()
-    text = template("finetuning.html.jinja", Path(__file__).parent / "templates").render(
+    text = template("finetuning.html.jinja").render(
         title=f"{without_folders(recipe.model)}, before and after",
         facts=_facts(recipe, log, found),
         lead=lead(found),

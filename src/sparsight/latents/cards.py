@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +13,7 @@ from sparsight.errors import UserError
 from sparsight.latents.heatmaps import has_heatmaps, heat_image, patch_heatmaps, seen_pictures
 from sparsight.latents.index import Example, LatentIndex
 from sparsight.latents.stored import Heat, StoredCodes, stored_heatmaps
+from sparsight.pages.data_uris import png_uri
 from sparsight.progress import ProgressLine
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
@@ -22,8 +21,6 @@ from sparsight.vision.geometry import seen_picture
 
 TOP_SHOWN = 8
 SAMPLES_PER_BAND = 2
-SMALL = 96
-"""Pictures up to this many pixels are shown as they are, pixel by pixel."""
 LARGEST = 192
 _BATCH = 32
 
@@ -154,7 +151,7 @@ def make_gallery(
                 picture=name if name in gallery.pictures else "",
                 heat=""
                 if grid is None or not grid.any()
-                else _png(heat_image(grid, look="spotlight", peak=peak)),
+                else png_uri(heat_image(grid, look="spotlight", peak=peak)),
                 activation=example.activation,
                 caption=info.label or info.id,
                 prefix=example.token < n_prefix,
@@ -261,30 +258,6 @@ def _see_batch(
     for image, picture in pictures.items():
         seen.pictures[image] = picture.copy()
         seen.pictures[image].thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-
-
-def is_crisp(picture: Image.Image) -> bool:
-    """Whether a picture is so small that it is to be enlarged pixel by pixel."""
-    return max(picture.size) <= SMALL
-
-
-def encode_picture(picture: Image.Image, side: int) -> str:
-    """Data URI: small pictures at their own pixels, others scaled to `side`; WebP."""
-    if is_crisp(picture):
-        return _uri(picture, "WEBP", quality=92, method=4)
-    picture = picture.copy()
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _uri(picture, "WEBP", quality=78, method=4)
-
-
-def _png(picture: Image.Image) -> str:
-    return _uri(picture, "PNG", optimize=True)
-
-
-def _uri(picture: Image.Image, kind: str, **options: int | bool) -> str:
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def _band_names(n: int) -> list[str]:

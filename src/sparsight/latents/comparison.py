@@ -22,8 +22,8 @@ from sparsight.figures import Figure, shown_in
 from sparsight.files import read_json, write_json, write_text
 from sparsight.folders import replaced, settled
 from sparsight.images import ImageSource
-from sparsight.latents.scores import measured_on
 from sparsight.pages.plots import Spot, pareto
+from sparsight.pages.scores import measured_on
 from sparsight.pages.style import save_svg
 from sparsight.redaction import without_folders
 from sparsight.training import Sweep

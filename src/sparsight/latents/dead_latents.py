@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from sparsight.figures import percent, rounded
-from sparsight.latents.scores import Row, Table
+from sparsight.pages.tables import Row, Table
 
 REMEDIES = {"auxk": "AuxK", "ghost": "ghost gradients", "resampling": "resampling"}
 

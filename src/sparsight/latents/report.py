@@ -5,41 +5,27 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
-import importlib.metadata
-import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import torch
 from markupsafe import Markup
 
 from sparsight.config import check_seed
-from sparsight.errors import SparsightError, UserError
-from sparsight.figures import NOT_MEASURED, count, percent, rounded
+from sparsight.errors import UserError
+from sparsight.figures import NOT_MEASURED, count
 from sparsight.files import check_file, write_text
-from sparsight.latents import scores
-from sparsight.latents.cards import (
-    LARGEST,
-    TOP_SHOWN,
-    encode_picture,
-    is_crisp,
-)
+from sparsight.latents.cards import LARGEST, TOP_SHOWN
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.latents.run_models import RunModels
 from sparsight.latents.stored import find_stored, needs_model
 from sparsight.latents.views import RunView, make_view
+from sparsight.pages import scores
+from sparsight.pages.data_uris import encode_picture, is_crisp
+from sparsight.pages.template import made_with, page_css, script, template
 from sparsight.redaction import without_folders
-from sparsight.vision import VisionModel, load_model
+from sparsight.vision import VisionModel
 
-TEMPLATES = Path(__file__).parent / "templates"
-POLICY = Markup(
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'none'"
-)
-"""What a browser allows each page: it loads nothing, and runs no script."""
 MAX_BYTES = 4_000_000
 THUMBNAILS = (LARGEST, 160, 128, 96, 72)
 """Longest sides of pictures, in pixels, tried in turn until the page is light enough."""
@@ -109,61 +95,14 @@ def write_report(
     return out
 
 
-class RunModels:
-    """Loads each vision model once, as it was; remembers why one could not be loaded."""
-
-    def __init__(self, given: VisionModel | str | None) -> None:
-        self._given = load_model(given) if isinstance(given, str) else given
-        self._found: dict[str, VisionModel | str] = {}
-
-    def of(self, run: RunFiles, *, needed: bool = True) -> VisionModel | str | None:
-        """The model of a run, or the reason why it is not there.
-
-        Args:
-            run: the SAE and what lies around it.
-            needed: if not, None without loading anything, unless a model was given.
-
-        Raises:
-            UserError: the model that was given is another one.
-        """
-        if self._given is None and not needed:
-            return None
-        wanted = run.model
-        model = self._given or self._load(wanted)
-        if isinstance(model, str):
-            return model
-        if wanted.get("weights_hash") not in (None, model.weights_hash):
-            text = (
-                f"{model.id} is not the model of {run.folder} ({wanted.get('id')}): its weights "
-                "differ."
-            )
-            if self._given is not None:
-                raise UserError(text)
-            return text
-        return model
-
-    def _load(self, wanted: Mapping[str, Any]) -> VisionModel | str:
-        id, revision, dtype = str(wanted.get("id")), wanted.get("revision"), wanted.get("dtype")
-        scaled = "jpeg_min_side" in (wanted.get("preprocessing") or {})
-        key = f"{id} {revision} {dtype} {scaled}"
-        if key not in self._found:
-            try:
-                self._found[key] = load_model(
-                    id, revision=revision, dtype=dtype, scale_jpegs=scaled
-                )
-            except SparsightError as error:
-                self._found[key] = str(error)
-        return self._found[key]
-
-
 def _page(
     runs: Sequence[RunFiles], views: Sequence[RunView], title: str | None, thumbnail: int
 ) -> str:
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    code = script("report.js")
     ids = dict.fromkeys(
         without_folders(str(run.model["id"])) for run in runs if run.model.get("id")
     )
-    return template().render(
+    return template("report.html.jinja").render(
         title=title or " · ".join(ids) or runs[0].name,
         facts=_facts(runs),
         runs=views,
@@ -172,8 +111,8 @@ def _page(
         top_shown=TOP_SHOWN,
         css=page_css(),
         picture_css=Markup(_picture_css(views, thumbnail)),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script=Markup(code),
+        script_hash=base64.b64encode(hashlib.sha256(code.encode()).digest()).decode(),
     )
 
 
@@ -215,42 +154,3 @@ def _picture_css(views: Sequence[RunView], thumbnail: int) -> str:
                 f".{key}{{background-image:url({encode_picture(picture, thumbnail)}){crisp}}}"
             )
     return "\n".join(rules)
-
-
-@cache
-def template(name: str = "report.html.jinja", folder: Path = TEMPLATES) -> jinja2.Template:
-    """A page's template; it may import the macros of the report.
-
-    All text that is put into it is escaped, and its paths lose their folders.
-
-    Args:
-        name: of the file.
-        folder: where it lies.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, TEMPLATES]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_shown,
-    )
-    environment.globals.update(figure=rounded, percent=percent, policy=POLICY)
-    return environment.get_template(name)
-
-
-def _shown(value: Any) -> Any:
-    is_text = isinstance(value, str) and not isinstance(value, Markup)
-    return without_folders(value) if is_text and not value.startswith("data:image/") else value
-
-
-def page_css() -> Markup:
-    """The look of every page."""
-    return Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-
-
-def made_with() -> str:
-    """Versions of Sparsight, torch and Python."""
-    try:
-        version = " " + importlib.metadata.version("sparsight")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        version = ""
-    return f"Sparsight{version}, torch {torch.__version__}, Python {platform.python_version()}"

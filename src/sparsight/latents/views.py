@@ -14,26 +14,17 @@ from matplotlib.figure import Figure
 
 from sparsight.errors import SparsightError
 from sparsight.figures import count
-from sparsight.latents import scores
 from sparsight.latents.cards import Gallery, make_gallery
 from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
 from sparsight.latents.run_files import RunFiles
 from sparsight.latents.stored import StoredCodes
-from sparsight.pages import plots
+from sparsight.pages import plots, scores
 from sparsight.pages.style import to_svg
+from sparsight.pages.tables import Plot, Table, Tile
 from sparsight.progress import progress
 from sparsight.redaction import without_folders
 from sparsight.training.run import METRICS
 from sparsight.vision import VisionModel
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot with its words."""
-
-    title: str
-    text: str
-    svg: Markup
 
 
 @dataclass(frozen=True)
@@ -45,10 +36,10 @@ class RunView:
     site: str
     shape: str
     missing: Sequence[str]
-    tiles: Sequence[scores.Tile]
+    tiles: Sequence[Tile]
     plots: Sequence[Plot]
-    tables: Sequence[scores.Table]
-    attributes: scores.Table | None
+    tables: Sequence[Table]
+    attributes: Table | None
     config: str
     gallery: Gallery | None
     heatmaps: bool
@@ -119,7 +110,7 @@ def make_view(
     )
 
 
-def _dead_latents(run: RunFiles) -> scores.Table | None:
+def _dead_latents(run: RunFiles) -> Table | None:
     try:
         return dead_latents_table(run.log, _remedies(run), run.sae.metadata.get("mean_to_spread"))
     except (KeyError, TypeError) as error:

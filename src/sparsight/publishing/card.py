@@ -10,9 +10,10 @@ from typing import Any
 
 import sparsight
 from sparsight.figures import NOT_MEASURED, count, dig, percent, rounded, shown_in
-from sparsight.latents import scores
 from sparsight.latents.cards import TOP_SHOWN
 from sparsight.latents.run_files import RunFiles
+from sparsight.pages import scores
+from sparsight.pages.tables import Table
 from sparsight.publishing.pictures import LatentPicture, LatentPictures
 from sparsight.redaction import without_folders
 from sparsight.sae.card import ModelCard, escape, fenced, model_card, number, table
@@ -192,7 +193,7 @@ def _kept(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _score_table(scored: scores.Table) -> str:
+def _score_table(scored: Table) -> str:
     rows = []
     for row in scored.rows:
         name = escape(f"{row.group}: {row.name}" if row.group else row.name)

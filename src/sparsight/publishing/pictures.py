@@ -12,10 +12,11 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sparsight.latents.cards import TOP_SHOWN, Seen, choose_latents, is_crisp, see
+from sparsight.latents.cards import TOP_SHOWN, Seen, choose_latents, see
 from sparsight.latents.heatmaps import overlay
 from sparsight.latents.run_files import RunFiles
 from sparsight.latents.stored import StoredCodes
+from sparsight.pages.data_uris import is_crisp
 from sparsight.progress import progress
 from sparsight.vision import VisionModel
 

@@ -12,8 +12,8 @@ from sparsight.config import check_seed
 from sparsight.errors import UserError
 from sparsight.files import atomic_path, json_bytes, read_json, write_bytes
 from sparsight.folders import new_folder
-from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
+from sparsight.latents.run_models import RunModels
 from sparsight.latents.stored import find_stored, needs_model
 from sparsight.publishing import hub
 from sparsight.publishing.card import card_of, index_card

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sparsight.figures import (
@@ -23,6 +22,7 @@ from sparsight.figures import (
     shown_in,
     truth_score,
 )
+from sparsight.pages.tables import Beside, Row, Table, Tile
 
 Metrics = Mapping[str, Any]
 
@@ -50,50 +50,6 @@ GLOSSARY: dict[str, str] = {
     "quantiles": "Images that activate the latent, in order of strength, cut into equally large "
     "bands; drawn at random from each.",
 }
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A baseline's figure under a tile."""
-
-    name: str
-    value: str
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One headline figure."""
-
-    name: str
-    term: str
-    value: str
-    beside: tuple[Beside, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table."""
-
-    name: str
-    term: str
-    cells: tuple[str, ...]
-    strong: bool = False
-    """Whether all of it stands out."""
-    group: str = ""
-    """Heading above it, where a group of rows begins."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: the first column names the rows; `columns` head the cells."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    note: str = ""
-    strong: int = 0
-    """Column that stands out: the SAE's own."""
 
 
 def tiles(metrics: Metrics) -> list[Tile]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sparsight.figures import NOT_MEASURED, percent, rounded
-from sparsight.latents import scores
+from sparsight.pages import scores
 
 TRUTH = {
     "symbol/sun": {"latent": 4, "auc": 0.9, "f1": 0.8, "iou": 0.5},
