@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         build_index,
         compare,
         encode,
+        show_latent,
         write_report,
     )
     from sparsight.publishing import push_to_hub
@@ -98,6 +99,7 @@ _HOMES = {
         "build_index",
         "compare",
         "encode",
+        "show_latent",
         "write_report",
     ),
     "sparsight.publishing": ("push_to_hub",),
@@ -188,6 +190,7 @@ __all__ = [
     "push_to_hub",
     "run_demo",
     "save_model",
+    "show_latent",
     "steer",
     "sweep",
     "train",

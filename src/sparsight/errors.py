@@ -25,12 +25,17 @@ class UserError(SparsightError, ValueError):
 
 
 class MissingExtra(UserError):
-    """An optional library is not installed; the message names the extra that installs it."""
+    """An optional library is not installed; the message names what to install.
 
-    def __init__(self, library: str, extra: str) -> None:
+    Args:
+        library: which.
+        extra: the extra that installs it; None where the library itself is to be installed.
+    """
+
+    def __init__(self, library: str, extra: str | None = None) -> None:
+        wanted = library if extra is None else f"'sparsight[{extra}]'"
         super().__init__(
-            f"This needs {library}, which is not installed. Install it with: "
-            f"pip install 'sparsight[{extra}]'"
+            f"This needs {library}, which is not installed. Install it with: pip install {wanted}"
         )
 
 

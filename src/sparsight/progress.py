@@ -1,13 +1,15 @@
-"""The one way to show progress: a rich bar on a terminal, plain lines when piped."""
+"""The one way to show progress: a bar on a terminal and in a notebook, plain lines when piped."""
 
 from __future__ import annotations
 
+import html
 import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +20,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sparsight.notebooks import in_kernel
+
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_UPDATES = 0.25
+"""In a notebook."""
 
 
 @dataclass
@@ -33,6 +39,7 @@ class ProgressLine:
     _first: int = 0
     _done: int = 0
     _printed: float = field(default_factory=time.monotonic)
+    _note: str = ""
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count `n` more units as done; `note` (figures, say) is shown after the rate."""
@@ -79,6 +86,12 @@ def progress(
     if quiet:
         yield _Silent(title, total, unit)
         return
+    if in_kernel():
+        shown = NotebookLine(title, total, unit, _first=done, _done=done)
+        shown.show()
+        yield shown
+        shown.finish()
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         line = ProgressLine(title, total, unit, _first=done, _done=done)
@@ -95,6 +108,44 @@ def progress(
     ) as bar:
         bar.add_task(title, total=total, completed=done, note="")
         yield ProgressLine(title, total, unit, _bar=bar, _first=done, _done=done)
+
+
+class NotebookLine(ProgressLine):
+    """A bar in a notebook: one output, which is replaced as the task goes on."""
+
+    _handle: Any = None
+
+    def show(self) -> None:
+        """Put the bar into the output of the cell."""
+        from IPython.display import display
+
+        self._handle = display(self._bundle(""), raw=True, display_id=True)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count `n` more units as done; the output changes four times a second at most."""
+        self._done += n
+        self._note = note
+        if time.monotonic() - self._printed >= SECONDS_BETWEEN_UPDATES:
+            self._printed = time.monotonic()
+            self._handle.update(self._bundle(note), raw=True)
+
+    def expect(self, total: int) -> None:
+        """Tell how many units there are, where it was not known at the start."""
+        self.total = total
+
+    def finish(self, note: str = "") -> None:
+        """Leave the last state of the bar."""
+        self._handle.update(self._bundle(note or self._note), raw=True)
+
+    def _bundle(self, note: str) -> dict[str, str]:
+        """The bar as HTML, and in words for whatever shows none."""
+        line = self._line(note)
+        share = f' value="{self._done}" max="{max(self.total, 1)}"' if self.total else ""
+        bar = f'<progress{share} style="width:16em;vertical-align:middle"></progress>'
+        return {
+            "text/html": f"<div>{bar} {html.escape(line)}</div>",
+            "text/plain": line,
+        }
 
 
 class _Silent(ProgressLine):

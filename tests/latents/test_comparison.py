@@ -16,7 +16,7 @@ from sparsight.activations import ActivationStore, LiveActivations, extract
 from sparsight.errors import UserError
 from sparsight.evaluation import SweepMeasures, evaluate, measure_sweep, t_interval
 from sparsight.images import open_images
-from sparsight.latents import compare
+from sparsight.latents import compare, plots
 from sparsight.latents.comparison import spots_of, table_markdown
 from sparsight.pages.plots import Spot, front, pareto
 from sparsight.sae import AuxK, SAEConfig, TopK
@@ -120,6 +120,20 @@ def test_the_folder_holds_tables_for_people_and_programs_and_plots(
         drawn = (swept.out / "plots" / f"{name}-l0.svg").read_text()
         ET.fromstring(drawn)
         assert "blocks.2.resid_post" in drawn and "L0 (latents per vector)" in drawn
+
+
+def test_a_measured_sweep_is_a_data_frame_and_a_plot_of_its_own(
+    table: dict[str, Any], swept: Sweep
+) -> None:
+    frame = swept.to_pandas()
+    settings = [row["settings"]["sae.sparsity.k"] for row in swept.table()]
+    assert list(frame["sae.sparsity.k"]) == settings
+    assert frame["fvu"].notna().all()
+    one = swept.runs["k4-seed1"]
+    assert len(one.to_pandas(one.sites[0])) == len(one.metrics(one.sites[0]))
+    for given in (swept, swept.out, table):
+        drawn = plots.pareto(given, "accuracy")
+        assert drawn.axes[0].get_ylabel() == "zero-shot accuracy"
 
 
 def test_what_is_measured_is_not_measured_again(

@@ -12,17 +12,24 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_parts import LABELS, SITE, TensorActivations, make_sae, model_facts, save_clip
+from latent_parts import (
+    EVIL,
+    LABELS,
+    SITE,
+    TensorActivations,
+    make_run,
+    make_sae,
+    model_facts,
+    save_clip,
+)
 from sparsight.activations import extract
 from sparsight.errors import SparsightError, UserError
 from sparsight.evaluation import evaluate
 from sparsight.images import ImageSource, open_images
 from sparsight.latents import (
     LatentIndex,
-    LatentName,
     build_index,
     encode,
-    set_names,
     write_report,
 )
 from sparsight.latents.cards import choose_latents, see
@@ -33,8 +40,6 @@ from sparsight.progress import progress
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.training import TrainConfig, train
 from sparsight.vision import VisionModel, load_model
-
-EVIL = "<script>alert('name')</script>"
 
 
 class Page(HTMLParser):
@@ -60,36 +65,6 @@ class Page(HTMLParser):
     @property
     def words(self) -> str:
         return " ".join(" ".join(self.text).split())
-
-
-def make_run(folder: Path, sae: SparseAutoencoder, activations: TensorActivations) -> Path:
-    sae.save_pretrained(folder)
-    index = build_index(sae, activations, out=folder / "index", quiet=True)
-    alive = [row["latent"] for row in index.table.to_pylist() if row["n_active"]]
-    set_names(
-        index,
-        {
-            alive[0]: LatentName(EVIL, 0.9, "truth"),
-            alive[1]: LatentName("sun", 0.8, "truth"),
-            alive[2]: LatentName("sun", 0.7, "truth"),
-        },
-    )
-    lines = [
-        {"step": i, "vectors": 4096 * i, "fvu": 1 / i, "l0": 4.0, "dead": 0.0} for i in range(1, 9)
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (folder / "config.toml").write_text(f'name = "{EVIL}"\n')
-    metrics = {
-        "fvu": 0.0834,
-        "l0": 4.0,
-        "dead": 0.01,
-        "n_vectors": 612,
-        "fvu_by_position": [0.1] * 17,
-        "truth": {"symbol/<b>sun</b>": {"latent": 1, "auc": 0.912, "f1": 0.5, "iou": 0.3}},
-        "baselines": {"untrained": {"fvu": 0.777}},
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    return folder
 
 
 @pytest.fixture(scope="module")

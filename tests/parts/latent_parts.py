@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from sparsight.activations import LiveActivations, OrderedBatch
 from sparsight.images import ImageSource
+from sparsight.latents import LatentName, build_index, set_names
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.vision import VisionModel
 
@@ -79,3 +81,36 @@ class TensorActivations(LiveActivations):
     def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
         for images in torch.arange(len(self.x)).split(batch_images):
             yield OrderedBatch(images, {SITE: self.x[images]})
+
+
+EVIL = "<script>alert('name')</script>"
+
+
+def make_run(folder: Path, sae: SparseAutoencoder, activations: TensorActivations) -> Path:
+    sae.save_pretrained(folder)
+    index = build_index(sae, activations, out=folder / "index", quiet=True)
+    alive = [row["latent"] for row in index.table.to_pylist() if row["n_active"]]
+    set_names(
+        index,
+        {
+            alive[0]: LatentName(EVIL, 0.9, "truth"),
+            alive[1]: LatentName("sun", 0.8, "truth"),
+            alive[2]: LatentName("sun", 0.7, "truth"),
+        },
+    )
+    lines = [
+        {"step": i, "vectors": 4096 * i, "fvu": 1 / i, "l0": 4.0, "dead": 0.0} for i in range(1, 9)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "config.toml").write_text(f'name = "{EVIL}"\n')
+    metrics = {
+        "fvu": 0.0834,
+        "l0": 4.0,
+        "dead": 0.01,
+        "n_vectors": 612,
+        "fvu_by_position": [0.1] * 17,
+        "truth": {"symbol/<b>sun</b>": {"latent": 1, "auc": 0.912, "f1": 0.5, "iou": 0.3}},
+        "baselines": {"untrained": {"fvu": 0.777}},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder

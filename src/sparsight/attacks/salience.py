@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -46,9 +46,13 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, write_json
 from sparsight.folders import replaced, settled
 from sparsight.images import load_batches
+from sparsight.notebooks import need_pandas
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
+
+if TYPE_CHECKING:
+    import pandas
 
 Contrast = Literal["word", "writing", "attack"]
 """attacked − control, control − clean, attacked − clean."""
@@ -179,6 +183,15 @@ class SalienceTable:
             "selective": selective,
         }
         return pa.table({name: values[order] for name, values in columns.items()})
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """What `table` gives as a data frame of pandas.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        need_pandas()
+        return self.table().to_pandas()
 
     @property
     def fewest(self) -> int:

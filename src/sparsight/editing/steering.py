@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,11 +17,16 @@ from sparsight.editing.class_codes import ClassCodes, class_codes
 from sparsight.editing.class_curves import checked_ks, class_curves
 from sparsight.editing.edits import NO_SITE, LatentEdit, Positions
 from sparsight.editing.interventions import check_site, interventions
+from sparsight.editing.steering_table import rows_of
 from sparsight.errors import UserError
 from sparsight.evaluation.report import finite
 from sparsight.images import ImageSource
+from sparsight.notebooks import data_frame
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, classifier_weights, names_by_label
+
+if TYPE_CHECKING:
+    import pandas
 
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 Unit = Literal["max", "absolute", "factor"]
@@ -52,6 +57,18 @@ class SteerReport:
         """The same as JSON-able values."""
         values: dict[str, Any] = finite(vars(self))  # strengths may be beyond what a model computes
         return values
+
+    def table(self) -> list[dict[str, Any]]:
+        """The rows of `steer.csv`: the model as it is, each latent and strength, the curves."""
+        return list(rows_of(self.original, self.latents, self.curves))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """What `table` gives as a data frame of pandas.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        return data_frame(self.table())
 
 
 @torch.no_grad()

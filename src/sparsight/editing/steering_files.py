@@ -13,18 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from sparsight.editing.steering import SteerReport
+from sparsight.editing.steering_table import COLUMNS
 from sparsight.files import write_json, write_text
 from sparsight.folders import replaced
 from sparsight.pages.style import PALETTE, figure, plot_style, save_png, save_svg
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
-COLUMNS = (
-    "part", "latent", "name", "strength", "activation", "curve", "chosen", "k", "n", "top1", "low",
-    "high", "difference", "difference_low", "difference_high", "mean_of_classes",
-    "own_probability", "kl", "most_raised", "raised_by", "most_lowered", "lowered_by",
-    "image_to_text_recall_1", "image_to_text_recall_5", "image_to_text_median_rank",
-    "text_to_image_recall_1", "text_to_image_recall_5", "text_to_image_median_rank",
-)  # fmt: skip
 
 
 def save_steering(report: SteerReport, out: Path) -> list[Path]:
@@ -162,35 +156,8 @@ def _csv(report: SteerReport) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerow({"part": "original", **_flat(report.original)})
-    for row in report.latents:
-        for each in row["strengths"]:
-            about = {"part": "latent", "latent": row["latent"], "name": row["name"] or ""}
-            about |= {key: each[key] for key in ("strength", "activation")}
-            writer.writerow(about | _flat(each))
-    for row in report.curves:
-        about = {"part": "curve", "curve": row["kind"]}
-        about |= {"chosen": row["latents"] or "", "k": "" if row["k"] is None else row["k"]}
-        writer.writerow(about | _flat(row))
+    writer.writerows(report.table())
     return out.getvalue()
-
-
-def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
-    same = ("n", "top1", "difference", "mean_of_classes", "own_probability", "kl")
-    flat = {key: figures[key] for key in (*same, "most_raised", "most_lowered") if key in figures}
-    for key, names in {
-        "interval": ("low", "high"),
-        "difference_interval": ("difference_low", "difference_high"),
-    }.items():
-        flat |= dict(zip(names, figures.get(key, ()), strict=False))
-    for key, name in {"most_raised": "raised_by", "most_lowered": "lowered_by"}.items():
-        if key in figures:
-            flat[name] = figures["change"][figures[key]]
-    for key in ("image_to_text", "text_to_image"):
-        for each in ("recall_1", "recall_5", "median_rank"):
-            if key in figures:
-                flat[f"{key}_{each}"] = figures[key][each]
-    return flat
 
 
 def rows_to_print(report: SteerReport) -> Sequence[tuple[str, ...]]:

@@ -7,14 +7,18 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsight.evaluation.sparsity import LatentCounts
-from sparsight.figures import TRUTH_SCORES, Figure, shown_in, truth_score
+from sparsight.figures import BASELINES, TRUTH_SCORES, Figure, shown_in, truth_score
 from sparsight.files import write_json
+from sparsight.notebooks import data_frame, html_grid
+
+if TYPE_CHECKING:
+    import pandas
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationReport:
     """Every number about an SAE, with the baselines beside it.
 
@@ -37,7 +41,7 @@ class EvaluationReport:
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows for a terminal: the head, then name, the SAE's figure and each baseline's."""
-        blocks = {"SAE": self.metrics, **(self.metrics.get("baselines") or {})}
+        blocks = self._blocks()
         rows = [("", *blocks)]
         for figure in self._figures():
             values = [figure.of(block) for block in blocks.values()]
@@ -45,6 +49,37 @@ class EvaluationReport:
                 cells = ("" if value is None else figure.precise(value) for value in values)
                 rows.append((figure.label, *cells))
         return rows
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The table as numbers in a data frame of pandas: one row per figure, one column per block
+        (`SAE`, and each baseline); the index is the figure's name.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        blocks, figures = self._blocks(), list(self._figures())
+        found = {
+            name: [math.nan if (value := each.of(block)) is None else value for each in figures]
+            for name, block in blocks.items()
+        }
+        frame = data_frame(found)
+        frame.index = [each.label for each in figures]
+        return frame.dropna(how="all")
+
+    def __repr__(self) -> str:
+        shown = (each for each in shown_in("log") if each.of(self.metrics) is not None)
+        figures = ", ".join(f"{each.name} {each.show(each.of(self.metrics))}" for each in shown)
+        beside = ", ".join(self.metrics.get("baselines") or {}) or "no baselines"
+        return f"EvaluationReport({figures}; beside it: {beside})"
+
+    def _repr_html_(self) -> str:
+        head, *rows = self.table()
+        gaps = (f"No {what}: {why}" for what, why in (self.metrics.get("omitted") or {}).items())
+        return html_grid(head, rows, " ".join(gaps))
+
+    def _blocks(self) -> dict[str, Any]:
+        beside = self.metrics.get("baselines") or {}
+        return {"SAE": self.metrics} | {BASELINES.get(k, k): block for k, block in beside.items()}
 
     def _figures(self) -> Iterator[Figure]:
         """The rows of the table; of variants each that can be there."""

@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,11 @@ from sparsight.images.selection import (
     sample_places,
     stratified_places,
 )
+from sparsight.notebooks import data_frame
 from sparsight.text import without_surrogates
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,16 @@ class ImageSource(ABC):
         """Return the distinct labels, sorted; empty if there are none."""
         found = {self.known(index).label for index in range(len(self))}
         return sorted(label for label in found if label is not None)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per image in a data frame of pandas: `id`, `uri`, `label`, `captions`.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        known = [self.known(index) for index in range(len(self))]
+        names = ("id", "uri", "label", "captions")
+        return data_frame({name: [getattr(each, name) for each in known] for name in names})
 
     def subset(self, start: int, stop: int) -> ImageSource:
         """Return images `start` … `stop − 1`, under the ids that they have here.

@@ -23,6 +23,7 @@ from sparsight.latents.heatmaps import (
 from sparsight.latents.index import Example, LatentIndex
 from sparsight.latents.names import LatentName, name_from_truth, set_names
 from sparsight.latents.report import write_report
+from sparsight.latents.strips import LatentStrip, show_latent
 
 __all__ = [
     "CodeBatch",
@@ -30,6 +31,7 @@ __all__ = [
     "Example",
     "LatentIndex",
     "LatentName",
+    "LatentStrip",
     "activation_heatmaps",
     "build_index",
     "compare",
@@ -40,5 +42,6 @@ __all__ = [
     "patch_heatmaps",
     "seen_pictures",
     "set_names",
+    "show_latent",
     "write_report",
 ]

@@ -194,7 +194,7 @@ class Seen:
 
 def see(
     index: LatentIndex,
-    sae: SparseAutoencoder,
+    sae: SparseAutoencoder | None,
     model: VisionModel | None,
     wanted: Mapping[int, Sequence[int]],
     line: ProgressLine,
@@ -204,7 +204,7 @@ def see(
 
     Args:
         index: of the SAE.
-        sae: the SAE.
+        sae: the SAE; None where no heatmaps are wanted.
         model: to run over the pictures where nothing is stored; without either, no heatmaps.
         wanted: latents whose heatmaps are wanted, by image.
         line: progress, in pictures.
@@ -228,7 +228,7 @@ def _see_batch(
     seen: Seen,
     wanted: Mapping[int, Sequence[int]],
     index: LatentIndex,
-    sae: SparseAutoencoder,
+    sae: SparseAutoencoder | None,
     model: VisionModel | None,
     stored: StoredCodes | None,
 ) -> None:
@@ -248,7 +248,7 @@ def _see_batch(
     elif pictures:
         pixels = torch.stack([model.transform(picture) for picture in pictures.values()])
         pictures = dict(zip(pictures, seen_pictures(model, pixels), strict=True))
-        if has_heatmaps(index.tokens, index.site):
+        if sae is not None and has_heatmaps(index.tokens, index.site):
             latents = sorted({latent for image in pictures for latent in wanted[image]})
             heat = patch_heatmaps(sae, model, pixels, latents, site=index.site).cpu()
             column = {latent: place for place, latent in enumerate(latents)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,11 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, reopen_images
 from sparsight.latents.code_manifest import AGAIN, CodeManifest, shard_path
 from sparsight.latents.code_shards import CodeBatch
-from sparsight.notebooks import html_table
+from sparsight.notebooks import data_frame, html_table, need_pandas
 from sparsight.sae import SparseAutoencoder, SparseCode
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class CodeStore:
@@ -207,6 +210,43 @@ class CodeStore:
                 ("active per vector", f"{self.n_active / max(self.n_vectors, 1):.1f}"),
                 ("model", str(about.model.get("id"))),
             ]
+        )
+
+    def to_pandas(self, images: Sequence[int] | None = None) -> pandas.DataFrame:
+        """The codes as a data frame of pandas: one row per active latent of a vector.
+
+        Its columns are `image` (place in the source), `token` (position in the image), `latent`
+        and `activation`.
+
+        Args:
+            images: places in the source; default all, which takes 28 bytes for each active latent.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+            UserError: there is no code of an image here.
+        """
+        need_pandas()
+        if images is None:
+            batches: Iterable[tuple[npt.NDArray[np.int64], SparseCode]] = (
+                (batch.image_indices.numpy(), batch.code) for batch in self.ordered()
+            )
+        else:
+            batches = ((np.array([image]), self.image(image)) for image in images)
+        parts = []
+        for places, code in batches:
+            rows = code.rows.numpy()
+            parts.append(
+                (places[rows // self.n_tokens], rows % self.n_tokens,
+                 code.indices.numpy(), code.values.numpy())
+            )  # fmt: skip
+        columns = zip(*parts, strict=True) if parts else ((), (), (), ())
+        names = ("image", "token", "latent", "activation")
+        types = (np.int64, np.int64, np.int64, np.float32)
+        return data_frame(
+            {
+                name: np.concatenate([np.empty(0, kind), *column])
+                for name, kind, column in zip(names, types, columns, strict=True)
+            }
         )
 
     def _map(self, number: int) -> dict[str, Tensor]:

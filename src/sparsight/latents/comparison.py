@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure as MatplotlibFigure
 
 from sparsight.activations import ActivationSource
 from sparsight.errors import SparsightError
 from sparsight.evaluation import SweepMeasures, measure_sweep
-from sparsight.figures import Figure, shown_in
+from sparsight.figures import Figure, figure_of, shown_in
 from sparsight.files import read_json, write_json, write_text
 from sparsight.folders import replaced, settled
 from sparsight.images import ImageSource
@@ -85,15 +86,28 @@ def compare(
 
 def _plot(found: Mapping[str, Any], folder: Path) -> None:
     for figure in shown_in("pareto"):
-        spots = spots_of(found["groups"], figure.key)
-        if spots:
-            drawn = pareto(
-                spots,
-                figure.label,
-                higher_is_better=figure.better == "higher",
-                reference=_original(found) if figure.key == "accuracy" else None,
-            )
+        drawn = draw_pareto(found, figure.key)
+        if drawn is not None:
             save_svg(drawn, folder / f"{figure.key}-l0.svg")
+
+
+def draw_pareto(table: Mapping[str, Any], key: str) -> MatplotlibFigure | None:
+    """A figure over L0; None where it was not measured.
+
+    Args:
+        table: what `compare` returns.
+        key: of the figure.
+    """
+    spots = spots_of(table["groups"], key)
+    if not spots:
+        return None
+    figure = figure_of(key)
+    return pareto(
+        spots,
+        figure.label,
+        higher_is_better=figure.better == "higher",
+        reference=_original(table) if key == "accuracy" else None,
+    )
 
 
 def table_csv(table: Mapping[str, Any]) -> str:

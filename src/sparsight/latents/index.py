@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,16 +16,16 @@ import safetensors.torch
 from PIL import Image
 from torch import Tensor
 
-from sparsight.errors import MissingExtra, SparsightError, UserError
+from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, sha256_json, write_bytes, write_json
 from sparsight.folders import folder_lock, replaced, settled
 from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
 from sparsight.latents.statistics import Examples
-from sparsight.notebooks import html_table
+from sparsight.notebooks import html_table, need_pandas
 from sparsight.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
-    import pandas  # type: ignore[import-untyped]
+    import pandas
 
 FORMAT = "sparsight latent index"
 VERSION = 1
@@ -196,8 +195,7 @@ class LatentIndex:
         Raises:
             MissingExtra: pandas is not installed.
         """
-        if find_spec("pandas") is None:
-            raise MissingExtra("pandas", "datasets")
+        need_pandas()
         return self.table.to_pandas()
 
     def _hash(self, name: str) -> Any:

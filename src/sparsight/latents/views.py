@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -16,6 +14,7 @@ from sparsight.errors import SparsightError
 from sparsight.figures import count
 from sparsight.latents.cards import Gallery, make_gallery
 from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
+from sparsight.latents.drawing import density_histogram, density_scatter, error_by_position
 from sparsight.latents.run_files import RunFiles
 from sparsight.latents.stored import StoredCodes
 from sparsight.pages import plots, scores
@@ -136,35 +135,24 @@ def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plo
         drawn.append(("curves", "Training", text, plots.training_curves(run.log)))
     if run.metrics.get("fvu_by_position"):
         text = "FVU of each token, centred per position."
-        drawn.append(("position", "Error by position", text, _error_by_position(run, model)))
+        known: Mapping[str, Any] = run.model
+        if isinstance(model, VisionModel):
+            known = {"patch_grid": model.patch_grid, "n_prefix": model.n_prefix}
+        position = error_by_position(run.metrics, run.tokens, known)
+        drawn.append(("position", "Error by position", text, position))
     if run.index is not None:
         table = run.index.table
-        density = table["density"].to_numpy()
         images = count(run.index.manifest["images"]["n_images"])
-        text = f"How often each of {len(density):,} latents is active, over {images} images."
-        never = int((density == 0).sum())
-        drawn.append(("density", "Density", text, plots.density_histogram(density, never)))
-        entropy = table["label_entropy"].to_numpy().astype(float)
-        mean = table["mean_activation"].to_numpy()
+        text = f"How often each of {len(table):,} latents is active, over {images} images."
+        drawn.append(("density", "Density", text, density_histogram(table)))
         text = "Each dot a latent; dark: its strongest images share one label."
-        if np.isnan(entropy).all():
+        if table["label_entropy"].null_count == len(table):
             text = "Each dot a latent. Label entropy is not known: it takes 10 labelled images."
-        scatter = plots.density_scatter(density, mean, entropy)
-        drawn.append(("scatter", "Density and activation", text, scatter))
+        drawn.append(("scatter", "Density and activation", text, density_scatter(table)))
     return [
         Plot(title, text, Markup(to_svg(figure, f"{key}-{name}", title)))
         for name, title, text, figure in drawn
     ]
-
-
-def _error_by_position(run: RunFiles, model: VisionModel | str | None) -> Figure:
-    values = [math.nan if value is None else value for value in run.metrics["fvu_by_position"]]
-    known: Mapping[str, Any] = run.model
-    if isinstance(model, VisionModel):
-        known = {"patch_grid": model.patch_grid, "n_prefix": model.n_prefix}
-    grid = known.get("patch_grid")
-    n_prefix = int(known.get("n_prefix", 0)) if run.tokens == "all" else 0
-    return plots.error_by_position(np.array(values, dtype=float), grid and tuple(grid), n_prefix)
 
 
 def _shape(run: RunFiles) -> str:

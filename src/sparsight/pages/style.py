@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ HEAT_COLOURS = "inferno"
 
 WIDTH = 4.4
 """Inches; so narrow that nine-point text can be read on a phone."""
+
+NOTEBOOK_DPI = 110
 
 # Stand-ins that become CSS variables, so that a plot follows the page into the dark.
 _INK, _FAINT, _GRID = "#010203", "#040506", "#070809"
@@ -64,27 +67,46 @@ SETTINGS: Any = {
 }
 
 
+_WHITE = ContextVar("_WHITE", default=False)
+
+
 @contextmanager
-def plot_style(*, on_white: bool = False) -> Iterator[None]:
+def plot_style(*, on_white: bool | None = None) -> Iterator[None]:
     """Matplotlib settings of Sparsight inside the `with` block.
 
     Args:
-        on_white: for a file of pixels, whose colours no page can change.
+        on_white: for a file of pixels or a notebook, whose colours no page can change; default as
+            in the block that this one is in, else False.
     """
+    white = _WHITE.get() if on_white is None else on_white
     settings = SETTINGS
-    if on_white:
+    if white:
         settings = {key: _fixed(value) for key, value in SETTINGS.items()}
-    with matplotlib.rc_context(settings):
-        yield
+        settings["figure.facecolor"] = "#ffffff"
+    before = _WHITE.set(white)
+    try:
+        with matplotlib.rc_context(settings):
+            yield
+    finally:
+        _WHITE.reset(before)
 
 
 def _fixed(value: Any) -> Any:
     return _ON_WHITE.get(value, value) if isinstance(value, str) else value
 
 
+class NotebookFigure(Figure):
+    """A figure that notebooks show even where nothing has imported pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png", dpi=NOTEBOOK_DPI, metadata={"Software": None})
+        return out.getvalue()
+
+
 def figure(height: float, width: float = WIDTH) -> Figure:
     """A figure of its own, known to no global state; sizes in inches. Call inside `plot_style`."""
-    return Figure(figsize=(width, height))
+    return NotebookFigure(figsize=(width, height))
 
 
 def to_svg(drawn: Figure, name: str, label: str) -> str:

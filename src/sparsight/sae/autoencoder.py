@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparsight.errors import UserError
+from sparsight.figures import figure_of
 from sparsight.kernels import backend
 from sparsight.notebooks import html_table
 from sparsight.sae.code import SparseCode
@@ -62,6 +63,9 @@ class SparseAutoencoder(nn.Module):
         blank: leave the parameters without values, for who loads them.
         metadata: where the SAE belongs: model, site, tokens, images, …; JSON-able.
 
+    Attributes:
+        loaded_from: the folder of an SAE of ours that was loaded; else None.
+
     Raises:
         UserError: a width is no number from 1 on, or the parts do not fit each other, the widths,
             or the number of latents.
@@ -92,6 +96,7 @@ class SparseAutoencoder(nn.Module):
         self.n_latents = config.width(d_in)
         self.config = dataclasses.replace(config, n_latents=self.n_latents)
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self.loaded_from: Path | None = None
         if blank:
             start = blank_parameters(d_in, self.config, d_out)
         else:
@@ -329,7 +334,18 @@ class SparseAutoencoder(nn.Module):
             found.append(("tokens", str(about["tokens"])))
         if isinstance(model, dict) and model.get("id"):
             found.append(("model", str(model["id"])))
+        if fvu := self._known_fvu():
+            found.append((figure_of("fvu").label, fvu))
         return found
+
+    def _known_fvu(self) -> str:
+        """The FVU, where the folder that it was loaded from tells; else empty."""
+        if self.loaded_from is None or any(each.requires_grad for each in self.parameters()):
+            return ""  # it may have changed since
+        from sparsight.sae.files import known_fvu
+
+        value, where = known_fvu(self.loaded_from)
+        return "" if value is None else f"{figure_of('fvu').show(value)} ({where})"
 
     def _encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         frame = self.normaliser.frame(x)

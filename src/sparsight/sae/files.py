@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 
 from sparsight.config import from_dict, to_dict
 from sparsight.errors import SparsightError, UserError
+from sparsight.figures import figure_of, is_number
 from sparsight.files import check_replaceable, read_json, write_json, write_text
 from sparsight.folders import replaced, settled
 from sparsight.pickles import shown
@@ -31,6 +35,10 @@ READ_VERSIONS = (1, 2)
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
 README = "README.md"
+METRICS, LOG = "metrics.json", "metrics.jsonl"
+"""What may lie beside an SAE: what `evaluate` measured, and the log of its training."""
+LONGEST_LINE = 1 << 16
+"""Bytes of the end of a log that are looked through for its last line."""
 FILES = (CONFIG, WEIGHTS, README)
 """What a folder of an SAE holds."""
 SHA256 = "sha256"
@@ -104,7 +112,37 @@ def load_own(folder: Path) -> SparseAutoencoder:
         else:
             # Else another SAE took its place between the two files: read that.
             if _identity(folder / CONFIG) == before:
+                sae.loaded_from = folder
                 return sae
+
+
+def known_fvu(folder: Path) -> tuple[float | None, str]:
+    """The FVU of the SAE in a run's folder, and whether it was measured or logged in training.
+
+    None where the folder does not tell, where `metrics.json` is about another SAE, or where a file
+    cannot be read: then whatever else needs the file says so.
+    """
+    fvu = figure_of("fvu")
+    with suppress(SparsightError, OSError, ValueError):
+        metrics = read_json(folder / METRICS)
+        own = safetensors_metadata(folder / WEIGHTS).get(SHA256)
+        if metrics.get("sae", own) == own and is_number(fvu.of(metrics)):
+            return float(fvu.of(metrics)), "measured"
+    for line in reversed(_end_of(folder / LOG)):
+        with suppress(ValueError):  # the last one may have been cut off
+            value = fvu.of(json.loads(line))
+            return (float(value), "in training") if is_number(value) else (None, "")
+    return None, ""
+
+
+def _end_of(path: Path) -> list[str]:
+    """The last lines of a log; [] where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, io.SEEK_END) - LONGEST_LINE))
+            return file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return []
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -7,16 +7,20 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json
+from sparsight.notebooks import data_frame
 from sparsight.runs import checkpoint_files
 from sparsight.runs.folder import RunFolder
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
 from sparsight.training.config import TrainConfig, TrainRecipe
+
+if TYPE_CHECKING:
+    import pandas
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -85,6 +89,14 @@ class Run(RunFolder):
     def metrics(self, site: str | None = None) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.folder(site) / METRICS)
+
+    def to_pandas(self, site: str | None = None) -> pandas.DataFrame:
+        """What `metrics` gives as a data frame of pandas: one row per line of the log.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        return data_frame(self.metrics(site))
 
 
 def goes_on(out: Path, has_part: bool, resume: bool) -> bool:

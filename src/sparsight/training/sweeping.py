@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,7 @@ from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.figures import shown_in
 from sparsight.files import read_json, write_json
+from sparsight.notebooks import data_frame
 from sparsight.pace import SECONDS, Pace
 from sparsight.runs import checkpoint_files
 from sparsight.runs.folder import RunFolder
@@ -46,6 +47,9 @@ from sparsight.training.run import (
 )
 from sparsight.training.trainer import Member, train_members
 from sparsight.vision import Tokens
+
+if TYPE_CHECKING:
+    import pandas
 
 TABLE = "sweep.json"
 FORMAT_VERSION = 1
@@ -120,6 +124,16 @@ class Sweep(RunFolder):
         before), `vectors_per_second` (of the whole pass). `diverged` says why there is none.
         """
         return [self._row(name, run, site) for name, run in self.runs.items() for site in run.sites]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """What `table` gives as a data frame of pandas: one row per autoencoder, with a column for
+        each setting that varies.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        rows = self.table()
+        return data_frame([{**row, **row.pop("settings")} for row in rows])
 
     def _row(self, name: str, run: Run, site: str) -> dict[str, Any]:
         folder = run.folder(site)

@@ -1,0 +1,48 @@
+"""The plots of the report from what an index and `metrics.json` hold; `plots` shows them alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from matplotlib.figure import Figure
+
+from sparsight.pages import plots
+
+
+def density_histogram(table: pa.Table) -> Figure:
+    """How often latents are active.
+
+    Args:
+        table: of an index.
+    """
+    density = table["density"].to_numpy()
+    return plots.density_histogram(density, int((density == 0).sum()))
+
+
+def density_scatter(table: pa.Table) -> Figure:
+    """Density against mean activation, coloured by label entropy.
+
+    Args:
+        table: of an index.
+    """
+    entropy = table["label_entropy"].to_numpy().astype(float)
+    mean = table["mean_activation"].to_numpy()
+    return plots.density_scatter(table["density"].to_numpy(), mean, entropy)
+
+
+def error_by_position(metrics: Mapping[str, Any], tokens: str, model: Mapping[str, Any]) -> Figure:
+    """FVU of each token.
+
+    Args:
+        metrics: with `fvu_by_position`.
+        tokens: which positions were measured.
+        model: what is known of it: `patch_grid`, `n_prefix`.
+    """
+    values = [math.nan if value is None else value for value in metrics["fvu_by_position"]]
+    grid = model.get("patch_grid")
+    n_prefix = int(model.get("n_prefix", 0)) if tokens == "all" else 0
+    return plots.error_by_position(np.array(values, dtype=float), grid and tuple(grid), n_prefix)
