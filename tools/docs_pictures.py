@@ -34,8 +34,8 @@ import sparsight as sp
 from sparsight.editing import Off
 from sparsight.files import read_json, write_bytes, write_text
 from sparsight.latents import overlay, patch_heatmaps, seen_pictures
-from sparsight.latents.comparison import PLOTS, spots_of
-from sparsight.pages.plots import density_histogram, pareto, training_curves
+from sparsight.latents.comparison import draw_pareto
+from sparsight.pages.plots import density_histogram, training_curves
 from sparsight.pages.style import PALETTE, figure, plot_style, to_svg
 from sparsight.training.run import METRICS, read_metrics
 from sparsight.vision import classifier_weights, classify
@@ -294,9 +294,14 @@ def photo_plots(run: Path, out: Path) -> list[Path]:
 
 def sweep_plot(sweep: Path, out: Path) -> list[Path]:
     """FVU over L0 of the tutorial's sweep, as the sweep draws it."""
-    spots = spots_of(read_json(sweep / "table.json")["groups"], "fvu")
-    label, higher = PLOTS["fvu"]
-    return save_plot(lambda: pareto(spots, label, higher_is_better=higher), out / "photo-sweep")
+    table = read_json(sweep / "table.json")
+
+    def draw() -> Figure:
+        drawn = draw_pareto(table, "fvu")
+        assert drawn is not None, "the sweep was not measured"
+        return drawn
+
+    return save_plot(draw, out / "photo-sweep")
 
 
 def photo_latents(run: Path, samples: Path, tile: int = 190) -> Image.Image:
