@@ -261,7 +261,7 @@ def test_a_byte_that_was_altered_anywhere_is_noticed(tmp_path: Path) -> None:
             with pytest.raises(SparsightError, match=r"sae\.safetensors"):
                 SparseAutoencoder.from_pretrained(tmp_path)
     file.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
-    with pytest.raises(SparsightError, match=r"its checksum differs.*Take it again"):
+    with pytest.raises(SparsightError, match=r"its checksum differs.*Fetch it again"):
         SparseAutoencoder.from_pretrained(tmp_path)
 
 

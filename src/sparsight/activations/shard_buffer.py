@@ -1,4 +1,4 @@
-"""A shard of activations on its way to the disk, with what is recorded of its images."""
+"""A shard of activations on its way to the disk, with the rows about its images."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ IMAGE_ROWS = pa.schema(
 
 
 Row = dict[str, Any]
-"""What `images.parquet` says of an image."""
+"""The columns of `images.parquet`."""
 
 
 def image_row(index: int, info: ImageInfo, size: tuple[int, int] | None, reason: str | None) -> Row:
-    """What is recorded of an image, read (`size`) or failed (`reason`)."""
+    """Return the row about an image, read (`size`) or failed (`reason`)."""
     width, height = size or (None, None)
     return {
         "index": index,
@@ -50,7 +50,7 @@ def image_row(index: int, info: ImageInfo, size: tuple[int, int] | None, reason:
 
 
 class Filled(NamedTuple):
-    """How much of a buffer counts; whole batches only."""
+    """How much of a buffer counts: whole batches only."""
 
     n_rows: int
     n_images: int
@@ -58,14 +58,14 @@ class Filled(NamedTuple):
 
 @dataclass
 class ShardBuffer:
-    """One shard of every site, being filled.
+    """One shard of every site, while it is being filled.
 
     Attributes:
-        number: of the shard.
+        number: the shard's number.
         first: first image of the source that it covers.
         x: for each site, room for all its images.
-        rows: of `images.parquet`.
-        filled: how many rows and images are in; more may be on their way.
+        rows: rows of `images.parquet`.
+        filled: number of rows and of images that are in; more may be on their way.
     """
 
     number: int
@@ -79,11 +79,11 @@ class ShardBuffer:
         rows: Sequence[Row],
         activations: Mapping[str, Float[Tensor, "batch tokens d_in"]],
     ) -> None:
-        """Put a batch behind the ones that are in.
+        """Append a batch.
 
         Args:
-            rows: of all images of the batch, in order; see `image_row`.
-            activations: of those that were read; of no site where there are none.
+            rows: about all images of the batch, in order; see `image_row`.
+            activations: of the images that were read; empty if there are none.
         """
         start = stop = self.filled.n_images
         for row in rows:
@@ -97,14 +97,14 @@ class ShardBuffer:
         self.filled = Filled(len(self.rows), stop)  # in one step: a stop may come at any point
 
     def part(self, unfinished: bool) -> ShardPart:
-        """What is in now; what is added later does not touch it."""
+        """Return what is in now; later additions do not change it."""
         n_rows, n_images = self.filled
         x = {site: x[:n_images] for site, x in self.x.items()}
         return ShardPart(self.number, self.first, x, self.rows[:n_rows], n_images, unfinished)
 
 
 class ShardPart(NamedTuple):
-    """A shard, or the part of one that is there so far, on its way to the disk."""
+    """A shard, or the part of one that exists so far, on its way to the disk."""
 
     number: int
     first: int

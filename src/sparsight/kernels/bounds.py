@@ -1,9 +1,9 @@
 """Selection in low precision that finds the latents of full precision, in plain torch.
 
-Latents are chosen by bounds of their scores, and the chosen ones scored again exactly. A bound adds
-what rounding can hide at most: with x = x_q + x_r and w = w_q + w_r, codes and what is lost, x · w
-differs from x_q · w_q by no more than ‖x_r‖ ‖w‖ + ‖x_q‖ ‖w_r‖ (Cauchy and Schwarz). That holds for
-errors that are alike, as those of vectors with few different numbers are, too.
+Latents are chosen by upper bounds of their scores, and the chosen ones are scored again exactly. A
+bound adds the most that rounding can hide: with x = x_q + x_r and w = w_q + w_r, the codes and what
+they lose, x · w differs from x_q · w_q by no more than ‖x_r‖ ‖w‖ + ‖x_q‖ ‖w_r‖ (Cauchy-Schwarz).
+This also holds for correlated errors, such as those of vectors with few different numbers.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from sparsight.kernels.selection import (
 )
 
 SAMPLE = 32
-"""Vectors that tell how many candidates are enough."""
+"""Number of vectors from which to estimate how many candidates are enough."""
 
 MOST_UNSURE = 0.02
-"""Share of vectors in question from which on more candidates are taken."""
+"""Share of uncertain vectors above which more candidates are taken."""
 
 CACHED = 1 << 20
-"""Numbers that are copied at a time, so that they are read from memory once."""
+"""Number of entries that are copied at a time, so that they are read from memory once."""
 
 LARGEST_CODE = 127
-"""Of rows and vectors in int8."""
+"""Largest code of rows and vectors in int8."""
 
 LARGEST_FACTOR = 64
-"""Of rows, when the unit is set."""
+"""Largest code of rows at the time when the unit is set."""
 
 LARGEST_BIAS_FACTOR = 4095
-"""Of vectors: each turns a bias in common units into one in its own."""
+"""Largest factor of a vector, which converts a bias from common units into its own."""
 
 LARGEST_SUM = 2.0**31
-"""Where int32 ends."""
+"""The upper end of int32."""
 
 SMALLEST = 1e-30
-"""Scores and units below it lose their precision."""
+"""Scores and units below this lose their precision."""
 
 MOST_UNLIKE = 2.0
-"""Times the usual norm of the codes, beyond which a vector would widen the bounds of the others."""
+"""Multiple of the usual norm of the codes above which a vector would widen the others' bounds."""
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 faster than in float32."""
+    """Return whether a device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -65,9 +65,9 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def fast_int8(device: torch.device) -> bool:
-    """Whether torch multiplies int8 on a device exactly, and faster than bfloat16.
+    """Return whether torch multiplies int8 on a device exactly, and faster than bfloat16.
 
-    Where a processor has AMX, oneDNN uses it for bfloat16, but not for `torch._int_mm`.
+    If a processor has AMX, oneDNN uses it for bfloat16, but not for `torch._int_mm`.
     """
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
     quicker = tiles is not None and bool(tiles()) and fast_bfloat16(device)
@@ -75,7 +75,7 @@ def fast_int8(device: torch.device) -> bool:
 
 
 def supports_int8(device: torch.device) -> bool:
-    """Whether torch multiplies int8 on a device exactly, and faster than float32."""
+    """Return whether torch multiplies int8 on a device exactly, and faster than float32."""
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
     if device.type != "cpu" or supported is None or not torch.backends.mkldnn.is_available():
         return False
@@ -84,7 +84,7 @@ def supports_int8(device: torch.device) -> bool:
 
 @lru_cache(maxsize=1)
 def _multiplies_exactly() -> bool:
-    """Without VNNI, or told to do without, oneDNN saturates sums of two products."""
+    """Return whether sums are exact: without VNNI, or told not to use it, oneDNN saturates them."""
     ones = torch.full((32, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(ones, ones.T) == 64 * 127**2).all())
 
@@ -99,24 +99,24 @@ def select_surely(
     buffer: Tensor | None = None,
     decide: Decide | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], int]:
-    """As `select_topk`, but what rounding leaves in question is scored in full.
+    """Like `select_topk`, but score in full whatever rounding leaves uncertain.
 
-    A vector is in question where a latent that was passed over could reach its k-th score. Where
-    many are, more latents are taken for candidates, until that would cost more than it saves.
+    A vector is uncertain if a latent that was not a candidate could reach its k-th score. If many
+    vectors are, more candidates are taken, until that would cost more than it saves.
 
     Args:
-        x: vectors, the decoder's bias subtracted.
+        x: vectors, with the decoder's bias subtracted.
         W: encoder rows, in the precision of x.
-        b: encoder bias, likewise.
-        k: how many.
-        bounds: chooses latents in low precision.
-        candidates: how many it chooses at first, k or more; default as many as some vectors need.
+        b: encoder bias, in the precision of x.
+        k: number of latents.
+        bounds: chooses candidates in low precision.
+        candidates: number of candidates at first, k or more; by default what a few vectors need.
         buffer: room for the pre-activations of a tile.
-        decide: says which of near scores are taken where a vector is scored in full.
+        decide: chooses among near scores if a vector is scored in full.
 
     Returns:
-        Scores, latents in rising order, and how many candidates were taken at last: all latents
-        where low precision did not pay.
+        Scores, latents in ascending order, and the final number of candidates: all latents if low
+        precision did not pay.
     """
     n_latents = len(W)
     values, latents = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
@@ -147,7 +147,7 @@ def select_surely(
 
 
 def _most_candidates(k: int) -> int:
-    """How many it pays to score again."""
+    """Return the largest number of candidates that it pays to score again."""
     return 8 * k + 64
 
 
@@ -158,46 +158,46 @@ def _needed(
     k: int,
     bounds: Bounds,
 ) -> int:
-    """How many candidates leave few of the first vectors in question; all latents if none pays."""
+    """Return how many candidates make most of the first vectors certain; all latents if none do."""
     n_latents, least = len(W), enough_candidates(k, len(W))
     tried = _most_candidates(k)
     if least >= n_latents or tried >= n_latents or len(x) == 0:
         return n_latents if least >= n_latents else least
-    some = x[:SAMPLE]
+    sample = x[:SAMPLE]
     chosen, most = bounds.candidates(slice(0, SAMPLE), tried, None)
-    kth = strongest_of(some, W, b, chosen, k)[0].amin(dim=1)
+    kth = strongest_of(sample, W, b, chosen, k)[0].amin(dim=1)
     in_question = (~(most < kth[:, None])).sum(dim=1) + 1
     wanted = int(in_question.float().quantile(1 - MOST_UNSURE, interpolation="lower"))
-    if wanted > tried:  # no more of the others than of these are sure
+    if wanted > tried:  # the rest are no more certain than these
         wanted = int(in_question.float().quantile(0.5))
     return n_latents if wanted > tried else max(least, wanted + wanted // 8)
 
 
 class Bounds(Protocol):
-    """Chooses latents for some vectors and knows what it may have missed."""
+    """Chooses candidates for some vectors and knows what it may have missed."""
 
     dtype: torch.dtype
-    """Of its pre-activations."""
+    """The dtype of its pre-activations."""
 
     def candidates(
         self, part: slice, k: int, room: Tensor | None
     ) -> tuple[Int[Tensor, "rows k"], Float[Tensor, "rows k"]]:
-        """Latents, in any order, and what their scores cannot exceed, nor those of all others the
-        least of these bounds.
+        """Return latents in any order, and upper bounds of their scores, the least of which also
+        bounds the scores of all other latents.
 
         Args:
-            part: of the vectors.
-            k: how many latents.
-            room: for pre-activations.
+            part: which of the vectors.
+            k: number of latents.
+            room: room for pre-activations.
         """
 
 
 class Bfloat16Bounds:
-    """By scores in bfloat16; see `select_surely`.
+    """Bounds from scores in bfloat16; see `select_surely`.
 
-    Numbers of x and of W lose 2⁻⁹ of themselves at most. Half a place, 2⁻⁸ of what is rounded, is
-    what the product, its sum with the bias, and the bias itself are moved by. A GPU that adds up
-    parts of a product may round those, too.
+    Entries of x and W lose at most 2⁻⁹ of themselves. The product, its sum with the bias, and the
+    bias itself move by at most half a place, 2⁻⁸ of what is rounded. A GPU that adds parts of a
+    product may round those, too.
     """
 
     def __init__(
@@ -218,21 +218,21 @@ class Bfloat16Bounds:
         """See `Bounds`."""
         x = self.x[part]
         scores, chosen = strongest_in_low_precision(x, self.W, self.b, k, room)
-        found = scores.gather(1, chosen).float()
-        return chosen, found + found.abs() / 127 + (self.of_row * x.norm(dim=1) + self.of_bias)[
+        reached = scores.gather(1, chosen).float()
+        return chosen, reached + reached.abs() / 127 + (self.of_row * x.norm(dim=1) + self.of_bias)[
             :, None
         ]
 
 
 def _noise(d_in: int) -> float:
-    """What sums of float32, in two orders, can be off, as a share of the product of two norms."""
+    """Return how far two sums of float32 can differ, as a share of the product of two norms."""
     return 2 * (d_in + 64) * 2.0**-24
 
 
 class Int8Encoder:
-    """A copy of encoder rows, for torch's product of integers.
+    """A copy of encoder rows for torch's integer product.
 
-    A row is `unit · factor · codes` and a vector `scale · codes`: a product of codes, times the
+    A row is `unit · factor · codes`, and a vector is `scale · codes`: a product of codes, times the
     row's factor, is a score in units of `unit · scale`.
 
     Args:
@@ -243,7 +243,7 @@ class Int8Encoder:
         W = W.detach()
         self.codes = torch.empty(W.shape, dtype=torch.int8)
         self.factors = torch.empty(len(W), dtype=torch.int32)
-        # Of each row: its largest number; in codes its norm, and that of what is lost.
+        # For each row: its largest entry; the norm of its codes, and of what they lose.
         self.largest, self.sizes, self.lost = (torch.empty(len(W)) for _ in range(3))
         use_large_pages(self.codes)
         parts = W.split(max(1, CACHED // W.shape[1]))
@@ -256,7 +256,7 @@ class Int8Encoder:
             self._copy(part, first, room)
 
     def set_unit(self) -> None:
-        """Take the unit that fits the rows as they were copied last; all are to be copied anew."""
+        """Set the unit that fits the rows as last copied; then all of them must be copied again."""
         self.unit = float(self.largest.max()) / (LARGEST_CODE * LARGEST_FACTOR) or 1.0
 
     def refresh(
@@ -268,9 +268,9 @@ class Int8Encoder:
         """Copy rows that have changed.
 
         Args:
-            rows: what they are now.
-            first: where they begin.
-            room: for as many numbers, whose content is lost.
+            rows: their present values.
+            first: index of the first one.
+            room: room for as many numbers; its content is overwritten.
         """
         room = torch.empty_like(rows) if room is None else room
         self._measure(rows, first, room)
@@ -291,7 +291,7 @@ class Int8Encoder:
 
 
 class Int8Bounds:
-    """The bounds of some vectors' scores, in int32; see `Bounds`.
+    """Bounds of some vectors' scores, in int32; see `Bounds`.
 
     Args:
         of: the encoder's rows.
@@ -315,7 +315,7 @@ class Int8Bounds:
         if of.unit < SMALLEST or not bool(self.fit.any()):
             self.fit.zero_()
             return
-        # One bound for all vectors: what none that fits exceeds.
+        # One bound for all vectors, which no vector that fits exceeds.
         size, hidden_of_x = (float((each * self.fit).nan_to_num().amax()) for each in (sizes, lost))
         # b / (unit · scale) as a product of two integers, one of the latent and one of the vector.
         common = LARGEST_BIAS_FACTOR * scale[self.fit].amin()
@@ -346,9 +346,9 @@ class Int8Bounds:
             nothing = torch.full((len(codes), k), math.inf, dtype=scale.dtype)
             return torch.arange(k).expand(len(codes), k), nothing
         out = room_of(room, len(codes), len(of.codes), self.dtype)
-        found = torch._int_mm(codes, of.codes.T, out=out)
-        torch.addcmul(self.hidden, found, of.factors, out=found)
-        found.addcmul_(self.of_latent, self.of_vector[part, None])
-        chosen = strongest(found, k)
-        most = found.gather(1, chosen) * scale[:, None] + SMALLEST
+        products = torch._int_mm(codes, of.codes.T, out=out)
+        torch.addcmul(self.hidden, products, of.factors, out=products)
+        products.addcmul_(self.of_latent, self.of_vector[part, None])
+        chosen = strongest(products, k)
+        most = products.gather(1, chosen) * scale[:, None] + SMALLEST
         return chosen, torch.where(fit[:, None], most, math.inf)

@@ -1,4 +1,4 @@
-"""Selection for a whole call, by the quickest means at hand: compiled where it pays, else torch."""
+"""Selection for a whole call by the fastest means available: compiled if it pays, else torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ compiled = True
 """Whether compiled code may be used; `sparsight.kernels.using` changes it."""
 
 FEWEST = 256
-"""Vectors of a call from which on copying the encoder into low precision pays."""
+"""Number of vectors per call from which copying the encoder into low precision pays."""
 
 
 def strongest_latents(
@@ -26,14 +26,14 @@ def strongest_latents(
     k: int,
     precision: Precision | None = None,
 ) -> Int[Tensor, "batch k"]:
-    """The latents of the k largest scores `W x + b` of each vector, in rising order.
+    """Return the latents of the k largest scores `W x + b` of each vector, in ascending order.
 
     Args:
-        x: vectors, the decoder's bias subtracted.
+        x: vectors, with the decoder's bias subtracted.
         W: encoder rows.
         b: encoder bias.
-        k: how many.
-        precision: of the selection; None is the quickest that gives the same latents.
+        k: number of latents.
+        precision: precision of the selection; None is the fastest that gives the same latents.
     """
     if precision in (None, "int8") and _native_pays(x):
         W, b = W.to(x.dtype).contiguous(), b.to(x.dtype).contiguous()
@@ -49,7 +49,7 @@ def latents_above(
     b: Float[Tensor, " n_latents"],
     threshold: float,
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
-    """All scores that reach a threshold, their latents, and how many each vector has."""
+    """Return all scores that reach a threshold, their latents, and how many each vector has."""
     if threshold > -math.inf and _native_pays(x):
         W, b = W.to(x.dtype).contiguous(), b.to(x.dtype).contiguous()
         return library.Dictionary(W, b, "int8", x).above(x.contiguous(), W, b, threshold)
@@ -62,7 +62,7 @@ def batch_topk(
     b: Float[Tensor, " n_latents"],
     k: int,
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
-    """The k · batch largest scores of all, their latents, and how many each vector has."""
+    """Return the k · batch largest scores of all, their latents, and how many each vector has."""
     return selection.batch_topk(x, W, b, k, lambda x, k: _select(x, W, b, k))
 
 
@@ -73,7 +73,7 @@ def _select(
     k: int,
     precision: Precision | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Scores and latents, in plain torch."""
+    """Return scores and latents, in plain torch."""
     if precision is None and (x.dtype != torch.float32 or len(x) < FEWEST):
         return selection.select_exactly(x, W, b, k, decide=_decide(x))
     if precision in (None, "int8"):
@@ -102,7 +102,7 @@ def _native(x: Tensor) -> bool:
 
 
 def _decide(x: Tensor) -> selection.Decide | None:
-    """What scores latents where rounding would decide: the same for calls of all sizes."""
+    """Return what scores latents when rounding would decide: the same for calls of all sizes."""
     if _native(x):
         return library.scores
     return selection.ragged_scores if x.dtype in (torch.float32, torch.float64) else None

@@ -1,4 +1,4 @@
-"""Large pages under large tensors: with small ones much time goes into looking addresses up."""
+"""Large pages for large tensors: with small pages, looking up addresses takes much time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 _PAGE = 4096
 _LARGE_PAGE = 2 << 20
 _HUGEPAGE, _COLLAPSE = 14, 25
-"""Advice of Linux: use large pages from now on; and under what is in use already (Linux 6.1)."""
+"""Linux' advice to use large pages from now on, and for memory in use already (Linux 6.1)."""
 
 
 def use_large_pages(*tensors: Tensor) -> None:
-    """Advise the system to put large pages under some tensors on the CPU.
+    """Advise the system to use large pages for some tensors on the CPU.
 
-    Where it has none to give, or another way to say so, nothing happens.
+    If it has none, or another interface, nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,9 +1,9 @@
-"""Select without gradients, differentiate only through what was selected.
+"""Select without gradients, and differentiate only through what was selected.
 
-At k ≪ n_latents one product is dense, the pre-activations; and they are needed for the choice
-alone. So the choice is made in tiles of rows, without autograd, and the backward passes touch the k
-rows of each vector: the gradient of the code is k dot products, those of the weights are sums over
-the vectors that chose a latent. Sums run in a fixed order, so that equal input gives equal bits.
+For k ≪ n_latents only one product is dense, the pre-activations, and they are needed only for the
+selection. So the selection runs in tiles of rows, without autograd, and the backward passes touch
+the k rows of each vector: the gradient of the code is k dot products, those of the weights are sums
+over the vectors that chose a latent. Sums run in a fixed order, so equal input gives equal bits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def encode_topk(
     *,
     rectify: bool = True,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """See `Backend.encode_topk`; latents come in rising order."""
+    """See `Backend.encode_topk`; latents are in ascending order."""
     with torch.no_grad():
         indices = strongest_latents(x - b_dec, W_enc, b_enc, k, precision)
     starts = torch.arange(0, indices.numel() + 1, k, device=x.device)
@@ -46,7 +46,7 @@ def encode_batch_topk(
     b_dec: Float[Tensor, " d_in"],
     k: int,
 ) -> tuple[Float[Tensor, " active"], Int[Tensor, " active"], Int[Tensor, " batch_plus_one"]]:
-    """See `Backend.encode_batch_topk`; latents of a vector come in rising order."""
+    """See `Backend.encode_batch_topk`; the latents of a vector are in ascending order."""
     with torch.no_grad():
         _, indices, counts = batch_topk(x - b_dec, W_enc, b_enc, k)
         starts = functional.pad(counts.cumsum(0), (1, 0))
@@ -60,7 +60,7 @@ def encode_above(
     b_dec: Float[Tensor, " d_in"],
     threshold: float,
 ) -> tuple[Float[Tensor, " active"], Int[Tensor, " active"], Int[Tensor, " batch_plus_one"]]:
-    """See `Backend.encode_above`; latents of a vector come in rising order."""
+    """See `Backend.encode_above`; the latents of a vector are in ascending order."""
     with torch.no_grad():
         _, indices, counts = latents_above(x - b_dec, W_enc, b_enc, threshold)
         starts = functional.pad(counts.cumsum(0), (1, 0))
@@ -107,7 +107,7 @@ def _weighted_rows(
 
 
 class _ByLatent(NamedTuple):
-    """The entries of a code in the order of the latents: a transposed code."""
+    """The entries of a code ordered by latent: a transposed code."""
 
     entries: Int[Tensor, " active"]
     vectors: Int[Tensor, " active"]
@@ -126,14 +126,14 @@ class _ByLatent(NamedTuple):
     def sums(
         self, values: Float[Tensor, " active"], x: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "n_latents d_in"]:
-        """For each latent the sum of the vectors that chose it, weighted by `values`."""
+        """Return, for each latent, the sum of the vectors that chose it, weighted by `values`."""
         return functional.embedding_bag(
             self.vectors, x, self.starts, per_sample_weights=values[self.entries], mode="sum"
         )
 
 
 class _ScoreChosen(Function):
-    """Pre-activations of chosen latents: W_enc[i] · (x − b_dec) + b_enc[i]."""
+    """Computes pre-activations of chosen latents: W_enc[i] · (x − b_dec) + b_enc[i]."""
 
     @staticmethod
     def forward(
@@ -167,7 +167,7 @@ class _ScoreChosen(Function):
 
 
 class _Decode(Function):
-    """Σ value · W_dec[i], with gradients to the values and to the rows in use."""
+    """Computes Σ value · W_dec[i], with gradients for the values and for the rows in use."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, starts: Tensor, W_dec: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The kernels of `triton_step`. Rows of d_in numbers are held whole, padded to a power of two.
+"""The kernels of `triton_step`. Rows of d_in numbers are loaded whole, padded to a power of two.
 
-Types are those of the tensors. Nothing is added atomically, so that equal inputs give equal bits.
-Names in capitals are known at compile time. `TRITON_INTERPRET=1`, set before Triton is imported,
-runs them on a CPU, slowly.
+Dtypes are those of the tensors. Nothing is added atomically, so equal inputs give equal bits. Names
+in capitals are known at compile time. With `TRITON_INTERPRET=1`, set before Triton is imported, the
+kernels run on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import triton
 import triton.language as tl
 
 GROUP = 16
-"""Neighbouring latents of which the strongest stands for all in the first round."""
+"""Number of neighbouring latents whose strongest represents them in the first round."""
 
 LATENTS_OF_A_PROGRAM = 8
-"""Updated one after the other, with one partial sum for the decoder's bias."""
+"""Number of latents that are updated one after another, with one partial sum for `b_dec`."""
 
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST_FLOAT8 = tl.constexpr(448.0)
 SMALLEST = tl.constexpr(1e-30)
-"""Largest number of a row below which it is coded as if it were that."""
+"""Rows whose largest number is below this are coded as if it were this."""
 
 
 class Tile(NamedTuple):
-    """Of the product that selects; its programs run in blocks of `together` tiles of vectors, that
-    share what the cache holds of the encoder."""
+    """The tile of the product that selects; its programs run in blocks of `together` tiles of
+    vectors, which share what the cache holds of the encoder."""
 
     vectors: int = 128
     latents: int = 128
@@ -45,17 +45,17 @@ class Rows(NamedTuple):
     """d_in, padded to a power of two."""
 
     entries: int
-    """Rows that are in flight at one time."""
+    """Number of rows that are in flight at a time."""
 
     warps: int
 
 
 FP_FUSION = {"enable_fp_fusion": True}
-"""Given with each launch: multiply and add in one instruction, whatever Triton's default is."""
+"""Option of each launch: fuse multiplication and addition, whatever Triton's default is."""
 
 
 def rows_of(d_in: int) -> Rows:
-    """How rows of d_in numbers are divided: about 32 numbers a thread in each gathered block."""
+    """Return how to divide rows of d_in numbers: about 32 per thread and gathered block."""
     width = max(16, triton.next_power_of_2(d_in))
     warps = 4 if width <= 1024 else 8 if width <= 4096 else 16
     return Rows(width, max(1, min(16, 1024 * warps // width)), warps)
@@ -83,7 +83,7 @@ def score_groups(
     SCALED: tl.constexpr,
     AS_FLOAT: tl.constexpr,
 ):
-    """A tile of `W x + b`, rounded, and its largest of each group."""
+    """Compute a tile of `W x + b`, rounded, and the largest score of each group."""
     program = tl.program_id(0)
     tiles_down, tiles_across = tl.cdiv(n_vectors, VECTORS), tl.cdiv(width, LATENTS)
     block = program // (TOGETHER * tiles_across)
@@ -146,7 +146,7 @@ def score_candidates(
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Exact scores of one vector's candidates."""
+    """Compute exact scores of one vector's candidates."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     real = columns < d
@@ -185,7 +185,7 @@ def reconstruct(
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Decode one vector, stage upon stage, and give its errors and its code's gradients."""
+    """Decode one vector, stage by stage; compute its errors and the gradients of its code."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     real = columns < d
@@ -210,7 +210,7 @@ def reconstruct(
         tl.store(squares + row * N_STAGES + stage, tl.sum(error * error, axis=0))
 
     # Backwards, while the rows are in the cache: an entry serves all stages from its own on. The
-    # rows that are read for the gradients also take their stage out of the error again.
+    # rows that are read for the gradients also remove their stage from the error again.
     gradient = tl.zeros((WIDTH,), error.dtype)
     for back in range(N_STAGES):
         stage = N_STAGES - 1 - back
@@ -241,7 +241,7 @@ def reconstruct(
 @triton.jit
 @no_type_check
 def _adam(parameter, mean, square, gradient, settings):
-    """The parameter and its moments after a step; see `update_latents` for the settings."""
+    """Return a parameter and its moments after a step; see `update_latents` for the settings."""
     mean = tl.load(settings + 1) * mean + tl.load(settings + 2) * gradient
     square = tl.load(settings + 3) * square + tl.load(settings + 4) * gradient * gradient
     divisor = tl.sqrt(square) / tl.load(settings + 5) + tl.load(settings + 6)
@@ -293,7 +293,7 @@ def update_latents(
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Gradients, projection, Adam, norm and copy of some latents; without APPLY only the sums."""
+    """Compute gradients, projection, Adam, norm and copy of latents; without APPLY only sums."""
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     real = columns < d

@@ -1,7 +1,7 @@
 """The model card of an SAE: a README whose header the Hub reads.
 
-Every saved SAE has the plain one that `model_card` makes of what the SAE knows of itself; whoever
-knows more (`sparsight.publishing`) replaces parts of it and adds sections.
+Every saved SAE has the plain card that `model_card` makes from the SAE alone;
+`sparsight.publishing`, which knows more, replaces parts of it and adds sections.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from sparsight.sae.autoencoder import SparseAutoencoder
 UNKNOWN = "not recorded"
 TAGS = ("sparse-autoencoder", "interpretability")
 
-# What YAML reads as text without quotes; not among it: `yes`, `no`, `on`, `1.0`, `null`, …
+# What YAML reads as text without quotes; `yes`, `no`, `on`, `1.0`, `null`, … are not.
 _PLAIN = re.compile(r"[A-Za-z][\w-]*/[\w./-]*\w|[a-z]+-[a-z-]*[a-z]|[a-z]{6,}")
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model card in its parts; `text` puts them together."""
+    """The parts of a model card; `text` puts them together."""
 
     title: str
-    """Plain text."""
+    """The title, as plain text."""
     rows: Sequence[tuple[str, str]]
     """The table below the title, in Markdown; cells with `escape`."""
     usage: str
-    """Python that runs as it stands."""
+    """Python code that runs as it is."""
     header: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
-    """What the Hub reads, beside the library's name and the tags."""
+    """What the Hub reads in addition to the library's name and the tags."""
     sections: Sequence[tuple[str, str]] = ()
-    """Heading and Markdown of each, below the usage."""
+    """Heading and Markdown text of each section below the usage."""
 
     def text(self) -> str:
-        """The README."""
+        """Return the text of the README."""
         parts = [f"# {escape(self.title)}", table(("", ""), self.rows), fenced(self.usage)]
         for heading, text in self.sections:
             parts += [f"## {heading}", text.strip()]
@@ -48,7 +48,7 @@ class ModelCard:
 
 
 def model_card(sae: SparseAutoencoder, place: str = "this folder or Hub id") -> ModelCard:
-    """What an SAE knows of itself: what it reads, its shape, how to use it.
+    """Make the card from what an SAE knows about itself: what it reads, its shape, its usage.
 
     Args:
         sae: the SAE.
@@ -77,7 +77,7 @@ def model_card(sae: SparseAutoencoder, place: str = "this folder or Hub id") -> 
             "import torch\n"
             "import sparsight as sp\n\n"
             f"sae = sp.SparseAutoencoder.from_pretrained({json.dumps(place)})\n"
-            f"x = torch.randn(8, {sae.d_in})  # in their place: activations at the site\n"
+            f"x = torch.randn(8, {sae.d_in})  # use activations at the site instead\n"
             "code = sae.encode(x)  # which latents are active, and how strongly\n"
             f"{predicted} = sae.decode(code)"
         ),
@@ -85,29 +85,29 @@ def model_card(sae: SparseAutoencoder, place: str = "this folder or Hub id") -> 
 
 
 def model_of(sae: SparseAutoencoder) -> Mapping[str, Any]:
-    """What the SAE says of its vision model, `id` at least; {} where it says nothing."""
-    found = sae.metadata.get("model") or {}
-    return found if isinstance(found, Mapping) else {"id": str(found)}
+    """Return what the SAE says about its vision model, at least its `id`; {} if nothing."""
+    model = sae.metadata.get("model") or {}
+    return model if isinstance(model, Mapping) else {"id": str(model)}
 
 
 def number(value: Any) -> str:
-    """A count with thousands apart."""
+    """Write a count with separators between thousands."""
     return f"{value:,}" if isinstance(value, int) else UNKNOWN if value is None else str(value)
 
 
 def escape(text: str) -> str:
-    """Text in one line that Markdown and HTML take for nothing else."""
+    """Put a text into one line in which Markdown and HTML have no meaning."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def fenced(code: str, language: str = "python") -> str:
-    """A block of code that no line in it can end."""
+    """Return a block of code that no line in it can end."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", code)), default=0))
     return f"{fence}{language}\n{code.strip()}\n{fence}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; cells are Markdown already."""
+    """Return a Markdown table; its cells are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -118,10 +118,10 @@ def _yaml(values: Mapping[str, str | Sequence[str]]) -> str:
         if isinstance(value, str):
             lines.append(f"{key}: {_scalar(value)}")
         elif value:
-            lines += [f"{key}:", *(f"- {_scalar(each)}" for each in value)]
+            lines += [f"{key}:", *(f"- {_scalar(item)}" for item in value)]
     return "".join(line + "\n" for line in lines)
 
 
 def _scalar(value: str) -> str:
-    """Text as YAML; in quotes, as JSON has them, wherever it could be read as something else."""
+    """Write a text as YAML; quoted as in JSON if it could be read as anything else."""
     return value if _PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False)

@@ -24,10 +24,10 @@ class SparseCode:
 
     Attributes:
         indices: the active latents, row after row.
-        values: their activations: positive, or of either sign where the sparsity is such.
+        values: their activations: positive, or of either sign if the sparsity keeps both.
         offsets: where each row begins in `indices`; the last entry is its length.
         n_latents: width of the dictionary.
-        frame: the units of each row, where the normaliser has none that all share.
+        frame: the units of each row, if the normaliser has none that all rows share.
     """
 
     indices: Int[Tensor, " active"]
@@ -45,8 +45,8 @@ class SparseCode:
         *,
         signed: bool = False,
     ) -> SparseCode:
-        """From k candidates a row, of which those with a positive value are active; with `signed`
-        those that are not 0."""
+        """Build a code from k candidates per row; those with a positive value are active, or with
+        `signed` those that are not 0."""
         active = values != 0 if signed else values > 0
         offsets = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
         torch.cumsum(active.sum(dim=1), dim=0, out=offsets[1:])
@@ -60,7 +60,7 @@ class SparseCode:
         starts: Int[Tensor, " rows_plus_one"],
         n_latents: int,
     ) -> SparseCode:
-        """From any number of candidates a row, of which those with a positive value are active."""
+        """Build a code from any number of candidates per row; positive values are active."""
         active = values > 0
         offsets = functional.pad(active.cumsum(0), (1, 0))[starts]
         return cls(indices[active], values[active], offsets, n_latents)
@@ -76,16 +76,16 @@ class SparseCode:
 
     @property
     def l0(self) -> Int[Tensor, " rows"]:
-        """Number of active latents of each vector."""
+        """The number of active latents of each vector."""
         return self.offsets.diff()
 
     @property
     def rows(self) -> Int[Tensor, " active"]:
-        """The row that each entry belongs to."""
+        """The row to which each entry belongs."""
         return torch.repeat_interleave(torch.arange(len(self), device=self.offsets.device), self.l0)
 
     def with_nan(self, rows: Bool[Tensor, " rows"]) -> SparseCode:
-        """The same code with NaN for some rows: one entry each, of latent 0, replaces theirs."""
+        """Return a copy in which one NaN entry, for latent 0, replaces those of the given rows."""
         kept = ~rows[self.rows]
         offsets = functional.pad(torch.where(rows, 1, self.l0).cumsum(0), (1, 0))
         moved = offsets[:-1] - self.offsets[:-1]
@@ -100,6 +100,6 @@ class SparseCode:
         )
 
     def dense(self) -> Float[Tensor, "rows n_latents"]:
-        """The same as a matrix, zeros included."""
+        """Return the code as a matrix, including zeros."""
         out = self.values.new_zeros(len(self), self.n_latents)
         return out.index_put((self.rows, self.indices), self.values)

@@ -1,5 +1,7 @@
-"""Decoder rows: of norm 1, or near the convex hull of data points (Fel et al. 2025, "Archetypal
-SAE")."""
+"""Decoder rows: of norm 1, or near the convex hull of data points.
+
+The latter make an "Archetypal SAE" (Fel et al. 2025).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from sparsight.sae.config import Archetypal
 
 OWN_SHARE = 0.9
-"""Of the one anchor that a row begins at."""
+"""The share of its own anchor in the mixture of a row, at the start."""
 
 
 def archetypal_start(
@@ -21,13 +23,13 @@ def archetypal_start(
     sample: Float[Tensor, "batch d_in"],
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Anchors from a sample; every row near one of them, the rest of its mixture random.
+    """Choose anchors from a sample; each row starts near one, the rest of its mixture is random.
 
     Args:
-        config: how many anchors.
+        config: number of anchors.
         n_latents: number of rows.
         sample: activations in normalised space.
-        generator: of the choices.
+        generator: source of the random choices.
 
     Returns:
         `anchors [n_anchors, d_in]`, `mixture [n_latents, n_anchors]`,
@@ -50,14 +52,14 @@ def archetypal_start(
 
 
 def archetypal_rows(parts: Mapping[str, Tensor]) -> Float[Tensor, "n_latents d_in"]:
-    """exp(log_multiplier) (mixture · anchors + relaxation)."""
+    """Return exp(log_multiplier) (mixture · anchors + relaxation)."""
     rows = parts["mixture"] @ parts["anchors"] + parts["relaxation"]
     return rows * parts["log_multiplier"].exp()
 
 
 @torch.no_grad()
 def keep_archetypal(parts: Mapping[str, Tensor], delta: float) -> None:
-    """Make mixtures not negative with sum 1 again, and relaxations no longer than `delta`."""
+    """Make mixtures non-negative with sum 1 again, and relaxations no longer than `delta`."""
     mixture, relaxation = parts["mixture"], parts["relaxation"]
     mixture.clamp_(min=0).div_(mixture.sum(dim=1, keepdim=True).clamp(min=1e-12))
     norm = relaxation.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -65,6 +67,6 @@ def keep_archetypal(parts: Mapping[str, Tensor], delta: float) -> None:
 
 
 def unit_rows(x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
-    """Every row with norm 1; one of zeros stays."""
+    """Scale every row to norm 1; rows of zeros stay."""
     out: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return out

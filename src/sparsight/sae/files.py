@@ -1,4 +1,4 @@
-"""An SAE on disk: `config.json`, `sae.safetensors`, `README.md`; nothing pickled."""
+"""An SAE on disk: `config.json`, `sae.safetensors` and `README.md`; nothing is pickled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sparsight.tensor_files import (
 FORMAT = "sparsight-sae"
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
-"""Version 1 had no transcoders, and no other sparsities than those of the k largest."""
+"""Version 1 had no transcoders, and only sparsities that keep the k largest."""
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
 README = "README.md"
@@ -40,20 +40,21 @@ METRICS, LOG = "metrics.json", "metrics.jsonl"
 LONGEST_LINE = 1 << 16
 """Bytes of the end of a log that are looked through for its last line."""
 FILES = (CONFIG, WEIGHTS, README)
-"""What a folder of an SAE holds."""
+"""The files in the folder of an SAE."""
 SHA256 = "sha256"
-"""The key, in the metadata of `WEIGHTS`, of a checksum over the tensors; see `sha256_tensors`."""
+"""The key, in the metadata of `WEIGHTS`, of the checksum over the tensors; see `sha256_tensors`."""
 SHA256_DIGITS = 64
 SHOWN = 12
-"""Tensors that a message names."""
+"""Largest number of tensors that a message names."""
 _KEYS = {"format", "format_version", "d_in", "config", "metadata"}
 _OPTIONAL = {"d_out"}
 
 
 def save(sae: SparseAutoencoder, folder: Path) -> Path:
-    """Write an SAE into a folder; its files take the place of an SAE that is there at once.
+    """Write an SAE into a folder; its files replace those of an existing SAE in one step.
 
-    Killed at any point, or on a disk that it does not fit on, the SAE there is the old or the new.
+    If the process is killed or the disk is full, the folder holds either the old SAE or the new
+    one.
 
     Returns:
         The folder.
@@ -62,7 +63,8 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
         SparsightError: the disk is full or the folder cannot be written.
     """
     tensors = {
-        name: each.detach().cpu().contiguous().clone() for name, each in sae.state_dict().items()
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in sae.state_dict().items()
     }
     description = {
         "format": FORMAT,
@@ -81,7 +83,7 @@ def save(sae: SparseAutoencoder, folder: Path) -> Path:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether a folder holds an SAE that Sparsight wrote.
+    """Return whether a folder holds an SAE that Sparsight wrote.
 
     Raises:
         SparsightError: its `config.json` is damaged or far too large.
@@ -91,7 +93,7 @@ def is_own(folder: Path) -> bool:
         return False
     size = (folder / CONFIG).stat().st_size
     if size > LONGEST_CONFIG:
-        raise SparsightError(f"{folder / CONFIG}: is no configuration; it has {size:,} bytes.")
+        raise SparsightError(f"{folder / CONFIG}: is not a configuration; it has {size:,} bytes.")
     return "format" in read_json(folder / CONFIG)
 
 
@@ -99,7 +101,7 @@ def load_own(folder: Path) -> SparseAutoencoder:
     """Read an SAE that Sparsight wrote, on the CPU.
 
     Raises:
-        UserError: `config.json` is not of a version that this Sparsight reads.
+        UserError: this Sparsight does not read the version of `config.json`.
         SparsightError: a file is missing or damaged.
     """
     while True:
@@ -110,7 +112,7 @@ def load_own(folder: Path) -> SparseAutoencoder:
             if _identity(folder / CONFIG) == before:
                 raise
         else:
-            # Else another SAE took its place between the two files: read that.
+            # Another SAE replaced it between the two files: read that one.
             if _identity(folder / CONFIG) == before:
                 sae.loaded_from = folder
                 return sae
@@ -146,7 +148,7 @@ def _end_of(path: Path) -> list[str]:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What differs when another file has taken the place of this one."""
+    """Return what differs once another file has replaced this one."""
     try:
         about = path.stat()
     except OSError:
@@ -167,55 +169,61 @@ def _read_own(folder: Path) -> SparseAutoencoder:
             metadata=description["metadata"],
         )
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
-        # What torch says of tensors that no machine can hold.
-        told = str(error).partition("\n")[0]
+        # torch's message about tensors that no machine can hold.
+        reason = str(error).partition("\n")[0]
         raise SparsightError(
             f"{folder / CONFIG}: an SAE of d_in {shown(d_in)} and n_latents "
-            f"{shown(config.n_latents)} cannot be made ({told})."
+            f"{shown(config.n_latents)} cannot be made ({reason})."
         ) from error
     tensors = _tensors(folder / WEIGHTS, sae)
-    if all(each.dtype == torch.float64 for each in tensors.values()):
+    if all(tensor.dtype == torch.float64 for tensor in tensors.values()):
         sae = sae.double()
     sae.load_state_dict(tensors)
     return sae.requires_grad_(False).eval()
 
 
 def _description(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    version = found.get("format_version")
-    if found.get("format") != FORMAT:
-        raise UserError(f"{path}: is not the configuration of a Sparsight SAE (no such format).")
+    description = read_json(path)
+    version = description.get("format_version")
+    if description.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: is not the configuration of a Sparsight SAE (it has no such format)."
+        )
     if version not in READ_VERSIONS:
         raise UserError(
             f"{path}: format_version is {shown(version)}; this Sparsight reads "
             f"{' and '.join(map(str, READ_VERSIONS))}."
         )
-    strange, absent = sorted(set(found) - _KEYS - _OPTIONAL), sorted(_KEYS - set(found))
+    strange, absent = sorted(set(description) - _KEYS - _OPTIONAL), sorted(_KEYS - set(description))
     if strange or absent:
         raise UserError(f"{path}: unknown keys {strange}, missing keys {absent}.")
-    if not isinstance(found["d_in"], int) or found["d_in"] < 1:
-        raise UserError(f"{path}: d_in is {shown(found['d_in'])}; expected a positive number.")
-    if not isinstance(found.get("d_out", 1), int) or found.get("d_out", 1) < 1:
-        raise UserError(f"{path}: d_out is {shown(found['d_out'])}; expected a positive number.")
+    if not isinstance(description["d_in"], int) or description["d_in"] < 1:
+        raise UserError(
+            f"{path}: d_in is {shown(description['d_in'])}; expected a positive number."
+        )
+    if not isinstance(description.get("d_out", 1), int) or description.get("d_out", 1) < 1:
+        raise UserError(
+            f"{path}: d_out is {shown(description['d_out'])}; expected a positive number."
+        )
     for key in ("config", "metadata"):
-        if not isinstance(found[key], dict):
-            raise UserError(f"{path}: {key} is {shown(found[key])}; expected an object.")
-    return found
+        if not isinstance(description[key], dict):
+            raise UserError(f"{path}: {key} is {shown(description[key])}; expected an object.")
+    return description
 
 
 def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
     tensors = read_safetensors(path)
     _check_sum(path, tensors)
-    expected = {key: tuple(each.shape) for key, each in sae.state_dict().items()}
-    found = {key: tuple(each.shape) for key, each in tensors.items()}
-    if expected != found:
+    expected = {key: tuple(tensor.shape) for key, tensor in sae.state_dict().items()}
+    actual = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if expected != actual:
         differing = sorted(
-            key for key in {*expected, *found} if expected.get(key) != found.get(key)
+            key for key in {*expected, *actual} if expected.get(key) != actual.get(key)
         )
         raise SparsightError(
             f"{path}: tensors do not fit config.json (d_in, d_out, n_latents, sparsity, tied, …): "
             + "; ".join(
-                f"{key[:60]} is {found.get(key, 'missing')}, "
+                f"{key[:60]} is {actual.get(key, 'missing')}, "
                 f"expected {expected.get(key, 'nothing')}"
                 for key in differing[:SHOWN]
             )
@@ -236,11 +244,11 @@ def _check_sum(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         SparsightError: they differ.
     """
     about = safetensors_metadata(path)
-    # The checksum's own name may be what was altered.
-    if SHA256 not in about and not any(len(each) == SHA256_DIGITS for each in about.values()):
+    # The name of the checksum may be what was altered.
+    if SHA256 not in about and not any(len(text) == SHA256_DIGITS for text in about.values()):
         return
     if about.get(SHA256) != sha256_tensors(tensors):
         raise SparsightError(
             f"{path}: its checksum differs, so the file was altered or damaged since it was "
-            "written. Take it again from where it came, or from a checkpoint of its run."
+            "written. Fetch it again from where it came, or take it from a checkpoint of its run."
         )

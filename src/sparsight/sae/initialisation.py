@@ -1,4 +1,4 @@
-"""Where the parameters start."""
+"""The initial values of the parameters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sparsight.sae.sparsity import Weights
 
 WEISZFELD_STEPS = 100
 MEASURED = 4096
-"""Vectors of the sample that the encoder's scale is measured on."""
+"""Number of vectors of the sample on which the encoder's scale is measured."""
 DENSE_ENTRIES = 2**24
-"""Of a dense code that is held at a time."""
+"""Number of entries of a dense code that are held at a time."""
 DATA_SHARE = 0.8
-"""Of a data point's direction, where decoder rows start from data."""
+"""Share of a data point's direction in a decoder row that starts from data."""
 
 
 def initial_parameters(
@@ -27,21 +27,21 @@ def initial_parameters(
     sample: Float[Tensor, "batch d_in"] | None = None,
     d_out: int | None = None,
 ) -> dict[str, Tensor]:
-    """Decoder rows with norm 1, the encoder their multiple, biases as configured.
+    """Make decoder rows with norm 1, an encoder proportional to them, and biases as configured.
 
-    The multiple is such that the reconstruction has the mean squared norm of x, as in the code
-    beside Gao et al. 2024; where latents have thresholds, about that. Rows of a transcoder's
-    encoder are random, as those of its decoder.
+    The factor is chosen so that the reconstruction has the mean squared norm of x, as in the code
+    of Gao et al. 2024; if latents have thresholds, approximately. A transcoder's encoder has random
+    rows, like its decoder.
 
     Args:
         d_in: width of the activations.
-        config: of the SAE.
-        seed: of the decoder rows.
-        sample: some activations in normalised space; without them standard normal ones stand in.
+        config: the SAE's configuration.
+        seed: seed of the decoder rows.
+        sample: some activations in normalised space; standard normal ones by default.
         d_out: width of a transcoder's target.
 
     Returns:
-        `W_enc`, `b_enc`, `W_dec`, `b_dec`, and what the parts have beside these.
+        `W_enc`, `b_enc`, `W_dec`, `b_dec`, and any further parameters of the parts.
     """
     generator = torch.Generator().manual_seed(seed)
     n_latents = config.width(d_in)
@@ -82,20 +82,20 @@ def initial_parameters(
 def _reconstruction(
     config: SAEConfig, weights: Weights, z: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "batch d_out"]:
-    """ẑ, without the decoder's bias."""
+    """Return ẑ without the decoder's bias."""
     sparsity = config.sparsity
     if hasattr(sparsity, "k"):
         code = sparsity.encode(weights, z, training=True)
         none = torch.zeros_like(weights.b_dec)
         return backend().decode(code.values, code.indices, code.offsets, weights.W_dec, none)
-    # About half of all latents are active yet: as sparse codes they would take minutes.
+    # About half of all latents are still active: as sparse codes they would take minutes.
     parts = z.split(max(1, DENSE_ENTRIES // len(weights.W_enc)))
     codes = (sparsity.dense(weights, part, training=True).code for part in parts)
     return torch.cat([code @ weights.W_dec for code in codes])
 
 
 def blank_parameters(d_in: int, config: SAEConfig, d_out: int | None = None) -> dict[str, Tensor]:
-    """The same tensors without values, for who loads them: random ones take seconds to draw."""
+    """Return the same tensors without values, for loading: drawing random ones takes seconds."""
     n_latents, width = config.width(d_in), d_out or d_in
     start = {
         "W_enc": torch.empty(n_latents, d_in),
@@ -118,7 +118,7 @@ def blank_parameters(d_in: int, config: SAEConfig, d_out: int | None = None) -> 
 def geometric_median(
     x: Float[Tensor, "batch d_in"], tolerance: float = 1e-6
 ) -> Float[Tensor, " d_in"]:
-    """The point with the least sum of distances to all vectors, by Weiszfeld's iteration."""
+    """Return the point with the least sum of distances to all vectors, by Weiszfeld's iteration."""
     x = x.double()
     point = x.mean(dim=0)
     for _ in range(WEISZFELD_STEPS):
@@ -138,7 +138,7 @@ def _directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n 
 def _from_data(
     rows: Float[Tensor, "n d"], x: Float[Tensor, "batch d"], generator: torch.Generator
 ) -> Float[Tensor, "n d"]:
-    """Mix random directions with those of data points, each of these used as seldom as can be."""
+    """Mix random directions with those of data points, repeating these as rarely as possible."""
     rounds = -(-len(rows) // len(x))
     order = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(rounds)])
     chosen = unit_rows(x[order[: len(rows)]])

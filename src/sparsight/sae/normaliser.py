@@ -1,4 +1,4 @@
-"""From raw activations to the space that an SAE is trained in, and back."""
+"""From raw activations to the space in which an SAE is trained, and back."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ ROUNDING = 1e-12
 """Variance, as a share of the mean square, that rounding to float32 alone can explain."""
 LAYER_NORM_EPS = 1e-5
 PER_VECTOR = ("layer_norm", "constant_norm")
-"""Kinds that measure every vector by itself."""
+"""The kinds that measure every vector separately."""
 
 
 class Normaliser(nn.Module):
     """x ↦ (x − mean) / scale; both are buffers, so they are saved with the SAE.
 
-    Of the kinds in `PER_VECTOR` mean and scale are those of the vector: "layer_norm" takes the
-    mean of its entries and their deviation (unbiased; plus 1e-5 where it divides), "constant_norm"
-    0 and ‖x‖ / √d; the buffers are not used. All of it is computed in float32, or in float64 where
-    an input is float64.
+    The kinds in `PER_VECTOR` use each vector's own mean and scale: "layer_norm" takes the mean of
+    its entries and their deviation (unbiased; plus 1e-5 when dividing), "constant_norm" takes 0 and
+    ‖x‖ / √d; the buffers are not used. The computation runs in float32, or in float64 if an input
+    is float64.
 
     Args:
-        mean: what is subtracted.
-        scale: what is divided by: one number (shape [1]), or one for each dimension.
+        mean: is subtracted.
+        scale: the divisor: one number (shape [1]), or one per dimension.
         kind: as in `SAEConfig.normaliser`.
     """
 
@@ -48,7 +48,7 @@ class Normaliser(nn.Module):
 
     @classmethod
     def identity(cls, d_in: int, kind: NormaliserKind = "none") -> Normaliser:
-        """One that changes nothing, with buffers of the shape that `kind` has."""
+        """Return a normaliser that changes nothing, with buffers of the shape that `kind` has."""
         return cls(torch.zeros(d_in), torch.ones(d_in if kind == "standardise" else 1), kind)
 
     @classmethod
@@ -58,7 +58,7 @@ class Normaliser(nn.Module):
         mean: Float[Tensor, " d_in"],
         second_moment: Float[Tensor, " d_in"],
     ) -> Normaliser:
-        """From a data set's statistics.
+        """Fit a normaliser to a data set's statistics.
 
         Args:
             kind: "scale" makes E‖x‖² = d_in with one divisor; "standardise" gives each dimension
@@ -87,14 +87,14 @@ class Normaliser(nn.Module):
 
     @property
     def per_vector(self) -> bool:
-        """Whether every vector is measured by itself."""
+        """Whether every vector is measured separately."""
         return self.kind in PER_VECTOR
 
     def frame(self, x: Float[Tensor, "batch d_in"]) -> Frame | None:
-        """The units of each vector; None where they are the same for all."""
+        """Return the units of each vector; None if all vectors share the same."""
         x = wide(x)
         if self.kind == "layer_norm":
-            if not len(x):  # torch warns of the deviation of nothing
+            if not len(x):  # torch warns about the deviation of nothing
                 return Frame(x[:, :1], x[:, :1])
             return Frame(x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True))
         if self.kind == "constant_norm":
@@ -105,16 +105,16 @@ class Normaliser(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch d_in"], frame: Frame | None = None
     ) -> Float[Tensor, "batch d_in"]:
-        """Into normalised space.
+        """Convert to normalised space.
 
         Args:
-            x: in the units of the model.
-            frame: the units of each vector, where they are not to be measured on `x` itself.
+            x: activations in the model's units.
+            frame: the units of each vector, if they are not to be measured on `x` itself.
         """
         if frame is None:
             frame = self.frame(x)
         if frame is not None:
-            # Undone without it, as in ViT-Prisma, SAELens and OpenAI's SAEs.
+            # The inverse does without it, as in ViT-Prisma, SAELens and OpenAI's SAEs.
             guard = LAYER_NORM_EPS if self.kind == "layer_norm" else 0.0
             return (wide(x) - frame.mean) / (frame.scale + guard)
         return (wide(x) - wide(self.mean)) / wide(self.scale)
@@ -122,14 +122,14 @@ class Normaliser(nn.Module):
     def invert(
         self, z: Float[Tensor, "batch d_in"], frame: Frame | None = None
     ) -> Float[Tensor, "batch d_in"]:
-        """Back into the units of the model.
+        """Convert back to the model's units.
 
         Args:
-            z: in normalised space.
-            frame: the units of each vector, where they are not the same for all.
+            z: vectors in normalised space.
+            frame: the units of each vector, if all vectors do not share the same.
 
         Raises:
-            UserError: they are needed and not given.
+            UserError: the units are needed and not given.
         """
         if not self.per_vector:
             return wide(z) * wide(self.scale) + wide(self.mean)

@@ -1,4 +1,4 @@
-"""In what precision an SAE computes: float32 at least, whatever holds its weights and inputs."""
+"""The precision in which an SAE computes: at least float32, whatever its weights have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The same numbers in float32; float64 stays, and float32 is not copied."""
+    """Return the same numbers in float32; float64 stays, and float32 is not copied."""
     if tensor.dtype in (torch.float32, torch.float64):
         return tensor
     return tensor.float()
@@ -18,7 +18,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """Leave out the casts to half precision that `torch.autocast` would make."""
+    """Disable the casts to half precision that `torch.autocast` would make."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(
         device.type
     ):

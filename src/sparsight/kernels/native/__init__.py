@@ -1,1 +1,1 @@
-"""Kernels in C, compiled when the package is installed where there is a compiler."""
+"""Kernels in C, compiled when the package is installed if there is a compiler."""

@@ -1,4 +1,4 @@
-"""Codes with many entries a vector, as sparse matrices of the compiled kernels; see blocks.h."""
+"""Codes with many entries per vector, as sparse matrices of the compiled kernels; see blocks.h."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _CodeInBlocks:
         blocks = -(-n_columns // constant("block"))
         to_end = n_rows if order == "by_vector" else 1
         tensors = int32(blocks * n_rows + to_end), columns, entries
-        self.kept = tensors  # while the struct points to them
+        self.kept = tensors  # as long as the struct points to them
         self.struct = _Blocks(n_rows, n_columns, *map(at, tensors), to_end)
         getattr(opened(), f"sparsight_blocks_{order}")(
             c_void_p(at(latents)), *map(c_int64, (*latents.shape, n_latents)),
@@ -54,13 +54,13 @@ class _CodeInBlocks:
         *,
         add: bool = False,
     ) -> Float[Tensor, "rows d_in"]:
-        """For each row the sum of its entries' rows of `base`, weighted; `add` adds it to `out`.
+        """Sum, for each row, the weighted rows of `base` of its entries; `add` adds to `out`.
 
         Args:
-            weights: in the order of the entries.
-            base: a row for each column of the matrix.
+            weights: one per entry, in their order.
+            base: one row per column of the matrix.
             out: changed in place.
-            add: keep what is in `out`.
+            add: keep what is in `out`, and add to it.
         """
         function("block_sums", out.dtype)(
             byref(self.struct), c_void_p(at(weights)), c_void_p(at(base)),
@@ -71,11 +71,11 @@ class _CodeInBlocks:
 
 
 class VectorsByLatents(_CodeInBlocks):
-    """A code as it stands, with vectors for rows.
+    """A code as it is, with vectors as rows.
 
     Args:
-        latents: of each vector's entries, int32, rising; behind the last -1.
-        n_latents: how many there are.
+        latents: latents of each vector's entries, int32, ascending; unused places hold -1.
+        n_latents: total number of latents.
     """
 
     def __init__(self, latents: Int[Tensor, "batch k"], n_latents: int) -> None:
@@ -89,8 +89,8 @@ class VectorsByLatents(_CodeInBlocks):
         values: Float[Tensor, "batch k"],
         out: Float[Tensor, "batch k"],
     ) -> None:
-        """For each entry the dot product of its row of `x` with its row of `base`, if its value is
-        above 0, else 0."""
+        """Return, for each entry with a value above 0, the dot product of its row of `x` with its
+        row of `base`; 0 for the others."""
         function("block_products", x.dtype)(
             byref(self.struct), c_void_p(at(x)), c_void_p(at(base)), c_int64(x.shape[1]),
             c_void_p(at(values)), c_void_p(at(out)), c_int(torch.get_num_threads()),
@@ -98,12 +98,12 @@ class VectorsByLatents(_CodeInBlocks):
 
 
 class LatentsByVectors(_CodeInBlocks):
-    """A code with latents for rows, in an order of its own.
+    """A code with latents as rows, in an order of its own.
 
     Args:
-        latents: of each vector's entries, int32; -1 where there is none.
-        n_latents: how many there are.
-        room: for the columns and the places of the entries.
+        latents: latents of each vector's entries, int32; -1 where there is none.
+        n_latents: total number of latents.
+        room: room for the columns and the places of the entries.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class LatentsByVectors(_CodeInBlocks):
     def ordered(
         self, of_code: Float[Tensor, "batch k"], room: Float[Tensor, " room"] | None = None
     ) -> tuple[Float[Tensor, " entries"], Float[Tensor, " n_latents"]]:
-        """Numbers of the code's entries in the order of this matrix, and their sums by latents.
+        """Return numbers of the code's entries in this matrix's order, and their sums by latent.
 
         Args:
             of_code: the numbers.
-            room: for as many.
+            room: room for as many.
         """
         out = torch.empty_like(of_code).flatten() if room is None else room
         sums = of_code.new_empty(self.struct.n_rows)

@@ -1,7 +1,7 @@
-"""Compile the kernels: once for each set of instructions, next to their source.
+"""Compile the kernels, once per instruction set, next to their source.
 
-Needs nothing but the standard library, since it runs before the package is installed;
-`python -m sparsight.kernels.native.build` does it afterwards.
+This needs only the standard library, because it runs before the package is installed;
+`python -m sparsight.kernels.native.build` runs it afterwards.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ VARIANTS = {
     "avx2": ["-march=x86-64-v3"],
     "portable": [],
 }
-"""The quickest first."""
+"""Compiler flags by variant, the fastest first."""
 
 
 def library(variant: str) -> Path:
-    """Where a compiled variant lies."""
+    """Return the path of a compiled variant."""
     return FOLDER / f"kernels-{variant}.so"
 
 
 def fingerprint() -> str:
-    """Of the sources; a library that was compiled from others is not loaded."""
+    """Hash the sources; a library that was compiled from other sources is not loaded."""
     digest = hashlib.sha256()
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in (".c", ".h", ".inc"):
@@ -54,7 +54,7 @@ def fingerprint() -> str:
 
 
 def build() -> str:
-    """Compile all variants that this processor's family has.
+    """Compile all variants for this processor's family.
 
     Returns:
         One line that says what was done, or why nothing was.
@@ -77,7 +77,7 @@ def build() -> str:
 
 
 def _compile(compiler: list[str], variant: str, flags: list[str]) -> str | None:
-    """Write the library whole or not at all; gives the first line of what went wrong."""
+    """Write the library, whole or not at all; return the first line of what went wrong."""
     target = library(variant)
     target.unlink(missing_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.tmp")

@@ -20,19 +20,19 @@ from sparsight.kernels.native import build
 from sparsight.kernels.selection import exact_above, select_exactly
 
 CHUNKS = 64
-"""Parts of the update whose sums are added in order, so that threads do not change the bits."""
+"""Number of parts of the update whose sums are added in order, so threads do not change bits."""
 
 ROWS_OF_A_TASK = 16
-"""Vectors whose errors `reconstruct` sums."""
+"""Number of vectors whose errors `reconstruct` sums."""
 
 ROW_PADDING = 16
-"""The centre has zeros behind it up to a multiple: a register holds so many numbers at most."""
+"""The centre is padded with zeros to a multiple of this: the most numbers that a register holds."""
 
 SAMPLE = 64
-"""Vectors by which a dictionary is fitted to all."""
+"""Number of vectors to which a dictionary is fitted."""
 
 WIDE = 4.0
-"""Times the usual width of a dimension, from which on it is narrowed."""
+"""Multiple of the usual width of a dimension above which the dimension is narrowed."""
 
 _KINDS = {"int8": 0, "bfloat16": 1}
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -99,47 +99,47 @@ class _Update(Structure):
 
 @lru_cache(maxsize=1)
 def load() -> tuple[ctypes.CDLL, str] | None:
-    """The quickest compiled variant that this processor runs, and its name; None without one."""
+    """Load the fastest compiled variant that this processor runs; None if there is none."""
     for variant in build.VARIANTS:
         path = build.library(variant)
         if not path.exists():
             continue
         try:
-            found = ctypes.CDLL(str(path))
-        except OSError:  # of another system
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # compiled for another system
             continue
-        if _of_these_sources(found) and found.sparsight_runs_here():
-            _share_threads(found)
-            return found, variant
+        if _of_these_sources(loaded) and loaded.sparsight_runs_here():
+            _share_threads(loaded)
+            return loaded, variant
     return None
 
 
 def multiplies_int8() -> bool:
-    """Whether what is loaded multiplies in int8 faster than others do in float32."""
+    """Return whether the loaded library multiplies int8 faster than others multiply float32."""
     loaded = load()
     return loaded is not None and loaded[1] != "portable"
 
 
-def _share_threads(found: ctypes.CDLL) -> None:
-    """Run on the threads of torch's OpenMP runtime, if it is one that speaks GNU's interface."""
+def _share_threads(loaded: ctypes.CDLL) -> None:
+    """Run on the threads of torch's OpenMP runtime, if that has GNU's interface."""
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        parallel = ctypes.CDLL(str(torch_cpu)).GOMP_parallel  # of a library that it depends on
+        parallel = ctypes.CDLL(str(torch_cpu)).GOMP_parallel  # from a library on which it depends
     except (OSError, AttributeError):
         return
-    found.sparsight_use_openmp(parallel)
+    loaded.sparsight_use_openmp(parallel)
 
 
-def _of_these_sources(found: ctypes.CDLL) -> bool:
-    """Whether a library was compiled from the sources beside it: others have other structures."""
-    if not hasattr(found, "sparsight_sources"):
+def _of_these_sources(loaded: ctypes.CDLL) -> bool:
+    """Return whether a library was compiled from these sources: others have other structures."""
+    if not hasattr(loaded, "sparsight_sources"):
         return False
-    found.sparsight_sources.restype = c_char_p
-    return bool(found.sparsight_sources() == build.fingerprint().encode())
+    loaded.sparsight_sources.restype = c_char_p
+    return bool(loaded.sparsight_sources() == build.fingerprint().encode())
 
 
 def opened() -> ctypes.CDLL:
-    """The compiled variant in use.
+    """Return the compiled variant in use.
 
     Raises:
         SparsightError: there is none.
@@ -151,17 +151,17 @@ def opened() -> ctypes.CDLL:
 
 
 def function(name: str, dtype: torch.dtype) -> Any:
-    """A function of the kernels, for numbers of this dtype."""
+    """Return the kernels' function with this name for numbers of this dtype."""
     return getattr(opened(), f"sparsight_{name}_{_SUFFIXES[dtype]}")
 
 
 def constant(name: str) -> int:
-    """A size that the kernels make known."""
+    """Return a size that the kernels export."""
     return c_int64.in_dll(opened(), f"sparsight_{name}").value
 
 
 def at(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers are; None for none."""
+    """Return the address of a tensor's numbers; None for None."""
     if tensor is None:
         return None
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
@@ -178,10 +178,10 @@ class Dictionary:
     Args:
         W: encoder rows, float32 or float64.
         b: encoder bias.
-        precision: of the copy.
-        like: some of the vectors, or such as they will be. What they have in common, and their
-            widest dimensions, then take no precision from the rest. The latents that are selected
-            do not depend on it.
+        precision: precision of the copy.
+        like: some of the vectors, or similar ones. What they have in common, and their widest
+            dimensions, then take no precision from the rest. The selected latents do not depend on
+            it.
     """
 
     def __init__(
@@ -217,11 +217,11 @@ class Dictionary:
 
     @property
     def norms(self) -> Float[Tensor, " n"]:
-        """Norms of the encoder rows."""
+        """The norms of the encoder rows."""
         return self.tensors[6][: self.struct.n_latents]
 
     def refresh(self, W: Float[Tensor, "n_latents d_in"], b: Float[Tensor, " n_latents"]) -> None:
-        """Copy the encoder anew."""
+        """Copy the encoder again."""
         function("pack", W.dtype)(
             byref(self.struct), c_void_p(at(W)), c_void_p(at(b)),
             c_int(torch.get_num_threads()),
@@ -238,22 +238,25 @@ class Dictionary:
         threshold: float = -math.inf,
         out: tuple[Float[Tensor, "batch room"], Int[Tensor, "batch room"]],
     ) -> Int[Tensor, " batch"]:
-        """The k largest of `W x + b` for each vector, or all where k is 0, from `threshold` on.
+        """Select the k largest of `W x + b` for each vector, or, if k is 0, all from `threshold`
+        on.
 
-        Scores are exact; latents come in rising order, with `k_inner` the largest `k_inner` first.
+        Scores are exact; latents are in ascending order, with `k_inner` the largest `k_inner`
+        first.
 
         Args:
-            x: vectors, the decoder's bias subtracted.
+            x: vectors, with the decoder's bias subtracted.
             W: encoder rows, as they were copied.
             b: encoder bias.
-            k: how many.
+            k: number of latents.
             k_inner: how many of them come first.
-            threshold: the least score that is wanted.
-            out: scores and latents (int32) of each vector; latents that are missing from k are -1.
+            threshold: the lowest score that is selected.
+            out: scores and latents (int32) of each vector; if there are fewer than k, the rest is
+                -1.
 
         Returns:
-            How many were found; -1 where rounding left too many in question, more were found than
-            `out` has room for, or a score is not finite.
+            The number of latents found per vector; -1 if rounding left too many uncertain, more
+            were found than `out` has room for, or a score is not finite.
         """
         values, latents = out
         counts = torch.empty(len(x), dtype=torch.int32)
@@ -276,27 +279,27 @@ class Dictionary:
         threshold: float = -math.inf,
         out: tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]],
     ) -> tuple[Int[Tensor, " batch"], int]:
-        """As `select`, with vectors that it gives up scored in full, whatever the threshold.
+        """Select like `select`, and score in full the vectors that it gives up, at any threshold.
 
-        Who scores a vector changes no bit.
+        How a vector is scored changes no bit.
 
-        Latents rise, but for those of `k_inner`, which come first.
+        Latents are in ascending order, except those of `k_inner`, which come first.
 
         Returns:
-            How many each vector has, and how many vectors were scored in full.
+            The number of latents per vector, and how many vectors were scored in full.
         """
         values, latents = out
         counts = self.select(x, W, b, k=k, k_inner=k_inner, threshold=threshold, out=out)
         failed = (counts < 0).nonzero()[:, 0]
         if len(failed):
             rest = x[failed]
-            found = select_exactly(rest, W, b, k, decide=scores)[1]
-            starts = torch.arange(0, found.numel() + 1, k)
-            of = scores(rest, W, b, starts, found.flatten()).view_as(found)
+            selected = select_exactly(rest, W, b, k, decide=scores)[1]
+            starts = torch.arange(0, selected.numel() + 1, k)
+            their_scores = scores(rest, W, b, starts, selected.flatten()).view_as(selected)
             if k_inner:
-                of, order = of.sort(dim=1, descending=True)
-                found = found.gather(1, order)
-            values[failed], latents[failed] = of, found.to(torch.int32)
+                their_scores, order = their_scores.sort(dim=1, descending=True)
+                selected = selected.gather(1, order)
+            values[failed], latents[failed] = their_scores, selected.to(torch.int32)
             counts[failed] = k
         return counts, len(failed)
 
@@ -308,14 +311,14 @@ class Dictionary:
         threshold: float,
         room: int = 512,
     ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
-        """All scores from a threshold on, their latents, and how many each vector has.
+        """Return all scores from a threshold on, their latents, and how many each vector has.
 
         Args:
-            x: vectors, the decoder's bias subtracted.
+            x: vectors, with the decoder's bias subtracted.
             W: encoder rows, as they were copied.
             b: encoder bias.
-            threshold: the least score that is wanted.
-            room: scores of a vector beyond which it is scored in full.
+            threshold: the lowest score that is selected.
+            room: number of scores per vector above which a vector is scored in full.
         """
         room = min(room, len(W))
         values, latents = x.new_empty(len(x), room), int32(len(x), room)
@@ -340,14 +343,14 @@ def scores(
     starts: Int[Tensor, " batch_plus_one"],
     latents: Int[Tensor, " entries"],
 ) -> Float[Tensor, " entries"]:
-    """Scores of each vector's own latents, with the same bits as those of a `Dictionary`.
+    """Score each vector's own latents, with the same bits as a `Dictionary`.
 
     Args:
-        x: vectors, the decoder's bias subtracted.
+        x: vectors, with the decoder's bias subtracted.
         W: encoder rows.
         b: encoder bias.
         starts: where a vector's latents begin.
-        latents: of all vectors.
+        latents: the latents of all vectors.
     """
     x, W, b, of = (each.contiguous() for each in (x, W, b, latents.to(torch.int32)))
     out = x.new_empty(len(of))
@@ -374,19 +377,19 @@ def reconstruct(
     error_norms: Float[Tensor, " rows"],
     error_sums: Float[Tensor, "tasks d_in"],
 ) -> Float[Tensor, "batch stages"]:
-    """Decode in stages, and give the gradients of Σ weight / 2 · ‖x̂ − target‖².
+    """Decode in stages, and compute the gradients of Σ weight / 2 · ‖x̂ − target‖².
 
     Args:
         target: what is reconstructed.
         W_dec: decoder rows.
         starts: where a vector's entries begin.
         ends: where each of its stages ends; a stage uses all entries up to its end.
-        latents: of the entries, int32.
+        latents: latents of the entries, int32.
         values: in: pre-activations; out: activations.
-        weights: of the stages.
+        weights: weights of the stages.
         grads: out: gradients of the pre-activations.
-        error_rows: out: for each entry the row of `errors` that its decoder row's gradient needs.
-        errors: out: weighted errors, those of later stages added.
+        error_rows: out: for each entry, the row of `errors` that its decoder row's gradient needs.
+        errors: out: weighted errors, with those of later stages added.
         target_norms: out: norms of the targets, float64.
         error_norms: out: norms of the rows of `errors`, float64.
         error_sums: out: sums of the first stage's errors over `ROWS_OF_A_TASK` vectors each.
@@ -414,11 +417,11 @@ def by_latent(
     vector_norms: Float[Tensor, " batch"],
     error_norms: Float[Tensor, " rows"],
 ) -> tuple[float, float]:
-    """Order vectors, error rows (int32), values and gradients of entries by their latents.
+    """Order the entries' vectors, error rows (int32), values and gradients by latent.
 
     Returns:
-        What the squared norm of the gradients of all latents cannot exceed, and the sum of the
-        sizes of the code's gradients.
+        An upper bound of the squared norm of the gradients of all latents, and the sum of the
+        absolute gradients of the code.
     """
     find = function("by_latent", inputs[2].dtype)
     find.restype = c_double
@@ -437,7 +440,7 @@ def update(
     numbers: dict[str, float],
     dictionary: Dictionary | None,
 ) -> None:
-    """One step of Adam for all latents; see `Update` in update.inc for the names."""
+    """Run one step of Adam for all latents; see `Update` in update.inc for the names."""
     fields = {name: at(each) for name, each in tensors.items()} | numbers
     if dictionary is not None:
         fields["dictionary"] = ctypes.pointer(dictionary.struct)  # type: ignore[assignment]
@@ -448,14 +451,14 @@ def update(
 def _frame(
     like: Float[Tensor, "some d_in"],
 ) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_in"]]:
-    """What brings the dimensions of vectors to about the same width, and their middle.
+    """Return the scale that makes the vectors' dimensions about equally wide, and their centre.
 
-    The widest ones are narrowed by the root of what they are too wide: encoder rows become wider
-    there by as much. Medians, since one vector may be of any size.
+    The widest dimensions are narrowed by the root of their excess, and encoder rows become wider
+    there by as much. Medians are used, because a single vector may be of any size.
     """
-    some = like[:: max(1, len(like) // SAMPLE)].float()
-    centre = some.nanmedian(dim=0).values.nan_to_num(0, 0, 0).clamp(-1e9, 1e9)
-    width = (some - centre).abs().nanmedian(dim=0).values
+    sample = like[:: max(1, len(like) // SAMPLE)].float()
+    centre = sample.nanmedian(dim=0).values.nan_to_num(0, 0, 0).clamp(-1e9, 1e9)
+    width = (sample - centre).abs().nanmedian(dim=0).values
     excess = width / width.nanmedian()
     narrowed = excess.isfinite() & (excess > WIDE)
     exponents = torch.where(narrowed, excess, 1).log2().div(-2).round().clamp(min=-20)
@@ -463,7 +466,7 @@ def _frame(
 
 
 def int32(*shape: int) -> Tensor:
-    """An empty tensor of the type that the kernels count latents and rows in."""
+    """Return an empty tensor of the dtype in which the kernels count latents and rows."""
     return torch.empty(*shape, dtype=torch.int32)
 
 
