@@ -33,7 +33,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _unchecked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Without the checks, for tests of what users are told about a wrong shape or type."""
+    """Without the checks, for tests of the errors that users see for a wrong shape or type."""
     unchecked = request.node.get_closest_marker("unchecked") is not None
     jaxtyping.config.update("jaxtyping_disable", unchecked)
     yield

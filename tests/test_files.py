@@ -23,7 +23,7 @@ from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.tensor_files import write_safetensors
 from sparsight.text import path_of, without_surrogates
 
-fcntl = pytest.importorskip("fcntl", reason="there are no such locks on Windows")
+fcntl = pytest.importorskip("fcntl", reason="Windows has no such locks")
 
 HOLDER = (
     "import sys\nfrom sparsight.locks import lock\n"
@@ -89,7 +89,7 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_anew(
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or else two would hold it: one by the old file, one by the new."""
@@ -154,7 +154,7 @@ def test_killed_at_any_point_the_files_of_a_folder_are_all_old_or_all_new(
             (path / name).write_text(text)
         if not cut(lambda path=path: replace(path), place, tmp_path):
             break
-        if way == "exchanged":  # whoever looks, without our help
+        if way == "exchanged":  # anyone may look, without our help
             assert contents(path) in (OLD, NEW)
         found = contents(settled(path))
         found = {name: text for name, text in found.items() if not name.startswith(".new")}

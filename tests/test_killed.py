@@ -53,7 +53,7 @@ def test_an_index_killed_while_it_is_replaced_is_the_old_or_the_new_one(
     assert found == sorted(found, reverse=True) and set(found) == {"old", "new"}
 
 
-def test_an_index_killed_while_it_is_built_anew_is_never_without_names(
+def test_an_index_killed_while_it_is_rebuilt_is_never_without_names(
     run: sp.Run, store: sp.ActivationStore
 ) -> None:
     folder, sae = run.out / "index", run.sae()

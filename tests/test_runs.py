@@ -52,7 +52,7 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name) for path in checkpoint_files.found(folder)]
 
 
-def test_a_loop_keeps_every_so_many_steps_and_the_step_at_which_it_is_stopped(
+def test_a_loop_keeps_every_n_steps_and_the_step_at_which_it_is_stopped(
     tmp_path: Path,
 ) -> None:
     loop = Counting(tmp_path)

@@ -307,7 +307,7 @@ def test_a_folder_of_other_things_is_left_alone(
     assert digests(tmp_path).keys() == {"thesis.txt"}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 def test_two_processes_do_not_write_one_store(
     model: VisionModel, photos: ImageSource, tmp_path: Path
 ) -> None:

@@ -76,13 +76,13 @@ def test_it_is_known_whether_images_were_seen_in_training(kept_store: Activation
     assert seen_in_training({"images": "others/"}, held) is False
     assert seen_in_training({}, held) is None
     whole = str(about["images"])
-    for trained, told in (
+    for trained, expected in (
         (f"{whole}?sample=2&seed=0", None),
         (f"{whole}[0:2]", None),
         (f"{whole}?table=labels.csv", None),
         (f"other{whole}[0:2]", False),
     ):
-        assert seen_in_training({"images": trained}, kept_store) is told
+        assert seen_in_training({"images": trained}, kept_store) is expected
     grown = {**about, "held_out": {**split["held_out"], "n_images": 50}}
     assert seen_in_training(grown, held) is None
     with pytest.raises(UserError, match=r"chosen among 50, but this source has \d+"):
@@ -106,10 +106,10 @@ def test_worlds_of_other_seeds_are_other_images_and_larger_ones_hold_the_smaller
     model: VisionModel,
 ) -> None:
     some = LiveActivations(model, open_images("calibration:60:0[5:9]"), [BLOCK_1], workers=0)
-    for trained, told in (
+    for trained, expected in (
         ("calibration:60:0", True),
         ("calibration:90:0", None),
         ("calibration:60:1", False),
         ("calibration:60:0:single", False),
     ):
-        assert seen_in_training({"images": trained}, some) is told
+        assert seen_in_training({"images": trained}, some) is expected

@@ -307,7 +307,7 @@ def test_a_field_of_a_configuration_that_is_of_another_type_is_named(
             file.write_text(json.dumps(config))
             told = _told(tmp_path)
             named = told is None or key in told or "in a format that Sparsight" in told
-            # What decides on the tensors is told of by them.
+            # The message about a value that decides on the tensors may name them instead.
             assert named or "tensors" in told or "is missing; there is" in told, (key, wrong, told)
         holder[key] = right
 

@@ -20,7 +20,7 @@ from sparsight.sae.files import save
 
 WRITTEN = [each.name for each in FORMATS if each.can_save]
 PLAIN = ["dictionary_learning", "overcomplete", "saelens", "sparsify", "visaebench"]
-"""Of a configuration in JSON and tensors at the top of a file."""
+"""Formats with a configuration in JSON, and tensors at the top of a file."""
 
 
 def _sae(name: str) -> SparseAutoencoder:

@@ -61,7 +61,7 @@ def vectors(family: str, W: Tensor, generator: torch.Generator) -> Tensor:
         x = torch.where(uniform(ROWS, d) < 0.05, normal(ROWS, d), 0)
     if family == "copies":
         x = normal(4, d)[torch.arange(ROWS) % 4]
-    if family == "rows":  # all that rounding takes points the same way as a row of the dictionary
+    if family == "rows":  # rounding errors all point the same way as a row of the dictionary
         x = 0.4 * W[torch.arange(ROWS) % len(W)].sign() * level
     if family == "constant":
         x = torch.full((ROWS, d), level) * (1 + 1e-3 * normal(ROWS, 1))

@@ -71,7 +71,7 @@ class Exchange:
     saes: Mapping[str, SparseAutoencoder]
 
     def check(self, cases: set[str]) -> None:
-        """Both sides give the same for every checkpoint, whoever wrote it."""
+        """Both sides give the same for every checkpoint, whichever side wrote it."""
         theirs = sorted((self.folder / "theirs").iterdir())
         assert {each.name for each in theirs} == cases
         for place in theirs:

@@ -85,7 +85,7 @@ def test_a_licence_that_the_hub_does_not_know(hub: HubServer, fails) -> None:
         ("/commit/", 412, 2, "would not take it (412"),
     ],
 )
-def test_every_step_that_the_hub_refuses_is_told(
+def test_every_refusal_of_the_hub_is_reported(
     part: str, status: int, code: int, said: str, hub: HubServer, fails
 ) -> None:
     hub.failing = (part, status)

@@ -1,4 +1,4 @@
-"""Training batches for the calibration CLIP: pictures, captions and the truth of every patch."""
+"""Training batches for the calibration CLIP: images, captions, and ground truth per patch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sparsight.calibration.world import (
 
 N_PATCHES = PATCH_GRID**2
 SCENES_ON_ONE_GROUND = 32
-"""So many scenes of a batch share background and pattern, so that captions cannot be told apart
-by them."""
+"""Number of scenes of a batch that share background and pattern, so that these do not tell captions
+apart."""
 
 # Any third number keeps the scenes of training apart from those of every CalibrationWorld.
 _TRAINING_STREAM = 20_240_601

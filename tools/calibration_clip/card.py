@@ -72,7 +72,7 @@ Vision: width 192, 4 blocks, patch 8, 64 patch tokens and CLS. Text: width 128, 
 
 ## How well it sees
 
-Top-1 among {len(SYMBOLS)} names, {n_scenes:,} held-out scenes with a single symbol, one prompt a
+Top-1 among {len(SYMBOLS)} names, {n_scenes:,} held-out scenes with a single symbol, one prompt per
 name; 95 % intervals (Wilson).
 
 | scenes | prompt | counted | share |
@@ -84,7 +84,7 @@ name; 95 % intervals (Wilson).
 
 ## How it was made
 
-{making.steps:,} steps of {making.batch_size} scenes ({making.steps * making.batch_size:,} pictures,
+{making.steps:,} steps of {making.batch_size} scenes ({making.steps * making.batch_size:,} images,
 each seen once), {making.minutes:.0f} minutes on {making.device}{legs}:
 
     python -m tools.calibration_clip.train {making.options}

@@ -175,7 +175,7 @@ class Trainer(CheckpointedLoop):
         super().keep()
 
     def save(self) -> None:
-        """Write all that a resumed run needs."""
+        """Write everything that a resumed run needs."""
         state = {
             "made_with": self._identity(),
             "model": self.model.state_dict(),

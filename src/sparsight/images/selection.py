@@ -1,4 +1,4 @@
-"""Specs of views: which images of a source a view shows, as a short text, and back.
+"""Specs of views: which images a view shows of its source, as a short text, and back.
 
 `[0:100,250,300:400:2]`, `?sample=1000&seed=0`, `?sample=1000&by=label&seed=0`.
 """
