@@ -146,7 +146,7 @@ def test_whole_numbers_are_read_as_people_write_them() -> None:
             whole_number(text)
 
 
-def test_toml_may_write_whole_numbers_so_too_and_nothing_else_is_rounded(tmp_path: Path) -> None:
+def test_toml_may_write_whole_numbers_likewise_and_nothing_else_is_rounded(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text('[only]\nside = 1e3\n[shape]\nkind = "square"\nside = "2k"\n')
     path.write_text(f"name = 'a'\n{path.read_text()}")

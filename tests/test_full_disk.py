@@ -77,7 +77,7 @@ def test_metrics_that_do_not_fit_leave_those_that_are_there(
 
 
 @pytest.mark.parametrize("n_bytes", [10, 1000, 9000])
-def test_an_index_that_does_not_fit_is_no_index(
+def test_an_index_that_does_not_fit_is_not_an_index(
     run: sp.Run, store: sp.ActivationStore, tmp_path: Path, n_bytes: int
 ) -> None:
     with (

@@ -88,7 +88,9 @@ def test_handlers_are_those_of_before_once_the_block_ends() -> None:
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
-def test_who_ignores_a_signal_or_handles_it_keeps_that(handler: Callable[..., None]) -> None:
+def test_a_program_that_ignores_or_handles_a_signal_keeps_doing_so(
+    handler: Callable[..., None],
+) -> None:
     signal.signal(signal.SIGINT, handler)
     with postponed() as stop:
         send(signal.SIGINT)

@@ -54,7 +54,7 @@ def test_bootstrap_interval_of_a_mean_is_close_to_that_of_theory():
 
 
 @pytest.mark.parametrize("n", [2, 3, 6, 11, 12, 40])
-def test_the_interval_over_seeds_is_student_s(n: int) -> None:
+def test_the_interval_over_seeds_is_students(n: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(n).normal(5, 2, n)
     spread = values.std(ddof=1) / math.sqrt(n)
@@ -62,7 +62,7 @@ def test_the_interval_over_seeds_is_student_s(n: int) -> None:
     assert t_interval(values.tolist()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_one_seed_has_no_interval_and_equal_ones_have_none_to_speak_of() -> None:
+def test_one_seed_has_no_interval_and_equal_ones_have_a_negligible_one() -> None:
     assert t_interval([0.3]) is None
     assert t_interval([0.25, 0.25]) == (0.25, 0.25)
     assert t_interval([0.1, 0.9], 0, 1) == (0, 1)

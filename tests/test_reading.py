@@ -217,7 +217,7 @@ def test_a_storage_has_a_plain_name(tmp_path: Path, zipped: bool) -> None:
         reading.read_torch(path)
 
 
-def test_numbers_of_one_hash_are_no_keys() -> None:
+def test_numbers_that_share_a_hash_are_not_keys() -> None:
     with pytest.raises(pickles.PickleError, match="61 bits"):
         pickles.Reader().load(io.BytesIO(pickle.dumps({2**61 - 1 + 2**70: None})))
 
@@ -307,7 +307,7 @@ def test_damage_at_any_place_is_an_error_or_harmless(tmp_path: Path, kind: str) 
     assert refused >= 60
 
 
-def test_a_stream_begins_where_the_file_stands(tmp_path: Path) -> None:
+def test_a_stream_begins_at_the_position_of_the_file(tmp_path: Path) -> None:
     for zipped in (True, False):
         body = io.BytesIO()
         torch.save({"w": torch.ones(3)}, body, _use_new_zipfile_serialization=zipped)
@@ -320,7 +320,7 @@ def test_a_stream_begins_where_the_file_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": ' * 100_000, "\xff"])
-def test_a_configuration_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+def test_an_invalid_configuration_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "cfg.json"
     path.write_bytes(text.encode("latin1"))
     with pytest.raises(SparsightError, match=r"cfg\.json"):

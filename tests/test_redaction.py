@@ -121,7 +121,7 @@ def test_folders_are_left_out_in_every_spelling(text: str, shown: str) -> None:
         "",
     ],
 )
-def test_what_is_no_path_of_this_machine_stays(text: str) -> None:
+def test_what_is_not_a_path_of_this_machine_stays(text: str) -> None:
     assert without_folders(text) == text
 
 

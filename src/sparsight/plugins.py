@@ -1,8 +1,8 @@
 """What other packages add: checkpoint formats, image sources and verbs, found by entry points.
 
-The built-in ones are registered in the same groups, in pyproject.toml. Each room has its own at
-hand and asks here for the others alone: reading all installed metadata takes longer than the whole
-of `sparsight --help`, and those of an editable installation may be older than its code.
+The built-in ones are registered in the same groups, in pyproject.toml. Each room knows its own and
+asks here only for the others: reading all installed metadata takes longer than the whole of
+`sparsight --help`, and the metadata of an editable installation may be older than its code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Plugin(NamedTuple):  # a dataclass takes longer to import than all the res
     """`FORMAT_PLUGINS`, `SOURCE_PLUGINS` or `VERB_PLUGINS`."""
 
     name: str
-    """What users call it by."""
+    """The name by which users call it."""
 
     target: str
     """Where it is: "module:attribute"."""
@@ -40,13 +40,13 @@ class Plugin(NamedTuple):  # a dataclass takes longer to import than all the res
     """Name and version of the package that registers it."""
 
     summary: str
-    """What the package says of itself in a line."""
+    """The package's one-line description of itself."""
 
     def load(self) -> Any:
         """Import what the entry point names.
 
         Raises:
-            SparsightError: that fails, in whatever way.
+            SparsightError: the import fails, in whatever way.
         """
         module, _, attribute = self.target.partition(":")
         try:
@@ -58,7 +58,7 @@ class Plugin(NamedTuple):  # a dataclass takes longer to import than all the res
         return value
 
     def call(self, argument: Any) -> Any:
-        """Load it and call it.
+        """Load the plug-in and call it.
 
         Raises:
             SparsightError: it cannot be loaded, or fails with an error that only its author
@@ -74,7 +74,7 @@ class Plugin(NamedTuple):  # a dataclass takes longer to import than all the res
             raise self.fault(what) from error
 
     def fault(self, what: str) -> SparsightError:
-        """An error that names the package; `what` says what is wrong, as the end of a sentence."""
+        """Return an error that names the package; `what` says in a clause what is wrong."""
         return SparsightError(
             f"{self.name!r} of the package {self.package} {what}. Its entry point is "
             f"{self.target} in {self.group!r}. Update or uninstall the package."
@@ -83,9 +83,9 @@ class Plugin(NamedTuple):  # a dataclass takes longer to import than all the res
 
 @cache
 def all_plugins(group: str) -> tuple[Plugin, ...]:
-    """Everything that other packages register in a group, sorted by package and name.
+    """Return everything that other packages register in a group, sorted by package and name.
 
-    A package whose metadata are damaged is left out, and the logger "sparsight" warns of it.
+    A package with damaged metadata is left out, and the logger "sparsight" warns about it.
     """
     by_package: dict[str, list[Plugin]] = {}
     for folder in _mentioning(group):
@@ -99,12 +99,12 @@ def all_plugins(group: str) -> tuple[Plugin, ...]:
 
 
 def usable_plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
-    """By name, what other packages register in a group, without names that are already taken.
+    """Return by name what other packages register in a group, without names that are taken.
 
-    The logger "sparsight" warns of each plug-in that is left out, once.
+    The logger "sparsight" warns once about each plug-in that is left out.
 
     Args:
-        group: of the entry points.
+        group: the group of entry points.
         own: Sparsight's own names in the group.
     """
     kept: dict[str, Plugin] = {}
@@ -118,7 +118,7 @@ def usable_plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
 
 
 def name_clash(plugin: Plugin, own: Collection[str]) -> str | None:
-    """Why a plug-in cannot have its name; None if it can.
+    """Return why a plug-in cannot have its name; None if it can.
 
     Args:
         plugin: an entry point.
@@ -135,10 +135,10 @@ def name_clash(plugin: Plugin, own: Collection[str]) -> str | None:
 
 
 def plugin_named(group: str, name: str) -> Plugin | None:
-    """The plug-in of a name; None if no package registers one.
+    """Return the plug-in with this name; None if no package registers one.
 
     Raises:
-        UserError: several packages do.
+        UserError: several packages register one.
     """
     plugins = [plugin for plugin in all_plugins(group) if plugin.name == name]
     if len(plugins) > 1:
@@ -152,14 +152,14 @@ def plugin_named(group: str, name: str) -> Plugin | None:
 
 @cache
 def warn_once(problem: str) -> None:
-    """Warn of a plug-in, once in a process."""
+    """Warn about a plug-in, once per process."""
     from sparsight.progress import logger
 
     logger().warning("%s", problem)
 
 
 def _read(folder: str, group: str) -> tuple[str, list[Plugin]]:
-    """The name of the package whose metadata a folder holds, and what it has in a group."""
+    """Return the name of the package whose metadata a folder holds, and its plug-ins in a group."""
     from importlib.metadata import Distribution
 
     distribution = Distribution.at(folder)
@@ -174,7 +174,7 @@ def _read(folder: str, group: str) -> tuple[str, list[Plugin]]:
 
 
 def _mentioning(group: str) -> Iterator[str]:
-    """Folders on `sys.path` with metadata in which a group has a section, but our own."""
+    """Give the folders on `sys.path` with metadata that mention a group, except our own."""
     section = f"[{group}]".encode()
     for place in dict.fromkeys(sys.path):
         try:

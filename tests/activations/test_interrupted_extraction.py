@@ -393,7 +393,7 @@ def test_patches_of_a_site_with_one_position_are_refused(
 
 
 @pytest.mark.parametrize("flush_seconds", [0.0, -1.0, float("nan")])
-def test_a_span_that_is_none_is_refused(
+def test_an_invalid_span_is_refused(
     model: VisionModel, images: ImageSource, tmp_path: Path, flush_seconds: float
 ) -> None:
     with pytest.raises(UserError, match=r"flush_seconds is .*above 0"):

@@ -134,7 +134,7 @@ def test_where_the_model_has_gone_the_pictures_are_there_without_heatmaps(measur
     assert len(found.pictures) == 2 and not any(each.heatmaps for each in found.pictures)
 
 
-def test_the_snippet_of_the_card_works_as_it_stands(hub: HubServer, measured: Path) -> None:
+def test_the_snippet_of_the_card_works_as_it_is(hub: HubServer, measured: Path) -> None:
     push_to_hub(measured, ID, latents=0, quiet=True)
     found: dict[str, torch.Tensor] = {}
     exec(snippet(pushed(hub)["README.md"].decode()), found)
@@ -154,7 +154,7 @@ def test_where_others_cannot_load_the_model_the_snippet_works_without_it(
     assert found["x_hat"].shape == (8, 192)
 
 
-def test_the_snippet_of_a_saved_sae_works_as_it_stands(private_run: Path) -> None:
+def test_the_snippet_of_a_saved_sae_works_as_it_is(private_run: Path) -> None:
     sae = SparseAutoencoder.from_pretrained(private_run)
     code = snippet((sae.save_pretrained(private_run.parent / "again") / "README.md").read_text())
     found: dict[str, torch.Tensor] = {}
@@ -209,7 +209,7 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_asks_the_hub_nothing(
         push_to_hub(measured, ID, dry_run=tmp_path / "dry", quiet=True)
 
 
-def test_what_was_not_made_is_said_with_the_command_that_makes_it(
+def test_what_is_missing_is_listed_with_the_command_that_makes_it(
     hub: HubServer, run: Run, tmp_path: Path
 ) -> None:
     done = push_to_hub(run.folder(SITES[0]), ID, dry_run=tmp_path / "dry", quiet=True)
@@ -219,7 +219,7 @@ def test_what_was_not_made_is_said_with_the_command_that_makes_it(
     assert not (tmp_path / "dry" / "metrics.json").exists()
 
 
-def test_a_second_push_takes_away_what_the_first_left_and_nothing_else(
+def test_a_second_push_removes_what_the_first_left_and_nothing_else(
     hub: HubServer, measured: Path, private_run: Path, tmp_path: Path, model: VisionModel
 ) -> None:
     hub.make(ID, README__md=b"# mine\n", LICENSE=b"mine")
@@ -234,7 +234,7 @@ def test_a_second_push_takes_away_what_the_first_left_and_nothing_else(
     assert hub.repositories[ID].messages[-1] == "A better one"
 
 
-def test_several_saes_take_the_place_of_one(hub: HubServer, run: Run, model: VisionModel) -> None:
+def test_several_saes_replace_one(hub: HubServer, run: Run, model: VisionModel) -> None:
     push_to_hub(run.folder(SITES[1]), ID, latents=1, model=model, quiet=True)
     push_to_hub(run, ID, latents=0, quiet=True)
     assert not {"config.json", "sae.safetensors", "metrics.json"} & set(pushed(hub))

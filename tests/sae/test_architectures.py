@@ -114,7 +114,7 @@ def test_the_code_and_the_reconstruction_are_those_of_the_formulas(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_quick_and_dense_codes_have_the_same_values_and_gradients(name: str) -> None:
+def test_sparse_and_dense_codes_have_the_same_values_and_gradients(name: str) -> None:
     sae = _fitted(ARCHITECTURES[name], dtype=torch.float64).train()
     sae.requires_grad_(True)
     z = sae.normaliser(_vectors(64).double())

@@ -165,7 +165,7 @@ def test_a_batch_without_a_vector_gives_an_empty_code(name: str, normaliser: str
 
 @pytest.mark.unchecked
 @pytest.mark.parametrize("width", [0, -1, 1.5, "8", None, True])
-def test_a_width_that_is_none_is_named(width: Any) -> None:
+def test_an_invalid_width_is_named(width: Any) -> None:
     with pytest.raises(UserError, match=r"d_in is .*whole number from 1 on"):
         SparseAutoencoder(width, SAEConfig(4, sparsity=TopK(1)))
     if width is not None:
@@ -199,7 +199,7 @@ def test_parts_of_another_width_are_named() -> None:
         (_vectors()[:, :3], r"got a tensor of shape \[5, 3\]"),
     ],
 )
-def test_what_is_no_batch_of_vectors_is_named(x: Any, told: str) -> None:
+def test_anything_but_a_batch_of_vectors_is_named(x: Any, told: str) -> None:
     with pytest.raises(UserError, match=told):
         _sae()(x)
 

@@ -1,4 +1,4 @@
-"""Folders of shards under a manifest: who may write there, and what is gone on with."""
+"""Folders of shards under a manifest: who may write there, and which work is continued."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sparsight.runs.folder import claimed
 
 @runtime_checkable
 class ShardManifest(Protocol):
-    """What a folder of shards says of itself; complete once `state` is "complete"."""
+    """How a folder of shards describes itself; it is complete once `state` is "complete"."""
 
     @property
     def state(self) -> str:
         """ "incomplete" until the last shard is written."""
 
     def identity(self) -> dict[str, Any]:
-        """What two of them must share to be parts of one."""
+        """Return what two manifests must share to be parts of one."""
 
     def write(self, folder: Path) -> None:
-        """Write it into its folder."""
+        """Write the manifest into its folder."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read it from its folder."""
+        """Read the manifest from its folder."""
 
 
 M = TypeVar("M", bound=ShardManifest)
@@ -45,19 +45,19 @@ def claimed_manifest(
     doing: str,
     in_words: Callable[[str, M, M], str],
 ) -> Iterator[M]:
-    """Give the manifest to go on with, while no other process works in the same folder.
+    """Give the manifest to continue, while no other process may work in the same folder.
 
     Args:
-        folder: of the shards.
-        plan: what is to be written; it is put there if nothing is.
-        what: the folder holds, for messages: "codes", say.
+        folder: the folder of the shards.
+        plan: the manifest of this call's work; it is written if the folder has none.
+        what: what the folder holds, for messages: "codes", say.
         is_a_folder: the same as a clause: "codes are a folder".
         doing: what another process would be doing: "encoding into".
-        in_words: how what is there differs, from the first field that does, what is there, and the
-            plan.
+        in_words: says how existing work differs, given the first field that does, its manifest, and
+            the plan.
 
     Raises:
-        UserError: the folder holds something else, or another process is at it.
+        UserError: the folder holds something else, or another process is using it.
         SparsightError: what is there is damaged.
     """
     if folder.exists() and not folder.is_dir():
@@ -76,9 +76,9 @@ def claimed_manifest(
 def _manifest_in(
     folder: Path, plan: M, what: str, in_words: Callable[[str, M, M], str]
 ) -> M | None:
-    """The manifest that is there, if any; it must be of the same work."""
+    """Return the manifest that is there, if any; it must be of the same work."""
     if not (folder / MANIFEST).exists():
-        if folder.is_dir() and any(each.name[0] != "." for each in folder.iterdir()):
+        if folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir()):
             raise UserError(f"{folder}: is not empty and holds no {what}.")
         return None
     there = type(plan).read(folder)

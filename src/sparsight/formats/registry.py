@@ -45,7 +45,7 @@ OWN = "sparsight"
 
 
 def formats() -> tuple[Format, ...]:
-    """All formats: Sparsight's own, then those that other packages register.
+    """Return all formats: Sparsight's own, then those that other packages register.
 
     A format that cannot be loaded is left out, and the logger "sparsight" says why.
     """
@@ -123,7 +123,7 @@ def read(path: Path, name: str | None = None) -> Foreign:
 
 
 def _outside() -> Iterator[Format]:
-    """The formats of other packages, each loaded when its turn comes."""
+    """Give the formats of other packages, each loaded when its turn comes."""
     for plugin in usable_plugins(FORMAT_PLUGINS, {OWN, *(each.name for each in FORMATS)}).values():
         try:
             yield _made(plugin)
@@ -132,7 +132,7 @@ def _outside() -> Iterator[Format]:
 
 
 def _made(plugin: Plugin) -> Format:
-    """The format that a plug-in names, by its class or an instance.
+    """Make the format that a plug-in names, by its class or an instance.
 
     Raises:
         SparsightError: it cannot be loaded, or is no format, or calls itself something else.
