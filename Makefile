@@ -75,7 +75,7 @@ docs: $(VENV)/.developer
 
 # PICTURES="--photos-run RUN …" makes those of the tutorial on photos as well.
 pictures: $(VENV)/.developer
-	$(OFFLINE) $(BIN)/python tools/docs_pictures.py $(PICTURES)
+	$(OFFLINE) $(BIN)/python -m tools.docs_pictures $(PICTURES)
 
 bench: $(VENV)/.developer
 	@set -e; for name in world remedies attack finetune retrieval; do echo "== $$name"; $(OFFLINE) $(BIN)/python benchmarks/$$name.py; done

@@ -1,7 +1,7 @@
 """Make the pictures of the docs and of the README: `make pictures`.
 
-    python tools/docs_pictures.py --demo demo/                            # rendered scenes alone
-    python tools/docs_pictures.py --demo demo/ --photos-run runs/dino-l8 --sweep runs/sweep \
+    python -m tools.docs_pictures --demo demo/                            # rendered scenes alone
+    python -m tools.docs_pictures --demo demo/ --photos-run runs/dino-l8 --sweep runs/sweep \
         --samples samples/ --clip-with-text tutorial/                     # the tutorials' as well
 
 The first line needs nothing but the demo's folder, which it makes where it is missing. The second
@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import clip_pictures  # beside this file
 import matplotlib
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ from sparsight.pages.plots import density_histogram, training_curves
 from sparsight.pages.style import PALETTE, figure, plot_style, to_svg
 from sparsight.training.run import METRICS, read_metrics
 from sparsight.vision import classifier_weights, classify
+from tools import clip_pictures
 
 OUT = Path(__file__).parent.parent / "docs" / "pictures"
 MOST_BYTES = 60_000

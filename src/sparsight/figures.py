@@ -255,7 +255,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "contrastive.*.loss", "contrastive loss",
-        "Contrastive loss of pictures and their captions, in nats: how well the model still pairs "
+        "Contrastive loss of images and their captions, in nats: how well the model still pairs "
         "them within a batch.",
         better="lower", short="loss", term="loss", places=("table",), variants=REPLACEMENTS,
     ),
@@ -288,7 +288,7 @@ FIGURES: tuple[Figure, ...] = (
 _BY_KEY = {figure.key: figure for figure in FIGURES}
 
 TRUTH_SCORES = ("auc", "f1", "iou")
-"""Of the best latent for an attribute, in `truth` and `truth_summary`."""
+"""Scores of the best latent for an attribute, in `truth` and `truth_summary`."""
 
 
 def figure_of(key: str) -> Figure:
