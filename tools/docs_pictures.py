@@ -65,8 +65,16 @@ SCHEMES = {
     "light": {"--ink": "#1d2329", "--muted": "#5f6b76", "--line": "#dfe3e6"},
     "dark": {"--ink": "#e8e6e2", "--muted": "#a9b0b8", "--line": "#3a4047"},
 }
-BRIGHTER = {"#2f6f8f": "#6fb3d2", "#d1793a": "#e39a62", "#6d8f3c": "#9dc167", "#8a5a9e": "#bd92d0"}
-"""Colours of series that a dark page would swallow."""
+BRIGHTER = {
+    "#ffffff": "#1e2129",
+    "#a63d40": "#d9777a",
+    "#5f6b76": "#9aa5b0",
+    "#2f6f8f": "#6fb3d2",
+    "#d1793a": "#e39a62",
+    "#6d8f3c": "#9dc167",
+    "#8a5a9e": "#bd92d0",
+}
+"""Colours of series that a dark page would swallow, and of empty markers."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +313,7 @@ def sweep_plot(sweep: Path, out: Path) -> list[Path]:
 
 
 def photo_latents(run: Path, samples: Path, tile: int = 190) -> Image.Image:
-    """Photos that training never saw, and below each where one latent is active.
+    """Photos that training never saw, and beside each where one latent is active.
 
     Of the latents that are active on 8 patches or more, the one with the largest product of two
     shares is shown: of its largest activation that it reaches on the photo, and of its
@@ -320,19 +328,20 @@ def photo_latents(run: Path, samples: Path, tile: int = 190) -> Image.Image:
     reached = heat.amax((2, 3)) / torch.from_numpy(index.table["max_activation"].to_numpy().copy())
     score = reached * torch.tensor([share for _, share in labels])
     score[(heat > 0).sum((2, 3)) < 8] = 0
-    panel, draw = _panel(len(source), 2, tile, head=0, foot=84)
-    for x, picture in enumerate(seen_pictures(model, pixels)):
-        latent, left = int(score[x].argmax()), EDGE + x * (tile + GAP)
-        lit = overlay(picture, heat[x, latent])
-        for y, shown in enumerate((picture, lit)):
+    rows, caption = -(-len(source) // 2), 84
+    panel, draw = _panel(4, 1, tile, head=0, foot=(rows - 1) * (tile + caption) + caption - GAP)
+    for i, picture in enumerate(seen_pictures(model, pixels)):
+        latent = int(score[i].argmax())
+        left, top = EDGE + i % 2 * 2 * (tile + GAP), EDGE + i // 2 * (tile + caption)
+        lit = overlay(picture, heat[i, latent])
+        for x, shown in enumerate((picture, lit)):
             fitted = shown.resize((tile, tile), Image.Resampling.LANCZOS)
-            panel.paste(fitted, (left, EDGE + y * (tile + GAP)), _mask(tile))
-        below = EDGE + 2 * (tile + GAP)
-        for line, name in enumerate(labels[latent][0]):
-            place = (left + tile / 2, below + 12 + 25 * line)
-            draw.text(place, name.replace("_", " "), INK, _font(20, bold=True), anchor="mm")
-        foot = f"latent {latent} · {float(reached[x, latent]):.0%}"
-        draw.text((left + tile / 2, below + 64), foot, FAINT, _font(16), anchor="mm")
+            panel.paste(fitted, (left + x * (tile + GAP), top), _mask(tile))
+        middle = left + tile + GAP / 2
+        name = " · ".join(labels[latent][0]).replace("_", " ")
+        draw.text((middle, top + tile + 22), name, INK, _font(24, bold=True), anchor="mm")
+        foot = f"latent {latent} at {float(reached[i, latent]):.0%}"
+        draw.text((middle, top + tile + 52), foot, FAINT, _font(19), anchor="mm")
     return panel
 
 
