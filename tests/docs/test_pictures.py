@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import re
+
+from code_blocks import PAGES, ROOT
+
+PICTURES = ROOT / "docs" / "pictures"
+NAMED = re.compile(r"pictures/[\w-]+\.(?:webp|svg)")
+
+
+def named_in_pages() -> set[str]:
+    return {name for page in PAGES for name in NAMED.findall(page.read_text(encoding="utf-8"))}
+
+
+def test_pages_name_every_picture_and_no_other() -> None:
+    assert named_in_pages() == {f"pictures/{path.name}" for path in PICTURES.iterdir()}
+
+
+def test_pictures_are_small_one_by_one_and_together() -> None:
+    sizes = {path.name: path.stat().st_size for path in PICTURES.iterdir()}
+    assert {name: size for name, size in sizes.items() if size > 60_000} == {}
+    assert sum(sizes.values()) < 600_000
+
+
+def test_every_picture_of_a_plot_is_there_for_light_pages_and_for_dark_ones() -> None:
+    names = named_in_pages()
+    assert {name.replace("-light.", "-dark.") for name in names if "-light." in name} == {
+        name for name in names if "-dark." in name
+    }
