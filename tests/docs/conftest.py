@@ -13,6 +13,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from page_runner import run_command
 
+from hub_server import running_hub
 from sparsight.training import config as training_config
 
 torch.set_num_threads(1)
@@ -46,3 +47,18 @@ def workshop(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     monkeypatch.chdir(folder)
     yield folder
+
+
+@pytest.fixture
+def hub(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty Hub on which everybody is `my-name`."""
+    with running_hub({"token": ("my-name",)}) as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(workshop / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(workshop / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", "token")
+        yield

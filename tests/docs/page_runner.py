@@ -18,7 +18,6 @@ from code_blocks import blocks_of, name_of
 
 from sparsight.cli import main
 
-NOT_CODE = ("text", "toml")
 SHELL = set("|<>;&$`*")
 
 SMALLER = {
@@ -93,7 +92,7 @@ def run_page(page: Path, names: dict[str, Any]) -> None:
         elif block.language == "toml" and block.title:
             Path(block.title).write_text(smaller(block.text))
         else:
-            assert block.language in NOT_CODE, f"{place}: a block of '{block.language}' is not run"
+            assert block.language == "text", f"{place}: a block of '{block.language}' is not run"
 
 
 def commands_of(text: str) -> list[str]:

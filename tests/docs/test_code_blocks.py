@@ -9,12 +9,19 @@ from page_runner import run_page
 
 WITH_CODE = [page for page in PAGES if any(b.reason is None for b in blocks_of(page))]
 
-MOST_NOT_RUN = 20
+ON_THE_HUB = ("docs/guide/push.md",)
+"""Pages that write to the Hub: a stand-in that speaks its protocol takes its place."""
+
+MOST_NOT_RUN = 9
 """How many blocks may be marked as not run: the Hub, a GPU, hours, or another package."""
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
-def test_every_code_block_of_a_page_runs(page: Path, workshop: Path) -> None:
+def test_every_code_block_of_a_page_runs(
+    page: Path, workshop: Path, request: pytest.FixtureRequest
+) -> None:
+    if name_of(page) in ON_THE_HUB:
+        request.getfixturevalue("hub")
     for name in MADE_THERE.get(name_of(page), ()):
         shutil.rmtree(workshop / name)
     run_page(page, {"__name__": "__main__"})

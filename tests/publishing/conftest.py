@@ -6,10 +6,10 @@ from pathlib import Path
 
 import huggingface_hub.utils
 import pytest
-from hub_server import HubServer, running_hub
 from huggingface_hub import constants
 from publishing_parts import EVIL, METRICS, SITES
 
+from hub_server import HubServer, running_hub
 from sparsight.activations import extract
 from sparsight.images import open_images
 from sparsight.latents import LatentName, build_index, set_names

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import HubServer
 from PIL import Image
 from publishing_parts import EVIL, SITES
 
 import sparsight as sp
+from hub_server import HubServer
 from sparsight.cli import main
 from sparsight.errors import UserError
 from sparsight.latents.run_files import read_run

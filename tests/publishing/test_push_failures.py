@@ -6,9 +6,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub import constants
 
+from hub_server import HubServer
 from sparsight.cli import main
 from sparsight.sae import SparseAutoencoder
 
