@@ -172,7 +172,7 @@ def test_what_is_saved_is_what_was_measured(report, tmp_path):
     assert read_json(path) == json.loads(json.dumps(report.metrics))
     assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
     head, *rows = report.table()
-    assert head == ("", "SAE", "untrained", "pca", "neurons")
+    assert head == ("", "SAE", "untrained SAE", "PCA", "neurons")
     assert all(len(row) == 5 for row in rows)
     assert {row[0]: row[1] for row in rows}["FVU"] == f"{report.metrics['fvu']:.4g}"
 
