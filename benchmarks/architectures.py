@@ -312,8 +312,8 @@ class Ours:
         x, size = self.train, self.options.batch_size
         config = dataclasses.replace(config, n_vectors=len(x), batch_size=size, lr=lr)
         statistics = SiteStatistics(len(x), x.double().mean(0), x.double().square().mean(0))
-        cpu, d_in = torch.device("cpu"), x.shape[1]
-        kernels = choose("dense" if config.objective(d_in) is None else "auto", "auto", cpu)
+        cpu = torch.device("cpu")
+        kernels = choose("auto" if config.fusable else "dense", "auto", cpu)
         training = SiteTraining(config, statistics, x[:4096], {}, cpu, *kernels)
         for step, batch in enumerate(x.split(size)):
             factor = learning_rate_factor(step, config.n_steps, config.warmup, config.decay)

@@ -37,7 +37,7 @@ CONFIG = TrainConfig(
     n_vectors=1_000_000,
     batch_size=1024,
     lr=1e-3,
-    auxk=sp.AuxK(alpha=1 / 8, dead_after=40_000),
+    remedy=sp.AuxK(alpha=1 / 8, dead_after=40_000),
 )
 
 

@@ -35,7 +35,7 @@ class Ours(Contender):
             with using(kernels):
                 self.sae = SparseAutoencoder(self.shape.d_in, config).to(task.device)
             return
-        auxk = AuxK(k=task.k_aux, dead_after=DEAD_AFTER) if task.dead else None
+        remedy = AuxK(k=task.k_aux, dead_after=DEAD_AFTER) if task.dead else None
         batches = task.batches().cpu()
         sums = RunningSums.nothing(self.shape.d_in)
         for batch in batches:
@@ -46,7 +46,7 @@ class Ours(Contender):
                 n_vectors=1_000_000_000,
                 batch_size=self.shape.batch_size,
                 grad_clip=None,
-                auxk=auxk,
+                remedy=remedy,
                 kernels=kernels,
             ),
             sums.statistics(),

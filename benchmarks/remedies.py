@@ -44,7 +44,7 @@ class Options:
     """File that keeps the table."""
 
 
-SHORT = TrainConfig(batch_size=512, lr=3e-3, auxk=None)
+SHORT = TrainConfig(batch_size=512, lr=3e-3, remedy=None)
 
 RUNS: dict[str, TrainConfig] = {
     "TopK": dataclasses.replace(SHORT, sae=SAEConfig(3072, sparsity=TopK(16)), n_vectors=300_000),
@@ -57,10 +57,10 @@ def remedies(config: TrainConfig) -> dict[str, TrainConfig]:
     change = dataclasses.replace
     return {
         "none": config,
-        "AuxK": change(config, auxk=AuxK()),
-        "AuxK, soon and strong": change(config, auxk=AuxK(alpha=1 / 8, dead_after=10_000)),
-        "ghost gradients": change(config, ghost=GhostGradients()),
-        "resampling": change(config, resampling=Resampling()),
+        "AuxK": change(config, remedy=AuxK()),
+        "AuxK, soon and strong": change(config, remedy=AuxK(alpha=1 / 8, dead_after=10_000)),
+        "ghost gradients": change(config, remedy=GhostGradients()),
+        "resampling": change(config, remedy=Resampling()),
         "rows from data": change(config, sae=change(config.sae, decoder_init="data")),
     }
 

@@ -79,7 +79,7 @@ def main(options: Options) -> None:
             sae=SAEConfig(256, sparsity=TopK(8), tied=True),
             n_vectors=options.n_vectors,
             batch_size=1024,
-            auxk=AuxK(),
+            remedy=AuxK(),
         ),
         {
             "n_latents": list(options.widths),

@@ -46,10 +46,8 @@ if TYPE_CHECKING:
     from sparsight.sae import (
         AbsTopK,
         Archetypal,
-        AuxK,
         BatchTopK,
         Gated,
-        GhostGradients,
         GroupMax,
         JumpReLU,
         MatchingPursuit,
@@ -57,12 +55,12 @@ if TYPE_CHECKING:
         MatryoshkaK,
         MultiTopK,
         ReLU,
-        Resampling,
         SAEConfig,
         SparseAutoencoder,
         SparseCode,
         TopK,
     )
+    from sparsight.sae.remedies import AuxK, GhostGradients, Resampling
     from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
     from sparsight.vision import VisionModel, load_model, zero_shot
     from sparsight.vision.saving import save_model
@@ -106,10 +104,8 @@ _HOMES = {
     "sparsight.sae": (
         "AbsTopK",
         "Archetypal",
-        "AuxK",
         "BatchTopK",
         "Gated",
-        "GhostGradients",
         "GroupMax",
         "JumpReLU",
         "MatchingPursuit",
@@ -117,12 +113,12 @@ _HOMES = {
         "MatryoshkaK",
         "MultiTopK",
         "ReLU",
-        "Resampling",
         "SAEConfig",
         "SparseAutoencoder",
         "SparseCode",
         "TopK",
     ),
+    "sparsight.sae.remedies": ("AuxK", "GhostGradients", "Resampling"),
     "sparsight.training": ("Run", "Sweep", "SweepConfig", "TrainConfig", "sweep", "train"),
     "sparsight.vision": ("VisionModel", "load_model", "zero_shot"),
     "sparsight.vision.saving": ("save_model",),

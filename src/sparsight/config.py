@@ -1,9 +1,11 @@
 """Settings as frozen dataclasses, and the same settings as plain mappings and TOML.
 
 A field whose type is a union of dataclasses is tagged by `kind`, the lower-case name of the class
-(`{kind = "topk", k = 32}`); with a single dataclass, no tag is needed. `None` is left out if it is
-the default and written `"none"` otherwise, because TOML has no word for it. An unknown key or a
-value of another type is an error that names the place.
+(`{kind = "topk", k = 32}`); with a single dataclass, no tag is needed. A kind alone, `"topk"`, has
+every default, and a class may have a shorter `word` for its kind, which is read as well. A class
+with `upgraded` reads tables of earlier versions with it. `None` is left out if it is the default and
+written `"none"` otherwise, because TOML has no word for it. An unknown key or a value of another
+type is an error that names the place.
 """
 
 from __future__ import annotations
@@ -253,6 +255,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     arguments = {}
+    if hasattr(cls, "upgraded"):
+        values = cls.upgraded(values, where, path)
     aliases: Mapping[str, str] = getattr(cls, "ALIASES", {})
     for name, value in values.items():
         dotted, key = f"{path}{name}", aliases.get(name, name)
@@ -348,17 +352,23 @@ def _convert_union(choices: tuple[Any, ...], value: Any, where: str, path: str) 
         for choice in choices
         if isinstance(choice, type) and dataclasses.is_dataclass(choice)
     }
+    words = {getattr(choice, "word", kind): kind for kind, choice in classes.items()}
     others = [
         choice for choice in choices if choice is not type(None) and choice not in classes.values()
     ]
     if type(value) in classes.values():
         return value
+    nothing = (NONE,) if type(None) in choices else ()
+    if isinstance(value, str) and words.get(value, value) in classes:
+        value = {"kind": value}
     if classes and isinstance(value, Mapping):
         if len(classes) == 1 and "kind" not in value:
             return _build(next(iter(classes.values())), value, where, f"{path}.")
         kind = value.get("kind")
-        if not isinstance(kind, str) or kind not in classes:
-            raise _wrong(where, f"{path}.kind", kind, " or ".join(map(repr, classes)))
+        if isinstance(kind, str):
+            kind = words.get(kind, kind)
+        if kind not in classes:
+            raise _wrong(where, f"{path}.kind", kind, " or ".join(map(repr, (*nothing, *words))))
         return _build(classes[kind], value, where, f"{path}.")
     errors = []
     for choice in others:

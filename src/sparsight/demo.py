@@ -148,7 +148,7 @@ def train_config(config: DemoConfig) -> TrainConfig:
         n_vectors=config.n_vectors,
         batch_size=1024,
         lr=1e-3,
-        auxk=AuxK(alpha=1 / 8, dead_after=DEAD_AFTER),
+        remedy=AuxK(alpha=1 / 8, dead_after=DEAD_AFTER),
         seed=config.seed,
     )
 

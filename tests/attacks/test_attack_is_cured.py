@@ -21,7 +21,7 @@ def test_latents_that_see_writing_are_what_words_fool_the_model_by(calibration, 
         n_vectors=400_000,
         batch_size=1024,
         lr=1e-3,
-        auxk=sp.AuxK(alpha=1 / 8, dead_after=40_000),
+        remedy=sp.AuxK(alpha=1 / 8, dead_after=40_000),
     )
     sae = sp.train(store, config, out=tmp_path / "run", quiet=True).sae(SITE)
     search = make_pairs(sp.open_images("calibration:300:5001:single"))

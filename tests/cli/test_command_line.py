@@ -468,8 +468,8 @@ def test_broken_photos_beyond_max_failed_stop_a_live_run_and_the_option_lets_it_
 def test_kinds_of_parts_are_chosen_by_name_and_bring_their_own_flags(capsys) -> None:
     assert main(["train", "--sparsity", "jumprelu", "--remedy", "resampling", "--help-all"]) == 0
     shown = capsys.readouterr().out
-    assert "--sae.sparsity.bandwidth" in shown and "--resampling.times" in shown
-    assert "--auxk.alpha" not in shown
+    assert "--sae.sparsity.bandwidth" in shown and "--remedy.times" in shown
+    assert "--remedy.alpha" not in shown
 
 
 @pytest.mark.parametrize(

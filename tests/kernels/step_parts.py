@@ -11,29 +11,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsight.kernels import Adam, FusedStep, Objective, fused_step
+from sparsight.kernels import Adam, FusedStep, Stage, training_step
 from sparsight.kernels.bounds import supports_int8
 from sparsight.kernels.native import build, library
-from sparsight.sae.objectives import Plan, dense_loss
-from sparsight.sae.sparsity import Weights
+from sparsight.kernels.plan import Plan
+from sparsight.sae.objectives import SAEPlan, dense_loss
+from sparsight.sae.remedies import AuxK
+from sparsight.sae.sparsity import BatchTopK, TopK, Weights
 
 D_IN, N_LATENTS, BATCH, K = 26, 200, 40, 5
 LR, EPS, BETAS = 1e-3, 1e-8, (0.9, 0.999)
 SHARES = (0.2, 0.3, 0.5)
 
 
-def objectives(n_latents: int = N_LATENTS) -> dict[str, Objective]:
+def plans(n_latents: int = N_LATENTS) -> dict[str, SAEPlan]:
     widths = (n_latents // 4, n_latents // 2, n_latents)
+    prefixes = tuple(Stage(weight, width=w) for weight, w in zip(SHARES, widths, strict=True))
     return {
-        "topk": Objective(K),
-        "batch-topk": Objective(K, per_batch=True),
-        "multi-topk": Objective(K, larger_k=4 * K, weights=(1.0, 1 / 8)),
-        "matryoshka": Objective(K, widths=widths, weights=SHARES),
-        "batch-matryoshka": Objective(K, per_batch=True, widths=widths, weights=SHARES),
+        "topk": Plan(TopK(K)),
+        "batch-topk": Plan(BatchTopK(K)),
+        "multi-topk": Plan(TopK(K), (Stage(), Stage(1 / 8, k=4 * K))),
+        "matryoshka": Plan(TopK(K), prefixes, main=2),
+        "batch-matryoshka": Plan(BatchTopK(K), prefixes, main=2),
     }
 
 
-OBJECTIVES = objectives()
+PLANS = plans()
 
 NEEDS_INT8 = pytest.mark.skipif(
     not supports_int8(torch.device("cpu")), reason="torch does not multiply int8 exactly here"
@@ -52,8 +55,8 @@ def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda: (compiled, variant))
 
 
-def with_aux(objective: Objective, aux_k: int = 8) -> Objective:
-    return replace(objective, aux_k=aux_k, aux_alpha=1 / 32)
+def with_aux(plan: SAEPlan, aux_k: int = 8) -> SAEPlan:
+    return replace(plan, remedy=AuxK(alpha=1 / 32, k=aux_k))
 
 
 def dead_latents(n_latents: int = N_LATENTS) -> Tensor:
@@ -102,7 +105,7 @@ class Ours:
         self,
         kernels: str,
         precision: str,
-        objective: Objective,
+        plan: SAEPlan,
         problem: Problem,
         clip: float | None = None,
     ) -> None:
@@ -113,26 +116,27 @@ class Ours:
         }
         n_latents, d_in = self.parameters["W_enc"].shape
         self.since_fired = self.parameters["b_enc"].new_zeros(n_latents, dtype=torch.int64)
-        self.fused: FusedStep = fused_step(
-            kernels, self.parameters, self.moments, self.since_fired, objective,
+        step = training_step(
+            kernels, self.parameters, self.moments, self.since_fired, plan,
             Adam(BETAS, EPS, clip), variance=float(d_in), unit_norm=True, precision=precision,
         )  # fmt: skip
+        assert isinstance(step, FusedStep)
+        self.fused = step
 
 
 class Reference:
     """The same in autograd."""
 
-    def __init__(self, objective: Objective, problem: Problem, clip: float | None = None) -> None:
+    def __init__(self, plan: SAEPlan, problem: Problem, clip: float | None = None) -> None:
         self.parameters = {name: each.requires_grad_() for name, each in problem.parameters.items()}
         self.adam = torch.optim.Adam(self.parameters.values(), lr=LR, betas=BETAS, eps=EPS)
-        self.objective, self.clip = objective, clip
+        self.plan, self.clip = plan, clip
         self.variance = float(self.parameters["W_enc"].shape[1])
         self.norm = torch.zeros(())
 
     def step(self, z: Tensor, dead: Tensor | None):
         weights = Weights(**self.parameters, centre=self.parameters["b_dec"])
-        plan = Plan.of(self.objective)
-        found = dense_loss(weights, z, plan, self.variance, dead)
+        found = dense_loss(weights, z, self.plan, self.variance, dead)
         self.adam.zero_grad()
         found.loss.backward()
         W_dec = self.parameters["W_dec"]

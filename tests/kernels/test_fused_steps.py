@@ -14,7 +14,7 @@ from step_parts import (
     LR,
     N_LATENTS,
     NEEDS_INT8,
-    OBJECTIVES,
+    PLANS,
     TORCH_INT8,
     K,
     Ours,
@@ -23,7 +23,7 @@ from step_parts import (
     assert_same_steps,
     dead_latents,
     make_problem,
-    objectives,
+    plans,
     use_variant,
     with_aux,
 )
@@ -45,16 +45,16 @@ DEAD = dead_latents()
 
 @pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
 @pytest.mark.parametrize("n_dead", [0, 12, len(DEAD)], ids=["plain", "auxk-few", "auxk-many"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
 def test_gradients_and_ten_steps_are_those_of_dense_autograd(
     kernels: str, precision: str, name: str, n_dead: int, massive: bool
 ) -> None:
-    objective = with_aux(OBJECTIVES[name]) if n_dead else OBJECTIVES[name]
+    plan = with_aux(PLANS[name]) if n_dead else PLANS[name]
     dead = DEAD[:n_dead] if n_dead else None
-    ours = Ours(kernels, precision, objective, make_problem(torch.float64, massive))
+    ours = Ours(kernels, precision, plan, make_problem(torch.float64, massive))
     problem = make_problem(torch.float64, massive)
-    truth = Reference(objective, problem)
+    truth = Reference(plan, problem)
     assert_same_steps(ours, truth, problem.batches, dead)
 
 
@@ -74,11 +74,11 @@ def test_vectors_that_are_scored_in_full_are_trained_on_as_others(
     _, given_up = library.Dictionary(W, b, "int8").topk(x, W, b, K, out=out)
     assert given_up > 0
     dead = torch.arange(1, 1200, 2) if with_dead else None
-    objective = objectives(1200)[name]
+    plan = plans(1200)[name]
     if with_dead:
-        objective = with_aux(objective, 100)
-    ours = Ours("native", "int8", objective, problems[0])
-    assert_same_steps(ours, Reference(objective, problems[1]), problems[1].batches[:2], dead)
+        plan = with_aux(plan, 100)
+    ours = Ours("native", "int8", plan, problems[0])
+    assert_same_steps(ours, Reference(plan, problems[1]), problems[1].batches[:2], dead)
 
 
 @pytest.mark.parametrize("with_dead", [False, True], ids=["plain", "auxk"])
@@ -91,9 +91,9 @@ def test_latents_with_many_entries_are_summed_as_others(
     for problem in problems:
         problem.parameters["b_enc"][7] += 20.0  # active in each vector
     dead = torch.arange(1, 700, 2) if with_dead else None
-    objective = with_aux(OBJECTIVES[name], 150) if with_dead else OBJECTIVES[name]
-    ours = Ours(kernels, precision, objective, problems[0])
-    truth = Reference(objective, problems[1])
+    plan = with_aux(PLANS[name], 150) if with_dead else PLANS[name]
+    ours = Ours(kernels, precision, plan, problems[0])
+    truth = Reference(plan, problems[1])
     assert_same_steps(ours, truth, problems[1].batches[:3], dead)
 
 
@@ -101,10 +101,10 @@ def test_latents_with_many_entries_are_summed_as_others(
 def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
     kernels: str, precision: str
 ) -> None:
-    objective = with_aux(OBJECTIVES["topk"])
-    ours = Ours(kernels, precision, objective, make_problem(torch.float32))
+    plan = with_aux(PLANS["topk"])
+    ours = Ours(kernels, precision, plan, make_problem(torch.float32))
     problem = make_problem(torch.float32)
-    truth = Reference(objective, problem)
+    truth = Reference(plan, problem)
     for number, z in enumerate(problem.batches, start=1):
         mine = ours.fused.step(z, lr=LR, number=number, dead=DEAD)
         assert float(mine.loss) == pytest.approx(truth.step(z, DEAD).loss.item(), abs=1e-6)
@@ -113,10 +113,10 @@ def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
 @pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
 @pytest.mark.parametrize("clip", [1e-3, 0.05, 10.0])
 def test_clipping_is_that_of_the_whole_gradient(kernels: str, precision: str, clip: float) -> None:
-    objective = with_aux(OBJECTIVES["topk"])
-    ours = Ours(kernels, precision, objective, make_problem(torch.float64), clip)
+    plan = with_aux(PLANS["topk"])
+    ours = Ours(kernels, precision, plan, make_problem(torch.float64), clip)
     problem = make_problem(torch.float64)
-    truth = Reference(objective, problem, clip)
+    truth = Reference(plan, problem, clip)
     for number, z in enumerate(problem.batches[:3], start=1):
         dead = DEAD if number == 2 else DEAD[:12]
         mine = ours.fused.step(z, lr=LR, number=number, dead=dead)
@@ -130,10 +130,10 @@ def test_clipping_is_that_of_the_whole_gradient(kernels: str, precision: str, cl
 def test_vectors_and_dead_latents_may_be_more_or_fewer_at_each_step(
     kernels: str, precision: str, name: str
 ) -> None:
-    objective = with_aux(OBJECTIVES[name])
-    ours = Ours(kernels, precision, objective, make_problem(torch.float64, batch=200))
+    plan = with_aux(PLANS[name])
+    ours = Ours(kernels, precision, plan, make_problem(torch.float64, batch=200))
     problem = make_problem(torch.float64, batch=200)
-    truth = Reference(objective, problem)
+    truth = Reference(plan, problem)
     sizes = [(30, 12), (200, N_LATENTS), (1, 5), (97, 100), (96, 1), (150, 0)]
     for number, (z, (n, n_dead)) in enumerate(zip(problem.batches, sizes, strict=False), start=1):
         dead = torch.arange(N_LATENTS - n_dead, N_LATENTS) if n_dead else None
@@ -147,7 +147,7 @@ def test_vectors_and_dead_latents_may_be_more_or_fewer_at_each_step(
 def test_auxk_sends_gradient_to_the_encoder_of_dead_latents(kernels: str, precision: str) -> None:
     problem = make_problem(torch.float32)
     problem.parameters["b_enc"][DEAD] -= 0.8  # the main code chooses few of them
-    ours = Ours(kernels, precision, with_aux(OBJECTIVES["topk"]), problem)
+    ours = Ours(kernels, precision, with_aux(PLANS["topk"]), problem)
     figures = ours.fused.step(problem.batches[0], lr=LR, number=1, dead=DEAD)
     assert figures.aux_loss > 0
     untouched = [i for i in DEAD.tolist() if ours.since_fired[i] > 0]
@@ -159,10 +159,10 @@ def test_auxk_sends_gradient_to_the_encoder_of_dead_latents(kernels: str, precis
 
 @pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
 def test_a_step_counts_how_long_latents_have_been_silent(kernels: str, precision: str) -> None:
-    objective = OBJECTIVES["multi-topk"]
-    ours = Ours(kernels, precision, objective, make_problem(torch.float64))
+    plan = PLANS["multi-topk"]
+    ours = Ours(kernels, precision, plan, make_problem(torch.float64))
     problem = make_problem(torch.float64)
-    truth = Reference(objective, problem)
+    truth = Reference(plan, problem)
     expected = torch.zeros(N_LATENTS, dtype=torch.int64)
     for number, z in enumerate(problem.batches[:4], start=1):
         ours.fused.step(z, lr=LR, number=number)
@@ -174,7 +174,7 @@ def test_a_step_counts_how_long_latents_have_been_silent(kernels: str, precision
 @pytest.mark.parametrize(("kernels", "precision"), [("native", "int8"), ("torch", "bfloat16")])
 def test_a_step_notices_that_the_encoder_was_changed(kernels: str, precision: str) -> None:
     problem = make_problem(torch.float32)
-    ours = Ours(kernels, precision, OBJECTIVES["topk"], problem)
+    ours = Ours(kernels, precision, PLANS["topk"], problem)
     ours.fused.step(problem.batches[0], lr=LR, number=1)
     with torch.no_grad():
         problem.parameters["b_enc"].fill_(-100.0)
@@ -190,7 +190,7 @@ def test_threads_do_not_change_the_bits_of_a_native_step() -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             problem = make_problem(torch.float32, n_latents=1500, d_in=45, batch=1000)
-            ours = Ours("native", "int8", with_aux(OBJECTIVES["multi-topk"], 400), problem)
+            ours = Ours("native", "int8", with_aux(PLANS["multi-topk"], 400), problem)
             for number, z in enumerate(problem.batches[:4], start=1):
                 ours.fused.step(z, lr=LR, number=number, dead=torch.arange(0, 1500, 2))
             found.append(problem.parameters)
@@ -241,7 +241,7 @@ def test_vectors_that_are_not_finite_do_not_break_native_selection() -> None:
     problem = make_problem(torch.float32)
     z = problem.batches[0]
     z[3, 1], z[5, 2] = math.nan, math.inf
-    ours = Ours("native", "int8", OBJECTIVES["topk"], problem)
+    ours = Ours("native", "int8", PLANS["topk"], problem)
     figures = ours.fused.step(z, lr=LR, number=1)
     assert not torch.isfinite(figures.loss)
 
@@ -303,7 +303,7 @@ def test_steps_on_many_threads_start_no_new_ones() -> None:
     torch.set_num_threads(12)
     try:
         problem = make_problem(torch.float32, n_latents=700, batch=200)
-        ours = Ours("native", "int8", with_aux(OBJECTIVES["topk"], 100), problem)
+        ours = Ours("native", "int8", with_aux(PLANS["topk"], 100), problem)
         dead = torch.arange(1, 700, 3)
         ours.fused.step(problem.batches[0], lr=LR, number=1, dead=dead)
         after_one = largest()
@@ -339,7 +339,7 @@ def test_native_selection_from_a_threshold(k_inner: int) -> None:
 @pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
 def test_one_vector_leaves_nothing_for_the_auxiliary_loss(kernels: str, precision: str) -> None:
     problem = make_problem(torch.float64, batch=1)
-    ours = Ours(kernels, precision, with_aux(OBJECTIVES["topk"]), problem)
+    ours = Ours(kernels, precision, with_aux(PLANS["topk"]), problem)
     figures = [
         ours.fused.step(z, lr=LR, number=i + 1, dead=DEAD) for i, z in enumerate(problem.batches)
     ]
@@ -432,7 +432,7 @@ def test_int8_is_left_where_it_does_not_fit(
     W_enc = problem.parameters["W_enc"]
     W_enc.copy_(W_enc[0] + 1e-3 * W_enc)  # so alike that int8 tells none of them apart
     problem.parameters["b_enc"].zero_()
-    ours = Ours(kernels, "int8", OBJECTIVES["topk"], problem)
+    ours = Ours(kernels, "int8", PLANS["topk"], problem)
     assert ours.fused.name.startswith(f"{kernels}-int8")
     for number, z in enumerate(problem.batches[:2], start=1):
         ours.fused.step(z, lr=LR, number=number)
@@ -441,7 +441,7 @@ def test_int8_is_left_where_it_does_not_fit(
 
 def test_int8_is_fitted_again_to_vectors_that_have_moved() -> None:
     problem = make_problem(torch.float32, n_latents=3000)
-    ours = Ours("native", "int8", OBJECTIVES["topk"], problem)
+    ours = Ours("native", "int8", PLANS["topk"], problem)
     given_up = []
     for number, z in enumerate(problem.batches[:4], start=1):
         z[:, 0] += 0 if number == 1 else 3000.0

@@ -6,14 +6,17 @@ from functools import lru_cache
 
 import pytest
 import torch
+from sparsight.sae.plans import SAEPlan
 from step_parts import LR, TORCH_INT8, Ours, Problem, Reference
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparsight.kernels import Objective
 from sparsight.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
 from sparsight.kernels.native import library
+from sparsight.kernels.plan import Plan
 from sparsight.kernels.selection import select_topk
+from sparsight.sae.remedies import AuxK
+from sparsight.sae.sparsity import TopK
 
 K, N = 32, 10_000
 SMALL, MEDIUM = (768, 6144, 512), (768, 24_576, 2048)
@@ -56,8 +59,8 @@ def dense_steps(
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of two steps of dense autograd, and the gradients of the first."""
     batches = mixture(2 * batch, d_in, massive).split(batch)
-    objective, dead = objective_of(aux_k, n_latents)
-    truth = Reference(objective, problem(d_in, n_latents, list(batches)))
+    plan, dead = plan_of(aux_k, n_latents)
+    truth = Reference(plan, problem(d_in, n_latents, list(batches)))
     losses = [truth.step(batches[0], dead).loss.item()]
     # The first moments are a tenth of the gradients.
     gradients = {
@@ -67,9 +70,9 @@ def dense_steps(
     return [*losses, truth.step(batches[1], dead).loss.item()], gradients
 
 
-def objective_of(aux_k: int, n_latents: int) -> tuple[Objective, Tensor | None]:
+def plan_of(aux_k: int, n_latents: int) -> tuple[SAEPlan, Tensor | None]:
     dead = torch.arange(0, n_latents, 10) if aux_k else None
-    return Objective(K, aux_k=aux_k, aux_alpha=1 / 32), dead
+    return Plan(TopK(K), remedy=AuxK(alpha=1 / 32, k=aux_k) if aux_k else None), dead
 
 
 # Kernels vary the fastest, so that what is true is worked out once for all of them.
@@ -87,9 +90,9 @@ def test_gradients_and_losses_in_float32_are_the_dense_ones(
     massive: bool,
 ) -> None:
     losses, gradients = dense_steps(aux_k, d_in, n_latents, batch, massive)
-    objective, dead = objective_of(aux_k, n_latents)
+    plan, dead = plan_of(aux_k, n_latents)
     batches = list(mixture(2 * batch, d_in, massive).split(batch))
-    ours = Ours(kernels, precision, objective, problem(d_in, n_latents, batches))
+    ours = Ours(kernels, precision, plan, problem(d_in, n_latents, batches))
     for number, (z, loss) in enumerate(zip(batches, losses, strict=True), start=1):
         mine = ours.fused.step(z, lr=LR, number=number, dead=dead)
         assert mine.loss.item() == pytest.approx(loss, abs=1e-6 * max(1.0, loss))

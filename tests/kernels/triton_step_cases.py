@@ -18,7 +18,7 @@ from step_parts import (
     assert_same_steps,
     dead_latents,
     make_problem,
-    objectives,
+    plans,
     with_aux,
 )
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N_LATENTS, BATCH = 40, 20
-OBJECTIVES = objectives(N_LATENTS)
+PLANS = plans(N_LATENTS)
 DEAD = dead_latents(N_LATENTS).to(DEVICE)
 
 
@@ -36,28 +36,28 @@ def _problem(dtype: torch.dtype, massive: bool = False, n_latents: int = N_LATEN
     return make_problem(dtype, massive, n_latents, batch=BATCH).to(DEVICE)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", PLANS)
 def test_gradients_and_steps_are_those_of_dense_autograd(name: str) -> None:
-    ours = Ours("triton", "bfloat16", OBJECTIVES[name], _problem(torch.float64))
+    ours = Ours("triton", "bfloat16", PLANS[name], _problem(torch.float64))
     problem = _problem(torch.float64)
-    truth = Reference(OBJECTIVES[name], problem)
+    truth = Reference(PLANS[name], problem)
     assert_same_steps(ours, truth, problem.batches[:2], None)
 
 
 @pytest.mark.parametrize("name", ["topk", "batch-matryoshka"])
 def test_auxk_and_selection_in_full_precision_are_those_of_dense_autograd(name: str) -> None:
-    objective = with_aux(OBJECTIVES[name])
-    ours = Ours("triton", "float32", objective, _problem(torch.float64, massive=True))
+    plan = with_aux(PLANS[name])
+    ours = Ours("triton", "float32", plan, _problem(torch.float64, massive=True))
     problem = _problem(torch.float64, massive=True)
-    assert_same_steps(ours, Reference(objective, problem), problem.batches[:2], DEAD)
+    assert_same_steps(ours, Reference(plan, problem), problem.batches[:2], DEAD)
 
 
 @pytest.mark.parametrize("clip", [1e-3, 10.0])
 def test_clipping_is_that_of_the_whole_gradient(clip: float) -> None:
-    objective = with_aux(OBJECTIVES["multi-topk"])
-    ours = Ours("triton", "bfloat16", objective, _problem(torch.float64), clip)
+    plan = with_aux(PLANS["multi-topk"])
+    ours = Ours("triton", "bfloat16", plan, _problem(torch.float64), clip)
     problem = _problem(torch.float64)
-    truth = Reference(objective, problem, clip)
+    truth = Reference(plan, problem, clip)
     z = problem.batches[0]
     mine = ours.fused.step(z, lr=LR, number=1, dead=DEAD)
     truth.step(z, DEAD)
@@ -66,10 +66,10 @@ def test_clipping_is_that_of_the_whole_gradient(clip: float) -> None:
 
 
 def test_steps_in_float32_have_the_losses_of_dense_autograd() -> None:
-    objective = with_aux(OBJECTIVES["matryoshka"])
-    ours = Ours("triton", "bfloat16", objective, _problem(torch.float32))
+    plan = with_aux(PLANS["matryoshka"])
+    ours = Ours("triton", "bfloat16", plan, _problem(torch.float32))
     problem = _problem(torch.float32)
-    truth = Reference(objective, problem)
+    truth = Reference(plan, problem)
     for number, z in enumerate(problem.batches[:2], start=1):
         mine = ours.fused.step(z, lr=LR, number=number, dead=DEAD)
         assert float(mine.loss) == pytest.approx(truth.step(z, DEAD).loss.item(), abs=1e-6)
@@ -83,7 +83,7 @@ def test_steps_in_float32_have_the_losses_of_dense_autograd() -> None:
 
 
 def test_a_step_counts_how_long_latents_have_been_silent() -> None:
-    ours = Ours("triton", "bfloat16", OBJECTIVES["multi-topk"], _problem(torch.float64))
+    ours = Ours("triton", "bfloat16", PLANS["multi-topk"], _problem(torch.float64))
     with torch.no_grad():
         ours.parameters["b_enc"][:10] = -100.0
     ours.fused.step(_problem(torch.float64).batches[0], lr=LR, number=1)
@@ -93,9 +93,9 @@ def test_a_step_counts_how_long_latents_have_been_silent() -> None:
 
 @pytest.mark.parametrize("name", ["topk", "batch-matryoshka"])
 def test_steps_with_selection_in_float8_are_those_of_dense_autograd(name: str) -> None:
-    ours = Ours("triton", "float8", OBJECTIVES[name], _problem(torch.float64, massive=True))
+    ours = Ours("triton", "float8", PLANS[name], _problem(torch.float64, massive=True))
     problem = _problem(torch.float64, massive=True)
-    assert_same_steps(ours, Reference(OBJECTIVES[name], problem), problem.batches[:2], None)
+    assert_same_steps(ours, Reference(PLANS[name], problem), problem.batches[:2], None)
     assert isinstance(ours.fused, TritonStep) and ours.fused.low is not None
     rows, scales = ours.fused.low
     W = ours.parameters["W_enc"].float()
@@ -117,7 +117,7 @@ def test_selection_is_the_exact_one(
     n_latents: int, d_in: int, k: int, precision: str, massive: bool
 ) -> None:
     problem = make_problem(torch.float32, massive, n_latents, d_in, BATCH).to(DEVICE)
-    fused = Ours("triton", precision, OBJECTIVES["topk"], problem).fused
+    fused = Ours("triton", precision, PLANS["topk"], problem).fused
     assert isinstance(fused, TritonStep)
     fused._copy_encoder()
     x = problem.batches[0]
@@ -130,7 +130,7 @@ def test_selection_is_the_exact_one(
 
 def test_selection_in_several_tiles_is_that_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem(torch.float32, n_latents=600)
-    fused = Ours("triton", "bfloat16", OBJECTIVES["topk"], problem).fused
+    fused = Ours("triton", "bfloat16", PLANS["topk"], problem).fused
     assert isinstance(fused, TritonStep)
     fused._copy_encoder()
     whole = fused._select(problem.batches[0], 5)
@@ -145,6 +145,6 @@ def test_vectors_that_are_not_finite_do_not_break_selection() -> None:
     problem = _problem(torch.float32)
     z = problem.batches[0]
     z[3, 1], z[5, 2] = float("nan"), float("inf")
-    ours = Ours("triton", "bfloat16", OBJECTIVES["topk"], problem)
+    ours = Ours("triton", "bfloat16", PLANS["topk"], problem)
     figures = ours.fused.step(z, lr=LR, number=1)
     assert not torch.isfinite(figures.loss)

@@ -26,7 +26,7 @@ from sparsight.vision import VisionModel, load_model
 SITES = ("blocks.-2.resid_post", "blocks.-1.resid_post")
 BASE = TrainConfig(
     sae=SAEConfig(n_latents=96, sparsity=TopK(k=4)), n_vectors=2048, batch_size=256, lr=3e-3,
-    auxk=AuxK(alpha=0.1),
+    remedy=AuxK(alpha=0.1),
 )  # fmt: skip
 GRID = {"k": [4, 8], "seed": [0, 1]}
 MEASURES = SweepMeasures(accuracy_images=24, workers=0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from sparsight.latents.dead_latents import dead_latents_table
+from sparsight.sae.remedies import AuxK, Remedy, Resampling
 
 LOG = [
     {"vectors": 100, "dead": 0.0, "revived": 0, "resampled": 0, "vectors_per_second": 50.0},
@@ -9,14 +10,14 @@ LOG = [
 ]
 
 
-def _rows(remedies: list[str]) -> dict[str, str]:
+def _rows(remedies: list[type[Remedy]]) -> dict[str, str]:
     table = dead_latents_table([{**line, "dead_window": 100} for line in LOG], remedies, 2.5)
     assert table is not None
     return {row.name: row.cells[0] for row in table.rows}
 
 
 def test_the_report_says_how_many_were_revived_and_what_that_cost() -> None:
-    rows = _rows(["auxk", "resampling"])
+    rows = _rows([AuxK, Resampling])
     assert rows["remedy"] == "AuxK, resampling"
     assert rows["dead at the end, in the last 100 vectors"] == "10.0 %"
     assert rows["dead at most"] == "40.0 %"

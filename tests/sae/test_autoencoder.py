@@ -13,7 +13,7 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.sae import BatchTopK, Normaliser, SAEConfig, SparseAutoencoder, TopK
 from sparsight.sae.config import BiasInit, NormaliserKind
 from sparsight.sae.initialisation import geometric_median
-from sparsight.sae.objectives import auxk_loss, default_auxk
+from sparsight.sae.remedies.auxk import auxk_loss, default_auxk
 
 D_IN = 16
 

@@ -37,7 +37,7 @@ BATCH, N_VECTORS = 32, 32 * 300
 SITES = ("blocks.1.resid_post", "blocks.2.resid_post")
 SMALL = [
     "--batch-size", str(BATCH), "--n-vectors", str(N_VECTORS), "--sae.n-latents", "64",
-    "--ema", "0.9", "--auxk.dead-after", "96", "--lr", "1e-3", "--device", "cpu",
+    "--ema", "0.9", "--remedy.dead-after", "96", "--lr", "1e-3", "--device", "cpu",
     "--checkpoint-seconds", "0.3",
 ]  # fmt: skip
 WALL_CLOCK = {"vectors_per_second", "seconds_per_step"}

@@ -33,19 +33,19 @@ from sparsight.vision import load_model
 
 NORMALISERS = ("scale", "standardise", "none", "layer_norm", "constant_norm")
 SITE, TARGET = "blocks.3.resid_post", "blocks.3.mlp_out"
+AUXK, RESAMPLING = AuxK(dead_after=96), Resampling(every=32 * 10, times=2)
 SHORT = TrainConfig(
     n_vectors=32 * 40,
     batch_size=32,
     lr=3e-3,
-    auxk=AuxK(dead_after=96),
-    resampling=Resampling(every=32 * 10, times=2),
+    remedy=AUXK,
     log_every=32 * 10,
     checkpoint_every=32 * 8,
 )
 
 TRAINED: dict[str, TrainConfig] = {
     **{
-        name: dataclasses.replace(SHORT, sae=sae, resampling=None if sae.tied else SHORT.resampling)
+        name: dataclasses.replace(SHORT, sae=sae, remedy=AUXK if sae.tied else RESAMPLING)
         for name, sae in ARCHITECTURES.items()
     },
     "matryoshka": dataclasses.replace(
@@ -60,8 +60,7 @@ TRAINED: dict[str, TrainConfig] = {
     "ghosts and an average": dataclasses.replace(
         SHORT,
         sae=SAEConfig(WIDTH, sparsity=TopK(8), decoder_init="data"),
-        auxk=None,
-        ghost=GhostGradients(dead_after=96),
+        remedy=GhostGradients(dead_after=96),
         ema=0.9,
     ),
     "transcoder": dataclasses.replace(

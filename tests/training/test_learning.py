@@ -53,7 +53,7 @@ CASES: dict[str, tuple[SAEConfig, dict[str, Any]]] = {
     "signed topk": (SAEConfig(WIDTH, sparsity=TopK(3, rectify=False)), {}),
     "batch topk": (
         SAEConfig(WIDTH, sparsity=BatchTopK(3)),
-        {"auxk": AuxK(alpha=0.5, dead_after=2000)},
+        {"remedy": AuxK(alpha=0.5, dead_after=2000)},
     ),
     "absolute topk": (SAEConfig(WIDTH, sparsity=AbsTopK(3)), {}),
     "group max": (SAEConfig(WIDTH, sparsity=GroupMax(6)), {}),
@@ -104,7 +104,7 @@ def learn(
 ) -> SparseAutoencoder:
     """Train on the vectors, one batch after another."""
     config = dataclasses.replace(config, n_vectors=steps * BATCH, batch_size=BATCH, lr=LR)
-    fused = config.objective(D_IN) is not None
+    fused = config.fusable
     kernels = choose("auto" if fused else "dense", "auto", torch.device("cpu"))
     target = () if y is None else (_statistics(y), y[:4096])
     site = SiteTraining(

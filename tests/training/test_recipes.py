@@ -61,7 +61,7 @@ def test_a_recipe_says_what_the_study_did(number: int) -> None:
         config.sae.expansion,
         config.batch_size,
         config.sae.unit_norm_decoder,
-        config.auxk.alpha if config.auxk else None,
+        config.remedy.alpha if isinstance(config.remedy, AuxK) else None,
     )
     assert found == PUBLISHED[number]
 
@@ -150,7 +150,7 @@ def test_the_recipes_of_published_runs_have_their_sizes() -> None:
         3e-5 * 512, rel=0.01
     )
     assert len(scope.sites) == 8 and scope.train.sae.sparsity == TopK(k=32, rectify=False)
-    assert not scope.train.auxk and not scope.train.ghost and not scope.train.resampling
+    assert scope.train.remedy is None
     remedies = _read(RECIPES / "sative-remedies.toml")
     members = SweepConfig(remedies.train, remedies.grid).members
     assert len(members) == 8 and "batch_size2048-remedy_none" in members
@@ -177,8 +177,8 @@ def test_a_store_and_live_activations_train_alike(model: VisionModel, tmp_path: 
     "config",
     [
         TrainConfig(),
-        TrainConfig(auxk=None, grad_clip=None, ema=0.99, loggers=("tensorboard",)),
-        TrainConfig(auxk=AuxK(k=3, dead_after=7), lr=1e-4, precision="bfloat16"),
+        TrainConfig(remedy=None, grad_clip=None, ema=0.99, loggers=("tensorboard",)),
+        TrainConfig(remedy=AuxK(k=3, dead_after=7), lr=1e-4, precision="bfloat16"),
     ],
 )
 def test_a_training_configuration_survives_toml(config: TrainConfig, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_training_configuration_survives_toml(config: TrainConfig, tmp_path: P
         ({"loggers": ("tensorbord",)}, r"loggers\[0\] is 'tensorbord'; expected 'tensorboard' or"),
         ({"loggers": "wandb"}, "loggers is 'wandb'; expected a list"),
         ({"precision": "bf16"}, "precision is 'bf16'; expected 'auto' or 'float32' or"),
-        ({"auxk": 3}, "auxk is 3"),
+        ({"remedy": 3}, "remedy is 3"),
         ({"sae": None}, "sae is None"),
     ],
 )
@@ -235,10 +235,10 @@ def test_values_out_of_range_are_named(changes: dict, message: str) -> None:
         (SAEConfig, {"unit_norm_decoder": "yes"}, "unit_norm_decoder is 'yes'"),
         (SAEConfig, {"sparsity": 32}, "sparsity is 32; expected a table"),
         (TopK, {"k": 2.5}, "sparsity.k is 2.5; expected an int"),
-        (AuxK, {"alpha": float("nan")}, "auxk.alpha is nan; expected a finite number"),
-        (AuxK, {"alpha": float("inf")}, "auxk.alpha is inf"),
-        (AuxK, {"k": "8"}, "auxk.k is '8'; expected an int"),
-        (AuxK, {"dead_after": 0}, "auxk.dead_after is 0"),
+        (AuxK, {"alpha": float("nan")}, "remedy.alpha is nan; expected a finite number"),
+        (AuxK, {"alpha": float("inf")}, "remedy.alpha is inf"),
+        (AuxK, {"k": "8"}, "remedy.k is '8'; expected an int"),
+        (AuxK, {"dead_after": 0}, "remedy.dead_after is 0"),
         (TrainRecipe, {"tokens": "heads"}, "tokens is 'heads'; expected 'all' or"),
         (TrainRecipe, {"sites": "embedding"}, "sites is 'embedding'; expected a list"),
     ],
@@ -271,7 +271,7 @@ def test_defaults_follow_from_the_width_and_the_length_of_the_run() -> None:
     assert TrainConfig().learning_rate(2**14) == 2e-4
     assert TrainConfig().learning_rate(2**12) == pytest.approx(4e-4)
     assert TrainConfig(n_vectors=10**9).dead_after == 10_000_000
-    assert to_dict(TrainConfig(auxk=None))["auxk"] == "none"
+    assert to_dict(TrainConfig(remedy=None))["remedy"] == "none"
 
 
 def test_a_run_without_a_length_gets_one_that_suits_its_data(tmp_path: Path) -> None:

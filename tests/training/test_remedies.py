@@ -11,6 +11,7 @@ from test_learning import mixtures
 
 from memory_activations import sparse_mixtures
 from sparsight.errors import UserError
+from sparsight.kernels import dense_step
 from sparsight.sae import (
     Archetypal,
     AuxK,
@@ -25,8 +26,8 @@ from sparsight.sae import (
     TopK,
 )
 from sparsight.sae.objectives import Plan, Stage, dense_loss, whole_batch
-from sparsight.training import TrainConfig, site, train
-from sparsight.training.resampling import resample
+from sparsight.sae.remedies.resampling import resample
+from sparsight.training import TrainConfig, train
 
 D_IN, N = 32, 40
 DEAD = torch.tensor([3, 7, 8, 21, 39])
@@ -50,7 +51,7 @@ def test_the_gradient_of_ghosts_is_that_of_their_formula() -> None:
     """By hand, vector after vector: half the residual's norm, and the reconstruction's loss."""
     sae, z, variance = _sae(), _vectors(), 7.0
     weights = sae.weights()
-    plans = [Plan(TopK(4), ghost=ghost) for ghost in (True, False)]
+    plans = [Plan(TopK(4), remedy=remedy) for remedy in (GhostGradients(), None)]
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
     parameters = [sae.get_parameter(name) for name in names]
     with_ghosts, without = (dense_loss(weights, z, plan, variance, DEAD) for plan in plans)
@@ -138,16 +139,19 @@ def test_resampled_rows_of_an_archetypal_dictionary_are_anchors() -> None:
 @pytest.mark.parametrize("k", [4, 64])
 @pytest.mark.parametrize("batch_topk", [True, False])
 @pytest.mark.parametrize("dead", [DEAD, torch.tensor([], dtype=torch.int64)])
-def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(batch_topk, k, dead) -> None:
+@pytest.mark.parametrize("remedy", [AuxK(alpha=0.5, k=3), GhostGradients()], ids=["auxk", "ghost"])
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(
+    remedy, batch_topk, k, dead
+) -> None:
     """Scores below 0 are no activations: with many places BatchTopK does not fill them."""
     kind = BatchTopK(min(k, N)) if batch_topk else TopK(min(k, N))
     sae, z = _sae(SAEConfig(N, sparsity=kind)), _vectors(60)
     stages = (Stage(0.5, width=16), Stage(0.5, width=N))
-    plan = Plan(kind, stages, main=1, aux_k=3, aux_alpha=0.5, ghost=True)
+    plan = Plan(kind, stages, main=1, remedy=remedy)
     parameters = [sae.get_parameter(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
     whole = dense_loss(sae.weights(), z, plan, 7.0, dead)
     parts = [(part, part) for part in z.split(17)]
-    seen = whole_batch(sae.weights(), parts, plan, dead)
+    seen = whole_batch(sae.weights(), parts, plan, 7.0, dead)
     found = [dense_loss(sae.weights(), part, plan, 7.0, dead, whole=seen) for part, _ in parts]
     shares = [len(part) / len(z) for part, _ in parts]
     loss = sum(share * each.loss for share, each in zip(shares, found, strict=True))
@@ -166,14 +170,14 @@ def test_large_batches_are_trained_on_in_parts_with_the_same_result(
     remedy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remedies = {
-        "auxk": {"auxk": AuxK(dead_after=200), "sae": SAEConfig(64, sparsity=BatchTopK(4))},
-        "ghost": {"ghost": GhostGradients(200), "sae": SAEConfig(256, sparsity=TopK(2))},
+        "auxk": {"remedy": AuxK(dead_after=200), "sae": SAEConfig(64, sparsity=BatchTopK(4))},
+        "ghost": {"remedy": GhostGradients(200), "sae": SAEConfig(256, sparsity=TopK(2))},
     }
     shape = {"n_vectors": 64 * 40, "batch_size": 64, "lr": 3e-3, "kernels": "dense"}
     config = TrainConfig(**shape, **remedies[remedy])
     fvus = []
     for name, entries in (("whole", 2**27), ("parts", 64 * 40)):
-        monkeypatch.setattr(site, "DENSE_ENTRIES", entries)
+        monkeypatch.setattr(dense_step, "DENSE_ENTRIES", entries)
         run = train(sparse_mixtures(), config, out=tmp_path / name, quiet=True)
         last = run.metrics()[-1]
         assert last["aux_loss"] > 0
@@ -183,7 +187,7 @@ def test_large_batches_are_trained_on_in_parts_with_the_same_result(
 
 def test_what_cannot_begin_weak_or_has_no_middle_is_refused() -> None:
     with pytest.raises(UserError, match="tied"):
-        TrainConfig(sae=SAEConfig(N, tied=True), resampling=Resampling())
+        TrainConfig(sae=SAEConfig(N, tied=True), remedy=Resampling())
     with pytest.raises(UserError, match="b_dec_init"):
         TrainConfig(sae=SAEConfig(N, subtract_b_dec=False, b_dec_init="mean"), target_site="there")
 
@@ -218,7 +222,7 @@ def test_the_same_seed_resamples_the_same_way_and_another_one_differently() -> N
 
 
 PRICED = TrainConfig(
-    SAEConfig(128, sparsity=ReLU(6.0)), n_vectors=32 * 600, batch_size=32, lr=1e-2, auxk=None
+    SAEConfig(128, sparsity=ReLU(6.0)), n_vectors=32 * 600, batch_size=32, lr=1e-2, remedy=None
 )
 
 
@@ -236,8 +240,8 @@ def dead_without_remedy(tmp_path_factory: pytest.TempPathFactory) -> float:
 @pytest.mark.parametrize(
     "remedy",
     [
-        {"ghost": GhostGradients(dead_after=640)},
-        {"resampling": Resampling(every=3200, dead_after=640)},
+        {"remedy": GhostGradients(dead_after=640)},
+        {"remedy": Resampling(every=3200, dead_after=640)},
         {"sae": SAEConfig(128, sparsity=ReLU(6.0), decoder_init="data")},
     ],
     ids=["ghosts", "resampling", "rows from data"],

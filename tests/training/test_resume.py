@@ -23,7 +23,7 @@ CONFIG = TrainConfig(
     n_vectors=32 * 40,
     batch_size=32,
     lr=3e-3,
-    auxk=AuxK(dead_after=96),
+    remedy=AuxK(dead_after=96),
     ema=0.9,
     log_every=32 * 3,
     checkpoint_every=32 * 8,
@@ -201,7 +201,7 @@ def test_a_finished_run_is_returned_as_it_is(whole: Run) -> None:
     ("changes", "field"),
     [
         ({"lr": 1e-3}, "train.lr"),
-        ({"auxk": None}, "train.auxk"),
+        ({"remedy": None}, "train.remedy"),
         ({"sae": SAEConfig(n_latents=64, sparsity=TopK(k=5))}, "train.sae.sparsity.k"),
     ],
 )

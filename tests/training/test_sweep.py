@@ -262,7 +262,7 @@ def test_activations_that_are_not_finite_stop_the_sweep(tmp_path: Path) -> None:
 
 
 def test_schedules_and_remedies_may_vary(tmp_path: Path) -> None:
-    grid = {"warmup": [0.0, 0.5], "auxk": {"alpha": [0.1]}, "ema": [None, 0.9]}
+    grid = {"warmup": [0.0, 0.5], "remedy": {"alpha": [0.1]}, "ema": [None, 0.9]}
     found = _sweep(tmp_path, grid, sites=["here"])
     assert list(found.runs)[:2] == ["warmup0.0-alpha0.1-ema_none", "warmup0.0-alpha0.1-ema0.9"]
     for number, run in enumerate(found.runs.values()):
@@ -273,25 +273,25 @@ def test_schedules_and_remedies_may_vary(tmp_path: Path) -> None:
 def test_whole_parts_may_vary_and_name_the_members() -> None:
     grid = {
         "architecture": ["topk", {"kind": "batchtopk", "k": 4}, TopK(k=3)],
-        "auxk": ["none", {"alpha": 0.1}, AuxK(alpha=0.5, k=7)],
+        "remedy": ["none", {"alpha": 0.1}, AuxK(alpha=0.5, k=7)],
     }
     config = SweepConfig(BASE, grid)
     assert list(config.members) == [
-        "topk-auxk_none", "topk-auxk_alpha0.1", "topk-auxk_alpha0.5_k7",
-        "batchtopk_k4-auxk_none", "batchtopk_k4-auxk_alpha0.1", "batchtopk_k4-auxk_alpha0.5_k7",
-        "topk_k3-auxk_none", "topk_k3-auxk_alpha0.1", "topk_k3-auxk_alpha0.5_k7",
+        "topk-remedy_none", "topk-auxk_alpha0.1", "topk-auxk_alpha0.5_k7",
+        "batchtopk_k4-remedy_none", "batchtopk_k4-auxk_alpha0.1", "batchtopk_k4-auxk_alpha0.5_k7",
+        "topk_k3-remedy_none", "topk_k3-auxk_alpha0.1", "topk_k3-auxk_alpha0.5_k7",
     ]  # fmt: skip
     setting, train_config = config.members["batchtopk_k4-auxk_alpha0.1"]
     assert setting["sae.sparsity"] == {"kind": "batchtopk", "k": 4}
-    assert train_config.sae.sparsity == BatchTopK(k=4) and train_config.auxk == AuxK(alpha=0.1)
-    assert config.members["topk_k3-auxk_none"][1].auxk is None
+    assert train_config.sae.sparsity == BatchTopK(k=4) and train_config.remedy == AuxK(alpha=0.1)
+    assert config.members["topk_k3-remedy_none"][1].remedy is None
 
 
 def test_a_key_inside_of_a_part_counts_for_the_members_that_have_it() -> None:
-    grid = {"auxk": ["none", {}], "auxk.alpha": [0.1, 0.2], "k": [2, 4]}
+    grid = {"remedy": ["none", {}], "remedy.alpha": [0.1, 0.2], "k": [2, 4]}
     names = list(SweepConfig(BASE, grid).members)
     assert names == [
-        "auxk_none-k2", "auxk_none-k4",
+        "remedy_none-k2", "remedy_none-k4",
         "auxk-alpha0.1-k2", "auxk-alpha0.1-k4", "auxk-alpha0.2-k2", "auxk-alpha0.2-k4",
     ]  # fmt: skip
     of_kinds = SweepConfig(BASE, {"architecture": ["topk", "batchtopk"], "k": [2, 4]})
@@ -303,7 +303,9 @@ def test_a_member_has_one_remedy_at_most() -> None:
     config = SweepConfig(BASE, {"remedy": ["none", "auxk", {"kind": "auxk", "alpha": 0.1}]})
     # A name alone is the remedy as the base has it, a table all that it says.
     assert list(config.members) == ["remedy_none", "auxk_dead_after96", "auxk_alpha0.1"]
-    assert [each.auxk for _, each in config.members.values()] == [None, BASE.auxk, AuxK(alpha=0.1)]
+    assert [each.remedy for _, each in config.members.values()] == [
+        None, BASE.remedy, AuxK(alpha=0.1),
+    ]  # fmt: skip
 
 
 def test_k_varies_with_the_architectures_that_have_one() -> None:
@@ -313,18 +315,16 @@ def test_k_varies_with_the_architectures_that_have_one() -> None:
     assert members["relu_l1_0.001"][0] == {"sae.sparsity": {"kind": "relu", "l1": 1e-3}}
 
 
-def test_every_remedy_may_be_named_by_its_field_or_its_kind() -> None:
-    base = dataclasses.replace(BASE, ghost=GhostGradients(), auxk=AuxK(alpha=0.3))
+def test_every_remedy_may_be_named_by_its_word_or_its_kind() -> None:
+    base = dataclasses.replace(BASE, remedy=AuxK(alpha=0.3))
     remedies = ["none", "auxk", "ghost", {"kind": "resampling", "times": 2}, GhostGradients(5)]
     members = SweepConfig(base, {"remedy": remedies}).members
     assert list(members) == [
         "remedy_none", "auxk_alpha0.3", "ghostgradients", "resampling_times2",
         "ghostgradients_dead_after5",
     ]  # fmt: skip
-    found = [(each.auxk, each.ghost, each.resampling) for _, each in members.values()]
-    assert found == [
-        (None, None, None), (AuxK(alpha=0.3), None, None), (None, GhostGradients(), None),
-        (None, None, Resampling(times=2)), (None, GhostGradients(dead_after=5), None),
+    assert [each.remedy for _, each in members.values()] == [
+        None, AuxK(alpha=0.3), GhostGradients(), Resampling(times=2), GhostGradients(dead_after=5),
     ]  # fmt: skip
 
 
@@ -420,9 +420,10 @@ def test_positions_that_the_activations_do_not_have_are_refused(tmp_path: Path) 
         ({"architecture": ["topk", {"k": 32}]}, r"architecture lists {'k': 32} twice"),
         ({"architecture": [{"k": "x"}]}, r"sae\.sparsity\.k is 'x'; expected an int"),
         ({"architecture": "topk"}, "architecture is 'topk'; expected a list"),
-        ({"auxk": [None, "none"]}, "auxk lists 'none' twice"),
+        ({"remedy": [None, "none"]}, "remedy lists 'none' twice"),
         ({"remedy": ["none", "ax"]}, r"remedy\.kind is 'ax'; expected 'none' or 'auxk'"),
-        ({"remedy": ["none"], "auxk": ["none"]}, "remedy names one of auxk"),
+        ({"remedy": ["none"], "auxk": ["none"]}, "auxk and remedy cannot vary together"),
+        ({"auxk": ["none"], "ghost": [{}]}, "auxk and ghost cannot vary together"),
         ({"tokens": ["cls", "heads"]}, "tokens is 'heads'; expected 'all' or"),
         ({"n_vectors": [2]}, "n_vectors cannot vary .* its length"),
         ({"data_seed": [2]}, "data_seed cannot vary .* the order of the data"),
@@ -441,8 +442,8 @@ def test_a_grid_that_cannot_be_is_refused_with_the_reason(
 
 
 def test_a_key_of_what_is_switched_off_says_so() -> None:
-    with pytest.raises(UserError, match=r"auxk\.alpha cannot vary where auxk is none"):
-        SweepConfig(dataclasses.replace(BASE, auxk=None), {"auxk.alpha": [0.1]})
+    with pytest.raises(UserError, match=r"remedy\.alpha cannot vary where remedy is none"):
+        SweepConfig(dataclasses.replace(BASE, remedy=None), {"remedy.alpha": [0.1]})
 
 
 def test_a_combination_fits_where_its_parts_alone_would_not() -> None:
@@ -479,8 +480,8 @@ def test_a_width_that_does_not_fit_is_told_of_before_anything_is_written(tmp_pat
 def test_a_recipe_with_a_grid_is_read_from_toml(tmp_path: Path) -> None:
     path = tmp_path / "sweep.toml"
     path.write_text(
-        'store = "acts"\n[train]\nlr = 1e-3\n[train.auxk]\nalpha = 0.1\n'
-        '[grid]\nk = [16, 32]\nsae.expansion = [4, 8]\n"auxk.alpha" = [0.1, 0.5]\n'
+        'store = "acts"\n[train]\nlr = 1e-3\n[train.remedy]\nalpha = 0.1\n'
+        '[grid]\nk = [16, 32]\nsae.expansion = [4, 8]\n"remedy.alpha" = [0.1, 0.5]\n'
     )
     recipe = load(SweepRecipe, path)
     config = SweepConfig(recipe.train, recipe.grid)

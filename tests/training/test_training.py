@@ -72,7 +72,7 @@ def test_figures_of_a_window_are_those_of_float64_over_its_vectors(tmp_path: Pat
     data = sparse_mixtures(n_images=16)
     # With no learning to speak of, one epoch is one pass of the first weights over all vectors.
     config = TrainConfig(
-        sae=SAE, n_vectors=256, batch_size=32, lr=1e-30, log_every=256, auxk=AuxK(dead_after=256)
+        sae=SAE, n_vectors=256, batch_size=32, lr=1e-30, log_every=256, remedy=AuxK(dead_after=256)
     )
     run = train(data, config, out=tmp_path, quiet=True)
     x = data.activations["here"].flatten(0, 1)
@@ -91,7 +91,7 @@ def test_a_few_steps_are_those_of_plain_autograd_and_adam(
 ) -> None:
     data = sparse_mixtures()
     sae_config = dataclasses.replace(SAE, unit_norm_decoder=unit_norm)
-    config = dataclasses.replace(CONFIG, sae=sae_config, auxk=auxk, grad_clip=0.05, ema=0.5)
+    config = dataclasses.replace(CONFIG, sae=sae_config, remedy=auxk, grad_clip=0.05, ema=0.5)
     site = _site(config, data)
     reference = SparseAutoencoder(16, sae_config)
     reference.load_state_dict(site.sae.state_dict())
@@ -146,7 +146,7 @@ def test_auxk_trains_dead_latents_towards_what_the_living_ones_leave_over() -> N
     loss = {}
     for alpha in (1e-9, 1.0):
         # All latents below 56 are asleep: eight living ones cannot explain 32 directions.
-        site = _site(dataclasses.replace(CONFIG, auxk=AuxK(alpha=alpha, dead_after=32)), data)
+        site = _site(dataclasses.replace(CONFIG, remedy=AuxK(alpha=alpha, dead_after=32)), data)
         with torch.no_grad():
             site.sae.b_enc[:56] -= 1.0
         for step in range(60):
@@ -218,7 +218,7 @@ def test_nothing_is_fetched_from_the_device_between_lines_of_the_log(
             n_vectors=n,
             log_every=n,
             checkpoint_every=n,
-            auxk=None,
+            remedy=None,
             ema=0.9,
             kernels="torch",  # what runs on a GPU
             precision=precision,

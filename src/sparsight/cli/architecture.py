@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
+
+import tyro
 
 from sparsight.cli.options import flag
-from sparsight.config import kind_of
+from sparsight.config import NONE, kind_of
 from sparsight.errors import UserError
-from sparsight.sae import AuxK, GhostGradients, Resampling
+from sparsight.sae.remedies import AnyRemedy
 from sparsight.sae.sparsity import AnySparsity
 from sparsight.training import TrainConfig
+from sparsight.training.old_keys import OLD_REMEDIES
 
 KINDS: dict[str, type[AnySparsity]] = {kind_of(kind): kind for kind in typing.get_args(AnySparsity)}
-Remedy = Literal["auxk", "ghost", "resampling", "none"]
+REMEDIES: dict[str, type[AnyRemedy]] = {kind.word: kind for kind in typing.get_args(AnyRemedy)}
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,13 @@ class ArchitectureOptions:
     """Kind of sparsity: topk, batchtopk, abstopk, groupmax, relu, jumprelu, gated or
     matchingpursuit; its own flags are then --sae.sparsity.…, which --help-all lists."""
 
-    remedy: Remedy | None = None
-    """For dead latents: auxk (the default), ghost gradients, resampling, or none."""
+    remedy: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"What is done about dead latents: {', '.join(REMEDIES)} or none; default auxk. "
+            "Its own flags are then --remedy.…, which --help-all lists."
+        ),
+    ] = None
 
 
 def with_choices(
@@ -53,12 +62,39 @@ def with_choices(
     remedy = flag(arguments, "--remedy") or options.remedy
     if remedy is None:
         return config
-    remedies = typing.get_args(Remedy)
-    if remedy not in remedies:
-        raise UserError(f"--remedy {remedy}: there is no such, only: {', '.join(remedies)}.")
-    return dataclasses.replace(
-        config,
-        auxk=(config.auxk or AuxK()) if remedy == "auxk" else None,
-        ghost=(config.ghost or GhostGradients()) if remedy == "ghost" else None,
-        resampling=(config.resampling or Resampling()) if remedy == "resampling" else None,
-    )
+    if remedy == NONE:
+        return dataclasses.replace(config, remedy=None)
+    if remedy not in REMEDIES:
+        words = ", ".join([*REMEDIES, NONE])
+        raise UserError(f"--remedy {remedy}: there is no such, only: {words}.")
+    if config.remedy is not None and config.remedy.word == remedy:
+        return config
+    return dataclasses.replace(config, remedy=REMEDIES[remedy]())
+
+
+def with_new_names(config: TrainConfig, arguments: Sequence[str]) -> list[str]:
+    """The command line with `--remedy.…` in place of `--auxk.…`, `--ghost.…` and `--resampling.…`.
+
+    Raises:
+        UserError: one of these is given beside another remedy.
+    """
+    found = []
+    for argument in arguments:
+        old, dot, rest = argument.removeprefix("--").partition(".")
+        if not (argument.startswith("--") and dot and old in OLD_REMEDIES):
+            found.append(argument)
+            continue
+        word, name = OLD_REMEDIES[old].word, rest.partition("=")[0]
+        if config.remedy is None or config.remedy.word != word:
+            current = NONE if config.remedy is None else config.remedy.word
+            raise UserError(
+                f"--{old}.{name}: the remedy is {current}. For that one, write --remedy {word} "
+                f"--remedy.{name}."
+            )
+        warnings.warn(
+            f"--{old}.{name} is now called --remedy.{name}; the old name is read for one version.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        found.append(f"--remedy.{rest}")
+    return found

@@ -67,6 +67,7 @@ def parse(
     arguments: Sequence[str],
     adapt: Callable[[Options, Sequence[str]], Options] | None = None,
     helped: Help | None = None,
+    rename: Callable[[Options, Sequence[str]], Sequence[str]] | None = None,
 ) -> Options:
     """Read the flags of a verb.
 
@@ -77,6 +78,7 @@ def parse(
         adapt: makes the options' defaults from themselves and the command line, where flags
             decide which other flags there are.
         helped: examples for `--help`, and the options that it shows first.
+        rename: puts today's names of flags in place of those of earlier versions.
 
     Raises:
         UserError: a flag is unknown, missing or wrong; or the `--config` file is missing, no TOML,
@@ -89,6 +91,7 @@ def parse(
     path = flag(arguments, "--config")
     default = cls() if path is None else load(cls, Path(path))
     default = default if adapt is None else adapt(default, arguments)
+    arguments = arguments if rename is None else rename(default, arguments)
     parser = parser_of(cls, verb, default) if asked else None
     if parser is not None:
         shared = [field.name.replace("_", "-") for field in fields(ModelOptions)]
@@ -103,7 +106,7 @@ def parse(
                 prog=f"sparsight {verb}",
                 args=[*arguments, *(["--help"] if asked else [])],
                 default=default,
-                # A union such as `AuxK | None` becomes the flags of its default, not a sub-command.
+                # A union of remedies becomes the flags of its default, not a sub-command.
                 config=(tyro.conf.AvoidSubcommands,),
                 registry=REGISTRY,
             )

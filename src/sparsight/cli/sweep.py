@@ -16,7 +16,13 @@ from sparsight.activations import ActivationSource, ActivationStore, LiveActivat
 from sparsight.cli.help import Help
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_sweep
-from sparsight.cli.train import TrainOptions, activations_of, choose_parts, held_out_by
+from sparsight.cli.train import (
+    TrainOptions,
+    activations_of,
+    choose_parts,
+    held_out_by,
+    with_new_flags,
+)
 from sparsight.config import whole_number
 from sparsight.errors import UserError
 from sparsight.evaluation import SweepMeasures
@@ -78,7 +84,9 @@ class SweepOptions(TrainOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, print a line an autoencoder."""
-    options = parse(SweepOptions, "sweep", arguments, adapt=choose_parts, helped=HELP)
+    options = parse(
+        SweepOptions, "sweep", arguments, adapt=choose_parts, helped=HELP, rename=with_new_flags
+    )
     config = SweepConfig(options.train, {**options.grid, **_varied(options.vary)})
     measures = SweepMeasures(
         max_images=options.max_images,

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from sparsight.activations import ActivationStore, HeldOut, LiveActivations
-from sparsight.cli.architecture import ArchitectureOptions, with_choices
+from sparsight.cli.architecture import ArchitectureOptions, with_choices, with_new_names
 from sparsight.cli.help import Help
 from sparsight.cli.opening import open_model
 from sparsight.cli.options import ModelOptions, parse
@@ -75,7 +75,9 @@ Options = TypeVar("Options", bound=TrainOptions)
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, print where each autoencoder lies."""
-    options = parse(TrainOptions, "train", arguments, adapt=choose_parts, helped=HELP)
+    options = parse(
+        TrainOptions, "train", arguments, adapt=choose_parts, helped=HELP, rename=with_new_flags
+    )
     data = activations_of(options)
     run = train(
         data,
@@ -107,6 +109,11 @@ def choose_parts(options: Options, arguments: Sequence[str]) -> Options:
     """Make the kinds of parts that are chosen the defaults of `options.train`."""
     train = with_choices(options.train, options, arguments)
     return dataclasses.replace(options, train=train)
+
+
+def with_new_flags(options: TrainOptions, arguments: Sequence[str]) -> Sequence[str]:
+    """The command line with today's names of flags."""
+    return with_new_names(options.train, arguments)
 
 
 def activations_of(options: TrainOptions) -> ActivationStore | LiveActivations:

@@ -2,8 +2,8 @@
 
 `encode_topk` and `decode_topk` are differentiable functions of tensors: `sparse` touches k rows per
 vector wherever it can, `dense` is plain autograd, the truth that tests compare with; `using`
-changes between them. `fused_step` is what a trainer with its own Adam takes: a whole step without
-autograd, in plain torch, in compiled code, or in Triton.
+changes between them. `training_step` is what a trainer takes: a whole step with its own Adam,
+without autograd in plain torch, in compiled code or in Triton, or in plain autograd.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from torch import Tensor
 from sparsight.errors import UserError
 from sparsight.kernels import dense, inference, sparse
 from sparsight.kernels.bounds import fast_bfloat16, fast_int8, supports_int8
+from sparsight.kernels.dense_step import DenseStep, Loss
 from sparsight.kernels.interface import (
     Adam,
     Backend,
     FusedStep,
-    Objective,
     Precision,
     StepFigures,
+    TrainingStep,
 )
 from sparsight.kernels.native.library import load as load_native
 from sparsight.kernels.native.library import multiplies_int8
 from sparsight.kernels.native.step import NativeStep
+from sparsight.kernels.plan import AnyPlan, Plan, Stage
 from sparsight.kernels.torch_step import TorchStep
 
 __all__ = [
@@ -40,15 +42,17 @@ __all__ = [
     "Backend",
     "FusedStep",
     "Kernels",
-    "Objective",
+    "Plan",
     "Precision",
+    "Stage",
     "StepFigures",
+    "TrainingStep",
     "backend",
     "choose",
     "decode_topk",
     "encode_topk",
-    "fused_step",
     "native_is_absent",
+    "training_step",
     "using",
 ]
 
@@ -188,16 +192,33 @@ def _check_triton(device: torch.device) -> None:
         )
 
 
-def fused_step(
+def training_step(
     kernels: Kernels,
     parameters: Mapping[str, Tensor],
     moments: Mapping[str, tuple[Tensor, Tensor]],
     since_fired: Int[Tensor, " n_latents"],
-    objective: Objective,
+    plan: AnyPlan,
     adam: Adam,
+    *,
+    loss: Loss | None = None,
+    lr_factors: Mapping[str, float] | None = None,
     **settings: Any,
-) -> FusedStep:
-    """A fused step of a back end other than "dense"; see `FusedStep` for the arguments."""
+) -> TrainingStep:
+    """The training step of a back end.
+
+    Args:
+        kernels: which back end; not "auto".
+        parameters, moments, since_fired, adam: see `FusedStep`.
+        plan: what is minimised.
+        loss: the same, differentiable; "dense" alone needs it.
+        lr_factors: parameters that learn at a multiple of the learning rate; with "dense" alone.
+        settings: `variance`, `unit_norm` and `precision`, see `FusedStep`.
+    """
+    if kernels == "dense":
+        assert loss is not None
+        return DenseStep(
+            parameters, moments, since_fired, loss, adam, lr_factors=lr_factors, **settings
+        )
     kind: Callable[..., FusedStep]
     if kernels == "triton":
         from sparsight.kernels.triton_step import TritonStep
@@ -205,7 +226,7 @@ def fused_step(
         kind = TritonStep
     else:
         kind = {"torch": TorchStep, "native": NativeStep}[kernels]
-    return kind(parameters, moments, since_fired, objective, adam, **settings)
+    return kind(parameters, moments, since_fired, plan, adam, **settings)
 
 
 def backend() -> Backend:

@@ -26,17 +26,17 @@ def dense_auxiliary(
     target: Float[Tensor, "batch d_in"],
     dead: Int[Tensor, " dead"],
 ) -> tuple[Auxiliary, Float[Tensor, ""]]:
-    """The gradients, weighted, and the loss, not weighted; see `objectives.auxk_loss`.
+    """The gradients, weighted, and the loss, not weighted; see `AuxK`.
 
     Args:
-        step: whose parameters and objective they are.
+        step: whose parameters and plan they are.
         x: normalised activations, the decoder's bias subtracted.
         target: z − ẑ.
         dead: the dead latents.
     """
     W_enc, W_dec, b_enc = step.W_enc[dead], step.W_dec[dead], step.b_enc[dead]
     scores = torch.addmm(b_enc, x, W_enc.T)
-    k = min(step.objective.aux_k, len(dead))
+    k = min(step.plan.aux_k, len(dead))
     values, chosen = scores.topk(k, dim=1, sorted=False)
     code = scores.zero_().scatter_(1, chosen, values.relu_())
     error = torch.addmm(target, code, W_dec, beta=-1)
@@ -44,7 +44,7 @@ def dense_auxiliary(
     # Nothing is left over where the spread is 0: then the loss and its gradient are 0.
     factor = torch.where(spread > 0, 1 / spread, 0.0)
     loss = _square(error) * factor
-    error *= (2 * step.objective.aux_alpha * factor).to(error.dtype)
+    error *= (2 * step.plan.aux_alpha * factor).to(error.dtype)
     of_code = (error @ W_dec.T).mul_(code > 0)
     return Auxiliary(dead, of_code.T @ x, of_code.sum(dim=0), code.T @ error), loss
 

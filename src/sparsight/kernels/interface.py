@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsight.kernels.plan import AnyPlan
+
 Precision = Literal["float32", "bfloat16", "int8", "float8"]
 """Of the product that selects latents; what was selected is scored in the precision of x."""
 
@@ -94,50 +96,6 @@ class Backend(Protocol):
         """As `decode_topk`, of a code whose rows differ in length."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What training minimises: Σ_s weight_s · ‖z − ẑ_s‖² / (batch · variance) + alpha · auxiliary.
-
-    The reconstructions ẑ_s are nested: each uses a part of the code that the next one contains.
-    """
-
-    k: int
-    """Active latents per vector, of the SAE's own code."""
-
-    per_batch: bool = False
-    """The k · batch largest of the whole batch, instead of k of each vector."""
-
-    larger_k: int | None = None
-    """Of a second code, with the same latents and more (Multi-TopK)."""
-
-    widths: tuple[int, ...] = ()
-    """A reconstruction from the first so many latents each, rising; the last is all of them."""
-
-    weights: tuple[float, ...] = (1.0,)
-    """Of the reconstructions."""
-
-    aux_k: int = 0
-    """Dead latents per vector that model the residual; 0 is none."""
-
-    aux_alpha: float = 0.0
-    """Weight of their loss."""
-
-    @property
-    def n_stages(self) -> int:
-        """Number of reconstructions."""
-        return len(self.weights)
-
-    @property
-    def main_stage(self) -> int:
-        """Which of them is the SAE's own."""
-        return 0 if self.larger_k else self.n_stages - 1
-
-    @property
-    def selected(self) -> int:
-        """Latents per vector that take part."""
-        return self.larger_k or self.k
-
-
 class StepFigures(NamedTuple):
     """What a step measures, as tensors that stay on the device."""
 
@@ -159,6 +117,9 @@ class StepFigures(NamedTuple):
     least: Float[Tensor, ""]
     """The smallest positive value in the code; infinity where all are 0."""
 
+    penalty: Float[Tensor, ""] | None = None
+    """The sparsity's, as it is in the loss; None where the step computes none."""
+
 
 def least_positive(values: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """The smallest positive one; infinity if there is none."""
@@ -175,7 +136,51 @@ class Adam:
     """The gradient is scaled down to this norm; None leaves it."""
 
 
-class FusedStep(ABC):
+class TrainingStep(ABC):
+    """A whole training step: select, differentiate, update. The back ends implement it."""
+
+    name: str
+    """Of the back end."""
+
+    precisions: ClassVar[tuple[Precision, ...]]
+    """The precisions that its selection may have."""
+
+    variance: float
+    """Of the target: Σ over dimensions; the unit of the loss."""
+
+    @abstractmethod
+    def step(
+        self,
+        z: Float[Tensor, "batch d_in"],
+        *,
+        lr: float,
+        number: int,
+        dead: Int[Tensor, " dead"] | None = None,
+        target: Float[Tensor, "batch d_out"] | None = None,
+    ) -> StepFigures:
+        """Train on one batch.
+
+        Args:
+            z: normalised activations.
+            lr: learning rate.
+            number: of the step, from 1, for Adam's bias correction.
+            dead: latents that the auxiliary loss may use, rising.
+            target: of a transcoder, what is predicted; None is `z`.
+        """
+
+    @classmethod
+    def check_precision(cls, precision: Precision) -> None:
+        """Make sure that the selection may have a precision.
+
+        Raises:
+            ValueError: it may not.
+        """
+        if precision not in cls.precisions:
+            known = ", ".join(cls.precisions)
+            raise ValueError(f"{cls.__name__} selects in {known}, not in {precision}.")
+
+
+class FusedStep(TrainingStep):
     """A training step without autograd: select, differentiate by hand, update latent by latent.
 
     The gradient of a weight matrix is never held as a whole. Parameters, moments and
@@ -185,7 +190,7 @@ class FusedStep(ABC):
         parameters: `W_enc`, `b_enc`, `W_dec`, `b_dec`.
         moments: for each its first and second moment.
         since_fired: vectors since a latent was last active.
-        objective: what is minimised.
+        plan: what is minimised.
         adam: the optimiser.
         variance: of the activations: Σ over dimensions; the unit of the loss.
         unit_norm: keep decoder rows at norm 1, and take the gradient's part along them out.
@@ -195,34 +200,26 @@ class FusedStep(ABC):
         ValueError: the back end has no selection in that precision.
     """
 
-    name: str
-    """Of the back end."""
-
-    precisions: ClassVar[tuple[Precision, ...]]
-    """The precisions that its selection may have."""
-
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         moments: Mapping[str, tuple[Tensor, Tensor]],
         since_fired: Int[Tensor, " n_latents"],
-        objective: Objective,
+        plan: AnyPlan,
         adam: Adam,
         *,
         variance: float,
         unit_norm: bool,
         precision: Precision,
     ) -> None:
-        if precision not in self.precisions:
-            known = ", ".join(self.precisions)
-            raise ValueError(f"{type(self).__name__} selects in {known}, not in {precision}.")
+        self.check_precision(precision)
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
             parameters[name].detach() for name in PARAMETERS
         )
         self.n_latents, self.d_in = self.W_enc.shape
         self.moments = moments
         self.since_fired = since_fired
-        self.objective = objective
+        self.plan = plan
         self.adam = adam
         self.variance = variance
         self.unit_norm = unit_norm
@@ -237,15 +234,15 @@ class FusedStep(ABC):
         lr: float,
         number: int,
         dead: Int[Tensor, " dead"] | None = None,
+        target: Float[Tensor, "batch d_out"] | None = None,
     ) -> StepFigures:
-        """Train on one batch.
+        """See `TrainingStep.step`.
 
-        Args:
-            z: normalised activations.
-            lr: learning rate.
-            number: of the step, from 1, for Adam's bias correction.
-            dead: latents that the auxiliary loss may use, rising.
+        Raises:
+            ValueError: there is a `target`: fused steps train no transcoders.
         """
+        if target is not None:
+            raise ValueError(f"{type(self).__name__} trains no transcoders.")
         if self._versions != self._versions_now():
             self._copy_encoder()  # somebody else changed it
         figures = self._step(z, lr, number, dead)
@@ -271,13 +268,13 @@ class FusedStep(ABC):
 
     def own_values(self, values: Float[Tensor, " entries"], n: int) -> Float[Tensor, " own"]:
         """The values of the SAE's own code, without those that a larger k adds."""
-        if self.objective.larger_k:
-            return values.view(n, -1)[:, : self.objective.k].flatten()
+        if self.plan.larger_k:
+            return values.view(n, -1)[:, : self.plan.k].flatten()
         return values
 
     def stage_weights(self, n_vectors: int) -> list[float]:
         """Factors of x̂ − x in the gradient of the loss, stage by stage."""
-        return [2 * each / (n_vectors * self.variance) for each in self.objective.weights]
+        return [2 * each / (n_vectors * self.variance) for each in self.plan.weights]
 
     def stage_ends(
         self, starts: Int[Tensor, " batch_plus_one"], latents: Int[Tensor, " entries"]
@@ -288,15 +285,15 @@ class FusedStep(ABC):
             starts: where a vector's entries begin.
             latents: of the entries: rising in each vector, or the k strongest first.
         """
-        objective = self.objective
-        if objective.larger_k:
-            return torch.stack([starts[:-1] + objective.k, starts[1:]], dim=1)
-        if not objective.widths:
+        plan = self.plan
+        if plan.larger_k:
+            return torch.stack([starts[:-1] + plan.k, starts[1:]], dim=1)
+        if not plan.widths:
             return starts[1:, None].contiguous()
         rows = torch.arange(len(starts) - 1, device=starts.device)
         of_entries = torch.repeat_interleave(rows, starts.diff(), output_size=len(latents))
         keys = of_entries * self.n_latents + latents
-        limits = torch.tensor(objective.widths, device=starts.device)
+        limits = torch.tensor(plan.widths, device=starts.device)
         return torch.searchsorted(keys, rows[:, None] * self.n_latents + limits)
 
     def residual(
@@ -304,7 +301,7 @@ class FusedStep(ABC):
     ) -> Float[Tensor, "batch d_in"]:
         """z − ẑ of the SAE's own reconstruction, from weighted errors with those of later stages
         added."""
-        stage = self.objective.main_stage
+        stage = self.plan.main
         own = errors[stage]
         if stage + 1 < len(weights):
             own = own - errors[stage + 1]

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int, Real, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from sparsight.kernels.interface import Objective, Precision
+from sparsight.kernels.interface import Precision
+from sparsight.kernels.plan import AnyPlan
 
 # Torch says once a process that its sparse tensors are "in beta state"; what is used is tested.
 with warnings.catch_warnings():
@@ -143,10 +144,10 @@ def select_code(
     x: Float[Tensor, "batch d_in"],
     W: Float[Tensor, "n_latents d_in"],
     b: Float[Tensor, " n_latents"],
-    objective: Objective,
+    plan: AnyPlan,
     select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " batch_plus_one"]]:
-    """The code that an objective takes: activations, latents, and where each vector's begin.
+    """The code that a plan takes: activations, latents, and where each vector's begin.
 
     Entries come vector after vector; with Multi-TopK a vector's strongest come first.
 
@@ -154,17 +155,17 @@ def select_code(
         x: vectors, the decoder's bias subtracted.
         W: encoder rows.
         b: encoder bias.
-        objective: says how many are chosen, of each vector or of all.
+        plan: says how many are chosen, of each vector or of all.
         select: gives so many strongest scores of each vector and their latents.
     """
-    if objective.per_batch:
-        values, latents, counts = batch_topk(x, W, b, objective.k, select)
+    if plan.per_batch:
+        values, latents, counts = batch_topk(x, W, b, plan.k, select)
         return values.relu_(), latents, functional.pad(counts.cumsum(0), (1, 0))
-    values, latents = select(x, objective.selected)
-    if objective.larger_k:
+    values, latents = select(x, plan.selected)
+    if plan.larger_k:
         values, order = values.sort(dim=1, descending=True)
         latents = latents.gather(1, order)
-    starts = torch.arange(0, values.numel() + 1, objective.selected, device=x.device)
+    starts = torch.arange(0, values.numel() + 1, plan.selected, device=x.device)
     return values.flatten().relu_(), latents.flatten(), starts
 
 

@@ -80,25 +80,25 @@ class TorchStep(FusedStep):
         number: int,
         dead: Int[Tensor, " dead"] | None,
     ) -> StepFigures:
-        n, objective = len(z), self.objective
+        n, plan = len(z), self.plan
         x = z - self.b_dec
         code = self._code(x)
         weights = self.stage_weights(n)
         errors, squared = self._errors(x, code, weights)
         rows_of_errors, grads = self._code_gradients(code, errors)
-        loss = sum(w * s for w, s in zip(objective.weights, squared, strict=True))
+        loss = sum(w * s for w, s in zip(plan.weights, squared, strict=True))
         loss = torch.as_tensor(loss) / (n * self.variance)
         own = self.own_values(code.values, n)
         active, least = (own > 0).sum(), least_positive(own)
         aux, aux_loss = None, loss.new_zeros(())
         if dead is not None and len(dead):
             aux, aux_loss = dense_auxiliary(self, x, self.residual(errors, weights), dead)
-        loss = loss + objective.aux_alpha * aux_loss
+        loss = loss + plan.aux_alpha * aux_loss
         vectors = torch.repeat_interleave(
             torch.arange(n, device=x.device), code.starts.diff(), output_size=len(code.latents)
         )
         fired = torch.zeros(self.n_latents + 1, dtype=torch.bool, device=x.device)
-        main = (code.values > 0) & (rows_of_errors < (objective.main_stage + 1) * n)
+        main = (code.values > 0) & (rows_of_errors < (plan.main + 1) * n)
         fired[torch.where(main, code.latents, self.n_latents)] = True
         self.since_fired.add_(n).masked_fill_(fired[:-1], 0)
 
@@ -109,12 +109,10 @@ class TorchStep(FusedStep):
             torch.searchsorted(latents, every, right=True),
         )  # fmt: skip
         norm = self._update(x, errors.flatten(0, 1), entries, aux, lr, number)
-        return StepFigures(squared[objective.main_stage], loss, aux_loss, active, norm, least)
+        return StepFigures(squared[plan.main], loss, aux_loss, active, norm, least)
 
     def _code(self, x: Float[Tensor, "batch d_in"]) -> _Code:
-        values, latents, starts = select_code(
-            x, self.W_enc, self.b_enc, self.objective, self._select
-        )
+        values, latents, starts = select_code(x, self.W_enc, self.b_enc, self.plan, self._select)
         return _Code(values, latents, starts, self.stage_ends(starts, latents))
 
     def _select(self, x: Float[Tensor, "batch d_in"], k: int) -> tuple[Tensor, Tensor]:

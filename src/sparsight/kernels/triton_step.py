@@ -71,7 +71,7 @@ class TritonStep(FusedStep):
         programs = triton.cdiv(self.n_latents, LATENTS_OF_A_PROGRAM)
         self.partial_b_dec = self._new(programs, self.d_in)
         self.partial_squares = self._new(programs, dtype=torch.float64)
-        self.weights = torch.tensor(self.objective.weights, dtype=torch.float64, device=self.device)
+        self.weights = torch.tensor(self.plan.weights, dtype=torch.float64, device=self.device)
         (beta1, beta2), eps = self.adam.betas, self.adam.eps
         self.settings = torch.tensor(
             [0.0, beta1, 1 - beta1, beta2, 1 - beta2, 1.0, eps],
@@ -119,9 +119,9 @@ class TritonStep(FusedStep):
         number: int,
         dead: Int[Tensor, " dead"] | None,
     ) -> StepFigures:
-        n, objective = len(z), self.objective
+        n, plan = len(z), self.plan
         x = (z - self.b_dec).contiguous()
-        values, latents, starts = select_code(x, self.W_enc, self.b_enc, objective, self._select)
+        values, latents, starts = select_code(x, self.W_enc, self.b_enc, plan, self._select)
         bounds = torch.cat([starts[:-1, None], self.stage_ends(starts, latents)], dim=1)
         vectors = torch.repeat_interleave(
             torch.arange(n, device=self.device), starts.diff(), output_size=len(latents)
@@ -130,14 +130,14 @@ class TritonStep(FusedStep):
             latents, vectors, self._new(len(latents), dtype=torch.int32), values,
             self._new(len(latents)),
         )  # fmt: skip
-        errors = self._new(objective.n_stages, n, self.d_in)
-        squares = self._new(n, objective.n_stages)
-        norms = self._new(n), self._new(objective.n_stages * n)
+        errors = self._new(plan.n_stages, n, self.d_in)
+        squares = self._new(n, plan.n_stages)
+        norms = self._new(n), self._new(plan.n_stages * n)
         triton_kernels.reconstruct[(n,)](
             x, self.W_dec, bounds, latents, values,
             (self.weights * (2 / (n * self.variance))).to(self.dtype),
             entries.grads, entries.error_rows, errors, squares, *norms, n, self.d_in,
-            N_STAGES=objective.n_stages, NORMS=self.adam.max_norm is not None,
+            N_STAGES=plan.n_stages, NORMS=self.adam.max_norm is not None,
             **self.by_rows,
         )  # fmt: skip
         sums = squares.sum(dim=0, dtype=torch.float64)
@@ -148,9 +148,9 @@ class TritonStep(FusedStep):
         if dead is not None and len(dead):
             target = self.residual(errors, self.stage_weights(n))
             aux, aux_loss = dense_auxiliary(self, x, target, dead)
-        loss = loss + objective.aux_alpha * aux_loss
+        loss = loss + plan.aux_alpha * aux_loss
         norm = self._update(x, errors.flatten(0, 1), entries, norms, aux, lr, number)
-        return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
+        return StepFigures(sums[plan.main], loss, aux_loss, active, norm, least)
 
     def _select(
         self, x: Float[Tensor, "batch d_in"], k: int
@@ -215,7 +215,7 @@ class TritonStep(FusedStep):
         )  # fmt: skip
         values, kept = exact.topk(k, dim=1, sorted=False)
         latents = candidates.gather(1, kept)
-        if self.objective.widths:
+        if self.plan.widths:
             latents, order = latents.sort(dim=1)
             values = values.gather(1, order)
         return values, latents
@@ -286,7 +286,7 @@ class TritonStep(FusedStep):
             self.W_dec, *self.moments["W_dec"],
             *(self.low or (self.W_enc, self.whole)), self.encoder_squares, self.since_fired,
             *of_aux, self.settings, clip, needed, self.partial_b_dec, self.partial_squares,
-            self.n_latents, n, (self.objective.main_stage + 1) * n, self.d_in,
+            self.n_latents, n, (self.plan.main + 1) * n, self.d_in,
             UNIT_NORM=self.unit_norm, AUX=aux is not None, LOW=self.low is not None,
             SCALED=self.precision == "float8", APPLY=apply,
             LATENTS=LATENTS_OF_A_PROGRAM, **self.by_rows,

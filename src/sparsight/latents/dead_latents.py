@@ -8,18 +8,17 @@ from typing import Any
 
 from sparsight.figures import percent, rounded
 from sparsight.pages.tables import Row, Table
-
-REMEDIES = {"auxk": "AuxK", "ghost": "ghost gradients", "resampling": "resampling"}
+from sparsight.sae.remedies import Remedy
 
 
 def dead_latents_table(
-    log: Sequence[Mapping[str, Any]], remedies: Sequence[str], mean_to_spread: float | None
+    log: Sequence[Mapping[str, Any]], remedies: Sequence[type[Remedy]], mean_to_spread: float | None
 ) -> Table | None:
     """A table of a run's log; None where the log does not tell.
 
     Args:
         log: lines of `metrics.jsonl`.
-        remedies: which of `REMEDIES` the run had.
+        remedies: what the run had; one at most, but for runs of earlier versions.
         mean_to_spread: of the activations; see `sparsight.training.trainer.mean_to_spread`.
     """
     lines = [line for line in log if "revived" in line and "dead" in line]
@@ -28,12 +27,12 @@ def dead_latents_table(
     last = lines[-1]
     window = last["dead_window"]
     rows = [
-        ("remedy", ", ".join(REMEDIES[each] for each in remedies) or "none"),
+        ("remedy", ", ".join(each.label for each in remedies) or "none"),
         (f"dead at the end, in the last {window:,} vectors", percent(last["dead"])),
         ("dead at most", percent(max(line["dead"] for line in lines))),
         ("dead latents that fired again", f"{sum(line['revived'] for line in lines):,}"),
     ]
-    if "resampling" in remedies:
+    if any(each.renews for each in remedies):
         rows.append(("resampled", f"{sum(line['resampled'] for line in lines):,}"))
     before = [line["vectors_per_second"] for line in lines if line["vectors"] <= window]
     after = [line["vectors_per_second"] for line in lines if line["vectors"] > window]

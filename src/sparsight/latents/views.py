@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sparsight.errors import SparsightError
 from sparsight.figures import count
 from sparsight.latents.cards import Gallery, make_gallery
-from sparsight.latents.dead_latents import REMEDIES, dead_latents_table
+from sparsight.latents.dead_latents import dead_latents_table
 from sparsight.latents.drawing import density_histogram, density_scatter, error_by_position
 from sparsight.latents.run_files import RunFiles
 from sparsight.latents.stored import StoredCodes
@@ -22,6 +22,8 @@ from sparsight.pages.style import to_svg
 from sparsight.pages.tables import Plot, Table, Tile
 from sparsight.progress import progress
 from sparsight.redaction import without_folders
+from sparsight.sae.remedies import Remedy
+from sparsight.training.old_keys import remedies_in
 from sparsight.training.run import METRICS
 from sparsight.vision import VisionModel
 
@@ -119,13 +121,12 @@ def _dead_latents(run: RunFiles) -> Table | None:
         ) from error
 
 
-def _remedies(run: RunFiles) -> list[str]:
+def _remedies(run: RunFiles) -> list[type[Remedy]]:
     """What the run did for dead latents, from its configuration."""
     try:
-        train = tomllib.loads(run.config).get("train", {})
+        return [*remedies_in(tomllib.loads(run.config).get("train", {}))]
     except tomllib.TOMLDecodeError:
         return []
-    return [name for name in REMEDIES if isinstance(train.get(name), dict)]
 
 
 def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plot]:

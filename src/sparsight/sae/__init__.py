@@ -8,16 +8,14 @@ from sparsight.sae.autoencoder import SAEOutput, SparseAutoencoder
 from sparsight.sae.code import SparseCode
 from sparsight.sae.config import (
     Archetypal,
-    AuxK,
     Free,
-    GhostGradients,
     Matryoshka,
     MatryoshkaK,
     MultiTopK,
-    Resampling,
     SAEConfig,
 )
 from sparsight.sae.normaliser import Normaliser
+from sparsight.sae.remedies import AuxK, GhostGradients, Resampling
 from sparsight.sae.sparsity import (
     AbsTopK,
     BatchTopK,

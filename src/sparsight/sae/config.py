@@ -1,4 +1,4 @@
-"""What an SAE is made of, and what training may add: more reconstructions, remedies."""
+"""What an SAE is made of, and what training may add: more reconstructions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 from sparsight.config import check_types
 from sparsight.errors import UserError
+from sparsight.kernels.plan import Stage
 from sparsight.sae.sparsity import AnySparsity, TopK
 
 NormaliserKind = Literal["scale", "standardise", "none", "layer_norm", "constant_norm"]
@@ -34,6 +35,20 @@ class MultiTopK:
         if self.weight <= 0:
             raise UserError(f"multi_topk.weight is {self.weight}; it must be positive.")
 
+    def stages(self, k: int, n_latents: int) -> tuple[Stage, ...]:
+        """The reconstructions, that of the SAE first.
+
+        Raises:
+            UserError: the second code has more latents than there are.
+        """
+        larger = self.multiple * k
+        if larger > n_latents:
+            raise UserError(
+                f"multi_topk.multiple is {self.multiple}: {larger} latents, more than the "
+                f"{n_latents} there are."
+            )
+        return Stage(), Stage(self.weight, k=larger)
+
 
 @dataclass(frozen=True)
 class Matryoshka:
@@ -60,6 +75,11 @@ class Matryoshka:
             )
         if self.random is not None and self.random < 2:
             raise UserError(f"matryoshka.random is {self.random}; it must be at least 2.")
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the training steps without autograd compute it."""
+        return self.random is None
 
     def widths(self, n_latents: int) -> tuple[int, ...]:
         """Latents of each prefix, at least one; equal ones count once."""
@@ -89,6 +109,11 @@ class MatryoshkaK:
         ):
             raise UserError(f"matryoshka.ks are {self.ks}; they must be at least 1, and rise.")
 
+    @property
+    def fusable(self) -> bool:
+        """Whether the training steps without autograd compute it."""
+        return False
+
     def stages(self, k: int, n_latents: int) -> tuple[int, ...]:
         """Every k, that of the SAE among them.
 
@@ -104,92 +129,6 @@ class MatryoshkaK:
         if ks[-1] > n_latents:
             raise UserError(f"matryoshka.ks go up to {ks[-1]}, more than the {n_latents} latents.")
         return tuple(sorted({k, *ks}))
-
-
-@dataclass(frozen=True)
-class AuxK:
-    """Let dead latents model what the living ones leave over (Gao et al. 2024, appendix A.2).
-
-    It helps latents whose pre-activations are positive but too small for their k places; those that
-    a penalty has pushed below 0 for every vector get nothing of it.
-    """
-
-    alpha: float = 1 / 32
-    """Weight of the auxiliary loss."""
-
-    k: int | None = None
-    """Dead latents that are used per vector; None is the power of two nearest to d_in / 2."""
-
-    dead_after: int | None = None
-    """Vectors without an activation after which a latent counts as dead; None is 10,000,000 or a
-    tenth of the run, whichever is smaller."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "auxk.")
-        if self.alpha <= 0:
-            raise UserError(f"auxk.alpha is {self.alpha}; it must be positive (or auxk None).")
-        if self.k is not None and self.k < 1:
-            raise UserError(f"auxk.k is {self.k}; it must be at least 1.")
-        if self.dead_after is not None and self.dead_after < 1:
-            raise UserError(f"auxk.dead_after is {self.dead_after}; it must be at least 1.")
-
-
-@dataclass(frozen=True)
-class GhostGradients:
-    """Let dead latents, with exponential activations, model what the living ones leave over.
-
-    For latents without an activation in the last `dead_after` vectors: g = Σ exp(s_i) W_dec[i],
-    scaled to half the norm of the residual e; the loss is ‖g − e‖², rescaled to be as large as the
-    reconstruction's (Jermyn & Templeton 2024, "Ghost grads", Anthropic's circuits update of
-    January). The scales and e get no gradient.
-
-    Meant for ReLU, whose dead latents have no activation that AuxK could use. Where latents compete
-    for k places AuxK is the better remedy: here all ghosts are drawn in the same direction.
-    """
-
-    dead_after: int | None = None
-    """As in `AuxK`."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "ghost.")
-        if self.dead_after is not None and self.dead_after < 1:
-            raise UserError(f"ghost.dead_after is {self.dead_after}; it must be at least 1.")
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """Begin anew with dead latents, at vectors that are reconstructed badly.
-
-    A vector is drawn with probability in proportion to the square of its loss; its direction from
-    b_dec becomes the decoder row with norm 1, and the encoder row with `scale` times the mean norm
-    of the living ones; the bias and the moments of Adam become 0 (Bricken et al. 2023, "Towards
-    monosemanticity", appendix "Neuron resampling"). Vectors come from the batch at hand, each once:
-    where more latents are dead than a batch has vectors, the rest follows with the next batches.
-
-    Meant for ReLU, JumpReLU and Gated. Where latents compete for k places, new ones lose them again
-    soon: take AuxK there.
-    """
-
-    every: int | None = None
-    """Vectors between resamplings; None is a tenth of the run."""
-
-    times: int = 4
-    """How often, at most."""
-
-    dead_after: int | None = None
-    """Vectors without an activation after which a latent counts as dead; None is half of
-    `every`."""
-
-    scale: float = 0.2
-    """Norm of the encoder row, in that of the living ones. New latents are much alike, and many
-    are active for one vector: with 1 they would drown what the others have learnt."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "resampling.")
-        for name in ("every", "times", "dead_after", "scale"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"resampling.{name} is {value}; it must be positive.")
 
 
 @dataclass(frozen=True)
@@ -283,6 +222,12 @@ class SAEConfig:
             raise UserError(f"{kind} has no encoder that could be tied; leave tied out.")
         if self.n_latents is not None:
             self.sparsity.check_width(self.n_latents)
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the training steps without autograd compute it."""
+        usual = self.subtract_b_dec and not self.tied and isinstance(self.dictionary, Free)
+        return usual and self.soft_cap is None and self.sparsity.fusable
 
     def width(self, d_in: int) -> int:
         """Number of latents for activations of width `d_in`.

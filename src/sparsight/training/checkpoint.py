@@ -10,17 +10,20 @@ weights. Random numbers are drawn from seeds alone, so that there are no random 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from sparsight.errors import UserError
 from sparsight.files import write_bytes
 from sparsight.runs import checkpoint_files
 from sparsight.runs.checkpoint_files import newest, newest_step
 from sparsight.sae.files import WEIGHTS
 from sparsight.tensor_files import read_safetensors, write_safetensors
+from sparsight.training.old_keys import with_remedy
 from sparsight.training.run import METRICS
 from sparsight.training.site import SiteTraining
 
@@ -107,7 +110,7 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
             {site: state["summed"][site] for site in sites},
             {site: read_safetensors(path / site / WEIGHTS) for site in sites},
             {site: read_safetensors(path / site / _TENSORS) for site in sites},
-            {site: state.get("runs", {}).get(site) for site in sites},
+            {site: _run(state, site) for site in sites},
             {site: _log(path, f"{site}/{METRICS}", state) for site in sites},
         )
 
@@ -121,7 +124,16 @@ def identities(folder: Path) -> dict[str, Any]:
     checkpoint.
     """
     state = checkpoint_files.newest_state(folder)
-    return {name: state.get("runs", {}).get(name) for name in state.get("summed", {})}
+    return {name: _run(state, name) for name in state.get("summed", {})}
+
+
+def _run(state: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What makes a run the same run, in the words of this version."""
+    run: dict[str, Any] | None = state.get("runs", {}).get(name)
+    if run is not None and isinstance(run.get("train"), dict):
+        with suppress(UserError):  # what cannot be had now is another run
+            run = {**run, "train": with_remedy(run["train"], quiet=True)}
+    return run
 
 
 def _log(path: Path, name: str, state: Mapping[str, Any]) -> bytes | None:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from sparsight.config import check_seed, check_types
 from sparsight.errors import UserError
-from sparsight.kernels import Kernels, Objective
-from sparsight.sae import (
-    AuxK,
-    Free,
-    GhostGradients,
-    Matryoshka,
-    MatryoshkaK,
-    MultiTopK,
-    Resampling,
-    SAEConfig,
-)
-from sparsight.sae.objectives import Plan, Stage, default_auxk
+from sparsight.kernels import Kernels, Plan, Stage
+from sparsight.sae import AuxK, Matryoshka, MatryoshkaK, MultiTopK, SAEConfig
+from sparsight.sae.objectives import SAEPlan
+from sparsight.sae.remedies import AnyRemedy
+from sparsight.training.old_keys import with_remedy, with_remedy_of
 from sparsight.vision import Tokens
 
 LARGEST_DEAD_WINDOW = 10_000_000
@@ -66,14 +61,8 @@ class TrainConfig:
     grad_clip: float | None = 1.0
     """Largest norm of the gradient; None does not clip."""
 
-    auxk: AuxK | None = field(default_factory=AuxK)
-    """Remedy for dead latents; None trains without."""
-
-    ghost: GhostGradients | None = None
-    """Another remedy for dead latents."""
-
-    resampling: Resampling | None = None
-    """A third one."""
+    remedy: AnyRemedy | None = field(default_factory=AuxK)
+    """What is done about dead latents; None trains without."""
 
     sparsity_warmup: float = 0.05
     """Share of the run in which the sparsity's penalty rises from 0, where it has one."""
@@ -116,6 +105,9 @@ class TrainConfig:
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go beside `metrics.jsonl`."""
 
+    upgraded: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(with_remedy)
+    """Reads tables of earlier versions; see `sparsight.config`."""
+
     def __post_init__(self) -> None:
         check_types(self)
         check_seed(self.seed)
@@ -147,10 +139,8 @@ class TrainConfig:
                 raise UserError(f"{name} needs sparsity TopK; with {kind} leave it out.")
         if not 0 <= self.sparsity_warmup <= 1:
             raise UserError(f"sparsity_warmup is {self.sparsity_warmup}; it is a share of the run.")
-        if self.resampling is not None and self.sae.tied:
-            raise UserError(
-                "resampling needs an encoder that can begin weak: with tied weights take auxk."
-            )
+        if self.remedy is not None:
+            self.remedy.check(self.sae)
         if self.target_site is not None and self.sae.b_dec_init != "zero":
             raise UserError(
                 f"b_dec_init is {self.sae.b_dec_init!r}: a transcoder's bias starts at zero."
@@ -186,99 +176,70 @@ class TrainConfig:
     @property
     def dead_after(self) -> int:
         """Vectors without an activation after which a latent counts as dead."""
-        stated = (self.auxk and self.auxk.dead_after) or (self.ghost and self.ghost.dead_after)
+        stated = self.remedy.window if self.remedy is not None else None
         return stated or max(1, min(LARGEST_DEAD_WINDOW, self.length // 10))
-
-    @property
-    def resample_every(self) -> int:
-        """Vectors between resamplings, where there are any."""
-        stated = self.resampling.every if self.resampling else None
-        return stated or max(1, self.length // 10)
-
-    @property
-    def resample_after(self) -> int:
-        """Vectors without an activation after which a latent is resampled."""
-        stated = self.resampling.dead_after if self.resampling else None
-        return stated or max(1, self.resample_every // 2)
 
     def learning_rate(self, n_latents: int) -> float:
         """The peak learning rate."""
         return self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)
 
-    def plan(self, d_in: int) -> Plan:
+    @property
+    def fusable(self) -> bool:
+        """Whether the training steps without autograd compute it; else "dense" does."""
+        extras = (self.sae, self.matryoshka, self.remedy)
+        return self.target_site is None and all(each is None or each.fusable for each in extras)
+
+    def plan(self, d_in: int) -> SAEPlan:
         """What is minimised, for activations of width `d_in`.
 
         Raises:
             UserError: more latents are asked for than there are.
         """
-        n_latents, sparsity = self.sae.width(d_in), self.sae.sparsity
+        n_latents, k = self.sae.width(d_in), self.sae.sparsity.places
         stages: tuple[Stage, ...] = (Stage(),)
         main = 0
         random: int | None = None
         if self.multi_topk is not None:
-            larger = self.multi_topk.multiple * sparsity.places
-            if larger > n_latents:
-                raise UserError(
-                    f"multi_topk.multiple is {self.multi_topk.multiple}: {larger} latents, more "
-                    f"than the {n_latents} there are."
-                )
-            stages = (Stage(), Stage(self.multi_topk.weight, k=larger))
+            stages = self.multi_topk.stages(k, n_latents)
         elif isinstance(self.matryoshka, MatryoshkaK):
-            ks = self.matryoshka.stages(sparsity.places, n_latents)
+            ks = self.matryoshka.stages(k, n_latents)
             rising = range(len(ks), 0, -1)
             raw = rising if self.matryoshka.weights == "reverse" else [1] * len(ks)
             stages = tuple(Stage(w / sum(raw), k=k) for w, k in zip(raw, ks, strict=True))
-            main = ks.index(sparsity.places)
-        elif isinstance(self.matryoshka, Matryoshka):
+            main = ks.index(k)
+        elif self.matryoshka is not None:
             random = self.matryoshka.random
             widths = self.matryoshka.widths(n_latents)
             stages = tuple(Stage(1 / len(widths), width=width) for width in widths)
             main = len(stages) - 1
+        with_loss = self.remedy if self.remedy is not None and self.remedy.weight else None
         return Plan(
-            sparsity,
+            self.sae.sparsity,
             stages,
             main,
             random_widths=random,
             soft_cap=self.sae.soft_cap,
-            aux_k=(self.auxk.k or default_auxk(d_in)) if self.auxk else 0,
-            aux_alpha=self.auxk.alpha if self.auxk else 0.0,
-            ghost=self.ghost is not None,
-        )
-
-    def objective(self, d_in: int) -> Objective | None:
-        """The same for the fused kernels; None where they do not compute it.
-
-        Raises:
-            UserError: more latents are asked for than there are.
-        """
-        plan, sae = self.plan(d_in), self.sae
-        sparsity = sae.sparsity
-        usual = sae.subtract_b_dec and not sae.tied and isinstance(sae.dictionary, Free)
-        if (
-            not sparsity.fusable
-            or not usual
-            or self.target_site is not None
-            or plan.random_widths is not None
-            or plan.soft_cap is not None
-            or plan.ghost
-            or isinstance(self.matryoshka, MatryoshkaK)
-        ):
-            return None
-        widths = tuple(stage.width for stage in plan.stages if stage.width is not None)
-        return Objective(
-            sparsity.places,
-            per_batch=sparsity.per_batch,
-            larger_k=plan.stages[-1].k,
-            widths=widths,
-            weights=tuple(stage.weight for stage in plan.stages),
-            aux_k=plan.aux_k,
-            aux_alpha=plan.aux_alpha,
+            remedy=None if with_loss is None else with_loss.for_width(d_in),
         )
 
     def steps_every(self, n_vectors: int | None, share: int) -> int:
         """Steps in `n_vectors`, or in one of `share` equal parts of the run."""
         vectors = n_vectors or self.length / share
         return max(1, round(vectors / self.batch_size))
+
+
+def _read_old_keywords() -> None:
+    """Let `TrainConfig` take the keywords that it had before, for one version."""
+    take = TrainConfig.__init__
+
+    @functools.wraps(take)
+    def __init__(self: TrainConfig, *arguments: Any, **keywords: Any) -> None:
+        take(self, *arguments, **with_remedy_of(keywords, AuxK()))
+
+    TrainConfig.__init__ = __init__  # type: ignore[method-assign]
+
+
+_read_old_keywords()
 
 
 @dataclass(frozen=True)

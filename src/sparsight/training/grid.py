@@ -1,18 +1,16 @@
 """The grid of a sweep: from lists of values to named combinations.
 
 A key is the dotted path of a field of `TrainConfig`, or a short name. Its values are plain, or
-whole parts: `sae.sparsity = ["topk", {kind = "relu", l1 = 1e-3}]`. Two keys are no fields:
-`tokens`, the positions to train on, and `remedy`, of which a member has one at most.
+whole parts: `sae.sparsity = ["topk", {kind = "relu", l1 = 1e-3}]`. One key is no field:
+`tokens`, the positions to train on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import itertools
 import json
-import operator
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +19,10 @@ from typing import Any
 from sparsight.config import NONE, convert, from_dict, kind_of, to_dict
 from sparsight.errors import UserError
 from sparsight.training.config import TrainConfig
+from sparsight.training.old_keys import REMEDY, pairs_with_remedy
 from sparsight.vision import Tokens
 
 TOKENS = "tokens"
-REMEDY = "remedy"
-REMEDIES = tuple(
-    field.name
-    for field in dataclasses.fields(TrainConfig)
-    if field.name in ("auxk", "ghost", "resampling")
-)
-"""What may be done about dead latents."""
-
 SHORT_NAMES = {
     "k": "sae.sparsity.k",
     "n_latents": "sae.n_latents",
@@ -82,7 +73,7 @@ def combinations(grid: Grid, base: TrainConfig) -> Iterator[Combination]:
     """
     names: dict[str, int] = {}
     told: set[str] = set()
-    whole = {key for key in grid if key in (TOKENS, REMEDY) or key in _parts(base)}
+    whole = {key for key in grid if key == TOKENS or key in _parts(base)}
     for values in itertools.product(*grid.values()):
         setting = dict(zip(grid, values, strict=True))
         made = to_dict(base)
@@ -109,7 +100,7 @@ def checked(grid: Mapping[str, Any], base: TrainConfig) -> Grid:
         raise UserError(
             "grid is empty: name what varies, e.g. k = [16, 32]; [grid] in a TOML file."
         )
-    given_lists = list(_flat(grid))
+    given_lists = pairs_with_remedy(list(_flat(grid)))
     keys = [SHORT_NAMES.get(given, given) for given, _ in given_lists]
     parts = _parts(base)
     found: Grid = {}
@@ -120,7 +111,7 @@ def checked(grid: Mapping[str, Any], base: TrainConfig) -> Grid:
         if key in found:
             raise UserError(f"grid: {given} is named twice; {key} is the same.")
         if not isinstance(values, list | tuple):
-            if key in {*parts, *_leaves(base), TOKENS, REMEDY}:
+            if key in {*parts, *_leaves(base), TOKENS}:
                 raise UserError(f"grid: {given} is {values!r}; expected a list of values.")
             raise UserError(_unknown(given, key, _leaves(base), base))
         if not values:
@@ -131,20 +122,11 @@ def checked(grid: Mapping[str, Any], base: TrainConfig) -> Grid:
             shown = values[made.index(twice[0], made.index(twice[0]) + 1)]
             raise UserError(f"grid: {given} lists {NONE if shown is None else shown!r} twice.")
         objects += [(key, each) for each in made if dataclasses.is_dataclass(each)]
-    inside = {
-        f"{_remedy_field(each) if key == REMEDY else key}.{field.name}"
-        for key, each in objects
-        for field in dataclasses.fields(each)
-    }
-    allowed = {*_leaves(base), *parts, *inside, TOKENS, REMEDY}
+    inside = {f"{key}.{field.name}" for key, each in objects for field in dataclasses.fields(each)}
+    allowed = {*_leaves(base), *parts, *inside, TOKENS}
     for (given, _), key in zip(given_lists, keys, strict=True):
         if key not in allowed:
             raise UserError(_unknown(given, key, sorted(allowed), base))
-    if REMEDY in found and set(REMEDIES) & set(found):
-        raise UserError(
-            f"grid: {REMEDY} names one of {', '.join(REMEDIES)} for each member; "
-            "leave the others out."
-        )
     if "sae.expansion" in found and ("sae.n_latents" in found or base.sae.n_latents is not None):
         raise UserError(
             "grid: sae.expansion has no effect where n_latents is given. Leave one out."
@@ -156,12 +138,13 @@ def _value(key: str, given: Any, base: TrainConfig) -> tuple[Any, Any]:
     """A value as it stands in a setting, and what it is compared by: parts as their dataclass."""
     if key == TOKENS:
         return given, convert(Tokens, given, "grid", TOKENS)
-    if key == REMEDY:
-        return _remedy(given, base)
     hint = _parts(base).get(key)
     if hint is None:
         plain = NONE if given is None else given
         return plain, plain
+    own = base.remedy if key == REMEDY else None
+    if own is not None and given in (own.word, kind_of(type(own))):
+        given = own  # a name alone is the base's own, if it has that one
     return _part(hint, given, key)
 
 
@@ -179,45 +162,12 @@ def _part(hint: Any, given: Any, key: str) -> tuple[Any, Any]:
     else:
         table = given
     made = convert(hint, table, "grid", key)
-    return table, made
-
-
-def _remedy(given: Any, base: TrainConfig) -> tuple[Any, Any]:
-    """The same of a remedy, which is named by its field or by its kind; a name alone is the base's
-    own, if it has one."""
-    hints = typing.get_type_hints(TrainConfig)
-    if given is None or given == NONE:
-        return NONE, None
-    kinds = {name: kind_of(_classes(hints[name])[0]) for name in REMEDIES}
-    if isinstance(given, str):
-        own = next((getattr(base, name) for name in REMEDIES if given in (name, kinds[name])), None)
-        given = {"kind": given, **(_own(own) if own is not None else {})}
-    if isinstance(given, Mapping):
-        given = {**given, "kind": kinds.get(given.get("kind", ""), given.get("kind"))}
-    hint = functools.reduce(operator.or_, (hints[name] for name in REMEDIES))
-    if isinstance(given, Mapping) and given["kind"] not in kinds.values():
-        raise UserError(
-            f"grid: {REMEDY}.kind is {given['kind']!r}; expected {NONE!r} or "
-            f"{' or '.join(map(repr, REMEDIES))}."
-        )
-    return _part(hint, given, REMEDY)
-
-
-def _remedy_field(remedy: Any) -> str:
-    """The field of `TrainConfig` that takes a remedy, as its dataclass or its kind."""
-    hints = typing.get_type_hints(TrainConfig)
-    kind = remedy if isinstance(remedy, str) else kind_of(type(remedy))
-    return next(name for name in REMEDIES if kind_of(_classes(hints[name])[0]) == kind)
+    return {**table, "kind": kind_of(type(made))}, made
 
 
 def _put(values: dict[str, Any], key: str, value: Any, base: TrainConfig) -> bool:
     """Put a value where it belongs; False where its part has no such field."""
     if key == TOKENS:
-        return True
-    if key == REMEDY:
-        values |= dict.fromkeys(REMEDIES, NONE)
-        if value != NONE:
-            values[_remedy_field(value["kind"])] = value
         return True
     *tables, last = key.split(".")
     inside = values
@@ -289,7 +239,7 @@ def _unknown(given: str, key: str, allowed: Sequence[str], base: TrainConfig) ->
     table = key.rpartition(".")[0]
     if table in _parts(base) and table in _leaves(base):
         return f"grid: {given} cannot vary where {table} is none. Give the base one, in [train]."
-    names = sorted({*allowed, *SHORT_NAMES, TOKENS, REMEDY} - set(_SHARED))
+    names = sorted({*allowed, *SHORT_NAMES, TOKENS} - set(_SHARED))
     close = difflib.get_close_matches(given, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"grid: unknown key {given!r}.{hint} What may vary: {', '.join(names)}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +11,14 @@ from torch import Tensor
 
 from sparsight.activations import SiteStatistics
 from sparsight.errors import SparsightError, UserError
-from sparsight.kernels import Adam, FusedStep, Kernels, Precision, StepFigures, fused_step
-from sparsight.kernels.interface import least_positive
+from sparsight.kernels import Adam, Kernels, Precision, TrainingStep, training_step
 from sparsight.sae import Normaliser, SparseAutoencoder
 from sparsight.sae.code import Frame
 from sparsight.sae.normaliser import ROUNDING
-from sparsight.sae.objectives import dense_loss, whole_batch
+from sparsight.sae.objectives import SAELoss
+from sparsight.sae.remedies import Trained
+from sparsight.sae.remedies.base import PER_LATENT
 from sparsight.training.config import TrainConfig
-from sparsight.training.resampling import PER_LATENT, resample
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -27,8 +26,8 @@ SUMS = (
     "squared_error", "squared_spread", "l0", "loss", "aux_loss", "grad_norm", "penalty", "revived",
     "resampled",
 )  # fmt: skip
-DENSE_ENTRIES = 2**27
-"""Of a code that plain autograd holds at a time, where a batch can be taken in parts."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What a checkpoint calls the moments of Adam, as `torch.optim` does."""
 HALF_ROUNDING = {torch.bfloat16: 64e-7, torch.float16: 1e-7}
 """As `ROUNDING`, of activations that were in half precision: some three times what it makes."""
 THRESHOLD_DECAY = 0.999
@@ -73,74 +72,42 @@ class SiteTraining:
         resumed: bool = False,
     ) -> None:
         self.config = config
-        kind = config.sae.normaliser
         for name, each in {"site": statistics, "target_site": target}.items():
             if each is not None and not _varies(each):
                 raise _nothing_to_learn(metadata.get(name, "The site"))
-        normaliser = Normaliser.fit(kind, statistics.mean, statistics.second_moment)
-        target_normaliser = None
-        if target is not None:
-            target_normaliser = Normaliser.fit(kind, target.mean, target.second_moment)
-        self.sae = SparseAutoencoder(
-            len(statistics.mean),
-            config.sae,
-            d_out=None if target is None else len(target.mean),
-            normaliser=normaliser,
-            target_normaliser=target_normaliser,
-            sample=normaliser(sample.cpu().float()),
-            seed=config.seed,
-            metadata=metadata,
-        ).to(device)
-        fitted, own = target_normaliser or normaliser, target or statistics
-        seen = sample if target_sample is None else target_sample
-        frame = normaliser.frame(sample.cpu().float())
-        variance, centre = _spread(own, fitted, seen.cpu().float(), frame)
-        if frame is not None and not resumed:
-            _check_first_batch(seen.cpu().float(), frame, kind, metadata)
-        self.variance = variance
+        sample = sample.cpu().float()
+        sae = _initial(config, statistics, target, sample, metadata)
+        seen = sample if target_sample is None else target_sample.cpu().float()
+        variance, centre = _first_spread(sae, target or statistics, sample, seen, resumed)
+        self.sae = sae.to(device)
         self.centre: Float[Tensor, " d_out"] = centre.float().to(device)
         self.lr = config.learning_rate(self.sae.n_latents)
         self.plan = config.plan(self.sae.d_in)
-        self.objective = config.objective(self.sae.d_in)
-        faster = config.sae.sparsity.lr_factors
-        groups: dict[float, list[Tensor]] = {}
-        for name, parameter in self.sae.named_parameters():
-            groups.setdefault(faster.get(name, 1.0), []).append(parameter)
-        self.optimiser = torch.optim.Adam(
-            [{"params": each, "factor": factor} for factor, each in groups.items()],
-            lr=self.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
-        for parameter in self.sae.parameters():
-            self.optimiser.state[parameter] = {
-                "step": torch.zeros((), device=device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.parameters = dict(self.sae.named_parameters())
+        self.moments = {
+            name: (torch.zeros_like(each), torch.zeros_like(each))
+            for name, each in self.parameters.items()
+        }
         self.since_fired: Int[Tensor, " n_latents"] = torch.zeros(
             self.sae.n_latents, dtype=torch.int64, device=device
         )
         self.average: dict[str, Tensor] = {}
         if config.ema is not None:
-            self.average = {
-                name: each.detach().clone() for name, each in self.sae.named_parameters()
-            }
+            self.average = {name: each.detach().clone() for name, each in self.parameters.items()}
         self.threshold = torch.zeros((), dtype=torch.float64, device=device)
-        self.fused: FusedStep | None = None
-        if kernels != "dense" and self.objective is not None:
-            self.fused = fused_step(
-                kernels,
-                dict(self.sae.named_parameters()),
-                {name: self._moments(name) for name, _ in self.sae.named_parameters()},
-                self.since_fired,
-                self.objective,
-                Adam(config.betas, config.eps, config.grad_clip),
-                variance=self.variance,
-                unit_norm=config.sae.unit_norm_decoder,
-                precision=precision,
-            )
+        self.back_end: TrainingStep = training_step(
+            kernels,
+            self.parameters,
+            self.moments,
+            self.since_fired,
+            self.plan,
+            Adam(config.betas, config.eps, config.grad_clip),
+            loss=SAELoss(self.sae, self.plan, config.sparsity_warmup * config.n_steps, config.seed),
+            lr_factors=config.sae.sparsity.lr_factors,
+            variance=variance,
+            unit_norm=config.sae.unit_norm_decoder,
+            precision=precision,
+        )
         self.first_bad_steps = torch.full((len(BAD),), NEVER, dtype=torch.int64, device=device)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.summed = 0
@@ -173,25 +140,25 @@ class SiteTraining:
             if self.sae.target_normaliser is not None:
                 assert target is not None
                 y = self.sae.target_normaliser(target, frame)
-            resampled = self._resample(z, y, step)
+            resampled = self._renew(z, y, step)
             before = self.dead if step * len(z) >= self.config.dead_after else None
             dead = None
-            if before is not None and (self.config.auxk or self.config.ghost):
+            if before is not None and self.plan.remedy is not None:
                 dead = before.nonzero()[:, 0]
-            lr = self.lr * lr_factor
-            penalty = self.sums.new_zeros(())
-            if self.fused is not None:
-                found = self.fused.step(z, lr=lr, number=step + 1, dead=dead)
-            else:
-                for state in self.optimiser.state.values():
-                    state["step"].fill_(step)
-                found, penalty = self._dense_step(z, y, step, lr, dead)
+            found = self.back_end.step(
+                z,
+                lr=self.lr * lr_factor,
+                number=step + 1,
+                dead=dead,
+                target=None if self.sae.target_normaliser is None else y,
+            )
             self._average(step)
             spread = (y - self.centre).square().sum()
             self._watch(step, spread, found.loss, found.grad_norm)
             if self.config.sae.sparsity.per_batch:
                 self._follow_threshold(step, found.least)
-            revived = penalty.new_zeros(())
+            none = self.sums.new_zeros(())
+            revived, penalty = none, none if found.penalty is None else found.penalty
             if before is not None:
                 revived = (before & ~self.dead).sum()
             figures = (
@@ -204,7 +171,7 @@ class SiteTraining:
     @property
     def kernels(self) -> str:
         """Who computes the steps, for the log."""
-        return "dense-float32" if self.fused is None else self.fused.name
+        return self.back_end.name
 
     def figures(self, batch_size: int) -> dict[str, float]:
         """Averages since the last call, over the vectors trained on: FVU, L0, dead, losses; and how
@@ -243,15 +210,14 @@ class SiteTraining:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that exact resume needs beside those of the SAE."""
-        found = {}
-        for name, parameter in self.sae.named_parameters():
-            for key, each in self.optimiser.state[parameter].items():
-                found[f"optimiser.{name}.{key}"] = each
+        found: dict[str, Tensor] = {}
+        for name, moments in self.moments.items():
+            found |= {f"optimiser.{name}.{key}": m for key, m in zip(MOMENTS, moments, strict=True)}
         found |= {f"average.{name}": each for name, each in self.average.items()}
         found["since_fired"] = self.since_fired
         found["threshold"] = self.threshold
         found["sums"] = self.sums
-        found["variance"] = torch.tensor(self.variance, dtype=torch.float64)
+        found["variance"] = torch.tensor(self.back_end.variance, dtype=torch.float64)
         found["centre"] = self.centre
         return {key: each.detach().cpu().contiguous() for key, each in found.items()}
 
@@ -260,8 +226,8 @@ class SiteTraining:
     ) -> None:
         """Continue from the tensors of the SAE, `state()` and `summed`."""
         self.sae.load_state_dict(sae)
-        for name, parameter in self.sae.named_parameters():
-            for key, each in self.optimiser.state[parameter].items():
+        for name, moments in self.moments.items():
+            for key, each in zip(MOMENTS, moments, strict=True):
                 each.copy_(state[f"optimiser.{name}.{key}"])
         # Absent in checkpoints from before there was BatchTopK.
         self.threshold.copy_(state.get("threshold", self.threshold))
@@ -271,105 +237,26 @@ class SiteTraining:
         # Checkpoints from before there were penalties and resampling have fewer sums.
         self.sums.zero_()[: len(state["sums"])] = state["sums"].to(self.sums)
         if self.sae.normaliser.per_vector:  # measured on the first batch
-            self.variance = float(state["variance"])
+            self.back_end.variance = float(state["variance"])
             self.centre.copy_(state["centre"])
-            if self.fused is not None:
-                self.fused.variance = self.variance
         self.summed = summed
 
-    def _moments(self, name: str) -> tuple[Tensor, Tensor]:
-        state = self.optimiser.state[self.sae.get_parameter(name)]
-        return state["exp_avg"], state["exp_avg_sq"]
-
-    def _dense_step(
-        self,
-        z: Float[Tensor, "batch d_in"],
-        y: Float[Tensor, "batch d_out"],
-        step: int,
-        lr: float,
-        dead: Int[Tensor, " dead"] | None,
-    ) -> tuple[StepFigures, Float[Tensor, ""]]:
-        """A step of plain autograd; a large batch in parts, of whose losses its own is the mean."""
-        plan = self.plan.at(step, self.sae.n_latents, self.config.seed)
-        price = min((step + 1) / max(self.config.sparsity_warmup * self.config.n_steps, 1), 1.0)
-        self.optimiser.zero_grad(set_to_none=True)
-        size, whole = max(1, DENSE_ENTRIES // self.sae.n_latents), None
-        if not (plan.sparsity.separable or plan.sparsity.per_batch):
-            size = len(z)
-        batch = list(zip(z.split(size), y.split(size), strict=True))
-        some_dead = dead is not None and len(dead) > 0
-        if len(batch) > 1 and (some_dead or not plan.sparsity.separable):
-            seen = [(inputs, self._without_skip(inputs, target)) for inputs, target in batch]
-            whole = whole_batch(self.sae.weights(), seen, plan, dead)
-        fired = torch.zeros(self.sae.n_latents, dtype=torch.bool, device=z.device)
-        sums = torch.zeros(5, dtype=torch.float64, device=z.device)
-        least = torch.full((), math.inf, device=z.device)
-        for inputs, target in batch:
-            with torch.enable_grad():
-                found = dense_loss(
-                    self.sae.weights(),
-                    inputs,
-                    plan,
-                    self.variance,
-                    dead,
-                    target=self._without_skip(inputs, target),
-                    price=price,
-                    whole=whole,
-                )
-                share = len(inputs) / len(z)
-                (share * found.loss).backward()
-            fired |= (found.code != 0).any(dim=0)
-            least = torch.minimum(least, least_positive(found.code))
-            parts = (
-                found.squared_error, share * found.loss.detach(), share * found.aux_loss,
-                (found.code != 0).sum(), share * found.penalty,
-            )  # fmt: skip
-            sums += torch.stack([each.double() for each in parts])
-        W_dec = self.sae.W_dec
-        if self.config.sae.unit_norm_decoder and W_dec.grad is not None:
-            along = (W_dec.grad * W_dec).sum(dim=1, keepdim=True)
-            W_dec.grad -= along * W_dec
-        largest = self.config.grad_clip if self.config.grad_clip is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), largest)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr * group["factor"]
-        self.optimiser.step()
-        self.sae.constrain()
-        self.since_fired.add_(len(z))
-        self.since_fired.masked_fill_(fired, 0)
-        squared_error, loss, aux_loss, active, penalty = sums
-        return StepFigures(squared_error, loss, aux_loss, active.long(), norm, least), penalty
-
-    def _without_skip(
-        self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]
-    ) -> Float[Tensor, "batch d_out"]:
-        """What is left for the code, where a transcoder has a linear map beside it."""
-        return y - z @ self.sae.W_skip.T if self.config.sae.skip else y
-
-    def _resample(
+    def _renew(
         self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], step: int
     ) -> Float[Tensor, ""]:
-        """Begin anew with dead latents if it is time to; how many."""
-        none = self.sums.new_zeros(())
-        settings = self.config.resampling
-        if settings is None:
+        """Let the remedy begin anew with dead latents; with how many it does."""
+        none, remedy = self.sums.new_zeros(()), self.config.remedy
+        if remedy is None:
             return none
-        every = max(1, round(self.config.resample_every / len(z)))
-        instalments = math.ceil(self.sae.n_latents / len(z))
-        if not 1 <= step // every <= settings.times or step % every >= instalments:
-            return none
-        # In later instalments those that were dead at the first, not those that it killed.
-        since = self.config.resample_after + step % every * len(z)
-        dead = (self.since_fired >= since).nonzero()[:, 0]
-        if len(dead) == 0:
-            return none
-        moments = {name: self._moments(name) for name, _ in self.sae.named_parameters()}
-        renewed = resample(
-            self.sae, z, y, dead, moments, scale=settings.scale, seed=(self.config.seed, step)
+        config, sae, moments = self.config, self.sae, self.moments
+        renewed = remedy.renew(
+            Trained(sae, z, y, self.since_fired, moments, step, config.length, config.seed)
         )
+        if renewed is None:
+            return none
         self.since_fired[renewed] = 0
         for name in (each for each in self.average if each in PER_LATENT):
-            self.average[name][renewed] = self.sae.get_parameter(name)[renewed]
+            self.average[name][renewed] = self.parameters[name][renewed]
         return none + len(renewed)
 
     def _average(self, step: int) -> None:
@@ -391,6 +278,54 @@ class SiteTraining:
         finite = torch.isfinite(torch.stack([each.detach() for each in figures]))
         now = torch.full_like(self.first_bad_steps, step).masked_fill_(finite, NEVER)
         self.first_bad_steps.copy_(torch.minimum(self.first_bad_steps, now))
+
+
+def _initial(
+    config: TrainConfig,
+    statistics: SiteStatistics,
+    target: SiteStatistics | None,
+    sample: Float[Tensor, "batch d_in"],
+    metadata: dict[str, Any],
+) -> SparseAutoencoder:
+    """The SAE as training begins, with normalisers fitted to the activations."""
+
+    def fitted(each: SiteStatistics) -> Normaliser:
+        return Normaliser.fit(config.sae.normaliser, each.mean, each.second_moment)
+
+    normaliser = fitted(statistics)
+    return SparseAutoencoder(
+        len(statistics.mean),
+        config.sae,
+        d_out=None if target is None else len(target.mean),
+        normaliser=normaliser,
+        target_normaliser=None if target is None else fitted(target),
+        sample=normaliser(sample),
+        seed=config.seed,
+        metadata=metadata,
+    )
+
+
+def _first_spread(
+    sae: SparseAutoencoder,
+    own: SiteStatistics,
+    sample: Float[Tensor, "batch d_in"],
+    seen: Float[Tensor, "batch d_out"],
+    resumed: bool,
+) -> tuple[float, Float[Tensor, " d_out"]]:
+    """Variance and mean of what is reconstructed, in normalised space.
+
+    Args:
+        sae: whose normalisers they are.
+        own: statistics of what is reconstructed.
+        sample: some activations.
+        seen: what they are to be reconstructed as.
+        resumed: see `SiteTraining`.
+    """
+    frame = sae.normaliser.frame(sample)
+    spread = _spread(own, sae.target_normaliser or sae.normaliser, seen, frame)
+    if frame is not None and not resumed:
+        _check_first_batch(seen, frame, sae.config.normaliser, sae.metadata)
+    return spread
 
 
 def _varies(statistics: SiteStatistics) -> bool:

@@ -66,10 +66,10 @@ class SweepConfig:
     """What the members have in common."""
 
     grid: dict[str, Any] = field(default_factory=dict)
-    """Lists of values by dotted path into `train`, e.g. `sae.sparsity.k`, `auxk.alpha`, `seed`;
+    """Lists of values by dotted path into `train`, e.g. `sae.sparsity.k`, `remedy.alpha`, `seed`;
     `k`, `n_latents`, `expansion` and `architecture` will do for the fields of `sae`. A whole part
     is a table, a name or a dataclass: `architecture = ["topk", {kind = "relu", l1 = 1e-3}]`.
-    `tokens` varies the positions, `remedy` what is done about dead latents. In TOML, `[grid]`."""
+    `tokens` varies the positions. In TOML, `[grid]`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", checked(self.grid, self.train))

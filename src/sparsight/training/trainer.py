@@ -172,7 +172,7 @@ class Loop(CheckpointedLoop):
                 samples[member.site],
                 _metadata(source, member.site, member.recipe),
                 self.device,
-                *self._kernels(member, source.d_in(member.site)),
+                *self._kernels(member),
                 *self._target(source, member, samples),
                 resumed=found is not None,
             )
@@ -202,10 +202,10 @@ class Loop(CheckpointedLoop):
                 None if found is None else found.logs[name],
             )
 
-    def _kernels(self, member: Member, d_in: int) -> tuple[Kernels, Precision]:
+    def _kernels(self, member: Member) -> tuple[Kernels, Precision]:
         """Who computes the steps of a member: autograd where no fused step can."""
         config = member.config
-        if config.objective(d_in) is not None:
+        if config.fusable:
             return choose(config.kernels, config.precision, self.device)
         if config.kernels not in ("auto", "dense"):
             raise UserError(
@@ -238,8 +238,9 @@ class Loop(CheckpointedLoop):
             if not quiet:
                 used = dict.fromkeys(training.kernels for training in self.trainings.values())
                 absent = native_is_absent(self.device) and any(
-                    self.members[name].config.kernels == "auto" and training.fused is not None
-                    for name, training in self.trainings.items()
+                    self.members[name].config.kernels == "auto"
+                    and self.members[name].config.fusable
+                    for name in self.trainings
                 )
                 hint = " (the native kernels, which are quicker, are not built)" if absent else ""
                 print(f"kernels: {', '.join(used)}{hint}", file=sys.stderr)

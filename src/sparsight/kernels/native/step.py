@@ -61,26 +61,26 @@ class NativeStep(FusedStep):
         number: int,
         dead: Int[Tensor, " dead"] | None,
     ) -> StepFigures:
-        n, objective = len(z), self.objective
+        n, plan = len(z), self.plan
         x = torch.sub(z, self.b_dec, out=self._buffer("x", n, self.d_in))
         if self.dictionary is None:
             self._copy_encoder_for(x)
-        room = n * objective.selected
+        room = n * plan.selected
         latents = self._buffer("latents", room, dtype=torch.int32)
         values, grads = self._buffer("values", room), self._buffer("grads", room)
         error_rows = self._buffer("error_rows", room, dtype=torch.int32)
         vectors = self._buffer("vectors", room, dtype=torch.int32)
-        errors = self._buffer("errors", objective.n_stages * n, self.d_in)
+        errors = self._buffer("errors", plan.n_stages * n, self.d_in)
 
-        if objective.per_batch:
+        if plan.per_batch:
             starts = self._select_of_batch(x, values, latents)
         else:
-            of_vector = (n, objective.selected)
+            of_vector = (n, plan.selected)
             self._select(
-                x, objective.selected, objective.k if objective.larger_k else 0,
+                x, plan.selected, plan.k if plan.larger_k else 0,
                 (values.view(of_vector), latents.view(of_vector)),
             )  # fmt: skip
-            starts = torch.arange(0, room + 1, objective.selected)
+            starts = torch.arange(0, room + 1, plan.selected)
         used = int(starts[-1])
         ends = self.stage_ends(starts, latents[:used])
         rows = torch.arange(n, dtype=torch.int32)
@@ -94,7 +94,7 @@ class NativeStep(FusedStep):
             error_sums=self._buffer("error_sums", -(-n // library.ROWS_OF_A_TASK), self.d_in),
         )  # fmt: skip
         sums = squared.sum(dim=0)
-        loss = (sums * torch.tensor(objective.weights, dtype=torch.float64)).sum()
+        loss = (sums * torch.tensor(plan.weights, dtype=torch.float64)).sum()
         loss = loss / (n * self.variance)
         own = self.own_values(values[:used], n)
         active, least = (own > 0).sum(), least_positive(own)
@@ -103,9 +103,9 @@ class NativeStep(FusedStep):
             error, spread = self._left_over(errors, weights, sums)
             if spread > 0:
                 aux, aux_loss = self._auxiliary(x, error, dead, spread)
-        loss = loss + objective.aux_alpha * aux_loss
+        loss = loss + plan.aux_alpha * aux_loss
         norm = self._update(x, errors, vectors, used, aux, lr, number)
-        return StepFigures(sums[objective.main_stage], loss, aux_loss, active, norm, least)
+        return StepFigures(sums[plan.main], loss, aux_loss, active, norm, least)
 
     def _fit_again(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Fit the copy to vectors that have changed; where that was of no use, leave int8."""
@@ -136,7 +136,7 @@ class NativeStep(FusedStep):
         self, x: Float[Tensor, "batch d_in"], values: Tensor, latents: Tensor
     ) -> Int[Tensor, " batch_plus_one"]:
         """The k · batch largest of all; fills the entries and gives where each vector's begin."""
-        n, wanted = len(x), len(x) * self.objective.k
+        n, wanted = len(x), len(x) * self.plan.k
         found, of, counts = self._from_threshold(x, wanted)
         keep = torch.zeros_like(found, dtype=torch.bool)
         keep[found.topk(wanted, sorted=False).indices] = True
@@ -152,7 +152,7 @@ class NativeStep(FusedStep):
         """At least the `wanted` largest scores, by a threshold that some vectors suggest."""
         n = len(x)
         some = x[:: max(1, n // 128)].contiguous()
-        k = min(self.n_latents, 4 * self.objective.k)
+        k = min(self.n_latents, 4 * self.plan.k)
         sample = (some.new_empty(len(some), k), library.int32(len(some), k))
         self._select(some, k, 0, sample)
         ordered = sample[0].flatten().sort(descending=True).values
@@ -161,7 +161,7 @@ class NativeStep(FusedStep):
             rank = math.ceil(excess * wanted * len(some) / n)
             threshold = ordered[rank - 1].item() if rank <= len(ordered) else -math.inf
             if not math.isfinite(threshold):
-                return batch_topk(x, self.W_enc, self.b_enc, self.objective.k, self._strongest)
+                return batch_topk(x, self.W_enc, self.b_enc, self.plan.k, self._strongest)
             found, of, counts = self._all_from(x, threshold)
             if len(found) >= wanted:
                 return found, of, counts
@@ -177,7 +177,7 @@ class NativeStep(FusedStep):
     ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
         if self.dictionary is None:
             return exact_above(x, self.W_enc, self.b_enc, threshold)
-        room = 8 * self.objective.k
+        room = 8 * self.plan.k
         return self.dictionary.above(x, self.W_enc, self.b_enc, threshold, room)
 
     def _left_over(
@@ -204,7 +204,7 @@ class NativeStep(FusedStep):
         spread: float,
     ) -> tuple[Auxiliary, Float[Tensor, ""]]:
         """As `dense_auxiliary`, of the latents alone that a vector activates; changes `error`."""
-        n, k = len(x), min(self.objective.aux_k, len(dead))
+        n, k = len(x), min(self.plan.aux_k, len(dead))
         W_enc, W_dec, of_enc, of_dec = (
             self._buffer(name, len(dead), self.d_in)
             for name in ("aux_W_enc", "aux_W_dec", "aux_of_enc", "aux_of_dec")
@@ -221,7 +221,7 @@ class NativeStep(FusedStep):
         matrix = VectorsByLatents(latents, len(dead))
         matrix.sums(values.flatten(), W_dec, error, add=True)
         norms = torch.linalg.vector_norm(error, dim=1)
-        error.mul_(2 * self.objective.aux_alpha / spread)
+        error.mul_(2 * self.plan.aux_alpha / spread)
         matrix.products(error, W_dec, values, grads)
         room = self._buffer("aux_entries", 2, n * k, dtype=torch.int32)
         turned = LatentsByVectors(latents, len(dead), room)
@@ -279,7 +279,7 @@ class NativeStep(FusedStep):
             "step_size": lr / (1 - adam.betas[0] ** number), "beta1": adam.betas[0],
             "beta2": adam.betas[1], "root_correction2": math.sqrt(1 - adam.betas[1] ** number),
             "eps": adam.eps, "clip": 1.0, "n": self.n_latents, "d": self.d_in,
-            "chunk": self.chunk, "n_main_errors": (self.objective.main_stage + 1) * n,
+            "chunk": self.chunk, "n_main_errors": (self.plan.main + 1) * n,
             "n_vectors": n, "n_extra": len(aux.latents) if aux is not None else 0,
             "unit_norm": int(self.unit_norm), "apply": 1,
         }  # fmt: skip

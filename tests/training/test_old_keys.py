@@ -1,0 +1,159 @@
+"""Configurations of earlier versions, which had one key per remedy, are read for one version."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from test_resume import Stopped
+
+from memory_activations import sparse_mixtures
+from sparsight.cli import main
+from sparsight.config import from_dict
+from sparsight.errors import UserError
+from sparsight.files import sha256_json
+from sparsight.sae import AuxK, GhostGradients, Resampling, SAEConfig, TopK
+from sparsight.training import SweepConfig, TrainConfig, train
+from sparsight.training.old_keys import OLD_REMEDIES, remedies_in
+
+VERSIONS = ("format_version", "checksum")
+"""What the checksum of a checkpoint does not cover."""
+
+BASE = TrainConfig(
+    sae=SAEConfig(48, sparsity=TopK(8)),
+    n_vectors=32 * 24,
+    batch_size=32,
+    lr=3e-3,
+    checkpoint_every=32 * 8,
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "remedy"),
+    [
+        ({"auxk": "none"}, None),
+        ({"auxk": {"alpha": 0.5}}, AuxK(alpha=0.5)),
+        ({"auxk": "none", "ghost": {"dead_after": 5}}, GhostGradients(5)),
+        ({"auxk": "none", "ghost": "none", "resampling": {"times": 2}}, Resampling(times=2)),
+        ({"ghost": "none"}, AuxK()),
+    ],
+)
+def test_the_keys_of_before_are_read_with_a_warning_that_names_the_new_one(
+    old: dict[str, Any], remedy: Any
+) -> None:
+    with pytest.warns(FutureWarning, match="run.toml: .*now write remedy = "):
+        assert from_dict(TrainConfig, old, "run.toml").remedy == remedy
+
+
+def test_a_remedy_that_stood_beside_the_default_one_says_that_the_default_is_off() -> None:
+    with pytest.warns(FutureWarning, match="AuxK, which was on beside it by default, is off"):
+        assert from_dict(TrainConfig, {"ghost": {}}).remedy == GhostGradients()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"auxk": {}, "ghost": {}}, "run.toml: auxk and ghost are two remedies .* keep one"),
+        ({"auxk": {}, "remedy": "ghost"}, "run.toml: auxk and remedy are the same; give one"),
+        ({"remedy": "prayer"}, "run.toml: remedy is 'prayer'"),
+        ({"remedy": {"kind": "ax"}}, "remedy.kind is 'ax'; expected 'none' or 'auxk' or 'ghost'"),
+    ],
+)
+def test_two_remedies_and_unknown_ones_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_dict(TrainConfig, values, "run.toml")
+
+
+def test_a_word_a_kind_and_a_table_name_a_remedy() -> None:
+    tables = ("ghost", "ghostgradients", {"kind": "ghost"}, {"kind": "ghostgradients"})
+    made = [from_dict(TrainConfig, {"remedy": each}).remedy for each in tables]
+    assert made == [GhostGradients()] * 4
+
+
+def test_the_keywords_of_before_are_read_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match=r"auxk: now write remedy = AuxK\(alpha=0.5"):
+        assert TrainConfig(auxk=AuxK(alpha=0.5)) == TrainConfig(remedy=AuxK(alpha=0.5))  # type: ignore[call-arg]
+    with pytest.warns(FutureWarning):
+        assert dataclasses.replace(BASE, auxk=None).remedy is None  # type: ignore[call-arg]
+    ghosts = dataclasses.replace(BASE, remedy=GhostGradients())
+    with pytest.warns(FutureWarning):
+        assert dataclasses.replace(ghosts, auxk=None).remedy == GhostGradients()  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="auxk and ghost are two remedies"):
+        TrainConfig(auxk=AuxK(), ghost=GhostGradients())  # type: ignore[call-arg]
+
+
+def test_the_grid_of_before_gives_the_members_of_today() -> None:
+    grid = {"auxk": ["none", {}], "auxk.alpha": [0.1, 0.2]}
+    with pytest.warns(FutureWarning, match="auxk is now called remedy"):
+        members = SweepConfig(BASE, grid).members
+    assert list(members) == ["remedy_none", "auxk-alpha0.1", "auxk-alpha0.2"]
+    assert members["auxk-alpha0.2"][1].remedy == AuxK(alpha=0.2)
+
+
+def test_the_report_knows_the_remedies_of_every_version() -> None:
+    assert remedies_in({"remedy": {"kind": "ghostgradients"}}) == [GhostGradients]
+    assert remedies_in({"auxk": {"alpha": 0.1}, "resampling": {}}) == [AuxK, Resampling]
+    assert remedies_in({"auxk": "none"}) == remedies_in({"remedy": "none"}) == []
+
+
+def _as_before(train_table: dict[str, Any]) -> dict[str, Any]:
+    """A table of training as the version before wrote it."""
+    remedy = train_table.pop("remedy")
+    found = {**train_table, "auxk": "none"}
+    if remedy != "none":
+        old = next(o for o, kind in OLD_REMEDIES.items() if kind.__name__.lower() == remedy["kind"])
+        found[old] = remedy
+    return found
+
+
+@pytest.mark.parametrize(
+    "remedy",
+    [AuxK(dead_after=96), GhostGradients(dead_after=96), Resampling(every=32 * 8, times=2), None],
+    ids=["auxk", "ghost", "resampling", "none"],
+)
+def test_a_run_folder_written_before_goes_on_with_the_same_bits(
+    remedy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsight.training import trainer
+
+    config, data = dataclasses.replace(BASE, remedy=remedy), sparse_mixtures()
+    whole = train(data, config, tmp_path / "whole", quiet=True)
+    step = trainer.SiteTraining.step
+
+    def step_or_stop(self, x, number, factor, target) -> None:
+        if number == 21:
+            raise Stopped
+        step(self, x, number, factor, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SiteTraining, "step", step_or_stop)
+        with pytest.raises(Stopped):
+            train(data, config, tmp_path / "cut", quiet=True)
+    path = tmp_path / "cut" / "config.toml"
+    recipe = tomllib.loads(path.read_text())
+    path.write_text(tomli_w.dumps({**recipe, "train": _as_before(recipe["train"])}))
+    for path in (tmp_path / "cut" / "checkpoints").glob("*/state.json"):
+        state = json.loads(path.read_text())
+        for run in state["runs"].values():
+            run["train"] = _as_before(run["train"])
+        plain = {key: each for key, each in state.items() if key not in VERSIONS}
+        path.write_text(json.dumps({**state, "checksum": sha256_json(plain)}))
+    begun = trainer.checkpoint.newest_step(tmp_path / "cut" / "checkpoints")
+    with pytest.warns(FutureWarning, match=r"now write train\.remedy = "):
+        again = train(data, config, tmp_path / "cut", quiet=True)
+    assert begun == 16
+    assert again.sae().fingerprint() == whole.sae().fingerprint()
+    assert "remedy" in (tmp_path / "cut" / "config.toml").read_text()
+
+
+def test_flags_of_before_are_read_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(FutureWarning, match="--auxk.alpha is now called --remedy.alpha"):
+        assert main(["train", "--auxk.alpha", "0.5", "--store", "/nowhere"]) != 0
+    assert "/nowhere" in capsys.readouterr().err
+    assert main(["train", "--ghost.dead-after=5", "--store", "/nowhere"]) == 2
+    assert "write --remedy ghost --remedy.dead-after" in capsys.readouterr().err
