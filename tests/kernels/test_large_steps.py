@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-from sparsight.sae.plans import SAEPlan
 from step_parts import LR, TORCH_INT8, Ours, Problem, Reference
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -15,6 +14,7 @@ from sparsight.kernels.bounds import Int8Bounds, Int8Encoder, select_surely
 from sparsight.kernels.native import library
 from sparsight.kernels.plan import Plan
 from sparsight.kernels.selection import select_topk
+from sparsight.sae.objectives import SAEPlan
 from sparsight.sae.remedies import AuxK
 from sparsight.sae.sparsity import TopK
 
