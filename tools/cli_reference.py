@@ -11,11 +11,11 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 from unittest import mock
 
 from sparsight.cli import attack, options
-from sparsight.cli.architecture import KINDS, Remedy
+from sparsight.cli.architecture import KINDS, REMEDIES
 from sparsight.cli.help import SHARED, Help, Option, options_of
 from sparsight.cli.main import VERBS
 from sparsight.cli.verbs import run
@@ -128,7 +128,7 @@ def _kinds(train: Section) -> str:
         "stand above.",
         "",
     ]
-    for flag, kinds in (("--sparsity", KINDS), ("--remedy", get_args(Remedy))):
+    for flag, kinds in (("--sparsity", KINDS), ("--remedy", REMEDIES)):
         for kind in kinds:
             options = section("train", flag, kind).options
             own = [option for option in options if (option.name, option.text) not in known]

@@ -3,9 +3,9 @@
 A field whose type is a union of dataclasses is tagged by `kind`, the lower-case name of the class
 (`{kind = "topk", k = 32}`); with a single dataclass, no tag is needed. A kind alone, `"topk"`, has
 every default, and a class may have a shorter `word` for its kind, which is read as well. A class
-with `upgraded` reads tables of earlier versions with it. `None` is left out if it is the default and
-written `"none"` otherwise, because TOML has no word for it. An unknown key or a value of another
-type is an error that names the place.
+with `upgraded` reads tables of earlier versions with it. `None` is left out if it is the default
+and written `"none"` otherwise, because TOML has no word for it. An unknown key or a value of
+another type is an error that names the place.
 """
 
 from __future__ import annotations
