@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,18 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, xpu: int = 0, mps
         monkeypatch.setattr(module, "is_available", lambda count=count: count > 0)
         monkeypatch.setattr(module, "device_count", lambda count=count: count)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+def test_nothing_but_one_module_looks_for_a_device_to_take():
+    package = Path(sp.__file__).parent
+    pattern = r"torch\.(cuda|xpu|mps|accelerator|backends\.mps)\.is_available"
+    looking = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(pattern, path.read_text())
+    }
+    # Fine-tuning asks which random numbers there are to be put back, not where to run.
+    assert looking == {"devices.py", "finetuning/loop.py"}
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_broken_pictures_are_counted_and_many_stop_the_run(calibration, target, 
         Image.new("RGB", (64, 64), (i * 80, 200, 9)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"no picture")
     source = open_images(tmp_path)
-    with pytest.raises(SparsightError, match="1 of 4 pictures could not be loaded"):
+    with pytest.raises(SparsightError, match=r"1 of 4 images could not be read.*3\.png"):
         curate(calibration, source, target, tmp_path / "set", captions="opinion", workers=0)
     options = {"captions": "opinion", "words": 1, "max_failed": 0.5, "workers": 0}
     made = curate(calibration, source, target, tmp_path / "set", **options)
@@ -155,7 +155,7 @@ def test_broken_pictures_are_counted_and_many_stop_the_run(calibration, target, 
 def test_a_picture_that_goes_away_between_scoring_and_captioning_is_named(
     calibration, target, tmp_path, monkeypatch
 ):
-    from sparsight.attacks import curating
+    from sparsight.vision import passes
 
     for i in range(3):
         Image.new("RGB", (64, 64), (i * 80, 200, 9)).save(tmp_path / f"{i}.png")
@@ -169,7 +169,7 @@ def test_a_picture_that_goes_away_between_scoring_and_captioning_is_named(
         return load_batches(source, *given, **options)
 
     source = open_images(tmp_path)
-    monkeypatch.setattr(curating, "load_batches", late)
+    monkeypatch.setattr(passes, "load_batches", late)
     options = {"captions": "opinion", "words": 1, "workers": 0}
     with pytest.raises(SparsightError, match=r"1\.png.* was there a moment ago"):
         curate(calibration, source, target, tmp_path / "set", **options)

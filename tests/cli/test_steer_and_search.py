@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sparsight as sp
 from sparsight.cli import main
+from sparsight.editing import embed_collection
 from sparsight.sae import Normaliser, SAEConfig, SparseAutoencoder, TopK
 
 torch.set_num_threads(1)
@@ -81,6 +84,34 @@ def test_search_by_an_image_takes_both_names_of_the_option(option, tmp_path, cap
     assert code == 0, err
     (found,) = json.loads((tmp_path / "out/search.json").read_text())["results"]
     assert found["query"] == "mine.png" and found["hits"][0]["image"] == 3
+
+
+@pytest.mark.parametrize("given", ["the option", "the SAE"])
+def test_a_large_jpeg_as_query_is_decoded_as_the_images_are(given, runs, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    for i in range(2):
+        Image.fromarray(noise).rotate(90 * i).save(tmp_path / f"photos/{i}.jpg")
+    sae = SparseAutoencoder.from_pretrained(runs / "embedding")
+    sae.metadata["model"]["preprocessing"] = {"jpeg_min_side": 128}
+    sae.save_pretrained(tmp_path / "sae")
+    options = ["--model", "calibration", "--scale-jpegs"]
+    code, _, err = run(
+        capsys, "search", "--image", tmp_path / "photos/0.jpg", "--images", tmp_path / "photos",
+        *(options if given == "the option" else ["--sae", tmp_path / "sae", "--modes", "plain"]),
+        "--workers", 0, "--device", "cpu", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    (found,) = json.loads((tmp_path / "out/search.json").read_text())["results"]
+    cosines = {}
+    for scaled in (False, True):
+        model = sp.load_model("calibration", device="cpu", scale_jpegs=scaled)
+        images = sp.open_images(tmp_path / "photos")
+        one, other = embed_collection(model, images, workers=0).embeddings
+        cosines[scaled] = float(torch.cosine_similarity(one, other, dim=0))
+    assert abs(cosines[True] - cosines[False]) > 1e-3
+    shown = [hit["cosine"] for hit in found["hits"]]
+    assert shown == pytest.approx([1, cosines[True]], abs=1e-5)
 
 
 @pytest.mark.parametrize(

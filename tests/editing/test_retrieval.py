@@ -149,7 +149,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_left_out(model):
 
     found = embed_collection(model, Broken(7), workers=0)
     assert found.places == (1, 2, 4, 5) and [i for i, _ in found.failed] == [0, 3, 6]
-    with pytest.raises(UserError, match=r"none of its 1 pictures.*truncated"):
+    with pytest.raises(UserError, match=r"none of its 1 images.*truncated"):
         embed_collection(model, Broken(1), workers=0)
 
 

@@ -131,7 +131,7 @@ def test_curves_at_a_site_of_one_vector_an_image_and_at_one_that_is_not_the_whol
             model, images, some, site=site, ks=(2, 32), batch_images=7, workers=0,
             templates="simple", tokens="all",
         )  # fmt: skip
-        found = class_codes(model, images, some, site, "all", halves(images)[0], workers=0)
+        found = class_codes(model, images, some, site, "all", halves(images)[0])
         edits = {
             label: LatentEdit(some, order[:2].tolist(), Off(), site, "all")
             for label, order in zip(found.classes, found.strongest(), strict=True)

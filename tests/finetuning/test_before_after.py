@@ -13,7 +13,7 @@ import sparsight as sp
 from finetuning_samples import NoisePictures, tiny_clip
 from sparsight.attacks import make_pairs
 from sparsight.errors import UserError
-from sparsight.finetuning import FinetuneConfig, captioned, finetune
+from sparsight.finetuning import FinetuneConfig, captioned, finetune, report
 from sparsight.finetuning.latents import drift
 from sparsight.finetuning.measures import (
     discriminant,
@@ -29,7 +29,7 @@ from sparsight.finetuning.report import (
     write_page,
 )
 from sparsight.finetuning.subjects import Subjects
-from sparsight.images import ImageInfo
+from sparsight.images import ImageError, ImageInfo
 from sparsight.sae import SAEConfig, TopK
 from sparsight.training import TrainConfig, train
 
@@ -45,6 +45,13 @@ class Labelled(NoisePictures):
     def info(self, index):
         label = ("cat", "dog")[index % 2]
         return ImageInfo(id=str(index), uri=f"noise/{index}", label=label)
+
+
+class Gone(Labelled):
+    """Images that are listed and cannot be read."""
+
+    def load(self, index, min_side=None):
+        raise ImageError("the disk is gone")
 
 
 def test_in_batch_accuracy_is_told_as_such_and_is_seeded(tmp_path):
@@ -65,6 +72,8 @@ def test_in_batch_accuracy_is_told_as_such_and_is_seeded(tmp_path):
     assert found == in_batch_accuracy(model, source, batch_size=8, seed=3)
     with pytest.raises(UserError, match="none of its pictures has a label"):
         in_batch_accuracy(model, NoisePictures(4, [("a cat",)]))
+    with pytest.raises(UserError, match=r"none of its 4 images could be read.*the disk is gone"):
+        in_batch_accuracy(model, Gone(4, [("a cat",)]))
 
 
 def test_recall_counts_equal_captions_as_matches():
@@ -163,6 +172,22 @@ def test_both_models_are_measured_on_the_same_pictures(told):
     assert latents["kept"] + latents["lost"] == latents["found_before"]
     assert set(latents["truth"]) == {"before", "after"}
     assert latents["drift"]["own"] > 0.5
+
+
+def test_both_models_see_the_same_pixels_where_jpegs_are_scaled(told, monkeypatch):
+    run, subjects, _ = told
+
+    class Compared(Exception):
+        pass
+
+    def noted(before, after, *_, **__):
+        assert before.min_side == after.min_side == 128
+        raise Compared
+
+    monkeypatch.setattr(report, "compare", noted)
+    with pytest.raises(Compared):
+        scaled = sp.load_model("calibration", device="cpu", scale_jpegs=True)
+        report_finetuning(run, scaled, subjects, quiet=True)
 
 
 def test_the_page_tells_the_figures_and_stands_alone(told):

@@ -33,6 +33,7 @@ from sparsight.latents import (
     write_report,
 )
 from sparsight.latents.cards import choose_latents, see
+from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import find_runs, read_run, run_names
 from sparsight.latents.stored import find_stored, needs_model
 from sparsight.pages.data_uris import encode_picture
@@ -391,20 +392,43 @@ def test_figures_of_another_sae_are_not_shown(run: Path, tmp_path: Path) -> None
     assert "metrics.json is about another SAE" in words and "0.0834" not in words
 
 
-def test_pictures_have_the_pixels_that_the_model_saw(tmp_path: Path, model: VisionModel) -> None:
-    """Of JPEGs that were decoded at a part of their size, too."""
+def test_heatmaps_are_made_from_the_pixels_that_the_index_saw(
+    tmp_path: Path, model: VisionModel
+) -> None:
+    """Of large JPEGs, which a model with `scale_jpegs` decodes at a part of their size."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     for i in range(2):
-        Image.fromarray(noise).rotate(90 * i).save(folder / f"{i}.jpg")
+        noise = np.random.default_rng(i).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.jpg", quality=95)
     source = open_images(folder)
     scaled = load_model(model.id, device="cpu", scale_jpegs=True)
-    index = build_index(make_sae(), scaled, source, out=tmp_path / "index", workers=0, quiet=True)
     assert scaled.min_side is not None
-    expected = source.load(0, min_side=scaled.min_side)
-    assert index.picture(0).tobytes() == expected.tobytes()
-    assert expected.size != source.load(0).size
+    store = extract(
+        scaled, source, sites=[SITE], out=tmp_path / "acts", dtype="float32", quiet=True
+    )
+    sae = make_sae(model=model_facts(scaled))
+    sae.save_pretrained(tmp_path / "run")
+    codes = encode(sae, store, out=tmp_path / "codes", quiet=True)
+    for number, given in enumerate((codes, store, (scaled, source))):
+        arguments = given if isinstance(given, tuple) else (given,)
+        out = tmp_path / "run/index" if number == 2 else tmp_path / f"index{number}"
+        index = build_index(sae, *arguments, out=out, workers=0, quiet=True)
+        assert index.picture(0).tobytes() == source.load(0, scaled.min_side).tobytes()
+    run = read_run(tmp_path / "run", "run")
+    loaded = RunModels(None).of(run)
+    assert isinstance(loaded, VisionModel) and loaded.min_side == scaled.min_side
+    tops = {
+        (best.image, latent): best.activation
+        for latent in range(index.n_latents)
+        if (best := (index.top(latent) or [None])[0]) and best.token >= model.n_prefix
+    }
+    wanted = {i: [latent for image, latent in tops if image == i] for i in range(2)}
+    for used in (loaded, model):  # one that was given need not know of it
+        with progress("pictures", None, "pictures", quiet=True) as line:
+            seen = see(index, sae, used, wanted, line)
+        peaks = {place: float(seen.grids[place].max()) for place in tops}
+        assert len(tops) > 5 and peaks == pytest.approx(tops, rel=1e-4)
 
 
 def test_the_page_does_not_tell_where_the_run_lies(run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,17 @@ def test_the_snippet_of_the_card_works_as_it_is(hub: HubServer, measured: Path) 
     assert found["x"].shape == found["x_hat"].shape == (8 * 65, 192)
     error = (found["x"] - found["x_hat"]).square().sum() / found["x"].square().sum()
     assert 0 < error < 1
+
+
+def test_the_snippet_decodes_jpegs_as_the_model_did(run: Run, tmp_path: Path) -> None:
+    sae = run.sae(SITES[0])
+    sae.metadata["model"] = {**sae.metadata["model"], "preprocessing": {"jpeg_min_side": 128}}
+    sae.save_pretrained(tmp_path / "run")
+    push_to_hub(tmp_path / "run", ID, latents=0, quiet=True, dry_run=tmp_path / "dry")
+    code = snippet((tmp_path / "dry/README.md").read_text())
+    found: dict[str, Any] = {}
+    exec(code.replace(ID, str(tmp_path / "run")), found)
+    assert found["model"].min_side == 128 and "images.load(i, model.min_side)" in code
 
 
 def test_where_others_cannot_load_the_model_the_snippet_works_without_it(

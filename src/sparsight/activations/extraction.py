@@ -8,17 +8,16 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from sparsight.activations.claiming import claimed_manifest
-from sparsight.activations.failures import FailureTally
 from sparsight.activations.manifest import DTYPES, Manifest, describe_model
 from sparsight.activations.shard_buffer import Row, ShardBuffer, image_row
 from sparsight.activations.source import count_tokens, matching_sites
@@ -28,11 +27,11 @@ from sparsight.activations.summary import ExtractionSummary
 from sparsight.activations.writer import JOURNAL, StoreWriter, recorded_ids
 from sparsight.config import check_positive, check_seconds, value_at
 from sparsight.errors import SparsightError, UserError, memory_told
-from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource, load_batches
+from sparsight.images import ImageBatch, ImageError, ImageInfo, ImageSource
 from sparsight.images.difference import images_difference
-from sparsight.interruption import Stop, keeping, kept, noted, postponed
-from sparsight.progress import ProgressLine, progress
-from sparsight.vision import VisionModel
+from sparsight.images.failures import FailureTally
+from sparsight.interruption import keeping, kept, noted, postponed
+from sparsight.vision import ImagePass, PassSettings, VisionModel
 
 SHARD_BYTES = 128 << 20
 """Approximate bytes per shard, all sites together; memory holds twice that."""
@@ -216,15 +215,24 @@ class _Extraction:
                 "are there are compared with their checksums meanwhile",
                 file=sys.stderr,
             )
-        total = len(self.images)
+        settings = PassSettings(self.writer.manifest.batch_size, self.workers, quiet)
+        missing = range(self.done, len(self.images))
         with (
             noted(self._what_is_kept),
             postponed() as stop,
             memory_told("Lower batch_size or shard_images, or take fewer workers."),
             self.writer,
-            progress("extract", total, "images", done=self.done, quiet=quiet) as line,
+            ImagePass(
+                self.model,
+                self.images,
+                "extract",
+                settings,
+                indices=missing,
+                done=self.done,
+                stop=stop,
+            ) as seen,
         ):
-            self._fill_shards(line, stop)
+            self._fill_shards(seen)
             self.tally.check()
             self.writer.close_store()
         seconds = time.perf_counter() - self.start
@@ -235,26 +243,15 @@ class _Extraction:
         complete = manifest.state == "complete"
         return kept(manifest.done, len(self.images), "images", where=folder, complete=complete)
 
-    def _fill_shards(self, line: ProgressLine, stop: Stop) -> None:
+    def _fill_shards(self, seen: ImagePass) -> None:
         """Write all missing shards; whatever stops this, whole batches are kept."""
-        batches = cast(
-            Generator[ImageBatch, None, None],
-            load_batches(
-                self.images,
-                self.model.transform,
-                self.writer.manifest.batch_size,
-                indices=range(self.done, len(self.images)),
-                workers=self.workers,
-                min_side=self.model.min_side,
-            ),
-        )
-        with closing(batches):
+        with closing(seen.batches()) as batches:
             for buffer, n_batches in self._shards():
                 with keeping(partial(self._keep, buffer)):
                     for _ in range(n_batches):
-                        with stop.at_once():
-                            batch = next(batches)
-                        self._add(batch, buffer, line)
+                        self._add(next(batches), buffer)
+                        share = self.seconds_in_forward / (time.perf_counter() - self.start)
+                        seen.note = f"{share:.0%} of the time in the model"
                         self._flush(buffer)
                     self.writer.commit(buffer)
                     self.flushed = time.perf_counter()
@@ -272,7 +269,7 @@ class _Extraction:
             yield self.writer.buffer(first, stop), n_batches
             first = done = stop
 
-    def _add(self, batch: ImageBatch, buffer: ShardBuffer, line: ProgressLine) -> None:
+    def _add(self, batch: ImageBatch, buffer: ShardBuffer) -> None:
         """Run a batch through the model and put it into the buffer."""
         infos, batch = _described(self.images, batch)
         rows: list[Row] = []
@@ -282,8 +279,6 @@ class _Extraction:
                 self.tally.add(infos[index].id, reason)
         buffer.add(rows, self._read(batch, buffer.number) if batch.indices else {})
         self.tally.check(FAILURES_BEFORE_STOP)
-        share = self.seconds_in_forward / max(time.perf_counter() - self.start, 1e-9)
-        line.advance(len(rows), f"{share:.0%} of the time in the model")
 
     def _flush(self, buffer: ShardBuffer) -> None:
         """Write what is in memory, if it has been there long enough."""

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsight.activations.failures import FailureTally
 from sparsight.activations.manifest import describe_model
 from sparsight.activations.source import (
     OrderedBatch,
@@ -25,8 +24,9 @@ from sparsight.activations.stream import Position, VectorStream, WindowPlan
 from sparsight.config import check_positive
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import sha256_json
-from sparsight.images import ImageBatch, ImageSource, load_batches
-from sparsight.vision import VisionModel
+from sparsight.images import ImageBatch, ImageSource
+from sparsight.images.failures import FailureTally
+from sparsight.vision import ImagePass, PassSettings, VisionModel
 
 WINDOW_BYTES = 256 << 20
 STATISTICS_IMAGES = 2048
@@ -273,14 +273,10 @@ class LiveActivations:
         )
 
     def _batches(self, images: npt.NDArray[np.int64], batch_size: int) -> Iterator[ImageBatch]:
-        return load_batches(
-            self.images,
-            self.model.transform,
-            batch_size,
-            indices=images.tolist(),
-            workers=self.workers,
-            min_side=self.model.min_side,
-        )
+        settings = PassSettings(batch_size, self.workers)
+        return ImagePass(
+            self.model, self.images, settings=settings, indices=images.tolist()
+        ).batches()
 
     def _read(self, batches: Iterator[ImageBatch], sites: Sequence[str]) -> Iterator[Read]:
         """Run batches through the model and note failures; skip batches with nothing readable."""

@@ -28,7 +28,7 @@ from sparsight.errors import UserError
 from sparsight.files import write_json
 from sparsight.intervals import t_interval
 from sparsight.sae import SparseAutoencoder
-from sparsight.vision import VisionModel
+from sparsight.vision import PassSettings, VisionModel
 
 FOUND = "found"
 NEAREST = 8
@@ -216,57 +216,68 @@ def causal_check(
     given = [targets] if isinstance(targets, Target) else list(targets)
     if not given:
         raise UserError("Nothing to switch off: no target was given.")
-    rng = np.random.default_rng(seed)
-    variants: dict[str, list[Edit]] = {FOUND: [target.edit() for target in given]}
-    densities = []
-    for number in range(draws):
-        drawn_here = [draw_like(target.table, target.chosen or [], rng) for target in given]
-        variants[f"random {number}"] = [
-            target.edit(other) for target, other in zip(given, drawn_here, strict=True)
-        ]
-        densities.append(_density(given, drawn_here))
+    drawn = _draw(given, draws, seed)
     options: dict[str, Any] = {
         "templates": templates,
         "check": check,
-        "batch_size": batch_size,
-        "workers": workers,
-        "quiet": quiet,
+        "settings": PassSettings(batch_size, workers, quiet),
     }
-    found_edits = {FOUND: variants.pop(FOUND)}
-    seen = outcomes(model, pairs, found_edits, kinds=_KINDS, **options)
+    edits = [target.edit() for target in given]
+    seen = outcomes(model, pairs, {FOUND: edits}, kinds=_KINDS, **options)
     before = seen.by_variant[ORIGINAL]
     loss = require_loss(before["clean"], before["attacked"])
-    found = _effect(before, seen.by_variant[FOUND], seed)
-    others: list[Effect] = []
-    if variants:
-        drawn = outcomes(model, pairs, variants, kinds=_RANDOM_KINDS, **options).by_variant
-        others = [_effect(drawn[ORIGINAL], drawn[name], seed) for name in variants]
-    won = [effect.won_back.value for effect in others]
-    random = None
-    if won:
-        random = RandomEffects(
-            draws=won,
-            won_back=Mean(float(np.mean(won)), t_interval(won)),
-            clean_change=float(np.mean([each.clean_change.value for each in others])),
-            accuracy={
-                kind: float(np.mean([each.accuracy[kind].value for each in others]))
-                for kind in _RANDOM_KINDS
-            },
-            density=float(np.mean(densities)),
-        )
     searched = {mark for target in given for mark in target.table.about["pictures"]}
     return CausalReport(
         n=seen.n,
         original={kind: share_of(before[kind].right) for kind in _KINDS},
         fooled=share_of(before["attacked"].fooled),
         loss=loss,
-        found=found,
-        random=random,
+        found=_effect(before, seen.by_variant[FOUND], seed),
+        random=_random_effects(model, pairs, given, drawn, seed, options) if drawn else None,
         density=_density(given, [list(target.chosen or []) for target in given]),
-        edits=[describe(edit) for edit in found_edits[FOUND]],
+        edits=[describe(edit) for edit in edits],
         failed=seen.failed,
         pairs=pairs.about,
         same_pictures=sum(mark in searched for mark in picture_marks(pairs)),
+    )
+
+
+def _draw(targets: Sequence[Target], draws: int, seed: int) -> list[list[list[int]]]:
+    """By draw and target, as many random ones as were chosen."""
+    rng = np.random.default_rng(seed)
+    return [
+        [draw_like(target.table, target.chosen or [], rng) for target in targets]
+        for _ in range(draws)
+    ]
+
+
+def _random_effects(
+    model: VisionModel,
+    pairs: AttackPairs,
+    targets: Sequence[Target],
+    drawn: Sequence[Sequence[Sequence[int]]],
+    seed: int,
+    options: dict[str, Any],
+) -> RandomEffects:
+    """What switching off each set of random ones does."""
+    variants: dict[str, list[Edit]] = {
+        f"random {number}": [
+            target.edit(others) for target, others in zip(targets, draw, strict=True)
+        ]
+        for number, draw in enumerate(drawn)
+    }
+    seen = outcomes(model, pairs, variants, kinds=_RANDOM_KINDS, **options).by_variant
+    effects = [_effect(seen[ORIGINAL], seen[name], seed) for name in variants]
+    won = [effect.won_back.value for effect in effects]
+    return RandomEffects(
+        draws=won,
+        won_back=Mean(float(np.mean(won)), t_interval(won)),
+        clean_change=float(np.mean([effect.clean_change.value for effect in effects])),
+        accuracy={
+            kind: float(np.mean([effect.accuracy[kind].value for effect in effects]))
+            for kind in _RANDOM_KINDS
+        },
+        density=float(np.mean([_density(targets, draw) for draw in drawn])),
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +24,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from sparsight.attacks.causal import Target
 from sparsight.attacks.opinion import clip_opinion
@@ -34,10 +36,16 @@ from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import atomic_path, write_json, write_text
 from sparsight.folders import new_folder
-from sparsight.images import ImageError, ImageInfo, ImageSource, load_batches
-from sparsight.progress import progress
+from sparsight.images import ImageError, ImageInfo, ImageSource
 from sparsight.redaction import without_folders
-from sparsight.vision import VisionModel, classifier_weights, classify, names_by_label
+from sparsight.vision import (
+    ImagePass,
+    PassSettings,
+    VisionModel,
+    classifier_weights,
+    classify,
+    names_by_label,
+)
 
 Captions = Literal["own", "labels", "zero-shot", "opinion"]
 """The source's own; its labels in a sentence; the likeliest class in one; what CLIP would say."""
@@ -125,53 +133,34 @@ def curate(
     for target in given:
         if target.sae is not None:
             check_belongs(target.sae, model, target.table.site, strict=check)
+    settings = PassSettings(batch_size, workers, quiet)
     with new_folder(out) as staged:
-        scores, loaded = _scores(
-            model, source, given, batch_size=batch_size, workers=workers, quiet=quiet
-        )
-        failed = int((~loaded).sum())
-        if failed > max_failed * len(source):
-            raise SparsightError(
-                f"{source.spec}: {failed:,} of {len(source):,} pictures could not be loaded, more "
-                f"than {max_failed:.1%}."
-            )
-        order = np.argsort(-scores, kind="stable")
-        kept = [int(i) for i in order if scores[i] != 0][:n]
+        scores = _scores(model, source, given, max_failed, settings)
+        kept = scores.strongest(n)
         if not kept:
             raise UserError(
                 f"{source.spec}: not one of {len(source):,} pictures activates any of the "
                 f"{sum(len(t.chosen or ()) for t in given):,} latents. Take other pictures."
             )
-        said = _captions(
-            model, source, kept, captions, sentence, class_names, words, seed, batch_size
-        )
-        about = {
-            "format_version": FORMAT_VERSION,
-            "model": {
-                "id": without_folders(model.id),
-                "revision": model.revision,
-                "weights_hash": model.weights_hash,
-            },
-            "targets": [_describe(target) for target in given],
-            # A set is made to be handed on: paths name people.
-            "images": {
-                "spec": without_folders(source.spec),
-                "fingerprint": source.fingerprint(),
-                "n": len(source),
-            },
-            "captions": captions,
-            "n": len(kept),
-            "failed": failed,
-            "score": "mean over latents of activation / mean activation on attacked pictures",
-        }
-        _write(staged, source, kept, scores, loaded, said, about)
+        infos = [source.known(i) for i in kept]
+        if captions in ("own", "labels"):
+            said = _own_captions(source, infos, captions, sentence)
+        else:
+            embedded = _embedded(model, source, kept, settings)
+            if captions == "opinion":
+                opinions = clip_opinion(model, embedded, words=words, seed=seed)
+                said = [[opinion.text] for opinion in opinions]
+            else:
+                said = _zero_shot_captions(model, source, embedded, sentence, class_names)
+        about = _about(model, source, given, captions, len(kept), scores.failed)
+        _write(staged, source, kept, scores, said, about)
     return CuratedSet(
         folder=out,
         n=len(kept),
-        n_seen=int(loaded.sum()),
-        failed=failed,
-        lowest=float(scores[kept[-1]]),
-        highest=float(scores[kept[0]]),
+        n_seen=int(scores.loaded.sum()),
+        failed=scores.failed,
+        lowest=float(scores.values[kept[-1]]),
+        highest=float(scores.values[kept[0]]),
     )
 
 
@@ -187,84 +176,112 @@ def _check(
         raise UserError(f"The sentence {sentence!r} has no {{}} for the class name.")
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """The score of every image; 0 and False where it does not load."""
+
+    values: npt.NDArray[np.float64]
+    loaded: npt.NDArray[np.bool_]
+
+    @property
+    def failed(self) -> int:
+        return int((~self.loaded).sum())
+
+    def strongest(self, n: int) -> list[int]:
+        """Places of the strongest, at most `n`; none that activates no latent."""
+        order = np.argsort(-self.values, kind="stable")
+        return [int(i) for i in order if self.values[i] != 0][:n]
+
+
 def _scores(
     model: VisionModel,
     source: ImageSource,
     targets: Sequence[Target],
-    *,
-    batch_size: int,
-    workers: int | None,
-    quiet: bool,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Of every picture; 0 and False where it does not load."""
-    readers = []
-    for target in targets:
-        about, chosen = target.table.about, list(target.chosen or ())
-        statistic: Any = "max" if about["statistic"].startswith("max") else "mean"
-        unit = np.abs(target.table.mean["attacked"][chosen])
-        weight = torch.from_numpy(np.divide(1.0, unit, out=np.zeros_like(unit), where=unit > 0))
-        read = latent_reducer(model, target.sae, target.table.site, about["tokens"], statistic)
-        readers.append((read, torch.tensor(chosen), weight))
-    n_latents = sum(len(columns) for _, columns, _ in readers)
-    scores = np.zeros(len(source))
-    loaded = np.zeros(len(source), bool)
-    with progress("curate", len(source), "images", quiet=quiet) as line:
-        for batch in load_batches(
-            source, model.transform, batch_size, workers=workers, min_side=model.min_side
-        ):
-            line.advance(len(batch.indices) + len(batch.failures))
-            if not batch.indices:
-                continue
+    max_failed: float,
+    settings: PassSettings,
+) -> _Scores:
+    """Score every image."""
+    readers = [_reader(model, target) for target in targets]
+    n_latents = sum(len(target.chosen or ()) for target in targets)
+    scores = _Scores(np.zeros(len(source)), np.zeros(len(source), bool))
+    with ImagePass(model, source, "curate", settings, max_failed=max_failed) as seen:
+        for batch in seen:
             total = torch.zeros(len(batch.indices), dtype=torch.float64)
-            for read, columns, weight in readers:
-                value, _ = read(batch.pixels)
-                total += value.cpu().double()[:, columns] @ weight
+            for read in readers:
+                total += read(batch.pixels)
             if not bool(total.isfinite().all()):
                 raise SparsightError(f"{model.id}: activations on {source.spec} are not finite.")
-            scores[batch.indices] = (total / n_latents).numpy()
-            loaded[batch.indices] = True
-    return scores, loaded
+            scores.values[batch.indices] = (total / n_latents).numpy()
+            scores.loaded[batch.indices] = True
+    return scores
 
 
-def _captions(
-    model: VisionModel,
-    source: ImageSource,
-    kept: Sequence[int],
-    captions: Captions,
-    sentence: str,
-    class_names: Sequence[str] | None,
-    words: int,
-    seed: int,
-    batch_size: int,
+def _reader(model: VisionModel, target: Target) -> Callable[[Tensor], Float[Tensor, " batch"]]:
+    """A function from pixels to the sum of a target's latents, each in its own unit."""
+    about, chosen = target.table.about, list(target.chosen or ())
+    statistic: Any = "max" if about["statistic"].startswith("max") else "mean"
+    unit = np.abs(target.table.mean["attacked"][chosen])
+    weight = torch.from_numpy(np.divide(1.0, unit, out=np.zeros_like(unit), where=unit > 0))
+    reduce = latent_reducer(model, target.sae, target.table.site, about["tokens"], statistic)
+
+    def read(pixels: Tensor) -> Tensor:
+        value, _ = reduce(pixels)
+        return value.cpu().double()[:, chosen] @ weight
+
+    return read
+
+
+def _own_captions(
+    source: ImageSource, infos: Sequence[ImageInfo], captions: Captions, sentence: str
 ) -> list[list[str]]:
-    """One list a picture that is kept.
+    """The captions of each image, or its label in a sentence.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: an image has none.
     """
-    infos = [source.known(i) for i in kept]
-    if captions in ("own", "labels"):
-        without = sum(not (info.captions if captions == "own" else info.label) for info in infos)
-        if without:
-            what = "captions" if captions == "own" else "labels"
-            raise UserError(
-                f"{source.spec}: {without:,} of the {len(kept):,} pictures to be kept have no "
-                f"{what}. Take captions from zero-shot classes or from opinion."
-            )
-        if captions == "own":
-            return [list(info.captions) for info in infos]
-        names = names_by_label([info.label or "" for info in infos], None)
-        return [[sentence.replace("{}", names[info.label or ""])] for info in infos]
+    without = sum(not (info.captions if captions == "own" else info.label) for info in infos)
+    if without:
+        what = "captions" if captions == "own" else "labels"
+        raise UserError(
+            f"{source.spec}: {without:,} of the {len(infos):,} pictures to be kept have no {what}. "
+            "Take captions from zero-shot classes or from opinion."
+        )
+    if captions == "own":
+        return [list(info.captions) for info in infos]
+    names = names_by_label([info.label or "" for info in infos], None)
+    return [[sentence.replace("{}", names[info.label or ""])] for info in infos]
+
+
+def _embedded(
+    model: VisionModel, source: ImageSource, kept: Sequence[int], settings: PassSettings
+) -> Float[Tensor, "kept d_embed"]:
+    """Embeddings of the images to keep.
+
+    Raises:
+        SparsightError: one does not load any more.
+    """
     parts = []
-    for batch in load_batches(
-        source, model.transform, batch_size, indices=kept, workers=0, min_side=model.min_side
-    ):
-        for index, reason in batch.failures:
-            raise _gone(source.known(index).uri, reason)
-        parts.append(model.embed_images(batch.pixels).cpu())
-    embedded = torch.cat(parts)
-    if captions == "opinion":
-        return [[each.text] for each in clip_opinion(model, embedded, words=words, seed=seed)]
+    settings = PassSettings(settings.batch_size, 0)
+    with ImagePass(model, source, settings=settings, indices=kept) as seen:
+        for batch in seen.batches():
+            for index, reason in batch.failures:
+                raise _gone(source.known(index).uri, reason)
+            parts.append(model.embed_images(batch.pixels).cpu())
+    return torch.cat(parts)
+
+
+def _zero_shot_captions(
+    model: VisionModel,
+    source: ImageSource,
+    embedded: Float[Tensor, "kept d_embed"],
+    sentence: str,
+    class_names: Sequence[str] | None,
+) -> list[list[str]]:
+    """The likeliest class of each image in a sentence.
+
+    Raises:
+        UserError: no classes.
+    """
     classes = list(names_by_label(source.labels(), class_names).values())
     if not classes:
         raise UserError(
@@ -283,8 +300,7 @@ def _write(
     folder: Path,
     source: ImageSource,
     kept: Sequence[int],
-    scores: npt.NDArray[np.float64],
-    loaded: npt.NDArray[np.bool_],
+    scores: _Scores,
     captions: Sequence[Sequence[str]],
     about: dict[str, Any],
 ) -> None:
@@ -293,7 +309,7 @@ def _write(
     with tarfile.open(folder / SHARD, "w", format=tarfile.PAX_FORMAT) as tar:
         for number, (index, said) in enumerate(zip(kept, captions, strict=True)):
             key, info = f"{number:05d}", source.known(index)
-            record = _record(info, said, float(scores[index]))
+            record = _record(info, said, float(scores.values[index]))
             try:
                 png = _png(source.load(index))
             except ImageError as error:
@@ -304,12 +320,12 @@ def _write(
             _add(tar, f"{key}.txt", said[0].encode())
             _add(tar, f"{key}.json", json.dumps(record).encode())
     write_text(folder / METADATA, "\n".join(lines) + "\n")
-    rank = np.full(len(scores), -1, np.int64)
+    rank = np.full(len(source), -1, np.int64)
     rank[list(kept)] = np.arange(len(kept))
     table = pa.table(
         {
-            "image": [source.known(i).id for i in range(len(scores))],
-            "score": pa.array(scores, mask=~loaded),
+            "image": [source.known(i).id for i in range(len(source))],
+            "score": pa.array(scores.values, mask=~scores.loaded),
             "rank": pa.array(rank, mask=rank < 0),
         }
     )
@@ -337,6 +353,35 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+
+
+def _about(
+    model: VisionModel,
+    source: ImageSource,
+    targets: Sequence[Target],
+    captions: Captions,
+    n: int,
+    failed: int,
+) -> dict[str, Any]:
+    """The manifest of a set. It is made to be handed on: paths, which name people, are cut."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": {
+            "id": without_folders(model.id),
+            "revision": model.revision,
+            "weights_hash": model.weights_hash,
+        },
+        "targets": [_describe(target) for target in targets],
+        "images": {
+            "spec": without_folders(source.spec),
+            "fingerprint": source.fingerprint(),
+            "n": len(source),
+        },
+        "captions": captions,
+        "n": n,
+        "failed": failed,
+        "score": "mean over latents of activation / mean activation on attacked pictures",
+    }
 
 
 def _describe(target: Target) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sparsight.intervals import (
     paired_difference,
     wilson_interval,
 )
-from sparsight.vision import VisionModel
+from sparsight.vision import PassSettings, VisionModel
 
 EDITED = "edited"
 CHANGES = (("attacked", "clean"), ("control", "clean"), ("attacked", "control"), ("same", "clean"))
@@ -131,9 +131,7 @@ def measure_attack(
         {EDITED: given} if given else None,
         templates=templates,
         check=check,
-        batch_size=batch_size,
-        workers=workers,
-        quiet=quiet,
+        settings=PassSettings(batch_size, workers, quiet),
     )
     kinds = found.by_variant[EDITED if given else ORIGINAL]
     changes = [pair for pair in CHANGES if set(pair) <= set(kinds)]

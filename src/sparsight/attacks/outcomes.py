@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from sparsight.attacks.pairs import AttackPairs
+from sparsight.attacks.passes import PairPass
 from sparsight.editing.edits import Edit
 from sparsight.editing.interventions import Intervention, interventions
 from sparsight.errors import SparsightError, UserError
-from sparsight.images import load_batches
-from sparsight.progress import progress
-from sparsight.vision import VisionModel, classifier_weights, classify, embed_variants
+from sparsight.vision import (
+    PassSettings,
+    VisionModel,
+    classifier_weights,
+    classify,
+    embed_variants,
+)
 
 ORIGINAL = "original"
 
@@ -62,87 +67,88 @@ def outcomes(
     kinds: Sequence[str] = ("clean", "attacked", "same", "control"),
     templates: str | Sequence[str] = "simple",
     check: bool = True,
-    batch_size: int = 64,
-    workers: int | None = None,
-    quiet: bool = True,
+    settings: PassSettings | None = None,
 ) -> Outcomes:
-    """Classify the pictures of pairs among their classes, under several edits of the model.
+    """Classify the images of pairs among their classes, under several edits of the model.
 
     Args:
         model: one with a text tower.
-        pairs: the pictures.
+        pairs: the images.
         variants: edits by name; the model as it is is always there, as `original`.
-        kinds: which pictures.
+        kinds: which images.
         templates: see `classifier_weights`.
         check: see `intervene`.
-        batch_size: pictures at a time.
-        workers: processes that decode and draw.
-        quiet: no progress line.
+        settings: of the pass over the images.
 
     Raises:
-        UserError: no picture loads in every kind, or an edit does not fit the model.
+        UserError: no image loads in every kind, or an edit does not fit the model.
         SparsightError: a logit is not finite.
     """
-    labels = {label: i for i, label in enumerate(pairs.class_names)}
-    weights = classifier_weights(model, list(pairs.class_names.values()), templates)
-    scale = model.logit_scale
-    own = torch.tensor([labels[label] for label in pairs.labels])
-    word = torch.tensor([labels[label] for label in pairs.words])
     made = {
         name: interventions(model, edits, check=check) for name, edits in (variants or {}).items()
     }
-    n = len(pairs)
-    found: dict[tuple[str, str], dict[str, Tensor]] = {
-        (name, kind): {
-            "best": torch.zeros(n, dtype=torch.int64),
-            "margin": torch.zeros(n, dtype=torch.float64),
-        }
-        for name in (ORIGINAL, *made)
-        for kind in kinds
-    }
-    loaded = torch.ones(n, dtype=torch.bool)
-    failed: dict[str, int] = {}
-    reasons: list[str] = []
-    with progress("attack", n * len(kinds), "images", quiet=quiet) as line:
-        for kind in kinds:
-            source = pairs.source(kind)
-            for batch in load_batches(
-                source, model.transform, batch_size, workers=workers, min_side=model.min_side
-            ):
-                line.advance(len(batch.indices) + len(batch.failures))
-                for index, reason in batch.failures:
-                    loaded[index] = False
-                    failed[kind] = failed.get(kind, 0) + 1
-                    if len(reasons) < 3:
-                        reasons.append(f"{source.known(index).id} ({kind}): {reason}")
-                if not batch.indices:
-                    continue
-                here = torch.tensor(batch.indices)
-                for name, embedded in _embed(model, batch.pixels.to(model.device), made).items():
-                    logits = classify(embedded, weights, scale).double().cpu()
-                    if not bool(logits.isfinite().all()):
-                        raise SparsightError(
-                            f"{model.id}, {name}: logits of {kind} pictures are not finite."
-                        )
-                    rows = torch.arange(len(here))
-                    into = found[name, kind]
-                    # Of equal logits the first class counts, as in zero-shot classification.
-                    into["best"][here] = logits.argsort(dim=1, descending=True, stable=True)[:, 0]
-                    into["margin"][here] = logits[rows, own[here]] - logits[rows, word[here]]
-    if not bool(loaded.any()):
+    scores = _Scores(model, pairs, kinds, [ORIGINAL, *made], templates)
+    with PairPass(model, pairs, kinds, "attack", settings) as seen:
+        for kind, batch in seen:
+            embedded = _embed(model, batch.pixels.to(model.device), made)
+            scores.add(kind, batch.indices, embedded)
+    if not seen.loaded.any():
         raise UserError(
-            f"{pairs.clean.spec}: not one of {n:,} pictures loads with every kind of word on it "
-            f"({'; '.join(reasons)})."
+            f"{pairs.clean.spec}: not one of {len(pairs):,} pictures loads with every kind of word "
+            f"on it ({'; '.join(seen.reasons)})."
         )
-    by_variant: dict[str, dict[str, Outcome]] = {}
-    for (name, kind), each in found.items():
-        best = each["best"][loaded]
-        by_variant.setdefault(name, {})[kind] = Outcome(
-            right=(best == own[loaded]).numpy(),
-            fooled=(best == word[loaded]).numpy(),
-            margin=each["margin"][loaded].numpy(),
-        )
-    return Outcomes(by_variant, int(loaded.sum()), failed, tuple(reasons))
+    return Outcomes(
+        scores.outcomes(seen.loaded), int(seen.loaded.sum()), seen.failed, tuple(seen.reasons)
+    )
+
+
+class _Scores:
+    """The best class and the margin of each image, by variant and kind."""
+
+    def __init__(
+        self,
+        model: VisionModel,
+        pairs: AttackPairs,
+        kinds: Sequence[str],
+        variants: Sequence[str],
+        templates: str | Sequence[str],
+    ) -> None:
+        self.model = model
+        self.weights = classifier_weights(model, list(pairs.class_names.values()), templates)
+        numbers = {label: i for i, label in enumerate(pairs.class_names)}
+        self.own = torch.tensor([numbers[label] for label in pairs.labels])
+        self.word = torch.tensor([numbers[label] for label in pairs.words])
+        keys = [(name, kind) for name in variants for kind in kinds]
+        n = len(pairs)
+        self.best = {key: torch.zeros(n, dtype=torch.int64) for key in keys}
+        self.margin = {key: torch.zeros(n, dtype=torch.float64) for key in keys}
+
+    def add(self, kind: str, indices: Sequence[int], embedded: Mapping[str, Tensor]) -> None:
+        """Classify a batch by its embeddings under each variant."""
+        here, rows = torch.tensor(indices), torch.arange(len(indices))
+        for name, embeddings in embedded.items():
+            logits = classify(embeddings, self.weights, self.model.logit_scale).double().cpu()
+            if not bool(logits.isfinite().all()):
+                raise SparsightError(
+                    f"{self.model.id}, {name}: logits of {kind} pictures are not finite."
+                )
+            # Of equal logits the first class counts, as in zero-shot classification.
+            best = logits.argsort(dim=1, descending=True, stable=True)[:, 0]
+            self.best[name, kind][here] = best
+            margin = logits[rows, self.own[here]] - logits[rows, self.word[here]]
+            self.margin[name, kind][here] = margin
+
+    def outcomes(self, loaded: npt.NDArray[np.bool_]) -> dict[str, dict[str, Outcome]]:
+        """By variant and kind, of the images that loaded in every kind."""
+        kept = torch.from_numpy(loaded)
+        found: dict[str, dict[str, Outcome]] = {}
+        for (name, kind), best in self.best.items():
+            found.setdefault(name, {})[kind] = Outcome(
+                right=(best == self.own)[kept].numpy(),
+                fooled=(best == self.word)[kept].numpy(),
+                margin=self.margin[name, kind][kept].numpy(),
+            )
+        return found
 
 
 def _embed(

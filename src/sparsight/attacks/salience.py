@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.attacks.pairs import AttackPairs
+from sparsight.attacks.passes import PairPass
 from sparsight.attacks.significance import (
     PERMUTATIONS,
     Alternative,
@@ -45,11 +46,9 @@ from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json, write_json
 from sparsight.folders import replaced, settled
-from sparsight.images import load_batches
 from sparsight.notebooks import need_pandas
-from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
-from sparsight.vision import VisionModel
+from sparsight.vision import PassSettings, VisionModel
 
 if TYPE_CHECKING:
     import pandas
@@ -299,16 +298,112 @@ def find_text_salient(
         UserError: an SAE of another model, no such site, tokens or contrast, no two pictures.
         SparsightError: an activation is not finite.
     """
-    _check_choice("contrast", contrast, Contrast)
-    _check_choice("statistic", statistic, Statistic)
-    _check_choice("alternative", alternative, Alternative)
-    if not 0 < fdr < 1:
-        raise UserError(f"fdr is {fdr}; it must lie between 0 and 1.")
-    if not -1 <= selectivity <= 1:
-        raise UserError(f"selectivity is {selectivity}; it must lie between -1 and 1.")
-    if permutations < 19:
-        raise UserError(f"permutations is {permutations}; with fewer than 19 no p is below 0.05.")
-    check_seed(seed)
+    test = _Test(contrast, statistic, alternative, fdr, selectivity, permutations, seed)
+    place, where = _read_at(model, sae, site, tokens, check)
+    settings = PassSettings(batch_size, workers, quiet)
+    seen = _activations(model, pairs, sae, place, where, statistic, settings)
+    effects = test.effects(seen)
+    n, tested = len(seen.values["clean"]), effects["tested"]
+    about = {
+        "model": model.id,
+        "weights_hash": model.weights_hash,
+        "unit": "neuron" if sae is None else "latent",
+        "site": place,
+        "sae": None if sae is None else sae.fingerprint(),
+        "tokens": where,
+        **test.about(n),
+        "n_pairs": n,
+        "n_tested": int(tested.sum()),
+        "failed": seen.failed,
+        "pairs": pairs.about,
+        "pictures": picture_marks(pairs),
+    }
+    return SalienceTable(
+        mean={kind: values.mean(axis=0) for kind, values in seen.values.items()},
+        density=np.sum(list(seen.active.values()), axis=0) / seen.vectors,
+        about=about,
+        **effects,
+    )
+
+
+@dataclass(frozen=True)
+class _Test:
+    """What is compared, and what counts as a response; see `find_text_salient`."""
+
+    contrast: Contrast
+    statistic: Statistic
+    alternative: Alternative
+    fdr: float
+    selectivity: float
+    permutations: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check_choice("contrast", self.contrast, Contrast)
+        _check_choice("statistic", self.statistic, Statistic)
+        _check_choice("alternative", self.alternative, Alternative)
+        if not 0 < self.fdr < 1:
+            raise UserError(f"fdr is {self.fdr}; it must lie between 0 and 1.")
+        if not -1 <= self.selectivity <= 1:
+            raise UserError(f"selectivity is {self.selectivity}; it must lie between -1 and 1.")
+        if self.permutations < 19:
+            raise UserError(
+                f"permutations is {self.permutations}; with fewer than 19 no p is below 0.05."
+            )
+        check_seed(self.seed)
+
+    def effects(self, seen: _Seen) -> dict[str, npt.NDArray[Any]]:
+        """The columns of a `SalienceTable` that the comparison gives, by their names there."""
+        first, second = CONTRASTS[self.contrast]
+        a, b = seen.values[first], seen.values[second]
+        difference = a - b
+        tested = (seen.active[first] + seen.active[second]) > 0
+        effect = difference.mean(axis=0)
+        deviation = difference.std(axis=0, ddof=1)
+        total = np.abs(a).mean(axis=0) + np.abs(b).mean(axis=0)
+        change = np.abs(a).mean(axis=0) - np.abs(b).mean(axis=0)
+        p, q = np.ones(len(effect)), np.ones(len(effect))
+        p[tested] = sign_flip_p(
+            difference[:, tested],
+            permutations=self.permutations,
+            seed=self.seed,
+            alternative=self.alternative,
+        )
+        q[tested] = benjamini_hochberg(p[tested])
+        return {
+            "effect": effect,
+            "effect_size": np.divide(
+                effect, deviation, out=np.zeros_like(effect), where=deviation > 0
+            ),
+            "selectivity": np.divide(change, total, out=np.zeros_like(change), where=total > 0),
+            "p": p,
+            "q": q,
+            "tested": tested,
+        }
+
+    def about(self, n_pairs: int) -> dict[str, Any]:
+        """The test in words, for a table's `about`."""
+        flips = self.permutations
+        return {
+            "contrast": self.contrast,
+            "compares": " - ".join(CONTRASTS[self.contrast]),
+            "statistic": f"{self.statistic} over positions",
+            "alternative": self.alternative,
+            "fdr": self.fdr,
+            "selectivity": self.selectivity,
+            "permutations": min(flips, 2**n_pairs) if n_pairs < 63 else flips,
+            "seed": self.seed,
+        }
+
+
+def _read_at(
+    model: VisionModel,
+    sae: SparseAutoencoder | None,
+    site: str | None,
+    tokens: Read | None,
+    check: bool,
+) -> tuple[str, Read]:
+    """The site and the positions that are read."""
     name = site or (sae.metadata.get("site") if sae is not None else None)
     if name is None:
         raise UserError("Name a site, or give an SAE that says which one is its own.")
@@ -320,66 +415,7 @@ def find_text_salient(
         where = "patches"
     _check_choice("tokens", where, Read)
     model.token_count(place, where)
-
-    seen = _activations(
-        model,
-        pairs,
-        sae,
-        place,
-        where,
-        statistic,
-        batch_size=batch_size,
-        workers=workers,
-        quiet=quiet,
-    )
-    first, second = CONTRASTS[contrast]
-    a, b = seen.values[first], seen.values[second]
-    difference = a - b
-    n = len(difference)
-    tested = (seen.active[first] + seen.active[second]) > 0
-    effect = difference.mean(axis=0)
-    deviation = difference.std(axis=0, ddof=1)
-    size = np.divide(effect, deviation, out=np.zeros_like(effect), where=deviation > 0)
-    total = np.abs(a).mean(axis=0) + np.abs(b).mean(axis=0)
-    change = np.abs(a).mean(axis=0) - np.abs(b).mean(axis=0)
-    p = np.ones(len(effect))
-    p[tested] = sign_flip_p(
-        difference[:, tested], permutations=permutations, seed=seed, alternative=alternative
-    )
-    q = np.ones(len(effect))
-    q[tested] = benjamini_hochberg(p[tested])
-    about = {
-        "model": model.id,
-        "weights_hash": model.weights_hash,
-        "unit": "neuron" if sae is None else "latent",
-        "site": place,
-        "sae": None if sae is None else sae.fingerprint(),
-        "tokens": where,
-        "contrast": contrast,
-        "compares": f"{first} - {second}",
-        "statistic": f"{statistic} over positions",
-        "alternative": alternative,
-        "fdr": fdr,
-        "selectivity": selectivity,
-        "permutations": min(permutations, 2**n) if n < 63 else permutations,
-        "seed": seed,
-        "n_pairs": n,
-        "n_tested": int(tested.sum()),
-        "failed": seen.failed,
-        "pairs": pairs.about,
-        "pictures": picture_marks(pairs),
-    }
-    return SalienceTable(
-        mean={kind: values.mean(axis=0) for kind, values in seen.values.items()},
-        effect=effect,
-        effect_size=size,
-        selectivity=np.divide(change, total, out=np.zeros_like(change), where=total > 0),
-        p=p,
-        q=q,
-        density=np.sum(list(seen.active.values()), axis=0) / seen.vectors,
-        tested=tested,
-        about=about,
-    )
+    return place, where
 
 
 def picture_marks(pairs: AttackPairs) -> list[str]:
@@ -407,40 +443,23 @@ def _activations(
     site: str,
     tokens: str,
     statistic: Statistic,
-    *,
-    batch_size: int,
-    workers: int | None,
-    quiet: bool,
+    settings: PassSettings,
 ) -> _Seen:
     reduce = latent_reducer(model, sae, site, tokens, statistic)
     width = model.d_in(site) if sae is None else sae.n_latents
     n = len(pairs)
     values = {kind: np.zeros((n, width), np.float32) for kind in KINDS}
     counts = {kind: np.zeros((n, width), np.int32) for kind in KINDS}
-    loaded = np.ones(n, bool)
-    failed: dict[str, int] = {}
-    with progress("text salience", n * len(KINDS), "images", quiet=quiet) as line:
-        for kind in KINDS:
-            for batch in load_batches(
-                pairs.source(kind),
-                model.transform,
-                batch_size,
-                workers=workers,
-                min_side=model.min_side,
-            ):
-                line.advance(len(batch.indices) + len(batch.failures))
-                for index, _ in batch.failures:
-                    loaded[index] = False
-                    failed[kind] = failed.get(kind, 0) + 1
-                if not batch.indices:
-                    continue
-                value, count = reduce(batch.pixels)
-                if not bool(value.isfinite().all()):
-                    raise SparsightError(
-                        f"{model.id}, {site}: activations on {kind} pictures are not finite."
-                    )
-                values[kind][batch.indices] = value.cpu().numpy()
-                counts[kind][batch.indices] = count.cpu().numpy()
+    with PairPass(model, pairs, KINDS, "text salience", settings) as seen:
+        for kind, batch in seen:
+            value, count = reduce(batch.pixels)
+            if not bool(value.isfinite().all()):
+                raise SparsightError(
+                    f"{model.id}, {site}: activations on {kind} pictures are not finite."
+                )
+            values[kind][batch.indices] = value.cpu().numpy()
+            counts[kind][batch.indices] = count.cpu().numpy()
+    loaded = seen.loaded
     if loaded.sum() < 2:
         raise UserError(
             f"{pairs.clean.spec}: {int(loaded.sum())} of {n:,} pictures load in every kind; two "
@@ -450,7 +469,7 @@ def _activations(
         values={kind: each[loaded].astype(np.float64) for kind, each in values.items()},
         active={kind: each[loaded].sum(axis=0, dtype=np.float64) for kind, each in counts.items()},
         vectors=int(loaded.sum()) * len(KINDS) * model.token_count(site, tokens),  # type: ignore[arg-type]
-        failed=failed,
+        failed=seen.failed,
     )
 
 

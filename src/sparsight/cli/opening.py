@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sparsight.cli.options import ModelOptions
 from sparsight.devices import choose_device
@@ -21,6 +23,26 @@ def open_model(id: str, options: ModelOptions) -> VisionModel:
         dtype=options.model_dtype,
         revision=options.revision,
         scale_jpegs=options.scale_jpegs,
+    )
+
+
+def as_trained(
+    about: Mapping[str, Any], options: ModelOptions, named: str | None = None
+) -> tuple[str | None, ModelOptions]:
+    """Id and options of an SAE's model, run as it was: revision, dtype, size of decoded JPEGs.
+
+    Args:
+        about: what the SAE says of its model; {} where it says nothing.
+        options: win where they are given.
+        named: the model's id; default the SAE's own.
+    """
+    id = named or about.get("id")
+    own = about.get("revision") if id == about.get("id") else None
+    return id, replace(
+        options,
+        revision=options.revision or own,
+        model_dtype=options.model_dtype or about.get("dtype"),
+        scale_jpegs=options.scale_jpegs or "jpeg_min_side" in (about.get("preprocessing") or {}),
     )
 
 

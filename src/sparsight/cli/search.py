@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
-from PIL import Image
 from rich.console import Console
 
 from sparsight.cli.help import Help
-from sparsight.cli.opening import open_index, open_model
+from sparsight.cli.opening import as_trained, open_index, open_model
 from sparsight.cli.options import ModelOptions, parse
 from sparsight.cli.printing import plain_table, print_notes
 from sparsight.config import check_positive
-from sparsight.editing.actions import Set
 from sparsight.editing.contact_sheet import WORDS, write_contact_sheet
-from sparsight.editing.edits import LatentEdit
 from sparsight.editing.interventions import check_belongs
 from sparsight.editing.latent_search import find_latents
-from sparsight.editing.retrieval import SITE, Mode, SearchResult, check_query, embed_collection
+from sparsight.editing.retrieval import (
+    SITE,
+    Mode,
+    SearchResult,
+    check_query,
+    embed_collection,
+    read_query,
+)
 from sparsight.errors import UserError
 from sparsight.files import check_folder, write_json
 from sparsight.folders import replaced
-from sparsight.images import ImageError, decode_image, open_images
-from sparsight.images.decoding import read_image_file
+from sparsight.images import open_images
 from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
 
 FIGURES, PAGE = "search.json", "search.html"
 Asked = Literal["plain", "reconstructed", "filtered", "query", "steered"]
@@ -108,37 +112,21 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(SearchOptions, "search", arguments, helped=HELP)
     if bool(options.query) == (options.image is not None):
         raise UserError("Give a text to search for, or --picture or --image FILE; one of the two.")
-    asked: str | Image.Image = options.query
-    if options.image is not None:
-        asked = _picture(options.image)
+    query = options.query if options.image is None else read_query(options.image)
     sae = None if options.sae is None else SparseAutoencoder.from_pretrained(options.sae)
     modes: tuple[Mode, ...] = options.modes or (
         ("plain",) if sae is None else ("plain", "reconstructed")
     )
-    latents: list[int] = []
-    if sae is not None:
-        latents = list(
-            find_latents(
-                options.latents,
-                sae.n_latents,
-                open_index(options.index, Path(options.sae or ""), sae),
-            )
-        )
+    latents = _latents(options, sae)
     _check(options, modes, latents)
     check_positive(top=options.top, query_latents=options.query_latents)
-    about = {} if sae is None else sae.metadata.get("model") or {}
-    id = options.model or about.get("id")
-    spec = options.images or (None if sae is None else sae.metadata.get("images"))
-    if id is None or spec is None:
-        raise UserError("Give --model and --images, or an SAE that names both.")
-    dtype = options.model_dtype or about.get("dtype")
-    model = open_model(id, replace(options, model_dtype=dtype))
-    if sae is not None:
-        check_belongs(sae, model, model.canonical_site(SITE), strict=options.check)
-    if isinstance(asked, str):
-        check_query(model, asked)
+    model, spec = _subject(options, sae)
+    if isinstance(query, str):
+        check_query(model, query)
     elif not model.has_joint_space:
         print_notes([f"{model.id}: images are compared by {model.image_embedding}."])
+    if options.image is not None and model.min_side is not None:
+        query = read_query(options.image, model.min_side)
     images = open_images(spec, table=options.table)
     print_notes(images.notes)
     out = check_folder(options.out or Path("search"))
@@ -152,33 +140,17 @@ def main(arguments: Sequence[str]) -> None:
     )
     if collection.failed:
         print_notes([f"{len(collection.failed)} images could not be read and are left out."])
-    edits: list[LatentEdit] = []
-    if "steered" in modes:
-        assert sae is not None
-        value: float | list[float] = options.activation or 0.0
-        if options.activation is None:
-            value = collection.highest(sae, latents)
-            if never := [n for n, most in zip(latents, value, strict=True) if most <= 0]:
-                raise UserError(
-                    f"Latent {never[0]} is not active on any picture, so that there is no largest "
-                    "activation to set it to. Give --activation."
-                )
-        edits = [LatentEdit(sae, latents, Set(value), SITE, "all")]
-    name = None if options.image is None else options.image.name
-    results = [
-        collection.search(
-            asked,
-            mode,
-            sae=sae,
-            latents=latents,
-            edits=edits,
-            top=options.top,
-            n_query_latents=options.query_latents,
-            check=options.check,
-            name=name,
-        )
-        for mode in modes
-    ]
+    results = collection.compare(
+        query,
+        modes,
+        sae=sae,
+        latents=latents,
+        activation=options.activation,
+        top=options.top,
+        n_query_latents=options.query_latents,
+        check=options.check,
+        name=None if options.image is None else options.image.name,
+    )
     with replaced(out, (FIGURES, PAGE)) as staged:
         write_json(staged / FIGURES, {"results": [result.to_dict() for result in results]})
         write_contact_sheet(results, images, staged / PAGE)
@@ -186,13 +158,29 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{out} · {FIGURES}, {PAGE}")
 
 
-def _picture(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such picture.")
-    try:
-        return decode_image(read_image_file(path))
-    except ImageError as error:
-        raise UserError(f"{path}: cannot be searched by ({error.reason}).") from error
+def _latents(options: SearchOptions, sae: SparseAutoencoder | None) -> list[int]:
+    """The latents that --latents names."""
+    if sae is None:
+        return []
+    index = open_index(options.index, Path(options.sae or ""), sae)
+    return list(find_latents(options.latents, sae.n_latents, index))
+
+
+def _subject(options: SearchOptions, sae: SparseAutoencoder | None) -> tuple[VisionModel, str]:
+    """The model, and the images to search: as named, else those of the SAE.
+
+    Raises:
+        UserError: they are not known, or the SAE is of another model or site.
+    """
+    about = {} if sae is None else sae.metadata.get("model") or {}
+    spec = options.images or (None if sae is None else sae.metadata.get("images"))
+    id, wanted = as_trained(about, options, options.model)
+    if id is None or spec is None:
+        raise UserError("Give --model and --images, or an SAE that names both.")
+    model = open_model(id, wanted)
+    if sae is not None:
+        check_belongs(sae, model, model.canonical_site(SITE), strict=options.check)
+    return model, spec
 
 
 def _check(options: SearchOptions, modes: Sequence[Mode], latents: Sequence[int]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sparsight.activations import ActivationSource, ActivationStore, LiveActivations, with_tokens
-from sparsight.cli.opening import open_model
+from sparsight.cli.opening import as_trained, open_model
 from sparsight.cli.options import ModelOptions
 from sparsight.cli.printing import print_notes
 from sparsight.config import load
@@ -79,17 +79,12 @@ class Subjects:
             UserError: it is not known, or cannot be loaded.
         """
         about = sae.metadata.get("model") or {}
-        id = self.options.model or about.get("id")
+        id, wanted = as_trained(about, self.options, self.options.model)
         if id is None:
             raise UserError(f"{folder}: this SAE names no model. Give one with --model.")
-        own = about.get("revision") if id == about.get("id") else None
-        revision = self.options.revision or own
-        dtype = self.options.model_dtype or about.get("dtype")
-        scaled = self.options.scale_jpegs or "jpeg_min_side" in about.get("preprocessing", {})
-        key = f"{id} {revision} {dtype} {scaled}"
+        key = f"{id} {wanted.revision} {wanted.model_dtype} {wanted.scale_jpegs}"
         if key not in self._models:
-            named = replace(self.options, revision=revision, model_dtype=dtype, scale_jpegs=scaled)
-            self._models[key] = open_model(id, named)
+            self._models[key] = open_model(id, wanted)
         return self._models[key]
 
     def images(self, folder: Path, sae: SparseAutoencoder) -> ImageSource:

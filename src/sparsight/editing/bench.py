@@ -12,10 +12,9 @@ from torch import Tensor
 
 from sparsight.errors import UserError
 from sparsight.evaluation.recall import distinct, image_text_recall
-from sparsight.images import ImageSource, load_batches
+from sparsight.images import ImageSource
 from sparsight.intervals import paired_difference, wilson_interval
-from sparsight.progress import progress
-from sparsight.vision import VisionModel, classify, embed_variants
+from sparsight.vision import ImagePass, PassSettings, VisionModel, classify, embed_variants
 
 VARIANTS = 64
 """Variants of a picture that are in memory at a time."""
@@ -162,9 +161,7 @@ class Bench:
         *,
         begin: Callable[[Int[Tensor, " batch"]], None] | None = None,
         captions: bool = True,
-        batch_images: int,
-        workers: int | None,
-        quiet: bool,
+        settings: PassSettings | None = None,
     ) -> dict[str, Tally]:
         """Tallies by variant, `original` first.
 
@@ -173,9 +170,10 @@ class Bench:
             title: of the progress line.
             begin: told the classes of the images that come next.
             captions: keep embeddings for retrieval.
-            batch_images: images at a time.
-            workers: processes that decode.
-            quiet: no progress line.
+            settings: of the pass over the images.
+
+        Raises:
+            UserError: no image is left to measure on.
         """
         class_of = {
             i: self.classes.index(label) if self.targets else 0
@@ -183,31 +181,19 @@ class Bench:
             for i in found
         }
         tallies: dict[str, Tally] = {}
-        failed = 0
-        with progress(title, len(class_of), "images", quiet=quiet) as line:
-            for batch in load_batches(
-                self.images,
-                self.model.transform,
-                batch_images,
-                indices=sorted(class_of),
-                workers=workers,
-                min_side=self.model.min_side,
-            ):
-                failed += len(batch.failures)
-                if batch.indices:
-                    targets = torch.tensor([class_of[i] for i in batch.indices])
-                    found = self._embed(batch.pixels.to(self.model.device), targets, edits, begin)
-                    for name, x in found.items():
-                        tally = tallies.setdefault(name, Tally(self))
-                        tally.add(x, found["original"], targets, batch.indices, captions=captions)
-                line.advance(len(batch.indices) + len(batch.failures))
+        with ImagePass(self.model, self.images, title, settings, classes=class_of) as seen:
+            for batch in seen:
+                targets = seen.classes_of(batch)
+                found = self._embed(batch.pixels.to(self.model.device), targets, edits, begin)
+                for name, x in found.items():
+                    tally = tallies.setdefault(name, Tally(self))
+                    tally.add(x, found["original"], targets, batch.indices, captions=captions)
         if not tallies:
             raise UserError(
-                f"{self.images.spec}: no image is left to measure on ({len(class_of)} listed, "
-                f"{failed} broken). Every other image of a class serves to choose: give at least "
-                "two."
+                f"{self.images.spec}: no image is left to measure on. Every other image of a class "
+                "serves to choose: give at least two."
             )
-        self.failed = failed
+        self.failed = len(seen.failures)
         return tallies
 
     def _embed(

@@ -12,10 +12,9 @@ from torch import Tensor
 from sparsight.editing.changes import frozen
 from sparsight.editing.edits import Positions
 from sparsight.errors import UserError
-from sparsight.images import ImageSource, load_batches
-from sparsight.progress import progress
+from sparsight.images import ImageSource
 from sparsight.sae import SparseAutoencoder
-from sparsight.vision import VisionModel
+from sparsight.vision import ImagePass, PassSettings, VisionModel
 
 BAND = 16
 """Latents of about equal density, among which random ones are drawn."""
@@ -55,10 +54,7 @@ def class_codes(
     site: str,
     tokens: Positions,
     by_class: Mapping[str, Sequence[int]],
-    *,
-    batch_images: int = 64,
-    workers: int | None = None,
-    quiet: bool = True,
+    settings: PassSettings | None = None,
 ) -> ClassCodes:
     """Encode the images of each class once.
 
@@ -69,9 +65,7 @@ def class_codes(
         site: where the SAE reads.
         tokens: which vectors of an image count.
         by_class: places in `images`, by label.
-        batch_images: images at a time.
-        workers: processes that decode.
-        quiet: no progress line.
+        settings: of the pass over the images.
 
     Raises:
         UserError: no image could be read.
@@ -79,49 +73,53 @@ def class_codes(
     view = frozen(sae).to(model.device)
     classes = tuple(by_class)
     class_of = {i: c for c, label in enumerate(classes) for i in by_class[label]}
-    n = sae.n_latents
-    device = view.W_dec.device
-    total = torch.zeros(len(classes) * n, dtype=torch.float64, device=device)
-    active = torch.zeros(n, dtype=torch.int64, device=device)
-    highest = torch.zeros(n, dtype=view.W_dec.dtype, device=device)
-    n_images = torch.zeros(len(classes), dtype=torch.int64)
-    n_vectors, per_image, failed = 0, 1, 0
-    wanted = sorted(class_of)
-    with progress("codes", len(wanted), "images", quiet=quiet) as line:
-        for batch in load_batches(
-            images,
-            model.transform,
-            batch_images,
-            indices=wanted,
-            workers=workers,
-            min_side=model.min_side,
-        ):
-            failed += len(batch.failures)
-            line.advance(len(batch.indices) + len(batch.failures))
-            if not batch.indices:
-                continue
+    if not class_of:
+        raise UserError(f"{images.spec}: no image to read latents on.")
+    sums = _Sums(view, len(classes))
+    with ImagePass(model, images, "codes", settings, classes=class_of) as seen:
+        for batch in seen:
             x = model.read(batch.pixels, [site], tokens)[site]
-            per_image = x.shape[1]
-            code = view.encode(x.flatten(0, 1).to(view.W_dec.dtype))
-            own = torch.tensor([class_of[i] for i in batch.indices], device=device)
-            place = own[code.rows // per_image] * n + code.indices
-            total.index_add_(0, place, code.values.double())
-            active += torch.bincount(code.indices, minlength=n)
-            highest.scatter_reduce_(0, code.indices, code.values, "amax")
-            n_images += torch.bincount(own.cpu(), minlength=len(classes))
-            n_vectors += len(code)
-    if not n_vectors:
-        raise UserError(f"{images.spec}: none of its images could be read ({failed} are broken).")
-    vectors = (n_images * per_image).clamp(min=1).to(device)
-    mean = total.view(len(classes), n) / vectors[:, None]
-    return ClassCodes(
-        classes,
-        mean.float().cpu(),
-        (active.double() / n_vectors).float().cpu(),
-        highest.float().cpu(),
-        n_images,
-        failed,
-    )
+            sums.add(x, seen.classes_of(batch))
+    return sums.result(classes, len(seen.failures))
+
+
+class _Sums:
+    """What the latents did so far, over all positions of the images."""
+
+    def __init__(self, sae: SparseAutoencoder, n_classes: int) -> None:
+        self.sae, self.n_classes = sae, n_classes
+        n, device = sae.n_latents, sae.W_dec.device
+        self.total = torch.zeros(n_classes * n, dtype=torch.float64, device=device)
+        self.active = torch.zeros(n, dtype=torch.int64, device=device)
+        self.highest = torch.zeros(n, dtype=sae.W_dec.dtype, device=device)
+        self.n_images = torch.zeros(n_classes, dtype=torch.int64)
+        self.n_vectors, self.per_image = 0, 1
+
+    def add(self, x: Float[Tensor, "batch tokens d_in"], classes: Int[Tensor, " batch"]) -> None:
+        """Encode a batch, and count it."""
+        n = self.sae.n_latents
+        self.per_image = x.shape[1]
+        code = self.sae.encode(x.flatten(0, 1).to(self.sae.W_dec.dtype))
+        own = classes.to(self.total.device)
+        place = own[code.rows // self.per_image] * n + code.indices
+        self.total.index_add_(0, place, code.values.double())
+        self.active += torch.bincount(code.indices, minlength=n)
+        self.highest.scatter_reduce_(0, code.indices, code.values, "amax")
+        self.n_images += torch.bincount(classes, minlength=self.n_classes)
+        self.n_vectors += len(code)
+
+    def result(self, classes: tuple[str, ...], failed: int) -> ClassCodes:
+        """The means, densities and largest activations."""
+        vectors = (self.n_images * self.per_image).clamp(min=1).to(self.total.device)
+        mean = self.total.view(self.n_classes, self.sae.n_latents) / vectors[:, None]
+        return ClassCodes(
+            classes,
+            mean.float().cpu(),
+            (self.active.double() / self.n_vectors).float().cpu(),
+            self.highest.float().cpu(),
+            self.n_images,
+            failed,
+        )
 
 
 def matched_latents(

@@ -18,6 +18,7 @@ from sparsight.editing.edits import Positions
 from sparsight.editing.interventions import WHERE
 from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
+from sparsight.vision import PassSettings
 
 
 def checked_ks(ks: Sequence[int] | None, n_latents: int) -> list[int]:
@@ -46,7 +47,7 @@ def class_curves(
     found: ClassCodes,
     ks: Sequence[int],
     seed: int,
-    **settings: Any,
+    settings: PassSettings,
 ) -> list[dict[str, Any]]:
     """On-k and off-k for the latents of the classes, and for random ones of equal density."""
     n = sae.n_latents
@@ -65,7 +66,7 @@ def class_curves(
         for chosen in orders
         for k in ks
     }
-    tallies = bench.run(variants, "curves", begin=edits.begin, captions=False, **settings)
+    tallies = bench.run(variants, "curves", begin=edits.begin, captions=False, settings=settings)
     keys = ("top1", "interval", "difference", "difference_interval", "mean_of_classes", "n")
     rows = []
     for name, tally in tallies.items():

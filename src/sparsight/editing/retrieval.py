@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,14 +18,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparsight.config import check_positive
+from sparsight.editing.actions import Set
 from sparsight.editing.changes import frozen
 from sparsight.editing.edits import LatentEdit, checked_numbers
 from sparsight.editing.interventions import Intervention, check_belongs
 from sparsight.errors import UserError
-from sparsight.images import ImageSource, load_batches
-from sparsight.progress import progress
+from sparsight.images import ImageError, ImageSource, decode_image
+from sparsight.images.decoding import read_image_file
 from sparsight.sae import SparseAutoencoder, SparseCode
-from sparsight.vision import VisionModel
+from sparsight.vision import ImagePass, PassSettings, VisionModel
 
 SITE = "embedding"
 Mode = Literal["plain", "reconstructed", "filtered", "query", "steered"]
@@ -174,38 +176,17 @@ class Collection:
         is_text = isinstance(query, str)
         vector = query if isinstance(query, Tensor) else self.embed_query(query)
         shown = name or (query if isinstance(query, str) else "picture")
-        chosen: tuple[int, ...] = tuple(int(each) for each in latents)
+        chosen: tuple[int, ...] = tuple(int(latent) for latent in latents)
         if mode == "plain":
             cosine = _cosine(self.embeddings, vector)
         elif mode == "steered":
             given = [edits] if isinstance(edits, LatentEdit) else list(edits)
-            if not given:
-                raise UserError("Mode 'steered' needs edits: LatentEdit(sae, [latent], Set(…)).")
-            for edit in given:
-                check_belongs(edit.sae, self.model, SITE, strict=check)
-            change = Intervention(given, per_image=True, device="cpu")
-            chosen = tuple(i for edit in given for i in edit.latents or ())
-            asked = vector if is_text else change(vector[None])[0]
-            cosine = _cosine(change(self.embeddings), asked)
+            cosine, chosen = self._steered(given, vector, is_text, check)
         else:
             if sae is None:
                 raise UserError(f"Mode {mode!r} needs an SAE on the site 'embedding'.")
             check_belongs(sae, self.model, SITE, strict=check)
             cosine, chosen = self._through(sae, mode, vector, is_text, chosen, n_query_latents)
-        order = cosine.argsort(descending=True, stable=True)[:top]
-        hits = []
-        for rank, place in enumerate(order.tolist(), start=1):
-            info = self.images.known(self.places[place])
-            hits.append(
-                Hit(
-                    rank,
-                    self.places[place],
-                    info.id,
-                    info.label,
-                    info.caption,
-                    float(cosine[place]),
-                )
-            )
         about = {
             "model": self.model.id,
             "compared": self.model.image_embedding,
@@ -213,7 +194,93 @@ class Collection:
             "n_images": len(self),
             "failed": len(self.failed),
         }
-        return SearchResult(shown, mode, tuple(hits), chosen, about)
+        return SearchResult(shown, mode, self._best(cosine, top), chosen, about)
+
+    def compare(
+        self,
+        query: str | Image.Image,
+        modes: Sequence[Mode],
+        *,
+        sae: SparseAutoencoder | None = None,
+        latents: Sequence[int] = (),
+        activation: float | None = None,
+        top: int = 24,
+        n_query_latents: int = 8,
+        check: bool = True,
+        name: str | None = None,
+    ) -> list[SearchResult]:
+        """Search in several modes, side by side; see `search`.
+
+        Args:
+            query: a text or an image.
+            modes: how embeddings are compared.
+            sae: on the site `embedding`; needed in all modes but `plain`.
+            latents: of modes `filtered` and `steered`.
+            activation: what mode `steered` sets the latents to; default the largest of each in
+                the collection.
+            top: images to give.
+            n_query_latents: of mode `query`.
+            check: make sure that the SAE was trained on this model's weights and site.
+            name: of the query, for the record.
+
+        Raises:
+            UserError: see `search`; or a latent to steer is active on no image, so that it has no
+                largest activation.
+        """
+        edits: list[LatentEdit] = []
+        if "steered" in modes:
+            if sae is None:
+                raise UserError("Mode 'steered' needs an SAE on the site 'embedding'.")
+            value: float | list[float] = activation or 0.0
+            if activation is None:
+                value = self.highest(sae, latents)
+                if never := [n for n, most in zip(latents, value, strict=True) if most <= 0]:
+                    raise UserError(
+                        f"Latent {never[0]} is not active on any picture, so that there is no "
+                        "largest activation to set it to. Give --activation."
+                    )
+            edits = [LatentEdit(sae, latents, Set(value), SITE, "all")]
+        return [
+            self.search(
+                query,
+                mode,
+                sae=sae,
+                latents=latents,
+                edits=edits,
+                top=top,
+                n_query_latents=n_query_latents,
+                check=check,
+                name=name,
+            )
+            for mode in modes
+        ]
+
+    def _best(self, cosine: Float[Tensor, " n"], top: int) -> tuple[Hit, ...]:
+        """The images of the largest cosines, the best first."""
+        order = cosine.argsort(descending=True, stable=True)[:top].tolist()
+        hits = []
+        for rank, row in enumerate(order, start=1):
+            place = self.places[row]
+            info = self.images.known(place)
+            hits.append(Hit(rank, place, info.id, info.label, info.caption, float(cosine[row])))
+        return tuple(hits)
+
+    def _steered(
+        self,
+        edits: Sequence[LatentEdit],
+        vector: Float[Tensor, " d_embed"],
+        is_text: bool,
+        check: bool,
+    ) -> tuple[Float[Tensor, " n"], tuple[int, ...]]:
+        """Cosines of edited embeddings, and the latents that were edited."""
+        if not edits:
+            raise UserError("Mode 'steered' needs edits: LatentEdit(sae, [latent], Set(…)).")
+        for edit in edits:
+            check_belongs(edit.sae, self.model, SITE, strict=check)
+        change = Intervention(edits, per_image=True, device="cpu")
+        asked = vector if is_text else change(vector[None])[0]
+        steered = tuple(latent for edit in edits for latent in edit.latents or ())
+        return _cosine(change(self.embeddings), asked), steered
 
     def _through(
         self,
@@ -318,6 +385,24 @@ def check_query(model: VisionModel, query: str) -> None:
         )
 
 
+def read_query(path: Path, min_side: int | None = None) -> Image.Image:
+    """Read the image file to search by.
+
+    Args:
+        path: the file.
+        min_side: the model's, so that the query is decoded as the collection is.
+
+    Raises:
+        UserError: there is no such file, or it is no image that can be read.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such picture.")
+    try:
+        return decode_image(read_image_file(path), min_side)
+    except ImageError as error:
+        raise UserError(f"{path}: cannot be searched by ({error.reason}).") from error
+
+
 @torch.no_grad()
 def embed_collection(
     model: VisionModel,
@@ -346,28 +431,16 @@ def embed_collection(
     """
     check_positive(max_images=max_images, batch_images=batch_images)
     images = images if max_images is None else images.sample(max_images, seed)
-    total = len(images)
+    if not len(images):
+        raise UserError(f"{images.spec}: holds no images.")
     places: list[int] = []
     rows: list[Tensor] = []
-    failed: list[tuple[int, str]] = []
-    with progress("embedding", total, "images", quiet=quiet) as line:
-        for batch in load_batches(
-            images,
-            model.transform,
-            batch_images,
-            indices=range(total),
-            workers=workers,
-            min_side=model.min_side,
-        ):
-            failed += batch.failures
-            line.advance(len(batch.indices) + len(batch.failures))
-            if batch.indices:
-                places += batch.indices
-                rows.append(model.embed_images(batch.pixels).cpu())
-    if not rows:
-        first = f" The first: {failed[0][1]}." if failed else ""
-        raise UserError(f"{images.spec}: none of its {total} pictures could be read.{first}")
-    return Collection(model, images, tuple(places), torch.cat(rows), tuple(failed))
+    settings = PassSettings(batch_images, workers, quiet)
+    with ImagePass(model, images, "embedding", settings) as seen:
+        for batch in seen:
+            places += batch.indices
+            rows.append(model.embed_images(batch.pixels).cpu())
+    return Collection(model, images, tuple(places), torch.cat(rows), tuple(seen.failures))
 
 
 def _cosine(

@@ -11,19 +11,19 @@ import torch
 
 from sparsight.config import check_positive
 from sparsight.editing.actions import Off, Scale, Set
-from sparsight.editing.bench import Bench, Halves
+from sparsight.editing.bench import Bench, Halves, Tally
 from sparsight.editing.changes import CodeMemo
 from sparsight.editing.class_codes import ClassCodes, class_codes
 from sparsight.editing.class_curves import checked_ks, class_curves
 from sparsight.editing.edits import NO_SITE, LatentEdit, Positions
-from sparsight.editing.interventions import check_site, interventions
+from sparsight.editing.interventions import Intervention, check_site, interventions
 from sparsight.editing.steering_table import rows_of
 from sparsight.errors import UserError
 from sparsight.evaluation.report import finite
 from sparsight.images import ImageSource
 from sparsight.notebooks import data_frame
 from sparsight.sae import SparseAutoencoder
-from sparsight.vision import VisionModel, classifier_weights, names_by_label
+from sparsight.vision import PassSettings, VisionModel, classifier_weights, names_by_label
 
 if TYPE_CHECKING:
     import pandas
@@ -134,65 +134,37 @@ def steer(
     check_positive(max_images=max_images, batch_images=batch_images)
     asked_ks = checked_ks(ks, sae.n_latents)
     images = images if max_images is None else images.sample(max_images, seed)
-    infos = [images.known(i) for i in range(len(images))]
-    labels = sorted({each.label for each in infos if each.label})
-    by_label = names_by_label(labels, class_names)
-    known = [label for label in by_label if label in set(labels)]
-    halves = Halves.of([each.label for each in infos], known)
-    captions = {i: each.caption for i, each in enumerate(infos) if each.caption}
-    omitted = _omitted(model, images, by_label, known, captions, curves)
+    said = _Said.by(images, class_names)
+    omitted = _omitted(model, images, said, curves)
+    curves = curves and "curves" not in omitted
     plan = LatentEdit(sae, list(latents), Off(), site, tokens)
-    if plan.site is None:
-        raise UserError(NO_SITE)
-    if not latents and ("curves" in omitted or not curves):
-        raise UserError(
-            "Nothing to steer: name latents (by number or by name), or take images with labels, "
-            "for which the curves of their classes can be drawn."
-        )
+    _check_plan(plan, curves)
     _check_strengths(strengths)
     where = check_site(model, plan, check=check)
     assert plan.tokens is not None
-    each_class = class_codes(
-        model, images, sae, where, _position(model, where, plan.tokens), halves.choose,
-        batch_images=batch_images, workers=workers, quiet=quiet,
-    )  # fmt: skip
-    weights = classifier_weights(model, list(by_label.values()), templates) if by_label else None
-    bench = Bench(model, images, where, halves, by_label, weights, captions)
-    settings: dict[str, Any] = {"batch_images": batch_images, "workers": workers, "quiet": quiet}
+    settings = PassSettings(batch_images, workers, quiet)
+    position = _position(model, where, plan.tokens)
+    codes = class_codes(model, images, sae, where, position, said.halves.choose, settings)
+    sentences = list(said.by_label.values())
+    weights = classifier_weights(model, sentences, templates) if sentences else None
+    bench = Bench(model, images, where, said.halves, said.by_label, weights, said.captions)
 
-    unit_of = _units(each_class, latents, unit)
-    edits: dict[str, LatentEdit] = {}
-    for latent in latents:
-        for strength in strengths:
-            action = Scale(strength) if unit == "factor" else Set(strength * unit_of[latent])
-            edits[f"{latent} {strength}"] = LatentEdit(sae, [latent], action, where, plan.tokens)
-    memo = CodeMemo()
-    made = {
-        name: interventions(model, edit, check=check, memo=memo)[where]
-        for name, edit in edits.items()
-    }
-    tallies = bench.run(made, "steering", **settings)
-    original = tallies.pop("original").result()
-    rows = []
-    for latent in latents:
-        found = []
-        for strength in strengths:
-            figures = tallies[f"{latent} {strength}"].result()
-            # A factor makes another activation of each.
-            value = None if unit == "factor" else strength * unit_of[latent]
-            found.append({"strength": strength, "activation": value, **figures})
-        rows.append(
-            {
-                "latent": int(latent),
-                "name": (names or {}).get(int(latent)),
-                "unit": unit_of[latent],
-                "density": float(each_class.density[latent]),
-                "strengths": found,
-            }
-        )
+    edits = _Edits(sae, where, plan.tokens, strengths, unit, _units(codes, latents, unit), check)
+    tallies = bench.run(edits.made(model), "steering", settings=settings)
+    rows = [
+        {
+            "latent": int(latent),
+            "name": (names or {}).get(int(latent)),
+            "unit": edits.units[latent],
+            "density": float(codes.density[latent]),
+            "strengths": edits.figures(latent, tallies),
+        }
+        for latent in latents
+    ]
     shown = []
-    if curves and "curves" not in omitted:
-        shown = class_curves(bench, sae, where, plan.tokens, each_class, asked_ks, seed, **settings)
+    if curves:
+        shown = class_curves(bench, sae, where, plan.tokens, codes, asked_ks, seed, settings)
+    measured = sum(map(len, said.halves.measure.values())) - bench.failed
     about = {
         "model": {"id": model.id, "weights_hash": model.weights_hash},
         "sae": sae.fingerprint(),
@@ -200,14 +172,87 @@ def steer(
         "tokens": plan.tokens,
         "images": images.spec,
         "templates": templates if isinstance(templates, str) else list(templates),
-        "n_classes": len(by_label),
-        "n_choose": int(each_class.n_images.sum()),
-        "n_measure": sum(map(len, halves.measure.values())) - bench.failed,
-        "failed": each_class.failed + bench.failed,
+        "n_classes": len(said.by_label),
+        "n_choose": int(codes.n_images.sum()),
+        "n_measure": measured,
+        "failed": codes.failed + bench.failed,
         "strength": unit,
         "seed": seed,
     }
-    return SteerReport(about, original, rows, shown, omitted)
+    return SteerReport(about, tallies["original"].result(), rows, shown, omitted)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the images say of themselves, and which of them are for what."""
+
+    by_label: dict[str, str]
+    known: list[str]
+    halves: Halves
+    captions: dict[int, str]
+
+    @classmethod
+    def by(
+        cls, images: ImageSource, class_names: Sequence[str] | Mapping[str, str] | None
+    ) -> _Said:
+        """Read labels and captions; `class_names` say which labels count."""
+        infos = [images.known(i) for i in range(len(images))]
+        labels = sorted({info.label for info in infos if info.label})
+        by_label = names_by_label(labels, class_names)
+        known = [label for label in by_label if label in set(labels)]
+        return cls(
+            by_label,
+            known,
+            Halves.of([info.label for info in infos], known),
+            {i: info.caption for i, info in enumerate(infos) if info.caption},
+        )
+
+
+@dataclass(frozen=True)
+class _Edits:
+    """Each latent at each strength.
+
+    Attributes:
+        units: by latent, the activation that a strength of 1 stands for.
+    """
+
+    sae: SparseAutoencoder
+    site: str
+    tokens: Positions
+    strengths: Sequence[float]
+    unit: Unit
+    units: dict[int, float]
+    check: bool
+
+    def made(self, model: VisionModel) -> dict[str, Intervention]:
+        """Ready to be applied, by `_key`; they share their codes."""
+        memo = CodeMemo()
+        return {
+            _key(latent, strength): interventions(
+                model, self._edit(latent, strength), check=self.check, memo=memo
+            )[self.site]
+            for latent in self.units
+            for strength in self.strengths
+        }
+
+    def figures(self, latent: int, tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
+        """Of a latent, by strength."""
+        figures = []
+        for strength in self.strengths:
+            # A factor makes another activation of each.
+            value = None if self.unit == "factor" else strength * self.units[latent]
+            found = tallies[_key(latent, strength)].result()
+            figures.append({"strength": strength, "activation": value, **found})
+        return figures
+
+    def _edit(self, latent: int, strength: float) -> LatentEdit:
+        factor = self.unit == "factor"
+        action = Scale(strength) if factor else Set(strength * self.units[latent])
+        return LatentEdit(self.sae, [latent], action, self.site, self.tokens)
+
+
+def _key(latent: int, strength: float) -> str:
+    return f"{latent} {strength}"
 
 
 def _units(found: ClassCodes, latents: Sequence[int], unit: Unit) -> dict[int, float]:
@@ -224,6 +269,16 @@ def _units(found: ClassCodes, latents: Sequence[int], unit: Unit) -> dict[int, f
     return units
 
 
+def _check_plan(plan: LatentEdit, curves: bool) -> None:
+    if plan.site is None:
+        raise UserError(NO_SITE)
+    if not plan.latents and not curves:
+        raise UserError(
+            "Nothing to steer: name latents (by number or by name), or take images with labels, "
+            "for which the curves of their classes can be drawn."
+        )
+
+
 def _check_strengths(strengths: Sequence[float]) -> None:
     if not strengths or not all(math.isfinite(each) for each in strengths):
         raise UserError(f"strengths are {tuple(strengths)}; give finite numbers, at least one.")
@@ -238,9 +293,7 @@ def _position(model: VisionModel, site: str, tokens: Positions) -> Positions:
 def _omitted(
     model: VisionModel,
     images: ImageSource,
-    by_label: Mapping[str, str],
-    known: Sequence[str],
-    captions: Mapping[int, str],
+    said: _Said,
     curves: bool,
 ) -> dict[str, str]:
     if not model.has_text:
@@ -248,16 +301,18 @@ def _omitted(
             f"{model.id} has no text tower, so that there are no probabilities and no retrieval."
         )
     omitted = {}
-    if not known:
-        reason = f"{images.spec} has no labels." if not by_label else "No image has a known label."
+    if not said.known:
+        reason = (
+            f"{images.spec} has no labels." if not said.by_label else "No image has a known label."
+        )
         omitted["accuracy"] = reason
         if curves:
             omitted["curves"] = reason
-    if not by_label:
+    if not said.by_label:
         omitted["probabilities"] = f"{images.spec} has no labels, and class_names was not given."
-    if len(set(captions.values())) < 2:
+    if len(set(said.captions.values())) < 2:
         omitted["retrieval"] = f"{images.spec} has no captions."
-    if not by_label and "retrieval" in omitted:
+    if not said.by_label and "retrieval" in omitted:
         raise UserError(
             f"{images.spec} has neither labels nor captions: there is nothing to measure. Give "
             "class_names, or a table of labels."

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsight.errors import UserError
-from sparsight.images import ImageSource, load_batches
+from sparsight.images import ImageInfo, ImageSource
 from sparsight.intervals import paired_difference
-from sparsight.progress import progress
 from sparsight.vision import (
+    ImagePass,
+    PassSettings,
     VisionModel,
     ZeroShotTally,
     classifier_weights,
@@ -99,64 +100,79 @@ def downstream(
     whole = images
     images = whole if limit is None else whole.sample(limit, seed)
     infos = [images.known(i) for i in range(len(images))]
-    own = sorted({each.label for each in infos if each.label})
-    labels = own if images is whole else whole.labels()
-    names = names_by_label(labels, class_names)
+    own = sorted({info.label for info in infos if info.label})
+    names = names_by_label(own if images is whole else whole.labels(), class_names)
     numbers = {label: i for i, label in enumerate(names)}
-    omitted: dict[str, str] = {}
-    if not names:
-        omitted["zero_shot"] = "The images have no labels, and class_names was not given."
-    elif not any(info.label in numbers for info in infos):
-        omitted["zero_shot"] = "No image has a label that is among the classes."
     captions = {i: info.caption for i, info in enumerate(infos) if info.caption}
-    if len(captions) < 2:
-        omitted["contrastive"] = "The images have no captions."
+    omitted = _omitted(infos, numbers, len(captions))
     if len(omitted) == 2:
         return Downstream({}, {}, omitted)
 
     edits = {
         name: replacing(function, model, site, tokens) for name, function in replacements.items()
     }
+    variants = _Variants(model, site, tokens, edits)
     zero_shot = None
     if "zero_shot" not in omitted:
         weights = classifier_weights(model, list(names.values()), templates)
-        zero_shot = _ZeroShot(list(names), ["original", *edits], weights, model.logit_scale)
-    contrastive = _Contrastive(model, ["original", *edits], len(captions))
-    wanted = [
-        i for i, info in enumerate(infos) if (zero_shot and info.label in numbers) or i in captions
-    ]
-    constant: dict[str, Tensor] = {}
-    failed = 0
-    with progress("downstream", len(wanted), "images", quiet=quiet) as line:
-        for batch in load_batches(
-            images,
-            model.transform,
-            batch_images,
-            indices=wanted,
-            workers=workers,
-            min_side=model.min_side,
-        ):
-            failed += len(batch.failures)
-            line.advance(len(batch.indices) + len(batch.failures))
-            if not batch.indices:
-                continue
-            pixels = batch.pixels.to(model.device)
-            todo = {name: edit for name, edit in edits.items() if name not in constant}
-            found = embed_variants(model, pixels, site, todo)
-            found |= {name: row.expand(len(pixels), -1) for name, row in constant.items()}
-            for name in todo:
-                if _is_constant(name, site, tokens, found[name]):
-                    constant[name] = found[name][:1]
+        zero_shot = _ZeroShot(list(names), variants.names, weights, model.logit_scale)
+    contrastive = _Contrastive(model, variants.names, len(captions))
+    classes = {i: numbers.get(info.label or "", -1) for i, info in enumerate(infos)}
+    wanted = {i: n for i, n in classes.items() if (zero_shot and n >= 0) or i in captions}
+    settings = PassSettings(batch_images, workers, quiet)
+    with ImagePass(model, images, "downstream", settings, classes=wanted) as seen:
+        for batch in seen:
+            found = variants.embed(batch.pixels.to(model.device))
             if zero_shot is not None:
-                targets = [numbers.get(infos[i].label or "", -1) for i in batch.indices]
-                zero_shot.add(found, torch.tensor(targets))
+                zero_shot.add(found, seen.classes_of(batch))
             contrastive.add(found, [captions.get(i) for i in batch.indices])
     shots: dict[str, dict[str, Any]] = {}
     if zero_shot is not None:
         unlabelled = sum(info.label is None for info in infos)
         unknown = sum(info.label is not None and info.label not in numbers for info in infos)
-        shots = zero_shot.result(unlabelled, unknown, failed)
+        shots = zero_shot.result(unlabelled, unknown, len(seen.failures))
     return Downstream(shots, {} if "contrastive" in omitted else contrastive.result(), omitted)
+
+
+def _omitted(
+    infos: Sequence[ImageInfo], numbers: Mapping[str, int], n_captions: int
+) -> dict[str, str]:
+    """What the images say too little for, and why."""
+    omitted: dict[str, str] = {}
+    if not numbers:
+        omitted["zero_shot"] = "The images have no labels, and class_names was not given."
+    elif not any(info.label in numbers for info in infos):
+        omitted["zero_shot"] = "No image has a label that is among the classes."
+    if n_captions < 2:
+        omitted["contrastive"] = "The images have no captions."
+    return omitted
+
+
+class _Variants:
+    """Embeds images with the model as it is and with each replacement.
+
+    An ablation that leaves nothing of the image is run on one batch alone.
+    """
+
+    def __init__(
+        self, model: VisionModel, site: str, tokens: str, edits: Mapping[str, Replacement]
+    ) -> None:
+        self.model, self.site, self.tokens = model, site, tokens
+        self.edits = dict(edits)
+        self.names = ["original", *edits]
+        self._constant: dict[str, Tensor] = {}
+
+    def embed(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> dict[str, Float[Tensor, "batch d_embed"]]:
+        """By variant, `original` first."""
+        edits = {name: edit for name, edit in self.edits.items() if name not in self._constant}
+        found = embed_variants(self.model, pixels, self.site, edits)
+        found |= {name: row.expand(len(pixels), -1) for name, row in self._constant.items()}
+        for name in edits:
+            if _is_constant(name, self.site, self.tokens, found[name]):
+                self._constant[name] = found[name][:1]
+        return found
 
 
 def replacing(function: Replacement, model: VisionModel, site: str, tokens: str) -> Replacement:

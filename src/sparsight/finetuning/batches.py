@@ -14,8 +14,8 @@ from torch import Tensor, tensor
 
 from sparsight.errors import SparsightError
 from sparsight.finetuning.sampling import Pair
-from sparsight.images import ImageInfo, ImageSource, load_batches
-from sparsight.vision import VisionModel
+from sparsight.images import ImageInfo, ImageSource
+from sparsight.vision import ImagePass, PassSettings, VisionModel
 
 
 class JoinedImages(ImageSource):
@@ -110,19 +110,14 @@ class BatchLoader:
         if not planned:
             return
         rows = [self._places(batch) for batch in planned]
-        loaded = load_batches(
-            self.images,
-            self.model.transform,
-            len(rows[0]),
-            indices=list(itertools.chain.from_iterable(rows)),
-            workers=self.workers,
-            min_side=self.model.min_side,
-        )
-        for pairs, places, batch in zip(planned, rows, loaded, strict=True):
-            self.failures.update(batch.failures)
-            self._check()
-            failed = {place for place, _ in batch.failures}
-            yield self._assemble(pairs, places, failed, batch.pixels)
+        settings = PassSettings(len(rows[0]), self.workers)
+        wanted = list(itertools.chain.from_iterable(rows))
+        with ImagePass(self.model, self.images, settings=settings, indices=wanted) as seen:
+            for pairs, places, batch in zip(planned, rows, seen.batches(), strict=True):
+                self.failures.update(batch.failures)
+                self._check()
+                failed = {place for place, _ in batch.failures}
+                yield self._assemble(pairs, places, failed, batch.pixels)
 
     def _places(self, pairs: Sequence[Pair]) -> list[int]:
         """Where a batch's pictures lie in `images`: all, then those of attacks without words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.activations import LiveActivations
-from sparsight.attacks import find_text_salient
+from sparsight.attacks import SalienceTable, find_text_salient
 from sparsight.errors import MissingExtra, UserError
 from sparsight.evaluation import Passes, truth_table
 from sparsight.evaluation.scenes import TruthSource
 from sparsight.evaluation.stability import match_latents
 from sparsight.evaluation.truth import MIN_SCENES
 from sparsight.finetuning.subjects import Subjects
-from sparsight.images import ImageSource, load_batches
+from sparsight.images import ImageSource
 from sparsight.sae import SparseAutoencoder
-from sparsight.vision import Tokens, VisionModel
+from sparsight.vision import ImagePass, PassSettings, Tokens, VisionModel
 
 SHOWN_LATENTS = 12
 TRUTH_SCENES = 1000
@@ -55,61 +56,90 @@ def compare_latents(
     """
     sae = subjects.sae
     assert sae is not None
-    common: dict[str, Any] = {
-        "workers": subjects.workers,
-        "quiet": quiet,
-        "seed": subjects.seed,
-        "contrast": subjects.contrast,
-    }
-    search, rest = subjects.pairs.halves(subjects.seed)
-    chosen, first, second = (
-        find_text_salient(model, pairs, sae, check=check, **common)
-        for model, pairs, check in (
-            (before, search, True),
-            (before, rest, True),
-            (after, rest, False),
-        )
-    )
-    again = set(first.found)
-    confirmed = [latent for latent in chosen.found if latent in again]
-    was, now = set(confirmed), set(second.found)
-    site, tokens = first.site, str(first.about["tokens"])
+    settings = PassSettings(workers=subjects.workers, quiet=quiet)
+    responses = _Responses.of(before, after, sae, subjects, settings)
+    site, tokens = responses.first.site, str(responses.first.about["tokens"])
+    clean = subjects.pairs.clean.sample(subjects.max_images, subjects.seed)
     means = [
-        mean_activations(
-            model,
-            sae,
-            subjects.pairs.clean.sample(subjects.max_images, subjects.seed),
-            site,
-            tokens,
-        )
-        for model in (before, after)
+        mean_activations(model, sae, clean, site, tokens, settings) for model in (before, after)
     ]
     return {
         "site": site,
         "n_latents": sae.n_latents,
-        "n_pairs": first.about["n_pairs"],
-        "fdr": first.about["fdr"],
-        "compares": first.about["compares"],
-        "found_before": len(was),
-        "found_after": len(now),
-        "lost": len(was - now),
-        "kept": len(was & now),
-        "new": len(now - again),
-        "effect_before": float(first.effect[confirmed].sum()),
-        "effect_after": float(second.effect[confirmed].sum()),
-        "latents": [
-            {
-                "latent": latent,
-                "effect_before": float(first.effect[latent]),
-                "effect_after": float(second.effect[latent]),
-                "q_before": float(first.q[latent]),
-                "q_after": float(second.q[latent]),
-            }
-            for latent in confirmed[:SHOWN_LATENTS]
-        ],
+        **responses.to_dict(),
         "drift": drift(*means),
         **_truth(before, after, subjects, site),
     }
+
+
+@dataclass(frozen=True)
+class _Responses:
+    """What responds to words: found on one half of the pairs, confirmed on the other."""
+
+    chosen: SalienceTable
+    first: SalienceTable
+    """The model before, on the half where responses are compared."""
+    second: SalienceTable
+    """The model after, on the same half."""
+
+    @classmethod
+    def of(
+        cls,
+        before: VisionModel,
+        after: VisionModel,
+        sae: SparseAutoencoder,
+        subjects: Subjects,
+        settings: PassSettings,
+    ) -> _Responses:
+        """Test the latents of both models."""
+        search, rest = subjects.pairs.halves(subjects.seed)
+        chosen, first, second = (
+            find_text_salient(
+                model,
+                pairs,
+                sae,
+                check=check,
+                contrast=subjects.contrast,
+                seed=subjects.seed,
+                workers=settings.workers,
+                quiet=settings.quiet,
+            )
+            for model, pairs, check in (
+                (before, search, True),
+                (before, rest, True),
+                (after, rest, False),
+            )
+        )
+        return cls(chosen, first, second)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts, and the strongest latents before with effect and q of both models."""
+        first, second = self.first, self.second
+        again = set(first.found)
+        confirmed = [latent for latent in self.chosen.found if latent in again]
+        was, now = set(confirmed), set(second.found)
+        return {
+            "n_pairs": first.about["n_pairs"],
+            "fdr": first.about["fdr"],
+            "compares": first.about["compares"],
+            "found_before": len(was),
+            "found_after": len(now),
+            "lost": len(was - now),
+            "kept": len(was & now),
+            "new": len(now - again),
+            "effect_before": float(first.effect[confirmed].sum()),
+            "effect_after": float(second.effect[confirmed].sum()),
+            "latents": [
+                {
+                    "latent": latent,
+                    "effect_before": float(first.effect[latent]),
+                    "effect_after": float(second.effect[latent]),
+                    "q_before": float(first.q[latent]),
+                    "q_after": float(second.q[latent]),
+                }
+                for latent in confirmed[:SHOWN_LATENTS]
+            ],
+        }
 
 
 @torch.no_grad()
@@ -119,11 +149,16 @@ def mean_activations(
     source: ImageSource,
     site: str,
     tokens: str,
-) -> Float[Tensor, "latents pictures"]:
-    """The activation of each latent on each picture, the mean over its positions."""
+    settings: PassSettings | None = None,
+) -> Float[Tensor, "latents images"]:
+    """The activation of each latent on each image that loads, the mean over its positions.
+
+    Raises:
+        UserError: no image loads.
+    """
     found = []
-    for batch in load_batches(source, model.transform, 64, min_side=model.min_side):
-        if batch.indices:
+    with ImagePass(model, source, "latents' drift", settings) as seen:
+        for batch in seen:
             x = model.read(batch.pixels, site, tokens)[site].float()  # type: ignore[arg-type]
             code = sae.encode(x.flatten(0, 1)).dense()
             found.append(code.reshape(*x.shape[:2], -1).mean(dim=1))

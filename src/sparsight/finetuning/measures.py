@@ -23,13 +23,9 @@ from sparsight.errors import UserError
 from sparsight.finetuning.latents import compare_latents
 from sparsight.finetuning.pairs import CaptionedImages
 from sparsight.finetuning.subjects import Subjects
-from sparsight.images import ImageSource, load_batches, sample_places
+from sparsight.images import ImageSource, sample_places
 from sparsight.intervals import wilson_interval
-from sparsight.vision import (
-    VisionModel,
-    names_by_label,
-    zero_shot,
-)
+from sparsight.vision import ImagePass, PassSettings, VisionModel, names_by_label, zero_shot
 
 IN_BATCH = 48
 RECALL_AT = (1, 5)
@@ -60,8 +56,7 @@ def compare(
             model,
             subjects.pairs,
             templates=subjects.templates,
-            workers=subjects.workers,
-            quiet=quiet,
+            settings=PassSettings(workers=subjects.workers, quiet=quiet),
         )
         for name, model in models.items()
     }
@@ -144,7 +139,13 @@ def _one_model(model: VisionModel, subjects: Subjects, quiet: bool) -> dict[str,
     names = subjects.pairs.class_names if subjects.images is None else None
     found: dict[str, Any] = {
         "in_batch_accuracy": in_batch_accuracy(
-            model, labelled, names, limit=subjects.max_images, seed=subjects.seed
+            model,
+            labelled,
+            names,
+            limit=subjects.max_images,
+            seed=subjects.seed,
+            workers=subjects.workers,
+            quiet=quiet,
         )
     }
     if subjects.images is not None:
@@ -162,7 +163,11 @@ def _one_model(model: VisionModel, subjects: Subjects, quiet: bool) -> dict[str,
         }
     if subjects.captioned is not None:
         images, texts, own = embed_pairs(
-            model, subjects.captioned, subjects.max_images, subjects.seed
+            model,
+            subjects.captioned,
+            subjects.max_images,
+            subjects.seed,
+            PassSettings(workers=subjects.workers, quiet=quiet),
         )
         found["retrieval"] = retrieval(images, texts, own)
         found["modality_gap"] = modality_gap(images, texts, subjects.seed)
@@ -178,6 +183,8 @@ def in_batch_accuracy(
     batch_size: int = IN_BATCH,
     limit: int | None = None,
     seed: int = 0,
+    workers: int | None = None,
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """What zer0int's scripts call accuracy on ImageNet and ObjectNet: a figure within batches.
 
@@ -193,13 +200,15 @@ def in_batch_accuracy(
         batch_size: of the task; 48 in his script.
         limit: pictures at most.
         seed: of the order.
+        workers: processes that decode.
+        quiet: show no progress line.
 
     Returns:
         `accuracy`, `interval`, `n`, `batch_size`, and `ways`: the mean number of different labels
         in a batch.
 
     Raises:
-        UserError: no picture has a label.
+        UserError: no image has a label, or none of those that have one loads.
     """
     labels = [source.known(i).label for i in range(len(source))]
     known = [i for i, label in enumerate(labels) if label is not None]
@@ -209,17 +218,15 @@ def in_batch_accuracy(
     order = np.random.default_rng(seed).permutation(known)[:limit].tolist()
     hits = n = 0
     ways: list[int] = []
-    for batch in load_batches(
-        source, model.transform, batch_size, indices=order, min_side=model.min_side
-    ):
-        if not batch.indices:
-            continue
-        own = [str(labels[i]) for i in batch.indices]
-        products = model.embed_images(batch.pixels) @ model.embed_texts([names[x] for x in own]).T
-        chosen = products.argmax(dim=1).tolist()
-        hits += sum(own[column] == label for column, label in zip(chosen, own, strict=True))
-        n += len(own)
-        ways.append(len(set(own)))
+    settings = PassSettings(batch_size, workers, quiet)
+    with ImagePass(model, source, "in-batch accuracy", settings, indices=order) as seen:
+        for batch in seen:
+            own = [str(labels[i]) for i in batch.indices]
+            texts = model.embed_texts([names[label] for label in own])
+            chosen = (model.embed_images(batch.pixels) @ texts.T).argmax(dim=1).tolist()
+            hits += sum(own[column] == label for column, label in zip(chosen, own, strict=True))
+            n += len(own)
+            ways.append(len(set(own)))
     return {
         "accuracy": hits / n,
         "interval": wilson_interval(hits, n),
@@ -231,22 +238,19 @@ def in_batch_accuracy(
 
 @torch.no_grad()
 def embed_pairs(
-    model: VisionModel, pairs: CaptionedImages, limit: int | None = None, seed: int = 0
+    model: VisionModel,
+    pairs: CaptionedImages,
+    limit: int | None = None,
+    seed: int = 0,
+    settings: PassSettings | None = None,
 ) -> tuple[Float[Tensor, "n d_embed"], Float[Tensor, "n d_embed"], list[str]]:
     """Unit embeddings of images and of the first caption of each, and these captions; of a random
     sample of `limit` images."""
     chosen = sample_places(len(pairs), limit or len(pairs), seed).tolist()
     captions = {pairs.places[i]: pairs.captions[i][0][0] for i in chosen}
     found, own = [], []
-    for batch in load_batches(
-        pairs.source,
-        model.transform,
-        64,
-        indices=list(captions),
-        workers=0 if len(chosen) < 256 else None,
-        min_side=model.min_side,
-    ):
-        if batch.indices:
+    with ImagePass(model, pairs.source, "captions", settings, indices=list(captions)) as seen:
+        for batch in seen:
             found.append(model.embed_images(batch.pixels))
             own += [captions[i] for i in batch.indices]
     if len(own) < 2:

@@ -109,7 +109,9 @@ def report_finetuning(
         UserError: the run has not finished, or the SAE is not of the model before.
     """
     run = run if isinstance(run, FinetuneRun) else FinetuneRun(Path(run))
-    found = compare(before, run.model(str(before.device)), subjects, quiet=quiet)
+    # Both see the same pixels.
+    after = run.model(str(before.device), scale_jpegs=before.min_side is not None)
+    found = compare(before, after, subjects, quiet=quiet)
     write_json(run.out / FIGURES, {"format_version": FORMAT_VERSION, **found})
     write_page(run, found, subjects)
     return found

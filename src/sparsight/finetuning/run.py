@@ -54,8 +54,14 @@ class FinetuneRun(RunFolder):
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.out / METRICS)
 
-    def model(self, device: str | torch.device | None = None) -> VisionModel:
+    def model(
+        self, device: str | torch.device | None = None, *, scale_jpegs: bool = False
+    ) -> VisionModel:
         """Load the fine-tuned model.
+
+        Args:
+            device: see `load_model`.
+            scale_jpegs: see `load_model`; as the model it began with, where the two are compared.
 
         Raises:
             UserError: the run has not finished.
@@ -64,7 +70,7 @@ class FinetuneRun(RunFolder):
             raise UserError(f"{self.out}: the fine-tuning has not finished; the same call goes on.")
         of_open_clip = (self.folder / OPEN_CLIP_CONFIG).exists()
         prefix = "open_clip:local-dir:" if of_open_clip else ""
-        return load_model(f"{prefix}{self.folder}", device=device)
+        return load_model(f"{prefix}{self.folder}", device=device, scale_jpegs=scale_jpegs)
 
     def written(self) -> list[tuple[Path, Collection[str]]]:
         """The run's folder and the checkpoints, with what fine-tuning writes there."""

@@ -144,6 +144,9 @@ def _usage(run: RunFiles, place: str, revision: str | None) -> str | None:
         options.append(f"revision={json.dumps(model['revision'])}")
     if model.get("dtype") not in (None, "float32"):
         options.append(f"dtype={json.dumps(model['dtype'])}")
+    scaled = "jpeg_min_side" in (model.get("preprocessing") or {})
+    options += ["scale_jpegs=True"] * scaled
+    place_and_size = "i, model.min_side" if scaled else "i"
     source = json.dumps(place) + (f", revision={json.dumps(revision)}" if revision else "")
     site, tokens = json.dumps(run.site), json.dumps(run.tokens)
     result = "x_hat = sae.decode(code)"
@@ -156,7 +159,7 @@ import sparsight as sp
 sae = sp.SparseAutoencoder.from_pretrained({source})
 model = sp.load_model({", ".join(options)})
 images = sp.open_images("calibration:8")   # rendered scenes; or your own: "photos/"
-pixels = torch.stack([model.transform(images.load(i)) for i in range(len(images))])
+pixels = torch.stack([model.transform(images.load({place_and_size})) for i in range(len(images))])
 x = model.read(pixels, {site}, {tokens})[{site}]
 x = x.flatten(0, 1).float().cpu()  # [vectors, {run.sae.d_in}]
 code = sae.encode(x)               # which latents are active, and how strongly

@@ -1,7 +1,8 @@
 """Models that see: load them, name their sites, read and edit activations, classify zero-shot.
 
-Builds on torch and transformers (open_clip as an extra), and on `images` for zero-shot. Start
-with `load.py`, then `model.py`; `tower.py` and `probe.py` find the sites in any architecture;
+Builds on torch and transformers (open_clip as an extra), and on `images`. Start with `load.py`,
+then `model.py`; `passes.py` has the one loop that puts images through a model; `tower.py` and
+`probe.py` find the sites in any architecture;
 `saving.py` hands a model to the programs of others.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from sparsight.vision.load import load_model
 from sparsight.vision.model import Transform, VisionModel, count_from_start
+from sparsight.vision.passes import ImagePass, PassSettings
 from sparsight.vision.tokens import Tokens, select_tokens
 from sparsight.vision.variants import embed_variants
 from sparsight.vision.zero_shot import (
@@ -25,6 +27,8 @@ from sparsight.vision.zero_shot import (
 
 __all__ = [
     "TEMPLATES",
+    "ImagePass",
+    "PassSettings",
     "Tokens",
     "Transform",
     "VisionModel",

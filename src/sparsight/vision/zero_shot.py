@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.images import ImageSource, load_batches
+from sparsight.images import ImageSource
 from sparsight.intervals import wilson_interval
-from sparsight.progress import progress
 from sparsight.vision.model import VisionModel
+from sparsight.vision.passes import ImagePass, PassSettings
 from sparsight.vision.templates import TEMPLATES, resolve_templates
 
 __all__ = [
@@ -247,27 +247,17 @@ def zero_shot(
     source = source if limit is None else source.sample(limit, seed)
     total = len(source)
     labels = [source.known(i).label for i in range(total)]
-    scored = [i for i, label in enumerate(labels) if label in numbers]
+    scored = {i: numbers[label] for i, label in enumerate(labels) if label in numbers}
     unlabelled = labels.count(None)
-    failed = 0
-    with progress("zero-shot", len(scored), "images", quiet=quiet) as line:
-        for batch in load_batches(
-            source,
-            model.transform,
-            batch_size,
-            indices=scored,
-            workers=workers,
-            min_side=model.min_side,
-        ):
-            failed += len(batch.failures)
-            if batch.indices:
-                targets = torch.tensor([numbers[labels[i] or ""] for i in batch.indices])
-                tally.update(classify(model.embed_images(batch.pixels), weights, scale), targets)
-            line.advance(len(batch.indices) + len(batch.failures))
+    settings = PassSettings(batch_size, workers, quiet)
+    with ImagePass(model, source, "zero-shot", settings, classes=scored) as seen:
+        for batch in seen:
+            logits = classify(model.embed_images(batch.pixels), weights, scale)
+            tally.update(logits, seen.classes_of(batch))
     return tally.result(
         unlabelled=unlabelled,
         unknown_label=total - unlabelled - len(scored),
-        failed=failed,
+        failed=len(seen.failures),
     )
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from sparsight.attacks import Target, causal_check, find_text_salient
+from sparsight.attacks import (
+    AttackPairs,
+    CausalReport,
+    SalienceTable,
+    Target,
+    causal_check,
+    find_text_salient,
+)
 from sparsight.attacks.salience import (
     FDR,
     SELECTIVE,
@@ -19,12 +26,13 @@ from sparsight.attacks.salience import (
 from sparsight.attacks.significance import PERMUTATIONS, Alternative
 from sparsight.cli.attack.shared import PairOptions, check_failed, pairs_of
 from sparsight.cli.help import Help
-from sparsight.cli.opening import open_model, open_saes
+from sparsight.cli.opening import as_trained, open_model, open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_table
 from sparsight.errors import UserError
 from sparsight.files import check_folder
 from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
 
 HELP = Help(
     examples=(
@@ -100,75 +108,119 @@ def main(arguments: Sequence[str]) -> None:
         )
     check_folder(options.out)
     saes = open_saes(options.runs, options.device) if options.runs else {}
-    ids = {(sae.metadata.get("model") or {}).get("id") for sae in saes.values()} - {None}
-    if options.model is None and len(ids) != 1:
-        raise UserError("Which model? Name it with --model.")
-    model = open_model(options.model or str(ids.pop()), options)
+    model = _model(options, saes)
     whole = pairs_of(options)
     pairs, others = whole.halves(options.seed) if options.check else (whole, None)
-    jobs: list[tuple[str, Path | None, SparseAutoencoder | None]] = [
-        *((str(sae.metadata.get("site")), folder, sae) for folder, sae in saes.items()),
-        *((model.canonical_site(site), None, None) for site in options.neurons),
-    ]
-    names = [site if sae is not None else f"{site}-neurons" for site, _, sae in jobs]
-    if len(set(names)) < len(names):
-        raise UserError("Two of the runs are at one site; find them one by one, with other --out.")
-    for name, (site, folder, sae) in zip(names, jobs, strict=True):
-        table = find_text_salient(
-            model,
-            pairs,
-            sae,
-            site=site,
-            tokens=options.tokens,
-            contrast=options.contrast,
-            statistic=options.statistic,
-            alternative=options.alternative,
-            fdr=options.fdr,
-            selectivity=options.selectivity,
-            permutations=options.permutations,
-            seed=options.seed,
-            batch_size=options.batch_images,
-            workers=options.workers,
-            quiet=False,
-        )
-        check_failed(table.about["failed"], len(pairs), options.max_failed)
-        if folder is not None:
-            table.about["sae_folder"] = str(folder.absolute())
-        place = options.out / name
+    for subject in _subjects(options, model, saes):
+        place = options.out / subject.name
+        table = _find(options, model, pairs, subject)
         if others is None or not table.selective or not place.exists():
             # An earlier search is replaced when this one is complete.
             table.save(place)
-        kind = table.about["unit"]
-        print(
-            f"{place}: {len(table.found):,} of {table.about['n_tested']:,} {kind}s respond to "
-            f"{table.about['compares']} (false discovery rate {table.about['fdr']}), "
-            f"{len(table.selective):,} of them with a selectivity of "
-            f"{table.about['selectivity']} or more"
-        )
-        if table.fewest > 1:
-            print_notes(
-                [
-                    f"{site}: with {table.about['permutations']:,} flips fewer than {table.fewest} "
-                    f"of {table.about['n_tested']:,} {kind}s are never found, however strong; more "
-                    "--permutations find single ones."
-                ]
-            )
+        _print_found(place, table)
         if others is None:
             continue
         if not table.selective:
-            print_notes([f"{site}: nothing to switch off."])
+            print_notes([f"{subject.site}: nothing to switch off."])
             continue
-        report = causal_check(
-            model,
-            others,
-            Target(table, None, sae),
-            draws=options.draws,
-            seed=options.seed,
-            templates=options.templates,
-            batch_size=options.batch_images,
-            workers=options.workers,
-            quiet=False,
-        )
-        check_failed(report.failed, len(others), options.max_failed)
+        report = _switch_off(options, model, others, Target(table, None, subject.sae))
         table.save(place, report.to_dict())
         print_table(report.table())
+
+
+def _model(options: FindOptions, saes: Mapping[Path, SparseAutoencoder]) -> VisionModel:
+    """The model that was named, else the one of all SAEs."""
+    abouts = [about for sae in saes.values() if (about := sae.metadata.get("model"))]
+    ids = {about.get("id") for about in abouts} - {None}
+    if options.model is None and len(ids) != 1:
+        raise UserError("Which model? Name it with --model.")
+    id, wanted = as_trained(abouts[0] if abouts else {}, options, options.model)
+    assert id is not None
+    return open_model(id, wanted)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is tested: the latents of an SAE, or without one the neurons of a site."""
+
+    site: str
+    sae: SparseAutoencoder | None = None
+    folder: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.site if self.sae is not None else f"{self.site}-neurons"
+
+
+def _subjects(
+    options: FindOptions, model: VisionModel, saes: Mapping[Path, SparseAutoencoder]
+) -> list[_Subject]:
+    subjects = [
+        *(_Subject(str(sae.metadata.get("site")), sae, folder) for folder, sae in saes.items()),
+        *(_Subject(model.canonical_site(site)) for site in options.neurons),
+    ]
+    if len({subject.name for subject in subjects}) < len(subjects):
+        raise UserError("Two of the runs are at one site; find them one by one, with other --out.")
+    return subjects
+
+
+def _find(
+    options: FindOptions, model: VisionModel, pairs: AttackPairs, subject: _Subject
+) -> SalienceTable:
+    table = find_text_salient(
+        model,
+        pairs,
+        subject.sae,
+        site=subject.site,
+        tokens=options.tokens,
+        contrast=options.contrast,
+        statistic=options.statistic,
+        alternative=options.alternative,
+        fdr=options.fdr,
+        selectivity=options.selectivity,
+        permutations=options.permutations,
+        seed=options.seed,
+        batch_size=options.batch_images,
+        workers=options.workers,
+        quiet=False,
+    )
+    check_failed(table.about["failed"], len(pairs), options.max_failed)
+    if subject.folder is not None:
+        table.about["sae_folder"] = str(subject.folder.absolute())
+    return table
+
+
+def _switch_off(
+    options: FindOptions, model: VisionModel, pairs: AttackPairs, target: Target
+) -> CausalReport:
+    report = causal_check(
+        model,
+        pairs,
+        target,
+        draws=options.draws,
+        seed=options.seed,
+        templates=options.templates,
+        batch_size=options.batch_images,
+        workers=options.workers,
+        quiet=False,
+    )
+    check_failed(report.failed, len(pairs), options.max_failed)
+    return report
+
+
+def _print_found(place: Path, table: SalienceTable) -> None:
+    kind, about = table.about["unit"], table.about
+    print(
+        f"{place}: {len(table.found):,} of {about['n_tested']:,} {kind}s respond to "
+        f"{about['compares']} (false discovery rate {about['fdr']}), {len(table.selective):,} of "
+        f"them with a selectivity of {about['selectivity']} or more"
+    )
+    if table.fewest > 1:
+        print_notes(
+            [
+                f"{table.site}: with {about['permutations']:,} flips fewer than {table.fewest} of "
+                f"{about['n_tested']:,} {kind}s are never found, however strong; more "
+                "--permutations find single ones."
+            ]
+        )
