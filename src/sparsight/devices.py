@@ -1,4 +1,4 @@
-"""Where tensors live: the default device, and a device that somebody named, checked."""
+"""Where tensors live: the default device, and checks of a device that the user names."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ _WORDS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 """The kinds of devices, as messages call them."""
 
 _PREFERRED = ("cuda", "xpu", "mps")
-"""Kinds of accelerators, the first that is there and has float64 is the default."""
+"""Kinds of accelerators; the first one that is available and has float64 is the default."""
 
 
 def choose_device(
     device: str | torch.device | None = None, *, float64: bool = False
 ) -> torch.device:
-    """The device that was named, or the best one here.
+    """Return the named device, or the best one available.
 
-    The default is a CUDA GPU, else an Intel GPU (`xpu`), else the CPU. Only a device with float64
-    becomes the default, because running sums over a data set are kept in it: Apple's GPU (`mps`)
-    has none and must be named.
+    The default is a CUDA GPU, otherwise an Intel GPU (`xpu`), otherwise the CPU. Only a device with
+    float64 becomes the default, because running sums over a data set use it: Apple's GPU (`mps`)
+    does not have it and must be named.
 
     Args:
         device: "cpu", "cuda", "cuda:1", "xpu", "mps", or a `torch.device`; None for the default.
         float64: refuse a device without float64.
 
     Raises:
-        UserError: it is no device, torch finds none of its kind or number here, or it has no
+        UserError: it is not a device, torch finds none of its kind or number here, or it lacks
             float64 where that is needed.
     """
     if device is None:
@@ -82,7 +82,7 @@ def _check_present(target: torch.device) -> None:
 
 
 def _count(kind: str) -> int:
-    """How many devices of a kind torch can use."""
+    """Return how many devices of a kind torch can use."""
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     module = torch.cuda if kind == "cuda" else torch.xpu

@@ -1,4 +1,4 @@
-"""Writing files so that no cut, at any byte, leaves half a file under its final name."""
+"""Writing files so that no interruption, at any byte, leaves half a file under its final name."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from sparsight.text import LONE_SURROGATE, without_surrogates
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush it to disk and rename it.
 
-    On an exception the temporary file is removed and `path` is untouched. What killed processes
-    left in the folder is removed, too.
+    On an exception the temporary file is removed and `path` is untouched. Files that killed
+    processes left in the folder are removed, too.
 
     Raises:
-        UserError: the path is not UTF-8, which the libraries that write cannot take; or is that of
-            a folder or device.
+        UserError: the path is not UTF-8, which the libraries that write cannot handle; or it is a
+            folder or a device.
         SparsightError: the disk is full or the folder cannot be written.
     """
     path = checked_name(path)
-    if path.exists() and not path.is_file():  # renaming would put a file in a device's place
+    if path.exists() and not path.is_file():  # renaming would replace a device
         raise _no_file(path)
     temporary: Path | None = None
     try:
@@ -54,7 +54,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def check_folder(path: Path) -> Path:
-    """Make sure, before work begins, that a folder is there to write to or can be made.
+    """Check, before work begins, that a folder can be written to or created.
 
     Returns:
         The path.
@@ -73,13 +73,13 @@ def check_folder(path: Path) -> Path:
 
 
 def check_file(path: Path) -> Path:
-    """Make sure, before work begins, that a file can be written.
+    """Check, before work begins, that a file can be written.
 
     Returns:
         The path.
 
     Raises:
-        UserError: it is a folder or device; or its folder cannot be made or written, see
+        UserError: it is a folder or a device; or its folder cannot be created or written, see
             `check_folder`.
     """
     check_folder(path.parent)
@@ -105,7 +105,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """`value` as indented JSON with a final newline; a lone surrogate as JSON escapes it."""
+    """Return `value` as indented JSON with a final newline; lone surrogates are escaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     return (LONE_SURROGATE.sub(lambda one: f"\\u{ord(one[0]):04x}", text) + "\n").encode()
 
@@ -128,12 +128,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_replaceable(path: Path, format: str, what: str) -> None:
-    """Make sure that a JSON file that says what its folder holds may be replaced.
+    """Check that a JSON file that describes its folder may be replaced.
 
     Args:
-        path: the file; need not be there, and may be damaged.
-        format: what its field `format` says where the folder holds what is to be written.
-        what: that in words, for the message.
+        path: the file; it need not exist, and may be damaged.
+        format: the value of its field `format` if the folder holds what is to be written.
+        what: the same in words, for the message.
 
     Raises:
         UserError: the folder holds something else.
@@ -146,29 +146,29 @@ def check_replaceable(path: Path, format: str, what: str) -> None:
         return
     if found != format:
         raise UserError(
-            f"{path}: belongs to something else than {what}, which would be lost. Choose another "
+            f"{path}: belongs to something other than {what}, which would be lost. Choose another "
             "folder."
         )
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hex SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of a mapping, independent of the order of its keys."""
+    """Return the hex SHA-256 of a mapping, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def checksum_of(values: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of a mapping, the same before it is written as JSON and after it is read."""
+    """Return the hex SHA-256 of a mapping, the same before writing it as JSON and after reading."""
     return sha256_json(json.loads(json.dumps(values)))
 
 
 def of_system(error: OSError | RuntimeError) -> OSError:
-    """What the system said; of a full disk, torch says that it is at an unexpected position."""
+    """Return the system's own error; for a full disk, torch reports an unexpected position."""
     if isinstance(error, OSError):
         return error
     if isinstance(error.__context__, OSError):
@@ -177,12 +177,12 @@ def of_system(error: OSError | RuntimeError) -> OSError:
 
 
 def unwritten(path: Path, error: OSError) -> SparsightError:
-    """The error of a path that could not be written."""
+    """Return the error for a path that could not be written."""
     return SparsightError(f"{path}: could not be written ({error.strerror or error}).")
 
 
 def finish(path: Path) -> None:
-    """Make a file, or all in a folder, as open as the umask allows, and bring it to the disk."""
+    """Make a file, or all files in a folder, as open as the umask allows, and flush it to disk."""
     umask = _umask()
     if not path.is_dir():
         return _finish_file(path, umask)
@@ -190,7 +190,7 @@ def finish(path: Path) -> None:
         for name in names:
             _finish_file(Path(place, name), umask)
         folder = Path(place)
-        # Bits beyond the nine (setgid) come from the folder above.
+        # Bits beyond the nine (setgid) are inherited from the folder above.
         folder.chmod(folder.stat().st_mode & 0o7000 | 0o777 & ~umask)
         sync_folder(folder)
 
@@ -199,8 +199,8 @@ def _finish_file(path: Path, umask: int) -> None:
     about = path.lstat()
     if not stat.S_ISREG(about.st_mode):
         return
-    if about.st_nlink == 1:  # else it is also someone else's
-        # Some writers give their files to the owner alone.
+    if about.st_nlink == 1:  # otherwise somebody else uses it, too
+        # Some writers make their files readable only by the owner.
         path.chmod(0o666 & ~umask)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -212,7 +212,7 @@ def _no_file(path: Path) -> UserError:
 
 
 def checked_name(path: Path) -> Path:
-    """The path, if the libraries that write (Arrow, safetensors) can take its name.
+    """Return the path, if the libraries that write (Arrow, safetensors) can handle its name.
 
     Raises:
         UserError: it is not UTF-8.
@@ -233,11 +233,11 @@ def _read_umask() -> int:
 
 
 _UMASK_AT_START = _read_umask()
-"""Read once: reading sets it for a moment, also for the files of other threads."""
+"""Read once: reading changes it for a moment, also for the files of other threads."""
 
 
 def _umask() -> int:
-    """The umask now where the system tells it, else as it was at the start."""
+    """Return the umask now if the system reveals it, otherwise as it was at the start."""
     with suppress(OSError, ValueError), Path("/proc/self/status").open() as status:
         for line in status:
             if line.startswith("Umask:"):
@@ -246,7 +246,7 @@ def _umask() -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; not every platform lets a folder be opened."""
+    """Make a rename durable; not every platform can open a folder for that."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""Folders that appear whole or are replaced whole, wherever a process is killed."""
+"""Folders that appear whole or are replaced whole, wherever the process is killed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _STAGED, _COMMITTED, _GONE = ".new.tmp", ".new", ".gone"
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`; on success flush its files to disk and rename it.
 
-    On an exception the temporary folder is removed and `path` is untouched. A process that was
-    killed right after the renaming is made up for: its folder counts as not there.
+    On an exception the temporary folder is removed and `path` is untouched. If a process was killed
+    right after the renaming, its folder does not count as existing.
 
     Raises:
-        UserError: `path` is there already, and no empty folder; or another process is writing it.
+        UserError: `path` exists and is not an empty folder; or another process is writing it.
         SparsightError: the disk is full or the folder cannot be written.
     """
     with _new(checked_name(path)) as partial:
@@ -36,12 +36,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a path of the same name in a temporary folder; on success the file is moved to `path`.
+    """Give a path of the same name in a temporary folder; on success, move the file to `path`.
 
-    Otherwise as `new_folder`.
+    Everything else is as in `new_folder`.
 
     Raises:
-        UserError: `path` is there already, or another process is writing it.
+        UserError: `path` exists, or another process is writing it.
         SparsightError: the disk is full or the folder cannot be written.
     """
     path = checked_name(path)
@@ -51,16 +51,16 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced(path: Path, own: Collection[str], *, wait: float = 60.0) -> Iterator[Path]:
-    """Give an empty folder, whose files take the place of those in the folder `path` together.
+    """Give an empty folder whose files replace those in the folder `path`, all together.
 
-    Killed at any point, all files of `path` are the old ones or all are the new ones for whoever
-    calls `settled(path)` before reading. A folder that holds nothing else is exchanged as a whole,
-    so that no one ever sees a mixture.
+    Wherever the process is killed, the files of `path` are either all old or all new for a reader
+    that calls `settled(path)` first. A folder that holds nothing else is exchanged as a whole, so
+    that nobody ever sees a mixture.
 
     Args:
-        path: the folder; need not be there.
+        path: the folder; it need not exist.
         own: names of all files that may be written. Those in `path` that are not written this time
-            go; files of other names stay.
+            are removed; files with other names stay.
         wait: seconds to wait for another process that writes into the same folder.
 
     Raises:
@@ -83,25 +83,25 @@ def replaced(path: Path, own: Collection[str], *, wait: float = 60.0) -> Iterato
 
 
 def settled(path: Path) -> Path:
-    """Finish what a killed `replaced(path, …)` had begun to put in place.
+    """Finish putting in place what a killed `replaced(path, …)` had begun.
 
     Returns:
         The path.
 
     Raises:
-        SparsightError: that is not possible, as the folder may not be written to.
+        SparsightError: that is impossible, because the folder may not be written to.
     """
     path = Path(path)
     if _is_in_order(path):
         return path
-    # A process that is at it now holds the lock, and is done when we have it.
+    # A process that is doing it now holds the lock, and is done once we have it.
     with folder_lock(path):
         return path
 
 
 @contextmanager
 def folder_lock(path: Path, *, wait: float = 60.0) -> Iterator[None]:
-    """Keep other processes from replacing a folder; what a killed one left half done is done.
+    """Keep other processes from replacing a folder; finish what a killed one left half done.
 
     Args:
         path: the folder.
@@ -126,7 +126,7 @@ def folder_lock(path: Path, *, wait: float = 60.0) -> Iterator[None]:
 def _new(path: Path, file: str | None = None) -> Iterator[Path]:
     """Stage what is to be at `path`: the folder itself, or a file in it."""
     held = _beside(path, "lock")
-    # Without a lock's file nobody was killed, and nothing need be touched.
+    # Without a lock file no process was killed, and nothing needs to be touched.
     if _is_taken(path) and not held.exists():
         raise _taken(path)
     with holding(held, _busy(path)) as handle:
@@ -138,13 +138,13 @@ def _new(path: Path, file: str | None = None) -> Iterator[Path]:
             yield staged
             finish(staged)
             made = staged if file is None else staged / file
-            # So that the next run knows what is there for this one's work.
+            # So that the next run recognises what is there as this one's work.
             _write_mark(held, handle, _mark_of(made))
             _put(made, path)
 
 
 def _is_taken(path: Path) -> bool:
-    """Whether something is at `path` that is not an empty folder."""
+    """Return whether there is anything at `path` but an empty folder."""
     return os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
 
 
@@ -156,7 +156,7 @@ def _taken(path: Path) -> UserError:
 
 @contextmanager
 def _partial(path: Path, staged: Path) -> Iterator[None]:
-    """Make the folder `staged`, and remove it whatever happens; tell what fails of `path`."""
+    """Make the folder `staged`, and remove it in any case; report errors as those of `path`."""
     try:
         _remove(_beside(path, "old.tmp"))  # what a killed process left
         _remove(staged)
@@ -168,7 +168,7 @@ def _partial(path: Path, staged: Path) -> Iterator[None]:
             raise
         raise unwritten(path, told) from error
     except SparsightError as error:
-        # Where a file was to lie, not where it was on its way.
+        # Name the place where the file was to be, not where it was on its way.
         error.args = tuple(str(each).replace(str(staged), str(path)) for each in error.args)
         raise
     finally:
@@ -176,7 +176,7 @@ def _partial(path: Path, staged: Path) -> Iterator[None]:
 
 
 def _is_elsewhere(error: OSError, *places: Path) -> bool:
-    """Whether an error is about a file that is none of these, nor in them, nor above them."""
+    """Return whether an error's file is none of these, nor inside or above one of them."""
     if not isinstance(error.filename, str):
         return False
     at = Path(error.filename).absolute()
@@ -194,7 +194,7 @@ def _remove(path: Path) -> None:
 
 
 def _may_be_exchanged(path: Path, own: Collection[str]) -> bool:
-    """Whether a folder holds nothing else, and its name can be given to another."""
+    """Return whether a folder holds nothing else, and can swap its name with another."""
     if not path.exists():
         return True
     if not _has_neighbours(path) or path in (here := Path.cwd(), *here.parents):
@@ -206,7 +206,7 @@ def _may_be_exchanged(path: Path, own: Collection[str]) -> bool:
 
 
 def _has_neighbours(path: Path) -> bool:
-    """Whether files can be made beside a folder and be given its name."""
+    """Return whether files can be created beside a folder and be given its name."""
     return not path.exists() or (os.access(path.parent, os.W_OK) and not path.is_mount())
 
 
@@ -220,7 +220,7 @@ def _busy(path: Path) -> str:
 
 
 def _put(made: Path, path: Path) -> None:
-    """Give `made` the name `path`; a folder that was there is then at `made`."""
+    """Give `made` the name `path`; an existing folder is then at `made`."""
     if made.is_dir() and path.is_dir():
         if not any(path.iterdir()):
             path.rmdir()
@@ -236,7 +236,7 @@ def _put(made: Path, path: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system cannot."""
+    """Exchange two names in one step; return False if the system cannot do that."""
     try:
         rename: Any = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
@@ -246,7 +246,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _commit(staged: Path, path: Path, own: Collection[str]) -> None:
-    """From the renaming on the new files count; then they are moved to where the old ones are."""
+    """Make the new files count by renaming them; then move them to where the old ones are."""
     written = _files_in(staged)
     gone = sorted(set(own) - set(written))
     if not written and not gone:
@@ -259,7 +259,7 @@ def _commit(staged: Path, path: Path, own: Collection[str]) -> None:
 
 
 def _files_in(folder: Path) -> list[str]:
-    """Files in a folder and in those inside it, by their place in it, in order."""
+    """Return the files in a folder and its sub-folders, as sorted relative paths."""
     files = (each for each in folder.rglob("*") if not each.is_dir())
     return sorted(each.relative_to(folder).as_posix() for each in files)
 
@@ -271,17 +271,17 @@ def _is_in_order(path: Path) -> bool:
 
 
 def _put_in_order(path: Path) -> None:
-    """Go on where a process was killed while it put new files in place; the lock is held."""
+    """Continue where a process was killed while it put new files in place; the lock is held."""
     aside = _beside(path, "old.tmp")
     if aside.exists() and not path.exists():
-        # Where folders cannot be exchanged in one step, nothing is there for a moment.
+        # If folders cannot be exchanged in one step, nothing is there for a moment.
         aside.rename(path)
     if (path / _COMMITTED).is_dir():
         _settle(path / _COMMITTED, path)
 
 
 def _settle(committed: Path, path: Path) -> None:
-    """Move the files of a commit to their place."""
+    """Move the files of a commit to their places."""
     gone = committed / _GONE
     if gone.exists():
         for name in json.loads(gone.read_text(encoding="utf-8")):
@@ -300,7 +300,7 @@ def _mark_of(path: Path) -> str:
 
 
 def _read_mark(path: Path, handle: int | None) -> str:
-    # Closing another handle of the file would give up the lock.
+    # Closing another handle of the file would release the lock.
     return path.read_text() if handle is None else os.pread(handle, 200, 0).decode()
 
 
@@ -314,6 +314,6 @@ def _write_mark(path: Path, handle: int | None, mark: str) -> None:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """The hidden neighbour of a path that serves to write it."""
+    """Return the hidden neighbour of a path that is used to write it."""
     path = path.absolute()
     return path.with_name(f".{path.name}.{kind}")

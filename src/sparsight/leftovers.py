@@ -1,4 +1,4 @@
-"""Temporary files that killed processes left: which they are, and their removal."""
+"""Temporary files that killed processes left: how to recognise and remove them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pathlib import Path
 
 TEMPORARY = re.compile(r"\..+\.(?:(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-)?\w{8}\.tmp", re.ASCII)
 _SECONDS_OF_STRANGERS = 86_400
-"""Age from which a temporary file of another machine, whose processes we cannot see, is left."""
+"""Seconds after which a temporary file of another machine, whose processes are invisible, goes."""
 
 
 def temporaries(folder: Path, names: Iterable[str]) -> list[Path]:
-    """What killed processes left in a folder of some files or folders, or may be writing now.
+    """Return what processes left in a folder for some files or folders, or may be writing now.
 
     Args:
-        folder: where they were to write.
-        names: of the files or folders, or patterns of names.
+        folder: where they were writing.
+        names: names of the files or folders, or patterns.
     """
     patterns = (f".{name}{random}.tmp" for name in names for random in ("", ".*"))
     return sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
 
 
 def remove_temporaries(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Remove every temporary file in a folder that no other process may be writing into now.
+    """Remove every temporary file in a folder into which no other process can be writing now.
 
     Args:
         folder: where they lie.
-        names: remove those of these files and folders alone, see `temporaries`.
+        names: remove only those for these files and folders; see `temporaries`.
     """
     found = Path(folder).glob(".*.tmp") if names is None else temporaries(folder, names)
     for leftover in found:
@@ -55,7 +55,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @cache
 def machine() -> str:
-    """What tells apart machines, and containers on one, whose numbers of processes differ."""
+    """Return what distinguishes machines, and containers with process numbers of their own."""
     try:
         numbers = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -78,11 +78,11 @@ def _is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's, which may be over as well
+        pass  # another user's, which may have ended as well
     except (OSError, OverflowError):
         return True
     with suppress(OSError, IndexError):
-        # Killed, and its parent has not asked for its end yet.
+        # Killed, but its parent has not yet asked for its exit status.
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
         return state not in ("Z", "X")
     return True

@@ -19,13 +19,13 @@ def lock(path: Path, message: str, *, wait: float = 0.0) -> Iterator[None]:
     """Hold a lock that ends with the process, whatever ends it, and that workers do not share.
 
     Args:
-        path: of the lock's file, which is there while the lock is held; its folder is made.
-        message: what to tell if another process holds it.
+        path: the lock's file, which exists while the lock is held; its folder is created.
+        message: the message if another process holds it.
         wait: seconds to wait for that process.
 
     Raises:
         UserError: another process holds it; or the path is not UTF-8.
-        SparsightError: the folder cannot be made or written.
+        SparsightError: the folder cannot be created or written.
     """
     with holding(checked_name(path), message, wait):
         yield
@@ -33,12 +33,12 @@ def lock(path: Path, message: str, *, wait: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def holding(path: Path, message: str, wait: float = 0.0) -> Iterator[int | None]:
-    """Hold a lock and give its file's handle; None where there are no locks."""
+    """Hold a lock and give the handle of its file; None if the system has no locks."""
     handle = _locked(path, message, time.monotonic() + wait)
     try:
         yield handle
     finally:
-        # While it is held: whoever opened this file finds, once locked, that it is not `path`.
+        # Still locked: a process that opened this file finds, with the lock, that it is gone.
         with suppress(OSError):
             path.unlink(missing_ok=True)
         if handle is not None:
@@ -46,7 +46,7 @@ def holding(path: Path, message: str, wait: float = 0.0) -> Iterator[int | None]
 
 
 def _locked(path: Path, message: str, deadline: float) -> int | None:
-    """The handle of the locked file; None where there are no locks."""
+    """Return the handle of the locked file; None if the system has no locks."""
     try:
         import fcntl
     except ImportError:  # on Windows
@@ -62,7 +62,7 @@ def _locked(path: Path, message: str, deadline: float) -> int | None:
         held = False
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, the one who held it may have removed the file.
+            # Between opening and locking, the previous holder may have removed the file.
             held = _is_at(handle, path)
             if held:
                 return handle
@@ -84,7 +84,7 @@ def _locked(path: Path, message: str, deadline: float) -> int | None:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file is the one that `path` names now."""
+    """Return whether an open file is the one that `path` names now."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:

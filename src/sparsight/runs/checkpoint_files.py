@@ -1,7 +1,7 @@
 """Folders of checkpoints: written under another name and renamed when whole, checked when read.
 
-`FOLDER/STEP/state.json` holds the format's version, the step, and checksums of each file beside it
-and of itself; what else is in it is the business of who writes it.
+`FOLDER/STEP/state.json` holds the version of the format, the step, and checksums of itself and of
+each file beside it; whatever else it holds is up to its writer.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def write(
     state: Mapping[str, Any],
     write_files: Callable[[Path], Iterable[str]],
 ) -> Path:
-    """Write a checkpoint and drop the oldest beyond the last two.
+    """Write a checkpoint and remove the oldest ones, except for the last two.
 
-    Those of later steps go, too: a run that is at this step had no use of them.
+    Checkpoints of later steps are removed, too: a run at this step could not use them.
 
     Args:
-        folder: of all checkpoints.
-        step: steps that were done.
-        state: JSON-able, besides version, step and checksums.
-        write_files: writes the files into a folder, and tells their names in it.
+        folder: folder of all checkpoints.
+        step: number of steps that were done.
+        state: JSON-compatible values besides version, step and checksums.
+        write_files: writes the files into a folder, and returns their names in it.
 
     Raises:
-        SparsightError: it could not be written; earlier ones are untouched.
+        SparsightError: writing failed; earlier checkpoints are untouched.
     """
     target = folder / f"{step:09d}"
     partial = folder / f".{step:09d}.tmp"
@@ -70,15 +70,15 @@ def write(
 def read_latest(
     folder: Path, read: Callable[[Path, dict[str, Any]], Found]
 ) -> tuple[Found | None, list[str]]:
-    """The newest whole checkpoint, and what is wrong with newer ones.
+    """Read the newest intact checkpoint; also return what is wrong with newer ones.
 
     Args:
-        folder: of all checkpoints.
+        folder: folder of all checkpoints.
         read: makes something of a checkpoint's folder and state, once its checksums are right.
 
     Raises:
-        UserError: one that is looked at is of another version of the format.
-        SparsightError: there are checkpoints, and none is whole.
+        UserError: a checkpoint has another version of the format.
+        SparsightError: there are checkpoints, but none is intact.
     """
     problems: list[str] = []
     candidates = found(folder)
@@ -86,7 +86,7 @@ def read_latest(
         try:
             return _read(path, read), problems
         except UserError:
-            raise  # it may be whole: to go on from an older one would lose work
+            raise  # it may be intact: continuing from an older one would lose work
         except SparsightError as error:
             problems.append(str(error))
     if candidates:
@@ -98,33 +98,33 @@ def read_latest(
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint, unread."""
+    """Return the newest checkpoint, without reading it."""
     return next(reversed(found(folder)), None)
 
 
 def newest_step(folder: Path) -> int:
-    """Steps that the newest checkpoint has, unread; 0 where there is none."""
+    """Return the number of steps of the newest checkpoint, without reading it; 0 if none."""
     path = newest(folder)
     return 0 if path is None else int(path.name)
 
 
 def found(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first, unread."""
+    """Return all checkpoints, oldest first, without reading them."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state.json`, its own checksum compared.
+    """Read a checkpoint's `state.json` and compare its own checksum.
 
     Raises:
-        UserError: it is of another version of the format.
+        UserError: it has another version of the format.
         SparsightError: it is missing or damaged.
     """
     try:
         state = read_json(path / STATE)
-    except UserError as error:  # as a damaged file it is no one's mistake
+    except UserError as error:  # a damaged file is nobody's mistake
         raise SparsightError(str(error)) from error
     version = state.pop("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
@@ -140,9 +140,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest_state(folder: Path) -> dict[str, Any]:
-    """The newest `state.json` that is whole; {} where there is none."""
+    """Return the newest intact `state.json`; {} if there is none."""
     for path in reversed(found(folder)):
-        with suppress(SparsightError):  # `read_latest` tells of it
+        with suppress(SparsightError):  # `read_latest` reports it
             return read_state(path)
     return {}
 

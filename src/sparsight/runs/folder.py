@@ -1,4 +1,4 @@
-"""A folder that one process at a time works in."""
+"""A folder in which one process at a time works."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def claimed(folder: Path, doing: str) -> AbstractContextManager[None]:
     """Keep other processes out of a folder while the context lasts.
 
     Args:
-        folder: made if it is missing.
+        folder: created if it does not exist.
         doing: what another process would be doing, for the message: "training into", say.
 
     Raises:
-        UserError: another process works in the folder.
-        SparsightError: the folder cannot be made or written.
+        UserError: another process is working in the folder.
+        SparsightError: the folder cannot be created or written.
     """
     return lock(folder / LOCK, f"{folder}: another process is {doing} it.")
 
@@ -45,36 +45,36 @@ class RunFolder(ABC):
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """The folder of the checkpoints."""
         return self.out / "checkpoints"
 
     @abstractmethod
     def written(self) -> Iterable[tuple[Path, Collection[str]]]:
-        """Folders that the run writes into, each with the names (or patterns) of what it writes."""
+        """The folders into which the run writes, each with the names (or patterns) of its files."""
 
     def claimed(self) -> AbstractContextManager[None]:
-        """While it lasts no other process may train into the folder.
+        """Keep other processes from training into the folder while the context lasts.
 
         Raises:
-            UserError: another process does.
-            SparsightError: the folder cannot be made or written.
+            UserError: another process is training into it.
+            SparsightError: the folder cannot be created or written.
         """
         return claimed(self.out, self.doing)
 
     def has_leftovers(self) -> bool:
-        """Whether a process was killed while it wrote here, or is writing now."""
+        """Return whether a process was killed while it wrote here, or is writing now."""
         return (self.out / LOCK).exists() or any(
             temporaries(folder, names) for folder, names in self.written()
         )
 
     def clear(self) -> None:
-        """Remove what a killed process left. The folder must be claimed."""
+        """Remove what a killed process left; the folder must be claimed."""
         for folder, names in self.written():
             remove_temporaries(folder, names)
 
     def clear_leftovers(self) -> None:
-        """Remove what a process left that was killed in the moment when the run was finished."""
+        """Remove what a process left that was killed just as the run was finished."""
         if self.has_leftovers():
-            # Whoever holds the lock still clears up behind itself.
+            # A process that still holds the lock cleans up after itself.
             with suppress(UserError), self.claimed():
                 self.clear()

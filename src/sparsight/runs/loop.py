@@ -16,15 +16,15 @@ from sparsight.runs import checkpoint_files
 class CheckpointedLoop(ABC):
     """A loop whose steps are kept in checkpoints: by number, by time, and when it is stopped.
 
-    A kind of loop says what a checkpoint is (`save`) and counts its `step`s.
+    A subclass says what a checkpoint is (`save`) and counts its `step`s.
 
     Args:
         checkpoints: folder of the checkpoints.
-        pace: when to write one by time.
+        pace: says when to write one by time.
 
     Attributes:
-        step: steps that are done.
-        kept_step: steps that are in a checkpoint.
+        step: number of steps that are done.
+        kept_step: number of steps that are in a checkpoint.
     """
 
     def __init__(self, checkpoints: Path, pace: Pace) -> None:
@@ -38,30 +38,30 @@ class CheckpointedLoop(ABC):
 
     @abstractmethod
     def tell(self, text: str) -> None:
-        """Tell the user something on the way."""
+        """Print a message to the user in between."""
 
     def newest_checkpoint(self) -> Path | None:
-        """Where the newest checkpoint lies, if there is one."""
+        """Return the path of the newest checkpoint, if there is one."""
         return checkpoint_files.newest(self.checkpoints)
 
     def what_stays(self) -> str:
-        """What an error that ends the loop says of the work on disk."""
+        """Return what an error that ends the loop says about the work on disk."""
         newest = self.newest_checkpoint()
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def is_due(self, every: int, wanted: bool) -> bool:
-        """Whether a checkpoint is to be written after this step.
+        """Return whether to write a checkpoint after this step.
 
         Args:
-            every: steps between checkpoints.
-            wanted: the user named that number; else one is written only where it takes no more
-                than the share of the time that `Pace` allows.
+            every: number of steps between checkpoints.
+            wanted: whether the user chose that number; otherwise a checkpoint is written only if
+                that takes no more than the share of the time that `Pace` allows.
         """
         by_number = self.step % every == 0 and (wanted or self.pace.affordable())
         return by_number or self.pace.due()
 
     def keep(self) -> None:
-        """Write a checkpoint, and say so where that takes so long that few are written."""
+        """Write a checkpoint, and say so if that takes so long that few are written."""
         with self.pace.writing():
             self.save()
         self.kept_step = self.step
@@ -71,7 +71,7 @@ class CheckpointedLoop(ABC):
 
     @contextmanager
     def kept_when_stopped(self) -> Iterator[None]:
-        """Write a checkpoint if Ctrl-C or SIGTERM ends the block, before which state is whole."""
+        """Write a checkpoint if Ctrl-C or SIGTERM ends the block; state must be complete then."""
         try:
             yield
         except STOPS:
@@ -81,7 +81,7 @@ class CheckpointedLoop(ABC):
 
 
 def warn_of_damage(problems: Iterable[str]) -> None:
-    """Tell of checkpoints that were passed over for an older one.
+    """Warn about checkpoints that were passed over for an older one.
 
     Args:
         problems: what is wrong with each, as `checkpoint_files.read_latest` found.

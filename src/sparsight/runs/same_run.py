@@ -1,4 +1,4 @@
-"""Whether what lies in a folder is a part of this very run."""
+"""Whether what is in a folder belongs to this very run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sparsight.errors import UserError
 def refuse_difference(
     path: Path, there: Mapping[str, Any], own: Mapping[str, Any], what: str = "a run"
 ) -> None:
-    """Make sure that a file or folder is of this run.
+    """Check that a file or folder belongs to this run.
 
     Args:
-        path: of the file or folder.
-        there: what it is of.
-        own: what this run is.
+        path: the file or folder.
+        there: the description of the run to which it belongs.
+        own: the description of this run.
         what: what it holds, for the message.
 
     Raises:
-        UserError: it is of another run; the message names the first field that differs.
+        UserError: it belongs to another run; the message names the first field that differs.
     """
     field = first_difference(there, own)
     if field is None:
@@ -39,15 +39,15 @@ def refuse_difference(
 def refuse_other_checkpoint(
     folder: Path, there: Mapping[str, Any] | None, own: Mapping[str, Any]
 ) -> None:
-    """Make sure that a checkpoint is of this run.
+    """Check that a checkpoint belongs to this run.
 
     Args:
-        folder: of the checkpoints.
-        there: what the checkpoint is of; None in those of earlier versions of Sparsight.
-        own: what this run is.
+        folder: folder of the checkpoints.
+        there: the run to which the checkpoint belongs; None in checkpoints of earlier versions.
+        own: the description of this run.
 
     Raises:
-        UserError: it is of another run.
+        UserError: it belongs to another run.
     """
     if there is not None:
         refuse_difference(folder, there, own, "checkpoints of a run")
@@ -55,14 +55,14 @@ def refuse_other_checkpoint(
 
 @contextmanager
 def damaged_if(begun: bool) -> Iterator[None]:
-    """Compare a `config.toml` with a run: one that says otherwise than the checkpoints is damaged.
+    """Compare a `config.toml` with a run: if it contradicts the checkpoints, it is damaged.
 
     Args:
-        begun: whether the checkpoints, which have checksums, are of this very run. What the block
-            raises then is told as a warning.
+        begun: whether the checkpoints, which have checksums, belong to this very run. What the
+            block raises is then only a warning.
 
     Raises:
-        UserError: the `config.toml` is of another run, and no checkpoint contradicts it.
+        UserError: the `config.toml` belongs to another run, and no checkpoint contradicts it.
     """
     try:
         yield
@@ -70,6 +70,6 @@ def damaged_if(begun: bool) -> Iterator[None]:
         if not begun:
             raise
         warnings.warn(
-            f"{error} It counts as damaged, for the checkpoints are of this very run.",
+            f"{error} It counts as damaged, because the checkpoints belong to this very run.",
             stacklevel=4,
         )
