@@ -23,13 +23,13 @@ tables of one SAE (`table`), in a sweep's with an interval over seeds (`sweep`),
 NOT_MEASURED = "not measured"
 
 BASELINES = {"untrained": "untrained SAE", "pca": "PCA", "neurons": "neurons", "kmeans": "k-means"}
-"""What stands beside an SAE's figures, by its key in `metrics.json`."""
+"""What an SAE's figures are compared with, by its key in `metrics.json`."""
 
 _ANY = "*"
 
 
 def rounded(value: Any) -> str:
-    """A number to three digits."""
+    """Write a number with three digits."""
     if not is_number(value):
         return NOT_MEASURED if value is None else str(value)
     if value == 0 or abs(value) >= 1e4:
@@ -39,7 +39,7 @@ def rounded(value: Any) -> str:
 
 
 def percent(value: Any) -> str:
-    """A share as a percentage."""
+    """Write a share as a percentage."""
     if not is_number(value):
         return NOT_MEASURED
     share = 100 * value
@@ -47,12 +47,12 @@ def percent(value: Any) -> str:
 
 
 def count(value: Any) -> str:
-    """A whole number with thousands apart."""
+    """Write a whole number with separators between thousands."""
     return f"{value:,.0f}" if is_number(value) else NOT_MEASURED
 
 
 def interval(scores: Any, show: Callable[[Any], str] | None = None) -> str:
-    """A 95 % interval, in per cent unless `show` says otherwise; empty where there is none."""
+    """Write a 95 % interval, in per cent unless `show` says otherwise; empty if there is none."""
     bounds = scores.get("interval") if isinstance(scores, Mapping) else None
     if not bounds or len(bounds) != 2:
         return ""
@@ -62,12 +62,12 @@ def interval(scores: Any, show: Callable[[Any], str] | None = None) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
+    """Return whether a value is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def dig(metrics: Any, path: str) -> Any:
-    """The value at a dotted path into nested mappings; None if nothing is there."""
+    """Return the value at a dotted path into nested mappings; None if nothing is there."""
     for key in path.split("."):
         if not isinstance(metrics, Mapping):
             return None
@@ -124,23 +124,23 @@ class Figure:
         return f"{self.label} ({unit})" if unit else self.label
 
     def at(self, variant: str) -> Figure:
-        """The figure of one variant."""
+        """Return the figure of one variant."""
         key = self.key.replace(_ANY, variant)
         return dataclasses.replace(self, key=key, label=f"{self.label}, {variant}", variants=())
 
     def of(self, metrics: Any) -> Any:
-        """Its value; None where it was not measured."""
+        """Return the figure's value in `metrics`; None if it was not measured."""
         return dig(metrics, self.key)
 
     def precise(self, value: Any) -> str:
-        """The value to one digit more than `show` gives."""
+        """Write the value with one digit more than `show` does."""
         if not is_number(value):
             return self.show(value)
         return f"{100 * value:.3g} %" if self.is_share else f"{value:.4g}"
 
 
 REPLACEMENTS = ("original", "reconstructed", "mean", "zero")
-"""What a site's activations are replaced by, in `zero_shot` and `contrastive`."""
+"""What replaces a site's activations, in `zero_shot` and `contrastive`."""
 
 _SHARE = (0.0, 1.0)
 
@@ -292,12 +292,12 @@ TRUTH_SCORES = ("auc", "f1", "iou")
 
 
 def figure_of(key: str) -> Figure:
-    """The figure with a key."""
+    """Return the figure with a key."""
     return _BY_KEY[key]
 
 
 def shown_in(place: Place) -> tuple[Figure, ...]:
-    """The figures of a place, in order; a sweep has the headlines first."""
+    """Return the figures of a place, in order; a sweep has the headlines first."""
     found = [figure for figure in FIGURES if place in figure.places]
     if place == "sweep":
         found.sort(key=lambda figure: "headline" not in figure.places)
@@ -305,15 +305,15 @@ def shown_in(place: Place) -> tuple[Figure, ...]:
 
 
 def truth_score(score: str) -> Figure:
-    """AUC, F1 or IoU."""
+    """Return the figure of AUC, F1 or IoU."""
     return figure_of(f"truth.{_ANY}.{score}")
 
 
 def glossary(*terms: str) -> dict[str, str]:
-    """What terms mean: the gloss of the first figure that has each.
+    """Return what terms mean: for each, the gloss of the first figure that has it.
 
     Args:
-        terms: which; default all, in the order of the tuple.
+        terms: the terms; all by default, in the order of the tuple.
     """
     found: dict[str, str] = {}
     for figure in FIGURES:
