@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparsight.sae.autoencoder import SparseAutoencoder
 from sparsight.sae.config import SAEConfig
 from sparsight.sae.sparsity import (
     AbsTopK,
+    AnySparsity,
     BatchTopK,
     Gated,
     JumpReLU,
@@ -43,6 +45,7 @@ _TRANSCODERS = {
 }
 _JUMPS = {"jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"}
 _BATCHES = {"batchtopk", "matryoshka_batchtopk"}
+_K_LARGEST = {"topk", "abstopk", *_BATCHES}
 
 _KNOWN = {
     *("d_in", "d_sae", "d_out", "dtype", "device", "apply_b_dec_to_input", "architecture", "k"),
@@ -80,6 +83,129 @@ _RENAMED = {
 }
 
 
+@dataclass
+class _Reading:
+    """A checkpoint that is being translated, part by part."""
+
+    candidate: Candidate
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    """Tensors of the file, float32, by SAELens' names."""
+    settings: dict[str, Any] = field(
+        default_factory=lambda: {"normaliser": "none", "subtract_b_dec": False}
+    )
+    """Arguments of `SAEConfig`."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors by our names; rows are latents."""
+    used: set[str] = field(default_factory=lambda: {"W_enc", "W_dec", "b_dec", "b_enc"})
+    """Tensors of the file that were understood."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def architecture(self) -> Any:
+        return self.config["architecture"]
+
+    @property
+    def transcodes(self) -> bool:
+        return self.architecture in _TRANSCODERS
+
+    def read_normaliser(self) -> None:
+        kind = self.config.get("normalize_activations") or "none"
+        if kind in _NORMS:
+            self.settings["normaliser"] = _NORMS[kind]
+        elif kind == "expected_average_only_in":
+            d_in = self.config["d_in"]
+            self.parts |= _scaling(self.candidate, d_in, self.settings, self.notes)
+        else:
+            raise UserError(
+                f"{self.candidate.name}: normalize_activations is {shown(kind)}, which Sparsight "
+                f"cannot undo from this file. It reads {', '.join(_NORMS)} and "
+                "expected_average_only_in."
+            )
+
+    def read_weights(self) -> None:
+        W_dec, b_dec = self._need("W_dec", "b_dec")
+        if self.architecture == "matching_pursuit":
+            W_enc, b_enc = W_dec.mT, torch.zeros(W_dec.shape[0])
+            if not self.config.get("apply_b_dec_to_input", True):
+                b_dec = torch.zeros_like(b_dec)
+        elif self.architecture == "gated":
+            W_enc, b_enc = self._need("W_enc", "b_gate")
+            self.used.add("b_gate")
+        else:
+            W_enc, b_enc = self._need("W_enc", "b_enc")
+        if "scaling_factor" in self.tensors:
+            # Fine-tuned decoders multiply each activation by it before they read it.
+            self.used.add("scaling_factor")
+            W_dec = W_dec * self.tensors["scaling_factor"][:, None]
+        # Training configurations do so by default; files that say nothing do not.
+        rescales = self.config.get("rescale_acts_by_decoder_norm", False)
+        if rescales and self.architecture in _K_LARGEST:
+            W_enc, b_enc, W_dec = _rescaled(W_enc, b_enc, W_dec)
+            self.notes.append("the norms of the decoder's rows are folded into the encoder")
+        self.parts |= {"W_enc": W_enc.mT, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+
+    def read_sparsity(self) -> None:
+        name, architecture = self.candidate.name, self.architecture
+        if architecture == "matching_pursuit":
+            self.settings |= {"subtract_b_dec": True, "sparsity": _pursuit(self.config, name)}
+        elif architecture == "gated":
+            self.parts["r_mag"], self.parts["b_mag"] = self._need("r_mag", "b_mag")
+            self.used |= {"r_mag", "b_mag"}
+            self.settings["sparsity"] = Gated()
+        elif architecture in _K_LARGEST:
+            self.settings["sparsity"] = self._k_largest()
+        elif architecture in _JUMPS:
+            self.used |= {"threshold", "log_threshold"}
+            if "threshold" not in self.tensors and "log_threshold" in self.tensors:
+                self.parts["threshold"] = self.tensors["log_threshold"].exp()
+            else:
+                (self.parts["threshold"],) = self._need("threshold")
+            self.settings["sparsity"] = JumpReLU()
+        elif architecture in ("standard", "transcoder", "skip_transcoder"):
+            activation = self.config.get("activation_fn", "relu")
+            if activation != "relu":
+                raise UserError(f"{name}: activation_fn is {shown(activation)}; expected relu.")
+            self.settings["sparsity"] = ReLU()
+        else:
+            raise UserError(
+                f"{name}: SAELens' {shown(architecture)} is not supported by Sparsight "
+                "(architecture)."
+            )
+
+    def _k_largest(self) -> AnySparsity:
+        k = self.config.get("k")
+        if not isinstance(k, int | float) or k < 1:
+            raise SparsightError(
+                f"{self.candidate.name}: k is {shown(k)}; expected a number of 1 or more."
+            )
+        if self.architecture in _BATCHES:
+            (threshold,) = self._need("topk_threshold")
+            self.used.add("topk_threshold")
+            self.parts["threshold"] = at_least(threshold.reshape(()))
+        k = max(1, round(k))
+        if self.architecture in _BATCHES:
+            return BatchTopK(k)
+        return TopK(k) if self.architecture == "topk" else AbsTopK(k)
+
+    def read_transcoder(self) -> None:
+        if self.transcodes and self.settings["normaliser"] != "none":
+            raise UserError(
+                f"{self.candidate.name}: a transcoder of which only the input is normalised by "
+                f"{shown(self.config.get('normalize_activations'))} is not supported."
+            )
+        if self.transcodes and "W_skip" in self.tensors:
+            self.used.add("W_skip")
+            self.settings["skip"], self.parts["W_skip"] = True, self.tensors["W_skip"]
+        if not self.transcodes and self.config.get("apply_b_dec_to_input", True):
+            self.settings["subtract_b_dec"] = True
+        if self.config.get("reshape_activations", "none") == "hook_z":
+            self.notes.append("it reads the heads' outputs side by side: [batch, heads · width]")
+
+    def _need(self, *names: str) -> list[Tensor]:
+        return need(self.tensors, names, self.candidate.name)
+
+
 class SAELens(Format):
     """Standard, TopK, AbsTopK, JumpReLU, gated, (skip) transcoders, matching pursuit."""
 
@@ -98,109 +224,31 @@ class SAELens(Format):
         file = self._file(candidate) or ""
         config = _modern(candidate.config("cfg.json", "config.json"), candidate.name)
         tensors = {
-            key: weights(each, key, candidate.name).to(torch.float32)
-            for key, each in candidate.tensors(file).items()
+            key: weights(tensor, key, candidate.name).to(torch.float32)
+            for key, tensor in candidate.tensors(file).items()
         }
-        architecture = config["architecture"]
-        about = {**config, **(config.get("metadata") or {})}
-        d_in = config["d_in"]
-        notes: list[str] = []
-        settings: dict[str, Any] = {"normaliser": "none", "subtract_b_dec": False}
-        used = {"W_enc", "W_dec", "b_dec", "b_enc"}
-
-        kind = config.get("normalize_activations") or "none"
-        read: dict[str, Tensor] = {}
-        if kind in _NORMS:
-            settings["normaliser"] = _NORMS[kind]
-        elif kind == "expected_average_only_in":
-            read |= _scaling(candidate, d_in, settings, notes)
-        else:
-            raise UserError(
-                f"{candidate.name}: normalize_activations is {shown(kind)}, which Sparsight cannot "
-                f"undo from this file. It reads {', '.join(_NORMS)} and expected_average_only_in."
-            )
-
-        W_dec, b_dec = need(tensors, ("W_dec", "b_dec"), candidate.name)
-        n = W_dec.shape[0]
-        if architecture == "matching_pursuit":
-            W_enc, b_enc = W_dec.mT, torch.zeros(n)
-            if not config.get("apply_b_dec_to_input", True):
-                b_dec = torch.zeros_like(b_dec)
-            settings |= {"subtract_b_dec": True, "sparsity": _pursuit(config, candidate.name)}
-        elif architecture == "gated":
-            W_enc, b_enc, r_mag, b_mag = need(
-                tensors, ("W_enc", "b_gate", "r_mag", "b_mag"), candidate.name
-            )
-            read |= {"r_mag": r_mag, "b_mag": b_mag}
-            used |= {"b_gate", "r_mag", "b_mag"}
-            settings["sparsity"] = Gated()
-        else:
-            W_enc, b_enc = need(tensors, ("W_enc", "b_enc"), candidate.name)
-        if "scaling_factor" in tensors:
-            # Fine-tuned decoders multiply each activation by it before they read it.
-            used.add("scaling_factor")
-            W_dec = W_dec * tensors["scaling_factor"][:, None]
-
-        if architecture in ("topk", "abstopk", *_BATCHES):
-            k = config.get("k")
-            if not isinstance(k, int | float) or k < 1:
-                raise SparsightError(
-                    f"{candidate.name}: k is {shown(k)}; expected a number of 1 or more."
-                )
-            choice = {"topk": TopK, "abstopk": AbsTopK}.get(architecture, BatchTopK)
-            settings["sparsity"] = choice(max(1, round(k)))
-            # Training configurations do so by default; files that say nothing do not.
-            if config.get("rescale_acts_by_decoder_norm", False):
-                W_enc, b_enc, W_dec = _rescaled(W_enc, b_enc, W_dec)
-                notes.append("the norms of the decoder's rows are folded into the encoder")
-        if architecture in _BATCHES:
-            (threshold,) = need(tensors, ("topk_threshold",), candidate.name)
-            used.add("topk_threshold")
-            read["threshold"] = at_least(threshold.reshape(()))
-        elif architecture in _JUMPS:
-            used |= {"threshold", "log_threshold"}
-            if "threshold" not in tensors and "log_threshold" in tensors:
-                read["threshold"] = tensors["log_threshold"].exp()
-            else:
-                (read["threshold"],) = need(tensors, ("threshold",), candidate.name)
-            settings["sparsity"] = JumpReLU()
-        elif architecture in ("standard", "transcoder", "skip_transcoder"):
-            activation = config.get("activation_fn", "relu")
-            if activation != "relu":
-                raise UserError(
-                    f"{candidate.name}: activation_fn is {shown(activation)}; expected relu."
-                )
-            settings["sparsity"] = ReLU()
-        if "sparsity" not in settings:
-            raise UserError(
-                f"{candidate.name}: SAELens' {shown(architecture)} is not supported by Sparsight "
-                "(architecture)."
-            )
-
-        transcodes = architecture in _TRANSCODERS
-        if transcodes and settings["normaliser"] != "none":
-            raise UserError(
-                f"{candidate.name}: a transcoder of which only the input is normalised by "
-                f"{shown(kind)} is not supported."
-            )
-        if transcodes and "W_skip" in tensors:
-            used.add("W_skip")
-            settings["skip"], read["W_skip"] = True, tensors["W_skip"]
-        if not transcodes and config.get("apply_b_dec_to_input", True):
-            settings["subtract_b_dec"] = True
-        if config.get("reshape_activations", "none") == "hook_z":
-            notes.append("it reads the heads' outputs side by side: [batch, heads · width]")
-
-        read |= {"W_enc": W_enc.mT, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        reading = _Reading(candidate, config, tensors)
+        reading.read_normaliser()
+        reading.read_weights()
+        reading.read_sparsity()
+        reading.read_transcoder()
+        d_out = reading.parts["W_dec"].shape[-1] if reading.transcodes else None
         return Foreign(
             self.name,
-            d_in,
-            SAEConfig(n_latents=n, unit_norm_decoder=False, **settings),
-            read,
-            d_out=W_dec.shape[-1] if transcodes else None,
-            metadata={**_about(about), "source": candidate.source(self.name, file)},
-            unknown=tuple(sorted({*config} - _KNOWN)) + tuple(sorted({*tensors} - used)),
-            notes=tuple(notes),
+            config["d_in"],
+            SAEConfig(
+                n_latents=reading.parts["W_dec"].shape[0],
+                unit_norm_decoder=False,
+                **reading.settings,
+            ),
+            reading.parts,
+            d_out=d_out,
+            metadata={
+                **_about({**config, **(config.get("metadata") or {})}),
+                "source": candidate.source(self.name, file),
+            },
+            unknown=tuple(sorted({*config} - _KNOWN)) + tuple(sorted({*tensors} - reading.used)),
+            notes=tuple(reading.notes),
         )
 
     def save(self, sae: SparseAutoencoder, folder: Path) -> Path:
