@@ -27,7 +27,7 @@ WORDS = {
 
 
 def write_contact_sheet(
-    results: Sequence[SearchResult], images: ImageSource, path: Path, *, side: int = SIDE
+    results: Sequence[SearchResult], images: ImageSource, path: str | Path, *, side: int = SIDE
 ) -> Path:
     """Write a page that needs nothing else: a grid of pictures for each result.
 
@@ -37,6 +37,7 @@ def write_contact_sheet(
         path: of the page.
         side: pixels of a picture's longer side.
     """
+    path = Path(path)
     parts = []
     for result in results:
         latents = ", ".join(map(str, result.latents[:24]))
