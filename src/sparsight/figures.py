@@ -2,7 +2,7 @@
 
 A new metric is two edits: the line that computes it, and its `Figure` in `FIGURES`. The log of
 training, the terminal, the report, the model card, the table of a sweep and the table in
-docs/concepts/metrics.md read it here. `training` and `pages` stand below `evaluation` and read it
+docs/concepts/metrics.md read it here. `training` and `pages`, which are below `evaluation`, read it
 too, so this is one of the modules that all rooms share.
 """
 
@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 Place = Literal["log", "card", "headline", "table", "sweep", "pareto"]
 """Where a figure is shown: in a line of training and its curves (`log`), on a model card as the
-last line of the log (`card`), among the first figures in a terminal (`headline`), in the
-tables of one SAE (`table`), in a sweep's with an interval over seeds (`sweep`), over L0 (`pareto`).
+last line of the log (`card`), among the first figures in a terminal (`headline`), in the tables of
+one SAE (`table`), in those of a sweep with an interval over seeds (`sweep`), or over L0 (`pareto`).
 """
 
 NOT_MEASURED = "not measured"
@@ -85,10 +85,10 @@ class Figure:
         label: its name in tables.
         gloss: what it says, in a sentence or two.
         show: its format.
-        better: which direction is better; None where neither is by itself.
-        range: the lowest and the highest value it can have; intervals end there.
-        unit: what it counts; empty for a ratio.
-        short: its name where room is short; default the label.
+        better: which direction is better; None if neither is.
+        range: the lowest and the highest possible value; intervals are cut there.
+        unit: its unit; empty for a ratio.
+        short: its name where space is short; default: the label.
         term: the entry of the report's glossary that explains it, which is the gloss of the first
             figure with that term.
         places: where it is shown.
@@ -184,7 +184,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "relative_bias", "relative bias",
         "Shrinkage of the reconstruction: its mean square over its mean product with the vector; 1 "
-        "is none.",
+        "means none.",
         range=(-math.inf, math.inf), places=("table",),
     ),
     Figure(
@@ -217,7 +217,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "dead", "dead latents",
-        "Share of latents that were not active once in the last N vectors; N stands beside it.",
+        "Share of latents that were not active once in the last N vectors; N is shown next to it.",
         percent, "lower", _SHARE, short="dead", term="dead",
         places=("log", "card", "headline", "table", "sweep"),
     ),
@@ -261,7 +261,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "truth.*.auc", "AUC",
-        "How well the activation of the single best latent tells images with an attribute from "
+        "How well the activation of the single best latent separates images with an attribute from "
         "those without. Chosen on one half of the images, scored on the other. 0.5 is chance.",
         better="higher", range=_SHARE, term="AUC",
     ),
@@ -273,13 +273,14 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "truth.*.iou", "IoU",
-        "Overlap of that latent's heatmap, above a threshold, with where the attribute truly is: "
+        "Overlap of that latent's heatmap, above a threshold, with where the attribute really is: "
         "intersection over union of patches.",
         better="higher", range=_SHARE, term="IoU",
     ),
     Figure(
         "truth.*.iou_everywhere", "all patches",
-        "IoU of a heatmap that is lit everywhere: what an attribute scores for being large.",
+        "IoU of a heatmap that is lit everywhere: the score that an attribute gets just for being "
+        "large.",
         range=_SHARE, term="all patches",
     ),
 )  # fmt: skip

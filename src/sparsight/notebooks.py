@@ -1,4 +1,4 @@
-"""How objects are shown in notebooks: tables in HTML, and data frames of pandas."""
+"""How objects are shown in notebooks: tables in HTML, and pandas data frames."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def html_table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def html_grid(head: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
-    """A table with a head in HTML; the first cell of each row names it. All text is escaped."""
+    """Make an HTML table with a head; the first cell of each row names the row. All text is
+    escaped.
+    """
 
     def row(cells: Sequence[str], tag: str) -> str:
         first, *rest = (html.escape(cell) for cell in cells)
@@ -36,7 +38,7 @@ def html_grid(head: Sequence[str], rows: Iterable[Sequence[str]], note: str = ""
 
 
 def data_frame(columns: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
-    """A data frame of pandas from columns by name, or from rows; a key that a row lacks is missing.
+    """Make a pandas data frame from columns by name, or from rows; keys may be absent from a row.
 
     Raises:
         MissingExtra: pandas is not installed.
@@ -54,7 +56,7 @@ def need_pandas() -> None:
 
 
 def in_kernel() -> bool:
-    """Whether a Jupyter kernel runs this process: what it shows may be HTML that changes."""
+    """Return whether a Jupyter kernel runs this process, so that it can show HTML that changes."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None

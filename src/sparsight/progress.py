@@ -24,7 +24,7 @@ from sparsight.notebooks import in_kernel
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_UPDATES = 0.25
-"""In a notebook."""
+"""Seconds between updates in a notebook."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ class NotebookLine(ProgressLine):
             self._handle.update(self._bundle(note), raw=True)
 
     def expect(self, total: int) -> None:
-        """Tell how many units there are, where it was not known at the start."""
+        """Set the number of units, if it was not known at the start."""
         self.total = total
 
     def finish(self, note: str = "") -> None:
@@ -138,7 +138,7 @@ class NotebookLine(ProgressLine):
         self._handle.update(self._bundle(note or self._note), raw=True)
 
     def _bundle(self, note: str) -> dict[str, str]:
-        """The bar as HTML, and in words for whatever shows none."""
+        """Return the bar as HTML, and as text for front ends without HTML."""
         line = self._line(note)
         share = f' value="{self._done}" max="{max(self.total, 1)}"' if self.total else ""
         bar = f'<progress{share} style="width:16em;vertical-align:middle"></progress>'

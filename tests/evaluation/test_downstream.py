@@ -44,7 +44,7 @@ def test_a_perfect_reconstruction_keeps_everything(clip, site):
     assert loss["recovered_zero"] == pytest.approx(1, abs=1e-4)
 
 
-def test_the_original_is_what_zero_shot_measures_without_an_edit(clip, standard):
+def test_the_original_equals_zero_shot_without_an_edit(clip, standard):
     found, expected = run(clip, standard).zero_shot["original"], zero_shot(clip, Pictures(N))
     assert (found["top1"], found["top5"]) == (expected.top1, expected.top5)
     assert found["interval"] == expected.interval and found["n_classes"] == len(LABELS)
@@ -53,7 +53,7 @@ def test_the_original_is_what_zero_shot_measures_without_an_edit(clip, standard)
 
 @pytest.mark.parametrize("tokens", ["all", "patches", "cls"])
 @pytest.mark.parametrize("site", [SITE, "blocks.2.resid_pre", "blocks.1.mlp_out"])
-def test_variants_equal_one_edited_pass_each(clip, standard, site, tokens):
+def test_each_variant_equals_an_edited_pass(clip, standard, site, tokens):
     edits = {name: replacing(f, clip, site, tokens) for name, f in standard.items()}
     pixels = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -89,12 +89,12 @@ def test_only_the_positions_that_the_sae_was_trained_on_are_replaced(clip, token
     torch.testing.assert_close(changed, expected)
 
 
-def test_ablations_that_need_one_run_only_give_the_figures_of_many(clip, standard):
+def test_ablations_that_run_once_give_the_figures_of_many_runs(clip, standard):
     found = run(clip, standard, batch_images=4)
     with clip.edit({SITE: torch.zeros_like}):
         expected = zero_shot(clip, Pictures(N))
     assert found.zero_shot["zero"]["top1"] == expected.top1
-    # On patches alone the picture still comes through CLS: nothing is constant.
+    # With only patches ablated, the image still comes through CLS, so nothing is constant.
     found = run(clip, standard, tokens="patches", batch_images=4)
     with clip.edit({SITE: replacing(torch.zeros_like, clip, SITE, "patches")}):
         expected = zero_shot(clip, Pictures(N))
@@ -147,7 +147,7 @@ def test_contrastive_loss_is_that_of_whole_batches_of_captions(clip):
     assert (found["n"], found["batch"], found["left_over"]) == (256, 256, 30)
 
 
-def test_pictures_without_label_or_caption_are_counted_and_left_out(clip, standard):
+def test_images_without_label_or_caption_are_counted_and_left_out(clip, standard):
     found = run(clip, standard, Pictures(N, without=4))
     assert found.zero_shot["original"]["n"] == 30 == found.contrastive["original"]["n"]
     assert found.zero_shot["original"]["unlabelled"] == 10
@@ -166,7 +166,7 @@ def test_an_original_that_is_never_right_gives_no_share_preserved(clip, standard
             assert shot["preserved"] == (shot["top1"] / top1 if top1 else None)
 
 
-def test_what_cannot_be_measured_says_why(clip, standard):
+def test_a_figure_that_cannot_be_measured_has_a_reason(clip, standard):
     found = run(clip, standard, Pictures(5, without=1))
     assert not found.zero_shot and not found.contrastive
     assert "no labels" in found.omitted["zero_shot"]

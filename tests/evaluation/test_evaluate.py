@@ -60,7 +60,7 @@ HEADLINES = [
 
 @pytest.fixture(scope="module")
 def scenes(calibration):
-    """An SAE of the calibration model, and what it is measured on."""
+    """An SAE of the calibration model, and the data to measure it on."""
     images = Scenes(N_SCENES, 3)
     site = "blocks.1.resid_post"
     live = LiveActivations(calibration, images, [site], "all", workers=0)
@@ -83,7 +83,7 @@ def report(scenes):
 
 
 def assert_equal(one, other, path):
-    """Up to rounding, and up to what depends on batches by its definition."""
+    """Compare up to rounding, except figures that depend on batches by definition."""
     if isinstance(one, dict):
         assert set(one) == set(other), path
         for key in one:
@@ -99,7 +99,7 @@ def noise(n=30, tokens=17, d=32, seed=0):
     return torch.randn(n, tokens, d, generator=torch.Generator().manual_seed(seed)) + 1
 
 
-def test_everything_is_there_and_beside_it_the_baselines(report):
+def test_the_report_has_every_figure_and_the_baselines(report):
     metrics = report.metrics
     assert [key for key in HEADLINES if key not in metrics] == []
     assert metrics["omitted"] == {}
@@ -115,7 +115,7 @@ def test_everything_is_there_and_beside_it_the_baselines(report):
     assert metrics["n_vectors"] == N_SCENES * 65 and len(metrics["fvu_by_position"]) == 65
 
 
-def test_figures_equal_those_over_the_whole_matrix_in_both_spaces(scenes, report):
+def test_figures_equal_those_of_the_whole_matrix_in_both_spaces(scenes, report):
     sae, live = scenes
     x = torch.cat([b.activations[live.sites[0]] for b in live.ordered(live.sites)]).flatten(0, 1)
     x_hat, code = sae(x)
@@ -153,7 +153,7 @@ def test_a_store_gives_the_figures_of_the_live_model(scenes, report, calibration
     assert without["fvu"] == found["fvu"]
 
 
-def test_nothing_depends_on_batches_or_on_what_fits_in_memory(scenes, report, monkeypatch):
+def test_figures_do_not_depend_on_batches_or_memory(scenes, report, monkeypatch):
     monkeypatch.setattr(evaluator, "KEPT_ENTRIES", 1000)
     monkeypatch.setattr(evaluator, "Passes", functools.partial(Passes, cache_bytes=0))
     found = evaluate(*scenes, batch_images=23, workers=0, quiet=True).metrics
@@ -166,7 +166,7 @@ def test_the_same_seed_gives_the_same_report(scenes, report):
     assert json.dumps(again.metrics) == json.dumps(report.metrics)
 
 
-def test_what_is_saved_is_what_was_measured(report, tmp_path):
+def test_the_saved_figures_are_the_measured_ones(report, tmp_path):
     path = report.save(tmp_path)
     assert path == tmp_path / "metrics.json"
     assert read_json(path) == json.loads(json.dumps(report.metrics))
@@ -190,7 +190,7 @@ def test_a_perfect_sae_loses_nothing_on_any_positions(clip, tokens):
     metrics = evaluate(perfect_sae(32, tokens=tokens), live, workers=0, quiet=True).metrics
     assert metrics["fvu"] == 0 and metrics["zero_shot"]["reconstructed"]["preserved"] == 1
     assert metrics["baselines"]["pca"]["fvu"] < 1e-9
-    if tokens != "cls":  # of 15 vectors there are only 14 directions to fit
+    if tokens != "cls":  # 15 vectors span only 14 directions
         assert metrics["baselines"]["pca"]["components_of_equal_fvu"] == 32
     assert "calibration world" in metrics["omitted"]["truth"]
     assert ("l0_cls" in metrics) == (tokens == "all")
@@ -204,7 +204,7 @@ def test_the_mean_over_patches_has_no_downstream_and_says_so(clip):
     assert metrics["n_vectors"] == 30 and "zero_shot" not in metrics
 
 
-def test_the_truth_of_one_vector_an_image_has_no_iou(calibration):
+def test_the_truth_table_of_one_vector_per_image_has_no_iou(calibration):
     images = Scenes(N_SCENES, 3)
     live = LiveActivations(calibration, images, ["blocks.2.resid_post"], "cls", workers=0)
     sae = make_sae(live.d_in(live.sites[0]), site=live.sites[0], tokens="cls")
@@ -213,7 +213,7 @@ def test_the_truth_of_one_vector_an_image_has_no_iou(calibration):
     assert metrics["truth"] and all(entry["iou"] is None for entry in metrics["truth"].values())
 
 
-def test_a_random_sample_of_the_images_is_measured_if_so_asked(clip):
+def test_max_images_measures_a_random_sample(clip):
     live = LiveActivations(clip, Pictures(30), [SITE], "all", workers=0)
     metrics = evaluate(
         make_sae(), live, max_images=7, batch_images=4, workers=0, quiet=True
@@ -226,7 +226,7 @@ def test_a_random_sample_of_the_images_is_measured_if_so_asked(clip):
     assert metrics["zero_shot"]["original"] == expected["zero_shot"]["original"]
 
 
-def test_a_sample_has_the_same_images_of_a_store_live_or_of_no_views(clip, tmp_path):
+def test_a_sample_has_the_same_images_from_a_store_live_or_without_views(clip, tmp_path):
     images = Pictures(30)
     store = extract(clip, images, sites=[SITE], out=tmp_path, workers=0, quiet=True)
     chosen = sample_places(30, 7, seed=5).tolist()
@@ -243,7 +243,7 @@ def test_a_sample_has_the_same_images_of_a_store_live_or_of_no_views(clip, tmp_p
 def test_a_selection_is_measured_on_its_own_images_everywhere(clip, tmp_path):
     images = Pictures(30)
     store = extract(clip, images, sites=[SITE], out=tmp_path, workers=0, quiet=True)
-    store.source = lambda: images  # made up, so that no spec opens them again
+    store.source = lambda: images  # made up, so no spec can open them again
     chosen = [3, 8, 20, 21, 29]
     sae, view = make_sae(images=images.spec), store.select(chosen)
     metrics = evaluate(sae, view, model=clip, workers=0, quiet=True).metrics
@@ -266,19 +266,19 @@ def test_other_images_downstream_are_named(clip):
     assert metrics["trained_on_these"] is None
 
 
-def test_a_wrong_template_is_told_before_anything_is_measured(clip, monkeypatch):
+def test_a_wrong_template_fails_before_anything_is_measured(clip, monkeypatch):
     live = LiveActivations(clip, Pictures(30), [SITE], "all", workers=0)
     monkeypatch.setattr(live, "ordered", None)
     with pytest.raises(UserError, match="typo80"):
         evaluate(make_sae(), live, templates="typo80", workers=0, quiet=True)
 
 
-def test_images_that_are_gone_leave_the_figures_of_the_activations():
+def test_missing_images_leave_the_figures_of_the_activations():
     metrics = evaluate(make_sae(), TensorActivations(noise()), quiet=True).metrics
-    assert metrics["fvu"] > 0 and metrics["omitted"]["truth"] == "the pictures are gone"
+    assert metrics["fvu"] > 0 and metrics["omitted"]["truth"] == "the images are gone"
 
 
-def test_few_scenes_leave_the_truth_table_out_and_not_the_rest(calibration):
+def test_too_few_scenes_leave_out_only_the_truth_table(calibration):
     live = LiveActivations(calibration, Scenes(12, 3), ["blocks.0.resid_post"], "all", workers=0)
     sae = make_sae(live.d_in(live.sites[0]), site=live.sites[0])
     metrics = evaluate(sae, live, baselines=False, workers=0, quiet=True).metrics
@@ -294,18 +294,18 @@ def test_the_dead_window_is_the_one_asked_for():
     assert metrics["clipscope_dead_window"] == 200 and metrics["clipscope_dead"] < metrics["dead"]
 
 
-def test_what_does_not_belong_together_is_refused(clip, siglip):
+def test_mismatched_inputs_are_refused(clip, siglip):
     source = TensorActivations(noise(), weights_hash="abc", id="some-model")
     refused = {
-        "32 dimensions, the SAE takes 16": (make_sae(16), source, {}),
+        "32 dimensions, but the SAE takes 16": (make_sae(16), source, {}),
         "blocks.7.resid_post": (make_sae(site="blocks.7.resid_post"), source, {}),
         "tokens='cls'": (make_sae(tokens="cls"), source, {}),
         "other weights": (make_sae(model={"id": "b", "weights_hash": "xyz"}), source, {}),
-        "model given is": (make_sae(), source, {"model": clip}),
+        "but the model is": (make_sae(), source, {"model": clip}),
         "max_images is 0": (make_sae(), source, {"max_images": 0}),
         "batch_images is 0": (make_sae(), source, {"batch_images": 0}),
         "dead_window is 0": (make_sae(), source, {"dead_window": 0}),
-        "not one image": (make_sae(), TensorActivations(noise(0)), {}),
+        "No images to evaluate on": (make_sae(), TensorActivations(noise(0)), {}),
     }
     for message, (sae, activations, options) in refused.items():
         with pytest.raises(UserError, match=message):
@@ -320,7 +320,7 @@ def test_weights_that_are_not_finite_are_a_fault_and_name_the_site():
 
 
 class Largest(TorchDispatchMode):
-    """Watches how many entries the largest dense tensor has that any operation makes."""
+    """Watches the size of the largest dense tensor that any operation makes."""
 
     entries = 0
 

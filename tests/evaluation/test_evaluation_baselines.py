@@ -57,7 +57,7 @@ def test_pca_equals_that_of_scikit_learn(x):
     assert pca.fvu_of(5) == pytest.approx(1 - peer.explained_variance_ratio_.sum(), rel=1e-6)
 
 
-def test_pca_error_is_the_variance_left_over_and_nothing_with_all_components(x):
+def test_pca_error_is_the_remaining_variance_and_0_with_all_components(x):
     pca = PCA.fit(moments_of(x), 4)
     error = (pca(x)[0] - x).double().square().sum() / (x - x.mean(0)).double().square().sum()
     assert float(error) == pytest.approx(pca.fvu_of(4), rel=1e-4)
@@ -96,7 +96,7 @@ def test_an_untrained_sae_has_the_shape_and_normaliser_but_not_the_weights(x):
 
 
 @pytest.mark.parametrize("sparsity", [ReLU(), JumpReLU(), Gated()])
-def test_an_untrained_sae_whose_sparsity_is_learnt_takes_as_many_latents_as_the_trained(
+def test_an_untrained_sae_with_learnt_sparsity_uses_as_many_latents_as_the_trained_one(
     sparsity: ReLU | JumpReLU | Gated,
 ) -> None:
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))

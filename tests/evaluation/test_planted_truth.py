@@ -12,7 +12,7 @@ SITE = "blocks.0.resid_post"
 
 
 class Planted:
-    """Activations in which axis j is 1 where background colour j is seen."""
+    """Activations in which axis j is 1 where background colour j is visible."""
 
     sites, tokens, model_info = (SITE,), "patches", {"patch_grid": (8, 8), "n_prefix": 1}
 
@@ -59,7 +59,7 @@ def test_a_planted_dictionary_is_found_exactly():
         row = report.metrics["truth"].get(f"background/{value}")
         if row is not None:
             assert (row["latent"], row["auc"], row["iou"]) == (j, 1.0, 1.0)
-            # A held-out scene may show less of its background than any that set the threshold.
+            # A held-out scene may show less background than any scene that set the threshold.
             assert row["f1"] > 0.75
     assert report.metrics["truth_summary"]["background"]["n"] > 3
     for pca in (report.metrics["baselines"]["pca"], report.metrics["baselines"]["neurons"]):

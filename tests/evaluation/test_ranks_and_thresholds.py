@@ -66,7 +66,7 @@ def test_no_threshold_has_a_higher_f1_than_the_best(scored):
     assert torch.equal(best, torch.stack(tried).amax(dim=0))
 
 
-def test_a_label_that_all_or_none_have_gives_no_auc():
+def test_a_label_on_all_or_no_items_gives_no_auc():
     labels = torch.tensor([[True, False]] * 5)
     assert auc_matrix(torch.rand(5, 3), labels).isnan().all()
 
@@ -78,7 +78,7 @@ def test_the_coarse_f1_is_reached_by_a_threshold_and_never_above_the_best(scored
         pairs = labels[:, v : v + 1].expand(-1, scores.shape[1])
         best = f1_at(scores, pairs, best_threshold(scores, pairs))
         assert (coarse[:, v] <= best + 1e-6).all()
-    # With one threshold, "active or not", it is the F1 of just that.
+    # With one threshold, "active or not", it is the F1 of that threshold.
     active = best_f1_on_grid(scores, labels, fractions=(0,))
     expected = f1_at(scores, labels[:, :1].expand(-1, 14), torch.zeros(14))
     torch.testing.assert_close(active[:, 0].double(), expected)

@@ -24,7 +24,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def data():
     g = torch.Generator().manual_seed(0)
-    # Far from the origin, and other at every position, so that centring matters.
+    # Far from the origin, and different at every position, so that centring matters.
     x = torch.randn(37, 5, 11, generator=g) + 30 + 3 * torch.arange(5)[:, None]
     return x, x + 0.3 * torch.randn(x.shape, generator=g) - 0.1
 
@@ -65,13 +65,13 @@ def test_every_figure_equals_its_formula_over_the_whole_matrix(data):
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_figures_do_not_depend_on_how_the_data_is_cut(data, batch):
+def test_figures_do_not_depend_on_the_batch_size(data, batch):
     found, whole = measured(*data, batch), measured(*data)
     for name in FIGURES - {"fvu_batch"}:
         np.testing.assert_allclose(found[name], whole[name], rtol=1e-11, err_msg=name)
 
 
-def test_fvu_batch_is_the_mean_over_batches_each_centred_by_itself(data):
+def test_fvu_batch_is_the_mean_over_separately_centred_batches(data):
     parts = zip(data[0].split(8), data[1].split(8), strict=True)
     expected = np.mean([by_hand(x, x_hat)["fvu"] for x, x_hat in parts])
     assert measured(*data, 8)["fvu_batch"] == pytest.approx(expected, rel=1e-9)
@@ -86,7 +86,7 @@ def test_the_mean_explains_nothing_and_a_copy_everything(data):
     assert copy["cosine"] == pytest.approx(1) and copy["relative_bias"] == pytest.approx(1)
 
 
-def test_what_is_not_defined_is_none_and_never_nan():
+def test_an_undefined_figure_is_none_and_never_nan():
     constant = torch.full((4, 2, 3), 7.0)
     found = measured(constant, constant)
     assert found["fvu"] is None and found["clipscope_ev"] is None
@@ -109,7 +109,7 @@ def test_numbers_that_are_not_finite_are_a_fault(data):
 
 def test_no_data_and_wrong_shapes_are_refused():
     meter = ReconstructionMeter(5, 11)
-    with pytest.raises(UserError, match="not one vector"):
+    with pytest.raises(UserError, match="no vectors to measure"):
         meter.result()
     with pytest.raises(UserError, match=r"\[2, 4, 11\]"):
         meter.add(torch.zeros(2, 4, 11), torch.zeros(2, 4, 11))

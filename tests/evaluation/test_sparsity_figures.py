@@ -47,7 +47,7 @@ def test_counts_equal_those_of_the_dense_matrix(dense, batch):
     assert np.isnan(counts.mean_activation[~alive]).all() and (~alive).any()
 
 
-def test_l0_is_given_for_cls_and_patches_apart(dense):
+def test_cls_and_patches_have_separate_l0s(dense):
     found = meter_of(dense).result(n_prefix=1, has_cls=True, window=None)
     by_position = (dense > 0).sum(dim=1).view(-1, N_TOKENS).double()
     assert found["l0"] == pytest.approx(by_position.mean().item())
@@ -66,7 +66,7 @@ def test_dead_counts_the_latents_that_were_silent_in_the_last_n_vectors(dense, w
     assert found["clipscope_dead_window"] == len(dense)
 
 
-def test_a_latent_that_was_picked_with_value_0_did_not_fire():
+def test_a_selected_latent_with_value_0_does_not_count_as_active():
     sae = make_sae(d_in=6, n_latents=10, k=3)
     sae.b_enc.fill_(-100)
     meter = SparsityMeter(10, 1)
@@ -93,7 +93,7 @@ def test_mean_cosine_over_pairs_equals_that_of_all_pairs():
     assert mean_pairwise_cosine(rows[:1]) is None
 
 
-def test_a_cluster_of_rare_latents_with_one_direction_is_seen():
+def test_a_cluster_of_rare_latents_with_one_direction_is_found():
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(50, 64, generator=g)
     rows[:10] = torch.ones(64) + 0.1 * torch.randn(10, 64, generator=g)
@@ -106,8 +106,8 @@ def test_a_cluster_of_rare_latents_with_one_direction_is_seen():
     assert abs(found["mean_cosine_others"]) < 0.1
 
 
-def test_vectors_that_are_no_whole_images_are_refused(dense):
+def test_vectors_of_partial_images_are_refused(dense):
     with pytest.raises(UserError, match="whole images"):
         SparsityMeter(N_LATENTS, N_TOKENS).add(code_of(dense[:7]))
-    with pytest.raises(UserError, match="not one vector"):
+    with pytest.raises(UserError, match="no vectors to measure"):
         SparsityMeter(N_LATENTS, N_TOKENS).result(1, True, None)

@@ -23,7 +23,7 @@ def _noisy_copy(rows: torch.Tensor, noise: float, seed: int = 1) -> tuple[torch.
 
 
 @pytest.mark.parametrize("exact_entries", [10**6, 0])
-def test_a_dictionary_in_another_order_and_scale_is_found_again(exact_entries: int) -> None:
+def test_a_reordered_and_rescaled_dictionary_is_matched_exactly(exact_entries: int) -> None:
     first = _rows(200)
     second, order = _noisy_copy(first, 1e-3)
     found = match_latents(first, 7 * second, exact_entries=exact_entries)
@@ -31,7 +31,7 @@ def test_a_dictionary_in_another_order_and_scale_is_found_again(exact_entries: i
     assert found.mean == pytest.approx(1, abs=1e-4)
 
 
-def test_the_matching_is_the_best_of_all_there_are() -> None:
+def test_the_matching_is_the_best_possible() -> None:
     first, second = _rows(5), _rows(6, seed=3)
     cosines = functional.normalize(first, dim=1) @ functional.normalize(second, dim=1).T
     best = max(
@@ -62,13 +62,15 @@ def test_candidates_alone_come_close_to_the_best_in_bounded_memory(
     assert best.mean - 2e-3 <= found.mean <= best.mean + 1e-6
 
 
-def test_rows_that_no_candidate_is_left_for_count_with_their_true_cosine() -> None:
+def test_rows_without_a_candidate_count_with_their_true_cosine() -> None:
     same = _rows(1).expand(30, -1)
     found = match_latents(same, same.clone(), exact_entries=0, candidates=2)
     assert len(set(found.second.tolist())) == 30 and found.mean == pytest.approx(1)
 
 
-def test_stability_is_over_pairs_of_seeds_and_living_latents_beside_random_rows() -> None:
+def test_stability_is_over_pairs_of_seeds_and_alive_latents_with_random_rows_for_comparison() -> (
+    None
+):
     first = _rows(64, 32)
     second, order = _noisy_copy(first, 0.05)
     third = _rows(64, 32, seed=9)
@@ -82,12 +84,12 @@ def test_stability_is_over_pairs_of_seeds_and_living_latents_beside_random_rows(
 
 
 @pytest.mark.unchecked
-def test_what_cannot_be_matched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="two seeds at least"):
+def test_dictionaries_that_cannot_be_matched_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="two seeds or more"):
         stability([_rows(3)])
     with pytest.raises(UserError, match="widths 12 and 8"):
         match_latents(_rows(3), _rows(3, 8))
-    with pytest.raises(UserError, match="without a living latent"):
+    with pytest.raises(UserError, match="without alive latents"):
         stability([_rows(3), _rows(3)], [torch.zeros(3).bool(), torch.ones(3).bool()])
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(MissingExtra, match=r"pip install 'sparsight\[stability\]'"):

@@ -32,7 +32,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world():
-    """Feature 10 + i is strong where pattern i is, with noise everywhere; CLS shouts nonsense."""
+    """Feature 10 + i is strong where pattern i is, with noise everywhere; CLS holds nonsense."""
     images = Scenes(N, 7)
     g = torch.Generator().manual_seed(0)
     x = torch.rand(N, 65, N_FEATURES, generator=g) * 0.4
@@ -73,7 +73,7 @@ def test_planted_features_are_found_where_they_are(table):
     assert table.entries["object_colour/red"]["pooling"] == "max"
 
 
-def test_scores_equal_those_computed_by_hand_on_the_half_held_out(world, table):
+def test_scores_equal_those_computed_by_hand_on_the_held_out_half(world, table):
     halves = Halves.split(N, 0)
     entry = table.entries["pattern/striped"]
     shows = torch.tensor([world.images.scene(i).pattern == "striped" for i in range(N)])
@@ -99,7 +99,7 @@ def test_scores_equal_those_computed_by_hand_on_the_half_held_out(world, table):
     assert entry["n_masks"] == len(ious)
 
 
-def test_what_is_held_out_has_no_part_in_any_choice(world, table):
+def test_held_out_scenes_do_not_affect_any_choice(world, table):
     changed = world.x.clone()
     held = Halves.split(N, 0).held_out
     changed[held] = changed[held].flip(2)
@@ -111,7 +111,7 @@ def test_what_is_held_out_has_no_part_in_any_choice(world, table):
     assert other.entries["pattern/striped"]["auc"] < 0.8
 
 
-def test_halves_are_disjoint_and_together_everything():
+def test_halves_are_disjoint_and_cover_everything():
     halves = Halves.split(101, 3)
     both = torch.cat([halves.selection, halves.held_out])
     assert torch.equal(both.sort().values, torch.arange(101))
@@ -133,7 +133,7 @@ def test_the_table_does_not_depend_on_how_the_scenes_are_batched(world, table):
     assert other.entries == table.entries and other.names == table.names
 
 
-def test_a_feature_of_the_opposite_sign_is_found_and_named_so(world, table):
+def test_a_feature_of_the_opposite_sign_is_found_with_its_sign(world, table):
     found = table_of(world, features=lambda x: SIGN * x)
     entry = found.entries["pattern/striped"]
     assert (entry["latent"], entry["sign"]) == (13, -1)
@@ -142,7 +142,7 @@ def test_a_feature_of_the_opposite_sign_is_found_and_named_so(world, table):
     assert found.names == {}
 
 
-def test_rare_attributes_are_skipped_and_say_so(world, table):
+def test_rare_attributes_are_skipped_with_a_reason(world, table):
     truth = SceneTruth.of(world.images, range(N), (8, 8))
     asked = set(table.entries)
     assert asked | set(table.skipped) == set(truth.attributes) and not asked & set(table.skipped)
@@ -156,7 +156,7 @@ def test_rare_attributes_are_skipped_and_say_so(world, table):
     assert table.summary["pattern"]["n"] == 4
 
 
-def test_latents_are_named_after_what_they_tell_best(table):
+def test_latents_are_named_after_the_attribute_that_they_detect_best(table):
     for i, pattern in enumerate(PATTERNS):
         assert table.names[10 + i]["attribute"] == f"pattern/{pattern}"
         assert table.names[10 + i]["f1"] == pytest.approx(table.entries[f"pattern/{pattern}"]["f1"])
@@ -165,7 +165,7 @@ def test_latents_are_named_after_what_they_tell_best(table):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_one_vector_an_image_gives_auc_but_no_iou(world):
+def test_one_vector_per_image_gives_auc_but_no_iou(world):
     x = world.x[:, 1:].mean(dim=1, keepdim=True)
     found = table_of(world, x=x, tokens="mean", grid=None)
     entry = found.entries["pattern/striped"]
@@ -205,5 +205,5 @@ def test_the_heat_threshold_is_the_best_of_its_candidates():
 
 
 def test_too_few_scenes_are_refused(world):
-    with pytest.raises(UserError, match="at least 20 scenes, there are 12"):
+    with pytest.raises(UserError, match="20 scenes or more, but there are 12"):
         table_of(world, x=world.x[:12])

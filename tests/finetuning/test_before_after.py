@@ -1,4 +1,4 @@
-"""Figures of before and after, and the page that tells them."""
+"""Figures before and after fine-tuning, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Labelled(NoisePictures):
 
 
 class Gone(Labelled):
-    """Images that are listed and cannot be read."""
+    """Images that are listed but cannot be read."""
 
     def load(self, index, min_side=None):
         raise ImageError("the disk is gone")
 
 
-def test_in_batch_accuracy_is_told_as_such_and_is_seeded(tmp_path):
-    """At most 48 ways, bare names, dot products that are not normalised, labels that repeat."""
+def test_in_batch_accuracy_has_its_own_name_and_a_seed(tmp_path):
+    """It has at most 48 ways, bare names, unnormalised dot products and repeated labels."""
     model = tiny_clip(tmp_path)
     source = Labelled(30, [])
     found = in_batch_accuracy(model, source, batch_size=8, seed=3)
@@ -70,7 +70,7 @@ def test_in_batch_accuracy_is_told_as_such_and_is_seeded(tmp_path):
         hits += sum(names[j] == own for j, own in zip(products.argmax(1), names, strict=True))
     assert (found["accuracy"], found["n"], found["ways"]) == (hits / 30, 30, 2.0)
     assert found == in_batch_accuracy(model, source, batch_size=8, seed=3)
-    with pytest.raises(UserError, match="none of its pictures has a label"):
+    with pytest.raises(UserError, match="none of its images has a label"):
         in_batch_accuracy(model, NoisePictures(4, [("a cat",)]))
     with pytest.raises(UserError, match=r"none of its 4 images could be read.*the disk is gone"):
         in_batch_accuracy(model, Gone(4, [("a cat",)]))
@@ -87,7 +87,7 @@ def test_recall_counts_equal_captions_as_matches():
     assert same["different_captions"] == 3
 
 
-def test_the_modality_gap_is_the_distance_of_the_means_and_what_a_line_tells_apart():
+def test_the_modality_gap_is_the_distance_of_the_means_and_linear_separability():
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=draw)
     shift = torch.tensor([5.0, 0, 0, 0, 0, 0])
@@ -105,12 +105,12 @@ def test_the_discriminant_is_fishers():
     rng = np.random.default_rng(0)
     one, two = (rng.normal(mean, (1.0, 3.0), (500, 2)) for mean in ((0, 0), (2, 2)))
     weights, threshold = discriminant(one, two)
-    # Where one dimension is three times as wide, it counts a ninth.
+    # A dimension that is three times as wide counts a ninth.
     assert weights[0] / weights[1] == pytest.approx(9, rel=0.3)
     assert (one @ weights > threshold).mean() > 0.8
 
 
-def test_latents_that_changed_places_are_matched_and_those_that_fell_silent_counted():
+def test_latents_that_swapped_places_are_matched_and_silent_ones_counted():
     draw = torch.Generator().manual_seed(0)
     before = torch.rand(6, 200, generator=draw)
     before[5] = 0
@@ -124,7 +124,7 @@ def test_latents_that_changed_places_are_matched_and_those_that_fell_silent_coun
 
 @pytest.fixture(scope="module")
 def told(model, tmp_path_factory):
-    """A short run on the calibration CLIP with everything that can be told of it."""
+    """A short run on the calibration CLIP with all figures measured."""
     out = tmp_path_factory.mktemp("tuned")
     scenes = sp.open_images("calibration:60:61")
     sae = train(
@@ -154,7 +154,7 @@ def told(model, tmp_path_factory):
     return run, subjects, report_finetuning(run, model, subjects, quiet=True)
 
 
-def test_both_models_are_measured_on_the_same_pictures(told):
+def test_both_models_are_measured_on_the_same_images(told):
     *_, found = told
     assert found["n"] == 24
     assert set(found["attack"]) == {"clean", "attacked", "same", "control"}
@@ -174,7 +174,7 @@ def test_both_models_are_measured_on_the_same_pictures(told):
     assert latents["drift"]["own"] > 0.5
 
 
-def test_both_models_see_the_same_pixels_where_jpegs_are_scaled(told, monkeypatch):
+def test_both_models_see_the_same_pixels_if_jpegs_are_scaled(told, monkeypatch):
     run, subjects, _ = told
 
     class Compared(Exception):
@@ -190,7 +190,7 @@ def test_both_models_see_the_same_pixels_where_jpegs_are_scaled(told, monkeypatc
         report_finetuning(run, scaled, subjects, quiet=True)
 
 
-def test_the_page_tells_the_figures_and_stands_alone(told):
+def test_the_page_shows_the_figures_and_is_self_contained(told):
     run, _, found = told
     page = (run.out / PAGE).read_text()
     assert read_figures(run)["won_back"] == pytest.approx(found["won_back"])
@@ -204,13 +204,13 @@ def test_the_page_tells_the_figures_and_stands_alone(told):
     assert str(run.out.parent) not in page
 
 
-def test_a_page_tells_what_did_not_load(told):
+def test_a_page_says_what_did_not_load(told):
     run, subjects, found = told
     assert "Did not load" not in (run.out / PAGE).read_text()
     write_page(run, {**found, "failed": {"attacked": 3}}, subjects)
     page = (run.out / PAGE).read_text()
     assert "Did not load" in page
-    assert "3 of those to measure on" in page
+    assert "3 test images" in page
 
 
 def test_a_page_names_what_was_not_measured(told, model):

@@ -1,4 +1,6 @@
-"""The bar: fine-tuning wins back what words cost, and a plain CLIP of transformers shows it."""
+"""The bar: fine-tuning recovers the accuracy that words cost, as a plain CLIP of transformers
+shows.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ SCENES = 512
 
 
 def figures(folder):
-    """By transformers alone, on scenes of a world of their own."""
+    """Measure with transformers alone, on new scenes."""
     module = CLIPModel.from_pretrained(folder).eval()
     return zero_shot_figures(module, AutoTokenizer.from_pretrained(folder), SCENES)
 
 
 @pytest.mark.slow
-def test_four_fifths_of_the_loss_come_back_at_a_point_on_clean_pictures(tmp_path):
+def test_four_fifths_of_the_loss_are_recovered_for_a_point_on_clean_images(tmp_path):
     model = sp.load_model("calibration", device="cpu")
     scenes = sp.open_images("calibration:1200:41")
     data = scenes.select([i for i in range(len(scenes)) if scenes.scene(i).writing is None])

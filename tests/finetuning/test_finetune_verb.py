@@ -17,7 +17,7 @@ SCENES = ["--data", "calibration:30:71", "--images", "calibration:24:74"]
 
 @pytest.fixture
 def photos(tmp_path):
-    """Three grey pictures without labels."""
+    """Three grey images without labels."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ("one", "two", "three"):
@@ -45,7 +45,7 @@ def test_the_whole_loop_on_the_calibration_clip(tmp_path, capsys):
     assert not run.checkpoints.exists()
 
 
-def test_without_a_test_set_some_pictures_are_kept_back(tmp_path, capsys):
+def test_without_a_test_set_some_images_are_held_out(tmp_path, capsys):
     out = tmp_path / "run"
     assert finetune(*SCENES[:2], "--out", out, *SMALL, "--no-latents") == 0
     recipe = FinetuneRun(out).recipe
@@ -56,7 +56,7 @@ def test_without_a_test_set_some_pictures_are_kept_back(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_what_is_measured_on_is_not_trained_on_though_it_is_named_twice(tmp_path, capsys):
+def test_test_images_are_not_trained_on_even_if_named_as_data(tmp_path, capsys):
     scenes = "calibration:20:75:single"
     flags = ["--data", scenes, "--attack-on", scenes, "--no-latents", "--out", tmp_path / "run"]
     assert finetune(*flags, *SMALL) == 0
@@ -79,14 +79,14 @@ def test_a_bad_pair_file_is_one_message(tmp_path, photos, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_picture_is_one_message(tmp_path, photos, capsys):
+def test_a_missing_image_is_one_message(tmp_path, photos, capsys):
     (photos / "pairs.json").write_text('{"one.png": "a sun", "gone.png": "a cat"}')
     told = fails(capsys, "--data", photos / "pairs.json", "--out", tmp_path / "run")
-    assert "1 of the 2 pictures" in told
+    assert "1 of its 2 images" in told
     assert "gone.png" in told
 
 
-def test_captions_over_length_are_one_message_and_nothing_is_begun(tmp_path, photos, capsys):
+def test_too_long_captions_are_one_message_and_no_run_begins(tmp_path, photos, capsys):
     long = " ".join(["sun"] * 40)
     (photos / "pairs.json").write_text(json.dumps({"one.png": long, "two.png": "a cat"}))
     told = fails(
@@ -108,7 +108,7 @@ def test_captions_over_length_are_one_message_and_nothing_is_begun(tmp_path, pho
         (["--first-block", "9", "--no-latents", *SMALL], "blocks 0 to 3"),
         (["--scaling.factor", "9", "--scaling.blocks", "7", "--no-latents", *SMALL], "no site"),
         (["--attack-share", "1.0", "--no-latents", *SMALL], "attack_share is 1.0"),
-        (["--attack-share", "1.5"], "it is a share"),
+        (["--attack-share", "1.5"], "it must be a share"),
         (["--batch-size", "1"], "two pairs or more"),
         (["--layout", "open_clip", "--batch-size", "0"], "batch_size is 0"),
     ],
@@ -121,13 +121,13 @@ def test_a_mistake_is_one_message(tmp_path, capsys, arguments, message):
     assert message in fails(capsys, *defaults, *arguments, "--out", tmp_path / "run")
 
 
-def test_pictures_without_labels_need_to_be_told_what_to_write(tmp_path, photos, capsys):
+def test_images_without_labels_need_class_names(tmp_path, photos, capsys):
     (photos / "captions.csv").write_text("file,caption\none.png,a sun\ntwo.png,a cat\n")
     told = fails(capsys, "--data", photos, "--out", tmp_path / "run")
     assert "--attack-on" in told
 
 
-def test_a_model_that_is_none_is_one_message(tmp_path, capsys):
+def test_an_invalid_model_is_one_message(tmp_path, capsys):
     assert main(["finetune"]) == 2
     assert "Name the CLIP" in capsys.readouterr().err
     assert "no such folder" in fails(capsys, "--data", "calibration:9", model="./nowhere")

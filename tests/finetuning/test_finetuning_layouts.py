@@ -30,7 +30,7 @@ def tune(model, out, config=CONFIG, **options):
     return finetune(model, DATA, config, out, attack=DATA, workers=0, quiet=True, **options)
 
 
-def test_lengths_and_directions_are_trained_and_plain_weights_handed_back(model, tmp_path):
+def test_lengths_and_directions_are_trained_and_plain_weights_exported(model, tmp_path):
     run = tune(model, tmp_path / "run")
     state = CLIPModel.from_pretrained(run.folder).state_dict()
     assert not any(name.endswith((".r", ".theta")) for name in state)
@@ -57,7 +57,7 @@ def test_neither_lengths_nor_directions_decay(model):
     assert all(m.part in ("visual_blocks", "text_blocks") for m in lengths)
 
 
-def test_the_first_step_begins_where_the_plain_model_is(model, tmp_path):
+def test_the_first_step_begins_at_the_plain_model(model, tmp_path):
     lines = [
         tune(model, tmp_path / kind, dataclasses.replace(CONFIG, parametrisation=kind)).metrics()
         for kind in ("plain", "geometric")
@@ -66,7 +66,7 @@ def test_the_first_step_begins_where_the_plain_model_is(model, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["openai", "huggingface"])
-def test_a_model_in_openais_layout_is_trained_and_handed_back_in_any(model, layout, tmp_path):
+def test_a_model_in_openais_layout_is_trained_and_exported_in_any(model, layout, tmp_path):
     saved = save_model(model, tmp_path / "openai", "openai")
     loaded = sp.load_model(str(saved), device="cpu")
     run = tune(loaded, tmp_path / "run", layout=layout)
@@ -77,8 +77,8 @@ def test_a_model_in_openais_layout_is_trained_and_handed_back_in_any(model, layo
     assert run.metrics()[-1]["gradient_norms"]["visual.2"] > 0
 
 
-def test_every_position_of_a_long_clip_is_trained_but_the_kept_ones(model):
-    """A table that is in no group of parameters is never trained."""
+def test_every_position_of_a_long_clip_but_the_kept_ones_is_trained(model):
+    """A table in no group of parameters would never be trained."""
     long_clip = pytest.importorskip("sparsight.vision.long_clip")
     copy = working_copy(model)
     long_clip.keep_positions(long_clip.lengthen(copy.module, kept=4), kept=4)

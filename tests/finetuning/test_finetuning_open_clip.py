@@ -1,4 +1,4 @@
-"""A CLIP of open_clip is fine-tuned like any other; needs the extra `open-clip`."""
+"""A CLIP from open_clip can be fine-tuned like any other; this needs the extra `open-clip`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_part_is_found(model):
 
 
 @pytest.mark.parametrize("layout", ["open_clip", "huggingface"])
-def test_it_is_trained_and_handed_back(model, photos, layout, tmp_path):
+def test_it_is_trained_and_exported(model, photos, layout, tmp_path):
     config = FinetuneConfig(
         steps=2, batch_size=6, lr=1e-3, log_every=1, parametrisation="geometric",
         scaling=NeuronScaling(5.0, top=2, until=1.0),

@@ -1,4 +1,4 @@
-"""The loop on a tiny CLIP: resume, faults, accumulation, what stays as it was."""
+"""The loop on a tiny CLIP: resume, faults, accumulation, what does not change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """A run from beginning to end, with everything on."""
+    """A complete run, with every option on."""
     out = tmp_path_factory.mktemp("whole") / "run"
     return tune(model, out, EVERYTHING)
 
@@ -70,12 +70,12 @@ def weights(run):
     return run.model("cpu").module.state_dict()
 
 
-def test_the_model_that_was_given_stays_as_it_is(model, whole):
+def test_the_given_model_does_not_change(model, whole):
     plain = tiny_clip(whole.out.parent / "again").module.state_dict()
     assert all(torch.equal(value, plain[name]) for name, value in model.module.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
     same = {name for name, value in weights(whole).items() if torch.equal(value, plain[name])}
-    assert all(name.endswith("k_proj.bias") for name in same)  # softmax takes these out
+    assert all(name.endswith("k_proj.bias") for name in same)  # softmax cancels these
 
 
 def test_the_result_is_a_plain_clip_of_transformers(whole):
@@ -90,7 +90,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_run_that_is_killed_and_resumed_has_the_bits_of_one_that_was_not(
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model, whole, tmp_path, monkeypatch, after
 ):
     real = FinetuneLoop.take_step
@@ -111,14 +111,14 @@ def test_a_run_that_is_killed_and_resumed_has_the_bits_of_one_that_was_not(
 
 
 def told(run):
-    """The log without times."""
+    """Return the log without times."""
     return [
         {key: value for key, value in line.items() if key != "seconds_per_step"}
         for line in run.metrics()
     ]
 
 
-def test_a_finished_run_is_given_back_and_another_one_in_its_folder_refused(model, whole):
+def test_a_finished_run_is_returned_and_another_run_in_its_folder_refused(model, whole):
     before = (whole.folder / "model.safetensors").stat().st_mtime_ns
     assert tune(model, whole.out, EVERYTHING).is_finished
     assert (whole.folder / "model.safetensors").stat().st_mtime_ns == before
@@ -130,7 +130,7 @@ def test_a_finished_run_is_given_back_and_another_one_in_its_folder_refused(mode
         tune(model, whole.out, EVERYTHING, resume=False)
 
 
-def test_the_log_has_every_part_of_the_loss_rates_that_keep_their_ratio_and_norms_by_layer(whole):
+def test_the_log_has_every_part_of_the_loss_rates_in_their_ratio_and_norms_by_layer(whole):
     lines = whole.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
@@ -145,22 +145,22 @@ def test_the_log_has_every_part_of_the_loss_rates_that_keep_their_ratio_and_norm
     assert lines[-1]["lr_factor"] < 0.4
 
 
-def test_the_schedule_counts_steps_of_the_optimiser_not_batches(model, tmp_path):
-    """20 pictures, 3 a batch: 7 batches, 4 steps, the last of a single batch."""
+def test_the_schedule_counts_optimiser_steps_not_batches(model, tmp_path):
+    """20 images, 3 per batch: 7 batches, 4 steps, the last with a single batch."""
     config = dataclasses.replace(
         CONFIG, steps=None, epochs=1.0, accumulation=2, schedule="one_cycle"
     )
     lines = tune(model, tmp_path / "run", config).metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["lr_factor"] == pytest.approx(1 / 250_000)
-    for line in lines:  # `OneCycleLR` with one maximum for all would make them equal
+    for line in lines:  # `OneCycleLR` with one maximum for all groups would make them equal
         assert line["lr"]["text_blocks"] == pytest.approx(0.1 * line["lr"]["visual_blocks"])
         assert line["lr"]["rest"] == pytest.approx(0.033 * line["lr"]["visual_blocks"])
     assert lines[-1]["epoch"] == pytest.approx(21 / 20)
 
 
 def gradients(model, tmp_path, monkeypatch, config, keep=1):
-    """Of the first step, as the optimiser gets them."""
+    """Return the gradients of the first step, as the optimiser gets them."""
     found = []
 
     def caught(self, batches):
@@ -187,7 +187,7 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(model, tmp_path, m
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradients_are_clipped_as_a_whole_and_hold_nothing_of_the_step_before(
+def test_gradients_are_clipped_as_a_whole_and_start_from_zero_at_each_step(
     model, tmp_path, monkeypatch, accumulation
 ):
     free = dataclasses.replace(
@@ -206,7 +206,7 @@ def test_gradients_are_clipped_as_a_whole_and_hold_nothing_of_the_step_before(
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_checkpoint(
+def test_a_loss_that_is_not_finite_stops_the_run_at_a_named_step_and_keeps_the_checkpoint(
     model, tmp_path, monkeypatch, bad
 ):
     real, batches = losses.info_nce, []
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_check
         loss = real(images, *others)
         if len(batches) < 3:
             return loss
-        # A NaN itself, or a finite loss whose gradient is one.
+        # A NaN loss, or a finite loss with a NaN gradient.
         zero = (images * 0).sum()
         return loss + (float("nan") if bad == "loss" else zero.sqrt())
 
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_check
     assert tune(model, tmp_path / "run").is_finished
 
 
-def test_weights_that_are_not_finite_are_neither_kept_nor_handed_back(model, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(model, tmp_path, monkeypatch):
     real = FinetuneLoop.take_step
 
     def broken(self, batches):
@@ -248,10 +248,10 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_handed_back(model, tmp
     assert tune(model, tmp_path / "run").is_finished
 
 
-def test_what_is_handed_back_is_the_last_step_and_nothing_in_a_run_is_a_pickle(
+def test_the_exported_model_is_from_the_last_step_and_no_file_of_a_run_is_a_pickle(
     model, tmp_path, monkeypatch
 ):
-    """His second script loads the checkpoint of an epoch that the first one never reaches."""
+    """zer0int's second script loads the checkpoint of an epoch that his first never reaches."""
     states, kinds = [], set()
     real = FinetuneLoop.take_step
 
@@ -272,12 +272,12 @@ def test_what_is_handed_back_is_the_last_step_and_nothing_in_a_run_is_a_pickle(
     assert not kinds & {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
 
 
-def test_what_attacks_are_pulled_to_belongs_to_the_run(model, whole, tmp_path):
+def test_the_targets_of_attacked_images_belong_to_the_run(model, whole, tmp_path):
     with pytest.raises(UserError, match="differs in 'clean_fingerprint'"):
         tune(model, whole.out, EVERYTHING, attack=Pairs(ATTACK, NoisePictures(9, CAPTIONS[:2])))
 
 
-def test_a_finished_run_in_another_layout_is_told_how_to_write_it(model, whole):
+def test_a_finished_run_in_another_layout_names_the_command_that_exports_it(model, whole):
     with pytest.raises(UserError, match=r"layout huggingface.*sparsight export.*layout openai"):
         tune(model, whole.out, EVERYTHING, layout="openai")
 
@@ -351,7 +351,7 @@ def test_a_model_without_a_text_tower_is_refused(tmp_path):
         tune(blind, tmp_path / "run")
 
 
-def test_nothing_is_begun_where_captions_are_too_long(model, tmp_path):
+def test_no_run_begins_if_captions_are_too_long(model, tmp_path):
     long = NoisePictures(20, [(" ".join(["cat"] * 20),), ("a dog",)])
     with pytest.raises(UserError, match="1 of 2 captions are longer"):
         finetune(model, long, CONFIG, tmp_path / "run", quiet=True)
@@ -361,7 +361,7 @@ def test_nothing_is_begun_where_captions_are_too_long(model, tmp_path):
 
 
 class Broken(NoisePictures):
-    """Every `each`-th picture cannot be read."""
+    """Images of which every `each`-th cannot be read."""
 
     each = 5
 
@@ -371,7 +371,7 @@ class Broken(NoisePictures):
         return super().load(index, min_side)
 
 
-def test_broken_pictures_are_left_out_of_their_batch_and_counted(model, tmp_path):
+def test_broken_images_are_left_out_of_their_batch_and_counted(model, tmp_path):
     loader = BatchLoader(model, Broken(20, CAPTIONS), None, None, max_failed=0.3, workers=0)
     pairs = [Pair(place, f"caption {place}", False) for place in (3, 4, 5, 6)]
     (batch,) = loader.load([pairs])
@@ -380,7 +380,7 @@ def test_broken_pictures_are_left_out_of_their_batch_and_counted(model, tmp_path
     assert loader.failures == {4: "cannot be decoded"}
 
 
-def test_a_picture_that_failed_once_and_loads_again_has_its_own_row(model):
+def test_an_image_that_failed_once_and_loads_again_has_its_own_row(model):
     loader = BatchLoader(model, DATA, None, None, max_failed=1, workers=0)
     loader.failures = {4: "the network was away"}
     (batch,) = loader.load([[Pair(place, f"caption {place}", False) for place in (3, 4, 5)]])
@@ -389,7 +389,7 @@ def test_a_picture_that_failed_once_and_loads_again_has_its_own_row(model):
         torch.testing.assert_close(batch.pixels[row], model.transform(DATA.load(place)))
 
 
-def test_an_attack_without_its_clean_picture_is_left_out_with_it(model):
+def test_an_attack_is_left_out_if_its_clean_image_is_broken(model):
     loader = BatchLoader(model, DATA, ATTACK, Broken(9, CAPTIONS), max_failed=1, workers=0)
     pairs = [Pair(1, "a", False), Pair(4, "b", True), Pair(2, "c", True), Pair(2, "d", True)]
     (batch,) = loader.load([pairs])
@@ -398,8 +398,8 @@ def test_an_attack_without_its_clean_picture_is_left_out_with_it(model):
     torch.testing.assert_close(batch.clean, torch.stack([model.transform(ATTACK.load(2))] * 2))
 
 
-def test_too_many_broken_pictures_stop_the_run(model, tmp_path):
-    with pytest.raises(SparsightError, match=r"of 20 pictures are broken.*the first is 4"):
+def test_too_many_broken_images_stop_the_run(model, tmp_path):
+    with pytest.raises(SparsightError, match=r"of 20 images are broken.*the first is 4"):
         finetune(model, Broken(20, CAPTIONS), CONFIG, tmp_path / "run", workers=0, quiet=True)
 
 
@@ -414,7 +414,7 @@ def test_a_checkpoint_of_another_version_is_refused(model, tmp_path, monkeypatch
     shutil.rmtree(run.out)
 
 
-def test_captioned_pictures_are_taken_as_they_are(model, tmp_path):
+def test_captioned_images_are_used_as_they_are(model, tmp_path):
     pairs = captioned(DATA)
     run = finetune(
         model, pairs, dataclasses.replace(CONFIG, steps=1), tmp_path / "run", workers=0, quiet=True
@@ -424,7 +424,7 @@ def test_captioned_pictures_are_taken_as_they_are(model, tmp_path):
 
 
 def stop_in(monkeypatch, step, number=signal.SIGINT):
-    """A signal in the middle of a step."""
+    """Send a signal in the middle of a step."""
     real = FinetuneLoop.take_step
 
     def stopped(self, batches):
@@ -436,7 +436,7 @@ def stop_in(monkeypatch, step, number=signal.SIGINT):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_what_is_kept_and_ends_with_the_same_bits(
+def test_a_stopped_run_says_what_is_kept_and_ends_bit_for_bit_the_same(
     model, whole, tmp_path, monkeypatch, number
 ):
     sparse = dataclasses.replace(EVERYTHING, checkpoint_every=4, log_every=4)
@@ -451,10 +451,10 @@ def test_a_stopped_run_says_what_is_kept_and_ends_with_the_same_bits(
     resumed = tune(model, tmp_path / "run", sparse)
     before, now = weights(whole), weights(resumed)
     assert all(torch.equal(before[name], now[name]) for name in before)
-    assert told(resumed) == told_whole  # means over steps before and behind the stops
+    assert told(resumed) == told_whole  # means over steps before and after the stops
 
 
-def test_a_stop_while_the_model_is_written_leaves_it_whole(model, tmp_path, monkeypatch):
+def test_a_stop_while_the_model_is_written_leaves_it_complete(model, tmp_path, monkeypatch):
     real = FinetuneLoop.export
 
     def stopped(self, layout):
@@ -464,14 +464,12 @@ def test_a_stop_while_the_model_is_written_leaves_it_whole(model, tmp_path, monk
     monkeypatch.setattr(FinetuneLoop, "export", stopped)
     with pytest.raises(KeyboardInterrupt) as stop:
         tune(model, tmp_path / "run")
-    assert "Fine-tuning was finished by then" in stop.value.__notes__[0]
+    assert "Fine-tuning had already finished" in stop.value.__notes__[0]
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert weights(FinetuneRun(tmp_path / "run"))
 
 
-def test_checkpoints_come_by_time_and_are_no_part_of_what_a_run_is(
-    model, whole, tmp_path, monkeypatch
-):
+def test_checkpoints_by_time_are_not_part_of_a_runs_identity(model, whole, tmp_path, monkeypatch):
     kept, real = [], checkpoint_files.write
     monkeypatch.setattr(
         checkpoint_files, "write", lambda *given: kept.append(given[1]) or real(*given)
@@ -484,7 +482,7 @@ def test_checkpoints_come_by_time_and_are_no_part_of_what_a_run_is(
     assert tune(model, tmp_path / "run", rare, checkpoint_seconds=None).is_finished
 
 
-def test_what_a_killed_process_left_is_cleared_by_the_next_run_of_the_same(model, tmp_path):
+def test_the_next_call_clears_what_a_killed_process_left(model, tmp_path):
     run = tune(model, tmp_path / "run")
     for name in (".lock", ".model.tmp/x", "checkpoints/000000003/state.json"):
         (run.out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -509,9 +507,7 @@ def test_no_run_begins_among_other_files(model, tmp_path):
         ("checkpoints/000000003/state.json", '"step": 3', "damaged checkpoint: .*000000003"),
     ],
 )
-def test_a_changed_byte_is_noticed_and_does_no_harm(
-    model, tmp_path, monkeypatch, file, text, warned
-):
+def test_a_changed_byte_is_noticed_and_harmless(model, tmp_path, monkeypatch, file, text, warned):
     stop_in(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         tune(model, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Which parameter is trained at which rate, and what decays."""
+"""Learning rate and weight decay of each parameter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_biases_norms_and_positions_do_not_decay(model):
             assert member.part == "positions"
 
 
-def test_an_optimisers_decay_reaches_matrices_alone(model):
+def test_an_optimisers_decay_reaches_only_matrices(model):
     trained = set_trainable(model, Rates())
     optimiser = make_optimiser(trained, FinetuneConfig(weight_decay=0.5), width=768)
     decays = {id(p): g["weight_decay"] for g in optimiser.param_groups for p in g["params"]}
@@ -54,7 +54,7 @@ def test_an_optimisers_decay_reaches_matrices_alone(model):
 
 @pytest.mark.parametrize("name", ["cosine", "one_cycle"])
 def test_rates_of_the_parts_keep_their_ratios_under_a_schedule(model, name):
-    """`OneCycleLR` with one maximum for all overwrites them."""
+    """`OneCycleLR` with one maximum for all groups would overwrite them."""
     rates = Rates(text_blocks=0.1, rest=0.05)
     trained = set_trainable(model, rates)
     config = FinetuneConfig(schedule=name, lr=1e-3, rates=rates)
@@ -75,7 +75,7 @@ def test_a_rate_of_zero_freezes_a_part(model):
     assert not frozen & {m.part for m in trained}
 
 
-def test_blocks_before_the_first_one_stay_as_they_are(model):
+def test_blocks_before_first_block_do_not_change(model):
     set_trainable(model, Rates(), first_block=2)
     on = {member.name for member in members(model) if member.parameter.requires_grad}
     assert "vision_model.encoder.layers.2.mlp.fc1.weight" in on
@@ -85,16 +85,16 @@ def test_blocks_before_the_first_one_stay_as_they_are(model):
     assert not any("vision_model.embeddings" in name or "pre_layrnorm" in name for name in on)
 
 
-def test_what_cannot_be_trained_is_refused(model):
+def test_an_untrainable_configuration_is_refused(model):
     with pytest.raises(UserError, match="blocks 0 to 2"):
         set_trainable(model, Rates(), first_block=3)
-    with pytest.raises(UserError, match="nothing to train"):
+    with pytest.raises(UserError, match="Nothing to train"):
         set_trainable(model, Rates(0, 0, 0, 0, 0, 1.0))
     with pytest.raises(UserError, match="text_blocks"):
         Rates(text_blocks=-1)
 
 
-def test_gradient_norms_are_told_by_layer(model):
+def test_gradient_norms_are_logged_by_layer(model):
     trained = set_trainable(model, Rates())
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     (model.embed_images(pixels).sum() + model.embed_texts(["a cat", "the sun"]).sum()).backward()

@@ -1,4 +1,4 @@
-"""A price on latents that read words: what it is, what it does, what it refuses."""
+"""The penalty on latents that read words: its value, its effect, and errors."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def pixels(model):
 
 @pytest.fixture
 def busy(model, sae, pixels):
-    """The latents that are most active on these pictures."""
+    """The latents that are most active on these images."""
     x = model.read(pixels, SITE)[SITE].flatten(0, 1)
     return sae.encode(x).dense().sum(dim=0).argsort(descending=True)[:5].tolist()
 
 
-def test_it_is_the_latents_mean_activation_on_the_pictures_that_count(model, sae, pixels, busy):
+def test_it_is_the_latents_mean_activation_on_the_images_that_count(model, sae, pixels, busy):
     penalty = LatentPenalty(model, PenalisedLatents(sae, busy), SITE)
     rows = torch.tensor([0.0, 1, 1, 0])
     with penalty.reading():
@@ -61,7 +61,7 @@ def test_the_callers_sae_stays_trainable(model, sae, busy):
     assert all(each.requires_grad for each in own.parameters())
 
 
-def test_its_gradient_reaches_the_weights_before_the_site_and_none_behind(model, sae, pixels, busy):
+def test_its_gradient_reaches_the_weights_before_the_site_and_none_after(model, sae, pixels, busy):
     penalty = LatentPenalty(model, PenalisedLatents(sae, busy), SITE)
     layers = model.module.vision_model.encoder.layers
     weights = [layers[i].mlp.fc2.weight.requires_grad_(True) for i in (0, 2)]
@@ -96,8 +96,8 @@ def test_penalised_latents_are_less_active_after_a_run(model, sae, pixels, busy,
     assert activity[0] < 0.8 * activity[1]
 
 
-def test_latents_that_are_not_there_and_saes_of_other_models_are_refused(model, sae, tmp_path):
-    with pytest.raises(UserError, match=r"latent 48 is to be penalised.*0 to 47"):
+def test_unknown_latents_and_saes_of_other_models_are_refused(model, sae, tmp_path):
+    with pytest.raises(UserError, match=r"latent 48 cannot be penalised.*0 to 47"):
         PenalisedLatents(sae, [48]).place(model)
     with pytest.raises(UserError, match="no latent"):
         PenalisedLatents(sae, []).place(model)
@@ -107,5 +107,5 @@ def test_latents_that_are_not_there_and_saes_of_other_models_are_refused(model, 
         PenalisedLatents(sae, [1]).place(tiny_clip(tmp_path / "other", seed=1))
     nameless = copy.deepcopy(sae)
     nameless.metadata = {}
-    with pytest.raises(UserError, match="names no site"):
+    with pytest.raises(UserError, match="does not name its site"):
         PenalisedLatents(nameless, [1]).place(model)

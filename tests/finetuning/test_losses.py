@@ -1,4 +1,4 @@
-"""Each loss against plain float64 loops, and what tells InfoNCE from what is called so."""
+"""Each loss against plain float64 loops, and how InfoNCE differs from the loss called so."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cosine(x, y):
 
 
 def cross_entropies(logits, targets):
-    """Mean over rows of −Σ p ln softmax, in plain Python."""
+    """Return the mean over rows of −Σ p ln softmax, in plain Python."""
     total = 0.0
     for row, wanted in zip(logits, targets, strict=True):
         whole = math.log(sum(math.exp(value) for value in row))
@@ -71,8 +71,8 @@ def test_without_duplicates_and_smoothing_info_nce_is_clips_loss(pairs):
     torch.testing.assert_close(found, contrastive_loss(images, texts, 14.0))
 
 
-def test_equal_captions_are_no_negatives_of_each_other(pairs):
-    """A model that is right about duplicates pays for them where each row wants its own alone."""
+def test_equal_captions_are_not_negatives_of_each_other(pairs):
+    """If each row wanted only its own caption, a model that is right about duplicates would pay."""
     images = torch.eye(4)[[0, 1, 0, 2]]
     shared = contrastive_targets(caption_groups(["a", "b", "a", "c"]))
     scale = torch.tensor(50.0).log()
@@ -103,7 +103,7 @@ def test_similarity_of_similarities_is_the_published_formula_in_plain_loops(pair
 
 
 def test_a_logit_scale_moves_info_nce_and_cancels_in_similarity_of_similarities(pairs):
-    """The published loss takes logits, whose scale its normalisation takes out again."""
+    """The published loss takes logits, and its normalisation removes their scale."""
     targets = torch.eye(5, dtype=torch.float64)
     scales = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in (1.0, 4.0)]
     values = [info_nce(*pairs, scale, targets) for scale in scales]
@@ -123,7 +123,7 @@ def test_a_logit_scale_moves_info_nce_and_cancels_in_similarity_of_similarities(
     )
 
 
-def test_similarity_of_similarities_needs_two_pictures(pairs):
+def test_similarity_of_similarities_needs_two_images(pairs):
     with pytest.raises(UserError, match="two pictures"):
         similarity_of_similarities(pairs[0][:1], pairs[1][:1])
 
@@ -136,7 +136,7 @@ def test_distillation_is_half_the_squared_distance_of_unit_vectors(pairs):
     assert distillation(3 * images, images) == pytest.approx(0, abs=1e-12)
 
 
-def test_an_entropy_that_is_subtracted_makes_sure_predictions_dearer(pairs):
+def test_subtracting_entropy_makes_confident_predictions_cost_more(pairs):
     targets = torch.eye(5, dtype=torch.float64)
     scale = torch.tensor(2.0, dtype=torch.float64)
     plain, with_it = (info_nce(*pairs, scale, targets, weight) for weight in (0.0, 0.02))

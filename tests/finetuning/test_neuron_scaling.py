@@ -1,4 +1,4 @@
-"""Scaling that runs, on the neuron axis, in each block for itself, and is gone afterwards."""
+"""Scaling takes place, on the neuron axis, in each block separately, and ends afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pixels():
 
 
 def inside(model, pixels, scaled, factor=100.0, block=1, rows=ROWS):
-    """A block's neurons in a forward pass with scaling."""
+    """Return a block's neurons in a forward pass with scaling."""
     with scaled.applied(rows, factor):
         return model.read(pixels, f"blocks.{block}.mlp_pre")[f"blocks.{block}.mlp_pre"]
 
@@ -45,8 +45,8 @@ def test_gradients_differ_with_and_without_it(model, pixels):
     assert found[1][chosen].norm() > 3 * found[0][chosen].norm()
 
 
-def test_exactly_the_chosen_neurons_of_the_attacked_pictures_are_scaled(model, pixels):
-    """Not rows of the batch, nor all neurons."""
+def test_exactly_the_chosen_neurons_of_the_attacked_images_are_scaled(model, pixels):
+    """Neither rows of the batch nor all neurons are scaled."""
     scaled = ScaledNeurons(model, NeuronScaling(100.0, blocks=(1,), top=4))
     plain = model.read(pixels, "blocks.1.mlp_pre")["blocks.1.mlp_pre"]
     with_it = inside(model, pixels, scaled)
@@ -59,7 +59,7 @@ def test_exactly_the_chosen_neurons_of_the_attacked_pictures_are_scaled(model, p
     )
 
 
-def test_neurons_are_those_with_the_largest_mean_over_positions_of_the_attacked(model, pixels):
+def test_the_scaled_neurons_have_the_largest_mean_over_positions_of_attacked_images(model, pixels):
     scaled = ScaledNeurons(model, NeuronScaling(100.0, blocks=(1,), top=4))
     plain = model.read(pixels, "blocks.1.mlp_pre")["blocks.1.mlp_pre"]
     inside(model, pixels, scaled)
@@ -67,8 +67,8 @@ def test_neurons_are_those_with_the_largest_mean_over_positions_of_the_attacked(
     assert set(scaled.chosen[1].tolist()) == set(mean.argsort(descending=True)[:4].tolist())
 
 
-def test_each_block_scales_neurons_of_its_own(model, pixels):
-    """A block's number bound late would make all of them act as the last."""
+def test_each_block_scales_its_own_neurons(model, pixels):
+    """If hooks bound the block's number late, all would act as the last block's."""
     named = {0: [3, 5], 2: [7]}
     scaled = ScaledNeurons(model, NeuronScaling(100.0), neurons=named)
     for block, neurons in named.items():
@@ -82,7 +82,7 @@ def test_each_block_scales_neurons_of_its_own(model, pixels):
     assert {block: found.tolist() for block, found in scaled.chosen.items()} == named
 
 
-def test_hooks_are_gone_afterwards(model, pixels):
+def test_hooks_are_removed_afterwards(model, pixels):
     scaled = ScaledNeurons(model, NeuronScaling(100.0, blocks=(1,)))
     before = model.embed_images(pixels)
     with scaled.applied(ROWS, 100.0):
@@ -90,7 +90,7 @@ def test_hooks_are_gone_afterwards(model, pixels):
     assert torch.equal(model.embed_images(pixels), before)
 
 
-def test_a_factor_of_one_or_no_attack_changes_not_a_bit(model, pixels):
+def test_a_factor_of_one_or_no_attack_changes_nothing(model, pixels):
     scaled = ScaledNeurons(model, NeuronScaling(100.0))
     before = model.embed_images(pixels)
     for rows, factor in ((ROWS, 1.0), (torch.zeros(5, dtype=torch.bool), 100.0)):
@@ -105,7 +105,7 @@ def test_the_factor_rises_and_ends_with_its_share_of_the_run():
     assert [NeuronScaling(factor=7, until=1).factor_at(s, 3) for s in range(3)] == [7, 7, 7]
 
 
-def test_a_block_that_is_named_twice_or_from_the_end_is_one(model, pixels):
+def test_a_block_that_is_named_twice_or_from_the_end_counts_once(model, pixels):
     last = model.n_blocks - 1
     scaled = ScaledNeurons(model, NeuronScaling(factor=3, blocks=(-1, last)))
     assert list(scaled.sites) == [last]
@@ -114,11 +114,11 @@ def test_a_block_that_is_named_twice_or_from_the_end_is_one(model, pixels):
         model.embed_images(pixels)
     assert named.chosen[last].tolist() == [2, 5]
     for nothing in ({}, {1: []}):
-        with pytest.raises(UserError, match="no neuron to scale"):
+        with pytest.raises(UserError, match="no neurons to scale"):
             ScaledNeurons(model, NeuronScaling(factor=3), nothing)
 
 
-def test_a_block_or_neuron_that_is_not_there_is_refused(model):
+def test_an_unknown_block_or_neuron_is_refused(model):
     with pytest.raises(UserError, match=r"no site 'blocks\.5\.mlp_pre'"):
         ScaledNeurons(model, NeuronScaling(2.0, blocks=(5,)))
     with pytest.raises(UserError, match="neurons 0 to 63"):

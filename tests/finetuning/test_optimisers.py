@@ -11,7 +11,7 @@ from sparsight.finetuning.optimisers import AdaBelief, rate_factor
 
 
 def recursion(weights, gradients, lr, betas, eps, decay, rectify):
-    """Zhuang et al. 2020, algorithm 2; with `rectify` Liu et al. 2020, algorithm 2. One number."""
+    """Zhuang et al. 2020, algorithm 2; with `rectify` Liu et al. 2020; one number."""
     w, m, s = weights, 0.0, 0.0
     beta1, beta2 = betas
     longest = 2 / (1 - beta2) - 1
@@ -77,7 +77,7 @@ def test_one_cycle_is_torchs_over_the_same_number_of_steps(n_steps, warmup):
 
 @pytest.mark.parametrize("name", ["cosine", "one_cycle"])
 def test_a_schedule_ends_where_it_should_with_the_last_step(name):
-    """A count of batches for steps leaves the rate high at the end: 81 % of its peak, published."""
+    """Counting batches as steps leaves the rate at 81 % of its peak, as in the published script."""
     factors = [rate_factor(name, step, 40, 0.25) for step in range(40)]
     assert factors[-1] < 0.01
     assert max(factors) == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""Pair files and captions: what is read, and what is said of what cannot be."""
+"""Pair files and captions: what is read, and which errors name what cannot be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsight.finetuning.pairs import check_lengths, read_pairs
 
 @pytest.fixture
 def photos(tmp_path):
-    """Three pictures, one of them deeper."""
+    """Three images, one of them in a sub-folder."""
     for name in ("one.png", "two.png", "deep/three.png"):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def as_csv(pairs):
 @pytest.mark.parametrize(
     ("name", "write"), [("p.json", as_json), ("p.jsonl", as_lines), ("p.csv", as_csv)]
 )
-def test_every_kind_of_pair_file_says_the_same(photos, name, write):
+def test_every_kind_of_pair_file_is_read_alike(photos, name, write):
     (photos / name).write_text(write(NAMED))
     source = open_pairs(photos / name)
     assert {i.id: i.captions for i in map(source.info, range(len(source)))} == NAMED
@@ -51,20 +51,20 @@ def test_every_kind_of_pair_file_says_the_same(photos, name, write):
     assert captioned(source).captions[0] == (("a cat", "the cat"),)
 
 
-def test_a_pair_file_may_lie_apart_from_its_pictures(photos, tmp_path):
+def test_a_pair_file_may_be_in_another_folder_than_its_images(photos, tmp_path):
     (tmp_path / "pairs.json").write_text(as_json(NAMED))
     assert len(open_pairs(tmp_path / "pairs.json", photos)) == 3
-    with pytest.raises(UserError, match=r"3 of the 3 pictures.*relative to"):
+    with pytest.raises(UserError, match=r"3 of its 3 images.*are relative"):
         open_pairs(tmp_path / "pairs.json")
 
 
-def test_missing_pictures_are_counted_noted_and_refused_above_a_share(photos):
+def test_missing_images_are_counted_noted_and_refused_above_a_share(photos):
     (photos / "p.json").write_text(as_json({**NAMED, "gone.png": ("a ghost",)}))
-    with pytest.raises(UserError, match=r"1 of the 4 pictures.*gone\.png.*max_failed"):
+    with pytest.raises(UserError, match=r"1 of its 4 images.*gone\.png.*max_failed"):
         open_pairs(photos / "p.json")
     source = open_pairs(photos / "p.json", max_failed=0.3)
     assert len(source) == 3
-    assert "1 of 4 pictures are missing" in source.notes[0]
+    assert "1 of 4 images are missing" in source.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_missing_pictures_are_counted_noted_and_refused_above_a_share(photos):
         ("p.json", '{"one.png": 3}', "'one.png': caption 1 is 3; expected text"),
         ("p.json", '{"one.png": ["a", null]}', "'one.png': caption 2 is null"),
         ("p.json", '{"one.png": {"a": "b"}}', "'one.png': caption 1 is"),
-        ("p.json", '{"one.png": []}', "'one.png': has no caption"),
-        ("p.json", '{"one.png": "  "}', "'one.png': has no caption"),
-        ("p.json", "{}", "names no picture"),
+        ("p.json", '{"one.png": []}', "'one.png': has no captions"),
+        ("p.json", '{"one.png": "  "}', "'one.png': has no captions"),
+        ("p.json", "{}", "lists no images"),
         ("p.jsonl", '{"file": "one.png", "caption": "a"}\nnot json', "line 2: is not JSON"),
         ("p.jsonl", '{"file": "one.png"}', "line 1: has no caption field"),
         ("p.jsonl", '\n{"caption": "a"}', "line 2: has no file field"),
@@ -87,25 +87,25 @@ def test_missing_pictures_are_counted_noted_and_refused_above_a_share(photos):
         ("p.csv", "file,price\none.png,3\n", "caption"),
     ],
 )
-def test_a_bad_pair_file_is_told_by_line_or_entry_and_field(photos, name, text, message):
+def test_an_error_in_a_pair_file_names_line_or_entry_and_field(photos, name, text, message):
     (photos / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_pairs(photos / name)
 
 
-def test_a_pair_file_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(UserError, match="no such pair file"):
+def test_a_missing_pair_file_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="pair file does not exist"):
         open_pairs(tmp_path / "pairs.json")
-    with pytest.raises(UserError, match="goes with a pair file"):
+    with pytest.raises(UserError, match="needs a pair file"):
         open_pairs("calibration:10", tmp_path)
 
 
-def test_an_entry_that_stands_twice_keeps_all_its_captions(photos):
+def test_a_repeated_entry_keeps_all_its_captions(photos):
     (photos / "p.json").write_text('{"one.png": ["a"], "one.png": ["b"]}')
     assert read_pairs(photos / "p.json") == {"one.png": ("a", "b")}
 
 
-def test_labels_stand_in_sentences_and_captions_for_themselves():
+def test_labels_are_put_into_sentences_and_captions_are_used_as_they_are():
     source = sp.open_images("calibration:20:3")
     label, caption = source.info(0).label, source.info(0).caption
     assert captioned(source, "captions").captions[0] == ((caption,),)
@@ -114,11 +114,11 @@ def test_labels_stand_in_sentences_and_captions_for_themselves():
     assert captioned(source, templates=["{}"]).captions[0] == ((caption,), (label,))
 
 
-def test_pictures_without_a_caption_are_left_out_and_counted():
+def test_images_without_a_caption_are_left_out_and_counted():
     source = NoisePictures(4, [("a cat",), ()])
     found = captioned(source)
     assert (found.places, found.without) == ((0, 2), 2)
-    with pytest.raises(UserError, match="none of its 4 pictures has a label"):
+    with pytest.raises(UserError, match="none of its 4 images has a label"):
         captioned(source, "labels")
 
 

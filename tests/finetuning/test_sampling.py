@@ -1,4 +1,4 @@
-"""What each batch holds: shares, turns, captions, duplicates."""
+"""The contents of batches: shares, order, captions, duplicates."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def batches(*args, n=50, **options):
     return list(islice(sampler(*args, **options).batches(), n))
 
 
-def test_a_seed_always_gives_the_same_batches_and_another_seed_others():
+def test_equal_seeds_give_equal_batches_and_other_seeds_others():
     assert batches(seed=1) == batches(seed=1)
     assert batches(seed=1) != batches(seed=2)
     assert batches(n=50)[:7] == batches(n=7)
 
 
 def test_every_batch_has_its_share_of_attacks_and_no_attack_is_seen_twice_as_often():
-    """Attacks that lie in the data as well, and come in batches of their own, are seen twice."""
+    """Attacks that were also in the data, or in batches of their own, would be seen twice."""
     drawn = batches()
     assert all(sum(pair.attack for pair in batch) == 2 for batch in drawn)
     seen = Counter(pair.place for batch in drawn for pair in batch if pair.attack)
@@ -39,21 +39,21 @@ def test_every_batch_has_its_share_of_attacks_and_no_attack_is_seen_twice_as_oft
     assert max(seen.values()) - min(seen.values()) <= 1
 
 
-def test_a_pass_has_every_picture_once_in_a_new_order_each_time():
+def test_each_pass_has_every_image_once_in_a_new_order():
     places = [pair.place for batch in batches(n_attack=0) for pair in batch]
     passes = [places[i : i + 40] for i in range(0, 400, 40)]
     assert all(sorted(each) == list(range(40)) for each in passes)
     assert passes[0] != passes[1]
 
 
-def test_a_picture_has_another_of_its_captions_from_time_to_time():
+def test_the_caption_of_an_image_varies():
     drawn = Counter(
         pair.caption for batch in batches(n_attack=0) for pair in batch if pair.place == 3
     )
     assert set(drawn) == {"caption 3", "other 3"}
 
 
-def test_equal_captions_do_not_meet_where_they_are_to_be_avoided():
+def test_equal_captions_do_not_meet_if_they_must_be_avoided():
     texts = [(f"caption {i % 12}",) for i in range(40)]
     drawn = batches(captions=texts, n_attack=0, duplicates="avoid")
     assert all(len({pair.caption for pair in batch}) == 8 for batch in drawn)
@@ -64,20 +64,20 @@ def test_equal_captions_do_not_meet_where_they_are_to_be_avoided():
     assert any(len({pair.caption for pair in batch}) < 8 for batch in met)
 
 
-def test_another_caption_of_a_picture_serves_where_the_drawn_one_is_taken():
+def test_another_caption_is_used_if_the_drawn_one_is_taken():
     texts = [("the same", f"its own {i}") for i in range(40)]
     drawn = batches(captions=texts, n_attack=0, duplicates="avoid", n=5)
     assert [len({pair.caption for pair in batch}) for batch in drawn] == [8] * 5
     assert len({pair.place for batch in drawn for pair in batch}) == 40
 
 
-def test_too_few_different_captions_are_told():
-    with pytest.raises(UserError, match=r"8 pictures without.*share"):
+def test_too_few_distinct_captions_are_an_error():
+    with pytest.raises(UserError, match=r"8 images with distinct.*share"):
         batches(captions=[(f"caption {i % 7}",) for i in range(40)], n_attack=0, duplicates="avoid")
 
 
 def test_a_share_that_leaves_nothing_of_a_set_is_refused():
     with pytest.raises(UserError, match=r"attack_share is 1\.0"):
         sampler(attack_share=1.0)
-    with pytest.raises(UserError, match="0 of the attack set"):
+    with pytest.raises(UserError, match="0 from the attack set"):
         sampler(attack_share=0.01)

@@ -33,7 +33,7 @@ def sae(model: VisionModel) -> SparseAutoencoder:
 
 @pytest.fixture(scope="session")
 def activations(model: VisionModel, source: ImageSource) -> TensorActivations:
-    """What the model has at SITE, all tokens of all pictures."""
+    """The model's activations at SITE, all tokens of all images."""
     batches = load_batches(source, model.transform, 12, workers=0)
     x = torch.cat([model.read(batch.pixels, [SITE])[SITE] for batch in batches])
     return TensorActivations(x, source, model)

@@ -26,7 +26,7 @@ from sparsight.sae import AbsTopK, SparseAutoencoder, SparseCode, TopK
 from sparsight.vision import VisionModel
 
 SMALL = {"batch_images": 5, "shard_bytes": 5000, "quiet": True}
-"""Four shards of two batches each out of the 36 pictures."""
+"""Bytes per shard: the 36 images make four shards of two batches each."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def made(
 
 @pytest.fixture
 def codes(made: CodeStore, tmp_path: Path) -> CodeStore:
-    """A copy on disk that a test may harm."""
+    """A copy on disk that a test may damage."""
     shutil.copytree(made.path, tmp_path / "codes")
     return CodeStore.open(tmp_path / "codes")
 
@@ -81,7 +81,7 @@ def test_batches_of_any_size_are_the_same_codes(made: CodeStore, batch_images: i
     assert {len(batch.code) for batch in batches[:-1]} <= {batch_images * 17}
 
 
-def test_one_image_is_read_alone(made: CodeStore) -> None:
+def test_one_image_can_be_read_alone(made: CodeStore) -> None:
     whole = dense(list(made.ordered())).view(36, 17, -1)
     for image in (0, 9, 10, 35):
         assert torch.equal(made.image(image).dense(), whole[image])
@@ -121,7 +121,7 @@ class Killed(BaseException):
 
 @contextmanager
 def killed_at_rename(number: int) -> Iterator[list[Path]]:
-    """Stop before the file of that number is renamed into place; gives those that were."""
+    """Stop before the file of this number is renamed into place; yield the earlier ones."""
     import sparsight.files as files
 
     renamed: list[Path] = []
@@ -140,7 +140,7 @@ def killed_at_rename(number: int) -> Iterator[list[Path]]:
 
 @pytest.fixture
 def live(model: VisionModel, tmp_path: Path) -> LiveActivations:
-    """Of pictures of which the last of a batch of five cannot be read, and a whole batch."""
+    """Live activations; the last image of a batch of five, and a whole batch, cannot be read."""
     source = open_images(save_pictures(tmp_path / "pictures"))
     for image in (4, 15, 16, 17, 18, 19):
         path = Path(source.info(image).uri)
@@ -166,7 +166,7 @@ def test_an_encoding_cut_off_anywhere_ends_in_the_same_bytes(
             (out / ".shard.killed.tmp").write_bytes(b"half")
             with pytest.raises(UserError, match="unfinished"):
                 CodeStore(out)
-        # What was begun goes on in the batches and shards that it was begun with.
+        # A run continues with the batch and shard sizes that it was begun with.
         encode(sae, source, out=out, **(SMALL if number == 0 else {"quiet": True}))
         assert digests(out) == digests(tmp_path / "whole")
     if kind == "live":
@@ -175,7 +175,7 @@ def test_an_encoding_cut_off_anywhere_ends_in_the_same_bytes(
 
 
 @pytest.mark.parametrize("kind", ["store", "live"])
-def test_what_was_encoded_is_not_encoded_again(
+def test_encoded_images_are_not_encoded_again(
     kind: str,
     sae: SparseAutoencoder,
     tmp_path: Path,
@@ -256,7 +256,7 @@ def test_codes_are_written_by_time(
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_flipped_byte_of_codes_is_named_or_does_no_harm(
+def test_a_flipped_byte_of_codes_is_reported_or_harmless(
     sae: SparseAutoencoder, store: ActivationStore, made: CodeStore, tmp_path: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -288,7 +288,7 @@ def test_codes_of_the_first_version_are_opened(codes: CodeStore) -> None:
     assert CodeStore(codes.path, verify=True).manifest == codes.manifest
 
 
-def test_finished_codes_are_given_back_as_they_are(
+def test_finished_codes_are_returned_unchanged(
     codes: CodeStore, sae: SparseAutoencoder, store: ActivationStore
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in codes.path.iterdir()}
@@ -297,7 +297,7 @@ def test_finished_codes_are_given_back_as_they_are(
     assert {path.name: path.stat().st_mtime_ns for path in codes.path.iterdir()} == before
 
 
-def test_what_another_encoding_left_is_never_overwritten(
+def test_codes_of_another_encoding_are_never_overwritten(
     codes: CodeStore, sae: SparseAutoencoder, store: ActivationStore, tmp_path: Path
 ) -> None:
     other = make_sae()
@@ -330,14 +330,14 @@ def changed_header(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("harm", [cut, changed_header])
-def test_a_harmed_shard_is_named(codes: CodeStore, harm: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_shard_is_named(codes: CodeStore, harm: Callable[[bytes], bytes]) -> None:
     path = codes.path / "shard-00001.safetensors"
     path.write_bytes(harm(path.read_bytes()))
     with pytest.raises(SparsightError, match=r"shard-00001.*(cut off|altered).*encode again"):
         list(CodeStore(codes.path).ordered())
 
 
-def test_a_shard_that_is_gone_is_named(
+def test_a_missing_shard_is_named(
     codes: CodeStore, sae: SparseAutoencoder, store: ActivationStore
 ) -> None:
     (codes.path / "shard-00002.safetensors").unlink()
@@ -378,10 +378,10 @@ def test_a_flipped_bit_is_noticed_on_request_and_when_it_is_read(codes: CodeStor
     ("key", "value", "message"),
     [
         ("format_version", 99, "format_version is 99"),
-        ("format", "sparsight latent index", "no manifest of codes"),
+        ("format", "sparsight latent index", "not a manifest of codes"),
         ("state", "perhaps", "state is 'perhaps'"),
         ("dtype", "float8", "dtype is 'float8'"),
-        ("images", {"spec": "x"}, "images must give"),
+        ("images", {"spec": "x"}, "images must have"),
         ("shards", [[]], "shards"),
     ],
 )
@@ -394,12 +394,12 @@ def test_a_manifest_that_is_wrong_says_where(
         CodeStore(codes.path)
 
 
-def test_no_codes_are_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_folder_without_codes_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no codes"):
         CodeStore(tmp_path)
 
 
-def test_float16_keeps_what_is_active(
+def test_float16_keeps_active_latents_active(
     made: CodeStore, sae: SparseAutoencoder, activations: TensorActivations, tmp_path: Path
 ) -> None:
     small = encode(sae, activations, out=tmp_path / "half", dtype="float16", **SMALL)
@@ -438,7 +438,7 @@ def test_float16_keeps_the_signs_of_activations(
 
 
 @pytest.mark.parametrize(("n_latents", "dtype"), [(65_536, "U16"), (65_537, "I32")])
-def test_indices_take_the_least_room_that_holds_them(
+def test_indices_take_the_smallest_type_that_holds_them(
     activations: TensorActivations, tmp_path: Path, n_latents: int, dtype: str
 ) -> None:
     sae = make_sae(n_latents=n_latents)
@@ -465,7 +465,7 @@ def test_shards_open_with_safetensors_alone(made: CodeStore) -> None:
     assert torch.equal(found["values"][row], code.values[:stop])
 
 
-def test_a_model_and_images_are_encoded_as_well(
+def test_a_model_and_images_can_be_encoded(
     sae: SparseAutoencoder, model: VisionModel, source: ImageSource, tmp_path: Path
 ) -> None:
     codes = encode(sae, model, source, out=tmp_path / "codes", workers=0, quiet=True)
@@ -495,7 +495,7 @@ def test_codes_and_an_index_of_a_store_need_no_images(model: VisionModel, tmp_pa
         assert "<tr><th>latents</th><td>96, " in index._repr_html_()
         assert len(index.to_pandas()) == 96 and index.to_pandas()["top_label"].notna().any()
     assert "<tr><th>latents</th><td>96</td></tr>" in codes._repr_html_()
-    for folder in (acts.path, codes.path):  # whose files have names that an index's have
+    for folder in (acts.path, codes.path):  # their files share the names of an index
         with pytest.raises(UserError, match=r"holds activations or codes.*another folder"):
             build_index(sae, acts, out=folder, quiet=True)
     path = codes.path / "images.parquet"
@@ -505,7 +505,9 @@ def test_codes_and_an_index_of_a_store_need_no_images(model: VisionModel, tmp_pa
     with pytest.raises(SparsightError, match=r"images\.parquet: .*checksum differs.*encode again"):
         build_index(sae, CodeStore(codes.path), out=tmp_path / "damaged", quiet=True)
     for opened in (acts.source, codes.source, index.source):
-        with pytest.raises(UserError, match=r"images that it was .*photos: no such.*Bring them"):
+        with pytest.raises(
+            UserError, match=r"images from which it was .*photos: no such.*Put them back"
+        ):
             opened()
 
 
@@ -520,7 +522,7 @@ def test_activations_that_are_not_finite_stop_the_encoding(
     assert CodeManifest.read(tmp_path / "codes").n_images == 20
 
 
-def test_numbers_below_one_are_refused(
+def test_numbers_below_1_are_refused(
     sae: SparseAutoencoder, store: ActivationStore, tmp_path: Path, made: CodeStore
 ) -> None:
     for setting in ("batch_images", "shard_bytes"):

@@ -64,14 +64,14 @@ def table(swept: Sweep, held_out: ActivationStore, model: VisionModel) -> dict[s
     return compare(swept, held_out, MEASURES, model=model, quiet=True)
 
 
-def test_every_member_has_the_figures_that_evaluate_gives_it(
+def test_every_member_has_the_figures_of_evaluate(
     table: dict[str, Any], swept: Sweep, held_out: ActivationStore, model: VisionModel
 ) -> None:
     assert len(table["members"]) == 8
     row = table["members"][3]
     assert row["site"] == "blocks.3.resid_post" and row["name"] == "k4-seed1"
     sae = swept.runs[row["name"]].sae(row["site"])
-    # 24 of 40 images are drawn at random, so that the same ones must be named here.
+    # 24 of 40 images are drawn at random, so the same ones must be named here.
     chosen = open_images("calibration:40:4?sample=24")
     own = evaluate(
         sae, held_out, model=model, images=chosen, baselines=False, quiet=True,
@@ -136,7 +136,7 @@ def test_a_measured_sweep_is_a_data_frame_and_a_plot_of_its_own(
         assert drawn.axes[0].get_ylabel() == "zero-shot accuracy"
 
 
-def test_what_is_measured_is_not_measured_again(
+def test_measured_members_are_not_measured_again(
     table: dict[str, Any],
     swept: Sweep,
     store: ActivationStore,
@@ -161,13 +161,13 @@ def test_what_is_measured_is_not_measured_again(
     assert [each.row["name"] for each in seen[2:]] == ["k8-seed0", "k8-seed1"]
     assert [group["stability"]["n_seeds"] for group in grown["groups"]] == [2, 2]
     assert "accuracy_images is 0" in next(iter(grown["omitted"].values()))
-    # Another seed is matched with the others, whose living latents must be known.
+    # Another seed is matched with the others, whose alive latents must be known.
     third = SweepConfig(BASE, {"k": [4, 8], "seed": [0, 1, 2]})
     last = sweep(store, third, tmp_path, sites=SITES[:1], quiet=True)
     assert compare(last, store, SweepMeasures(accuracy_images=0), quiet=True)["groups"][0]["n"] == 3
 
 
-def test_positions_that_vary_are_measured_each_on_its_own(
+def test_members_with_different_positions_are_measured_separately(
     store: ActivationStore, model: VisionModel, tmp_path: Path
 ) -> None:
     config = SweepConfig(BASE, {"tokens": ["cls", "patches"]})
@@ -181,7 +181,7 @@ def test_positions_that_vary_are_measured_each_on_its_own(
     assert "| cls |" in (tmp_path / "table.md").read_text()
 
 
-def test_a_part_of_a_store_is_measured_on_its_own_images_among_all_classes(
+def test_part_of_a_store_is_measured_on_its_own_images_among_all_classes(
     swept: Sweep, held_out: ActivationStore, model: VisionModel
 ) -> None:
     few = held_out.select(held_out.image_indices[:6])
@@ -190,7 +190,7 @@ def test_a_part_of_a_store_is_measured_on_its_own_images_among_all_classes(
     assert original["n"] == 6 and original["n_classes"] == len(held_out.source().labels())
 
 
-def test_live_activations_and_some_images_do(swept: Sweep, model: VisionModel) -> None:
+def test_live_activations_and_a_few_images_suffice(swept: Sweep, model: VisionModel) -> None:
     source = LiveActivations(model, open_images("calibration:48:3"), SITES, workers=0)
     few = SweepMeasures(max_images=5, accuracy_images=8, workers=0)
     table = measure_sweep(swept, source, few, quiet=True)
@@ -199,7 +199,7 @@ def test_live_activations_and_some_images_do(swept: Sweep, model: VisionModel) -
     assert table["original"]["all/blocks.3.resid_post"]["n"] == 8
 
 
-def test_what_cannot_be_measured_is_said(
+def test_unmeasured_figures_have_a_reason(
     swept: Sweep,
     held_out: ActivationStore,
     model: VisionModel,
@@ -214,18 +214,18 @@ def test_what_cannot_be_measured_is_said(
     other = copy.copy(model)
     other.weights_hash = "0"
     table = measure_sweep(swept, held_out, MEASURES, model=other, quiet=True)
-    assert "which has other weights" in table["omitted"]["accuracy, all/blocks.3.resid_post"]
+    assert "whose weights differ" in table["omitted"]["accuracy, all/blocks.3.resid_post"]
     with pytest.raises(UserError, match="max_images is 0"):
         SweepMeasures(max_images=0)
 
 
-def test_the_front_is_what_nothing_else_beats() -> None:
+def test_the_front_holds_the_unbeaten_points() -> None:
     points = [(1.0, 5.0), (2.0, 3.0), (2.0, 4.0), (3.0, 3.0), (4.0, 1.0)]
     assert front(points, higher_is_better=False) == {0, 1, 4}
     assert front(points, higher_is_better=True) == {0}
 
 
-def test_a_pareto_plot_joins_what_differs_in_sparsity_alone() -> None:
+def test_a_pareto_plot_joins_members_that_differ_only_in_sparsity() -> None:
     def group(settings: dict[str, Any], l0: float, fvu: float) -> dict[str, Any]:
         figures = {"l0": l0, "fvu": fvu}
         blocks = {key: {"mean": x, "interval": (x - 0.1, x + 0.1)} for key, x in figures.items()}

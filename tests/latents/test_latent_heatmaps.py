@@ -61,15 +61,15 @@ def test_columns_of_a_code_equal_the_dense_ones_in_any_order(sae: SparseAutoenco
         latent_values(code, [96])
 
 
-def test_an_sae_of_one_vector_an_image_has_no_heatmap(model: VisionModel) -> None:
+def test_an_sae_of_one_vector_per_image_has_no_heatmap(model: VisionModel) -> None:
     pixels = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(UserError, match="one vector an image"):
+    with pytest.raises(UserError, match="one vector per image"):
         patch_heatmaps(make_sae(tokens="cls"), model, pixels, [0], site=SITE)
     with pytest.raises(UserError, match="which site"):
         patch_heatmaps(SparseAutoencoder(32), model, pixels, [0])
 
 
-def test_seen_pictures_are_what_the_model_saw(model: VisionModel) -> None:
+def test_seen_images_are_what_the_model_saw(model: VisionModel) -> None:
     random = np.random.default_rng(0)
     array = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     pixels = model.transform(Image.fromarray(array))[None]
@@ -88,7 +88,7 @@ def test_colours_are_clear_where_nothing_is_active_and_spotlights_where_it_is_st
     assert not np.asarray(heat_image(torch.zeros(2, 2)))[..., 3].any()
 
 
-def test_an_overlay_of_a_small_picture_keeps_its_pixels_and_lights_the_right_corner() -> None:
+def test_an_overlay_of_a_small_image_keeps_its_pixels_and_lights_the_right_corner() -> None:
     array = np.random.default_rng(0).integers(60, 200, (64, 64, 3), dtype=np.uint8)
     grid = torch.zeros(8, 8)
     grid[1, 6] = 1
@@ -102,5 +102,5 @@ def test_an_overlay_of_a_small_picture_keeps_its_pixels_and_lights_the_right_cor
     assert 192 <= column < 224
 
 
-def test_a_large_picture_keeps_its_size() -> None:
+def test_a_large_image_keeps_its_size() -> None:
     assert overlay(Image.new("RGB", (300, 240)), torch.ones(7, 7)).size == (300, 240)

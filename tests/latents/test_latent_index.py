@@ -36,7 +36,7 @@ def built(
 
 @pytest.fixture
 def index(built: LatentIndex, tmp_path: Path) -> LatentIndex:
-    """A copy on disk that a test may harm."""
+    """A copy on disk that a test may damage."""
     shutil.copytree(built.folder, tmp_path / "index")
     return LatentIndex.open(tmp_path / "index")
 
@@ -71,7 +71,7 @@ def test_the_table_equals_dense_codes_in_float64(
     assert built.table["name"].null_count == built.n_latents
 
 
-def test_an_example_points_at_the_token_that_has_its_activation(
+def test_an_example_points_at_the_token_with_its_activation(
     built: LatentIndex, sae: SparseAutoencoder, activations: TensorActivations
 ) -> None:
     dense = sae.encode(activations.x.flatten(0, 1)).dense()
@@ -135,7 +135,7 @@ def test_batches_change_nothing_but_the_last_digits_of_means(
     )
 
 
-def test_opened_again_it_is_the_same(built: LatentIndex) -> None:
+def test_a_reopened_index_is_the_same(built: LatentIndex) -> None:
     again = LatentIndex.open(built.folder)
     assert same(built, again)
     assert again.site == SITE
@@ -151,7 +151,7 @@ def test_a_run_folder_leads_to_its_index(built: LatentIndex, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_file_cut_off_is_named(index: LatentIndex, name: str, share: float) -> None:
+def test_a_truncated_file_is_named(index: LatentIndex, name: str, share: float) -> None:
     path = index.folder / name
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(SparsightError, match=name):
@@ -159,7 +159,7 @@ def test_a_file_cut_off_is_named(index: LatentIndex, name: str, share: float) ->
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_noticed_wherever_it_is(index: LatentIndex, name: str) -> None:
+def test_a_flipped_bit_is_noticed_anywhere(index: LatentIndex, name: str) -> None:
     path = index.folder / name
     good = path.read_bytes()
     for place in range(0, len(good) - 1, max(1, len(good) // 17)):
@@ -180,13 +180,13 @@ def _loads(data: bytes | bytearray) -> object:
 
 
 @pytest.mark.parametrize("name", FILES[:3])
-def test_a_file_that_is_gone_is_named(index: LatentIndex, name: str) -> None:
+def test_a_missing_file_is_named(index: LatentIndex, name: str) -> None:
     (index.folder / name).unlink()
     with pytest.raises(SparsightError, match=name):
         LatentIndex.open(index.folder)
 
 
-def test_no_index_and_a_newer_one_are_the_users_to_mend(index: LatentIndex, tmp_path: Path) -> None:
+def test_a_missing_or_newer_index_is_a_user_error(index: LatentIndex, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sparsight index"):
         LatentIndex.open(tmp_path / "nothing")
     path = index.folder / "manifest.json"
@@ -209,7 +209,7 @@ def test_the_hash_of_an_sae_survives_saving(sae: SparseAutoencoder, tmp_path: Pa
     assert SparseAutoencoder.from_pretrained(tmp_path).fingerprint() == sae.fingerprint()
 
 
-def test_names_are_kept_and_the_rest_is_untouched(index: LatentIndex) -> None:
+def test_names_are_written_and_the_rest_is_untouched(index: LatentIndex) -> None:
     before = index.table
     named = set_names(index, {4: LatentName("sun", 0.9, "truth")})
     named = set_names(named, {7: LatentName("red object", 0.8, "truth")})
@@ -225,7 +225,7 @@ def test_names_are_kept_and_the_rest_is_untouched(index: LatentIndex) -> None:
 
 
 @pytest.mark.parametrize("writes", range(4))
-def test_killed_while_names_are_written_the_index_is_whole(
+def test_an_index_stays_intact_if_killed_while_names_are_written(
     index: LatentIndex, writes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stop before the first, second and third of the three writes, and after all."""
@@ -258,7 +258,9 @@ def test_killed_while_names_are_written_the_index_is_whole(
     LatentIndex.open(index.folder)
 
 
-def test_latents_are_named_in_words_after_what_they_tell_best(index: LatentIndex) -> None:
+def test_latents_are_named_in_words_after_the_attribute_that_they_detect_best(
+    index: LatentIndex,
+) -> None:
     found = {
         "2": {"attribute": "symbol/chess_king", "auc": 0.99, "f1": 0.9},
         "5": {"attribute": "object_colour/red", "auc": 0.9, "f1": 0.7},
@@ -277,14 +279,14 @@ def test_latents_are_named_in_words_after_what_they_tell_best(index: LatentIndex
     )
 
 
-def test_names_need_metrics_of_this_sae_that_know_the_truth(index: LatentIndex) -> None:
+def test_names_need_metrics_of_this_sae_with_a_truth_table(index: LatentIndex) -> None:
     with pytest.raises(UserError, match="truth"):
         name_from_truth(index, {"fvu": 0.1})
     with pytest.raises(UserError, match="128 latents"):
         name_from_truth(index, {"latent_names": {}, "n_latents": 128})
 
 
-def test_pictures_are_found_by_id_when_others_come_or_go(
+def test_images_are_found_by_id_when_others_come_or_go(
     sae: SparseAutoencoder, model: VisionModel, tmp_path: Path
 ) -> None:
     folder = save_pictures(tmp_path / "pictures", 12)
@@ -306,13 +308,13 @@ def test_pictures_are_found_by_id_when_others_come_or_go(
         LatentIndex.open(built.folder).picture(last)
 
 
-def test_what_does_not_belong_together_is_refused(
+def test_mismatched_inputs_are_refused(
     sae: SparseAutoencoder, activations: TensorActivations, source: ImageSource, tmp_path: Path
 ) -> None:
     out = tmp_path / "index"
     with pytest.raises(UserError, match=r"Not read here: .blocks\.0\.resid_post"):
         build_index(sae, activations, out=out, site="blocks.0.resid_post")
-    with pytest.raises(UserError, match="32 dimensions, the SAE takes 16"):
+    with pytest.raises(UserError, match="32 dimensions, but the SAE takes 16"):
         build_index(make_sae(d_in=16), activations, out=out)
     with pytest.raises(UserError, match="tokens='cls'"):
         build_index(make_sae(tokens="cls"), activations, out=out)
@@ -352,7 +354,7 @@ def test_a_model_and_images_give_the_index_that_stored_activations_give(
     assert live.manifest["images"] == built.manifest["images"]
 
 
-def test_a_full_disk_leaves_the_index_that_was_there(
+def test_a_full_disk_leaves_the_old_index(
     index: LatentIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {each.name: each.read_bytes() for each in index.folder.iterdir()}

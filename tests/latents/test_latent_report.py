@@ -83,7 +83,7 @@ def html(run: Path, model: VisionModel) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def test_the_page_loads_nothing_from_anywhere(html: str) -> None:
+def test_the_page_loads_nothing(html: str) -> None:
     page = Page(html)
     for tag, attributes in page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form"), tag
@@ -106,7 +106,7 @@ def test_labels_and_names_are_escaped(html: str) -> None:
     assert "<b>sun</b>" in page.words
 
 
-def test_scores_stand_beside_their_baselines_and_gaps_are_named(html: str) -> None:
+def test_scores_are_next_to_their_baselines_and_gaps_are_named(html: str) -> None:
     words = Page(html).words
     assert "0.0834" in words
     assert "0.777" in words
@@ -115,7 +115,7 @@ def test_scores_stand_beside_their_baselines_and_gaps_are_named(html: str) -> No
     assert "untrained SAE" in words
 
 
-def test_there_is_a_card_a_latent_with_pictures_and_heatmaps(html: str) -> None:
+def test_there_is_one_card_per_latent_with_images_and_heatmaps(html: str) -> None:
     page = Page(html)
     assert page.classes.count("card") == 6
     assert page.classes.count("plot") == 4
@@ -125,11 +125,11 @@ def test_there_is_a_card_a_latent_with_pictures_and_heatmaps(html: str) -> None:
     assert len(used) > 10
     assert page.classes.count("heat") > 10
     assert (
-        "2 with the highest-scoring names, one latent a name, and 4 drawn at random" in page.words
+        "2 with the highest-scoring names, one latent per name, and 4 drawn at random" in page.words
     )
 
 
-def test_the_same_report_twice_differs_in_its_date_alone(
+def test_two_reports_of_the_same_run_differ_only_in_the_date(
     html: str, run: Path, model: VisionModel, tmp_path: Path
 ) -> None:
     again = write_report(run, tmp_path, model=model, latents=6, quiet=True)
@@ -141,7 +141,7 @@ def test_the_same_report_twice_differs_in_its_date_alone(
     assert undated(again.read_text(encoding="utf-8")) == undated(html)
 
 
-def test_pictures_are_made_smaller_to_keep_the_page_light() -> None:
+def test_images_shrink_to_keep_the_page_small() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (192, 160, 3), dtype=np.uint8)
     large, small = (encode_picture(Image.fromarray(noise), side) for side in (192, 72))
     assert len(small) < 0.3 * len(large)
@@ -159,7 +159,7 @@ def test_a_run_without_index_metrics_and_log_says_how_to_get_them(
         assert verb in words
 
 
-def test_without_the_model_the_page_shows_pictures_and_says_why(
+def test_without_the_model_the_page_shows_plain_images_and_says_why(
     run: Path, activations: TensorActivations, tmp_path: Path
 ) -> None:
     own = SparseAutoencoder.from_pretrained(run)
@@ -169,7 +169,7 @@ def test_without_the_model_the_page_shows_pictures_and_says_why(
     make_run(tmp_path / "run", own, moved)
     page = write_report(tmp_path / "run", tmp_path / "r.html", latents=4, quiet=True)
     found = Page(page.read_text(encoding="utf-8"))
-    assert "No heatmaps: the model is not there." in found.words
+    assert "No heatmaps: the model is not available." in found.words
     assert "heat" not in found.classes
     assert found.classes.count("shot") > 10
 
@@ -184,7 +184,7 @@ def test_another_model_is_refused(run: Path, tmp_path: Path) -> None:
         write_report(run, tmp_path / "r.html", model=other, quiet=True)
 
 
-def test_a_picture_that_has_gone_is_counted_and_the_rest_is_shown(
+def test_a_missing_image_is_counted_and_the_rest_is_shown(
     sae: SparseAutoencoder,
     activations: TensorActivations,
     model: VisionModel,
@@ -200,7 +200,7 @@ def test_a_picture_that_has_gone_is_counted_and_the_rest_is_shown(
     gone.unlink()
     page = write_report(run, tmp_path / "r.html", model=model, latents=4, quiet=True)
     found = Page(page.read_text(encoding="utf-8"))
-    assert f"{gone.name}: this picture is no longer in" in found.words
+    assert f"{gone.name}: this image is no longer in" in found.words
     assert "gone" in found.classes
 
 
@@ -235,15 +235,15 @@ def test_runs_are_found_below_a_folder_but_not_in_checkpoints(
     assert find_runs(tmp_path / "x/site.a") == [tmp_path / "x/site.a"]
     assert run_names(expected) == ["site.a", "site.b", "y"]
     assert run_names([Path("a/s"), Path("b/s")]) == ["a/s", "b/s"]
-    with pytest.raises(UserError, match="holds no trained SAE"):
+    with pytest.raises(UserError, match="hold a trained SAE"):
         find_runs(Path(__file__).parent)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="does not exist"):
         find_runs(tmp_path / "nowhere")
     with pytest.raises(UserError, match="No run folder"):
         find_runs([])
 
 
-def test_latents_are_chosen_by_name_once_each_and_by_lot(run: Path) -> None:
+def test_latents_are_chosen_once_per_name_and_at_random(run: Path) -> None:
     index = LatentIndex.open(run)
     chosen, how = choose_latents(index, 10, seed=3)
     named = [index.row(latent)["name"] for latent, why in chosen if why == "named"]
@@ -257,7 +257,7 @@ def test_latents_are_chosen_by_name_once_each_and_by_lot(run: Path) -> None:
     assert len(everything) == sum(row["n_active"] > 0 for row in index.table.to_pylist())
 
 
-def test_an_sae_of_cls_vectors_gets_pictures_without_heatmaps(
+def test_an_sae_of_cls_vectors_gets_images_without_heatmaps(
     model: VisionModel, activations: TensorActivations, tmp_path: Path
 ) -> None:
     sae = make_sae(tokens="cls", model=model_facts(model))
@@ -265,14 +265,14 @@ def test_an_sae_of_cls_vectors_gets_pictures_without_heatmaps(
     make_run(tmp_path / "run", sae, cls)
     page = write_report(tmp_path / "run", tmp_path / "r.html", model=model, quiet=True)
     found = Page(page.read_text(encoding="utf-8"))
-    assert "one vector an image" in found.words
+    assert "one vector per image" in found.words
     assert "heat" not in found.classes
 
 
 def test_the_whole_chain_ends_in_a_page(
     model: VisionModel, source: ImageSource, tmp_path: Path
 ) -> None:
-    """Extract, train, evaluate, index and report with the real parts, on a store on disk."""
+    """Extract, train, evaluate, index and report with the real parts, through a store on disk."""
     config = TrainConfig(
         sae=SAEConfig(n_latents=64, sparsity=TopK(k=4)), n_vectors=2048, batch_size=256
     )
@@ -303,7 +303,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def test_no_horizontal_scroll_and_no_request_in_a_browser(
     html: str, width: int, tmp_path: Path
 ) -> None:
-    """The page in a frame of that width tells its own width; a script error would show, too."""
+    """The page in a frame of this width reports its own width, unless a script fails."""
     probe = (
         "<script>onload = () => { document.title = "
         "[document.documentElement.scrollWidth, innerWidth].join(' ') }</script>"
@@ -342,18 +342,18 @@ def test_no_horizontal_scroll_and_no_request_in_a_browser(
     assert int(found[1]) <= int(found[2]) == width
 
 
-def test_a_page_that_cannot_be_as_small_as_asked_says_so(
+def test_a_page_that_cannot_be_small_enough_says_so(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     large = write_report(run, tmp_path / "large.html", latents=4)
-    assert "make it lighter" not in capsys.readouterr().err
+    assert "make it smaller" not in capsys.readouterr().err
     small = write_report(run, tmp_path / "small.html", latents=4, max_bytes=1000)
-    assert "fewer latents make it lighter" in capsys.readouterr().err
+    assert "show fewer latents to make it smaller" in capsys.readouterr().err
     assert 1000 < small.stat().st_size <= large.stat().st_size
 
 
 @pytest.mark.parametrize("kind", ["activations", "codes"])
-def test_heatmaps_are_read_from_disk_where_they_are_and_the_model_is_not_asked(
+def test_stored_heatmaps_are_read_and_the_model_does_not_run(
     kind: str, model: VisionModel, source: ImageSource, tmp_path: Path
 ) -> None:
     sae = make_sae(model=model_facts(model))
@@ -395,7 +395,7 @@ def test_figures_of_another_sae_are_not_shown(run: Path, tmp_path: Path) -> None
 def test_heatmaps_are_made_from_the_pixels_that_the_index_saw(
     tmp_path: Path, model: VisionModel
 ) -> None:
-    """Of large JPEGs, which a model with `scale_jpegs` decodes at a part of their size."""
+    """Large JPEGs, which a model with `scale_jpegs` decodes at a fraction of their size."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(2):
@@ -424,14 +424,14 @@ def test_heatmaps_are_made_from_the_pixels_that_the_index_saw(
         if (best := (index.top(latent) or [None])[0]) and best.token >= model.n_prefix
     }
     wanted = {i: [latent for image, latent in tops if image == i] for i in range(2)}
-    for used in (loaded, model):  # one that was given need not know of it
+    for used in (loaded, model):  # a given model need not have the option
         with progress("pictures", None, "pictures", quiet=True) as line:
             seen = see(index, sae, used, wanted, line)
         peaks = {place: float(seen.grids[place].max()) for place in tops}
         assert len(tops) > 5 and peaks == pytest.approx(tops, rel=1e-4)
 
 
-def test_the_page_does_not_tell_where_the_run_lies(run: Path, tmp_path: Path) -> None:
+def test_the_page_does_not_reveal_the_path_of_the_run(run: Path, tmp_path: Path) -> None:
     moved = tmp_path / "run"
     shutil.copytree(run, moved)
     (moved / "config.toml").write_text(f'store = "{tmp_path}/secret/acts"\n')

@@ -18,7 +18,7 @@ N_LATENTS, N_IMAGES, N_TOKENS, TOP_N = 40, 90, 5, 6
 def activations(seed: int, levels: int | None = None) -> Tensor:
     """Dense codes [images, tokens, latents]; latents differ in density, 0 to 3 never fire.
 
-    With `levels`, values are few, so that there are ties everywhere.
+    With `levels`, there are only a few values, so that ties are everywhere.
     """
     random = torch.Generator().manual_seed(seed)
     shape = (N_IMAGES, N_TOKENS, N_LATENTS)
@@ -31,7 +31,7 @@ def activations(seed: int, levels: int | None = None) -> Tensor:
 
 
 def as_code(dense: Tensor) -> SparseCode:
-    """The code of [rows, latents], its entries within a row in no order."""
+    """The code of [rows, latents], with the entries of a row in random order."""
     row, latent = dense.nonzero(as_tuple=True)
     shuffle = torch.randperm(len(row), generator=torch.Generator().manual_seed(0))
     shuffle = shuffle[row[shuffle].argsort(stable=True)]
@@ -82,7 +82,7 @@ def test_statistics_and_strongest_images_equal_brute_force(levels: int | None, b
         assert examples(found.top, latent) == expected
 
 
-def test_latents_that_never_fire_have_no_examples_and_a_few_have_fewer_than_n() -> None:
+def test_latents_that_never_fire_have_no_examples_and_rare_ones_fewer_than_n() -> None:
     found = collect(activations(1), 7)
     n_examples = (found.top.image >= 0).sum(1)
     assert not n_examples[:4].any()
@@ -93,7 +93,7 @@ def test_latents_that_never_fire_have_no_examples_and_a_few_have_fewer_than_n() 
 
 
 @pytest.mark.parametrize("levels", [None, 2])
-def test_how_images_are_batched_changes_nothing(levels: int | None) -> None:
+def test_batches_change_nothing(levels: int | None) -> None:
     dense = activations(2, levels)
     one, other = collect(dense, 3), collect(dense, 41)
     for name in ("top", "sample"):
@@ -103,7 +103,7 @@ def test_how_images_are_batched_changes_nothing(levels: int | None) -> None:
             ), f"{name}.{part}"
 
 
-def test_the_sample_holds_every_active_image_while_there_is_room() -> None:
+def test_the_sample_holds_every_active_image_that_fits() -> None:
     dense = activations(3)
     found = collect(dense, 10, sample_size=N_IMAGES)
     for latent in range(N_LATENTS):
@@ -189,7 +189,7 @@ def test_one_label_has_entropy_zero_and_equal_shares_have_the_logarithm() -> Non
     assert each.entropy == pytest.approx(math.log(16))
 
 
-def test_label_entropy_is_not_given_under_ten_labelled_images() -> None:
+def test_label_entropy_needs_ten_labelled_images() -> None:
     labels: dict[int, str | None] = dict.fromkeys(range(9), "x")
     images = [*range(9), 9, -1]
     mixture = label_mixture(images, [1.0] * 10 + [0.0], {**labels, 9: None})

@@ -51,7 +51,9 @@ def test_a_strip_shows_the_strongest_images_in_html_and_as_a_png(
     assert np.asarray(image).std() > 10
 
 
-def test_a_strip_escapes_names_and_counts_as_nothing_what_never_fired(index: LatentIndex) -> None:
+def test_a_strip_escapes_names_and_is_empty_for_a_latent_that_never_fired(
+    index: LatentIndex,
+) -> None:
     table = index.to_pandas()
     named = int(table.index[table["name"] == EVIL][0])
     assert EVIL not in show_latent(index, named)._repr_html_()
@@ -90,7 +92,7 @@ def test_every_plot_of_the_report_is_a_figure_on_white_that_a_notebook_shows(
         assert png.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_plot_of_what_is_not_there_says_what_makes_it(
+def test_a_plot_without_data_names_the_command_that_makes_it(
     tmp_path: Path, sae: SparseAutoencoder
 ) -> None:
     folder = sae.save_pretrained(tmp_path / "bare")
@@ -122,7 +124,7 @@ def test_codes_are_one_row_per_active_latent(
     assert codes.to_pandas([]).empty
 
 
-def test_an_sae_tells_the_fvu_that_lies_beside_it(run: Path, sae: SparseAutoencoder) -> None:
+def test_an_sae_shows_the_fvu_in_its_folder(run: Path, sae: SparseAutoencoder) -> None:
     assert "FVU" not in repr(sae)
     assert "FVU: 0.0834 (measured)" in repr(SparseAutoencoder.from_pretrained(run))
     path = run / "metrics.json"

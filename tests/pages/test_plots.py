@@ -43,7 +43,7 @@ def test_the_density_histogram_counts_every_latent_once() -> None:
     assert "share of vectors" in labels(figure)
 
 
-def test_the_scatter_shows_active_latents_alone() -> None:
+def test_the_scatter_shows_only_active_latents() -> None:
     density = np.array([0, 0.1, 0.2, 0.3])
     mean = np.array([np.nan, 1.0, 2.0, 90.0])
     entropy = np.array([np.nan, np.nan, 0.5, 1.0])
@@ -53,7 +53,7 @@ def test_the_scatter_shows_active_latents_alone() -> None:
     assert "label entropy (nats)" in labels(figure)
 
 
-def test_error_by_position_puts_patches_on_their_grid_and_cls_beside() -> None:
+def test_error_by_position_puts_patches_on_their_grid_and_cls_next_to_it() -> None:
     fvu = np.arange(13, dtype=float)
     figure = plots.error_by_position(fvu, (3, 4), 1)
     cls, grid = (ax.images[0].get_array() for ax in figure.axes[:2])
@@ -73,7 +73,7 @@ def test_error_by_position_puts_patches_on_their_grid_and_cls_beside() -> None:
         plots.error_by_position(np.full(16, 0.5), (4, 4), 0),
     ],
 )
-def test_plots_of_nothing_can_be_drawn(figure: Figure) -> None:
+def test_plots_without_data_can_be_drawn(figure: Figure) -> None:
     assert to_svg(figure, "x", "nothing").startswith("<svg")
 
 

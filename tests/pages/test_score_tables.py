@@ -30,7 +30,7 @@ METRICS = {
 }
 
 
-def test_truth_is_averaged_by_kind_over_what_was_measured() -> None:
+def test_truth_scores_are_averaged_by_kind_over_measured_attributes() -> None:
     kinds = scores.truth_by_kind(METRICS)
     assert kinds["symbol"] == {
         "n": 2,
@@ -42,7 +42,7 @@ def test_truth_is_averaged_by_kind_over_what_was_measured() -> None:
     assert kinds["background"]["n"] == 1
 
 
-def test_every_tile_has_its_baselines_beside_it() -> None:
+def test_every_tile_shows_its_baselines() -> None:
     tiles = {tile.name: tile for tile in scores.tiles(METRICS)}
     beside = {name: {b.name: b.value for b in tile.beside} for name, tile in tiles.items()}
     assert tiles["FVU"].value == "0.0834"
@@ -69,7 +69,7 @@ def test_tables_say_what_was_not_measured() -> None:
     assert {row.name: row.cells for row in table.rows}["L0"] == ("31.7", "32.0", NOT_MEASURED)
 
 
-def test_the_iou_of_all_patches_stands_beside_that_of_latents() -> None:
+def test_the_iou_of_all_patches_is_next_to_that_of_latents() -> None:
     entry = {"latent": 1, "auc": 1.0, "f1": 1.0, "iou": 0.6, "iou_everywhere": 0.7}
     table = scores.truth_table({"truth": {"background/red": entry}})
     assert table is not None
@@ -77,7 +77,7 @@ def test_the_iou_of_all_patches_stands_beside_that_of_latents() -> None:
     assert [row.cells for row in table.rows] == [("1.00", ""), ("1.00", ""), ("0.600", "0.700")]
 
 
-def test_replacements_stand_beside_each_other_and_the_saes_stands_out() -> None:
+def test_replacements_are_compared_and_the_saes_stands_out() -> None:
     pca = {"zero_shot": {"reconstructed": {"top1": 0.5, "kl": 1.5}}}
     table = scores.downstream_table({**METRICS, "baselines": {"pca": pca}})
     assert table is not None
@@ -91,7 +91,7 @@ def test_replacements_stand_beside_each_other_and_the_saes_stands_out() -> None:
     assert [row.name for row in table.rows if row.strong] == ["SAE"]
 
 
-def test_nothing_measured_makes_no_tables() -> None:
+def test_without_figures_there_are_no_tables() -> None:
     for make in (
         scores.reconstruction_table,
         scores.downstream_table,
@@ -124,11 +124,11 @@ def test_figures_have_three_digits(value: float | None, text: str) -> None:
     ("value", "text"),
     [(0.945, "94.5 %"), (0.0, "0.0 %"), (0.00012, "0.012 %"), (None, NOT_MEASURED)],
 )
-def test_shares_are_given_in_per_cent(value: float | None, text: str) -> None:
+def test_shares_are_in_per_cent(value: float | None, text: str) -> None:
     assert percent(value) == text
 
 
-def test_figures_say_whether_they_are_of_the_training_data_and_where_cls_is_hidden():
+def test_the_page_says_whether_figures_are_from_the_training_data_and_warns_about_cls():
     metrics = {"fvu": 0.057, "fvu_cls": 0.31, "fvu_patches": 0.05, "trained_on_these": True}
     assert scores.measured_on(metrics).startswith("Measured on the training data")
     assert "not trained on" in scores.measured_on({"trained_on_these": False})

@@ -28,7 +28,7 @@ def hub_process() -> Iterator[HubServer]:
 def hub(
     hub_process: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[HubServer]:
-    """An empty Hub, which the client of this process takes for the true one, as ada."""
+    """An empty Hub, which this process takes for the real one; the user is ada."""
     template = f"{hub_process.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "ENDPOINT", hub_process.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -71,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: VisionModel) -> Run:
 
 @pytest.fixture(scope="session")
 def private_run(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
-    """A run of one site over photos in a folder, with paths of the machine all over."""
+    """A run of one site over photos in a folder, with local paths in every file."""
     folder = tmp_path_factory.mktemp("machine") / "home" / "ada" / "run"
     run.sae(SITES[0]).save_pretrained(folder)
     home = folder.parent

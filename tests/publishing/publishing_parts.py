@@ -1,4 +1,4 @@
-"""What the run that the tests push has, by which they know it again."""
+"""Constants of the run that the tests push."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ METRICS = {
     "baselines": {"untrained": {"fvu": 0.875, "l0": 8.0}, "pca": {"fvu": 0.375, "l0": 8.0}},
     "omitted": {},
 }
-"""As `evaluate` writes them."""
+"""Figures as `evaluate` writes them."""

@@ -29,7 +29,7 @@ ID = "ada/clip-sae"
 
 
 def pushed(hub: HubServer, repo_id: str = ID, branch: str = "main") -> dict[str, bytes]:
-    """The files of a repository, but for the one that the Hub itself puts there."""
+    """The files of a repository, except the one that the Hub itself adds."""
     files = hub.repositories[repo_id].files(branch)
     return {path: data for path, data in files.items() if path != ".gitattributes"}
 
@@ -43,7 +43,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 def snippet(card: str) -> str:
-    """The first block of Python."""
+    """The first Python block of a card."""
     found = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)
     assert found
     return found[1]
@@ -51,11 +51,11 @@ def snippet(card: str) -> str:
 
 @pytest.fixture
 def measured(run: Run) -> Path:
-    """The run that was evaluated and indexed."""
+    """The evaluated and indexed run."""
     return run.folder(SITES[1])
 
 
-def test_what_was_pushed_loads_again_with_the_same_bits(
+def test_a_pushed_sae_loads_again_bit_for_bit(
     hub: HubServer, measured: Path, model: VisionModel
 ) -> None:
     done = push_to_hub(measured, ID, latents=2, model=model, quiet=True)
@@ -68,7 +68,7 @@ def test_what_was_pushed_loads_again_with_the_same_bits(
     assert done.files == {path: len(data) for path, data in pushed(hub).items()}
 
 
-def test_the_card_holds_header_figures_training_and_pictures(
+def test_the_card_has_header_figures_training_and_pictures(
     hub: HubServer, measured: Path, model: VisionModel
 ) -> None:
     push_to_hub(measured, ID, latents=3, model=model, license="mit", quiet=True)
@@ -96,7 +96,7 @@ def test_the_card_holds_header_figures_training_and_pictures(
     assert sorted(pictures) == sorted(path for path in files if path.startswith("pictures/"))
 
 
-def test_names_from_outside_are_text_in_the_card_and_named_latents_come_first(
+def test_foreign_names_are_escaped_in_the_card_and_named_latents_come_first(
     hub: HubServer, measured: Path, model: VisionModel
 ) -> None:
     push_to_hub(measured, ID, latents=2, model=model, quiet=True)
@@ -111,8 +111,8 @@ def test_the_card_says_how_its_latents_were_chosen(
     measured: Path, tmp_path: Path, model: VisionModel
 ) -> None:
     for n, how in (
-        (1, "Latents: 1 with the highest-scoring names, one latent a name. None"),
-        (3, "one latent a name, and 2 drawn at random (seed 0) from the"),
+        (1, "Latents: 1 with the highest-scoring names, one latent per name. None"),
+        (3, "one latent per name, and 2 drawn at random (seed 0) from the"),
     ):
         push_to_hub(measured, ID, latents=n, model=model, dry_run=tmp_path / str(n), quiet=True)
         assert how in (tmp_path / str(n) / "README.md").read_text()
@@ -128,7 +128,7 @@ def test_a_picture_has_the_top_images_above_their_heatmaps(
         assert not picture.info
 
 
-def test_where_the_model_has_gone_the_pictures_are_there_without_heatmaps(measured: Path) -> None:
+def test_without_the_model_the_pictures_have_no_heatmaps(measured: Path) -> None:
     run = read_run(measured, "run")
     found = latent_pictures(run, "It is gone.", n=2, seed=0, quiet=True)
     assert found is not None and found.notes == ["No heatmaps: It is gone."]
@@ -155,7 +155,7 @@ def test_the_snippet_decodes_jpegs_as_the_model_did(run: Run, tmp_path: Path) ->
     assert found["model"].min_side == 128 and "images.load(i, model.min_side)" in code
 
 
-def test_where_others_cannot_load_the_model_the_snippet_works_without_it(
+def test_if_others_cannot_load_the_model_the_snippet_works_without_it(
     hub: HubServer, private_run: Path
 ) -> None:
     push_to_hub(private_run, ID, quiet=True)
@@ -191,7 +191,7 @@ def test_several_sites_get_a_folder_each_and_a_card_that_lists_them(
     exec(snippet(card), {})
 
 
-def test_nothing_of_the_machine_is_uploaded(
+def test_no_local_paths_are_uploaded(
     hub: HubServer, run: Run, private_run: Path, model: VisionModel
 ) -> None:
     push_to_hub(run, "lab/both", latents=1, model=model, quiet=True)
@@ -208,7 +208,7 @@ def test_nothing_of_the_machine_is_uploaded(
     assert "base_model" not in card and "datasets" not in card
 
 
-def test_a_dry_run_writes_what_would_be_uploaded_and_asks_the_hub_nothing(
+def test_a_dry_run_writes_the_files_and_does_not_contact_the_hub(
     hub: HubServer, measured: Path, tmp_path: Path, model: VisionModel
 ) -> None:
     done = push_to_hub(measured, ID, latents=2, model=model, dry_run=tmp_path / "dry", quiet=True)
@@ -221,7 +221,7 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_asks_the_hub_nothing(
         push_to_hub(measured, ID, dry_run=tmp_path / "dry", quiet=True)
 
 
-def test_what_is_missing_is_listed_with_the_command_that_makes_it(
+def test_missing_parts_are_listed_with_the_command_that_makes_them(
     hub: HubServer, run: Run, tmp_path: Path
 ) -> None:
     done = push_to_hub(run.folder(SITES[0]), ID, dry_run=tmp_path / "dry", quiet=True)
@@ -231,7 +231,7 @@ def test_what_is_missing_is_listed_with_the_command_that_makes_it(
     assert not (tmp_path / "dry" / "metrics.json").exists()
 
 
-def test_a_second_push_removes_what_the_first_left_and_nothing_else(
+def test_a_second_push_removes_only_files_of_the_first(
     hub: HubServer, measured: Path, private_run: Path, tmp_path: Path, model: VisionModel
 ) -> None:
     hub.make(ID, README__md=b"# mine\n", LICENSE=b"mine")
@@ -252,7 +252,7 @@ def test_several_saes_replace_one(hub: HubServer, run: Run, model: VisionModel) 
     assert not {"config.json", "sae.safetensors", "metrics.json"} & set(pushed(hub))
 
 
-def test_a_branch_is_made_and_the_first_one_left_alone(
+def test_a_push_to_a_new_branch_leaves_main_alone(
     hub: HubServer, measured: Path, model: VisionModel
 ) -> None:
     push_to_hub(measured, ID, latents=0, revision="try/2", quiet=True)

@@ -1,4 +1,6 @@
-"""What can go wrong on the way to the Hub: one message each, and the code that says whose fault."""
+"""What can go wrong on the way to the Hub: one message each, and an exit code that says whose
+fault.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ ID = "ada/clip-sae"
 
 @pytest.fixture
 def fails(private_run: Path, capsys: pytest.CaptureFixture[str]):
-    """Run a push that must end with a code; gives its message, which must be one and plain."""
+    """Return a function that runs a push that must fail, and returns its single message."""
 
     def check(*arguments: str, run: Path = private_run, to: str = ID, code: int = 2) -> str:
         assert main(["push", str(run), "--to", to, *map(str, arguments)]) == code
@@ -47,14 +49,14 @@ def test_a_token_that_the_hub_does_not_know(hub: HubServer, fails, monkeypatch) 
     assert "does not know the token (401" in fails()
 
 
-def test_an_organisation_of_others(hub: HubServer, fails) -> None:
+def test_an_organisation_of_somebody_else(hub: HubServer, fails) -> None:
     message = fails(to="bob/clip-sae")
     assert "bob/clip-sae: the token may not write there (403" in message
     assert "bob must be you" in message
     assert not hub.repositories
 
 
-def test_a_repository_of_others(hub: HubServer, fails) -> None:
+def test_a_repository_of_somebody_else(hub: HubServer, fails) -> None:
     hub.make("bob/clip-sae")
     assert "the token may not write there (403" in fails(to="bob/clip-sae")
     hub.make("bob/hidden", private=True)
@@ -92,7 +94,7 @@ def test_every_refusal_of_the_hub_is_reported(
     assert said in fails(code=code)
 
 
-def test_a_hub_that_is_not_there(hub: HubServer, fails, monkeypatch) -> None:
+def test_a_hub_that_cannot_be_reached(hub: HubServer, fails, monkeypatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -110,14 +112,14 @@ def test_a_hub_that_is_not_there(hub: HubServer, fails, monkeypatch) -> None:
         ("../sae", "is not the name of a repository"),
     ],
 )
-def test_a_name_that_no_repository_has(to: str, said: str, hub: HubServer, fails) -> None:
+def test_an_invalid_repository_name(to: str, said: str, hub: HubServer, fails) -> None:
     assert said in fails(to=to)
     assert not hub.requests
 
 
 def test_a_folder_without_a_finished_run(hub: HubServer, fails, tmp_path: Path) -> None:
-    assert "holds no trained SAE" in fails(run=tmp_path)
-    assert "no such folder" in fails(run=tmp_path / "gone")
+    assert "hold a trained SAE" in fails(run=tmp_path)
+    assert "does not exist" in fails(run=tmp_path / "gone")
     assert not hub.requests
 
 
@@ -130,7 +132,7 @@ def test_an_autoencoder_of_another_project(
     assert not hub.requests
 
 
-def test_no_name_at_all(private_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_repository_name(private_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", str(private_run)]) == 2
     assert "--to ORG/NAME" in capsys.readouterr().err
 

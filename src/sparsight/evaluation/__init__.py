@@ -1,7 +1,7 @@
-"""Every number about an SAE, one file a family, with baselines beside each.
+"""Every number about an SAE, one file per family, each next to its baselines.
 
 Builds on `sae`, `activations`, `vision` and `images`. Start at `evaluate` (evaluator.py); the
-definitions stand in reconstruction.py, sparsity.py, downstream.py and truth.py.
+definitions are in reconstruction.py, sparsity.py, downstream.py and truth.py.
 """
 
 from __future__ import annotations

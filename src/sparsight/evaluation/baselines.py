@@ -1,4 +1,4 @@
-"""What every score stands beside: an untrained SAE, principal components, raw neurons.
+"""What every score is compared with: an untrained SAE, principal components, raw neurons.
 
 Each, like an SAE, is a function from vectors to a reconstruction and features (`Decomposition`),
 so that the same code measures them all.
@@ -19,10 +19,10 @@ from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder, SparseCode, TopK
 
 Features = SparseCode | Tensor
-"""Of vectors: a sparse code, or `[vectors, n]` where all features are there, of either sign."""
+"""The features of vectors: a sparse code, or `[vectors, n]` with all features, of either sign."""
 
 Decomposition = Callable[[Tensor], tuple[Tensor, Features]]
-"""From `[vectors, d_in]` to a reconstruction and features. An SAE is one."""
+"""From `[vectors, d_in]` to a reconstruction and features. An SAE is one of these."""
 
 INIT_SAMPLE = 4096
 """Vectors from which an untrained SAE gets the scale of its encoder."""
@@ -31,16 +31,16 @@ INIT_SAMPLE = 4096
 def untrained(
     sae: SparseAutoencoder, sample: Float[Tensor, "vectors d_in"], seed: int, k: int
 ) -> SparseAutoencoder:
-    """An SAE of the same configuration and normaliser with the weights that training starts from.
+    """Return an SAE of the same configuration and normaliser, with its weights before training.
 
-    A sparsity that training has to find, by prices and thresholds, is none at the start: k latents
-    a vector take its place.
+    A sparsity that is itself trained, by penalties and thresholds, does not hold at the start: k
+    latents per vector replace it.
 
     Args:
         sae: the trained one.
         sample: activations, for the scale of the encoder.
-        seed: of the weights.
-        k: active latents per vector, where the sparsity has no such number.
+        seed: seed of the weights.
+        k: active latents per vector, if the sparsity does not set k.
     """
     own, config = copy.deepcopy(sae.normaliser), sae.config
     if not hasattr(config.sparsity, "k"):
@@ -61,7 +61,7 @@ def untrained(
 class Moments:
     """Mean and covariance of vectors, streaming, in float64.
 
-    Products are taken of differences from a fixed point near the mean, so that nothing cancels.
+    The products are of differences from a fixed point near the mean, which avoids cancellation.
     """
 
     def __init__(self, d_in: int, device: torch.device | str = "cpu") -> None:
@@ -71,7 +71,7 @@ class Moments:
         self._products = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
 
     def add(self, x: Float[Tensor, "vectors d_in"]) -> None:
-        """Count some vectors."""
+        """Add vectors."""
         if not len(x):
             return
         x = x.double()
@@ -86,7 +86,7 @@ class Moments:
     def mean(self) -> Float[Tensor, " d_in"]:
         """x̄, float64."""
         if self._shift is None:
-            raise UserError("Not one vector was counted.")
+            raise UserError("No vectors: the mean of nothing is not defined.")
         return self._shift + self._sum / self.count
 
     @property
@@ -101,10 +101,10 @@ class PCA:
     """The first k principal components; the features are all components, strongest first.
 
     Attributes:
-        mean: x̄ of what was fitted.
-        components: unit rows, by falling variance.
-        variances: along each, float64.
-        k: components of the reconstruction.
+        mean: x̄ of the vectors that it was fitted to.
+        components: unit rows, by decreasing variance.
+        variances: variance along each component, float64.
+        k: number of components in the reconstruction.
     """
 
     mean: Float[Tensor, " d_in"]
@@ -114,7 +114,7 @@ class PCA:
 
     @classmethod
     def fit(cls, moments: Moments, k: int) -> PCA:
-        """From the covariance of some vectors.
+        """Fit to the covariance of vectors.
 
         Raises:
             UserError: k is not 1 … d_in.
@@ -131,17 +131,19 @@ class PCA:
         )
 
     def __call__(self, x: Float[Tensor, "vectors d_in"]) -> tuple[Tensor, Tensor]:
-        """Reconstruction from k components, and the coordinates along all."""
+        """Return the reconstruction from k components, and the coordinates along all."""
         features = (x - self.mean) @ self.components.T
         return torch.addmm(self.mean, features[:, : self.k], self.components[: self.k]), features
 
     def fvu_of(self, n: int) -> float | None:
-        """FVU of the first n components, on what was fitted; None if that does not vary."""
+        """Return the FVU of the first n components on the fitted vectors; None if these do not
+        vary.
+        """
         total = float(self.variances.sum())
         return float(self.variances[n:].sum()) / total if total else None
 
     def components_for(self, fvu: float | None) -> int | None:
-        """The fewest components with that FVU or less, on what was fitted."""
+        """Return the smallest number of components that reach an FVU on the fitted vectors."""
         if fvu is None:
             return None
         counts = range(len(self.variances) + 1)
@@ -154,14 +156,14 @@ class Neurons:
 
     Attributes:
         mean: x̄.
-        k: largest deviations from x̄ that a vector keeps.
+        k: number of deviations from x̄ that each vector keeps, the largest ones.
     """
 
     mean: Float[Tensor, " d_in"]
     k: int
 
     def __call__(self, x: Float[Tensor, "vectors d_in"]) -> tuple[Tensor, Tensor]:
-        """x̄ and the k largest deviations from it; all deviations."""
+        """Return x̄ plus the k largest deviations from it; and all deviations."""
         features = x - self.mean
         largest = features.abs().topk(self.k, dim=1, sorted=False).indices
         kept = torch.zeros_like(features).scatter_(1, largest, features.gather(1, largest))

@@ -1,4 +1,4 @@
-"""Which feature tells an attribute best: chosen on one half of the scenes, scored on the other."""
+"""Find the best feature for each attribute: chosen on half of the scenes, scored on the rest."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from sparsight.evaluation.ranks import (
 from sparsight.evaluation.scenes import SceneTruth
 
 MIN_POSITIVES = 5
-"""Scenes of each half that must show an attribute, and that must not."""
+"""How many scenes of each half must show an attribute, and how many must not."""
 
 COLUMNS_AT_A_TIME = 512
 POOLING: Mapping[str, Pooling] = {"background": "mean", "pattern": "mean"}
 
 
 def pooling_of(kind: str) -> Pooling:
-    """How a kind of attribute is pooled over patches."""
+    """Return how a kind of attribute is pooled over patches."""
     return POOLING.get(kind, "max")
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Which scenes are chosen on, and which are scored on."""
+    """The scenes for choosing, and the scenes for scoring."""
 
     selection: Int[Tensor, " n"]
     held_out: Int[Tensor, " m"]
 
     @classmethod
     def split(cls, n_scenes: int, seed: int) -> Halves:
-        """At random, by `seed`."""
+        """Split the scenes at random, by `seed`."""
         order = torch.from_numpy(np.random.default_rng(seed).permutation(n_scenes))
         return cls(order[: n_scenes // 2].sort().values, order[n_scenes // 2 :].sort().values)
 
 
 @dataclass(frozen=True)
 class Question:
-    """The scenes, what they show, and which attributes are shown often enough to ask for.
+    """The scenes, what they show, and which attributes are shown often enough to be scored.
 
     Attributes:
-        truth: of the scenes.
-        halves: of the scenes.
-        asked: numbers of the attributes in `truth`.
-        skipped: name and reason of the others.
+        truth: what the scenes show.
+        halves: the two halves of the scenes.
+        asked: numbers of the attributes to score, in `truth`.
+        skipped: the other attributes, each with the reason.
     """
 
     truth: SceneTruth
@@ -65,7 +65,7 @@ class Question:
 
     @classmethod
     def about(cls, truth: SceneTruth, seed: int) -> Question:
-        """All attributes with enough positives and negatives in both halves."""
+        """Ask about all attributes with enough positives and negatives in both halves."""
         halves = Halves.split(len(truth.shows), seed)
         counts = torch.stack(
             [truth.shows[half].sum(dim=0) for half in (halves.selection, halves.held_out)]
@@ -82,7 +82,7 @@ class Question:
         return cls(truth, halves, (fewest >= MIN_POSITIVES).nonzero()[:, 0], skipped)
 
     def pools(self) -> dict[Pooling, Int[Tensor, " some"]]:
-        """Places in `asked` of the attributes of each pooling."""
+        """Return, for each pooling, the places of its attributes in `asked`."""
         found: dict[Pooling, list[int]] = {}
         for place, attribute in enumerate(self.asked.tolist()):
             found.setdefault(pooling_of(self.truth.kind(attribute)), []).append(place)
@@ -91,15 +91,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """A feature for each of some attributes, and how it does on the scenes held out.
+    """One feature per attribute, and how well it does on the held-out scenes.
 
     Attributes:
         feature: its number; `PooledFeatures` says how signs are numbered.
         attribute: number of the attribute.
-        auc_selection: AUC on the half that it was chosen on.
-        auc: AUC on the other.
-        threshold: on the score of a scene.
-        f1: on the scenes held out.
+        auc_selection: AUC on the half on which it was chosen.
+        auc: AUC on the other half.
+        threshold: threshold on the score of a scene.
+        f1: F1 on the held-out scenes.
     """
 
     feature: Int[Tensor, " pairs"]
@@ -111,7 +111,7 @@ class Choice:
 
 
 def choose_features(question: Question, pooled: PooledFeatures) -> Choice:
-    """For each attribute that is asked for, the feature of the highest AUC on the first half."""
+    """Choose, for each attribute to score, the feature with the highest AUC on the first half."""
     half = question.halves.selection
     feature = torch.zeros(len(question.asked), dtype=torch.int64)
     for pooling, places in question.pools().items():
@@ -131,7 +131,7 @@ def score_pairs(
     feature: Int[Tensor, " pairs"],
     attribute: Int[Tensor, " pairs"],
 ) -> Choice:
-    """Threshold on the first half, AUC and F1 on the second, of features for attributes."""
+    """Fit thresholds on the first half; return them with AUC and F1 on the second, per pair."""
     n = len(feature)
     figures = {
         name: torch.zeros(n, dtype=torch.float64) for name in ("first", "auc", "threshold", "f1")
@@ -153,13 +153,13 @@ def score_pairs(
 
 
 def name_latents(question: Question, pooled: PooledFeatures) -> dict[int, dict[str, Any]]:
-    """For each latent that is active on the first half, the attribute that it tells best.
+    """Find, for each latent that is active on the first half, the attribute that it detects best.
 
-    The attribute is that of the highest F1 on the first half; AUC and F1 are of the second. (AUC
-    would name a latent that is rarely active after whatever is rare.)
+    That is the attribute with the highest F1 on the first half; AUC and F1 are from the second.
+    (AUC would name a rarely active latent after whatever attribute is rare.)
 
     Returns:
-        Latent → `attribute`, `auc`, `f1`, `threshold`, by falling F1.
+        Latent → `attribute`, `auc`, `f1`, `threshold`, by decreasing F1.
     """
     half = question.halves.selection
     if not len(question.asked):

@@ -1,8 +1,8 @@
-"""`measure_sweep`: the members of a sweep on the same vectors, by groups of seeds.
+"""`measure_sweep`: all members of a sweep, measured on the same vectors, grouped over seeds.
 
 FVU, L0 and dead latents come from one pass over the activations for all members of a site,
-zero-shot accuracy from one pass of the model over some pictures, stability from matching the
-dictionaries of the seeds. The definitions are those of `evaluate`.
+zero-shot accuracy from one pass of the model over images, stability from matching the dictionaries
+of the seeds. The definitions are those of `evaluate`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from sparsight.vision import Tokens, VisionModel, names_by_label
 
 FORMAT_VERSION = 1
 LIVE_IMAGES = 2000
-"""Images that are measured on where the model must run for them."""
+"""Default number of images if the model must run on them."""
 
 ACCURACY_IMAGES = 2000
 TOGETHER_BYTES = 4 << 30
-"""Weights of the members that are measured in one pass; more take several."""
+"""Bytes of weights that one pass holds; more members take several passes."""
 
 SEED = "seed"
 STABILITY = "stability"
@@ -58,13 +58,14 @@ STABILITY = "stability"
 
 @dataclass(frozen=True)
 class SweepMeasures:
-    """What the members of a sweep are measured by.
+    """How much of a sweep to measure.
 
     Attributes:
-        max_images: images whose vectors are measured, a random sample; None is all of a store, and
-            2,000 where the model must run.
-        accuracy_images: images for zero-shot accuracy, a random sample; 0 leaves it out.
-        templates: sentences for it: `simple`, `openai80`, or one with {} in it.
+        max_images: number of images, a random sample; None means all images of a store, and 2,000
+            if the model must run.
+        accuracy_images: number of images for zero-shot accuracy, a random sample; 0 leaves it out.
+        templates: sentences for zero-shot classification: `simple`, `openai80`, or one with {} in
+            it.
         batch_images: images at a time.
         workers: processes that decode images.
     """
@@ -83,7 +84,7 @@ class SweepMeasures:
 
 @dataclass
 class _Member:
-    """An autoencoder of a sweep that is to be measured."""
+    """An autoencoder of a sweep to be measured."""
 
     row: dict[str, Any]
     run: Run
@@ -113,28 +114,27 @@ def measure_sweep(
     device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Measure every member of a sweep on the same vectors; JSON-able.
+    """Measure every member of a sweep on the same vectors; the result can be written as JSON.
 
     Args:
         sweep: the sweep.
-        source: what is measured on: a store or live activations, with the positions of the members
-            or all.
-        measures: how much.
-        model: for zero-shot accuracy, or what loads it; default the one of live activations.
-        images: for zero-shot accuracy; default those that the activations are of.
-        previous: what an earlier call gave; members that it holds are not measured again.
+        source: the activations: a store or live ones, with the positions of the members or all.
+        measures: how much to measure.
+        model: the model for zero-shot accuracy, or a function that loads it; default: that of live
+            activations.
+        images: the images for zero-shot accuracy; default: those of the activations.
+        previous: the result of an earlier call; members in it are not measured again.
         device: "cpu", "cuda", …; a GPU if there is one.
-        quiet: no progress bars.
+        quiet: show no progress bars.
 
     Returns:
-        `members`: a row an autoencoder, as in `Sweep.table`, with the figures measured;
-        `groups`: a row for each setting but for the seed: `n` seeds, for each figure `mean`,
-        `interval` (Student's, 95 %; None for one seed), `lowest` and `highest`, and `stability`;
-        `original`: by tokens and site, zero-shot accuracy of the model as it is;
-        `omitted`: what was left out, and why.
+        `members`: one row per autoencoder, as in `Sweep.table`, with its figures; `groups`: one row
+        per setting, over its seeds: `n` seeds, and for each figure `mean`, `interval` (Student's,
+        95 %; None for one seed), `lowest` and `highest`, and `stability`; `original`: zero-shot
+        accuracy of the unchanged model, by tokens and site; `omitted`: what was left out, and why.
 
     Raises:
-        UserError: the activations are not those of the members' model, or lack a site.
+        UserError: the activations are of another model than the members, or lack a site.
         SparsightError: an activation is not finite.
     """
     place = choose_device(device, float64=True)
@@ -198,7 +198,7 @@ def _measure(
     measures: SweepMeasures,
     quiet: bool,
 ) -> None:
-    """FVU, L0 and dead latents of some SAEs, in one pass."""
+    """Measure FVU, L0 and dead latents of several SAEs in one pass."""
     first = next(iter(saes.values()))
     for each in saes.values():
         find_site(each, source, site)
@@ -231,7 +231,7 @@ def _measure(
     for member, sae, error, count in zip(members, saes.values(), errors, counts, strict=True):
         positions = layout.n_prefix, layout.has_cls
         figures = {**error.result(*positions), **count.result(*positions, None)}
-        # What training logged is in `trained`: it is over other vectors.
+        # The figures that training logged are over other vectors, so they go to `trained`.
         member.row["trained"] = {each.key: each.of(member.row) for each in shown_in("log")}
         shown = (each.key for each in shown_in("sweep"))
         member.row |= {key: figures[key] for key in shown if key in figures}
@@ -245,7 +245,7 @@ def _measure(
 
 
 class _Model:
-    """A model that is loaded when it is first asked for."""
+    """A model that is loaded when it is first needed."""
 
     def __init__(self, given: VisionModel | Callable[[], VisionModel] | None) -> None:
         self._given = given
@@ -266,11 +266,11 @@ def _accuracy(
     omitted: dict[str, str],
     quiet: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Zero-shot accuracy with the site replaced by each SAE, in one pass of the model."""
+    """Measure zero-shot accuracy with the site replaced by each SAE, in one pass of the model."""
     reason: str | None = None
     whole: ImageSource | None = None
     if next(iter(saes.values())).is_transcoder:
-        reason = "A transcoder's output takes the place of another site than its input's."
+        reason = "A transcoder's output belongs to another site than its input."
     elif not measures.accuracy_images:
         reason = "accuracy_images is 0."
     else:
@@ -291,10 +291,10 @@ def _accuracy(
         reason = reason or why_not(model, images, source.tokens)
     expected = source.model_info.get("weights_hash")
     if model is not None and expected and model.weights_hash != expected:
-        # Said, not raised: what was measured so far may have taken hours.
+        # A note, not an error: the figures so far may have taken hours.
         reason = (
-            f"The activations are of {source.model_info.get('id')}, the model given is {model.id}, "
-            "which has other weights."
+            f"The activations are from {source.model_info.get('id')}, but the model is {model.id}, "
+            "whose weights differ."
         )
     what = f"accuracy, {source.tokens}/{site}"
     omitted.pop(what, None)
@@ -333,7 +333,7 @@ def _groups(
     omitted: dict[str, str],
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """The members that differ in their seed alone, with intervals over them."""
+    """Group the members that differ only in their seed, with intervals over the seeds."""
     parts: dict[str, list[_Member]] = {}
     for each in members:
         parts.setdefault(each.group, []).append(each)
@@ -379,13 +379,13 @@ def _stability(
         return stability(dictionaries, alive)
     except MissingExtra as error:
         omitted[STABILITY] = str(error)
-    except UserError as error:  # no latent is alive
+    except UserError as error:  # no latents are alive
         omitted[f"stability, {members[0].row['name']}/{members[0].site}"] = str(error)
     return None
 
 
 def _known(previous: Mapping[str, Any] | None, about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was measured before in the same way."""
+    """Return what an earlier call measured in the same way."""
     if not previous or previous.get("format_version") != FORMAT_VERSION:
         return {}
     return previous if previous.get("measured") == json.loads(json.dumps(about)) else {}
@@ -394,9 +394,9 @@ def _known(previous: Mapping[str, Any] | None, about: Mapping[str, Any]) -> Mapp
 def _unknown(
     members: Sequence[_Member], known: Mapping[str, Any], device: torch.device
 ) -> list[_Member]:
-    """The members to measure; the others get the figures that are known.
+    """Return the members to measure; the others get their known figures.
 
-    All seeds of a group are measured where one is new: matching them needs their living latents.
+    If one seed of a group is new, all are measured: matching them needs their alive latents.
     """
     rows = {(row["name"], row["site"]): row for row in known.get("members", ())}
     fresh = set()
@@ -432,7 +432,7 @@ def _by_place(members: Sequence[_Member]) -> dict[tuple[str, str], list[_Member]
 
 
 def _portions(members: Sequence[_Member]) -> Iterator[list[_Member]]:
-    """As many at a time as there is room for."""
+    """Split the members into portions whose weights fit together."""
     portion: list[_Member] = []
     for each in members:
         if portion and sum(one.n_bytes for one in (*portion, each)) > TOGETHER_BYTES:

@@ -1,4 +1,4 @@
-"""What is measured: activations of one site in order, read again as often as it takes."""
+"""The data to measure on: activations of one site in order, read as often as needed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from sparsight.activations import ActivationSource
 
 CACHE_BYTES = 512 << 20
-"""Activations up to this size are kept between passes, so that a live model runs but once."""
+"""Activations up to this size are kept between passes, so that a live model runs only once."""
 
 
 class Batch(NamedTuple):
-    """Activations of some images, in order."""
+    """Activations of consecutive images."""
 
     images: Int[Tensor, " batch"]
     """Places of the images in their source."""
 
     x: Float[Tensor, "batch tokens d_in"]
-    """In the units of the model, float32."""
+    """Activations in the units of the model, float32."""
 
     y: Float[Tensor, "batch tokens d_out"]
-    """What is to be reconstructed: `x`, or of a transcoder the activations of its target site."""
+    """The target of the reconstruction: `x`, or for a transcoder the activations of its target."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Layout:
     """Where patches and CLS are among an image's vectors.
 
     Attributes:
-        n_tokens: vectors an image gives.
-        n_prefix: of these, the ones before the first patch; None if they are no grid of patches
-            (one vector an image).
+        n_tokens: vectors per image.
+        n_prefix: number of these before the first patch; None without a grid of patches (one vector
+            per image).
         has_cls: whether the first is the CLS position.
-        grid: rows and columns of patches; None where there are none.
+        grid: rows and columns of patches; None without patches.
     """
 
     n_tokens: int
@@ -59,7 +59,7 @@ class Layout:
 
     @classmethod
     def of(cls, source: ActivationSource, site: str) -> Layout:
-        """Of a site, from what the activations know about their model."""
+        """Return the layout of a site, from what the activations record about their model."""
         n_tokens, tokens = source.n_tokens[site], source.tokens
         rows, columns = source.model_info.get("patch_grid") or (0, 0)
         n_prefix = n_tokens - rows * columns
@@ -70,17 +70,17 @@ class Layout:
 
 
 class Passes:
-    """The batches of a site, as often as wanted; kept in memory if they are small enough.
+    """The batches of a site, for several passes; kept in memory if they are small enough.
 
     Args:
         source: the activations.
-        site: which.
-        target: of a transcoder, the site that it predicts.
-        max_images: a random sample of so many images; default all.
-        seed: of the sample.
-        batch_images: images at a time.
-        device: where batches are to be.
-        cache_bytes: largest size to keep.
+        site: the site.
+        target: the site that a transcoder predicts.
+        max_images: size of a random sample of images; default: all images.
+        seed: seed of the sample.
+        batch_images: images per batch.
+        device: device of the batches.
+        cache_bytes: largest size to keep in memory.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class Passes:
         self.d_out = source.d_in(self.target)
         if source.n_tokens[self.target] != source.n_tokens[site]:
             raise UserError(
-                f"{site} has {source.n_tokens[site]} vectors an image, {target} "
-                f"{source.n_tokens[self.target]}: a transcoder needs as many at both."
+                f"{site} has {source.n_tokens[site]} vectors per image, {target} "
+                f"{source.n_tokens[self.target]}: a transcoder needs the same number at both."
             )
         self.batch_images = batch_images
         self.device = torch.device(device)
-        self._chosen: npt.NDArray[np.bool_] | None = None  # of a source that gives no view
+        self._chosen: npt.NDArray[np.bool_] | None = None  # for sources without views
         self.n_images = source.n_images
         if max_images is not None and max_images < source.n_images:
             self._chosen = np.zeros(source.n_images, dtype=bool)
@@ -141,7 +141,7 @@ class Passes:
             if self._keep:
                 kept.append(batch)
             yield self._placed(batch)
-        # Images may fail while they are read for the first time.
+        # Images may fail to load in the first pass.
         self.n_images = n_seen
         if self._keep:
             self._kept = kept
@@ -151,7 +151,7 @@ class Passes:
         return Batch(batch.images, x, x if batch.y is batch.x else batch.y.to(self.device))
 
     def first_vectors(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
-        """The first `n` vectors, however they are batched."""
+        """Return the first `n` vectors, whatever the batches."""
         found: list[Tensor] = []
         per_image = self.layout.n_tokens
         n_images = -(-n // per_image)
@@ -162,65 +162,67 @@ class Passes:
 
 
 def find_site(sae: SparseAutoencoder, source: ActivationSource, site: str | None) -> str:
-    """The site to measure, after checking that the SAE belongs there.
+    """Return the site to measure, after checking that the SAE belongs there.
 
     Raises:
-        UserError: the activations have no such site, or another width, positions or model.
+        UserError: the activations lack the site, or their width, positions or model differ.
     """
     wanted = site or sae.metadata.get("site")
     if wanted is None and len(source.sites) == 1:
         wanted = source.sites[0]
     if wanted is None:
         raise UserError(
-            "The SAE does not say which site it was trained on; give site=… out of: "
+            "The SAE does not name the site it was trained on; give site=…, one of: "
             f"{', '.join(source.sites)}."
         )
     wanted = source.canonical_site(str(wanted))
     if source.d_in(wanted) != sae.d_in:
         raise UserError(
-            f"{wanted}: the activations have {source.d_in(wanted)} dimensions, the SAE takes "
+            f"{wanted}: the activations have {source.d_in(wanted)} dimensions, but the SAE takes "
             f"{sae.d_in}."
         )
     tokens = sae.metadata.get("tokens")
     if tokens is not None and tokens != source.tokens:
         raise UserError(
-            f"The SAE was trained on tokens={tokens!r}, these activations are of {source.tokens!r}."
+            f"The SAE was trained on tokens={tokens!r}; these activations are {source.tokens!r}."
         )
     trained, given = sae.metadata.get("model") or {}, source.model_info
     hashes = {each.get("weights_hash") for each in (trained, given)} - {None}
     if len(hashes) > 1:
         raise UserError(
-            f"The SAE was trained on {trained.get('id')}, these activations are of "
-            f"{given.get('id')}, which has other weights."
+            f"The SAE was trained on {trained.get('id')}, but these activations are from "
+            f"{given.get('id')}, whose weights differ."
         )
     return wanted
 
 
 def find_target(sae: SparseAutoencoder, source: ActivationSource) -> str | None:
-    """The site that a transcoder predicts; None for an autoencoder.
+    """Return the site that a transcoder predicts; None for an autoencoder.
 
     Raises:
-        UserError: it is not known, not among the activations, or of another width.
+        UserError: the site is unknown, not among the activations, or of another width.
     """
     if not sae.is_transcoder:
         return None
     named = sae.metadata.get("target_site")
     if named is None:
-        raise UserError("The transcoder does not say which site it predicts (no target_site).")
+        raise UserError(
+            "The transcoder does not name the site that it predicts (it has no target_site)."
+        )
     target = source.canonical_site(str(named))
     if source.d_in(target) != sae.d_out:
         raise UserError(
-            f"{target}: the activations have {source.d_in(target)} dimensions, the transcoder "
+            f"{target}: the activations have {source.d_in(target)} dimensions, but the transcoder "
             f"gives {sae.d_out}."
         )
     return target
 
 
 def images_of(source: ActivationSource) -> ImageSource:
-    """The images that activations are of: of a view of a store, those of the view alone.
+    """Return the images of activations; for a view of a store, only those of the view.
 
     Raises:
-        UserError: they are not there any more, or have changed.
+        UserError: the images no longer exist, or have changed.
     """
     images = source.source()
     if isinstance(source, ActivationStore) and source.n_images < len(images):
@@ -229,11 +231,11 @@ def images_of(source: ActivationSource) -> ImageSource:
 
 
 def trained_on(sae: SparseAutoencoder, source: ActivationSource) -> bool | None:
-    """Whether the activations are of the images that the SAE was trained on; None if not known."""
+    """Return whether the SAE was trained on the images of the activations; None if unknown."""
     return seen_in_training(sae.metadata, source)
 
 
 def held_out(sae: SparseAutoencoder, source: ActivationSource) -> bool:
-    """Whether the activations are of images that training kept out."""
+    """Return whether the activations are of images that were held out from training."""
     same = sae.metadata.get("images") == source.model_info.get("images")
     return same and trained_on(sae, source) is False

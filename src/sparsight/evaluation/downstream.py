@@ -1,4 +1,4 @@
-"""What the model still does with a site replaced: zero-shot accuracy, KL and contrastive loss.
+"""What the model can still do with a site replaced: zero-shot accuracy, KL, contrastive loss.
 
 All replacements are measured on the same images in one pass over them.
 """
@@ -30,19 +30,19 @@ from sparsight.vision import (
 )
 
 CONTRASTIVE_BATCH = 256
-"""Pictures (and captions) that are told apart; chance is ln 256 = 5.55 nats."""
+"""Images (and captions) in one batch of the contrastive loss; chance is ln 256 = 5.55 nats."""
 
 Replacement = Callable[[Tensor], Tensor]
-"""From vectors `[n, d_in]` of a site, float32, to what stands in their place."""
+"""A function from vectors `[n, d_in]` of a site, float32, to their replacements."""
 
 
 @dataclass(frozen=True)
 class Downstream:
-    """Figures of each variant, and why some are not there.
+    """The figures of each variant, and why some are missing.
 
     Attributes:
-        zero_shot: by variant, `original` first; empty if it was left out.
-        contrastive: by variant; empty if it was left out.
+        zero_shot: zero-shot figures by variant, `original` first; empty if left out.
+        contrastive: contrastive figures by variant; empty if left out.
         omitted: what was left out, and why.
     """
 
@@ -52,15 +52,15 @@ class Downstream:
 
 
 def why_not(model: VisionModel | None, images: ImageSource | None, tokens: str) -> str | None:
-    """The reason why nothing can be measured downstream; None if it can."""
+    """Return the reason why nothing can be measured downstream; None if it can."""
     if tokens == "mean":
-        return "The mean over patches is no position of the model: it cannot be replaced."
+        return "The mean over patches is not a position of the model, so it cannot be replaced."
     if model is None:
-        return "No model was given: model=sp.load_model(…)."
+        return "No model was given; give model=sp.load_model(…)."
     if not model.has_text:
         return f"{model.id} has no text tower."
     if images is None:
-        return "The images are not at hand; give images=…."
+        return "The images are not available; give images=…."
     return None
 
 
@@ -80,22 +80,22 @@ def downstream(
     workers: int | None = None,
     quiet: bool = True,
 ) -> Downstream:
-    """Measure the model as it is, and with each replacement at a site.
+    """Measure the unchanged model, and the model with each replacement at a site.
 
     Args:
-        model: one with a text tower.
-        images: with labels for zero-shot accuracy, with captions for contrastive loss.
-        site: where to replace.
-        tokens: which positions are replaced: `all`, `patches` or `cls`.
-        replacements: by name.
-        class_names: labels, or a mapping from label to the name in the sentence; default the
-            labels of `images`, underscores read as spaces.
+        model: a model with a text tower.
+        images: the images; labels give zero-shot accuracy, captions contrastive loss.
+        site: the site to replace.
+        tokens: the positions to replace: `all`, `patches` or `cls`.
+        replacements: the replacements, by name.
+        class_names: labels, or a mapping from label to the name in the sentence; default: the
+            labels of `images`, with spaces for underscores.
         templates: see `sparsight.vision.classifier_weights`.
-        limit: a random sample of so many images; default all.
-        seed: of the sample.
-        batch_images: images at a time.
-        workers: processes that decode.
-        quiet: no progress line.
+        limit: size of a random sample of images; default: all images.
+        seed: seed of the sample.
+        batch_images: images per batch.
+        workers: processes that decode images.
+        quiet: show no progress line.
     """
     whole = images
     images = whole if limit is None else whole.sample(limit, seed)
@@ -137,21 +137,21 @@ def downstream(
 def _omitted(
     infos: Sequence[ImageInfo], numbers: Mapping[str, int], n_captions: int
 ) -> dict[str, str]:
-    """What the images say too little for, and why."""
+    """Return the figures that these images cannot give, and why."""
     omitted: dict[str, str] = {}
     if not numbers:
         omitted["zero_shot"] = "The images have no labels, and class_names was not given."
     elif not any(info.label in numbers for info in infos):
-        omitted["zero_shot"] = "No image has a label that is among the classes."
+        omitted["zero_shot"] = "None of the images' labels is among the classes."
     if n_captions < 2:
         omitted["contrastive"] = "The images have no captions."
     return omitted
 
 
 class _Variants:
-    """Embeds images with the model as it is and with each replacement.
+    """Embeds images with the unchanged model and with each replacement.
 
-    An ablation that leaves nothing of the image is run on one batch alone.
+    An ablation whose output does not depend on the image runs on one batch only.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class _Variants:
     def embed(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, "batch d_embed"]]:
-        """By variant, `original` first."""
+        """Return the embeddings by variant, `original` first."""
         edits = {name: edit for name, edit in self.edits.items() if name not in self._constant}
         found = embed_variants(self.model, pixels, self.site, edits)
         found |= {name: row.expand(len(pixels), -1) for name, row in self._constant.items()}
@@ -176,7 +176,7 @@ class _Variants:
 
 
 def replacing(function: Replacement, model: VisionModel, site: str, tokens: str) -> Replacement:
-    """An edit of `model` that puts `function` of the vectors in the place of some positions."""
+    """Return an edit of `model` that applies `function` to the vectors of some positions."""
     only_one = model.token_count(site, "cls" if model.has_cls else "all") == 1 and (
         model.token_count(site, "all") == 1
     )
@@ -203,7 +203,7 @@ def replacing(function: Replacement, model: VisionModel, site: str, tokens: str)
 
 
 class _ZeroShot:
-    """Tallies of each variant, and in pairs with the original."""
+    """Zero-shot tallies of each variant, and paired counts against the original."""
 
     def __init__(
         self, classes: list[str], variants: list[str], weights: Tensor, logit_scale: float
@@ -215,7 +215,7 @@ class _ZeroShot:
         self.won = dict.fromkeys(variants, 0)
 
     def add(self, found: Mapping[str, Tensor], targets: Tensor) -> None:
-        """Count a batch; a target of −1 has no known label."""
+        """Count a batch; −1 marks an image without a known label."""
         known = targets >= 0
         if not bool(known.any()):
             return
@@ -236,7 +236,7 @@ class _ZeroShot:
             self.kl[name] += float(divergence.sum())
 
     def result(self, unlabelled: int, unknown: int, failed: int) -> dict[str, dict[str, Any]]:
-        """By variant."""
+        """Return the figures by variant."""
         counts = {"unlabelled": unlabelled, "unknown_label": unknown, "failed": failed}
         results = {name: tally.result(**counts) for name, tally in self.tallies.items()}
         top1 = results["original"].top1
@@ -257,7 +257,7 @@ class _ZeroShot:
 
 
 class _Contrastive:
-    """Contrastive loss over batches of `CONTRASTIVE_BATCH` images, however they come."""
+    """Contrastive loss over batches of `CONTRASTIVE_BATCH` images, whatever batches are added."""
 
     def __init__(self, model: VisionModel, variants: list[str], n_captions: int) -> None:
         self.model = model
@@ -285,7 +285,7 @@ class _Contrastive:
             self.n += 1
 
     def result(self) -> dict[str, dict[str, Any]]:
-        """By variant; images that did not fill a last batch are left out and counted."""
+        """Return the figures by variant; images that do not fill a last batch are only counted."""
         if not self.n:
             return {}
         mean = {name: loss / self.n for name, loss in self.loss.items()}
@@ -305,17 +305,17 @@ class _Contrastive:
 
 
 def _best(logits: Float[Tensor, "batch classes"]) -> Tensor:
-    """The class of the highest logit; of equal ones the first, as `ZeroShotTally` has it."""
+    """Return the class with the highest logit; the first of equals, like `ZeroShotTally`."""
     return logits.argsort(dim=1, descending=True, stable=True)[:, 0]
 
 
 def _is_constant(
     name: str, site: str, tokens: str, embeddings: Float[Tensor, "batch d_embed"]
 ) -> bool:
-    """Whether an ablation leaves nothing of the picture, so that it need run but once.
+    """Return whether an ablation removes the image altogether, so that it needs to run only once.
 
-    So it is where every position of the residual stream becomes the same vector; seen in a batch
-    before it is relied upon.
+    This holds if every position of the residual stream becomes the same vector; a batch confirms it
+    first.
     """
     if name not in ("zero", "mean") or tokens != "all" or len(embeddings) < 2:
         return False

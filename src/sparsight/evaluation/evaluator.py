@@ -1,4 +1,4 @@
-"""`evaluate`: every number about an SAE, with baselines on the same data through the same code."""
+"""`evaluate`: every number about an SAE and its baselines, on the same data, with the same code."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 KEPT_ENTRIES = 16 << 20
-"""Entries of sparse codes that are kept for a second look; 192 MiB."""
+"""Entries of sparse codes that are kept for the second pass; 192 MiB."""
 
 
 @torch.no_grad()
@@ -71,35 +71,36 @@ def evaluate(
     seed: int = 0,
     quiet: bool = False,
 ) -> EvaluationReport:
-    """Measure an SAE; what cannot be measured is left out, with the reason in `omitted`.
+    """Measure an SAE; figures that cannot be measured are left out, with the reason in `omitted`.
 
-    Reconstruction and sparsity need activations alone; zero-shot accuracy a model with a text tower
-    and images with labels, contrastive loss captions; the truth table calibration images.
+    Reconstruction and sparsity need only activations. Zero-shot accuracy needs a model with a text
+    tower and labelled images, contrastive loss needs captions, the truth table calibration images.
 
     Args:
         sae: the SAE.
-        activations: a store, or live ones.
-        model: the model that they are of; default the one of live activations.
-        images: for the downstream figures; default the images that the activations are of.
-        site: default the one that the SAE was trained on.
-        class_names: labels, or a mapping from label to class name; default the images' labels.
+        activations: a store, or live activations.
+        model: the model that computed them; default: that of live activations.
+        images: images for the downstream figures; default: those of the activations.
+        site: the site to measure; default: the one that the SAE was trained on.
+        class_names: labels, or a mapping from label to class name; default: the images' labels.
         templates: sentences for zero-shot classification: `simple`, `openai80` or a list.
         baselines: measure an untrained SAE, PCA and raw neurons as well.
-        max_images: a random sample of so many images; default all.
-        batch_images: images at a time.
-        dead_window: N of `dead`, in vectors; default 10,000,000, or all there are if fewer.
+        max_images: size of a random sample of images; default: all images.
+        batch_images: images per batch.
+        dead_window: N of `dead`, in vectors; default 10,000,000, or all vectors if there are fewer.
         workers: processes that decode images.
-        seed: of the sample, the untrained SAE, the halves of the truth table and the bootstrap.
-        quiet: no progress bars.
+        seed: seed of the sample, the untrained SAE, the halves of the truth table and the
+            bootstrap.
+        quiet: show no progress bars.
 
     Raises:
-        UserError: SAE, activations and model do not belong together, or an option makes no sense.
+        UserError: SAE, activations and model do not match, or an option is invalid.
         SparsightError: an activation or a reconstruction is not finite.
     """
     if dead_window is not None and dead_window < 1:
         raise UserError(f"dead_window is {dead_window}; it must be 1 vector or more.")
     check_seed(seed)
-    resolve_templates(templates)  # a wrong name is told now, not after the whole evaluation
+    resolve_templates(templates)  # a wrong name fails now, not after the whole evaluation
     site = find_site(sae, activations, site)
     model = model or getattr(activations, "model", None)
     _check_model(model, activations)
@@ -115,17 +116,17 @@ def evaluate(
     )
     evaluation = _Evaluation(sae, passes, seed, dead_window, quiet)
     own, no_images = _own_images(activations)
-    pictures = open_images(images) if isinstance(images, str | Path) else images or own
+    downstream_images = open_images(images) if isinstance(images, str | Path) else images or own
 
     evaluation.measure({"sae": sae}, "evaluate")
     if baselines:
         evaluation.measure(evaluation.baselines(), "baselines")
     evaluation.tell_truth(own, no_images)
     if images is None and own is not None and len(evaluation.images) < len(own):
-        pictures = own.select(evaluation.images)  # the ones that the rest was measured on
+        downstream_images = own.select(evaluation.images)  # those that the other figures are from
     evaluation.go_downstream(
         model,
-        pictures,
+        downstream_images,
         no_images,
         class_names=class_names,
         templates=templates,
@@ -139,7 +140,7 @@ def evaluate(
 
 @dataclass
 class _Measured:
-    """The meters of one way to take activations apart."""
+    """The meters of one decomposition: the SAE or a baseline."""
 
     decomposition: Decomposition
     raw: ReconstructionMeter
@@ -147,22 +148,22 @@ class _Measured:
     sparsity: SparsityMeter | None
     pooled: PooledFeatures
     codes: list[SparseCode] = field(default_factory=list)
-    """Of the first batches, as many as there is room for: heatmaps need them again."""
+    """Codes of the first batches, as many as fit: heatmaps need them again."""
     room: int = KEPT_ENTRIES
 
     def keep(self, code: SparseCode) -> None:
-        """Keep a batch's code, unless the room is used up."""
+        """Keep a batch's code if it still fits."""
         self.room -= len(code.indices)
         if self.room >= 0:
             self.codes.append(code)
 
     def features(self, number: int, x: Tensor) -> Features:
-        """Of a batch, by its number and vectors."""
+        """Return the features of a batch, from its number and vectors."""
         return self.codes[number] if number < len(self.codes) else self.decomposition(x)[1]
 
 
 class _Evaluation:
-    """What is known so far; each step adds to it."""
+    """The results so far; each step adds to them."""
 
     def __init__(
         self,
@@ -183,7 +184,7 @@ class _Evaluation:
         self.downstream_images: str | None = None
 
     def measure(self, decompositions: Mapping[str, Decomposition], title: str) -> None:
-        """One pass over the activations."""
+        """Measure decompositions in one pass over the activations."""
         passes, layout = self.passes, self.passes.layout
         first = not self.images
         fresh = {name: self._meters(name, each) for name, each in decompositions.items()}
@@ -213,19 +214,21 @@ class _Evaluation:
                 n_seen += len(batch.x)
                 line.advance(len(batch.x))
         if not n_seen:
-            raise UserError("There is not one image to evaluate on.")
+            raise UserError(
+                "No images to evaluate on: the source is empty, or none of its images loads."
+            )
         for each in fresh.values():
             each.raw.check_finite()
         self.measured |= fresh
 
     def baselines(self) -> dict[str, Decomposition]:
-        """The baselines at the SAE's own mean L0."""
+        """Fit the baselines, at the SAE's own mean L0."""
         sparsity = self.measured["sae"].sparsity
         assert sparsity is not None
         k = min(max(1, round(sparsity.l0())), self.sae.d_in)
         sample = self.passes.first_vectors(INIT_SAMPLE)
         fresh = untrained(self.sae, sample, self.seed, k)
-        if self.sae.is_transcoder:  # the others reconstruct their input
+        if self.sae.is_transcoder:  # the other baselines reconstruct their input
             return {"untrained": fresh}
         mean = self.measured["sae"].raw.mean.float()
         return {
@@ -235,19 +238,21 @@ class _Evaluation:
         }
 
     def tell_truth(self, images: ImageSource | None, no_images: str) -> None:
-        """The truth table of everything measured, if the images know what they show."""
+        """Make the truth table of the SAE and its baselines, if the images have a ground truth."""
         if images is None:
             self.omitted["truth"] = no_images
             return
         if not isinstance(images, TruthSource):
-            self.omitted["truth"] = "The images are not of the calibration world."
+            self.omitted["truth"] = "The images are not from the calibration world."
             return
         layout = self.passes.layout
         if len(self.images) < MIN_SCENES:
-            self.omitted["truth"] = f"It needs {MIN_SCENES} scenes, there are {len(self.images)}."
+            self.omitted["truth"] = (
+                f"It needs {MIN_SCENES} scenes, but there are only {len(self.images)}."
+            )
             return
         if not layout.grid:
-            self.omitted["truth.iou"] = "One vector an image has no heatmap."
+            self.omitted["truth.iou"] = "One vector per image gives no heatmap."
         question = ask(cast(TruthSource, images), self.images, layout, self.seed)
         choices = {
             name: choose_features(question, each.pooled) for name, each in self.measured.items()
@@ -273,11 +278,11 @@ class _Evaluation:
         no_images: str,
         **options: Any,
     ) -> None:
-        """Zero-shot accuracy and contrastive loss with the site replaced."""
+        """Measure zero-shot accuracy and contrastive loss with the site replaced."""
         passes, tokens = self.passes, self.passes.source.tokens
         reason = why_not(model, images, tokens)
         if self.sae.is_transcoder:
-            reason = "A transcoder's output takes the place of another site than its input's."
+            reason = "A transcoder's output belongs to another site than its input."
         if reason is not None or model is None or images is None:
             reason = no_images if images is None and no_images and model else reason
             self.omitted |= {"zero_shot": str(reason), "contrastive": str(reason)}
@@ -307,7 +312,7 @@ class _Evaluation:
                 self._block(name)[family] = {"reconstructed": variants[name]}
 
     def report(self) -> EvaluationReport:
-        """All of it."""
+        """Return the whole report."""
         sae, passes = self.sae, self.passes
         source = passes.source
         sparsity = self.measured["sae"].sparsity
@@ -360,7 +365,7 @@ class _Evaluation:
         return EvaluationReport(metrics, counts)
 
     def _figures(self, name: str) -> dict[str, Any]:
-        """Keys of one block of `metrics.json`: the SAE's own, or a baseline's."""
+        """Return one block of `metrics.json`: the SAE's own, or a baseline's."""
         each, layout = self.measured[name], self.passes.layout
         figures = each.raw.result(layout.n_prefix, layout.has_cls)
         if each.sparsity is not None:
@@ -373,7 +378,7 @@ class _Evaluation:
         return figures
 
     def _about(self, name: str) -> dict[str, Any]:
-        """What a baseline is."""
+        """Return what a baseline is, for `metrics.json`."""
         each = self.measured[name].decomposition
         if isinstance(each, PCA):
             error = self.measured["sae"].raw.result()["fvu"]
@@ -412,13 +417,13 @@ def _check_model(model: VisionModel | None, activations: ActivationSource) -> No
     expected = activations.model_info.get("weights_hash")
     if model is not None and expected and model.weights_hash != expected:
         raise UserError(
-            f"The activations are of {activations.model_info.get('id')}, the model given is "
-            f"{model.id}, which has other weights."
+            f"The activations are from {activations.model_info.get('id')}, but the model is "
+            f"{model.id}, whose weights differ."
         )
 
 
 def _own_images(activations: ActivationSource) -> tuple[ImageSource | None, str]:
-    """The images that the activations are of; else None, and why."""
+    """Return the images of the activations; or None, and why they are missing."""
     try:
         return activations.source(), ""
     except (SparsightError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Where a feature is active on a scene, against where its attribute truly is."""
+"""Compare where a feature is active on a scene with where its attribute really is."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class HeatCollector:
     """The heatmap of each attribute's feature on each scene that shows the attribute.
 
     Args:
-        question: the scenes.
-        choice: the feature of each attribute.
+        question: the scenes and what they show.
+        choice: the feature chosen for each attribute.
         layout: where the patches are.
     """
 
@@ -36,11 +36,11 @@ class HeatCollector:
         self._n_scenes = 0
 
     def add(self, features: Features) -> None:
-        """Take the heatmaps of some images, in the order of the scenes."""
+        """Add the heatmaps of the next scenes, in order."""
         first, stop = self._n_scenes, self._n_scenes + len(features) // self.layout.n_tokens
         self._n_scenes = stop
         truth = self.question.truth
-        # Scenes are in order, so the rows of a batch follow each other.
+        # Scenes are in order, so the rows of a batch are contiguous.
         low, high = torch.searchsorted(truth.scene, torch.tensor([first, stop])).tolist()
         if low == high:
             return
@@ -51,11 +51,13 @@ class HeatCollector:
         self._heat[low:high][asked] = found
 
     def result(self) -> dict[int, dict[str, Any]]:
-        """By attribute: `iou` (mean over scenes), `iou_pooled`, `iou_everywhere`, and more."""
+        """Return for each attribute `iou` (mean over scenes), `iou_pooled`, `iou_everywhere` and
+        more.
+        """
         truth, halves = self.question.truth, self.question.halves
         held_out = torch.zeros(len(truth.shows), dtype=torch.bool)
         held_out[halves.held_out] = True
-        # A part that something else covers altogether has no place to point at.
+        # A part that something else covers completely has no visible patch.
         visible = truth.masks.any(dim=1)
         found: dict[int, dict[str, Any]] = {}
         for attribute in self.choice.attribute.tolist():
@@ -77,7 +79,7 @@ class HeatCollector:
 
 
 def heat_threshold(heat: Float[Tensor, "n patches"], masks: Bool[Tensor, "n patches"]) -> float:
-    """The threshold of the highest mean IoU: 0, or one of 64 quantiles of what is not 0."""
+    """Return the threshold with the highest mean IoU: 0, or one of 64 quantiles of the rest."""
     values = heat[heat != 0]
     if not len(values):
         return 0.0
@@ -95,5 +97,5 @@ def heat_threshold(heat: Float[Tensor, "n patches"], masks: Bool[Tensor, "n patc
 def _overlap(
     called: Bool[Tensor, "n patches"], masks: Bool[Tensor, "n patches"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Patches in both, and in either, of each scene."""
+    """Count the patches of each scene in both masks, and in either."""
     return (called & masks).sum(dim=1).double(), (called | masks).sum(dim=1).double()

@@ -1,4 +1,4 @@
-"""From features of patches to one score of a feature on a scene; sparse where features are."""
+"""Pool the features of patches into one score per scene; sparse features stay sparse."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Pooling = Literal["max", "mean"]
 class PooledFeatures:
     """Maximum and mean of every feature over the patches of every scene.
 
-    Without a grid of patches (`cls`, `mean`) both are over all of an image's vectors. What is
-    sparse stays so: memory grows with the latents that are active in a scene. Features that may be
+    Without a grid of patches (`cls`, `mean`) both are over all vectors of an image. Sparse features
+    stay sparse: memory grows with the number of active latents per scene. Features that may be
     negative are pooled with both signs: feature `n + j` is minus feature `j`.
 
     Args:
         layout: where the patches are.
-        limit: scenes after the first so many are left out.
+        limit: largest number of scenes; later ones are left out.
     """
 
     def __init__(self, layout: Layout, limit: int) -> None:
@@ -38,7 +38,7 @@ class PooledFeatures:
         self._starts: list[int] = []
 
     def add(self, features: Features) -> None:
-        """Count the features of some images, in order."""
+        """Add the features of the next images, in order."""
         n_images = len(features) // self.layout.n_tokens
         n_images = min(n_images, self.limit - self.n_scenes)
         if n_images <= 0:
@@ -57,7 +57,7 @@ class PooledFeatures:
     def columns(
         self, pooling: Pooling, features: slice | Int[Tensor, " some"]
     ) -> Float[Tensor, "scenes some"]:
-        """The scores of some features on all scenes; a slice, or any numbers."""
+        """Return the scores of features, given as a slice or as numbers, on all scenes."""
         self._settle()
         if self.signed:
             return self._matrices[pooling][:, features]
@@ -73,7 +73,7 @@ class PooledFeatures:
         kept = (rows % n_tokens >= n_prefix) & (rows < n_images * n_tokens)
         if not bool(kept.any()):
             return
-        # By latent, then scene: one run of entries a pair.
+        # By latent, then scene: the entries of a pair are contiguous.
         key = code.indices[kept] * n_images + rows[kept] // n_tokens
         key, order = key.sort(stable=True)
         pair, counts = key.unique_consecutive(return_counts=True)
@@ -85,7 +85,7 @@ class PooledFeatures:
         self._parts.append(tuple(each.cpu() for each in parts))
 
     def _settle(self) -> None:
-        """Bring the parts together, sparse ones in the order of the latents."""
+        """Join the parts, sparse ones in the order of the latents."""
         if not self._parts:
             return
         joined = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
@@ -118,12 +118,12 @@ def heat(
     layout: Layout,
     chosen: Int[Tensor, " columns"],
 ) -> Float[Tensor, "images patches columns"]:
-    """Some features at every patch, numbered as `PooledFeatures` does.
+    """Return chosen features at every patch, numbered as in `PooledFeatures`.
 
     Args:
-        features: of whole images.
+        features: features of whole images.
         layout: where the patches are.
-        chosen: which.
+        chosen: numbers of the features.
     """
     n_tokens, n_prefix = layout.n_tokens, layout.n_prefix or 0
     if isinstance(features, SparseCode):

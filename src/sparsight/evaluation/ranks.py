@@ -1,4 +1,4 @@
-"""How well a score tells positives from negatives: AUC by ranks, F1 by threshold; many at once."""
+"""How well scores separate positives from negatives: AUC by ranks, F1 by threshold, in bulk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def average_ranks(scores: Float[Tensor, "items columns"]) -> Float[Tensor, "items columns"]:
-    """Ranks within each column, from 1, in float64; equal scores share their mean rank."""
+    """Return ranks within each column, from 1, in float64; equal scores share their mean rank."""
     columns = scores.T.contiguous()
     ordered = columns.sort(dim=1).values
     below = torch.searchsorted(ordered, columns)
@@ -19,10 +19,10 @@ def average_ranks(scores: Float[Tensor, "items columns"]) -> Float[Tensor, "item
 def auc_matrix(
     scores: Float[Tensor, "items columns"], labels: Bool[Tensor, "items labels"]
 ) -> Float[Tensor, "columns labels"]:
-    """Area under the ROC curve of every column for every label, exactly, ties counted half.
+    """Return the exact area under the ROC curve of every column for every label; ties count half.
 
-    AUC = (R − P (P + 1) / 2) / (P N), with R the sum of the positives' ranks, P positives and N
-    negatives (Mann-Whitney). NaN where a label has no positive or no negative.
+    AUC = (R − P (P + 1) / 2) / (P N), where R is the sum of the positives' ranks, P the number of
+    positives, N that of negatives (Mann-Whitney). NaN if a label has no positives or no negatives.
     """
     positive = labels.double().sum(dim=0)
     negative = len(labels) - positive
@@ -33,7 +33,7 @@ def auc_matrix(
 def auc_of_pairs(
     scores: Float[Tensor, "items pairs"], labels: Bool[Tensor, "items pairs"]
 ) -> Float[Tensor, " pairs"]:
-    """AUC of each column of scores for the same column of labels."""
+    """Return the AUC of each column of scores for the same column of labels."""
     positive = labels.double().sum(dim=0)
     negative = len(labels) - positive
     rank_sums = (average_ranks(scores) * labels).sum(dim=0)
@@ -43,10 +43,10 @@ def auc_of_pairs(
 def best_threshold(
     scores: Float[Tensor, "items pairs"], labels: Bool[Tensor, "items pairs"]
 ) -> Float[Tensor, " pairs"]:
-    """The threshold of the highest F1, of all thresholds; positive is what lies above it.
+    """Return the threshold with the highest F1; scores above it are positive.
 
-    It lies half way between two scores that occur; below all of them if everything is best called
-    positive. Of equal F1, the highest threshold.
+    It is halfway between two scores of the column; below all of them if F1 is best with everything
+    positive. Among thresholds of equal F1, the highest.
     """
     ordered, order = scores.double().sort(dim=0, descending=True)
     hits = labels.gather(0, order).double().cumsum(dim=0)
@@ -63,7 +63,7 @@ def f1_at(
     labels: Bool[Tensor, "items pairs"],
     threshold: Float[Tensor, " pairs"],
 ) -> Float[Tensor, " pairs"]:
-    """F1 of each column if what lies above the threshold is called positive; 0 without hits."""
+    """Return the F1 of each column if scores above the threshold are positive; 0 without hits."""
     called = scores.double() > threshold
     hits = (called & labels).sum(dim=0).double()
     return 2 * hits / (called.sum(dim=0) + labels.sum(dim=0)).clamp(min=1)
@@ -74,9 +74,10 @@ def best_f1_on_grid(
     labels: Bool[Tensor, "items labels"],
     fractions: tuple[float, ...] = (0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75),
 ) -> Float[Tensor, "columns labels"]:
-    """Highest F1 of every column for every label, over some fractions of the column's maximum.
+    """Return the highest F1 of every column for every label, over fractions of the column's
+    maximum.
 
-    A product of matrices for each threshold: coarse and fast, to choose by; not to report.
+    One matrix product per threshold: coarse and fast, for choosing, not for reporting.
     """
     wanted = labels.float()
     peaks = scores.amax(dim=0)

@@ -1,4 +1,4 @@
-"""Retrieval between pictures and captions: how far up the right one stands."""
+"""Retrieval between images and captions: how high the right answer is ranked."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Recall:
     """One direction of retrieval.
 
     Attributes:
-        at: share of queries with a right answer among the first 1, 5, 10.
+        at: share of queries with a right answer among the top 1, 5 and 10.
         interval: 95 % Wilson interval of each.
-        median_rank: of the best right answer, from 1.
-        n: queries.
-        candidates: what was searched.
+        median_rank: median rank of the best right answer, from 1.
+        n: number of queries.
+        candidates: number of candidates for each query.
     """
 
     at: dict[int, float]
@@ -35,7 +35,7 @@ class Recall:
     candidates: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values."""
+        """Return the figures as values for JSON."""
         return {
             **{f"recall_{k}": share for k, share in self.at.items()},
             **{f"recall_{k}_interval": bounds for k, bounds in self.interval.items()},
@@ -50,17 +50,17 @@ def image_text_recall(
     texts: Float[Tensor, "texts d_embed"],
     text_of: Int[Tensor, " images"],
 ) -> tuple[Recall, Recall]:
-    """Image to text, and text to image, by cosine.
+    """Measure image-to-text and text-to-image retrieval by cosine.
 
     Args:
         images: embeddings, normalised or not.
-        texts: embeddings of different captions.
-        text_of: the caption of each picture; several pictures may share one, and any of them is
-            then right for it.
+        texts: embeddings of the distinct captions.
+        text_of: the caption of each image; if several images share one, each of them is right for
+            it.
     """
     cosine = normalize(images.float(), dim=1) @ normalize(texts.float(), dim=1).T
     own = cosine.gather(1, text_of[:, None])
-    # Of equal cosines the wrong ones count as better: no picture is found by chance of order.
+    # At equal cosines wrong answers rank higher, so that no hit depends on the order.
     to_text = (cosine >= own).sum(dim=1)
     right = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, text_of[:, None], True)
     best = cosine.masked_fill(~right, -torch.inf).amax(dim=0)
@@ -70,7 +70,7 @@ def image_text_recall(
 
 
 def distinct(captions: Sequence[str]) -> tuple[list[str], Int[Tensor, " images"]]:
-    """The different captions, and which one each picture has."""
+    """Return the distinct captions, and the number of each image's caption among them."""
     numbers = {text: i for i, text in enumerate(dict.fromkeys(captions))}
     return list(numbers), torch.tensor([numbers[text] for text in captions])
 

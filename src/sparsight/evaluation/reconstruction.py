@@ -12,15 +12,15 @@ from sparsight.errors import SparsightError, UserError
 
 
 class ReconstructionMeter:
-    """Sums over vectors x and their reconstructions x̂, batch by batch, any batch size.
+    """Sums over vectors x and their reconstructions x̂, batch by batch.
 
     Every figure but `fvu_batch` is independent of how the data set is cut into batches.
 
     Args:
-        n_tokens: positions of an image.
+        n_tokens: positions per image.
         d_in: width of the activations.
-        device: where the sums are kept.
-        what: is measured, for messages.
+        device: device of the sums.
+        what: name of what is measured, for messages.
     """
 
     def __init__(
@@ -44,15 +44,16 @@ class ReconstructionMeter:
     def add(
         self, x: Float[Tensor, "batch tokens d_in"], x_hat: Float[Tensor, "batch tokens d_in"]
     ) -> None:
-        """Count a batch of images.
+        """Add a batch of images.
 
         Raises:
-            UserError: the shapes differ, or have another number of positions or width.
+            UserError: the shapes differ from each other, or from the number of positions and the
+                width.
         """
         if x.shape != x_hat.shape or x.shape[1:] != self._sum.shape:
             raise UserError(
-                f"{self.what}: x is {list(x.shape)} and x̂ {list(x_hat.shape)}; expected "
-                f"[batch, {self._sum.shape[0]}, {self._sum.shape[1]}] twice."
+                f"{self.what}: x is {list(x.shape)} and x̂ {list(x_hat.shape)}; both must be "
+                f"[batch, {self._sum.shape[0]}, {self._sum.shape[1]}]."
             )
         x, x_hat = x.double(), x_hat.double()
         squares = x.square().sum(dim=2)
@@ -79,22 +80,22 @@ class ReconstructionMeter:
         self._batches += counts
 
     def result(self, n_prefix: int | None = None, has_cls: bool = False) -> dict[str, Any]:
-        """The figures of `docs/design.md`, JSON-able; None where one is not defined.
+        """Return the figures of docs/concepts/metrics.md, for JSON; None if one is not defined.
 
         Args:
-            n_prefix: positions before the first patch among those measured; None if they are no
-                grid of patches (one vector per image).
-            has_cls: whether the first of them is the CLS position. With patches behind it, both
-                get an FVU of their own, each centred on its own mean.
+            n_prefix: number of measured positions before the first patch; None without a grid of
+                patches (one vector per image).
+            has_cls: whether the first of them is CLS. If patches follow, CLS and patches each get
+                an FVU of their own, centred on their own mean.
 
         Raises:
-            UserError: there was not one vector.
+            UserError: no vectors were added.
             SparsightError: a sum is not finite.
         """
         n_tokens, d_in = self._sum.shape
         n = self.n_images * n_tokens
         if n == 0:
-            raise UserError(f"{self.what}: not one vector was measured.")
+            raise UserError(f"{self.what}: no vectors to measure.")
         self.check_finite()
         squares, errors = self._squares.sum(), self._errors.sum()
         variance = squares - self._sum.sum(dim=0).square().sum() / n
@@ -125,7 +126,7 @@ class ReconstructionMeter:
             raise SparsightError(f"{self.what}: activations or reconstructions are not finite.")
 
     def _fvu_of(self, first: int, stop: int) -> float | None:
-        """FVU of the positions `first` … `stop − 1` alone."""
+        """Return the FVU of the positions `first` … `stop − 1` alone."""
         total = self._sum[first:stop].sum(dim=0)
         squares, n = self._squares[first:stop].sum(), self.n_images * (stop - first)
         return _ratio(self._errors[first:stop].sum(), squares - total.square().sum() / n, squares)
@@ -137,7 +138,7 @@ class ReconstructionMeter:
 
 
 def _ratio(top: Tensor, bottom: Tensor, size: Tensor) -> float | None:
-    """`top / bottom`; None where the bottom is nothing but rounding, as `size` tells."""
+    """Return `top / bottom`; None if the bottom is only rounding error compared with `size`."""
     return float(top / bottom) if float(bottom.abs()) > 1e-12 * float(size) else None
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate` gives back: figures for JSON, and what every latent counted."""
+"""The result of `evaluate`: figures for JSON, and counts per latent."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class EvaluationReport:
-    """Every number about an SAE, with the baselines beside it.
+    """Every number about an SAE and its baselines.
 
     Attributes:
-        metrics: nested, JSON-able; keys as in `docs/design.md`. A figure that is not defined is
-            None; a family that was left out has its reason in `omitted`.
+        metrics: nested figures for JSON; docs/concepts/metrics.md explains the keys. An undefined
+            figure is None; if a family was left out, `omitted` has the reason.
         latents: density and mean activation of every latent.
     """
 
@@ -40,7 +40,9 @@ class EvaluationReport:
         return path
 
     def table(self) -> list[tuple[str, ...]]:
-        """Rows for a terminal: the head, then name, the SAE's figure and each baseline's."""
+        """Return rows for a terminal: the head, then per figure its name, the SAE's and the
+        baselines'.
+        """
         blocks = self._blocks()
         rows = [("", *blocks)]
         for figure in self._figures():
@@ -51,8 +53,8 @@ class EvaluationReport:
         return rows
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The table as numbers in a data frame of pandas: one row per figure, one column per block
-        (`SAE`, and each baseline); the index is the figure's name.
+        """Return the table as numbers in a pandas data frame: one row per figure, one column per
+        block (`SAE`, and each baseline); the index is the figure's name.
 
         Raises:
             MissingExtra: pandas is not installed.
@@ -70,7 +72,7 @@ class EvaluationReport:
         shown = (each for each in shown_in("log") if each.of(self.metrics) is not None)
         figures = ", ".join(f"{each.name} {each.show(each.of(self.metrics))}" for each in shown)
         beside = ", ".join(self.metrics.get("baselines") or {}) or "no baselines"
-        return f"EvaluationReport({figures}; beside it: {beside})"
+        return f"EvaluationReport({figures}; baselines: {beside})"
 
     def _repr_html_(self) -> str:
         head, *rows = self.table()
@@ -82,7 +84,7 @@ class EvaluationReport:
         return {"SAE": self.metrics} | {BASELINES.get(k, k): block for k, block in beside.items()}
 
     def _figures(self) -> Iterator[Figure]:
-        """The rows of the table; of variants each that can be there."""
+        """Yield the figures of the table's rows, one per variant."""
         for figure in shown_in("table"):
             yield from [figure.at(variant) for variant in figure.variants] or [figure]
         for kind in self.metrics.get("truth_summary") or {}:
@@ -96,12 +98,12 @@ class EvaluationReport:
 
 
 def finite(value: Any, path: str = "", gaps: dict[str, str] | None = None) -> Any:
-    """The same value with None for every number that is NaN or infinite.
+    """Return the same value with None for every number that is NaN or infinite.
 
     Args:
         value: nested dictionaries, lists and numbers.
-        path: where it stands.
-        gaps: gets the path of each number that was replaced, and what it was.
+        path: path of the value.
+        gaps: receives the path of each replaced number, and what it was.
     """
     if isinstance(value, Mapping):
         return {

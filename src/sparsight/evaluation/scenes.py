@@ -1,4 +1,4 @@
-"""The truth about calibration scenes, as matrices: who shows what, and where."""
+"""The ground truth of calibration scenes as matrices: which scene shows what, and where."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch.nn import functional
 
 @runtime_checkable
 class TruthSource(Protocol):
-    """Images that know what they show; the calibration world's do."""
+    """Images with a ground truth, such as those of the calibration world."""
 
     def scene(self, index: int) -> Any:
-        """The truth about an image: `.attributes()` gives the values of each attribute."""
+        """Return the truth about an image: `.attributes()` gives the values of each attribute."""
 
     def render(self, index: int) -> Any:
-        """The image with its masks: `.scene`, `.mask(attribute, value)`."""
+        """Return the image with its masks: `.scene`, `.mask(attribute, value)`."""
 
 
 @dataclass(frozen=True)
 class SceneTruth:
-    """What some scenes show.
+    """What scenes show.
 
     Attributes:
         attributes: `symbol/anchor`, …, sorted by kind in the order of the world, then value.
-        shows: which scene shows which.
-        scene: of each (scene, attribute) that is shown, the scene.
-        attribute: and the attribute.
-        masks: and the patches that show it; no rows where there is no grid of patches.
+        shows: which scene shows which attribute.
+        scene: for each pair of a scene and an attribute that it shows, the scene.
+        attribute: the attribute of each pair.
+        masks: the patches that show it; no rows without a grid of patches.
     """
 
     attributes: tuple[str, ...]
@@ -46,26 +46,26 @@ class SceneTruth:
     def of(
         cls, images: TruthSource, indices: Sequence[int], grid: tuple[int, int] | None
     ) -> SceneTruth:
-        """Of the images at `indices`, in that order.
+        """Return the truth about the images at `indices`, in that order.
 
         Args:
-            images: the source.
-            indices: places in it.
-            grid: rows and columns of the model's patches; masks of another size are brought to it
-                (a patch counts if half of it does). None: masks are left out.
+            images: the source of the images.
+            indices: places in the source.
+            grid: rows and columns of the model's patches; masks of another size are scaled to it (a
+                patch counts if half of it does). None leaves masks out.
         """
         found: list[tuple[int, str]] = []
         masks: list[np.ndarray] = []
         kinds: dict[str, set[str]] = {}
         for number, index in enumerate(indices):
-            picture = images.render(index) if grid else None
-            scene = picture.scene if picture is not None else images.scene(index)
+            rendered = images.render(index) if grid else None
+            scene = rendered.scene if rendered is not None else images.scene(index)
             for kind, values in scene.attributes().items():
                 kinds.setdefault(kind, set()).update(values)
                 for value in sorted(values):
                     found.append((number, f"{kind}/{value}"))
-                    if picture is not None:
-                        masks.append(picture.mask(kind, value))
+                    if rendered is not None:
+                        masks.append(rendered.mask(kind, value))
         attributes = tuple(
             f"{kind}/{value}" for kind, values in kinds.items() for value in sorted(values)
         )
@@ -77,7 +77,7 @@ class SceneTruth:
         return cls(attributes, shows, scene_of, attribute_of, _to_grid(masks, grid))
 
     def kind(self, attribute: int) -> str:
-        """The kind of an attribute: `symbol`."""
+        """Return the kind of an attribute, e.g. `symbol`."""
         return self.attributes[attribute].split("/")[0]
 
 

@@ -1,4 +1,4 @@
-"""How many latents are active, how often, how strongly, and which never are."""
+"""How many latents are active, how often and how strongly, and which never are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsight.errors import UserError
 from sparsight.sae import SparseCode
 
 CLIPSCOPE_WINDOW = 10_000_000
-"""Vectors of CLIP-Scope's dead proportion, and of Gao et al. 2024; our default too."""
+"""The window of CLIP-Scope's dead proportion, of Gao et al. 2024, and our default, in vectors."""
 
 LOW_DENSITY = 1e-5
 DECADES = (-8, 0)
@@ -24,12 +24,12 @@ BINS_PER_DECADE = 4
 
 @dataclass(frozen=True)
 class LatentCounts:
-    """What was counted of every latent.
+    """Counts of every latent.
 
     Attributes:
-        density: share of the vectors on which it is active.
+        density: share of vectors on which it is active.
         mean_activation: mean over the vectors on which it is active; NaN where it never is.
-        n_active: vectors on which it is active.
+        n_active: number of vectors on which it is active.
     """
 
     density: Float[np.ndarray, " n_latents"]
@@ -38,12 +38,12 @@ class LatentCounts:
 
 
 class SparsityMeter:
-    """Counts over sparse codes, in the order of the data.
+    """Counts active latents over sparse codes, in the order of the data.
 
     Args:
         n_latents: width of the dictionary.
-        n_tokens: positions of an image.
-        device: where the counts are kept.
+        n_tokens: positions per image.
+        device: device of the counts.
     """
 
     def __init__(self, n_latents: int, n_tokens: int, device: torch.device | str = "cpu") -> None:
@@ -51,11 +51,11 @@ class SparsityMeter:
         self.n_active = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self._sum = torch.zeros(n_latents, dtype=torch.float64, device=device)
         self._l0 = torch.zeros(n_tokens, dtype=torch.int64, device=device)
-        # Number of the last vector on which each latent was active, counted from 1.
+        # The last vector on which each latent was active, counted from 1.
         self._last = torch.zeros(n_latents, dtype=torch.int64, device=device)
 
     def add(self, code: SparseCode) -> None:
-        """Count the vectors of whole images, image after image."""
+        """Add the codes of whole images, image after image."""
         n_tokens = len(self._l0)
         if len(code) % n_tokens:
             raise UserError(
@@ -70,7 +70,7 @@ class SparsityMeter:
         self.n_vectors += len(code)
 
     def counts(self) -> LatentCounts:
-        """Of each latent."""
+        """Return the counts of each latent."""
         active = self.n_active.double()
         return LatentCounts(
             (active / self.n_vectors).cpu().numpy(),
@@ -79,28 +79,28 @@ class SparsityMeter:
         )
 
     def alive(self, window: int) -> Bool[Tensor, " n_latents"]:
-        """Which latents were active in the last `window` vectors."""
+        """Return which latents were active in the last `window` vectors."""
         return self._last > max(0, self.n_vectors - window)
 
     def l0(self, first: int = 0, stop: int | None = None) -> float:
-        """Mean number of active latents of the positions `first` … `stop − 1`."""
+        """Return the mean number of active latents at the positions `first` … `stop − 1`."""
         counts = self._l0[first:stop]
         return int(counts.sum()) / (len(counts) * self.n_vectors // len(self._l0))
 
     def result(self, n_prefix: int | None, has_cls: bool, window: int | None) -> dict[str, Any]:
-        """The figures, JSON-able; keys as in `docs/design.md`.
+        """Return the figures for JSON; docs/concepts/metrics.md explains the keys.
 
         Args:
-            n_prefix: positions before the first patch among those measured; None if they are not
-                positions of the picture (one vector an image).
+            n_prefix: number of measured positions before the first patch; None without a grid of
+                patches (one vector per image).
             has_cls: whether the first of them is the CLS position.
-            window: N of `dead`, in vectors; None is 10,000,000, or all there are if fewer.
+            window: N of `dead`, in vectors; None is 10,000,000, or all vectors if there are fewer.
 
         Raises:
-            UserError: there was not one vector.
+            UserError: no vectors were added.
         """
         if self.n_vectors == 0:
-            raise UserError("Sparsity: not one vector was measured.")
+            raise UserError("Sparsity: no vectors to measure.")
         n = min(window or CLIPSCOPE_WINDOW, self.n_vectors)
         clipscope_n = min(CLIPSCOPE_WINDOW, self.n_vectors)
         counts = self.counts()
@@ -123,13 +123,13 @@ def low_density_cluster(
 ) -> dict[str, Any]:
     """Do the encoder rows of ultra-low-density latents share one direction?
 
-    Such a cluster was seen by Bricken et al. 2023, "Towards Monosemanticity". The mean cosine over
-    all pairs, beside that over all pairs of the other latents.
+    Bricken et al. 2023, "Towards Monosemanticity", saw such a cluster. The result is the mean
+    cosine over all pairs of these latents, and over all pairs of the others.
 
     Args:
-        counts: of the latents.
+        counts: counts of the latents.
         W_enc: encoder rows.
-        threshold: density under which a latent belongs to the cluster; dead ones do, too.
+        threshold: density under which a latent belongs to the cluster, dead ones included.
     """
     low = torch.from_numpy(counts.density < threshold).to(W_enc.device)
     return {
@@ -141,7 +141,7 @@ def low_density_cluster(
 
 
 def mean_pairwise_cosine(rows: Float[Tensor, "n d_in"]) -> float | None:
-    """Mean cosine over all pairs, exactly: (‖Σ u‖² − n) / (n (n − 1)); None under two rows."""
+    """Return the exact mean cosine of pairs, (‖Σ u‖² − n) / (n (n − 1)); None under two rows."""
     n = len(rows)
     if n < 2:
         return None

@@ -1,9 +1,9 @@
 """Do other seeds learn the same latents? Dictionaries matched one to one by their decoder rows.
 
-Each latent of one dictionary gets a latent of the other so that the sum of the cosines of their
-decoder rows is as large as can be (the Hungarian method). The mean cosine of the pairs is 1 where
-two seeds learnt the same dictionary in another order; random rows score well above 0, the more so
-the more of them there are in few dimensions, so that the figure of random rows stands beside it.
+Each latent of one dictionary is paired with a latent of the other so that the sum of the cosines of
+their decoder rows is as large as possible (the Hungarian method). The mean cosine of the pairs is 1
+if two seeds learnt the same dictionary in another order. Random rows score well above 0, more so if
+there are many of them in few dimensions, so their score is reported too.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch.nn import functional
 from sparsight.errors import MissingExtra, UserError
 
 EXACT_ENTRIES = 1 << 25
-"""Pairs up to which all cosines are held at once: 400 MB with what scipy makes of them."""
+"""Pairs up to which all cosines are held at once: 400 MB with scipy's copies."""
 
 CANDIDATES = 32
-"""Beyond that, the most similar rows of each row that it may be matched with."""
+"""Beyond that, the number of most similar rows with which each row may be matched."""
 
 BLOCK_ENTRIES = 1 << 25
 SHARED = 0.7
-"""Cosine from which two latents count as the same one."""
+"""Cosine from which two latents count as the same."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Matching:
     """Pairs of rows of two dictionaries; every row of the smaller one is in a pair.
 
     Attributes:
-        first: rows of the first.
-        second: their partners.
-        cosines: of the pairs.
+        first: rows of the first dictionary.
+        second: their partners in the second.
+        cosines: cosines of the pairs.
     """
 
     first: Int[np.ndarray, " pairs"]
@@ -63,15 +63,15 @@ def match_latents(
 ) -> Matching:
     """Match the rows of two dictionaries for the largest sum of cosines.
 
-    Memory is bounded: beyond `exact_entries` pairs of rows only those are considered in which one
-    is among the `candidates` most similar rows of the other; rows that none is left for are paired
-    as they come. The sum is then at most the largest one, and close to it.
+    Memory is bounded: beyond `exact_entries` pairs of rows, only pairs in which one row is among
+        the `candidates` most similar rows of the other are considered; the remaining rows are
+        paired in order. The sum is then close to the largest one, and never above it.
 
     Args:
         first: decoder rows, of any length but 0.
         second: decoder rows of the other dictionary.
-        exact_entries: pairs of rows up to which all are considered.
-        candidates: of each row otherwise.
+        exact_entries: number of pairs up to which all are considered.
+        candidates: number of candidates for each row otherwise.
 
     Raises:
         UserError: a dictionary is empty, or the widths differ.
@@ -79,10 +79,11 @@ def match_latents(
     """
     if first.shape[1] != second.shape[1]:
         raise UserError(
-            f"Dictionaries of widths {first.shape[1]} and {second.shape[1]} cannot be matched."
+            f"Dictionaries of widths {first.shape[1]} and {second.shape[1]} cannot be matched: "
+            "both must read the same site."
         )
     if not len(first) or not len(second):
-        raise UserError("A dictionary without a living latent cannot be matched.")
+        raise UserError("A dictionary without alive latents cannot be matched.")
     if len(first) > len(second):
         swapped = match_latents(second, first, exact_entries=exact_entries, candidates=candidates)
         order = np.argsort(swapped.second)
@@ -103,30 +104,32 @@ def stability(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How alike the dictionaries of several seeds are, JSON-able.
+    """Measure how similar the dictionaries of several seeds are; the result is for JSON.
 
     Args:
-        dictionaries: decoder rows of each.
+        dictionaries: decoder rows of each dictionary.
         alive: which latents count; all by default.
-        seed: of the random rows.
+        seed: seed of the random rows.
 
     Returns:
-        `mean_cosine` over the pairs of seeds, `lowest` and `highest` of them, `shared`: the share
-        of matched latents at a cosine of 0.7 or more, `random`: the mean cosine of the first with
-        as many random rows as the second has, `n_seeds`, and `n_alive` of each.
+        `mean_cosine` over the pairs of seeds, its `lowest` and `highest` value, `shared`: the share
+        of matched latents with a cosine of 0.7 or more, `random`: the mean cosine of the first
+        dictionary with the same number of random rows as the second has, `n_seeds`, and `n_alive`
+        per seed.
 
     Raises:
-        UserError: there are not two dictionaries, one has no living latent, or the widths differ.
+        UserError: there are fewer than two dictionaries, one has no alive latents, or the widths
+            differ.
         MissingExtra: scipy is not installed.
     """
     if len(dictionaries) < 2:
-        raise UserError("Stability compares the dictionaries of two seeds at least.")
+        raise UserError("Stability needs the dictionaries of two seeds or more.")
     rows = list(dictionaries)
     if alive is not None:
         rows = [each[mask.to(each.device)] for each, mask in zip(rows, alive, strict=True)]
     found = [match_latents(one, other) for one, other in itertools.combinations(rows, 2)]
     means = [each.mean for each in found]
-    # Not torch's generator: weights may have been drawn with the same seed.
+    # Not torch's generator: the weights may come from the same seed.
     drawn = np.random.default_rng(seed).standard_normal(tuple(rows[1].shape), dtype=np.float32)
     noise = torch.from_numpy(drawn).to(rows[0].device)
     return {
@@ -141,7 +144,7 @@ def stability(
 
 
 def _assign(cosines: Float[Tensor, "n m"]) -> Int[np.ndarray, " n"]:
-    """The column of each row, n ≤ m."""
+    """Return the column assigned to each row, n ≤ m."""
     _, columns = _scipy("optimize").linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
     return np.asarray(columns)
 
@@ -149,10 +152,10 @@ def _assign(cosines: Float[Tensor, "n m"]) -> Int[np.ndarray, " n"]:
 def _assign_candidates(
     one: Float[Tensor, "n d_in"], other: Float[Tensor, "m d_in"], n_candidates: int
 ) -> Int[np.ndarray, " n"]:
-    """The same among candidates; n ≤ m, rows at norm 1.
+    """Return the same from candidates only; n ≤ m, unit rows.
 
-    Every row has a column of its own beside the real ones, so that there always is a matching:
-    to be left over costs as much as a cosine of 0.
+    Every row has an extra column of its own, so that a matching always exists: staying unmatched
+    costs as much as a cosine of 0.
     """
     sparse, csgraph = _scipy("sparse"), _scipy("sparse.csgraph")
     n, m = len(one), len(other)
@@ -164,7 +167,7 @@ def _assign_candidates(
     )
     cosine = np.concatenate([values.ravel(), back_values.ravel(), np.zeros(n)])
     _, once = np.unique(row * (m + n) + column, return_index=True)
-    # Costs must not be 0, which a sparse matrix takes for no edge.
+    # Costs must not be 0, which a sparse matrix treats as a missing edge.
     costs = sparse.csr_matrix((2.0 - cosine[once], (row[once], column[once])), shape=(n, m + n))
     matched, chosen = csgraph.min_weight_full_bipartite_matching(costs)
     result = np.empty(n, dtype=np.int64)
@@ -178,7 +181,7 @@ def _assign_candidates(
 def _most_similar(
     rows: Float[Tensor, "n d_in"], others: Float[Tensor, "m d_in"], k: int
 ) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, "n k"]]:
-    """Cosines and places of the k most similar `others` of each row, block by block."""
+    """Find the cosines and places of the k most similar `others` of each row, block by block."""
     block = max(1, BLOCK_ENTRIES // len(others))
     found = [(part @ others.T).topk(k, dim=1) for part in rows.split(block)]
     values = torch.cat([each.values for each in found]).cpu().double().numpy()

@@ -1,11 +1,11 @@
-"""The truth table: for each known attribute, the one feature that tells it best.
+"""The truth table: for each known attribute, the one feature that detects it best.
 
 The calibration world knows what every scene shows and where. The score of a feature on a scene is
-its activation over the patches: the maximum for what stands somewhere (symbols, their colours,
-words), the mean for what is everywhere (background, pattern). Scenes are cut into two halves at
-random. On the first everything is chosen: the feature (by AUC), the threshold on its scores (by
-F1), the threshold on its heatmap (by IoU). On the second it is scored. A feature is a latent, or
-for baselines a neuron or a component with either sign.
+its activation over the patches: the maximum for local attributes (symbols, their colours, words),
+the mean for global ones (background, pattern). Scenes are split into two halves at random. On the
+first we choose the feature (by AUC), the threshold on its scores (by F1) and the threshold on its
+heatmap (by IoU); on the second we score the choice. A feature is a latent or, for baselines, a
+neuron or a component with either sign.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from sparsight.evaluation.scenes import SceneTruth, TruthSource
 from sparsight.intervals import bootstrap_interval
 
 MAX_SCENES = 10_000
-"""More scenes than that make no estimate better that matters."""
+"""More scenes than this no longer improve an estimate noticeably."""
 
 MIN_SCENES = 4 * MIN_POSITIVES
 
 SCORES = ("auc", "f1", "iou")
 
 FeatureMap = Callable[[Tensor], Features]
-"""From `[vectors, d_in]` to a sparse code, or to `[vectors, n]` features of either sign."""
+"""A function from `[vectors, d_in]` to a sparse code, or to `[vectors, n]` signed features."""
 
 
 def truth_entries(
     question: Question, choice: Choice, places: Mapping[int, Mapping[str, Any]], n_signed: int
 ) -> dict[str, dict[str, Any]]:
-    """`attribute → latent, auc, f1, iou, …`, as in `metrics.json`.
+    """Return `attribute → latent, auc, f1, iou, …`, as in `metrics.json`.
 
     Args:
-        question: the scenes.
-        choice: the features.
-        places: of `HeatCollector.result`; empty where there are no heatmaps.
-        n_signed: number of features where each has two signs, else 0.
+        question: the scenes and their attributes.
+        choice: the chosen features.
+        places: result of `HeatCollector.result`; empty without heatmaps.
+        n_signed: number of features if each has two signs, else 0.
     """
     truth, halves = question.truth, question.halves
     entries = {}
@@ -78,7 +78,7 @@ def truth_entries(
 
 
 def truth_summary(entries: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """Of each kind: number of values, mean, median and interval of the mean of AUC, F1 and IoU.
+    """Summarise each kind: number of values; mean, its interval and median of AUC, F1 and IoU.
 
     The interval is a 95 % bootstrap over the values of the kind.
     """
@@ -101,14 +101,14 @@ def truth_summary(entries: Mapping[str, Mapping[str, Any]], seed: int) -> dict[s
 
 @dataclass(frozen=True)
 class TruthTable:
-    """The truth table of one way to take activations apart.
+    """The truth table of one decomposition: the SAE or a baseline.
 
     Attributes:
         entries: attribute → `latent`, `auc`, `f1`, `iou`, ….
-        summary: by kind.
-        skipped: attributes that were not asked for, with the reason.
-        names: latent → the attribute that it tells best.
-        n_scenes: scenes of both halves.
+        summary: mean scores by kind of attribute.
+        skipped: attributes that were not scored, each with the reason.
+        names: latent → the attribute that it detects best.
+        n_scenes: number of scenes, both halves together.
     """
 
     entries: dict[str, dict[str, Any]]
@@ -122,16 +122,16 @@ class TruthTable:
 def truth_table(
     features: FeatureMap, passes: Passes, images: TruthSource, *, seed: int = 0
 ) -> TruthTable:
-    """The truth table of any features, in two passes over the activations.
+    """Make the truth table of any features, in two passes over the activations.
 
     Args:
-        features: e.g. `sae.encode`.
+        features: a function to features, e.g. `sae.encode`.
         passes: activations of the images.
         images: calibration images.
-        seed: of the halves and intervals.
+        seed: seed of the halves and intervals.
 
     Raises:
-        UserError: there are too few scenes to cut into halves.
+        UserError: there are too few scenes to split into halves.
     """
     pooled = PooledFeatures(passes.layout, MAX_SCENES)
     indices: list[int] = []
@@ -148,16 +148,16 @@ def truth_table(
 
 
 def ask(images: TruthSource, indices: list[int], layout: Layout, seed: int) -> Question:
-    """What the first `MAX_SCENES` of the images show."""
+    """Find what the first `MAX_SCENES` images show, and which attributes can be scored."""
     if len(indices) < MIN_SCENES:
         raise UserError(
-            f"The truth table needs at least {MIN_SCENES} scenes, there are {len(indices)}."
+            f"The truth table needs {MIN_SCENES} scenes or more, but there are {len(indices)}."
         )
     return Question.about(SceneTruth.of(images, indices[:MAX_SCENES], layout.grid), seed)
 
 
 def scenes_of(passes: Iterable[Batch], n_scenes: int) -> Iterable[Batch]:
-    """The batches that the first `n_scenes` images are in."""
+    """Yield the batches with the first `n_scenes` images."""
     for batch in passes:
         yield batch
         n_scenes -= len(batch.images)
@@ -168,7 +168,7 @@ def scenes_of(passes: Iterable[Batch], n_scenes: int) -> Iterable[Batch]:
 def finish(
     question: Question, pooled: PooledFeatures, choice: Choice, heats: HeatCollector, seed: int
 ) -> TruthTable:
-    """Bring choices and heatmaps together."""
+    """Join choices and heatmaps into a truth table."""
     places = heats.result() if heats.layout.grid else {}
     n_signed = pooled.n_features // 2 if pooled.signed else 0
     entries = truth_entries(question, choice, places, n_signed)

@@ -1,7 +1,7 @@
-"""Fine-tune a CLIP against words in pictures, and show what it did.
+"""Fine-tune a CLIP against typographic attacks, and show the effect.
 
-Builds on `vision` and `images`; knows SAEs only to price their latents. Start at `finetune`
-(tuning.py); `config.py` has every setting, `report.py` the page of before and after.
+Builds on `vision` and `images`; it uses SAEs only to penalise latents. Start at `finetune`
+(tuning.py); `config.py` has every setting, `report.py` the page that compares before and after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Batches of pairs, loaded: pixels, captions, and which of them are attacks."""
+"""Loaded batches of pairs: pixels, captions, and which of them are attacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsight.vision import ImagePass, PassSettings, VisionModel
 
 
 class JoinedImages(ImageSource):
-    """Several sources behind each other, so that one loader prepares the pictures of all."""
+    """Several sources in sequence, so that one loader prepares the images of all."""
 
     def __init__(self, parts: Sequence[ImageSource]) -> None:
         self.parts = tuple(parts)
@@ -45,20 +45,20 @@ class JoinedImages(ImageSource):
         return part.load(place) if min_side is None else part.load(place, min_side)
 
     def fingerprint(self) -> str:
-        """Over those of the parts."""
+        """Return a fingerprint over those of the parts."""
         together = " ".join(part.fingerprint() for part in self.parts)
         return hashlib.sha256(together.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What a forward pass takes.
+    """The inputs of one forward pass.
 
     Attributes:
-        pixels: of the pictures.
-        captions: of each.
-        attack: which of them are attacks; they come last.
-        clean: of the attacked pictures, the same without words, where they are known.
+        pixels: pixels of the images.
+        captions: one caption per image.
+        attack: which images are attacks; they come last.
+        clean: the attacked images without words, if known.
     """
 
     pixels: Float[Tensor, "batch 3 height width"]
@@ -68,18 +68,18 @@ class PairBatch:
 
 
 class BatchLoader:
-    """Loads planned batches; a broken picture is left out of its batch and counted.
+    """Loads planned batches; a broken image is left out of its batch and counted.
 
     Args:
-        model: whose preprocessing.
-        data: where clean pairs come from.
-        attack: where attacked ones come from.
-        clean: the same pictures as `attack` without words, in the same order.
-        max_failed: share of all pictures that may be broken.
+        model: the model, for its preprocessing.
+        data: source of clean pairs.
+        attack: source of attacked pairs.
+        clean: the same images as `attack` without words, in the same order.
+        max_failed: share of all images that may be broken.
         workers: processes; see `load_batches`.
 
     Attributes:
-        failures: reason by place, of every picture that was broken so far.
+        failures: reason by place, for every image that was broken so far.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class BatchLoader:
         self.failures: dict[int, str] = {}
 
     def load(self, planned: Sequence[Sequence[Pair]]) -> Generator[PairBatch]:
-        """The batches, in order.
+        """Yield the batches, in order.
 
         Raises:
-            SparsightError: too many pictures are broken, or none of a batch is whole.
+            SparsightError: too many images are broken, or a batch has fewer than two intact ones.
         """
         if not planned:
             return
@@ -120,7 +120,9 @@ class BatchLoader:
                 yield self._assemble(pairs, places, failed, batch.pixels)
 
     def _places(self, pairs: Sequence[Pair]) -> list[int]:
-        """Where a batch's pictures lie in `images`: all, then those of attacks without words."""
+        """Return the places of a batch in `images`: all its images, then the attacked ones without
+        words.
+        """
         starts = self.images.starts
         places = [starts[int(pair.attack)] + pair.place for pair in pairs]
         if self.paired:
@@ -130,7 +132,7 @@ class BatchLoader:
     def _assemble(
         self, pairs: Sequence[Pair], places: list[int], failed: set[int], pixels: Tensor
     ) -> PairBatch:
-        # Of this batch alone: a picture that failed once may have loaded now, and have its row.
+        # For this batch alone: an image that failed before may have loaded now.
         whole = [place not in failed for place in places]
         row = list(itertools.accumulate(whole, initial=0))
         behind = itertools.count(len(pairs))
@@ -140,7 +142,10 @@ class BatchLoader:
             if whole[number] and (other is None or whole[other]):
                 kept.append((pair, row[number], None if other is None else row[other]))
         if len(kept) < 2:
-            raise SparsightError("A batch has fewer than two pictures that are whole.")
+            raise SparsightError(
+                "A batch has fewer than two intact images; fix the broken ones, or use larger "
+                "batches."
+            )
         clean = [other for *_, other in kept if other is not None]
         return PairBatch(
             pixels[[number for _, number, _ in kept]],
@@ -153,7 +158,7 @@ class BatchLoader:
         if len(self.failures) > self.max_failed * self.n_pictures:
             place, reason = next(iter(self.failures.items()))
             raise SparsightError(
-                f"{len(self.failures):,} of {self.n_pictures:,} pictures are broken, more than "
+                f"{len(self.failures):,} of {self.n_pictures:,} images are broken, more than "
                 f"max_failed ({self.max_failed:.1%}) allows; the first is "
                 f"{self.images.known(place).id}: {reason}."
             )

@@ -1,4 +1,4 @@
-"""How to fine-tune, and what a run's `config.toml` says."""
+"""The settings of fine-tuning, as in a run's `config.toml`."""
 
 from __future__ import annotations
 
@@ -31,113 +31,116 @@ _NOT_NEGATIVE = ("weight_decay", "distillation", "pull", "penalty", "entropy")
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One fine-tuning run."""
+    """Settings of one fine-tuning run."""
 
     epochs: float = 1.0
-    """Passes over the data, where `steps` says nothing."""
+    """Passes over the data, if `steps` is not set."""
 
     steps: int | None = None
-    """Steps of the optimiser."""
+    """Number of optimiser steps."""
 
     batch_size: int = 64
-    """Pairs that the loss compares with each other."""
+    """Number of pairs that the loss compares with each other."""
 
     accumulation: int = 1
-    """Batches whose gradients make a step; each is its own contrast."""
+    """Batches per step, whose gradients add up; the loss compares pairs within each."""
 
     attack_share: float = 0.5
-    """Share of a batch from the attack set."""
+    """Share of each batch that comes from the attack set."""
 
     captions: CaptionUse = "both"
-    """Of the data: its own captions, its labels in a sentence, or both in turn."""
+    """Texts of the data: its own captions, its labels in a sentence, or a random choice of both."""
 
     attack_captions: CaptionUse = "both"
-    """Of the attack set."""
+    """Texts of the attack set, with the same choices."""
 
     templates: str = "simple"
     """Sentences for labels: simple, openai80, or one with {} in it."""
 
     truncate_captions: bool = False
-    """Cut captions that are longer than the model reads, rather than refuse them."""
+    """Cut captions that are too long for the model, rather than refuse them."""
 
     duplicates: Duplicates = "share"
-    """Equal captions in a batch share their target, or do not come to meet."""
+    """Equal captions share their target (`share`), or never meet in a batch (`avoid`)."""
 
     loss: Literal["info_nce", "similarity_of_similarities"] = "info_nce"
-    """CLIP's contrastive loss; or, for reproduction, zer0int's."""
+    """CLIP's contrastive loss, or zer0int's loss for reproductions."""
 
     smoothing: float = 0.0
     """Share of each target that is spread over the batch; 0.1 in zer0int's scripts."""
 
     temperature: float = 0.07
-    """Of similarity_of_similarities; InfoNCE has the learned logit scale."""
+    """Temperature of similarity_of_similarities; InfoNCE uses the learned logit scale."""
 
     entropy: float = 0.0
     """Weight of the predictions' mean entropy, which is subtracted; 0.02 in one of his scripts."""
 
     distillation: float = 10.0
-    """Weight of the distance, in 1 − cosine, from the original's embeddings of clean pictures and
-    captions."""
+    """Weight of the distance, 1 − cosine, from the original's embeddings of clean images and
+    captions.
+    """
 
     pull: float = 10.0
-    """Weight of the same distance of attacked pictures from the original's embedding of the same
-    picture without the words, where the attack set knows it."""
+    """Weight of the same distance between an attacked image and the original's embedding of that
+    image without words, if the attack set has it.
+    """
 
     penalty: float = 0.0
-    """Weight of the price on text-salient latents, where some are named."""
+    """Weight of the penalty on text-salient latents, if any are named."""
 
     scaling: NeuronScaling = field(default_factory=NeuronScaling)
-    """Neurons that are made louder on attacked pictures."""
+    """Neurons to amplify on attacked images."""
 
     optimiser: Literal["adamw", "adabelief"] = "adamw"
-    """What takes the steps."""
+    """The optimiser."""
 
     lr: float | None = None
     """Peak learning rate of `visual_blocks`; None is 1e-5 × (768 / width of the vision tower)²,
     at most 3e-4."""
 
     rates: Rates = field(default_factory=Rates)
-    """Of the other parts."""
+    """Learning rates of the other parts, relative to `lr`."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of the optimiser."""
+    """Decay rates of the optimiser's moving averages."""
 
     eps: float | None = None
-    """Of the optimiser; None is 1e-8 for AdamW and 1e-14 for AdaBelief."""
+    """The optimiser's ε; None means 1e-8 for AdamW and 1e-14 for AdaBelief."""
 
     rectify: bool = True
-    """Of AdaBelief: trust the variance only once it is known."""
+    """Whether AdaBelief waits until it has enough steps to trust the variance."""
 
     weight_decay: float = 1e-3
-    """Decoupled; of matrices alone."""
+    """Decoupled weight decay, on matrices only."""
 
     schedule: ScheduleName = "cosine"
-    """Of the learning rates, over the steps of the optimiser."""
+    """Schedule of the learning rates over the optimiser steps."""
 
     warmup: float = 0.1
-    """Share of the run in which the rates rise."""
+    """Share of the run in which the learning rates rise."""
 
     grad_clip: float | None = 1.0
-    """Largest norm of a step's gradient; None does not clip."""
+    """Largest gradient norm of a step; None means no clipping."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward pass, by autocast; weights and losses stay float32."""
+    """Precision of the forward pass, by autocast; weights and losses stay float32."""
 
     parametrisation: Literal["plain", "geometric"] = "plain"
-    """geometric: MLP weights as r θ/‖θ‖ while they are trained (GmP)."""
+    """geometric: MLP weights are r θ/‖θ‖ during training (GmP)."""
 
     first_block: int = 0
-    """Vision blocks before this one stay as they are, and what comes before the blocks."""
+    """The first vision block to train; earlier blocks and the layers before them stay frozen."""
 
     seed: int = 0
-    """Of the order of the pictures, and of the captions."""
+    """Seed of the order of images and of the choice of captions."""
 
     log_every: int | None = None
-    """Steps between lines of `metrics.jsonl`; None is a hundredth of the run."""
+    """Steps between lines of `metrics.jsonl`; None means a hundredth of the run."""
 
     checkpoint_every: int | None = None
-    """Steps between checkpoints; None is a tenth of the run, unless writing takes too long for
-    that. Others are written by time, see `finetune`."""
+    """Steps between checkpoints; None means a tenth of the run, less often if writing is slow.
+    Others are written by time; see `finetune`.
+    """
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -152,72 +155,72 @@ class FinetuneConfig:
         for name in ("log_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it counts steps: 1 or more.")
+                raise UserError(f"{name} is {value}; it must be 1 step or more.")
         for name in ("attack_share", "warmup", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1.")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be a share from 0 to 1.")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas are {self.betas}; each must be 0 or more, and below 1.")
+            raise UserError(f"betas are {self.betas}; each must be at least 0 and below 1.")
         if self.batch_size < 2:
             raise UserError("batch_size is 1; a contrastive loss needs two pairs or more.")
 
     def n_batches(self, n_pictures: int, per_batch: int) -> int:
-        """Batches of the run.
+        """Return the number of batches of the run.
 
         Args:
-            n_pictures: of the data; the attack set goes along.
-            per_batch: how many of them a batch has.
+            n_pictures: number of images in the data, without the attack set.
+            per_batch: number of these per batch.
         """
         if self.steps is not None:
             return self.steps * self.accumulation
         return max(1, math.ceil(self.epochs * n_pictures / per_batch))
 
     def n_steps(self, n_batches: int) -> int:
-        """Steps of the optimiser; the last may have fewer batches than the others."""
+        """Return the number of optimiser steps; the last may have fewer batches than the others."""
         return math.ceil(n_batches / self.accumulation)
 
     def learning_rate(self, width: int) -> float:
-        """The peak learning rate, for a vision tower of so many dimensions."""
+        """Return the peak learning rate for a vision tower of this width."""
         return self.lr if self.lr is not None else min(LARGEST_LR, 1e-5 * (768 / width) ** 2)
 
     def every(self, given: int | None, n_steps: int, share: int) -> int:
-        """Steps between lines or checkpoints: as given, or `share` times in a run."""
+        """Return the steps between lines or checkpoints: as given, or a `share`-th of the run."""
         return given or max(1, n_steps // share)
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """A whole run: what was trained on what."""
+    """A whole run: model, data and settings."""
 
     model: str
-    """As `load_model` takes it."""
+    """The model, as for `load_model`."""
 
     weights: str
-    """Hash of all weights of the model before."""
+    """Hash of all weights of the original model."""
 
     data: str
-    """Where the pairs come from."""
+    """Source of the pairs."""
 
     data_fingerprint: str
-    """Of pictures and captions."""
+    """Fingerprint of images and captions."""
 
     attack: str | None = None
-    """Where the attack set comes from."""
+    """Source of the attack set."""
 
     attack_fingerprint: str | None = None
-    """Of pictures and captions."""
+    """Fingerprint of images and captions."""
 
     clean_fingerprint: str | None = None
-    """Of the attacked pictures without words, where they are pulled to."""
+    """Fingerprint of the attacked images without words, if they are distillation targets."""
 
     latents: str | None = None
-    """Of the SAE and the latents that are penalised."""
+    """Fingerprint of the SAE and its penalised latents."""
 
     neurons: str | None = None
-    """Of the neurons that are scaled, where they are named."""
+    """Fingerprint of the scaled neurons, if they are named."""
 
     layout: str = "huggingface"
-    """Of the model that is handed back."""
+    """Layout of the exported model."""
 
     train: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """How."""
+    """The settings."""

@@ -1,4 +1,4 @@
-"""Which parameter belongs to which part of a CLIP: for rates, decay, freezing, gradient norms."""
+"""Assign parameters to parts of a CLIP, for rates, decay, freezing and gradient norms."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _POSITIONS = ("position_embedding", "positional_embedding", "class_embedding", "
 _FIRST_NORMS = ("pre_layrnorm", "ln_pre")
 _SCALES = ("logit_scale", "logit_bias")
 
-# Weights that a decay would not make smaller for the model, or that should not become small: of
-# W = r θ/‖θ‖ the length of θ does not matter, and r is all the size there is.
+# Decay would have no effect on these weights, or should have none: in W = r θ/‖θ‖ the length of θ
+# does not matter, and r alone is the size.
 _GEOMETRIC = ("r", "theta")
 
 
@@ -32,17 +32,17 @@ _GEOMETRIC = ("r", "theta")
 class Rates:
     """The learning rate of each part, as a multiple of `lr`; 0 freezes it.
 
-    By default in the ratios of zer0int's script, where the scheduler overwrote them.
+    The defaults are the ratios of zer0int's script, where the scheduler overwrote them.
     """
 
     visual_blocks: float = 1.0
     """Attention, MLP and norms of the vision tower's blocks."""
 
     text_blocks: float = 0.1
-    """The same of the text tower."""
+    """The same in the text tower."""
 
     token_embedding: float = 1.0
-    """The text tower's table of tokens."""
+    """The text tower's token embeddings."""
 
     positions: float = 0.33
     """Position embeddings of both towers, and the CLS embedding."""
@@ -62,25 +62,25 @@ class Rates:
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter and where it belongs."""
+    """A parameter and the part it belongs to."""
 
     name: str
     parameter: nn.Parameter
     part: Part
     block: int | None
-    """Its block, in `visual_blocks` and `text_blocks`."""
+    """The number of its block, in `visual_blocks` and `text_blocks`."""
     decays: bool
-    """Whether weight decay is for it: matrices, not biases, norms, embeddings of positions."""
+    """Whether weight decay applies: to matrices, not to biases, norms and position embeddings."""
 
     @property
     def layer(self) -> str:
-        """What gradient norms are told of: `visual.3`, `text.0`, or the part."""
+        """The name for gradient norms: `visual.3`, `text.0`, or the part."""
         tower = self.part.removesuffix("_blocks")
         return self.part if self.block is None else f"{tower}.{self.block}"
 
 
 def members(model: VisionModel) -> list[Member]:
-    """Every parameter of a model with its part, in the model's order."""
+    """Return every parameter of a model with its part, in the model's order."""
     return list(_members(model))
 
 
@@ -88,19 +88,20 @@ def set_trainable(model: VisionModel, rates: Rates, first_block: int = 0) -> lis
     """Turn on gradients where the rate is not 0, and off elsewhere.
 
     Args:
-        model: to be trained.
-        rates: of the parts.
-        first_block: vision blocks before this one are frozen, and what comes before the blocks.
+        model: the model to train.
+        rates: learning rates of the parts.
+        first_block: the first vision block to train; earlier blocks and the layers before them are
+            frozen.
 
     Returns:
-        What is trained.
+        The parameters to train.
 
     Raises:
-        UserError: nothing is, or the model has no such block.
+        UserError: there are none, or the model has no such block.
     """
     if not 0 <= first_block < model.n_blocks:
         raise UserError(
-            f"first_block is {first_block}; {model.id} has the blocks 0 to {model.n_blocks - 1}."
+            f"first_block is {first_block}; {model.id} has blocks 0 to {model.n_blocks - 1}."
         )
     trained, before = [], _before(model, first_block)
     for member in members(model):
@@ -109,7 +110,7 @@ def set_trainable(model: VisionModel, rates: Rates, first_block: int = 0) -> lis
         if on:
             trained.append(member)
     if not any(member.part != "logit_scale" for member in trained):
-        raise UserError("Every part is frozen (its rate is 0): there is nothing to train.")
+        raise UserError("Nothing to train: every part is frozen (its rate is 0).")
     return trained
 
 
@@ -142,7 +143,7 @@ def _members(model: VisionModel) -> Iterator[Member]:
 
 
 def _before(model: VisionModel, first_block: int) -> set[int]:
-    """The identities of the vision tower's parameters before a block."""
+    """Return the identities of the vision tower's parameters before a block."""
     if not first_block:
         return set()
     tower = model.tower

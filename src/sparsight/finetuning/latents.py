@@ -1,4 +1,4 @@
-"""What became of the latents of a CLIP's SAE when the CLIP was fine-tuned."""
+"""What fine-tuning a CLIP does to the latents of its SAE."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ TRUTH_SCENES = 1000
 def compare_latents(
     before: VisionModel, after: VisionModel, subjects: Subjects, *, quiet: bool = True
 ) -> dict[str, Any]:
-    """What became of the latents of the SAE of the model before.
+    """Compare the latents of the original model's SAE before and after fine-tuning.
 
     The same SAE reads both models. Latents count as text-salient before if they are found on one
-    half of the pairs and again on the other; there their response is compared, so that those which
-    looked stronger by chance do not seem to have lost it. One has lost it if it is not found any
-    more after, on the same pictures with the same test. How far latents
-    have drifted is told by correlation: of each latent's activation (mean over positions) before
-    with its own after over the same clean pictures; and, matched one to one, with any latent's
-    after, so that one that took another's place shows.
+    half of the pairs and confirmed on the other. Their responses are compared on that second half,
+    so that latents that looked strong by chance do not seem to lose their response. A latent has
+    lost its response if the same test on the same images no longer finds it after fine-tuning.
+    Drift is measured by correlation over the same clean images: of each latent's activation (mean
+    over positions) before with its own after; and, matched one to one, with any latent's after,
+    which shows latents that swapped places.
 
     Args:
-        before: the model that the SAE was trained on.
-        after: the fine-tuned one.
-        subjects: with an SAE.
-        quiet: no progress lines.
+        before: the original model, on which the SAE was trained.
+        after: the fine-tuned model.
+        subjects: what to measure on, including an SAE.
+        quiet: show no progress lines.
 
     Returns:
-        `site`, `found_before`, `found_after`, `lost`, `kept`, `new`, `latents`: of the strongest
-        before, effect and q before and after; `drift`: `own` and `matched` mean correlation,
-        `moved`: latents whose match is another one, `n_alive`; `truth`: `before` and `after`, on
-        pictures whose truth is known.
+        `site`, `found_before`, `found_after`, `lost`, `kept`, `new`, `latents`: effect and q of the
+        strongest ones, before and after; `drift`: `own` and `matched` mean correlation, `moved`:
+        latents matched with another one, `n_alive`; `truth`: `before` and `after`, on images with a
+        ground truth.
 
     Raises:
-        UserError: the SAE is not of the model before.
+        UserError: the SAE belongs to another model than `before`.
     """
     sae = subjects.sae
     assert sae is not None
@@ -74,13 +74,13 @@ def compare_latents(
 
 @dataclass(frozen=True)
 class _Responses:
-    """What responds to words: found on one half of the pairs, confirmed on the other."""
+    """Latents that respond to words: found on one half of the pairs, confirmed on the other."""
 
     chosen: SalienceTable
     first: SalienceTable
-    """The model before, on the half where responses are compared."""
+    """Results of the original model, on the half where responses are compared."""
     second: SalienceTable
-    """The model after, on the same half."""
+    """Results of the fine-tuned model, on the same half."""
 
     @classmethod
     def of(
@@ -113,7 +113,7 @@ class _Responses:
         return cls(chosen, first, second)
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, and the strongest latents before with effect and q of both models."""
+        """Return counts, and effect and q in both models of the strongest latents before."""
         first, second = self.first, self.second
         again = set(first.found)
         confirmed = [latent for latent in self.chosen.found if latent in again]
@@ -151,7 +151,7 @@ def mean_activations(
     tokens: str,
     settings: PassSettings | None = None,
 ) -> Float[Tensor, "latents images"]:
-    """The activation of each latent on each image that loads, the mean over its positions.
+    """Return the activation of each latent on each image that loads, as the mean over positions.
 
     Raises:
         UserError: no image loads.
@@ -166,19 +166,19 @@ def mean_activations(
 
 
 def drift(
-    before: Float[Tensor, "latents pictures"], after: Float[Tensor, "latents pictures"]
+    before: Float[Tensor, "latents images"], after: Float[Tensor, "latents images"]
 ) -> dict[str, Any]:
-    """Correlations of latents' activations before and after, over the same pictures.
+    """Correlate the latents' activations before and after, over the same images.
 
     Args:
-        before: of latents that are the rows.
-        after: of the same latents.
+        before: activations of the latents, one row each.
+        after: activations of the same latents after.
 
     Returns:
-        `own`: mean correlation of each with itself, over those active on some picture before;
-        `matched` and `moved`, where scipy is installed: the mean of the best assignment one to one,
-        and how many have another partner than themselves; `n_alive`; `fell_silent`: how many of
-        them are active on no picture after.
+        `own`: mean correlation of each latent with itself, over those active on any image before;
+        `matched` and `moved`, if scipy is installed: the mean of the best one-to-one assignment,
+        and how many latents it pairs with another one; `n_alive`; `fell_silent`: how many of these
+        are active on no image after.
     """
     alive = before.std(dim=1) > 0
     silent = alive & (after.std(dim=1) == 0)
@@ -202,7 +202,7 @@ def drift(
 def _truth(
     before: VisionModel, after: VisionModel, subjects: Subjects, site: str
 ) -> dict[str, Any]:
-    """The summaries of the truth table, before and after."""
+    """Return the summaries of the truth table, before and after."""
     images, sae = subjects.images, subjects.sae
     if sae is None or not isinstance(images, TruthSource):
         return {}

@@ -1,4 +1,4 @@
-"""The loop of fine-tuning: steps on pairs and attacks, resumed exactly where it was cut."""
+"""The loop of fine-tuning: steps on pairs and attacks, resumed exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ _TERMS = ("contrastive", "distillation", "pull", "penalty")
 
 
 class FinetuneLoop(CheckpointedLoop):
-    """The state of everything that trains.
+    """The state of a training run.
 
     Args:
-        original: the model as it was given.
+        original: the given model.
         data: clean images with their captions.
-        attack: attacks with theirs, if there are any.
-        loader: of both.
-        recipe: all that repeats the run.
-        run: its folder, which must be claimed.
+        attack: attacks with their captions, if there are any.
+        loader: loader of both.
+        recipe: everything needed to repeat the run.
+        run: the run folder, which must be claimed.
         latents, neurons: see `finetune`.
         pace: when to write a checkpoint by time.
-        quiet: no progress line.
+        quiet: show no progress line.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class FinetuneLoop(CheckpointedLoop):
         self._check_weights()
 
     def take_step(self, batches: Iterator[PairBatch]) -> dict[str, Tensor]:
-        """One step of the optimiser; the norm of each layer's gradient before clipping."""
+        """Take one optimiser step; return the norm of each layer's gradient before clipping."""
         config = self.config
         factor = rate_factor(config.schedule, self.step, self.n_steps, config.warmup)
         for group in self.optimiser.param_groups:
@@ -161,7 +161,7 @@ class FinetuneLoop(CheckpointedLoop):
         return {"all": whole, **norms}
 
     def _loss(self, batch: PairBatch) -> Tensor:
-        """Everything that is minimised, of one batch."""
+        """Return the total loss of one batch."""
         config, model = self.config, self.model
         texts = list(dict.fromkeys(batch.captions))
         own = torch.tensor([texts.index(caption) for caption in batch.captions])
@@ -224,7 +224,9 @@ class FinetuneLoop(CheckpointedLoop):
 
     @torch.no_grad()
     def _check_weights(self) -> None:
-        """Before they are kept: a step may be too long for them though its gradient was finite."""
+        """Check the weights before they are saved: a step may overflow though its gradient is
+        finite.
+        """
         for member in self.trained:
             self._check_finite(f"sum of {member.name}", member.parameter.sum(), self.step)
 
@@ -243,7 +245,7 @@ class FinetuneLoop(CheckpointedLoop):
         self.summed[name] = self.summed.get(name, 0.0) + value
 
     def _log(self, norms: Mapping[str, Tensor]) -> str:
-        """Write a line: means since the last one, gradient norms of this step."""
+        """Write a line to the log: means since the last line, gradient norms of this step."""
         now, summed = time.monotonic(), self.summed
         batches, steps = summed.pop("batches"), summed.pop("steps")
         config = self.config
@@ -268,12 +270,12 @@ class FinetuneLoop(CheckpointedLoop):
         return " · ".join(f"{name} {value:.4f}" for name, value in means.items())
 
     def keep(self) -> None:
-        """Write a checkpoint of weights that are finite."""
+        """Write a checkpoint, after checking that the weights are finite."""
         self._check_weights()
         super().keep()
 
     def tell(self, text: str) -> None:
-        """Tell the user something on the way."""
+        """Print a message to the user."""
         if not self.quiet:
             logger().info(text)
 
@@ -297,10 +299,10 @@ class FinetuneLoop(CheckpointedLoop):
         checkpoint_files.write(self.checkpoints, self.step, state, write_files)
 
     def _restore(self) -> bytes | None:
-        """Go on from the last checkpoint, if there is one; the lines of the log that it has."""
+        """Resume from the last checkpoint, if there is one; return its lines of the log."""
 
         def read(path: Path, state: dict[str, Any]) -> _Kept:
-            # Checkpoints of earlier versions of Sparsight have no log.
+            # Checkpoints from earlier versions of Sparsight have no log.
             lines = (path / METRICS).read_bytes() if METRICS in state["sha256"] else None
             return state, read_safetensors(path / _TENSORS), lines
 
@@ -330,16 +332,18 @@ class FinetuneLoop(CheckpointedLoop):
         return self.model.d_in("blocks.0.resid_pre")
 
     def export(self, layout: Layout) -> None:
-        """Write the model, whole or not at all, under its final name."""
+        """Write the model atomically, under its final name."""
         to_plain(self.model.module)
         save_model(self.model, self.run.folder, layout)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)  # thrice the model, and of no use
+        shutil.rmtree(
+            self.checkpoints, ignore_errors=True
+        )  # three times the model's size, and no longer useful
 
 
 def working_copy(original: VisionModel, geometric: bool = False) -> VisionModel:
-    """A copy to be trained, in float32; with MLPs as W = r θ/‖θ‖ if `geometric`."""
+    """Return a float32 copy to train; its MLPs are W = r θ/‖θ‖ if `geometric`."""
     model = copy.deepcopy(original)
-    model.__dict__.pop("weights_hash", None)  # of weights that will not be these
+    model.__dict__.pop("weights_hash", None)  # these weights will change
     model.module.float()
     if geometric:
         parametrize(model.module)
@@ -348,7 +352,7 @@ def working_copy(original: VisionModel, geometric: bool = False) -> VisionModel:
 
 @contextmanager
 def _own_random_numbers(seed: int, step: int) -> Iterator[None]:
-    """Dropout, where a model has some, draws from the step alone."""
+    """Make dropout, if the model has any, depend only on seed and step."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed((seed * 1_000_003 + step) % 2**63)

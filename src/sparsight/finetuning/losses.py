@@ -1,4 +1,4 @@
-"""What fine-tuning minimises, each loss a function of embeddings.
+"""The losses of fine-tuning, each a function of embeddings.
 
 `info_nce` is the contrastive loss that CLIP was trained with. `similarity_of_similarities` is what
 zer0int's published scripts compute under that name; it is here to reproduce them.
@@ -17,11 +17,11 @@ from torch import Tensor
 from sparsight.errors import UserError
 
 LARGEST_LOG_SCALE = math.log(100.0)
-"""To which CLIP's learned logit scale is clamped (Radford et al. 2021, section 2.5)."""
+"""Upper limit of CLIP's learned logit scale (Radford et al. 2021, section 2.5)."""
 
 
 def caption_groups(captions: Sequence[str]) -> Int[Tensor, " batch"]:
-    """A number for each caption, the same for captions that are the same."""
+    """Return a number for each caption; equal captions have equal numbers."""
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions])
 
@@ -29,15 +29,15 @@ def caption_groups(captions: Sequence[str]) -> Int[Tensor, " batch"]:
 def contrastive_targets(
     groups: Int[Tensor, " batch"], smoothing: float = 0.0
 ) -> Float[Tensor, "batch batch"]:
-    """Which captions a picture belongs to: equal captions share the mass of one.
+    """Return the captions' targets for each image: equal captions share the mass of one.
 
-    `(1 − smoothing) [g_i = g_j] / |{k: g_k = g_i}| + smoothing / batch`: without duplicates and
-    smoothing the identity. Smoothing is that of Szegedy et al. 2016 (section 7), uniform over all
+    `(1 − smoothing) [g_i = g_j] / |{k: g_k = g_i}| + smoothing / batch`: the identity without
+    duplicates and smoothing. Smoothing follows Szegedy et al. 2016 (section 7), uniformly over all
     columns.
 
     Args:
-        groups: of `caption_groups`.
-        smoothing: share that is spread.
+        groups: result of `caption_groups`.
+        smoothing: share of the mass that is spread.
     """
     same = (groups[:, None] == groups[None, :]).float()
     return (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(groups)
@@ -50,16 +50,16 @@ def info_nce(
     targets: Float[Tensor, "batch batch"],
     entropy: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """CLIP's symmetric contrastive loss in nats (Radford et al. 2021, figure 3; van den Oord 2018).
+    """Return CLIP's symmetric contrastive loss in nats (Radford et al. 2021, figure 3).
 
     With `L = e^log_scale · Î T̂ᵀ` and rows of targets `P` that each sum to one:
     `−½ (mean_i Σ_j P_ij ln softmax(L_i·)_j + mean_j Σ_i P_ij ln softmax(L_·j)_i)`.
 
     Args:
         images: normalised or not.
-        texts: normalised or not; row i belongs to picture i.
-        log_scale: the model's learned logit scale, as it is kept: a logarithm.
-        targets: of `contrastive_targets`; symmetric.
+        texts: normalised or not; row i belongs to image i.
+        log_scale: the model's learned logit scale, as a logarithm.
+        targets: result of `contrastive_targets`; symmetric.
         entropy: weight of `mean_entropy`, which is subtracted.
     """
     logits = log_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
@@ -73,18 +73,18 @@ def similarity_of_similarities(
     smoothing: float = 0.1,
     entropy: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """The loss of zer0int's CLIP-SAE-finetune and CLIP-fine-tune, which is not contrastive.
+    """Return the loss of zer0int's CLIP-SAE-finetune and CLIP-fine-tune; it is not contrastive.
 
-    From cosines `S = Î T̂ᵀ` it takes `Q_ij = cos(S_i·, S_·j) / temperature`: how like picture i's
-    row of similarities is to caption j's column. Targets are `1 − smoothing` on the diagonal and
-    `smoothing / (batch − 1)` beside it. As every row and column is normalised, a logit scale
-    before it cancels, and gets no gradient; equal captions are negatives of each other.
+    From cosines `S = Î T̂ᵀ` it computes `Q_ij = cos(S_i·, S_·j) / temperature`: how similar image
+    i's row of similarities is to caption j's column. Targets are `1 − smoothing` on the diagonal
+    and `smoothing / (batch − 1)` elsewhere. Because every row and column is normalised, a prior
+    logit scale cancels and gets no gradient; equal captions are negatives of each other.
 
     Args:
         images: normalised or not.
-        texts: normalised or not; row i belongs to picture i.
-        temperature: 0.07 in his scripts.
-        smoothing: 0.1 in his scripts.
+        texts: normalised or not; row i belongs to image i.
+        temperature: temperature of the softmax; 0.07 in his scripts.
+        smoothing: share spread over the batch; 0.1 in his scripts.
         entropy: weight of `mean_entropy`, which is subtracted; 0.02 in his script that has it.
 
     Raises:
@@ -92,7 +92,7 @@ def similarity_of_similarities(
     """
     n = len(images)
     if n < 2:
-        raise UserError("similarity_of_similarities needs a batch of two pictures or more.")
+        raise UserError("similarity_of_similarities needs a batch of two images or more.")
     similarities = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
     rows, columns = F.normalize(similarities, dim=1), F.normalize(similarities.T, dim=1)
     logits = rows @ columns.T / temperature
@@ -101,10 +101,10 @@ def similarity_of_similarities(
 
 
 def mean_entropy(logits: Float[Tensor, "batch batch"]) -> Float[Tensor, ""]:
-    """Mean entropy, in nats, of the softmax over rows and over columns.
+    """Return the mean entropy, in nats, of the softmax over rows and over columns.
 
-    Subtracted from a loss it keeps predictions from becoming too sure (Pereyra et al. 2017,
-    section 3); zer0int's script calls it a penalty of overfitting.
+    Subtracted from a loss, it keeps predictions from becoming overconfident (Pereyra et al. 2017,
+    section 3); zer0int's script calls it an overfitting penalty.
     """
     found = []
     for each in (logits, logits.T):
@@ -116,10 +116,10 @@ def mean_entropy(logits: Float[Tensor, "batch batch"]) -> Float[Tensor, ""]:
 def distillation(
     embeddings: Float[Tensor, "batch d_embed"], originals: Float[Tensor, "batch d_embed"]
 ) -> Float[Tensor, ""]:
-    """How far embeddings have moved from the original model's: the mean of 1 − cosine.
+    """Return how far embeddings have moved from the original model's: the mean of 1 − cosine.
 
-    That is half the squared distance of the unit vectors. No text and no class enters it, so it
-    keeps whatever the original could do with such pictures, not the measured classes alone.
+    That is half the squared distance of the unit vectors. It involves no text and no class, so it
+    preserves everything that the original can do with such images, not only the measured classes.
     """
     return (1 - F.cosine_similarity(embeddings, originals, dim=-1)).mean()
 

@@ -1,8 +1,7 @@
-"""Figures of a CLIP before and after: what words do to it, what it still knows, where its two
-modalities lie.
+"""Figures of a CLIP before and after: typographic attacks, retained abilities, modality gap.
 
-Every figure is taken on pictures that neither model was fine-tuned on, the same for both, and with
-the same code.
+Every figure is measured with the same code on the same images, on which neither model was
+fine-tuned.
 """
 
 from __future__ import annotations
@@ -31,24 +30,24 @@ IN_BATCH = 48
 RECALL_AT = (1, 5)
 EXAMPLES = 14
 RIDGE = 1e-3
-"""Of the covariance's mean variance, added before it is inverted: 512 dimensions, few pictures."""
+"""Share of the mean variance added to the covariance before inversion: there are few images."""
 
 
 def compare(
     before: VisionModel, after: VisionModel, subjects: Subjects, *, quiet: bool = True
 ) -> dict[str, Any]:
-    """Both models on the same pictures, JSON-able.
+    """Measure both models on the same images; the result is for JSON.
 
     Returns:
-        `attack`: by kind of picture accuracy and success of the attack before and after, with the
-        change over the same pictures; `won_back`: the share of the accuracy that words cost that is
-        there again, with its bootstrap interval (`won_back_interval`); `clean_cost`: what clean
-        pictures lost; `in_batch_accuracy`, `zero_shot`, `retrieval`, `modality_gap`, `logit_scale`:
-        `before` and `after` of each; `latents` (see `compare_latents`); `examples`. What there are
-        no pictures or no SAE for is left out.
+        `attack`: accuracy and attack success by kind of image, before and after, with the paired
+        change; `won_back`: the share of the accuracy lost to words that is recovered, with its
+        bootstrap interval (`won_back_interval`); `clean_cost`: the accuracy lost on clean images;
+        `in_batch_accuracy`, `zero_shot`, `retrieval`, `modality_gap`, `logit_scale`: `before` and
+        `after` of each; `latents` (see `compare_latents`); `examples`. Figures without suitable
+        images or an SAE are left out.
 
     Raises:
-        UserError: no picture loads, or the SAE is not of the model before.
+        UserError: no images load, or the SAE is not of the original model.
     """
     models = {"before": before, "after": after}
     seen = {
@@ -111,9 +110,9 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
 def _examples(
     subjects: Subjects, kinds: Mapping[str, Mapping[str, Outcome]]
 ) -> list[dict[str, Any]]:
-    """Attacked pictures drawn by lot, with what each model made of them."""
+    """Draw attacked images at random, with each model's verdict."""
     pairs, n = subjects.pairs, len(kinds["before"]["attacked"].right)
-    if n != len(pairs):  # some did not load: places here are not places there
+    if n != len(pairs):  # some did not load, so the places differ
         return []
     chosen = np.random.default_rng(subjects.seed).permutation(n)[:EXAMPLES]
     return [
@@ -134,7 +133,7 @@ def _verdict(outcome: Outcome, index: int) -> str:
 
 
 def _one_model(model: VisionModel, subjects: Subjects, quiet: bool) -> dict[str, Any]:
-    """The figures that need one model alone."""
+    """Measure the figures that need only one model."""
     labelled = subjects.images if subjects.images is not None else subjects.pairs.clean
     names = subjects.pairs.class_names if subjects.images is None else None
     found: dict[str, Any] = {
@@ -186,21 +185,21 @@ def in_batch_accuracy(
     workers: int | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """What zer0int's scripts call accuracy on ImageNet and ObjectNet: a figure within batches.
+    """Measure what zer0int's scripts call accuracy on ImageNet and ObjectNet, within batches.
 
-    A picture is right if, of the texts of its own batch's labels (bare names, no template), the
-    one with the largest dot product names its label. Embeddings are not normalised. So the task is
-    at most `batch_size`-way, easier in small batches and where labels repeat, and no figure of it
-    compares with N-way zero-shot accuracy. Here batches are drawn with a seed.
+    An image is right if its label has the largest dot product among the labels of its own batch
+    (bare names, no template). Embeddings are not normalised. The task is therefore at most
+    `batch_size`-way, easier in small batches and with repeated labels, and not comparable with
+    N-way zero-shot accuracy. Here a seed determines the batches.
 
     Args:
-        model: with a text tower.
-        source: pictures with labels.
-        class_names: what stands for a label.
-        batch_size: of the task; 48 in his script.
-        limit: pictures at most.
-        seed: of the order.
-        workers: processes that decode.
+        model: a model with a text tower.
+        source: images with labels.
+        class_names: the name for each label.
+        batch_size: batch size of the task; 48 in his script.
+        limit: largest number of images.
+        seed: seed of the order.
+        workers: processes that decode images.
         quiet: show no progress line.
 
     Returns:
@@ -208,12 +207,12 @@ def in_batch_accuracy(
         in a batch.
 
     Raises:
-        UserError: no image has a label, or none of those that have one loads.
+        UserError: no images have labels, or none with a label loads.
     """
     labels = [source.known(i).label for i in range(len(source))]
     known = [i for i, label in enumerate(labels) if label is not None]
     if not known:
-        raise UserError(f"{source.spec}: none of its pictures has a label.")
+        raise UserError(f"{source.spec}: none of its images has a label.")
     names = class_names or names_by_label([label for label in labels if label], None)
     order = np.random.default_rng(seed).permutation(known)[:limit].tolist()
     hits = n = 0
@@ -244,8 +243,9 @@ def embed_pairs(
     seed: int = 0,
     settings: PassSettings | None = None,
 ) -> tuple[Float[Tensor, "n d_embed"], Float[Tensor, "n d_embed"], list[str]]:
-    """Unit embeddings of images and of the first caption of each, and these captions; of a random
-    sample of `limit` images."""
+    """Return unit embeddings of `limit` random images and of their first captions, and the
+    captions.
+    """
     chosen = sample_places(len(pairs), limit or len(pairs), seed).tolist()
     captions = {pairs.places[i]: pairs.captions[i][0][0] for i in chosen}
     found, own = [], []
@@ -254,7 +254,7 @@ def embed_pairs(
             found.append(model.embed_images(batch.pixels))
             own += [captions[i] for i in batch.indices]
     if len(own) < 2:
-        raise UserError(f"{pairs.source.spec}: fewer than two pictures with captions load.")
+        raise UserError(f"{pairs.source.spec}: fewer than two images with captions load.")
     images, texts = torch.cat(found), model.embed_texts(own)
     return F.normalize(images, dim=-1), F.normalize(texts, dim=-1), own
 
@@ -262,17 +262,17 @@ def embed_pairs(
 def retrieval(
     images: Float[Tensor, "n d_embed"], texts: Float[Tensor, "n d_embed"], captions: Sequence[str]
 ) -> dict[str, Any]:
-    """Recall at 1 and 5, both ways: the share of queries with a match among the best k.
+    """Measure recall at 1 and 5, both ways: the share of queries with a match among the top k.
 
-    A match is any row with the same caption, so that equal captions are no errors of each other.
+    A match is any row with the same caption, so that equal captions do not count as errors.
 
     Args:
         images: unit rows.
-        texts: unit rows; row i is the caption of picture i.
-        captions: the same as text.
+        texts: unit rows; row i is the caption of image i.
+        captions: the captions as text.
 
     Returns:
-        `image_to_text.{1,5}`, `text_to_image.{1,5}`, each a share and its interval, and `n`.
+        `image_to_text.{1,5}`, `text_to_image.{1,5}`, each with a share and its interval; and `n`.
     """
     numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     group = torch.tensor([numbers[caption] for caption in captions])
@@ -292,25 +292,25 @@ def retrieval(
 def modality_gap(
     images: Float[Tensor, "n d_embed"], texts: Float[Tensor, "n d_embed"], seed: int = 0
 ) -> dict[str, Any]:
-    """How far apart pictures and texts lie (Liang et al. 2022, section 2).
+    """Measure how far apart images and texts are (Liang et al. 2022, section 2).
 
-    `distance` is ‖mean(Î) − mean(T̂)‖. `separability` is the share of held-out embeddings that a
-    linear discriminant tells apart by modality: fitted to one half, w = (Σ + ε I)⁻¹ (μ_I − μ_T),
-    threshold at the middle of the means (Fisher 1936), measured on the other; 0.5 is chance.
+    `distance` is ‖mean(Î) − mean(T̂)‖. `separability` is the share of held-out embeddings whose
+    modality a linear discriminant predicts: w = (Σ + ε I)⁻¹ (μ_I − μ_T), threshold midway between
+    the means (Fisher 1936), fitted to one half and measured on the other; 0.5 is chance.
 
     Args:
         images: unit rows.
         texts: unit rows.
-        seed: of the halves.
+        seed: seed of the halves.
 
     Returns:
-        `distance`, `separability`, `interval`, `matched_cosine`, `random_cosine` (of a picture and
-        its own caption, and of another's) and `n`.
+        `distance`, `separability`, `interval`, `matched_cosine`, `random_cosine` (of an image with
+        its own caption, and with another's) and `n`.
     """
     one, two = (x.cpu().double().numpy() for x in (images, texts))
     n = len(one)
     order = np.random.default_rng(seed).permutation(n)
-    # A picture and its caption go the same way: no half has a pair that the other was fitted to.
+    # An image and its caption stay in the same half, so no pair is in both.
     fit, held = order[: n // 2], order[n // 2 :]
     weights, threshold = discriminant(one[fit], two[fit])
     right = int((one[held] @ weights > threshold).sum() + (two[held] @ weights <= threshold).sum())
@@ -328,9 +328,9 @@ def modality_gap(
 def discriminant(
     one: Float64[np.ndarray, "n d"], two: Float64[np.ndarray, "m d"]
 ) -> tuple[Float64[np.ndarray, " d"], float]:
-    """Fisher's linear discriminant of two classes: weights, and the threshold above which is one.
+    """Fit Fisher's linear discriminant of two classes: weights, and the threshold of the first.
 
-    The covariance is that within the classes, with a little of its mean variance added.
+    The covariance is that within the classes, plus a little of its mean variance.
     """
     means = one.mean(axis=0), two.mean(axis=0)
     within = np.concatenate([one - means[0], two - means[1]])

@@ -1,8 +1,8 @@
 """AdaBelief and AdamW, and the learning rate over a run.
 
-AdaBelief is here in fifty lines rather than as a dependency: the package `adabelief-pytorch` has
-had no release since 2021, prints to the terminal when it is imported into a run, and keeps numbers
-of the rectification in lists inside its groups, which do not survive a safe checkpoint.
+AdaBelief is fifty lines here rather than a dependency: the package `adabelief-pytorch` has had no
+release since 2021, prints to the terminal, and keeps numbers of the rectification in lists inside
+its groups, which do not survive a safe checkpoint.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class AdaBelief(torch.optim.Optimizer):
     `θ ← θ − lr · wd · θ − lr · m̂ / (√ŝ + ε)`.
 
     With `rectify` the step is that of RAdam (Liu et al. 2020, algorithm 2), as in the authors' own
-    code: while the moving average has seen too few steps to trust the variance, plain momentum.
-    The rate of those steps is not divided by √ŝ, which is why the warm-up of a small rate matters
-    little and gradients should be clipped.
+    code: plain momentum until the moving average has seen enough steps to trust the variance. Those
+    steps are not divided by √ŝ, so the warm-up of a small rate matters little and gradients should
+    be clipped.
 
     Args:
         params: parameters or groups.
         lr: learning rate.
         betas: decay of the two averages.
-        eps: added at both places; it decides how large steps become where gradients hardly vary.
-        weight_decay: share of a weight that a step at `lr` 1 would take off.
-        rectify: see above.
+        eps: added in both places; it limits the steps where gradients hardly vary.
+        weight_decay: share of a weight that a step at `lr` 1 would remove.
+        rectify: whether to rectify, see above.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class AdaBelief(torch.optim.Optimizer):
 
 
 def rectification(step: int, beta2: float) -> float | None:
-    """RAdam's factor r_t; None while the variance cannot be trusted (ρ_t below 5)."""
+    """Return RAdam's factor r_t; None while the variance cannot be trusted (ρ_t below 5)."""
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2**step / (1 - beta2**step)
     if length < RECTIFIED_FROM:
@@ -112,7 +112,7 @@ def rectification(step: int, beta2: float) -> float | None:
 
 
 def rate_factor(name: ScheduleName, step: int, n_steps: int, warmup: float) -> float:
-    """What share of its peak learning rate every group uses; a factor, so that ratios stay.
+    """Return the share of its peak learning rate that every group uses.
 
     - `cosine`: a linear rise, then half a cosine down to 0.
     - `one_cycle`: half a cosine up from 1/25, then half a cosine down to 1/250,000 (Smith 2018, as
@@ -120,10 +120,10 @@ def rate_factor(name: ScheduleName, step: int, n_steps: int, warmup: float) -> f
     - `constant`: a linear rise, then 1.
 
     Args:
-        name: of the schedule.
-        step: optimiser steps done before this one.
-        n_steps: optimiser steps of the run.
-        warmup: share of the run in which it rises.
+        name: name of the schedule.
+        step: number of optimiser steps before this one.
+        n_steps: number of optimiser steps of the run.
+        warmup: share of the run in which the rate rises.
     """
     if name == "one_cycle":
         top = warmup * n_steps - 1

@@ -1,4 +1,4 @@
-"""The optimiser of a fine-tuning with its groups, and the norms of the gradients it gets."""
+"""The optimiser of fine-tuning with its groups, and gradient norms."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sparsight.finetuning.optimisers import AdaBelief
 def make_optimiser(
     trained: Sequence[Member], config: FinetuneConfig, width: int
 ) -> torch.optim.Optimizer:
-    """The optimiser, with a group for each part and for what decays in it.
+    """Make the optimiser, with one group per part and per use of weight decay.
 
     Args:
-        trained: what is trained.
-        config: rates and the rest.
-        width: of the vision tower, for the default rate.
+        trained: the parameters to train.
+        config: rates and other settings.
+        width: width of the vision tower, for the default rate.
     """
     lr = config.learning_rate(width)
     groups: dict[tuple[str, bool], list[Tensor]] = {}
@@ -45,7 +45,7 @@ def make_optimiser(
 
 @torch.no_grad()
 def gradient_norms(trained: Sequence[Member]) -> dict[str, Tensor]:
-    """The norm of each layer's gradient: `visual.0`, …, `text.0`, …, and the other parts."""
+    """Return the norm of each layer's gradient: `visual.0`, …, `text.0`, …, and the other parts."""
     layers: dict[str, list[Tensor]] = {}
     for member in trained:
         if member.parameter.grad is not None:

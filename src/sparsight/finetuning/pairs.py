@@ -1,7 +1,7 @@
-"""Pictures with captions: from any source of images, or from a pair file.
+"""Images with captions, from any source of images or from a pair file.
 
-A pair file names pictures and their captions: a JSON object `{path: [captions]}` as SPRIGHT's,
-JSON lines, or a table parted by comma, tab, semicolon or `|`.
+A pair file lists images and their captions: a JSON object `{path: [captions]}` like SPRIGHT's, JSON
+lines, or a table separated by comma, tab, semicolon or `|`.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ CaptionUse = Literal["both", "captions", "labels"]
 
 PAIR_FILES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 SHOWN = 60
-"""Letters of a caption or path that a message quotes."""
+"""Characters of a caption or path that a message quotes."""
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Pictures, each with the captions that a step may choose from.
+    """Images, each with the captions that a step may choose from.
 
     Attributes:
-        source: where the pictures come from.
-        places: of the pictures that have captions, in the source.
-        captions: of each of them, groups: a step draws a group, then a caption of it.
-        without: pictures left out because nothing is said of them.
+        source: the source of the images.
+        places: places in the source of the images with captions.
+        captions: groups of captions per image: a step draws a group, then a caption of it.
+        without: number of images left out because they have no text.
     """
 
     source: ImageSource
@@ -57,50 +57,50 @@ class CaptionedImages:
         return len(self.places)
 
     def distinct(self) -> list[str]:
-        """Every caption once, in the order of the pictures."""
+        """Return every caption once, in the order of the images."""
         found = (text for groups in self.captions for group in groups for text in group)
         return list(dict.fromkeys(found))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over pictures and captions."""
+        """Return the hex SHA-256 over images and captions."""
         digest = hashlib.sha256(self.source.fingerprint().encode())
         digest.update(json.dumps([self.places, self.captions]).encode())
         return digest.hexdigest()
 
 
 class PairFileImages(ImageSource):
-    """The pictures that a pair file names, in its order, under the paths that it gives them.
+    """The images of a pair file, in its order, under their paths in the file.
 
     Args:
-        path: the file; see the module.
-        folder: to which its paths are relative; default the file's own.
-        max_failed: share of the pictures that may be missing; they are left out and noted.
+        path: the file; see the module's docstring.
+        folder: the folder to which its paths are relative; default: that of the file.
+        max_failed: share of the images that may be missing; they are left out and noted.
 
     Raises:
-        UserError: the file cannot be read, or too many of its pictures are missing.
+        UserError: the file cannot be read, or too many of its images are missing.
     """
 
     def __init__(self, path: Path, folder: Path | None = None, max_failed: float = 0.01) -> None:
         self.path = path.absolute()
         self.folder = folder.absolute() if folder is not None else self.path.parent
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: no such folder of images.")
+            raise UserError(f"{self.folder}: the folder of images does not exist.")
         self.spec = without_surrogates(str(self.path))
         named = read_pairs(self.path)
         there = {file: texts for file, texts in named.items() if self._is_there(file)}
         missing = [file for file in named if file not in there]
         if len(missing) > max_failed * len(named):
             raise UserError(
-                f"{path}: {len(missing):,} of the {len(named):,} pictures that it names are not in "
+                f"{path}: {len(missing):,} of its {len(named):,} images are not in "
                 f"{self.folder} (the first: {_short(missing[0])!r}); more than max_failed "
-                f"({max_failed:.1%}) allows. Name the folder that its paths are relative to."
+                f"({max_failed:.1%}) allows. Give the folder to which its paths are relative."
             )
         self._files = list(there)
         self._captions = there
         if missing:
             self.notes = (
-                f"{path.name}: {len(missing):,} of {len(named):,} pictures are missing and left "
+                f"{path.name}: {len(missing):,} of {len(named):,} images are missing and left "
                 f"out (the first: {_short(missing[0])!r}).",
             )
 
@@ -121,7 +121,9 @@ class PairFileImages(ImageSource):
         return decode_image(read_image_file(self.folder / file), min_side)
 
     def fingerprint(self) -> str:
-        """Over paths, captions, sizes and modification times; no picture is opened."""
+        """Return a fingerprint over paths, captions, sizes and modification times; no image is
+        opened.
+        """
         digest = hashlib.sha256()
         for file in self._files:
             status = (self.folder / file).stat()
@@ -133,34 +135,34 @@ class PairFileImages(ImageSource):
 def open_pairs(
     spec: str | Path | ImageSource, folder: Path | None = None, max_failed: float = 0.01
 ) -> ImageSource:
-    """Open pictures with captions: a pair file, or whatever `open_images` takes.
+    """Open images with captions: a pair file, or anything that `open_images` takes.
 
     Args:
-        spec: of the pictures.
-        folder: of a pair file's pictures; default where the file lies.
-        max_failed: share of a pair file's pictures that may be missing.
+        spec: the source of the images.
+        folder: folder of a pair file's images; default: that of the file.
+        max_failed: share of a pair file's images that may be missing.
 
     Raises:
-        UserError: there is nothing of that kind there, or a pair file is wrong.
+        UserError: the source does not exist, or a pair file is wrong.
     """
     if not isinstance(spec, ImageSource):
         path = Path(spec).expanduser()
         if path.suffix.lower() in PAIR_FILES and "?table=" not in str(spec):
             return PairFileImages(path, folder, max_failed)
     if folder is not None:
-        raise UserError(f"A folder of pictures goes with a pair file ({', '.join(PAIR_FILES)}).")
+        raise UserError(f"A folder of images needs a pair file ({', '.join(PAIR_FILES)}).")
     return open_images(spec)
 
 
 def read_pairs(path: Path) -> dict[str, tuple[str, ...]]:
-    """Paths of pictures and their captions, as a pair file gives them.
+    """Read the paths of images and their captions from a pair file.
 
     Raises:
-        UserError: the file is missing, is not what its name says, or an entry is no picture with
-            captions; the message names line or entry, and field.
+        UserError: the file is missing, its contents do not match its name, or an entry is not an
+            image with captions; the message names line or entry, and field.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such pair file.")
+        raise UserError(f"{path}: the pair file does not exist.")
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl"):
         read = _json_entries if suffix == ".json" else _json_lines
@@ -179,7 +181,7 @@ def read_pairs(path: Path) -> dict[str, tuple[str, ...]]:
             for file, annotation in table.by_file.items()
         )
     if not found:
-        raise UserError(f"{path}: names no picture.")
+        raise UserError(f"{path}: lists no images.")
     return found
 
 
@@ -189,17 +191,17 @@ def captioned(
     templates: str | Sequence[str] = "simple",
     names: Mapping[str, str] | None = None,
 ) -> CaptionedImages:
-    """The pictures of a source that have captions, with all of these.
+    """Return the images of a source that have captions, with all their captions.
 
     Args:
-        source: the pictures.
+        source: the source of the images.
         use: `captions`: the source's own; `labels`: the label written into each template; `both`:
-            a step draws which of the two, where a picture has both.
+            a step draws one of the two if an image has both.
         templates: sentences for labels; see `classifier_weights`.
-        names: what stands for a label; by default its own text with spaces for underscores.
+        names: the name for each label; by default its own text with spaces for underscores.
 
     Raises:
-        UserError: not one picture has a caption of that kind.
+        UserError: no images have a caption of that kind.
     """
     infos = [source.known(i) for i in range(len(source))]
     sentences = resolve_templates(templates)
@@ -218,19 +220,19 @@ def captioned(
     if not places:
         what = {"captions": "caption", "labels": "label", "both": "caption or label"}[use]
         raise UserError(
-            f"{source.spec}: none of its {len(infos):,} pictures has a {what}. Give a pair file, "
-            "or a table of captions beside the pictures (captions.csv), or sub-folders as labels."
+            f"{source.spec}: none of its {len(infos):,} images has a {what}. Give a pair file, "
+            "a table of captions next to the images (captions.csv), or sub-folders as labels."
         )
     return CaptionedImages(source, tuple(places), tuple(captions), len(infos) - len(places))
 
 
 def check_lengths(model: VisionModel, captions: Sequence[str], truncate: bool = False) -> int:
-    """Make sure that captions fit the model's context; how many will be cut.
+    """Check that captions fit the model's context; return how many will be cut.
 
     Args:
-        model: whose tokenizer counts.
-        captions: each distinct one.
-        truncate: cut what is too long rather than refuse it.
+        model: the model whose tokenizer counts.
+        captions: the distinct captions.
+        truncate: cut captions that are too long, rather than refuse them.
 
     Raises:
         UserError: captions are too long and `truncate` is off; the message has their count and
@@ -244,39 +246,40 @@ def check_lengths(model: VisionModel, captions: Sequence[str], truncate: bool = 
             f"{len(long):,} of {len(captions):,} captions are longer than the "
             f"{model.context_length} tokens that {model.id} reads (the first has {lengths[first]}: "
             f"{_short(captions[first])!r}). Shorten them, cut them with --truncate-captions, or "
-            "take a model with a longer context (Long-CLIP)."
+            "use a model with a longer context (Long-CLIP)."
         )
     return len(long)
 
 
 def _collect(entries: Iterable[tuple[str, Any, Any]]) -> dict[str, tuple[str, ...]]:
-    """Check entries (where, file, captions); those of one file are put together."""
+    """Check entries (where, file, captions), and join those of the same file."""
     found: dict[str, tuple[str, ...]] = {}
     for where, file, value in entries:
         if not isinstance(file, str) or not file.strip():
-            raise UserError(f"{where}: the file is {_shown(file)}; expected the path of a picture.")
+            raise UserError(f"{where}: the file is {_shown(file)}; expected the path of an image.")
         texts = value if isinstance(value, list) else [value]
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):
                 raise UserError(f"{where}: caption {number} is {_shown(text)}; expected text.")
         captions = as_captions(value)
         if not captions:
-            raise UserError(f"{where}: has no caption.")
+            raise UserError(f"{where}: has no captions.")
         found[file] = (*found.get(file, ()), *captions)
     return found
 
 
 def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Any, Any]]:
     try:
-        # Keys that stand twice would silently lose the first one's captions.
+        # A repeated key would silently lose the captions of the first.
         entries = json.loads(text, object_pairs_hook=list)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}).") from error
     if not isinstance(entries, list) or not text.lstrip().startswith("{"):
         raise UserError(
             f"{path}: expected one JSON object {{path: [captions]}}, found a "
-            f"{'list' if isinstance(entries, list) else type(entries).__name__}. Records a line "
-            "belong into a .jsonl file."
+            f"{'list' if isinstance(entries, list) else type(entries).__name__}. One record per "
+            f"line "
+            "belongs in a .jsonl file."
         )
     for file, captions in entries:
         yield f"{path}: {_short(file)!r}", file, captions

@@ -1,4 +1,4 @@
-"""A price on latents that respond to writing, paid by the model that is fine-tuned."""
+"""A penalty on latents that respond to writing, for the model being fine-tuned."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sparsight.vision import Tokens, VisionModel, select_tokens
 
 @dataclass(frozen=True)
 class PenalisedLatents:
-    """Latents of an SAE whose activations are to fall.
+    """Latents of an SAE whose activations should fall.
 
     Attributes:
-        sae: trained on the model as it was; it stays as it is.
-        latents: which.
-        site: where it reads; default the one that it names.
+        sae: SAE of the original model; it stays unchanged.
+        latents: numbers of the latents.
+        site: where the SAE reads; default: the site that it names.
     """
 
     sae: SparseAutoencoder
@@ -34,38 +34,39 @@ class PenalisedLatents:
 
     @property
     def tokens(self) -> Tokens:
-        """The positions that the SAE was trained on."""
+        """The positions on which the SAE was trained."""
         return cast(Tokens, self.sae.metadata.get("tokens") or "all")
 
     def place(self, model: VisionModel) -> str:
-        """The canonical name of the site in `model`, the one that the SAE was trained on.
+        """Return the canonical name of the SAE's site in `model`, on which it was trained.
 
         Raises:
             UserError: the SAE names no site, is of another model, or has no such latent.
         """
         named = self.site or self.sae.metadata.get("site")
         if named is None:
-            raise UserError("The SAE whose latents are penalised names no site; give one.")
+            raise UserError(
+                "The SAE whose latents are penalised does not name its site; give site=…."
+            )
         site = model.canonical_site(named)
         check_belongs(self.sae, model, site)
         bad = [latent for latent in self.latents if not 0 <= latent < self.sae.n_latents]
         if bad or not self.latents:
             found = f"latent {bad[0]}" if bad else "no latent"
             raise UserError(
-                f"{found} is to be penalised; the SAE has the latents 0 to "
-                f"{self.sae.n_latents - 1}."
+                f"{found} cannot be penalised; the SAE has latents 0 to {self.sae.n_latents - 1}."
             )
         return site
 
 
 @dataclass
 class LatentPenalty:
-    """Reads activations as a forward pass makes them, under autograd, and prices latents in them.
+    """Reads activations during a forward pass, under autograd, and penalises latents in them.
 
     Args:
-        model: the one that is trained.
-        what: the latents.
-        site: its canonical name.
+        model: the model being trained.
+        what: the penalised latents.
+        site: canonical name of the site.
     """
 
     model: VisionModel
@@ -74,13 +75,13 @@ class LatentPenalty:
     _seen: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # The caller's own stays where it is, and trainable.
+        # The caller's own SAE stays on its device, and trainable.
         self._sae = copy.deepcopy(self.what.sae).requires_grad_(False).to(self.model.device)
         self._latents = torch.tensor(sorted(set(self.what.latents)), device=self.model.device)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Keep what the site has in the next forward pass."""
+        """Keep the site's activations of the next forward pass."""
         self._seen.clear()
 
         def keep(x: Tensor) -> Tensor:
@@ -91,10 +92,11 @@ class LatentPenalty:
             yield
 
     def value(self, rows: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
-        """The latents' summed activation, per vector: `Σ_i r_i Σ_t Σ_l |f_l(x_it)| / (Σ_i r_i T)`.
+        """Return the latents' summed activation per vector: `Σ_i r_i Σ_t Σ_l |f_l(x_it)| / (Σ_i r_i
+        T)`.
 
         Args:
-            rows: weight of each picture, 1 for those that count.
+            rows: weight of each image, 1 for those that count.
         """
         x = self._seen[-1].float()
         if x.shape[1] > 1:

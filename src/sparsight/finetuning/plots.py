@@ -20,7 +20,7 @@ KINDS = {
 
 
 def accuracy_bars(attack: Mapping[str, Any]) -> Figure:
-    """Accuracy by what is written on the pictures, before and after, with intervals."""
+    """Plot accuracy by the word on the images, before and after, with intervals."""
     with plot_style():
         drawn = figure(2.5)
         ax = drawn.subplots()
@@ -45,14 +45,14 @@ def accuracy_bars(attack: Mapping[str, Any]) -> Figure:
         ax.set_ylim(0, 1.02)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_ylabel("accuracy")
-        ax.set_xlabel("word on the picture")
+        ax.set_xlabel("word on the image")
         ax.grid(axis="x", visible=False)
         drawn.legend(loc="outside upper right", ncols=2)
         return drawn
 
 
 def loss_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """What is minimised and its parts, over the steps."""
+    """Plot the loss and its parts over the steps."""
     names = ("loss", "contrastive", "distillation", "pull", "penalty")
     with plot_style():
         drawn = figure(2.6)
@@ -66,7 +66,7 @@ def loss_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
                 label="all together" if name == "loss" else name,
             )
         ax.set_yscale("log")
-        ax.set_xlabel("step of the optimiser")
+        ax.set_xlabel("optimiser step")
         ax.set_ylabel("nats, or 1 − cosine")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         drawn.legend(loc="outside lower center", ncols=3)
@@ -74,7 +74,7 @@ def loss_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def gradient_norms(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """The norm of each layer's gradient over the steps: rows are layers, light is large."""
+    """Plot the norm of each layer's gradient over the steps: rows are layers, light is large."""
     layers = list(log[-1]["gradient_norms"])
     order = [layer for layer in layers if layer.startswith("visual.")]
     order += [layer for layer in layers if layer.startswith("text.")]
@@ -87,7 +87,7 @@ def gradient_norms(log: Sequence[Mapping[str, Any]]) -> Figure:
     with plot_style():
         drawn = figure(max(1.6, 0.5 + 0.19 * len(order)))
         ax = drawn.subplots()
-        picture = ax.imshow(
+        grid = ax.imshow(
             shown,
             aspect="auto",
             interpolation="nearest",
@@ -95,11 +95,11 @@ def gradient_norms(log: Sequence[Mapping[str, Any]]) -> Figure:
             extent=(0, steps[-1], len(order) - 0.5, -0.5),
         )
         ax.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
-        ax.set_xlabel("step of the optimiser")
+        ax.set_xlabel("optimiser step")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.grid(visible=False)
         ax.tick_params(length=0)
-        bar = drawn.colorbar(picture, ax=ax, pad=0.02, aspect=28)
+        bar = drawn.colorbar(grid, ax=ax, pad=0.02, aspect=28)
         bar.set_label("log₁₀ of the norm")
         bar.ax.yaxis.set_major_locator(MaxNLocator(5))
         bar.outline.set_visible(False)
@@ -107,11 +107,11 @@ def gradient_norms(log: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def learning(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """The learning rate's factor, the logit scale and the gradient's norm over the steps."""
+    """Plot the learning rate's factor, the logit scale and the gradient norm over the steps."""
     panels = [
-        ("lr_factor", "learning rate, share of its peak"),
+        ("lr_factor", "learning rate, relative to its peak"),
         ("logit_scale", "logit scale"),
-        ("gradient_norm", "norm of the gradient"),
+        ("gradient_norm", "gradient norm"),
     ]
     with plot_style():
         drawn = figure(0.5 + 1.05 * len(panels))
@@ -122,13 +122,13 @@ def learning(log: Sequence[Mapping[str, Any]]) -> Figure:
             ax.yaxis.set_major_locator(MaxNLocator(3))
             if key != "logit_scale":
                 ax.set_ylim(bottom=0)
-        axes[-1].set_xlabel("step of the optimiser")
+        axes[-1].set_xlabel("optimiser step")
         axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return drawn
 
 
 def latent_effects(latents: Sequence[Mapping[str, Any]]) -> Figure:
-    """How strongly text-salient latents respond to words, before and after."""
+    """Plot how strongly text-salient latents respond to words, before and after."""
     with plot_style():
         drawn = figure(0.7 + 0.2 * len(latents))
         ax = drawn.subplots()
@@ -141,7 +141,7 @@ def latent_effects(latents: Sequence[Mapping[str, Any]]) -> Figure:
         ax.axvline(0, color=PALETTE[5], linewidth=0.8)
         ax.set_yticks(rows, [f"latent {each['latent']}" for each in latents])
         ax.invert_yaxis()
-        ax.set_xlabel("activation with the word minus without")
+        ax.set_xlabel("activation with minus without the word")
         ax.grid(axis="y", visible=False)
         drawn.legend(loc="outside upper right", ncols=2)
         return drawn

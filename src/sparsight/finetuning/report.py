@@ -1,4 +1,4 @@
-"""The page of before and after: one static HTML file that needs nothing else."""
+"""The page that compares before and after: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FORMAT_VERSION = 1
 PICTURE_SIDE = 160
 
 VERDICTS = {"right": "right", "word": "fooled by the word", "other": "something else"}
-_SHOT = {"image_to_text": "caption of a picture", "text_to_image": "picture of a caption"}
+_SHOT = {"image_to_text": "caption of an image", "text_to_image": "image of a caption"}
 _KINDS = {
     "clean": "no words",
     "attacked": "another class's name",
@@ -50,28 +50,28 @@ _KINDS = {
 }
 
 GLOSSARY: dict[str, str] = {
-    "accuracy": "Share of pictures whose own class scores highest among all classes, each written "
-    "into a sentence. Intervals hold in 95 of 100 cases (Wilson); those of changes are for the "
-    "same pictures before and after.",
-    "fooled": "Share of pictures on which the class of the attacking word wins. Where that word is "
-    "not written, this is what chance makes of it.",
-    "won back": "Accuracy on attacked pictures that fine-tuning brought back, as a share of what "
+    "accuracy": "Share of images whose own class scores highest among all classes, each written "
+    "into a sentence. Intervals are 95 % Wilson intervals; those of changes are paired: "
+    "the same images before and after.",
+    "fooled": "Share of images on which the class of the attacking word wins. On images without "
+    "that word, this is chance.",
+    "won back": "Accuracy on attacked images that fine-tuning recovered, as a share of what "
     "words cost before.",
-    "in-batch accuracy": "zer0int's figure for ImageNet and ObjectNet, under its own name: a "
-    "picture is compared with the bare names of the labels in its own batch alone, embeddings not "
-    "normalised. Far easier than N-way zero-shot, and not comparable with it.",
-    "zero-shot": "Accuracy among all classes on other pictures than the attacked ones.",
-    "recall": "Share of queries with a matching caption or picture among the best 1 or 5. Equal "
+    "in-batch accuracy": "zer0int's figure for ImageNet and ObjectNet: an "
+    "image is compared only with the bare names of the labels in its own batch, without "
+    "normalised embeddings. Far easier than N-way zero-shot, and not comparable with it.",
+    "zero-shot": "Accuracy among all classes on images other than the attacked ones.",
+    "recall": "Share of queries with a matching caption or image among the top 1 or 5. Equal "
     "captions count as matches.",
-    "modality gap": "Distance between the mean unit embedding of pictures and that of captions.",
-    "separability": "Share of held-out embeddings that a linear discriminant tells apart by "
-    "modality. 50 % is chance: no gap.",
-    "text-salient": "Latents that are more active on pictures with another class's name on than "
-    "on the same pictures without, by a paired permutation test that holds the false discovery "
+    "modality gap": "Distance between the mean unit embedding of images and that of captions.",
+    "separability": "Share of held-out embeddings whose modality a linear discriminant predicts "
+    "correctly. 50 % is chance: no gap.",
+    "text-salient": "Latents that are more active on images with another class's name on them than "
+    "on the same images without it, by a paired permutation test that holds the false discovery "
     "rate.",
-    "drift": "Correlation of a latent's activation over the same pictures before and after. "
-    "Matched: with whichever latent it fits best, one to one.",
-    "AUC": "How well the single best latent tells images with an attribute from those without; "
+    "drift": "Correlation of a latent's activation before and after, over the same images. "
+    "Matched: with the latent that fits it best, one to one.",
+    "AUC": "How well the single best latent separates images with an attribute from those without; "
     "chosen on half of the images, scored on the rest. 0.5 is chance.",
 }
 
@@ -97,19 +97,19 @@ def report_finetuning(
     """Measure a finished run before and after, and write `before-after.json` and `report.html`.
 
     Args:
-        run: the run, or its folder.
-        before: the model that it began with.
-        subjects: what both are measured on; pictures that the run did not train on.
-        quiet: no progress lines.
+        run: the finished run, or its folder.
+        before: the model that it started from.
+        subjects: what both are measured on: images that the run was not trained on.
+        quiet: show no progress lines.
 
     Returns:
-        The figures, see `compare`.
+        The figures; see `compare`.
 
     Raises:
-        UserError: the run has not finished, or the SAE is not of the model before.
+        UserError: the run has not finished, or the SAE is not of the original model.
     """
     run = run if isinstance(run, FinetuneRun) else FinetuneRun(Path(run))
-    # Both see the same pixels.
+    # Both models see the same pixels.
     after = run.model(str(before.device), scale_jpegs=before.min_side is not None)
     found = compare(before, after, subjects, quiet=quiet)
     write_json(run.out / FIGURES, {"format_version": FORMAT_VERSION, **found})
@@ -118,22 +118,22 @@ def report_finetuning(
 
 
 def read_figures(run: FinetuneRun) -> dict[str, Any]:
-    """The figures that `report_finetuning` wrote.
+    """Read the figures that `report_finetuning` wrote.
 
     Raises:
-        UserError: they are not there, or of another version.
+        UserError: they do not exist, or are of another version.
     """
     found = read_json(run.out / FIGURES)
     if found.pop("format_version", None) != FORMAT_VERSION:
-        raise UserError(f"{run.out / FIGURES}: is of another version; measure anew.")
+        raise UserError(f"{run.out / FIGURES}: is of another version; measure again.")
     return found
 
 
 def write_page(run: FinetuneRun, found: Mapping[str, Any], subjects: Subjects) -> Path:
-    """Write the page about figures that were measured.
+    """Write the page about measured figures.
 
     Returns:
-        Its path.
+        The path of the page.
     """
     recipe, log = run.recipe, run.metrics()
     text = template("finetuning.html.jinja").render(
@@ -157,12 +157,12 @@ def write_page(run: FinetuneRun, found: Mapping[str, Any], subjects: Subjects) -
 
 
 def lead(found: Mapping[str, Any]) -> str:
-    """What happened, in two sentences."""
+    """Say what happened, in two sentences."""
     attack = found["attack"]
     clean, attacked = (attack[kind] for kind in ("clean", "attacked"))
     cost = 100 * found["words_cost"]
     first = (
-        f"Another class's name on a picture cost this model {cost:.1f} points of accuracy: "
+        f"Another class's name on an image cost this model {cost:.1f} points of accuracy: "
         f"{percent(clean['before']['accuracy'])} without, "
         f"{percent(attacked['before']['accuracy'])} with it."
     )
@@ -170,9 +170,9 @@ def lead(found: Mapping[str, Any]) -> str:
         return f"{first} There was no loss to win back."
     change = 100 * clean["change"]["value"]
     moved = (
-        "left clean pictures where they were"
+        "left accuracy on clean images unchanged"
         if abs(change) < 0.05
-        else (f"{'cost' if change < 0 else 'brought'} {abs(change):.1f} points on clean pictures")
+        else (f"{'cost' if change < 0 else 'gained'} {abs(change):.1f} points on clean images")
     )
     return (
         f"{first} Fine-tuning won back {100 * found['won_back']:.0f} % of that "
@@ -181,7 +181,7 @@ def lead(found: Mapping[str, Any]) -> str:
 
 
 def table_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The headline figures as name, before, after and change, for a terminal."""
+    """Return the headline figures as name, before, after and change, for a terminal."""
     rows: list[tuple[str, str, str, str]] = []
     for kind, words in _KINDS.items():
         each = dig(found, f"attack.{kind}")
@@ -198,12 +198,12 @@ def table_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 _LINES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("zero-shot, other pictures", "zero_shot.*.top1", percent),
+    ("zero-shot, other images", "zero_shot.*.top1", percent),
     ("in-batch accuracy (zer0int)", "in_batch_accuracy.*.accuracy", percent),
-    ("recall@1, picture to caption", "retrieval.*.image_to_text.1.recall", percent),
-    ("recall@1, caption to picture", "retrieval.*.text_to_image.1.recall", percent),
+    ("recall@1, image to caption", "retrieval.*.image_to_text.1.recall", percent),
+    ("recall@1, caption to image", "retrieval.*.text_to_image.1.recall", percent),
     ("modality gap", "modality_gap.*.distance", rounded),
-    ("modalities told apart", "modality_gap.*.separability", percent),
+    ("modality predicted correctly", "modality_gap.*.separability", percent),
 )
 
 
@@ -223,7 +223,7 @@ def _facts(
     facts = [
         ("Trained on", _source(recipe.data)),
         ("Attacks", _source(recipe.attack or "none")),
-        ("Measured on", f"{found['n']:,} pictures, {found['n_classes']:,} classes"),
+        ("Measured on", f"{found['n']:,} images, {found['n_classes']:,} classes"),
         *([("Did not load", _lost(log, found))] if _lost(log, found) else []),
         ("Steps", f"{steps:,} of {batch} pairs"),
         ("Loss", loss),
@@ -238,13 +238,13 @@ def _facts(
 
 
 def _lost(log: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> str:
-    """Pictures that were left out, in training and in measuring."""
+    """Say how many images were left out, in training and in measuring."""
     trained = log[-1].get("failed", 0) if log else 0
     parts = [
         f"{count:,} {what}"
         for count, what in (
-            (trained, "of those to train on"),
-            (max(found["failed"].values(), default=0), "of those to measure on"),
+            (trained, "training images"),
+            (max(found["failed"].values(), default=0), "test images"),
         )
         if count
     ]
@@ -261,7 +261,7 @@ def _tiles(found: Mapping[str, Any]) -> list[Change]:
             percent(attack[kind]["after"]["accuracy"]),
             interval(attack[kind]["after"]),
         )
-        for kind, name in (("attacked", "Attacked pictures"), ("clean", "Clean pictures"))
+        for kind, name in (("attacked", "Attacked images"), ("clean", "Clean images"))
     ]
     if found["won_back"] is not None:
         made.append(
@@ -316,18 +316,18 @@ def _attack_table(found: Mapping[str, Any]) -> Table:
         change = f"{margins[1] - margins[0]:+.2f}"
         rows.append(Row("margin (logits)", "", (*(f"{m:.2f}" for m in margins), change)))
     return Table(
-        "Words on pictures",
+        "Words on images",
         ("before", "after", "change"),
         tuple(rows),
-        f"{found['n']:,} pictures, each in every kind; {found['n_classes']:,} classes. Margin: "
-        "logit of the own class minus that of the attacking word's.",
+        f"{found['n']:,} images, each in every kind; {found['n_classes']:,} classes. Margin: "
+        "logit of the image's class minus that of the attacking word's class.",
         strong=1,
     )
 
 
 def _kept_table(found: Mapping[str, Any]) -> Table | None:
     lines: list[tuple[str, str, str, str]] = [
-        ("top-1", "zero-shot", "zero_shot.*.top1", "N-way zero-shot, other pictures"),
+        ("top-1", "zero-shot", "zero_shot.*.top1", "N-way zero-shot, other images"),
         ("top-5", "zero-shot", "zero_shot.*.top5", ""),
         ("accuracy", "in-batch accuracy", "in_batch_accuracy.*.accuracy", "in-batch, zer0int's"),
     ]
@@ -344,10 +344,10 @@ def _kept_table(found: Mapping[str, Any]) -> Table | None:
         return None
     notes = []
     if shot := dig(found, "zero_shot.after"):
-        notes.append(f"Zero-shot: {shot['n']:,} pictures, {shot['n_classes']:,} classes.")
+        notes.append(f"Zero-shot: {shot['n']:,} images, {shot['n_classes']:,} classes.")
     if batch := dig(found, "in_batch_accuracy.after"):
         notes.append(
-            f"In-batch: {batch['n']:,} pictures, {batch['ways']:.0f} different labels a batch of "
+            f"In-batch: {batch['n']:,} images, {batch['ways']:.0f} different labels per batch of "
             f"{batch['batch_size']}."
         )
     if pairs := dig(found, "retrieval.after"):
@@ -360,7 +360,7 @@ def _kept_table(found: Mapping[str, Any]) -> Table | None:
 def _modality_table(found: Mapping[str, Any]) -> Table | None:
     lines: list[tuple[str, str, str, Callable[[Any], str]]] = [
         ("distance of the means", "modality gap", "modality_gap.*.distance", rounded),
-        ("told apart by a line", "separability", "modality_gap.*.separability", percent),
+        ("linearly separable", "separability", "modality_gap.*.separability", percent),
         ("cosine with own caption", "", "modality_gap.*.matched_cosine", rounded),
         ("cosine with another's", "", "modality_gap.*.random_cosine", rounded),
         ("logit scale", "", "logit_scale.*", rounded),
@@ -371,7 +371,7 @@ def _modality_table(found: Mapping[str, Any]) -> Table | None:
         for name, term, path, show in lines
         if (values := _both(found, path))[0] is not None
     )  # fmt: skip
-    return Table("Pictures and captions", ("before", "after", "change"), rows, strong=1)
+    return Table("Images and captions", ("before", "after", "change"), rows, strong=1)
 
 
 def _latents_table(found: Mapping[str, Any]) -> Table | None:
@@ -382,14 +382,14 @@ def _latents_table(found: Mapping[str, Any]) -> Table | None:
     kept = each["found_before"]
     rows = [
         Row("text-salient latents", "text-salient", (f"{kept:,}", f"{each['found_after']:,}")),
-        Row("of those before, still so", "", (f"{kept:,}", f"{each['kept']:,}")),
+        Row("of those before, still salient", "", (f"{kept:,}", f"{each['kept']:,}")),
         Row("newly so", "", ("", f"{each['new']:,}")),
         Row(
             "their summed response",
             "",
             (rounded(each["effect_before"]), rounded(each["effect_after"])),
         ),
-        Row("active on some picture", "", (f"{drift['n_alive']:,}", _left(drift))),
+        Row("active on any image", "", (f"{drift['n_alive']:,}", _left(drift))),
         Row("correlation with itself", "drift", ("", rounded(drift["own"])), group="drift"),
     ]
     if "matched" in drift:
@@ -399,8 +399,8 @@ def _latents_table(found: Mapping[str, Any]) -> Table | None:
         f"Latents at {each['site']}",
         ("before", "after"),
         tuple(rows),
-        f"One SAE, of the model before, reads both: {each['n_latents']:,} latents. Found on other "
-        f"pairs, tested again and compared on {each['n_pairs']:,}; false discovery rate "
+        f"One SAE of the original model reads both models: {each['n_latents']:,} latents. Found on "
+        f"other pairs, tested again and compared on {each['n_pairs']:,}; false discovery rate "
         f"{each['fdr']:g}.",
         strong=1,
     )
@@ -429,7 +429,8 @@ def _truth_table(found: Mapping[str, Any]) -> Table | None:
         "Known attributes",
         ("before", "after", "change"),
         tuple(rows),
-        "Means of the best single latents of the same SAE, chosen anew for each model on half of "
+        "Means over the best single latents of the same SAE, chosen again for each model on half "
+        "of "
         "the scenes and scored on the rest.",
         strong=1,
     )
@@ -439,14 +440,18 @@ def _omitted(found: Mapping[str, Any]) -> list[str]:
     notes = []
     if "zero_shot" not in found:
         notes.append(
-            "N-way zero-shot on other pictures: not measured; no labelled ones were given."
+            "N-way zero-shot on other images: not measured; no labelled images were given."
         )
     if "retrieval" not in found:
-        notes.append("Retrieval and modality gap: not measured; no pictures with captions given.")
+        notes.append(
+            "Retrieval and modality gap: not measured; no images with captions were given."
+        )
     if "latents" not in found:
-        notes.append("Latents: not measured; no SAE of the model before was given.")
+        notes.append("Latents: not measured; no SAE of the original model was given.")
     elif "truth" not in found["latents"]:
-        notes.append("Known attributes: they take some forty images of the calibration world.")
+        notes.append(
+            "Known attributes: not measured; they need about forty images of the calibration world."
+        )
     elif "matched" not in found["latents"]["drift"]:
         notes.append(f"Matched latents: {found['latents']['drift'].get('omitted')}")
     return notes
@@ -456,8 +461,8 @@ def _plots(found: Mapping[str, Any]) -> list[Plot]:
     drawn = [
         (
             "accuracy",
-            "Accuracy by what is written",
-            "The same pictures with another class's name, their own, nonsense or nothing on them.",
+            "Accuracy by word",
+            "The same images with another class's name, their own, nonsense or nothing on them.",
             plots.accuracy_bars(found["attack"]),
         )
     ]
@@ -472,7 +477,7 @@ def _training(log: list[dict[str, Any]]) -> list[Plot]:
     if not log:
         return []
     drawn = [
-        ("loss", "Loss", "Means since the line before; the parts without their weights.",
+        ("loss", "Loss", "Means since the previous line of the log; the parts are unweighted.",
          plots.loss_curves(log)),
         ("gradients", "Gradient norms by layer", "Before clipping.", plots.gradient_norms(log)),
         ("learning", "Rate, scale, gradient", "", plots.learning(log)),
@@ -488,16 +493,16 @@ def _examples(found: Mapping[str, Any], subjects: Subjects) -> list[dict[str, An
     made = []
     for each in found["examples"]:
         try:
-            picture = subjects.pairs.attacked.load(each["index"])
-        except SparsightError:  # it was there when it was measured
+            image = subjects.pairs.attacked.load(each["index"])
+        except SparsightError:  # the images were there for the measurement
             continue
-        uri = encode_picture(picture, PICTURE_SIDE)
-        made.append({**each, "picture": uri, "crisp": is_crisp(picture)})
+        uri = encode_picture(image, PICTURE_SIDE)
+        made.append({**each, "picture": uri, "crisp": is_crisp(image)})
     return made
 
 
 def _source(spec: str) -> str:
-    """Where pictures come from, for people: without folders and long selections."""
+    """Name the source of images for people: without folders and long selections."""
     whole, _, selection = without_folders(unquote(spec)).partition("[")
     shown = f" [{selection}" if 0 < len(selection) < 24 else " (a selection)" if selection else ""
     return whole + shown

@@ -22,7 +22,7 @@ from sparsight.vision.saving import OPEN_CLIP_CONFIG
 
 MODEL = "model"
 WRITTEN = (MODEL, CONFIG, METRICS, "before-after.json", "report.html")
-"""What fine-tuning writes into its folder."""
+"""Files that fine-tuning writes into its folder."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,25 @@ class FinetuneRun(RunFolder):
     """A finished or unfinished run.
 
     Attributes:
-        out: its folder: `config.toml`, `metrics.jsonl`, `checkpoints/`, and `model/` in the end.
+        out: its folder, with `config.toml`, `metrics.jsonl`, `checkpoints/`, and `model/` at the
+            end.
     """
 
     doing: ClassVar[str] = "fine-tuning into"
 
     @property
     def folder(self) -> Path:
-        """The fine-tuned model, as `load_model` and the library of its layout read it."""
+        """The folder of the fine-tuned model, for `load_model` and the library of its layout."""
         return self.out / MODEL
 
     @property
     def is_finished(self) -> bool:
-        """Whether the model is there."""
+        """Whether the model is written."""
         return self.folder.is_dir()
 
     @property
     def recipe(self) -> FinetuneRecipe:
-        """What was trained on what, and how."""
+        """Model, data and settings of the run."""
         return load(FinetuneRecipe, self.out / CONFIG)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -61,32 +62,34 @@ class FinetuneRun(RunFolder):
 
         Args:
             device: see `load_model`.
-            scale_jpegs: see `load_model`; as the model it began with, where the two are compared.
+            scale_jpegs: see `load_model`; to compare with the original model, use its value.
 
         Raises:
             UserError: the run has not finished.
         """
         if not self.is_finished:
-            raise UserError(f"{self.out}: the fine-tuning has not finished; the same call goes on.")
+            raise UserError(
+                f"{self.out}: fine-tuning has not finished; run the same command again to continue."
+            )
         of_open_clip = (self.folder / OPEN_CLIP_CONFIG).exists()
         prefix = "open_clip:local-dir:" if of_open_clip else ""
         return load_model(f"{prefix}{self.folder}", device=device, scale_jpegs=scale_jpegs)
 
     def written(self) -> list[tuple[Path, Collection[str]]]:
-        """The run's folder and the checkpoints, with what fine-tuning writes there."""
+        """Return the run folder and the checkpoints, with the files that fine-tuning writes."""
         return [(self.out, WRITTEN), (self.checkpoints, checkpoint_files.PARTIAL)]
 
     def has_leftovers(self) -> bool:
-        """Whether a process was killed here: in a finished run, checkpoints are such a trace."""
+        """Return whether a killed process left traces, such as checkpoints in a finished run."""
         return super().has_leftovers() or (self.is_finished and self.checkpoints.exists())
 
     def clear(self) -> None:
-        """Remove what such a process left. The folder must be claimed."""
+        """Remove what a killed process left. The folder must be claimed."""
         super().clear()
         if self.is_finished:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 def identity(recipe: FinetuneRecipe) -> dict[str, Any]:
-    """What two parts of a run share. Folders may have moved; fingerprints know the contents."""
+    """Return what two parts of a run share: fingerprints, since folders may have moved."""
     return to_dict(dataclasses.replace(recipe, model="", data="", attack=None, layout=""))

@@ -1,7 +1,7 @@
-"""Which pictures and captions each batch holds: decided before the first is loaded.
+"""Plan the images and captions of each batch before any is loaded.
 
-Everything is drawn from seeds alone, so that the batch at a place of the run is always the same
-one, and a run that goes on needs to know nothing but the place.
+Everything is drawn from seeds alone, so that the batch at a given place of the run is always the
+same, and a resumed run needs to know only its place.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _DATA, _ATTACK = range(2)
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and the caption that was drawn for it.
+    """An image and the caption drawn for it.
 
     Attributes:
-        place: of the picture, in its source.
+        place: place of the image in its source.
         caption: one of its captions.
-        attack: whether it is of the attack set.
+        attack: whether it is from the attack set.
     """
 
     place: int
@@ -40,20 +40,19 @@ class Pair:
 class PairSampler:
     """Endless batches of pairs, a fixed number of each from the attack set.
 
-    Each set is walked through in a new order a pass, so that every picture is seen as often as
-    any other of its set.
+    Each pass over a set has a new order, so that all images of a set are seen equally often.
 
     Args:
-        data: clean pictures with captions.
+        data: clean images with captions.
         attack: the attack set, if there is one.
-        batch_size: pairs a batch.
-        attack_share: share of a batch from the attack set.
+        batch_size: pairs per batch.
+        attack_share: share of each batch that comes from the attack set.
         duplicates: `share`: equal captions may meet in a batch (the loss lets them share their
-            target); `avoid`: a pair whose caption is there already waits for the next batch.
-        seed: of orders and captions.
+            target); `avoid`: a pair whose caption is already in the batch waits for the next.
+        seed: seed of orders and captions.
 
     Raises:
-        UserError: the shares leave nothing of one of the sets.
+        UserError: the share leaves no pairs for one of the sets.
     """
 
     def __init__(
@@ -70,8 +69,8 @@ class PairSampler:
         self.n_data = batch_size - self.n_attack
         if self.n_data < 1 or (attack is not None and self.n_attack < 1):
             raise UserError(
-                f"attack_share is {attack_share}: of batches of {batch_size} that leaves "
-                f"{self.n_data} pictures of the data and {self.n_attack} of the attack set."
+                f"attack_share is {attack_share}: a batch of {batch_size} would have {self.n_data} "
+                f"images from the data and {self.n_attack} from the attack set."
             )
         self.data = data
         self.duplicates = duplicates
@@ -80,10 +79,10 @@ class PairSampler:
             self._walks.append(_Walk(attack, self.n_attack, seed, _ATTACK))
 
     def batches(self) -> Iterator[list[Pair]]:
-        """The batches from the first on; those of the data come before those of the attack set.
+        """Yield the batches from the first on; in each, pairs of the data come before attacks.
 
         Raises:
-            UserError: captions are to differ, and there are too few different ones.
+            UserError: captions must differ, but there are too few distinct ones.
         """
         walks = [walk.pairs() for walk in self._walks]
         waiting: list[deque[_Drawn]] = [deque() for _ in walks]
@@ -102,7 +101,7 @@ class PairSampler:
         chosen: list[Pair] = []
         queue, still = deque(behind), list[_Drawn]()
         behind.clear()
-        # A whole pass more than what waits has met every picture.
+        # One whole pass beyond the waiting pairs has met every image.
         for _ in range(len(queue) + 2 * len(walk.images)):
             if len(chosen) == walk.share:
                 break
@@ -115,9 +114,9 @@ class PairSampler:
             chosen.append(Pair(drawn.pair.place, caption, drawn.pair.attack))
         if len(chosen) < walk.share:
             raise UserError(
-                f"{walk.images.source.spec}: a batch of {len(chosen) + 1:,} pictures without "
-                "captions in common cannot be had. Let equal captions share their target "
-                '(duplicates = "share"), or take smaller batches.'
+                f"{walk.images.source.spec}: there is no batch of {len(chosen) + 1:,} images with "
+                "distinct captions. Let equal captions share their target "
+                '(duplicates = "share"), or use smaller batches.'
             )
         behind.extend([*still, *queue])
         return chosen
@@ -125,14 +124,14 @@ class PairSampler:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A picture with all its captions, in the order in which they were drawn."""
+    """An image with all its captions, in the order of the draw."""
 
     pair: Pair
     captions: tuple[str, ...]
 
 
 class _Walk:
-    """Passes over a set of pictures, each in an order of its own."""
+    """Passes over a set of images, each in a new order."""
 
     def __init__(self, images: CaptionedImages, share: int, seed: int, number: int) -> None:
         self.images = images
@@ -153,7 +152,7 @@ class _Walk:
 
 
 def _ordered(groups: tuple[tuple[str, ...], ...], u: npt.NDArray[np.float64]) -> tuple[str, ...]:
-    """All captions, the drawn one first: a group by chance, then a caption of it."""
+    """Order all captions, the drawn one first: a random group, then a random caption of it."""
     group = int(u[0] * len(groups))
     texts = groups[group]
     first = int(u[1] * len(texts))

@@ -1,9 +1,9 @@
-"""Scaling of text-salient neurons while the attack set is trained on.
+"""Scaling of text-salient neurons while training on the attack set.
 
-zer0int's idea: make the neurons that writing excites louder on attacked pictures, so that the loss
-has more to say about them. In his script the hooks are put on after the forward pass and taken off
-before the next, choose rows of the batch for neurons, and all act as the last block's; here a test
-holds each of these.
+zer0int's idea: amplify the neurons that writing excites on attacked images, so that the loss has
+more to say about them. In his script the hooks are added after the forward pass and removed before
+the next, mistake rows of the batch for neurons, and all act on the last block; here tests cover
+each of these.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ class NeuronScaling:
     """Which neurons of the vision tower's MLPs are scaled, by how much and how long."""
 
     factor: float = 1.0
-    """What their values before the activation function are multiplied by on attacked pictures; 1
-    scales none. 100 in zer0int's script."""
+    """Factor on their values before the activation function, on attacked images; 1 has no effect.
+    100 in zer0int's script.
+    """
 
     blocks: tuple[int, ...] = ()
-    """Where; negative numbers count from the end. Empty is the later half of the blocks."""
+    """The blocks; negative numbers count from the end. Empty means the later half."""
 
     top: int = 8
-    """Neurons a block, where none are named: those with the largest mean over the positions of the
-    batch's attacked pictures."""
+    """Neurons per block, if none are named: those with the largest mean over the positions of the
+    batch's attacked images.
+    """
 
     until: float = 0.4
-    """Share of the run after which nothing is scaled any more."""
+    """Share of the run after which scaling ends."""
 
     warmup: float = 0.0
     """Share of the run in which the factor rises from 1."""
@@ -51,10 +53,12 @@ class NeuronScaling:
             raise UserError(f"scaling.top is {self.top}; it must be 1 or more.")
         for name in ("until", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"scaling.{name} is {getattr(self, name)}; it is a share.")
+                raise UserError(
+                    f"scaling.{name} is {getattr(self, name)}; it must be a share from 0 to 1."
+                )
 
     def factor_at(self, step: int, n_steps: int) -> float:
-        """The factor of a step; exactly 1 where nothing is scaled."""
+        """Return the factor of a step; exactly 1 if nothing is scaled."""
         if step >= self.until * n_steps:
             return 1.0
         rise = self.warmup * n_steps
@@ -65,15 +69,15 @@ class ScaledNeurons:
     """Scales neurons inside a `with` block that holds the forward pass.
 
     Args:
-        model: whose neurons.
-        settings: where and how many.
-        neurons: which ones, by block; default those of each batch.
+        model: the model with the neurons.
+        settings: which blocks, and how many neurons.
+        neurons: the neurons, by block; default: chosen for each batch.
 
     Attributes:
         chosen: by block, the neurons that the last forward pass scaled.
 
     Raises:
-        UserError: the model has no such block or neuron, or does not show its neurons.
+        UserError: the model has no such block or neuron, or does not expose its neurons.
     """
 
     def __init__(
@@ -88,7 +92,9 @@ class ScaledNeurons:
         if neurons is not None:
             neurons = {i % model.n_blocks if i < 0 else i: each for i, each in neurons.items()}
             if not neurons or not all(neurons.values()):
-                raise UserError("scaling: a block, or all, has no neuron to scale; leave it out.")
+                raise UserError(
+                    "scaling: a block, or every block, has no neurons to scale; leave it out."
+                )
         blocks = neurons or settings.blocks or range(model.n_blocks // 2, model.n_blocks)
         # -1 and the last block's number are one site.
         places = [model.canonical_site(f"blocks.{i}.mlp_pre") for i in blocks]
@@ -98,20 +104,20 @@ class ScaledNeurons:
             width = model.d_in(site)
             wanted = list((neurons or {}).get(i, ()))
             if settings.top > width or any(not 0 <= neuron < width for neuron in wanted):
-                raise UserError(f"scaling: {site} has the neurons 0 to {width - 1}.")
+                raise UserError(f"scaling: {site} has neurons 0 to {width - 1}.")
             if neurons is not None:
                 self._named[i] = torch.tensor(wanted, dtype=torch.int64)
 
     @contextmanager
     def applied(self, rows: Bool[Tensor, " batch"], factor: float) -> Iterator[None]:
-        """Scale in every forward pass inside; nothing is left behind.
+        """Scale in every forward pass inside the block; the hooks are removed afterwards.
 
         Args:
-            rows: the pictures it is for, the attacked ones.
-            factor: 1 changes nothing, and no hook is put on.
+            rows: the images to scale on: the attacked ones.
+            factor: the factor; at 1 there is no hook.
 
         Raises:
-            SparsightError: a forward pass did not come by one of the sites.
+            SparsightError: a forward pass did not run one of the sites.
         """
         self.chosen = {}
         if factor == 1 or not bool(rows.any()):
@@ -122,7 +128,9 @@ class ScaledNeurons:
             yield
         missed = [site for i, site in self.sites.items() if i not in self.chosen]
         if missed:
-            raise SparsightError(f"Neurons were to be scaled at {', '.join(missed)}; none ran.")
+            raise SparsightError(
+                f"Neurons could not be scaled: the forward pass did not run {', '.join(missed)}."
+            )
 
     def _scale(
         self,

@@ -1,4 +1,4 @@
-"""What a CLIP before and after fine-tuning is measured on."""
+"""What a CLIP is measured on, before and after fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sparsight.sae import SparseAutoencoder
 
 @dataclass(frozen=True)
 class Subjects:
-    """What both models are measured on.
+    """Images and settings for measuring both models.
 
     Attributes:
-        pairs: pictures with and without words.
-        images: labelled pictures for N-way zero-shot, e.g. photos; default none.
-        captioned: pictures with captions, for retrieval and the modality gap; default none.
-        sae: of the model before, for what became of its latents; default none.
-        contrast: what a response to words is, see `find_text_salient`.
+        pairs: images with and without words.
+        images: labelled images for N-way zero-shot, e.g. photos; default: none.
+        captioned: images with captions, for retrieval and the modality gap; default: none.
+        sae: SAE of the original model, to compare its latents; default: none.
+        contrast: definition of a response to words; see `find_text_salient`.
         templates: sentences for class names.
-        max_images: images that a figure is taken on, at most; of more, a random sample.
-        workers: processes that decode.
-        seed: of batches, halves and permutations.
+        max_images: largest number of images per figure; of more, a random sample.
+        workers: processes that decode images.
+        seed: seed of batches, halves and permutations.
     """
 
     pairs: AttackPairs

@@ -1,4 +1,4 @@
-"""`finetune`: train a copy of a CLIP on pairs and attacks, or go on where a run was cut."""
+"""`finetune`: train a copy of a CLIP on pairs and attacks, or continue a stopped run."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from sparsight.vision.saving import Layout
 
 @runtime_checkable
 class PairedAttacks(Protocol):
-    """Pictures with words on them, and the same without; `sparsight.attacks` makes them."""
+    """Images with words on them, and the same without; `sparsight.attacks` makes them."""
 
     @property
     def attacked(self) -> ImageSource:
-        """With the words, under the true labels."""
+        """Return the images with words, under their true labels."""
 
     @property
     def clean(self) -> ImageSource:
-        """The same pictures in the same order, without."""
+        """Return the same images in the same order, without words."""
 
 
 def finetune(
@@ -60,49 +60,49 @@ def finetune(
     checkpoint_seconds: float | None = SECONDS,
     quiet: bool = False,
 ) -> FinetuneRun:
-    """Fine-tune a copy of a CLIP so that words in pictures fool it less.
+    """Fine-tune a copy of a CLIP so that words in images fool it less.
 
-    Ctrl-C and SIGTERM finish the step that is under way, write a checkpoint and are raised then,
-    as `KeyboardInterrupt` and `SystemExit`; a second one stops at once.
+    After Ctrl-C or SIGTERM, the current step finishes and a checkpoint is written before
+    `KeyboardInterrupt` or `SystemExit` is raised; a second signal stops at once.
 
     Args:
-        model: with a text tower; it stays as it is, and is what distillation keeps to.
-        data: clean pictures with captions or labels.
+        model: a model with a text tower; it stays unchanged, and is the target of distillation.
+        data: clean images with captions or labels.
         config: how to train.
-        out: folder of the run. A finished run of the same configuration is returned as it is, a
-            cut one goes on from its last checkpoint with the same bits.
-        attack: pictures that fool the model, with true captions or labels; none trains on the
-            data alone.
-        latents: of an SAE, to be penalised with `config.penalty`.
-        neurons: to be scaled, by block; default those of each batch (`config.scaling`).
-        layout: of the exported model, in the run's `model/`.
-        workers: processes that decode pictures; see `load_batches`.
-        max_failed: share of the pictures that may be broken; they are left out and counted.
+        out: folder of the run. A finished run of the same configuration is returned unchanged; a
+            stopped one continues from its last checkpoint, bit for bit.
+        attack: images that fool the model, with true captions or labels; None trains on the data
+            alone.
+        latents: latents of an SAE to penalise with `config.penalty`.
+        neurons: neurons to scale, by block; default: chosen for each batch (`config.scaling`).
+        layout: layout of the exported model, in the run's `model/`.
+        workers: processes that decode images; see `load_batches`.
+        max_failed: share of the images that may be broken; they are left out and counted.
         resume: False refuses a folder that holds a run.
-        checkpoint_seconds: a checkpoint is written when the last one is so long ago, or less often
-            where writing takes more than a fiftieth of that; beside those of
-            `config.checkpoint_every`. None writes none by time. No part of what a run is.
-        quiet: no progress line.
+        checkpoint_seconds: seconds between checkpoints, or more if writing takes over a fiftieth of
+            that; in addition to `config.checkpoint_every`. None writes none by time. It is not part
+            of a run's identity.
+        quiet: show no progress line.
 
     Returns:
         The run.
 
     Raises:
-        UserError: `out` holds another run, another process trains into it, or the configuration
-            does not fit model and pictures.
-        SparsightError: a loss or gradient is not finite, or too many pictures are broken; the last
+        UserError: `out` holds another run, another process trains there, or the configuration does
+            not fit model and images.
+        SparsightError: a loss or gradient is not finite, or too many images are broken; the last
             checkpoint stays.
     """
     config = config or FinetuneConfig()
     run = FinetuneRun(Path(out))
     if not model.has_text:
-        raise UserError(f"{model.id} has no text tower, so there are no captions to train it on.")
+        raise UserError(f"{model.id} has no text tower, so it cannot be trained on captions.")
     clean = attack.clean if isinstance(attack, PairedAttacks) and config.pull else None
-    pictures = attack.attacked if isinstance(attack, PairedAttacks) else attack
+    attacked = attack.attacked if isinstance(attack, PairedAttacks) else attack
     pairs = _with_captions(data, config.captions, config)
     attacks = None
-    if pictures is not None:
-        attacks = _with_captions(pictures, config.attack_captions, config)
+    if attacked is not None:
+        attacks = _with_captions(attacked, config.attack_captions, config)
     recipe = FinetuneRecipe(
         model=model.id,
         weights=weights_hash({"all": model.module.parameters()}),
@@ -121,8 +121,9 @@ def finetune(
         run.clear_leftovers()
         if run.recipe.layout != layout:
             raise UserError(
-                f"{run.folder}: is finished, in the layout {run.recipe.layout}. `sparsight export` "
-                f"writes it in the layout {layout}."
+                f"{run.folder}: has finished, with the layout {run.recipe.layout}. `sparsight "
+                f"export` "
+                f"writes it with the layout {layout}."
             )
         return run
     texts = list(dict.fromkeys([*pairs.distinct(), *(attacks.distinct() if attacks else ())]))
@@ -151,15 +152,15 @@ def finetune(
 
 
 def _with_captions(
-    pictures: ImageSource | CaptionedImages, use: Any, config: FinetuneConfig
+    images: ImageSource | CaptionedImages, use: Any, config: FinetuneConfig
 ) -> CaptionedImages:
-    if isinstance(pictures, CaptionedImages):
-        return pictures
-    return captioned(pictures, use, config.templates)
+    if isinstance(images, CaptionedImages):
+        return images
+    return captioned(images, use, config.templates)
 
 
 def _settled(run: FinetuneRun, recipe: FinetuneRecipe, resume: bool) -> bool:
-    """Whether the run is finished; makes sure that what is there is a part of the same run."""
+    """Return whether the run has finished; check that existing files belong to the same run."""
     path, own = run.out / CONFIG, identity(recipe)
     if not goes_on(run.out, path.exists(), resume):
         return False
@@ -169,9 +170,9 @@ def _settled(run: FinetuneRun, recipe: FinetuneRecipe, resume: bool) -> bool:
 
 
 def _what_is_kept(run: FinetuneRun, loop: FinetuneLoop | None) -> str:
-    """What a stopped run says."""
+    """Return the closing message of a stopped run."""
     if run.is_finished:
-        return f"Fine-tuning was finished by then: {run.folder} is whole."
+        return f"Fine-tuning had already finished: {run.folder} is complete."
     if loop is None:
         return "Run the same command again."
     return kept(loop.kept_step, loop.n_steps, "steps")

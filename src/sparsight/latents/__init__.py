@@ -1,9 +1,9 @@
-"""What latents mean: the index of what each responds to, its name, its heatmaps, the report.
+"""What latents mean: an index of what each responds to, names, heatmaps, the report.
 
 Builds on `sae`, `activations`, `vision`, `images` and the truth table of `evaluation`.
 Start at `build_index` (build.py), then `LatentIndex` (index.py) and `write_report` (report.py);
-`encode` (encoding.py) keeps the codes themselves, `CodeStore` (codes.py) reads them back.
-`compare` (comparison.py) sets the members of a sweep side by side.
+`encode` (encoding.py) writes the codes themselves, `CodeStore` (codes.py) reads them back.
+`compare` (comparison.py) compares the members of a sweep.
 """
 
 from __future__ import annotations

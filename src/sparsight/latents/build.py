@@ -33,7 +33,7 @@ from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, count_from_start
 
 SAMPLE_PER_PLACE = 4
-"""Images of the fair sample for every one that is shown from it, so that quantiles are even."""
+"""Images in the random sample per image shown from it, so that quantiles are even."""
 
 
 @torch.no_grad()
@@ -55,34 +55,32 @@ def build_index(
 ) -> LatentIndex:
     """Find out what every latent responds to; write it to the folder `out`.
 
-    An index that is there is replaced as a whole when the new one is on the disk, names included.
-
-    Memory is `n_latents × (top_n + 4 × quantiles × samples_per_quantile)` examples, whatever the
-    number of images.
+    An existing index is replaced as a whole, names included, once the new one is on disk. Memory
+    holds `n_latents × (top_n + 4 × quantiles × samples_per_quantile)` examples, whatever the number
+    of images.
 
     Args:
         sae: the SAE.
-        given: a vision model, to be run over `images`; or activations: a store, or live ones; or
-            the codes that `encode` made of them, which give the same index (of float16 values, one
-            of rounded activations).
-        images: the pictures (what `open_images` takes), with a model; nothing with the others.
-        out: folder of the index, `index/` in the run's; an index there is replaced.
-        site: where to read; default the site that the SAE was trained on.
-        top_n: strongest images to keep a latent.
-        quantiles: bands of equally many images into which those that activate a latent are cut,
-            by its strongest activation in each.
-        samples_per_quantile: images to show from each band; taken from a fair sample of 4 ×
-            `quantiles` × `samples_per_quantile` active images a latent.
-        batch_images: images at a time; default see `usual_batch`.
-        seed: of the samples.
-        workers: processes that decode pictures, with a model.
-        metrics: what `evaluate` found on images whose attributes are known; latents get their
-            names from it, as `name_from_truth` gives them.
-        quiet: no progress bar.
+        given: a vision model to run over `images`; or activations, stored or live; or codes from
+            `encode`, which give the same index (float16 codes give one of rounded activations).
+        images: the images (as for `open_images`), only with a model.
+        out: folder of the index, usually `index/` in the run folder; an index there is replaced.
+        site: where to read; default: the site that the SAE was trained on.
+        top_n: number of strongest images to keep per latent.
+        quantiles: number of equal bands into which the images that activate a latent are split, by
+            its strongest activation in each image.
+        samples_per_quantile: images to show from each band, from a random sample of 4 × `quantiles`
+            × `samples_per_quantile` active images per latent.
+        batch_images: images per batch; default: see `usual_batch`.
+        seed: seed of the samples.
+        workers: processes that decode images, with a model.
+        metrics: result of `evaluate` on images with known attributes; it names the latents, as
+            `name_from_truth` does.
+        quiet: show no progress bar.
 
     Raises:
-        UserError: SAE, site, activations and metrics do not belong together, or a number below 1;
-            or `out` holds something else, or another process is writing an index there.
+        UserError: SAE, site, activations and metrics do not match, a number is below 1, `out` holds
+            something else, or another process is writing an index there.
         SparsightError: an activation is NaN or infinite, or a file of the codes is damaged.
     """
     check_positive(
@@ -110,10 +108,12 @@ def build_index(
 
 
 def _refuse_other_things(out: Path) -> None:
-    """Raise a `UserError` where a store or codes lie, whose files have the names of an index's."""
+    """Raise a `UserError` if the folder holds a store or codes; their files share the index's
+    names.
+    """
     try:
         there = read_json(out / MANIFEST)
-    except UserError:  # nothing, or a damaged index
+    except UserError:  # no index, or a damaged one
         return
     if "shards" in there:
         raise UserError(
@@ -132,7 +132,7 @@ def _built(
     names: Mapping[int, LatentName],
     quiet: bool,
 ) -> LatentIndex:
-    """The index that is to lie in `out`."""
+    """Make the index for `out`."""
     quantiles, per_quantile = settings["quantiles"], settings["samples_per_quantile"]
     device = "cpu" if isinstance(data, CodeStore) else sae.W_enc.device
     n_tokens = 0
@@ -154,7 +154,7 @@ def _built(
     bands = quantile_samples(found.sample, quantiles, per_quantile)
     samples = Examples(bands.image.cpu(), bands.token.cpu(), bands.activation.cpu())
     records = image_records(data)
-    pictures = _pictures(records, top, samples)
+    infos = _image_infos(records, top, samples)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -176,8 +176,8 @@ def _built(
         "n_tokens": n_tokens,
         "settings": settings,
     }
-    table = with_names(_table(found, top, pictures), names)
-    return LatentIndex(out, manifest, table, _image_table(pictures), top, samples)
+    table = with_names(_table(found, top, infos), names)
+    return LatentIndex(out, manifest, table, _image_table(infos), top, samples)
 
 
 def _passed(
@@ -188,7 +188,7 @@ def _passed(
     batch_images: int | None,
     workers: int | None,
 ) -> tuple[ActivationSource | CodeStore, str, Iterator[CodeBatch]]:
-    """What a call means, the site in it, and its codes in order."""
+    """Return what a call refers to, its site, and its codes in order."""
     if not isinstance(given, CodeStore):
         activations, site = find_activations(sae, given, images, site, workers)
         return (
@@ -201,12 +201,12 @@ def _passed(
     given.check_sae(sae)
     n_blocks = given.model_info.get("n_blocks", 0)
     if site is not None and count_from_start(site, n_blocks) != given.site:
-        raise UserError(f"{given.path}: the codes are of {given.site}, not of {site}.")
+        raise UserError(f"{given.path}: the codes are from {given.site}, not from {site}.")
     return given, given.site, given.ordered(batch_images or FEWEST_IMAGES)
 
 
 def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:
-    """The same codes in batches of `VECTORS_AT_ONCE` or a little more.
+    """Join codes into batches of `VECTORS_AT_ONCE` or a little more.
 
     Counting a few vectors touches as many latents as counting many.
     """
@@ -220,21 +220,21 @@ def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:
         yield CodeBatch.joined(waiting)
 
 
-def _pictures(records: ImageRecords, *examples: Examples) -> dict[int, ImageInfo]:
-    """What is known about every image that is an example, by its place in the source."""
+def _image_infos(records: ImageRecords, *examples: Examples) -> dict[int, ImageInfo]:
+    """Return what is known about every example's image, by its place in the source."""
     images = torch.cat([found.image.flatten() for found in examples]).unique()
     return {image: records.info(image) for image in images.tolist() if image >= 0}
 
 
-def _image_table(pictures: dict[int, ImageInfo]) -> pa.Table:
-    infos = pictures.values()
+def _image_table(images: dict[int, ImageInfo]) -> pa.Table:
+    infos = images.values()
 
     def text(values: Iterable[str | None]) -> pa.Array:
         return pa.array(list(values), pa.string())
 
     return pa.table(
         {
-            "image": pa.array(list(pictures), pa.int64()),
+            "image": pa.array(list(images), pa.int64()),
             "id": text(info.id for info in infos),
             "uri": text(info.uri for info in infos),
             "label": text(info.label for info in infos),
@@ -243,10 +243,10 @@ def _image_table(pictures: dict[int, ImageInfo]) -> pa.Table:
     )
 
 
-def _table(found: LatentStatistics, top: Examples, pictures: dict[int, ImageInfo]) -> pa.Table:
+def _table(found: LatentStatistics, top: Examples, infos: dict[int, ImageInfo]) -> pa.Table:
     active = found.n_active.cpu()
     mean = found.sum.cpu() / active
-    labels = {image: info.label for image, info in pictures.items()}
+    labels = {image: info.label for image, info in infos.items()}
     mixtures = [
         label_mixture(images, activations, labels)
         for images, activations in zip(top.image.tolist(), top.activation.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""The cards of single latents in the report: which, and with which pictures and heatmaps."""
+"""The report's cards of single latents: which latents, with which images and heatmaps."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Shot:
     """One example on a card."""
 
     picture: str
-    """Key into `Gallery.pictures`; empty where the picture could not be loaded."""
+    """Key into `Gallery.pictures`; empty if the image could not be loaded."""
     heat: str
-    """Data URI of the heatmap layer; empty where there is none."""
+    """Data URI of the heatmap layer; empty if there is none."""
     activation: float
     caption: str
-    """Label or id, for tooltip and screen readers."""
+    """Label or id, for tooltips and screen readers."""
     prefix: bool
-    """Whether the strongest token is no patch but CLS or a register."""
+    """Whether the strongest token is CLS or a register, not a patch."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Card:
 
 @dataclass
 class Gallery:
-    """The cards of a run and the pictures that they share, each encoded once."""
+    """The cards of a run and the images that they share, each encoded once."""
 
     how_chosen: str
-    """A sentence."""
+    """A sentence that says how the latents were chosen."""
     cards: list[Card] = field(default_factory=list)
     pictures: dict[str, Image.Image] = field(default_factory=dict)
-    """By key, none larger than `LARGEST` pixels."""
+    """Images by key, none larger than `LARGEST` pixels."""
     notes: list[str] = field(default_factory=list)
     """What could not be shown, and why."""
 
@@ -67,14 +67,14 @@ class Gallery:
 def choose_latents(
     index: LatentIndex, n: int, seed: int, *, named: int | None = None, least_images: int = 1
 ) -> tuple[list[tuple[int, str]], str]:
-    """Up to `n` latents: some by the score of their names, one a name; the rest by lot.
+    """Choose up to `n` latents: some by the score of their names, one per name; the rest at random.
 
     Args:
         index: of the SAE.
         n: number of latents.
-        seed: of the lot.
-        named: how many by name at most; default half.
-        least_images: how many images must activate a latent.
+        seed: seed of the random choice.
+        named: largest number chosen by name; default: half.
+        least_images: number of images that must activate a latent.
 
     Returns:
         Latents with "named" or "random", and a sentence that says how they were chosen.
@@ -98,7 +98,7 @@ def choose_latents(
         + ("were ever active" if least_images == 1 else f"{least_images} images or more activate")
     )
     if by_name:
-        first = f"{len(by_name)} with the highest-scoring names, one latent a name"
+        first = f"{len(by_name)} with the highest-scoring names, one latent per name"
         how = f"{first}, and {how}" if random else first
     chosen = [(latent, "named") for latent in by_name] + [(latent, "random") for latent in random]
     return chosen, f"{how}. None was picked by hand."
@@ -115,17 +115,17 @@ def make_gallery(
     line: ProgressLine,
     stored: StoredCodes | None = None,
 ) -> Gallery:
-    """Load and encode the pictures of `n` latents, with heatmaps if they can be had.
+    """Load and encode the images of `n` latents, with heatmaps if possible.
 
     Args:
         index: of the SAE.
         sae: the SAE.
-        model: to run over the pictures; without it they are shown as they are.
+        model: the model to run over the images; without it they are shown as they are.
         n: number of latents.
-        seed: of the lot.
-        key: prefix of the pictures' keys, unique on the page.
-        line: progress, in pictures.
-        stored: where heatmaps can be read, so that no model need run.
+        seed: seed of the random choice.
+        key: prefix of the images' keys, unique on the page.
+        line: progress line that counts images.
+        stored: where heatmaps can be read, so that no model needs to run.
     """
     chosen, how = choose_latents(index, n, seed)
     gallery = Gallery(how)
@@ -166,7 +166,7 @@ def make_gallery(
 
 
 def _shown(index: LatentIndex, latent: int) -> list[list[Example]]:
-    """The strongest examples, then some of every quantile, as they stand on the card."""
+    """Return the strongest examples, then those from every quantile, in the order of the card."""
     return [
         index.top(latent)[:TOP_SHOWN],
         *(_spread(band, SAMPLES_PER_BAND) for band in index.samples(latent)),
@@ -174,7 +174,7 @@ def _shown(index: LatentIndex, latent: int) -> list[list[Example]]:
 
 
 def _spread(band: list[Example], n: int) -> list[Example]:
-    """`n` of a band at even distances, so that they stand for all of it."""
+    """Take `n` evenly spaced examples, so that they represent the whole band."""
     if len(band) <= n:
         return band
     return [band[(2 * i + 1) * len(band) // (2 * n)] for i in range(n)]
@@ -182,10 +182,10 @@ def _spread(band: list[Example], n: int) -> list[Example]:
 
 @dataclass
 class Seen:
-    """Pictures of examples, as the model saw them where there is one."""
+    """Images of examples, as the model saw them if there is a model."""
 
     pictures: dict[int, Image.Image] = field(default_factory=dict)
-    """By image, none larger than `LARGEST` pixels."""
+    """Pixels by image, none larger than `LARGEST`."""
     grids: dict[tuple[int, int], Heat] = field(default_factory=dict)
     """Activations at the patches, by image and latent."""
     notes: list[str] = field(default_factory=list)
@@ -200,20 +200,20 @@ def see(
     line: ProgressLine,
     stored: StoredCodes | None = None,
 ) -> Seen:
-    """Load pictures; read their heatmaps, or run the model over them.
+    """Load images; read their heatmaps, or run the model over them.
 
     Args:
         index: of the SAE.
-        sae: the SAE; None where no heatmaps are wanted.
-        model: to run over the pictures where nothing is stored; without either, no heatmaps.
-        wanted: latents whose heatmaps are wanted, by image.
-        line: progress, in pictures.
+        sae: the SAE; None without heatmaps.
+        model: the model to run over the images if nothing is stored; without either, no heatmaps.
+        wanted: latents to make heatmaps of, by image.
+        line: progress line that counts images.
         stored: where heatmaps can be read.
     """
     seen = Seen()
     if not has_heatmaps(index.tokens, index.site):
         seen.notes.append(
-            f"No heatmaps: this SAE reads one vector an image (tokens = {index.tokens})."
+            f"No heatmaps: this SAE reads one vector per image (tokens = {index.tokens})."
         )
     images = sorted(wanted)
     line.expect(len(images))
@@ -265,7 +265,7 @@ def _band_names(n: int) -> list[str]:
 
 
 def _n_prefix(index: LatentIndex, model: VisionModel | None) -> int:
-    """Tokens of the index before the first patch."""
+    """Return the number of indexed tokens before the first patch."""
     if index.tokens != "all":
         return 0
     return int(model.n_prefix if model else index.manifest["model"].get("n_prefix", 0))

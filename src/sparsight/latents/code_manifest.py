@@ -1,4 +1,4 @@
-"""`CodeManifest`: what codes on disk say of themselves, and where their shards lie."""
+"""`CodeManifest`: what codes on disk record about themselves, and where their shards are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsight.files import checksum_of, write_json
 
 FORMAT = "sparsight codes"
 VERSION = 2
-"""Version 1 has no checksum of the manifest; it is read and continued."""
+"""Version 1 has no checksum of the manifest; it can be read and continued."""
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 STATES = ("incomplete", "complete")
@@ -30,13 +30,13 @@ class CodeShard:
     """One file of codes.
 
     Attributes:
-        n_images: images in it.
-        last_image: place in the source of the last of them.
-        n_active: active latents of all its vectors together.
-        sha256: of the file, in hex.
-        n_bytes: of the file.
-        unfinished: the encoding stopped within the shard; a continued one fills it up. The name of
-            its file tells how far it reaches.
+        n_images: number of images in it.
+        last_image: place of the last of them in the source.
+        n_active: number of active latents, summed over its vectors.
+        sha256: SHA-256 of the file, in hex.
+        n_bytes: size of the file.
+        unfinished: whether the encoding stopped within the shard; the next call fills it. Its file
+            name says how far it reaches.
     """
 
     n_images: int
@@ -47,7 +47,7 @@ class CodeShard:
     unfinished: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """What `manifest.json` says of it."""
+        """Return its entry in `manifest.json`."""
         values = dataclasses.asdict(self)
         if not self.unfinished:
             del values["unfinished"]
@@ -60,18 +60,19 @@ class CodeManifest:
 
     Attributes:
         sae: `hash` of its parameters, `n_latents`, `d_in`.
-        activations: fingerprint of the activations that were encoded.
-        model: id, revision, hash of the weights, preprocessing, …, as the activations tell.
+        activations: fingerprint of the encoded activations.
+        model: id, revision, hash of the weights, preprocessing, …, as recorded with the
+            activations.
         images: spec, fingerprint and number of the images, failed ones included.
-        site: where in the model.
-        tokens: which positions.
-        n_tokens: vectors of an image.
-        dtype: of the values on disk, "float32" or "float16".
-        batch_images: images that were encoded together; the last bits of values depend on it.
+        site: site in the model.
+        tokens: the positions read.
+        n_tokens: vectors per image.
+        dtype: type of the values on disk, "float32" or "float16".
+        batch_images: images per encoded batch; the last bits of values depend on it.
         shard_bytes: a shard ends with the batch that brings it to this size.
         state: "incomplete" until the last shard is written.
-        shards: in the order of the images.
-        files: SHA-256 of the other files, by name; empty in codes of earlier versions.
+        shards: the shards, in the order of the images.
+        files: SHA-256 of the other files, by name; empty in codes from earlier versions.
     """
 
     sae: dict[str, Any]
@@ -97,19 +98,21 @@ class CodeManifest:
             n_tokens=self.n_tokens, batch_images=self.batch_images, shard_bytes=self.shard_bytes
         )
         if {"hash", "n_latents", "d_in"} - set(self.sae) or not _positive(self.sae["n_latents"]):
-            raise UserError("sae must give hash, n_latents and d_in.")
+            raise UserError("sae must have hash, n_latents and d_in.")
         if {"spec", "fingerprint", "n_images"} - set(self.images):
-            raise UserError("images must give spec, fingerprint and n_images.")
+            raise UserError("images must have spec, fingerprint and n_images.")
         last = -1
         for number, shard in enumerate(self.shards):
             if shard.n_images < 1 or shard.last_image < last + shard.n_images or shard.n_active < 0:
                 raise UserError(f"shards[{number}] does not follow the one before it.")
             is_last = number + 1 == len(self.shards)
             if shard.unfinished and (not is_last or self.state == "complete"):
-                raise UserError(f"shards[{number}] is unfinished, and not the last of its codes.")
+                raise UserError(f"shards[{number}] is unfinished, but not the last.")
             last = shard.last_image
         if last >= self.images["n_images"]:
-            raise UserError(f"shards reach image {last} of {self.images['n_images']:,}.")
+            raise UserError(
+                f"shards go up to image {last}, but there are only {self.images['n_images']:,}."
+            )
 
     @property
     def n_latents(self) -> int:
@@ -118,21 +121,21 @@ class CodeManifest:
 
     @property
     def n_images(self) -> int:
-        """Images whose codes are written."""
+        """Number of images whose codes are written."""
         return sum(shard.n_images for shard in self.shards)
 
     @property
     def whole_shards(self) -> tuple[CodeShard, ...]:
-        """The shards without the last, if that is unfinished."""
+        """The shards without the last one if that is unfinished."""
         return tuple(shard for shard in self.shards if not shard.unfinished)
 
     @property
     def index_dtype(self) -> torch.dtype:
-        """In which the active latents are written: uint16 where it holds them all, else int32."""
+        """The type of the latents' numbers on disk: uint16 if all fit, else int32."""
         return torch.uint16 if self.n_latents <= _UINT16_LATENTS else torch.int32
 
     def identity(self) -> dict[str, Any]:
-        """What two encodings must share to be parts of one."""
+        """Return what two encodings must share to be parts of one."""
         values = dataclasses.asdict(self)
         for name in _NOT_IDENTITY:
             del values[name]
@@ -144,7 +147,7 @@ class CodeManifest:
         return values
 
     def layout(self, shard: CodeShard) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of each tensor of a shard, in the order of the file."""
+        """Return shape and type of each tensor of a shard, in the order of the file."""
         entries = {
             "values": ((shard.n_active,), DTYPES[self.dtype]),
             "indices": ((shard.n_active,), self.index_dtype),
@@ -153,12 +156,12 @@ class CodeManifest:
             "offsets": ((shard.n_images * self.n_tokens + 1,), torch.int64),
             "image_indices": ((shard.n_images,), torch.int64),
             "n_active": ((self.n_latents,), torch.int64),
-            # Wider types first, so that each tensor begins at a multiple of its width.
+            # Wider types come first, so that each tensor begins at a multiple of its width.
             **dict(sorted(entries.items(), key=lambda entry: -entry[1][1].itemsize)),
         }
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`, whole or not at all."""
+        """Write `manifest.json` atomically."""
         values = to_dict(self)
         values["shards"] = [shard.as_dict() for shard in self.shards]
         head = {"format": FORMAT, "format_version": VERSION}
@@ -169,15 +172,17 @@ class CodeManifest:
         """Read and check `manifest.json`.
 
         Raises:
-            UserError: there is none, or it is of another format, or contradicts itself.
+            UserError: there is no manifest, or it has another format or contradicts itself.
             SparsightError: it has been altered since it was written.
         """
         path = folder / MANIFEST
         if not path.exists():
-            raise UserError(f"{folder}: holds no codes (it has no {MANIFEST}).")
+            raise UserError(f"{folder}: holds no codes (there is no {MANIFEST}).")
         values = read_manifest(path, AGAIN)
         if values.pop("format", None) != FORMAT:
-            raise UserError(f"{path}: is no manifest of codes. Make some with `sparsight encode`.")
+            raise UserError(
+                f"{path}: is not a manifest of codes. Make codes with `sparsight encode`."
+            )
         version = values.pop("format_version", None)
         if version not in range(1, VERSION + 1):
             raise UserError(
@@ -189,16 +194,16 @@ class CodeManifest:
 
 
 def shard_path(folder: Path, number: int, shard: CodeShard | None = None) -> Path:
-    """Where a shard lies; the name of an unfinished one tells how far it reaches.
+    """Return the path of a shard; the name of an unfinished one says how far it reaches.
 
-    A shard that grows thereby never takes the place of the file that the manifest still names.
+    Thus a growing shard never replaces the file that the manifest still names.
     """
     until = f"-until-{shard.last_image:08d}" if shard is not None and shard.unfinished else ""
     return folder / f"shard-{number:05d}{until}.safetensors"
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    """Covers what no other checksum does; an altered checksum is noticed at its own file."""
+    """Return a checksum of what no other covers; altered checksums show at their own files."""
     shards = [{**shard, "sha256": None} for shard in values.get("shards", ())]
     rest = {name: value for name, value in values.items() if name not in ("state", CHECKSUM)}
     return checksum_of({**rest, "shards": shards})

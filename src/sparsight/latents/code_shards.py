@@ -1,4 +1,4 @@
-"""Codes on their way to the disk: batches that become the next shard."""
+"""Codes on their way to disk: batches that become the next shard."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SMALLEST_FLOAT16 = 2.0**-24
 
 @dataclass(frozen=True)
 class CodeBatch:
-    """Codes of some images, in order.
+    """Codes of consecutive images.
 
     Attributes:
         image_indices: places of the images in their source.
-        code: `len(image_indices) × n_tokens` rows, an image's tokens together; float32.
-        n_tokens: rows of an image.
+        code: `len(image_indices) × n_tokens` rows, grouped by image; float32.
+        n_tokens: rows per image.
     """
 
     image_indices: Int[Tensor, " batch"]
@@ -35,7 +35,7 @@ class CodeBatch:
 
     @classmethod
     def joined(cls, batches: Sequence[CodeBatch]) -> CodeBatch:
-        """Batches that follow each other as one."""
+        """Join consecutive batches into one."""
         codes = [batch.code for batch in batches]
         l0 = torch.cat([code.l0 for code in codes])
         code = SparseCode(
@@ -49,14 +49,14 @@ class CodeBatch:
 
 
 class ShardBuffer:
-    """Batches of codes that become the next shard, in the types of the file.
+    """Batches of codes that become the next shard, in the file's types.
 
     Args:
-        manifest: of the codes.
+        manifest: manifest of the codes.
 
     Attributes:
-        n_bytes: that they will take on disk, roughly.
-        n_images: whose codes are in.
+        n_bytes: approximate size on disk.
+        n_images: number of images in the buffer.
     """
 
     def __init__(self, manifest: CodeManifest) -> None:
@@ -64,13 +64,13 @@ class ShardBuffer:
         self.n_images = 0
         self._dtypes = {"values": DTYPES[manifest.dtype], "indices": manifest.index_dtype}
         self._n_latents = manifest.n_latents
-        self._parts: list[dict[str, Tensor]] = []  # whole batches, wherever a stop comes
+        self._parts: list[dict[str, Tensor]] = []  # only whole batches, wherever a run stops
 
     def add(self, batch: CodeBatch) -> None:
-        """Put a batch behind the ones that are in.
+        """Append a batch.
 
         Raises:
-            SparsightError: an activation is beyond the range of the values on disk.
+            SparsightError: an activation is out of range for the type on disk.
         """
         code = batch.code
         indices, values = code.indices.cpu(), code.values.cpu().to(self._dtypes["values"])
@@ -79,10 +79,10 @@ class ShardBuffer:
                 images = batch.image_indices
                 strongest = float(code.values[code.values.abs().argmax()])
                 raise SparsightError(
-                    f"Activations up to {strongest:.3g} do not fit float16, which ends at ±65504 "
+                    f"Activations up to {strongest:.3g} do not fit float16, whose range is ±65504 "
                     f"(images {int(images[0])} to {int(images[-1])}). Encode with dtype float32."
                 )
-            # What is active stays active, with its sign.
+            # Active latents stay active, with their signs.
             least = torch.full_like(values, SMALLEST_FLOAT16).copysign(values)
             values = torch.where(values == 0, least, values)
         new = {
@@ -94,10 +94,10 @@ class ShardBuffer:
         self._append(new)
 
     def restore(self, folder: Path, manifest: CodeManifest) -> None:
-        """Put back what a stopped encoding left of the last shard.
+        """Load what a stopped encoding left of the last shard.
 
         Raises:
-            SparsightError: it is damaged.
+            SparsightError: the shard is damaged.
         """
         number, shard = len(manifest.whole_shards), manifest.shards[-1]
         path = shard_path(folder, number, shard)
@@ -112,12 +112,12 @@ class ShardBuffer:
         """Write the next shard, then the manifest that names it.
 
         Args:
-            folder: of the codes.
-            manifest: of what is there.
-            unfinished: the shard is not full: more will be put in, by this encoding or the next.
+            folder: folder of the codes.
+            manifest: manifest of what is there.
+            unfinished: whether the shard is not full, so that this encoding or the next adds to it.
 
         Returns:
-            The manifest with the shard in it.
+            The manifest including the shard.
 
         Raises:
             SparsightError: the disk is full.

@@ -35,25 +35,26 @@ if TYPE_CHECKING:
 
 
 class CodeStore:
-    """What `encode` left in a folder.
+    """The codes that `encode` wrote to a folder.
 
-    Lengths are compared at once; a shard's checksum when it is first read, once per process.
+    Opening checks file sizes; a shard's checksum is checked when it is first read, once per
+    process.
 
     Args:
         path: the folder.
-        verify: read every file and compare its checksum now.
+        verify: read every file now and check its checksum.
 
     Attributes:
         path: the folder.
-        manifest: what the codes say of themselves.
+        manifest: what the codes record about themselves.
         site: where in the model the SAE reads.
         tokens: "all", "patches", "cls" or "mean".
-        n_tokens: vectors of an image.
+        n_tokens: vectors per image.
         n_latents: number of latents of the SAE.
         model_info: as in `ActivationStore`.
 
     Raises:
-        UserError: the folder holds no codes, or unfinished ones.
+        UserError: the folder holds no codes, or only unfinished ones.
         SparsightError: a file is missing, cut off or altered.
     """
 
@@ -89,22 +90,22 @@ class CodeStore:
 
     @property
     def n_images(self) -> int:
-        """Images whose codes are here."""
+        """Number of images with codes."""
         return int(self._starts[-1])
 
     @property
     def n_vectors(self) -> int:
-        """Vectors whose codes are here."""
+        """Number of vectors with codes."""
         return self.n_images * self.n_tokens
 
     @property
     def n_active(self) -> int:
-        """Active latents of all vectors together."""
+        """Number of active latents, summed over all vectors."""
         return sum(shard.n_active for shard in self.manifest.shards)
 
     @cached_property
     def image_indices(self) -> Int64[np.ndarray, " images"]:
-        """The place in the source of each image here, in order."""
+        """The place of each image in the source, in order."""
         shards = range(len(self.manifest.shards))
         found = [self._map(number)["image_indices"].numpy().copy() for number in shards]
         places: npt.NDArray[np.int64] = np.concatenate(found)
@@ -118,7 +119,7 @@ class CodeStore:
         return total.double() / self.n_vectors
 
     def ordered(self, batch_images: int = 64) -> Iterator[CodeBatch]:
-        """All images once, in order, so many at a time."""
+        """Yield all images once, in order, in batches."""
         check_positive(batch_images=batch_images)
         return (
             self._read(first, min(first + batch_images, self.n_images))
@@ -126,13 +127,13 @@ class CodeStore:
         )
 
     def image(self, image: int) -> SparseCode:
-        """The code of one image, `n_tokens` rows.
+        """Return the code of one image, `n_tokens` rows.
 
         Args:
             image: its place in the source.
 
         Raises:
-            UserError: there is no code of it here.
+            UserError: it has no code here.
         """
         place = int(np.searchsorted(self.image_indices, image))
         if place == self.n_images or self.image_indices[place] != image:
@@ -141,8 +142,8 @@ class CodeStore:
 
     @cached_property
     def images(self) -> pa.Table | None:
-        """A row per image of the source, as in `ActivationStore.images`; None where the codes are
-        not of a store, or were made by an earlier version.
+        """The images of the source, one row each, as in `ActivationStore.images`; None if the codes
+        were not made from a store, or by an earlier version.
 
         Raises:
             SparsightError: the file is damaged.
@@ -159,22 +160,22 @@ class CodeStore:
             raise SparsightError(f"{path}: is damaged ({error}). {AGAIN}") from error
         if table.num_rows != self.manifest.images["n_images"]:
             raise SparsightError(
-                f"{path}: lists {table.num_rows:,} images, the codes are of "
+                f"{path}: lists {table.num_rows:,} images, but the codes are of "
                 f"{self.manifest.images['n_images']:,}. {AGAIN}"
             )
         return table
 
     def source(self) -> ImageSource:
-        """The images, opened again; `image_indices` are places in it.
+        """Open the images again; `image_indices` are places in the result.
 
         Raises:
-            UserError: they are not there any more, or have changed.
+            UserError: the images no longer exist, or have changed.
         """
         about = self.manifest.images
         return reopen_images(about["spec"], about["fingerprint"], str(self.path), about["n_images"])
 
     def check_sae(self, sae: SparseAutoencoder) -> None:
-        """Raise a `UserError` unless the codes were made with these very parameters."""
+        """Raise a `UserError` unless the codes were made with exactly these parameters."""
         if sae.fingerprint() != self.manifest.sae["hash"]:
             raise UserError(
                 f"{self.path}: the codes are of another SAE. Encode with this one into another "
@@ -182,10 +183,10 @@ class CodeStore:
             )
 
     def verify(self) -> None:
-        """Compare every file with its checksum.
+        """Check the checksum of every file.
 
         Raises:
-            SparsightError: one differs; its name is given.
+            SparsightError: a checksum differs; the message names the file.
         """
         for number, shard in enumerate(self.manifest.shards):
             check_sum(shard_path(self.path, number), shard.sha256, AGAIN)
@@ -213,17 +214,17 @@ class CodeStore:
         )
 
     def to_pandas(self, images: Sequence[int] | None = None) -> pandas.DataFrame:
-        """The codes as a data frame of pandas: one row per active latent of a vector.
+        """Return the codes as a pandas data frame: one row per active latent of a vector.
 
         Its columns are `image` (place in the source), `token` (position in the image), `latent`
         and `activation`.
 
         Args:
-            images: places in the source; default all, which takes 28 bytes for each active latent.
+            images: places in the source; default: all images, at 28 bytes per active latent.
 
         Raises:
             MissingExtra: pandas is not installed.
-            UserError: there is no code of an image here.
+            UserError: an image has no code here.
         """
         need_pandas()
         if images is None:
@@ -259,7 +260,7 @@ class CodeStore:
         return mapped
 
     def _read(self, first: int, stop: int) -> CodeBatch:
-        """The codes of some images that follow each other, by their places here."""
+        """Read the codes of consecutive images, by their places here."""
         shards = np.searchsorted(self._starts, [first, stop - 1], side="right") - 1
         parts = []
         for number in range(int(shards[0]), int(shards[1]) + 1):

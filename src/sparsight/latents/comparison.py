@@ -1,7 +1,7 @@
 """`compare`: one table and the Pareto plots of a sweep.
 
-In the sweep's folder: `table.json` (all figures), `table.csv` (a row an autoencoder), `table.md` (a
-row a setting, with intervals over seeds), `plots/fvu-l0.svg` and `plots/accuracy-l0.svg`.
+In the sweep's folder: `table.json` (all figures), `table.csv` (one row per autoencoder), `table.md`
+(one row per setting, with intervals over seeds), `plots/fvu-l0.svg` and `plots/accuracy-l0.svg`.
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ def compare(
     device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Measure the members of a sweep that are not measured yet; write its table and its plots.
+    """Measure the unmeasured members of a sweep; write its table and its plots.
 
     Args:
         sweep: the sweep.
-        source: what is measured on, e.g. a store of images that training did not see.
-        measures: how much.
-        model: for zero-shot accuracy, or what loads it; default the one of live activations.
-        images: for zero-shot accuracy; default those that the activations are of.
+        source: activations to measure on, e.g. a store of images that training did not see.
+        measures: how much to measure.
+        model: the model for zero-shot accuracy, or a function that loads it; default: that of live
+            activations.
+        images: the images for zero-shot accuracy; default: those of the activations.
         device: "cpu", "cuda", …; a GPU if there is one.
-        quiet: no progress bars.
+        quiet: show no progress bars.
 
     Returns:
-        What `table.json` holds; see `measure_sweep`.
+        The contents of `table.json`; see `measure_sweep`.
 
     Raises:
-        UserError: the activations are not those of the members' model, or lack a site.
+        UserError: the activations are of another model than the members, or lack a site.
         SparsightError: an activation is not finite.
     """
     path = sweep.out / TABLE
@@ -92,11 +93,11 @@ def _plot(found: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_pareto(table: Mapping[str, Any], key: str) -> MatplotlibFigure | None:
-    """A figure over L0; None where it was not measured.
+    """Plot a figure over L0; None if it was not measured.
 
     Args:
-        table: what `compare` returns.
-        key: of the figure.
+        table: result of `compare`.
+        key: key of the figure.
     """
     spots = spots_of(table["groups"], key)
     if not spots:
@@ -111,7 +112,7 @@ def draw_pareto(table: Mapping[str, Any], key: str) -> MatplotlibFigure | None:
 
 
 def table_csv(table: Mapping[str, Any]) -> str:
-    """A row an autoencoder, for other programs: its settings, and its figures as they are."""
+    """Make a CSV table for other programs: one row per autoencoder, settings and raw figures."""
     keys = list(dict.fromkeys(key for row in table["members"] for key in row["settings"]))
     own = [
         "n_latents",
@@ -132,7 +133,7 @@ def table_csv(table: Mapping[str, Any]) -> str:
 
 
 def table_markdown(table: Mapping[str, Any], title: str) -> str:
-    """A row a setting, for people: means, with 95 % intervals over seeds."""
+    """Make a Markdown table for people: one row per setting, 95 % intervals over seeds."""
     groups = table["groups"]
     keys = list(dict.fromkeys(key for group in groups for key in group["settings"]))
     places = _varying(groups, "site") + [
@@ -162,7 +163,7 @@ def table_markdown(table: Mapping[str, Any], title: str) -> str:
 
 
 def spots_of(groups: Sequence[Mapping[str, Any]], key: str) -> list[Spot]:
-    """The points of a Pareto plot; what makes a member sparse parts no series."""
+    """Return the points of a Pareto plot; settings of sparsity do not split a series."""
     keys = list(dict.fromkeys(each for group in groups for each in group["settings"]))
     varies = [
         each for each in keys if len({json.dumps(g["settings"].get(each)) for g in groups}) > 1
@@ -189,7 +190,7 @@ def spots_of(groups: Sequence[Mapping[str, Any]], key: str) -> list[Spot]:
 
 
 def worded(value: Any) -> str:
-    """A value of a grid, for people."""
+    """Write a value of a grid for people."""
     if isinstance(value, Mapping):
         inside = (f"{key} {worded(each)}" for key, each in value.items() if key != "kind")
         return " ".join([str(value.get("kind", "")), *inside]).strip()
@@ -208,15 +209,16 @@ def _notes(table: Mapping[str, Any], seeds: bool) -> list[str]:
     notes = [f"Measured on {span} vectors of {measured['images']}." if rows else ""]
     notes += list(dict.fromkeys(map(measured_on, rows)))
     if seeds:
-        notes[0] += " In brackets: Student's 95 % interval of the mean over the seeds."
+        notes[0] += " In brackets: Student's 95 % interval of the mean over seeds."
         if any(group.get("stability") for group in table["groups"]):
             notes[0] += (
-                " Stability: mean cosine of the living latents of two seeds, matched one to one; "
-                "in brackets that of random rows."
+                " Stability: mean cosine of the alive latents of two seeds, matched one to one; "
+                "in brackets, that of random rows."
             )
     for place, figures in table["original"].items():
         notes.append(
-            f"Zero-shot accuracy of the model as it is ({place}): {100 * figures['top1']:.1f} % of "
+            f"Zero-shot accuracy of the unchanged model ({place}): {100 * figures['top1']:.1f} % "
+            f"of "
             f"{figures['n']:,} images."
         )
     gone = [row for row in table["members"] if "diverged" in row]
@@ -247,16 +249,16 @@ def _ends(block: Mapping[str, Any]) -> tuple[float, float, float]:
 
 def _original(table: Mapping[str, Any]) -> tuple[str, float] | None:
     found = {round(each["top1"], 6) for each in table["original"].values()}
-    return ("the model as it is", found.pop()) if len(found) == 1 else None
+    return ("unchanged model", found.pop()) if len(found) == 1 else None
 
 
 def _varying(groups: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """The key, if the groups differ in it."""
+    """Return the key if the groups differ in it."""
     return [key] if len({group[key] for group in groups}) > 1 else []
 
 
 def _previous(path: Path) -> dict[str, Any] | None:
-    """What was measured before; a damaged file is measured anew."""
+    """Return what was measured before; after damage to the file, everything is measured again."""
     settled(path.parent)
     try:
         return read_json(path) if path.exists() else None
@@ -265,7 +267,7 @@ def _previous(path: Path) -> dict[str, Any] | None:
 
 
 def _drop_what_is_there(staged: Path, folder: Path) -> None:
-    """Files that would replace their like stay as they are."""
+    """Keep files on disk that would be replaced by equal ones."""
     for path in [each for each in staged.rglob("*") if each.is_file()]:
         there = folder / path.relative_to(staged)
         if there.is_file() and there.read_bytes() == path.read_bytes():

@@ -1,4 +1,4 @@
-"""The plots of the report from what an index and `metrics.json` hold; `plots` shows them alone."""
+"""The report's plots of an index and of `metrics.json`; `plots` has public versions."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sparsight.pages import plots
 
 
 def density_histogram(table: pa.Table) -> Figure:
-    """How often latents are active.
+    """Plot how often latents are active.
 
     Args:
-        table: of an index.
+        table: table of an index.
     """
     density = table["density"].to_numpy()
     return plots.density_histogram(density, int((density == 0).sum()))
 
 
 def density_scatter(table: pa.Table) -> Figure:
-    """Density against mean activation, coloured by label entropy.
+    """Plot density against mean activation, coloured by label entropy.
 
     Args:
-        table: of an index.
+        table: table of an index.
     """
     entropy = table["label_entropy"].to_numpy().astype(float)
     mean = table["mean_activation"].to_numpy()
@@ -35,12 +35,12 @@ def density_scatter(table: pa.Table) -> Figure:
 
 
 def error_by_position(metrics: Mapping[str, Any], tokens: str, model: Mapping[str, Any]) -> Figure:
-    """FVU of each token.
+    """Plot the FVU of each token.
 
     Args:
-        metrics: with `fvu_by_position`.
+        metrics: figures with `fvu_by_position`.
         tokens: which positions were measured.
-        model: what is known of it: `patch_grid`, `n_prefix`.
+        model: facts about the model: `patch_grid`, `n_prefix`.
     """
     values = [math.nan if value is None else value for value in metrics["fvu_by_position"]]
     grid = model.get("patch_grid")

@@ -1,4 +1,4 @@
-"""`encode`: from activations to sparse codes, batch by batch, and from there to shards on disk.
+"""`encode`: turn activations into sparse codes, batch by batch, and write them in shards.
 
 A shard is committed when the manifest that names it is renamed into place; see `code_shards`.
 """
@@ -40,7 +40,7 @@ FEWEST_IMAGES = 64
 VECTORS_AT_ONCE = 16_384
 
 SHARD_BYTES = 64 << 20
-"""Roughly how much a shard holds; twice that is in memory."""
+"""Approximate size of a shard in bytes; memory holds twice that."""
 
 
 @torch.no_grad()
@@ -58,38 +58,36 @@ def encode(
     workers: int | None = None,
     quiet: bool = False,
 ) -> CodeStore:
-    """Encode the activations of all images; keep what is active on disk.
+    """Encode the activations of all images and write the active latents to disk.
 
-    Unfinished codes of the same SAE, activations, site and dtype are continued behind the last
-    image in them, with the batches and shards that they were begun with; finished ones are returned
-    as they are. Continued codes are the same, bit for bit, as ones that were never cut. Memory
-    holds one batch of activations and one shard of codes. Of a store the images themselves are not
-    needed: what it recorded of them is kept beside the codes.
+    Unfinished codes of the same SAE, activations, site and dtype are continued after their last
+    image, with the batch and shard sizes that they were begun with; finished codes are returned
+    unchanged. Continued codes are bit for bit those of an uninterrupted call. Memory holds one
+    batch of activations and one shard of codes. A store does not need its images: what it recorded
+    about them is copied next to the codes.
 
-    Ctrl-C and SIGTERM keep every batch that was encoded, and so does an error; a second Ctrl-C does
-    not wait for that. A process that is killed loses the work of `flush_seconds` at the most.
+    Ctrl-C, SIGTERM and errors keep every encoded batch; a second Ctrl-C does not wait for that. A
+    killed process loses at most the work of `flush_seconds`.
 
     Args:
         sae: the SAE.
-        given: a vision model, to be run over `images`; or activations: a store, or
-            live ones.
-        images: what `open_images` takes, with a model; nothing with activations.
-        out: folder of the codes.
-        site: where to read; default the site that the SAE was trained on.
-        dtype: of the values on disk; float16 keeps 3 digits and takes two thirds of the room. What
-            is too small for it is kept at its smallest number, ±2⁻²⁴.
-        batch_images: images at a time; default see `usual_batch`.
-        shard_bytes: a shard ends with the batch that brings it to so many bytes.
-        flush_seconds: what is in memory is written at least this often, in seconds.
-        workers: processes that decode pictures, with a model.
-        quiet: no progress bar.
+        given: a vision model to run over `images`; or activations, stored or live.
+        images: the images (as for `open_images`), only with a model.
+        out: folder for the codes.
+        site: where to read; default: the site that the SAE was trained on.
+        dtype: type of the values on disk; float16 keeps 3 digits and takes two thirds of the space.
+            Values too small for it become its smallest number, ±2⁻²⁴.
+        batch_images: images per batch; default: see `usual_batch`.
+        shard_bytes: a shard ends with the batch that brings it to this size.
+        flush_seconds: longest time, in seconds, before codes in memory are written.
+        workers: processes that decode images, with a model.
+        quiet: show no progress bar.
 
     Raises:
-        UserError: SAE, site and activations do not belong together, a number is below 1, `out`
-            holds something else, or another process is at it.
-        SparsightError: an activation is NaN, infinite or beyond the range of `dtype`, the disk is
-            full, memory is short, or what is there already is damaged. What was written stays
-            whole.
+        UserError: SAE, site and activations do not match, a number is below 1, `out` holds
+            something else, or another process is writing there.
+        SparsightError: an activation is NaN, infinite or out of range for `dtype`, the disk is
+            full, memory is short, or existing codes are damaged. Whatever was written stays intact.
         KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM; a note says how many images are kept.
     """
     if dtype not in DTYPES:
@@ -139,7 +137,7 @@ def encoded(
     *,
     after: int | None = None,
 ) -> Iterator[CodeBatch]:
-    """The codes of all images, in order; of those behind the batch with image `after`, if given.
+    """Yield the codes of all images, in order; after the batch with image `after`, if given.
 
     Raises:
         SparsightError: an activation, or a latent's, is NaN or infinite.
@@ -163,10 +161,10 @@ def encoded(
 
 
 def usual_batch(activations: ActivationSource, site: str) -> int:
-    """Images to encode at a time: 64; of a store as many as it takes for some 16,000 vectors.
+    """Return the images per batch: 64; for a store, enough for about 16,000 vectors.
 
-    Few vectors would not pay for the encoder's copy in low precision, with which latents are
-    selected quickly.
+    With fewer vectors, the low-precision copy of the encoder, which speeds up the selection of
+    latents, does not pay.
     """
     if isinstance(activations, LiveActivations):
         return FEWEST_IMAGES
@@ -180,7 +178,7 @@ def find_activations(
     site: str | None,
     workers: int | None,
 ) -> tuple[ActivationSource, str]:
-    """The activations that a call means, and the site in them.
+    """Return the activations that a call refers to, and their site.
 
     Raises:
         UserError: SAE, site and activations do not belong together.
@@ -190,10 +188,10 @@ def find_activations(
             raise UserError("Activations already know their images; leave `images` out.")
         return given, find_site(sae, given, site)
     if images is None:
-        raise UserError("A model needs images to look at: give `images`.")
+        raise UserError("A model needs images to run on; give `images`.")
     wanted = site or sae.metadata.get("site")
     if wanted is None:
-        raise UserError("The SAE does not say which site it was trained on; give site=….")
+        raise UserError("The SAE does not name the site it was trained on; give site=….")
     tokens = sae.metadata.get("tokens", "all")
     live = LiveActivations(given, open_images(images), [wanted], tokens, workers=workers)
     return live, find_site(sae, live, given.canonical_site(wanted))
@@ -217,13 +215,13 @@ class _Encoding:
         self.flush_seconds = flush_seconds
         _clean(folder, manifest)
         self.buffer = ShardBuffer(manifest)
-        self.n_kept = 0  # images of the buffer that are on disk already
+        self.n_kept = 0  # images in the buffer that are already on disk
         if manifest.shards and manifest.shards[-1].unfinished:
             self.buffer.restore(folder, manifest)
             self.n_kept = self.buffer.n_images
 
     def run(self, quiet: bool) -> None:
-        """Write the shards that are missing, and declare the codes complete."""
+        """Write the missing shards, and mark the codes as complete."""
         self.flushed = time.perf_counter()
         total, done = self.activations.n_images, self.manifest.n_images
         with (
@@ -241,7 +239,7 @@ class _Encoding:
         return kept(there.n_images, total, "images", where=self.folder, complete=complete)
 
     def _fill_shards(self, line: ProgressLine, stop: Stop) -> None:
-        """Write all shards that are missing; whatever stops it, whole batches are kept."""
+        """Write all missing shards; whatever stops it, whole batches are kept."""
         manifest = self.manifest
         after = manifest.shards[-1].last_image if manifest.shards else None
         batches = cast(
@@ -260,18 +258,18 @@ class _Encoding:
                 self._write()
 
     def _next(self, batches: Generator[CodeBatch, None, None], stop: Stop) -> CodeBatch | None:
-        """The next batch, None behind the last; nothing is lost where a stop ends the wait."""
+        """Return the next batch, None after the last; nothing is lost if a stop ends the wait."""
         with stop.at_once():
             return next(batches, None)
 
     def _write(self) -> None:
-        """Write the shard that is full, or the last, and begin another."""
+        """Write a full shard, or the last one, and begin the next."""
         self.manifest = self.buffer.write(self.folder, self.manifest)
         self.buffer, self.n_kept = ShardBuffer(self.manifest), 0
         self.flushed = time.perf_counter()
 
     def _keep(self) -> None:
-        """Write what is in memory of a shard that is not full."""
+        """Write an unfinished shard from memory."""
         if self.buffer.n_images > self.n_kept:
             self.manifest = self.buffer.write(self.folder, self.manifest, unfinished=True)
             self.n_kept = self.buffer.n_images
@@ -287,7 +285,7 @@ class _Encoding:
 
 
 def _copy_records(recorded: Path, target: Path) -> str:
-    """Keep what a store recorded of its images; half a copy is made again with the codes.
+    """Copy what a store recorded about its images; a partial copy is made again with the codes.
 
     Returns:
         Its SHA-256, in hex.
@@ -305,7 +303,7 @@ def _copy_records(recorded: Path, target: Path) -> str:
 
 
 def _differently(field: str, there: CodeManifest, plan: CodeManifest) -> str:
-    """What codes that are there differ in: hashes are nothing to read."""
+    """Say in words how existing codes differ; hashes would tell a reader nothing."""
     return f"codes of another encoding ({field} differs): {_in_words(field, there, plan)}"
 
 
@@ -326,7 +324,7 @@ def _in_words(field: str, there: CodeManifest, plan: CodeManifest) -> str:
 
 
 def _clean(folder: Path, manifest: CodeManifest) -> None:
-    """Remove what a killed process left, and look at what it committed."""
+    """Remove what a killed process left, and check what it committed."""
     remove_temporaries(folder)
     named = {shard_path(folder, n, shard): shard for n, shard in enumerate(manifest.shards)}
     for path in folder.glob("shard-*.safetensors"):

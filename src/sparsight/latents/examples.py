@@ -1,4 +1,4 @@
-"""A bounded table of examples a latent: the strongest, or a fair sample, batch by batch."""
+"""A bounded table of examples per latent: the strongest or a random sample, batch by batch."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from torch import Tensor
 
 RANK_BITS = 40
 EMPTY = (1 << RANK_BITS) - 1
-"""Rank of a place in the table that nothing has taken; above all others."""
+"""Rank of an empty place in the table; above all others."""
 
 _LARGEST_FLOAT = 0x7FFFFFFF
 
 
 class ExampleTable:
-    """At most `size` examples a latent: those of lowest rank; among equals, what came first.
+    """At most `size` examples per latent: those of lowest rank; among equals, the earliest.
 
-    What the table holds in the end depends on what was offered in which order, not on how it was
-    cut into batches. Only latents that an offer changes are touched, and memory stays at
-    `n_latents × size`.
+    The final table depends on the examples and their order, not on the batches. An update touches
+    only the latents that it changes, and memory stays at `n_latents × size`.
 
     Attributes:
-        rank: int64 `[n_latents, size]`, ascending; `EMPTY` where there is nothing.
-        image: int64, −1 where there is nothing.
-        token: int32, −1 where there is nothing.
-        activation: float32, 0 where there is nothing.
+        rank: int64 `[n_latents, size]`, ascending; `EMPTY` in empty places.
+        image: int64, −1 in empty places.
+        token: int32, −1 in empty places.
+        activation: float32, 0 in empty places.
     """
 
     def __init__(self, n_latents: int, size: int, device: torch.device | str = "cpu") -> None:
@@ -43,14 +42,14 @@ class ExampleTable:
         token: Int[Tensor, " pairs"],
         activation: Float[Tensor, " pairs"],
     ) -> None:
-        """Take what ranks below the worst that is kept; ranks lie from 0 to `EMPTY` − 1."""
+        """Take examples that rank below the worst one kept; ranks are from 0 to `EMPTY` − 1."""
         within = rank < self.rank[latent, -1]
         latent, rank, image = latent[within], rank[within], image[within]
         token, activation = token[within].to(torch.int32), activation[within]
         touched = latent.unique()
         if not len(touched):
             return
-        # Every touched latent brings its `size` places, so that after the cut each has `size`.
+        # Every touched latent contributes its `size` places, so that each has `size` after the cut.
         places = torch.arange(len(touched), device=touched.device)
         group = torch.cat(
             [places.repeat_interleave(self.size), torch.searchsorted(touched, latent)]
@@ -71,10 +70,10 @@ class ExampleTable:
 
 
 def strength_rank(activation: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Rank, below 2^32, by which the largest activation comes first, exactly.
+    """Return exact ranks, below 2^32, that put the largest activation first.
 
     The bits of positive float32 numbers, read as integers, are in the order of the numbers; those
-    of negative ones without their sign, in the reverse order.
+    of negative ones, without the sign bit, are in reverse order.
     """
     bits = activation.float().contiguous().view(torch.int32).to(torch.int64)
     return _LARGEST_FLOAT - torch.where(bits < 0, -(bits & _LARGEST_FLOAT), bits)
@@ -83,9 +82,9 @@ def strength_rank(activation: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
 def lottery_rank(
     latent: Int[Tensor, " n"], image: Int[Tensor, " n"], seed: int
 ) -> Int[Tensor, " n"]:
-    """A pseudo-random rank of each (latent, image): the lowest ones are a fair sample.
+    """Return a pseudo-random rank for each (latent, image): the lowest ranks are a random sample.
 
-    SplitMix64's mixing function (Steele et al. 2014), on int64 that wraps around.
+    It is SplitMix64's mixing function (Steele et al. 2014) on int64 with wrap-around.
     """
     x = (latent << 40) ^ image
     x = x + _wrapped((seed + 1) * 0x9E3779B97F4A7C15)
@@ -95,11 +94,11 @@ def lottery_rank(
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's keeps the sign."""
+    """Shift right logically; torch's shift keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _wrapped(value: int) -> int:
-    """A 64-bit pattern as a signed integer."""
+    """Return a 64-bit pattern as a signed integer."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,4 +1,4 @@
-"""Where in a picture a latent is active: the grid of patches, and how it is laid over."""
+"""Where in an image one latent is active: the grid of patches, and how to overlay it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VEIL_ALPHA = 0.72
 
 
 def has_heatmaps(tokens: str, site: str) -> bool:
-    """Whether an SAE of these tokens and site says something about single patches."""
+    """Return whether an SAE of these tokens and this site has activations at single patches."""
     return tokens in ("all", "patches") and site != "embedding"
 
 
@@ -39,26 +39,27 @@ def patch_heatmaps(
     *,
     site: str | None = None,
 ) -> Float[Tensor, "batch latents rows columns"]:
-    """Activation of `latents` at every patch of preprocessed pictures.
+    """Return the activation of `latents` at every patch of preprocessed images.
 
     Args:
         sae: trained on `all` tokens or on `patches`.
-        model: the model that it was trained on.
-        pixels: what `model.transform` gives, stacked.
+        model: the model that the SAE was trained on.
+        pixels: results of `model.transform`, stacked.
         latents: numbers of latents.
-        site: where to read; default the SAE's own.
+        site: where to read; default: the SAE's own site.
 
     Raises:
-        UserError: the SAE was trained on one vector an image, or a latent is not there.
+        UserError: the SAE was trained on one vector per image, or a latent does not exist.
     """
     site = site or sae.metadata.get("site")
     if site is None:
-        raise UserError("The SAE does not say which site it was trained on; give site=….")
+        raise UserError("The SAE does not name the site it was trained on; give site=….")
     tokens = sae.metadata.get("tokens", "all")
     if not has_heatmaps(tokens, site):
         raise UserError(
-            f"This SAE was trained on one vector an image (tokens={tokens!r} at {site}), which has "
-            "no place in the picture. Heatmaps need an SAE of 'all' tokens or 'patches'."
+            f"This SAE was trained on one vector per image (tokens={tokens!r} at {site}), which "
+            f"has "
+            "no position in the image. Heatmaps need an SAE of 'all' tokens or 'patches'."
         )
     x = model.read(pixels, [site], "patches")[site].float()
     return activation_heatmaps(sae, x, latents, model.patch_grid)
@@ -71,10 +72,10 @@ def activation_heatmaps(
     latents: Sequence[int],
     patch_grid: tuple[int, int],
 ) -> Float[Tensor, "batch latents rows columns"]:
-    """The same from activations, of a store say: the last rows × columns tokens are the patches."""
+    """Do the same with stored activations: the last rows × columns tokens are the patches."""
     rows, columns = patch_grid
     if x.shape[1] < rows * columns:
-        raise UserError(f"{x.shape[1]} tokens an image cannot fill {rows} × {columns} patches.")
+        raise UserError(f"{x.shape[1]} tokens per image cannot fill {rows} × {columns} patches.")
     patches = x[:, x.shape[1] - rows * columns :].to(sae.W_enc.device)
     values = latent_values(sae.encode(patches.flatten(0, 1)), latents)
     grid = values.view(len(x), rows, columns, len(latents))
@@ -82,10 +83,10 @@ def activation_heatmaps(
 
 
 def latent_values(code: SparseCode, latents: Sequence[int]) -> Float[Tensor, "rows latents"]:
-    """Columns of a code, dense, without making the others dense."""
+    """Return columns of a code as a dense matrix, without making the others dense."""
     bad = [latent for latent in latents if not 0 <= latent < code.n_latents]
     if bad:
-        raise UserError(f"No latent {bad[0]}; the SAE has 0 to {code.n_latents - 1}.")
+        raise UserError(f"No latent {bad[0]}; the SAE has latents 0 to {code.n_latents - 1}.")
     device = code.values.device
     wanted, place = torch.tensor(list(latents), device=device).unique(return_inverse=True)
     column = torch.full((code.n_latents,), -1, dtype=torch.int64, device=device)
@@ -100,9 +101,9 @@ def latent_values(code: SparseCode, latents: Sequence[int]) -> Float[Tensor, "ro
 def seen_pictures(
     model: VisionModel, pixels: Float[Tensor, "batch 3 height width"]
 ) -> list[Image.Image]:
-    """The pictures as the model saw them (resized, cropped), so that patches lie exactly.
+    """Return the images as the model saw them (resized, cropped), so that patches align exactly.
 
-    Undoes the affine part of the preprocessing, which is read off a black and a white picture.
+    It undoes the affine part of the preprocessing, which a black and a white image reveal.
     """
     height, width = pixels.shape[-2:]
     black, white = (
@@ -114,7 +115,7 @@ def seen_pictures(
     scale = (white - black).clamp(min=1e-6)[:, None, None]
     levels = (pixels.cpu().double() - black[:, None, None]) / scale
     array = (levels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return [Image.fromarray(picture) for picture in array.numpy()]
+    return [Image.fromarray(image) for image in array.numpy()]
 
 
 def heat_image(
@@ -124,15 +125,15 @@ def heat_image(
     peak: float | None = None,
     size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """An RGBA layer to be laid over a picture.
+    """Make an RGBA layer to overlay on an image.
 
     Args:
         grid: activations, row 0 at the top.
-        look: `colours` from a perceptually uniform map, clear where nothing is active; or
-            `spotlight`: dark where nothing is active, clear where the latent is strongest, which
-            leaves the picture its own colours.
-        peak: activation shown strongest; default the grid's own maximum.
-        size: width and height in pixels, reached bilinearly; default a pixel a patch.
+        look: `colours`: a perceptually uniform map, clear where nothing is active; or `spotlight`:
+            dark where nothing is active, clear where the latent is strongest, so that the image
+            keeps its colours.
+        peak: the activation that is shown strongest; default: the grid's maximum.
+        size: width and height in pixels, interpolated bilinearly; default: one pixel per patch.
     """
     values = np.asarray(grid, dtype=np.float32)
     peak = float(values.max()) if peak is None else peak
@@ -145,7 +146,7 @@ def heat_image(
         rgba[..., :3] = VEIL
         rgba[..., 3] = VEIL_ALPHA * (1 - share**0.6)
     else:
-        # The darkest quarter of the map is left out: over a picture it reads as shadow.
+        # The darkest quarter of the map is left out: on an image it looks like shadow.
         rgba = colormaps[HEAT_COLOURS](0.25 + 0.75 * share)
         rgba[..., 3] = STRONGEST_ALPHA * np.sqrt(share)
     return Image.fromarray((rgba * 255).round().astype(np.uint8), "RGBA")
@@ -159,9 +160,9 @@ def overlay(
     peak: float | None = None,
     min_size: int = 224,
 ) -> Image.Image:
-    """The picture as the model saw it with the grid laid over it.
+    """Overlay the grid on the image as the model saw it.
 
-    Pictures smaller than `min_size` are enlarged by a whole factor without smoothing, so that a
+    Images smaller than `min_size` are enlarged by a whole factor without smoothing, so that a
     64-pixel scene stays crisp under a smooth heatmap.
     """
     factor = max(1, -(-min_size // max(picture.size)))

@@ -15,13 +15,13 @@ from sparsight.latents.codes import CodeStore
 
 @dataclass(frozen=True)
 class ImageRecords:
-    """The images that activations or codes are of.
+    """The images of activations or codes.
 
     Attributes:
-        spec: what `open_images` was called with.
-        fingerprint: of the source then.
-        n_images: in the source, failed ones included.
-        info: gives what is known about one image, by its place in the source.
+        spec: the argument of `open_images`.
+        fingerprint: fingerprint of the source at that time.
+        n_images: number of images in the source, failed ones included.
+        info: function from an image's place in the source to what is known about it.
     """
 
     spec: str
@@ -31,10 +31,10 @@ class ImageRecords:
 
 
 def image_records(given: ActivationSource | CodeStore) -> ImageRecords:
-    """What a store recorded of its images, which may have gone since; else ask the images.
+    """Return what a store recorded about its images, which may be gone; else ask the images.
 
     Raises:
-        UserError: nothing was recorded, and the images are not there any more.
+        UserError: nothing was recorded, and the images no longer exist.
     """
     if isinstance(given, ActivationStore):
         return _recorded(given.manifest.images, given.images)

@@ -46,9 +46,9 @@ class Example:
     """One image on which a latent is active."""
 
     image: int
-    """Place in the source that the index was built from; see `LatentIndex.picture`."""
+    """Place in the source from which the index was built; see `LatentIndex.picture`."""
     token: int
-    """Position at the site, among the tokens that the SAE sees, with the strongest activation."""
+    """Position of the strongest activation at the site, among the tokens that the SAE sees."""
     activation: float
     """The latent's strongest activation in the image."""
 
@@ -58,15 +58,14 @@ class LatentIndex:
     """Statistics, strongest images and samples of every latent of one SAE.
 
     Attributes:
-        folder: where it lies.
-        manifest: what it was built from: SAE, model, images, site, tokens, settings.
-        table: a row a latent: `latent`, `density`, `mean_activation` and `max_activation` (null
-            and 0 where it never was active), `n_active` (vectors), `n_active_images`,
-            `label_entropy` (nats; null under 10 labelled images), `top_label`, `top_label_share`,
-            `name`, `name_score`, `name_source`.
-        images: a row an image that is an example of something: `image`, `id`, `uri`, `label`,
-            `caption`.
-        examples: the strongest, `[n_latents, top_n]`, strongest first.
+        folder: folder of the index.
+        manifest: its origin: SAE, model, images, site, tokens, settings.
+        table: one row per latent: `latent`, `density`, `mean_activation` and `max_activation` (null
+            and 0 if it was never active), `n_active` (vectors), `n_active_images`, `label_entropy`
+            (nats; null under 10 labelled images), `top_label`, `top_label_share`, `name`,
+            `name_score`, `name_source`.
+        images: one row per image that is an example: `image`, `id`, `uri`, `label`, `caption`.
+        examples: the strongest examples, `[n_latents, top_n]`, strongest first.
         quantiles: samples, `[n_latents, quantiles, samples]`, the strongest quantile first.
     """
 
@@ -79,14 +78,14 @@ class LatentIndex:
 
     @classmethod
     def open(cls, folder: str | Path, sae: SparseAutoencoder | None = None) -> Self:
-        """Open an index, or the `index/` of a run folder; every file's checksum is compared.
+        """Open an index, or the `index/` of a run folder; every file's checksum is checked.
 
         Args:
             folder: the index, or the run that it belongs to.
-            sae: the SAE that it will be used with; it must be the one that it was built from.
+            sae: the SAE for which it will be used; it must be the one from which it was built.
 
         Raises:
-            UserError: there is no index, it is of a newer format, or of another SAE.
+            UserError: there is no index, its format is newer, or it is of another SAE.
             SparsightError: a file is missing, cut off or altered.
         """
         folder = settled(Path(folder))
@@ -99,7 +98,7 @@ class LatentIndex:
                 index = cls._read(folder, manifest)
                 break
             except SparsightError:
-                # Replaced between two files that were read? Then it is to be read again.
+                # If the index was replaced between two reads, read it again.
                 if _read_manifest(folder) == manifest:
                     raise
         if sae is not None:
@@ -120,12 +119,12 @@ class LatentIndex:
         return cls(folder, manifest, table, images, Examples(*top), Examples(*samples))
 
     def save(self) -> None:
-        """Write all files at once: killed at any point, the index there is the old or the new."""
+        """Write all files atomically: if killed at any point, the old or the new index remains."""
         with replaced(self.folder, FILES) as staged:
             self.write(staged)
 
     def write(self, folder: Path) -> None:
-        """Write all files into a folder that does not count yet."""
+        """Write all files into a temporary folder."""
         tensors: dict[str, Tensor] = {}
         for kind, found in (("top", self.examples), ("samples", self.quantiles)):
             for part in ("image", "token", "activation"):
@@ -141,12 +140,12 @@ class LatentIndex:
         _write_manifest(folder, {**self.manifest, "files": hashes})
 
     def with_table(self, table: pa.Table) -> Self:
-        """Put `table` in the place of `latents.parquet`; killed at any point, the index is whole.
+        """Replace `latents.parquet` by `table`; if killed at any point, the index stays intact.
 
         Between the two writes the manifest accepts the old table and the new one.
 
         Raises:
-            UserError: another index was written there meanwhile.
+            UserError: another index was written there in the meantime.
         """
         if table.num_rows != self.n_latents:
             raise ValueError(f"{table.num_rows} rows for {self.n_latents} latents")
@@ -190,7 +189,7 @@ class LatentIndex:
         )
 
     def to_pandas(self) -> pandas.DataFrame:
-        """What `table` holds as a data frame of pandas: one row per latent, in order.
+        """Return `table` as a pandas data frame: one row per latent, in order.
 
         Raises:
             MissingExtra: pandas is not installed.
@@ -213,48 +212,50 @@ class LatentIndex:
 
     @property
     def tokens(self) -> str:
-        """Which positions were indexed: `cls`, `patches`, `all`, `mean`."""
+        """The indexed positions: `cls`, `patches`, `all` or `mean`."""
         return str(self.manifest["tokens"])
 
     def top(self, latent: int) -> list[Example]:
-        """The images that activate `latent` most, strongest first; [] if none does."""
+        """Return the images that activate `latent` most, strongest first; [] if none does."""
         return self._examples(self.examples, self._checked(latent))
 
     def samples(self, latent: int) -> list[list[Example]]:
-        """Images from each quantile of those on which `latent` is active, strongest first."""
+        """Return images from each quantile of those that activate `latent`, strongest first."""
         place = self._checked(latent)
         bands = range(self.quantiles.image.shape[1])
         return [self._examples(self.quantiles, (place, band)) for band in bands]
 
     def row(self, latent: int) -> dict[str, Any]:
-        """The latent's row of `table`."""
+        """Return the latent's row of `table`."""
         found: list[dict[str, Any]] = self.table.slice(self._checked(latent), 1).to_pylist()
         return found[0]
 
     def info(self, image: int) -> ImageInfo:
-        """Id, origin, label and caption of an example's image.
+        """Return id, origin, label and caption of an example's image.
 
         Raises:
-            UserError: the image is no example of any latent.
+            UserError: the image is not an example of any latent.
         """
         if image not in self._places:
-            raise UserError(f"{self.folder}: no latent of this index has image {image}.")
+            raise UserError(
+                f"{self.folder}: image {image} is not an example of any latent in this index."
+            )
         row = self.images.slice(self._places[image], 1).to_pylist()[0]
         return ImageInfo(row["id"], row["uri"], row["label"], row["caption"])
 
     def source(self) -> ImageSource:
-        """The images that the index was built from, opened once.
+        """Open the images from which the index was built, once.
 
         Raises:
-            UserError: they are not there any more.
+            UserError: the images no longer exist.
         """
         return self._source
 
     def picture(self, image: int) -> Image.Image:
-        """The picture of an example, found by its id even if others came or went since.
+        """Load the image of an example, by its id, even if images were added or removed.
 
         Raises:
-            UserError: the source or the picture has gone.
+            UserError: the source or the image no longer exists.
         """
         wanted = self.info(image)
         source = self.source()
@@ -263,23 +264,23 @@ class LatentIndex:
             found = self._source_ids.get(wanted.id)
             if found is None:
                 raise UserError(
-                    f"{wanted.id}: this picture is no longer in {source.spec} (it came from "
+                    f"{wanted.id}: this image is no longer in {source.spec} (it came from "
                     f"{wanted.uri}). Put it back, or build the index again."
                 )
             place = found
         try:
-            # The very pixels that the model saw; None unless its JPEGs were decoded smaller.
+            # The same pixels as the model saw; None unless JPEGs were decoded at a smaller size.
             scaled = (self.manifest["model"].get("preprocessing") or {}).get("jpeg_min_side")
             return source.load(place, min_side=scaled) if scaled else source.load(place)
         except ImageError as error:
             raise UserError(f"{wanted.uri}: can no longer be read ({error.reason}).") from error
 
     def check_sae(self, sae: SparseAutoencoder) -> None:
-        """Raise a `UserError` unless the index was built from these very parameters."""
+        """Raise a `UserError` unless the index was built from exactly these parameters."""
         if sae.fingerprint() != self.manifest["sae"]["hash"]:
             raise UserError(
-                f"{self.folder}: was built from another SAE, so its latents mean other things. "
-                "Build an index of this one with `sparsight index`."
+                f"{self.folder}: was built from another SAE, whose latents mean other things. "
+                "Build an index of this SAE with `sparsight index`."
             )
 
     @cached_property
@@ -289,8 +290,8 @@ class LatentIndex:
             return open_images(spec)
         except UserError as error:
             raise UserError(
-                f"{self.folder}: the images that it was built from cannot be opened: {error} "
-                f"Bring them back to {spec}, or put a link there."
+                f"{self.folder}: the images from which it was built cannot be opened: {error} "
+                f"Put them back at {spec}, or put a link there."
             ) from error
 
     @cached_property
@@ -303,7 +304,9 @@ class LatentIndex:
 
     def _checked(self, latent: int) -> int:
         if not 0 <= latent < self.n_latents:
-            raise UserError(f"{self.folder}: no latent {latent}; it has 0 to {self.n_latents - 1}.")
+            raise UserError(
+                f"{self.folder}: no latent {latent}; it has latents 0 to {self.n_latents - 1}."
+            )
         return latent
 
     def _examples(self, found: Examples, place: int | tuple[int, int]) -> list[Example]:
@@ -318,19 +321,19 @@ _AGAIN = "Build it again with `sparsight index`."
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
-        raise UserError(f"{folder}: holds no latent index (no {MANIFEST}). {_AGAIN}")
+        raise UserError(f"{folder}: holds no latent index (there is no {MANIFEST}). {_AGAIN}")
     try:
         manifest = read_json(path)
     except UserError as error:
         raise SparsightError(f"{error} {_AGAIN}") from error
     if manifest.get("format") == FORMAT and manifest.get("version") != VERSION:
         raise UserError(
-            f"{path}: is of format version {manifest.get('version')}, this Sparsight reads "
+            f"{path}: has format version {manifest.get('version')}; this Sparsight reads "
             f"{VERSION}. {_AGAIN}"
         )
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest.get("format") != FORMAT or manifest.get("sha256") != sha256_json(content):
-        raise SparsightError(f"{path}: is damaged, or no manifest of a latent index. {_AGAIN}")
+        raise SparsightError(f"{path}: is damaged, or not the manifest of a latent index. {_AGAIN}")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Names of latents: what each stands for, how well, and who says so."""
+"""Names of latents: what each stands for, how well, and the source of the name."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class LatentName:
     """What a latent stands for.
 
     Attributes:
-        name: in words.
-        score: how well it fits, 0 to 1.
-        source: where the name comes from and what the score is: `truth (F1)`.
+        name: the name, in words.
+        score: how well the name fits, 0 to 1.
+        source: where the name comes from and what the score is, e.g. `truth (F1)`.
     """
 
     name: str
@@ -48,21 +48,22 @@ class LatentName:
 def set_names(index: LatentIndex, names: Mapping[int, LatentName]) -> LatentIndex:
     """Write names into `latents.parquet`; latents that are not in `names` keep theirs.
 
-    Killed at any point, the index on disk is whole, with the old names or the new.
+    If killed at any point, the index on disk stays intact, with the old names or the new.
 
     Raises:
-        UserError: a latent is not there.
+        UserError: a latent does not exist.
     """
     for latent in names:
         if not 0 <= latent < index.n_latents:
             raise UserError(
-                f"{index.folder}: no latent {latent} to name; it has 0 to {index.n_latents - 1}."
+                f"{index.folder}: no latent {latent} to name; it has latents 0 to "
+                f"{index.n_latents - 1}."
             )
     return index.with_table(with_names(index.table, names))
 
 
 def with_names(table: pa.Table, names: Mapping[int, LatentName]) -> pa.Table:
-    """The table of an index with these names in the place of those that it has."""
+    """Return the table of an index with these names instead of its own."""
     columns = {
         "name": (pa.string(), "name"),
         "name_score": (pa.float64(), "score"),
@@ -80,17 +81,16 @@ def with_names(table: pa.Table, names: Mapping[int, LatentName]) -> pa.Table:
 def name_from_truth(
     index: LatentIndex, metrics: Mapping[str, Any], min_score: float = 0.5
 ) -> LatentIndex:
-    """Name each latent after the known attribute that it tells best.
+    """Name each latent after the known attribute that it detects best.
 
     Args:
-        index: of the SAE that `metrics` are about.
-        metrics: with `latent_names`, as `evaluate` gives them for calibration images: latent →
+        index: index of the SAE that `metrics` are about.
+        metrics: figures with `latent_names`, from `evaluate` on calibration images: latent →
             `attribute`, `f1`, ….
-        min_score: F1 on held-out images that a name must reach. (`evaluate` keeps those of 0.5
-            or more.)
+        min_score: lowest F1 on held-out images for a name. (`evaluate` keeps those of 0.5 or more.)
 
     Raises:
-        UserError: the metrics know no truth, or are about another SAE.
+        UserError: the metrics lack a truth table, or are about another SAE.
     """
     about = index.manifest["sae"]
     names = names_from_truth(metrics, about["hash"], index.n_latents, index.folder, min_score)
@@ -104,23 +104,23 @@ def names_from_truth(
     folder: Path,
     min_score: float = 0.5,
 ) -> dict[int, LatentName]:
-    """The names that `name_from_truth` gives the latents of an SAE.
+    """Return the names that `name_from_truth` gives the latents of an SAE.
 
     Args:
         metrics: see `name_from_truth`.
         sae_hash: fingerprint of the SAE.
-        n_latents: how many latents it has.
-        folder: of the index, for messages.
+        n_latents: its number of latents.
+        folder: folder of the index, for messages.
         min_score: see `name_from_truth`.
 
     Raises:
-        UserError: the metrics know no truth, or are about another SAE.
+        UserError: the metrics lack a truth table, or are about another SAE.
     """
     found = metrics.get("latent_names")
     if not isinstance(found, Mapping):
         raise UserError(
-            f"{folder}: no names, as the metrics hold no truth. Evaluate on calibration "
-            "images first; only of them are the attributes known."
+            f"{folder}: no names, because the metrics have no truth table. Evaluate on calibration "
+            "images first; only their attributes are known."
         )
     if metrics.get("sae", sae_hash) != sae_hash:
         raise UserError(
@@ -130,7 +130,7 @@ def names_from_truth(
     width = metrics.get("n_latents", n_latents)
     if width != n_latents:
         raise UserError(
-            f"{folder}: is of {n_latents} latents, the metrics are of an SAE of {width} latents."
+            f"{folder}: has {n_latents} latents, but the metrics are of an SAE with {width}."
         )
     return {
         int(latent): LatentName(wording(about["attribute"]), float(about["f1"]), TRUTH_SOURCE)

@@ -1,7 +1,7 @@
 """The plots of the report and of a sweep, each a function that returns a matplotlib figure.
 
-Each draws on white, is shown by a notebook as it is returned, and is saved with its `savefig`.
-`sparsight.pages.plots` draws the same from bare numbers, for pages that follow a dark theme.
+Figures are on white; a notebook shows them when they are returned, and `savefig` saves them.
+`sparsight.pages.plots` draws the same from plain numbers, for pages that follow a dark theme.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from sparsight.training import Sweep
 
 
 def training_curves(run: str | Path) -> Figure:
-    """FVU, L0 and dead latents while training.
+    """Plot FVU, L0 and dead latents during training.
 
     Args:
         run: folder of an SAE, `Run.folder(site)`.
 
     Raises:
-        UserError: the folder holds no SAE, or no log of its training.
+        UserError: the folder holds no SAE, or no training log.
     """
     found = _run(run)
     if not found.log:
@@ -41,13 +41,13 @@ def training_curves(run: str | Path) -> Figure:
 
 
 def error_by_position(run: str | Path) -> Figure:
-    """FVU of each token: patches on their grid, CLS and registers beside it.
+    """Plot the FVU of each token: patches on their grid, CLS and registers next to it.
 
     Args:
-        run: folder of an SAE that was evaluated.
+        run: folder of an evaluated SAE.
 
     Raises:
-        UserError: the folder holds no SAE, or no figures of it.
+        UserError: the folder holds no SAE, or no figures.
     """
     found = _run(run)
     if not found.metrics.get("fvu_by_position"):
@@ -59,10 +59,10 @@ def error_by_position(run: str | Path) -> Figure:
 
 
 def density_histogram(index: LatentIndex | str | Path) -> Figure:
-    """How often each latent is active, over log10; those that never are stand apart.
+    """Plot how often each latent is active, on a log10 axis; never active ones are separate.
 
     Args:
-        index: or its folder, or that of its run.
+        index: the index, its folder, or the folder of its run.
 
     Raises:
         UserError: the folder holds no index.
@@ -72,10 +72,10 @@ def density_histogram(index: LatentIndex | str | Path) -> Figure:
 
 
 def density_scatter(index: LatentIndex | str | Path) -> Figure:
-    """Density against mean activation, one dot per latent, coloured by label entropy.
+    """Plot density against mean activation, one dot per latent, coloured by label entropy.
 
     Args:
-        index: or its folder, or that of its run.
+        index: the index, its folder, or the folder of its run.
 
     Raises:
         UserError: the folder holds no index.
@@ -85,14 +85,14 @@ def density_scatter(index: LatentIndex | str | Path) -> Figure:
 
 
 def pareto(sweep: Sweep | Mapping[str, Any] | str | Path, figure: str = "fvu") -> Figure:
-    """A figure of the members of a sweep over L0, with intervals over seeds.
+    """Plot a figure of a sweep's members over L0, with intervals over seeds.
 
     Args:
-        sweep: the sweep or its folder, measured with `compare`; or what `compare` returned.
+        sweep: the sweep or its folder, measured with `compare`; or the result of `compare`.
         figure: "fvu" or "accuracy".
 
     Raises:
-        UserError: the sweep was not compared yet, or the figure was not measured.
+        UserError: `compare` has not measured the sweep yet, or not this figure.
     """
     known = [each.key for each in shown_in("pareto")]
     if figure not in known:

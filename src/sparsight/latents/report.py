@@ -1,4 +1,4 @@
-"""`write_report`: one page that shows what the SAEs of some runs are worth and what they see."""
+"""`write_report`: one page that shows how good the SAEs of runs are and what they see."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sparsight.vision import VisionModel
 
 MAX_BYTES = 4_000_000
 THUMBNAILS = (LARGEST, 160, 128, 96, 72)
-"""Longest sides of pictures, in pixels, tried in turn until the page is light enough."""
+"""Longest sides of images, in pixels, tried in turn until the page is small enough."""
 
 
 def write_report(
@@ -42,28 +42,28 @@ def write_report(
     max_bytes: int = MAX_BYTES,
     quiet: bool = False,
 ) -> Path:
-    """Write one HTML page about some runs that needs nothing else: no network, no other file.
+    """Write one self-contained HTML page about runs: no network, no other files.
 
-    What was not measured is named, with the command that measures it.
+    The page names what was not measured, and the command that measures it.
 
     Args:
-        runs: run folders, or one folder with runs in it.
-        out: the page; a folder gives `report.html` in it.
-        model: what the heatmaps are made with where neither codes nor activations of the images
-            are on disk; default the model that the index names. Where that cannot be loaded the
-            page says so and shows the pictures alone.
-        latents: cards per run; half have the highest-scoring names, the others are drawn at random.
-        seed: of the random ones.
-        title: heading; default the model's id.
-        max_bytes: pictures are made smaller until the page is; where that is not enough, a note
-            on stderr says so.
-        quiet: no progress bar.
+        runs: run folders, or one folder that contains runs.
+        out: file of the page; in a folder, it is `report.html`.
+        model: the model for heatmaps, if neither codes nor activations of the images are on disk;
+            default: the model that the index names. If it cannot be loaded, the page says so and
+            shows the images without heatmaps.
+        latents: cards per run; half have the highest-scoring names, the rest are drawn at random.
+        seed: seed of the random choice.
+        title: heading; default: the model's id.
+        max_bytes: largest size of the page; images shrink until it fits, and a note on stderr says
+            if that is not enough.
+        quiet: show no progress bar.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: no run is there, or `model` is another one than the index was built with.
+        UserError: there are no runs, or the index was built with another model than `model`.
         SparsightError: a file of a run is damaged.
     """
     check_seed(seed)
@@ -90,7 +90,9 @@ def write_report(
     else:
         if not quiet:
             size = f"{len(page.encode()) / 1e6:.1f} MB"
-            print(f"note: {out} has {size}; fewer latents make it lighter.", file=sys.stderr)
+            print(
+                f"note: {out} has {size}; show fewer latents to make it smaller.", file=sys.stderr
+            )
     write_text(out, page)
     return out
 
@@ -145,7 +147,7 @@ def _model_name(run: RunFiles) -> str:
 
 
 def _picture_css(views: Sequence[RunView], thumbnail: int) -> str:
-    """A class a picture, so that one that is on several cards is on the page once."""
+    """Make one CSS class per image, so that several cards can show one copy of it."""
     rules: list[str] = []
     for view in views:
         for key, picture in (view.gallery.pictures if view.gallery else {}).items():

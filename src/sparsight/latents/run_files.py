@@ -1,4 +1,4 @@
-"""What a run folder holds, read for the report: what is missing is said, not guessed."""
+"""The contents of a run folder, read for the report; missing parts are reported, not guessed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ WEIGHTS = "sae.safetensors"
 
 @dataclass(frozen=True)
 class RunFiles:
-    """One SAE and everything that lies around it.
+    """One SAE and the files around it.
 
     Attributes:
-        folder: of the SAE.
-        name: short, unique in the report.
+        folder: folder of the SAE.
+        name: short name, unique in the report.
         sae: the SAE.
-        config: the text of `config.toml`, empty if there is none.
+        config: text of `config.toml`; empty if there is none.
         log: lines of `metrics.jsonl`.
-        metrics: `metrics.json`, {} if there is none.
-        index: the latent index, None if there is none.
-        missing: what is not there, and the command that makes it.
+        metrics: contents of `metrics.json`; {} if there is none.
+        index: the latent index; None if there is none.
+        missing: what is missing, and the command that makes it.
     """
 
     folder: Path
@@ -49,13 +49,13 @@ class RunFiles:
 
     @property
     def tokens(self) -> str:
-        """Which positions it was trained on."""
+        """The positions that it was trained on."""
         known = self.sae.metadata.get("tokens") or (self.index.tokens if self.index else None)
         return str(known or "unknown")
 
     @property
     def model(self) -> Mapping[str, Any]:
-        """Id, revision, hash and shape of the vision model, as far as they are known."""
+        """Id, revision, hash and shape of the vision model, as far as known."""
         found = self.sae.metadata.get("model") or {}
         if isinstance(found, str):
             found = {"id": found}
@@ -63,18 +63,20 @@ class RunFiles:
 
 
 def find_runs(given: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Folders of SAEs: the given ones, or what lies in them up to two levels deep.
+    """Find folders of SAEs: the given ones, or those up to two levels below.
 
-    What is still to be trained is left out, which the logger "sparsight" tells.
+    SAEs that are still in training are left out; the logger "sparsight" reports them.
 
     Raises:
-        UserError: a folder is not there, or holds no SAE, or none whose training is finished.
+        UserError: a folder does not exist, or holds no SAE whose training has finished.
     """
     folders = [given] if isinstance(given, str | Path) else list(given)
     found: list[Path] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder. Give a run folder, as `train` made it.")
+            raise UserError(
+                f"{folder}: does not exist. Give a run folder, as written by `sparsight train`."
+            )
         settled(folder)
         here = [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
         inside = here or sorted(
@@ -82,7 +84,7 @@ def find_runs(given: str | Path | Iterable[str | Path]) -> list[Path]:
             for pattern in (f"*/{WEIGHTS}", f"*/*/{WEIGHTS}")
             for path in folder.glob(pattern)
             if "checkpoints" not in (parts := path.relative_to(folder).parts)
-            and not any(part.startswith(".") for part in parts)  # on its way there
+            and not any(part.startswith(".") for part in parts)  # still being written
         )
         open_ends = [] if here else unfinished(folder)
         if not inside and open_ends:
@@ -91,8 +93,9 @@ def find_runs(given: str | Path | Iterable[str | Path]) -> list[Path]:
             logger().warning("Left out: %s", each)
         if not inside:
             raise UserError(
-                f"{folder}: holds no trained SAE ({WEIGHTS}), nor do its sub-folders. Give a run "
-                "folder, as `sparsight train` made it."
+                f"{folder}: neither it nor its sub-folders hold a trained SAE ({WEIGHTS}). Give a "
+                f"run "
+                "folder, as written by `sparsight train`."
             )
         found += [path.parent for path in inside]
     if not found:
@@ -104,8 +107,8 @@ def read_run(folder: Path, name: str) -> RunFiles:
     """Read a run folder.
 
     Raises:
-        SparsightError: a file that is there is damaged.
-        UserError: the index in it belongs to another SAE.
+        SparsightError: a file is damaged.
+        UserError: its index belongs to another SAE.
     """
     sae = SparseAutoencoder.from_pretrained(folder, device="cpu")
     missing: list[str] = []
@@ -119,8 +122,7 @@ def read_run(folder: Path, name: str) -> RunFiles:
     if metrics.get("sae", sae.fingerprint()) != sae.fingerprint():
         metrics = {}
         missing.append(
-            "Scores: metrics.json is about another SAE than the one here; `sparsight evaluate` "
-            "measures this one."
+            "Scores: metrics.json is about another SAE; `sparsight evaluate` measures this one."
         )
     elif "fvu" not in metrics:
         missing.append("Scores: not measured; `sparsight evaluate` writes metrics.json.")
@@ -133,7 +135,7 @@ def read_run(folder: Path, name: str) -> RunFiles:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the folders' paths that tell them apart."""
+    """Return the shortest ends of the folders' paths that are distinct."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -1,4 +1,4 @@
-"""The vision models of some runs, each loaded once."""
+"""The vision models of runs, each loaded once."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sparsight.vision import VisionModel, load_model
 
 
 class RunModels:
-    """Loads each vision model once, as it was; remembers why one could not be loaded."""
+    """Loads each vision model once, as the run used it; remembers why one could not be loaded."""
 
     def __init__(self, given: VisionModel | str | None) -> None:
         self._given = load_model(given) if isinstance(given, str) else given
         self._found: dict[str, VisionModel | str] = {}
 
     def of(self, run: RunFiles, *, needed: bool = True) -> VisionModel | str | None:
-        """The model of a run, or the reason why it is not there.
+        """Return the model of a run, or the reason why it is not available.
 
         Args:
-            run: the SAE and what lies around it.
-            needed: if not, None without loading anything, unless a model was given.
+            run: the SAE and the files around it.
+            needed: whether a model is needed; if not, and none was given, the result is None.
 
         Raises:
-            UserError: the model that was given is another one.
+            UserError: the given model is another one.
         """
         if self._given is None and not needed:
             return None

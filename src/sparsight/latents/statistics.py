@@ -1,4 +1,4 @@
-"""What one pass over codes tells about every latent, in bounded memory."""
+"""Statistics of every latent from one pass over codes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ MIN_IMAGES_FOR_ENTROPY = 10
 class LatentStatistics:
     """Density, activations and examples of every latent, batch by batch.
 
-    An image counts once a latent: with its strongest activation, at the first token that has it.
+    An image counts once per latent: with its strongest activation, at the first token that has it.
 
     Args:
         n_latents: number of latents.
-        top_n: strongest images to keep a latent.
-        sample_size: images to keep a latent as a fair sample of all on which it is active.
-        seed: of the sample.
-        device: where the codes are.
+        top_n: number of strongest images to keep per latent.
+        sample_size: number of images to keep per latent as a random sample of those on which it is
+            active.
+        seed: seed of the sample.
+        device: device of the codes.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class LatentStatistics:
         self.sample = ExampleTable(n_latents, sample_size, device)
 
     def add(self, code: SparseCode, images: Int[Tensor, " batch"], n_tokens: int) -> None:
-        """Count the code of `len(images) × n_tokens` vectors, an image's tokens together.
+        """Add the code of `len(images) × n_tokens` vectors, grouped by image.
 
         Raises:
             SparsightError: an activation is NaN or infinite.
@@ -71,7 +72,7 @@ class LatentStatistics:
         pair = code.indices * len(images) + code.rows // n_tokens
         token = code.rows % n_tokens
 
-        # By latent, then image, then strength; of equals the first token, as the sort is stable.
+        # By latent, then image, then strength; among equals the first token, as the sort is stable.
         order = ((pair << 32) + strength_rank(values)).argsort(stable=True)
         pair, values, token = pair[order], values[order], token[order]
         latent = pair // len(images)
@@ -92,10 +93,10 @@ class LatentStatistics:
 
 @dataclass(frozen=True)
 class Examples:
-    """Images, tokens and activations of examples; image −1 and activation 0 where there is none.
+    """Images, tokens and activations of examples; empty places have image −1 and activation 0.
 
-    Of the strongest: `[n_latents, top_n]`, strongest first. Of a sample: `[n_latents, quantiles,
-    samples]`, the strongest band first.
+    The strongest: `[n_latents, top_n]`, strongest first. A sample: `[n_latents, quantiles,
+        samples]`, the strongest band first.
     """
 
     image: Int[Tensor, "n_latents ..."]
@@ -104,11 +105,11 @@ class Examples:
 
 
 def quantile_samples(sample: ExampleTable, quantiles: int, per_quantile: int) -> Examples:
-    """Cut each latent's sample into `quantiles` bands of equally many images and thin each out.
+    """Split each latent's sample into `quantiles` bands of equal size and thin out each band.
 
-    The sample holds a fair lot of the images on which the latent is active, so its quantiles
-    estimate theirs (and are theirs where it holds them all). From each band, `per_quantile`
-    images at even distances; fewer where the band has no more.
+    The sample is a random part of the images on which the latent is active, so its quantiles
+    estimate theirs (and equal theirs if it holds all of them). Each band gives `per_quantile`
+    evenly spaced images, or all if it has fewer.
     """
     n_latents, size = sample.image.shape
     device = sample.image.device
@@ -123,7 +124,7 @@ def quantile_samples(sample: ExampleTable, quantiles: int, per_quantile: int) ->
     stop = ((band + 1) * count + quantiles - 1) // quantiles
     width = (stop - start)[..., None]
     slot = torch.arange(per_quantile, device=device)
-    # Middles of equal parts of the band; a band of fewer than `per_quantile` gives all it has.
+    # Middles of equal parts of the band; a band with fewer than `per_quantile` gives all.
     place = torch.where(
         width > per_quantile,
         (2 * slot + 1) * width // (2 * per_quantile),
@@ -142,12 +143,12 @@ def quantile_samples(sample: ExampleTable, quantiles: int, per_quantile: int) ->
 
 @dataclass(frozen=True)
 class LabelMixture:
-    """Which labels a latent's strongest images have.
+    """The labels of a latent's strongest images.
 
     Attributes:
-        entropy: H = −Σ p ln p over labels, p_l = Σ f of label l / Σ f, in nats; None under
-            `MIN_IMAGES_FOR_ENTROPY` labelled images.
-        label: the label with the largest share; None where no image has one.
+        entropy: H = −Σ p ln p over labels, p_l = Σ f of label l / Σ f, in nats; None with fewer
+            than `MIN_IMAGES_FOR_ENTROPY` labelled images.
+        label: the label with the largest share; None if no image has a label.
         share: its share p_l.
     """
 
@@ -159,13 +160,13 @@ class LabelMixture:
 def label_mixture(
     images: Sequence[int], activations: Sequence[float], labels: Mapping[int, str | None]
 ) -> LabelMixture:
-    """The labels of one latent's strongest images; images without a label are left out."""
+    """Mix the labels of one latent's strongest images; images without a label are left out."""
     weight: dict[str, float] = {}
     n = 0
     for image, activation in zip(images, activations, strict=True):
         label = labels.get(image) if image >= 0 else None
         if label is not None:
-            # Of either sign where the sparsity is such: what is negative speaks for no label.
+            # Some sparsities allow negative activations, which do not count for a label.
             weight[label] = weight.get(label, 0.0) + max(activation, 0.0)
             n += 1
     total = math.fsum(weight.values())

@@ -1,4 +1,4 @@
-"""Activations at the patches of single images, read from what earlier steps left on disk."""
+"""Activations at the patches of single images, read from files of earlier steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparsight.vision.geometry import seen_picture
 
 CODES, MANIFEST = "codes", "manifest.json"
 BATCH = 16
-"""Images whose activations are encoded at once."""
+"""Images per encoded batch."""
 
 
 Heat = Float[Tensor, "rows columns"]
@@ -33,23 +33,24 @@ Heat = Float[Tensor, "rows columns"]
 
 @runtime_checkable
 class StoredCodes(Protocol):
-    """Where the activations of latents in single images can be read."""
+    """A place to read the activations of latents in single images from."""
 
     def values(
         self, wanted: Mapping[int, Sequence[int]]
     ) -> Iterator[tuple[int, Float[Tensor, "tokens latents"]]]:
-        """Each image, and its latents' activations at all tokens, of which the last are patches.
+        """Yield each image with its latents' activations at all tokens; the last tokens are
+        patches.
 
         Args:
-            wanted: latents by image.
+            wanted: latents, by image.
         """
 
 
 def find_stored(run: RunFiles) -> StoredCodes | None:
-    """The codes, or the activations, of the images of a run's index, if they are on disk.
+    """Find codes or activations of the images of a run's index, if they are on disk.
 
-    Looked at are `codes/` in the run, the store that the run was trained on, and the folders beside
-    either. They count if they are of the same SAE or model, of the same images, site and tokens.
+    The search covers `codes/` in the run, the store that the run was trained on, and the folders
+    next to either. Codes and stores count if SAE or model, images, site and tokens match.
     """
     index = run.index
     if index is None or not has_heatmaps(index.tokens, index.site):
@@ -61,7 +62,7 @@ def find_stored(run: RunFiles) -> StoredCodes | None:
     for folder in _places(run):
         try:
             found = _opened(folder, index, run.sae)
-        except (SparsightError, OSError):  # unfinished or damaged: the model is asked instead
+        except (SparsightError, OSError):  # unfinished or damaged: the model runs instead
             continue
         if found is not None:
             return found
@@ -69,7 +70,7 @@ def find_stored(run: RunFiles) -> StoredCodes | None:
 
 
 def needs_model(run: RunFiles, stored: StoredCodes | None) -> bool:
-    """Whether the latents of a run cannot be shown as the model sees them without the model."""
+    """Return whether heatmaps of a run's latents need the model."""
     index = run.index
     return index is not None and stored is None and has_heatmaps(index.tokens, index.site)
 
@@ -77,12 +78,12 @@ def needs_model(run: RunFiles, stored: StoredCodes | None) -> bool:
 def stored_heatmaps(
     stored: StoredCodes, wanted: Mapping[int, Sequence[int]], patch_grid: tuple[int, int]
 ) -> dict[tuple[int, int], Heat]:
-    """Activations at the patches, by image and latent.
+    """Read activations at the patches, by image and latent.
 
     Args:
-        stored: where they are read.
-        wanted: latents by image.
-        patch_grid: rows and columns.
+        stored: where to read.
+        wanted: latents, by image.
+        patch_grid: rows and columns of patches.
     """
     rows, columns = patch_grid
     grids: dict[tuple[int, int], Heat] = {}

@@ -23,7 +23,7 @@ from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
 
 SIDE, GAP = 128, 4
-"""Pixels."""
+"""Side of an image in pixels."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class StripImage:
     """One image of a strip.
 
     Attributes:
-        image: as the model saw it; of a strip with heatmaps, dark where the latent is not active.
-        activation: the latent's strongest in it.
-        about: its label, else its id.
+        image: the image as the model saw it; with heatmaps, dark where the latent is not active.
+        activation: the latent's strongest activation in it.
+        about: its label, or else its id.
     """
 
     image: Image.Image
@@ -43,12 +43,12 @@ class StripImage:
 
 @dataclass(frozen=True, repr=False)
 class LatentStrip:
-    """The images that activate one latent most, the strongest first; notebooks show them.
+    """The images that activate one latent most, strongest first; notebooks show them.
 
     Attributes:
         latent: its number.
         title: number, name and density.
-        images: the strongest first.
+        images: the images, strongest first.
         notes: what could not be shown, and why.
     """
 
@@ -58,7 +58,7 @@ class LatentStrip:
     notes: tuple[str, ...] = ()
 
     def picture(self) -> Image.Image:
-        """The images side by side in one, each scaled to a square of 128 pixels."""
+        """Join the images side by side into one, each scaled to a square of 128 pixels."""
         n = max(1, len(self.images))
         strip = Image.new("RGB", (n * (SIDE + GAP) - GAP, SIDE), "white")
         for place, each in enumerate(self.images):
@@ -119,22 +119,22 @@ def show_latent(
     sae: SparseAutoencoder | None = None,
     model: VisionModel | None = None,
 ) -> LatentStrip:
-    """The images that activate a latent most, as a strip that a notebook shows.
+    """Make a strip of the images that activate a latent most, for a notebook.
 
     Args:
         index: of the SAE.
         latent: its number.
-        n: how many images at most.
-        sae: with `model`, for heatmaps: images are dark where the latent is not active.
-        model: the one that the index was built with.
+        n: largest number of images.
+        sae: the SAE, with `model`, for heatmaps: images are dark where the latent is not active.
+        model: the model with which the index was built.
 
     Raises:
-        UserError: there is no such latent, the SAE is not that of the index, or only one of `sae`
+        UserError: the latent does not exist, the SAE is not that of the index, or only one of `sae`
             and `model` is given.
     """
     check_positive(n=n)
     if (sae is None) != (model is None):
-        raise UserError("Heatmaps take both sae and model; give both, or neither.")
+        raise UserError("Heatmaps need both sae and model; give both, or neither.")
     if sae is not None:
         index.check_sae(sae)
     examples = index.top(latent)[:n]

@@ -30,7 +30,7 @@ from sparsight.vision import VisionModel
 
 @dataclass(frozen=True)
 class RunView:
-    """What the template shows of one run."""
+    """Everything that the template shows of one run."""
 
     key: str
     name: str
@@ -57,21 +57,21 @@ def make_view(
     quiet: bool,
     stored: StoredCodes | None = None,
 ) -> RunView:
-    """Draw, tabulate and collect what there is of a run.
+    """Draw, tabulate and collect the parts of a run.
 
     Args:
-        run: what lies in its folder.
-        key: of the run, unique on the page.
-        model: what made its activations, or the reason why it is not there; None where it is not
-            needed.
-        latents: cards.
-        seed: of the lot that chooses latents.
-        quiet: no progress bar.
+        run: the contents of its folder.
+        key: key of the run, unique on the page.
+        model: the model that computed its activations, or the reason why it is not available; None
+            if it is not needed.
+        latents: number of cards.
+        seed: seed of the random choice of latents.
+        quiet: show no progress bar.
         stored: where heatmaps can be read.
     """
     gallery = None
     if run.index is not None and latents:
-        with progress(f"report: {run.name}", None, "pictures", quiet=quiet) as line:
+        with progress(f"report: {run.name}", None, "images", quiet=quiet) as line:
             gallery = make_gallery(
                 run.index,
                 run.sae,
@@ -83,7 +83,7 @@ def make_view(
                 stored=stored,
             )
         if isinstance(model, str):
-            gallery.notes.insert(0, f"No heatmaps: the model is not there. {model}")
+            gallery.notes.insert(0, f"No heatmaps: the model is not available. {model}")
     measured = "fvu" in run.metrics
     tables = [
         table
@@ -116,13 +116,13 @@ def _dead_latents(run: RunFiles) -> Table | None:
         return dead_latents_table(run.log, _remedies(run), run.sae.metadata.get("mean_to_spread"))
     except (KeyError, TypeError) as error:
         raise SparsightError(
-            f"{run.folder / METRICS}: is damaged: a line lacks {error}, or holds it in another "
-            "form. Mend or remove the file."
+            f"{run.folder / METRICS}: is damaged: a line lacks {error}, or has it in another "
+            "form. Repair or remove the file."
         ) from error
 
 
 def _remedies(run: RunFiles) -> list[type[Remedy]]:
-    """What the run did for dead latents, from its configuration."""
+    """Return the run's remedies for dead latents, from its configuration."""
     try:
         return [*remedies_in(tomllib.loads(run.config).get("train", {}))]
     except tomllib.TOMLDecodeError:
@@ -132,7 +132,7 @@ def _remedies(run: RunFiles) -> list[type[Remedy]]:
 def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plot]:
     drawn: list[tuple[str, str, str, Figure]] = []
     if run.log:
-        text = "On batches as they came, while training."
+        text = "On the training batches."
         drawn.append(("curves", "Training", text, plots.training_curves(run.log)))
     if run.metrics.get("fvu_by_position"):
         text = "FVU of each token, centred per position."
@@ -146,9 +146,9 @@ def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plo
         images = count(run.index.manifest["images"]["n_images"])
         text = f"How often each of {len(table):,} latents is active, over {images} images."
         drawn.append(("density", "Density", text, density_histogram(table)))
-        text = "Each dot a latent; dark: its strongest images share one label."
+        text = "Each dot is a latent. A dark dot's strongest images share one label."
         if table["label_entropy"].null_count == len(table):
-            text = "Each dot a latent. Label entropy is not known: it takes 10 labelled images."
+            text = "Each dot is a latent. Label entropy is unknown: it needs 10 labelled images."
         drawn.append(("scatter", "Density and activation", text, density_scatter(table)))
     return [
         Plot(title, text, Markup(to_svg(figure, f"{key}-{name}", title)))

@@ -1,4 +1,4 @@
-"""How pages and plots look: one style, charts, tables and templates for every report.
+"""The look of pages and plots: one style, charts, tables and templates for every report.
 
-It knows numbers and text alone: no SAE, no index. Start at `style`: palette and plot sizes.
+It knows only numbers and text: no SAE, no index. Start at `style`: palette and plot sizes.
 """

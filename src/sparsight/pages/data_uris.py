@@ -8,16 +8,16 @@ import io
 from PIL import Image
 
 SMALL = 96
-"""Pictures up to this many pixels are shown as they are, pixel by pixel."""
+"""Images up to this many pixels are shown unscaled, pixel by pixel."""
 
 
 def is_crisp(picture: Image.Image) -> bool:
-    """Whether a picture is so small that it is to be enlarged pixel by pixel."""
+    """Return whether an image is so small that browsers should enlarge it pixel by pixel."""
     return max(picture.size) <= SMALL
 
 
 def encode_picture(picture: Image.Image, side: int) -> str:
-    """Data URI: small pictures at their own pixels, others scaled to `side`; WebP."""
+    """Return a WebP data URI: small images keep their pixels, others are scaled to `side`."""
     if is_crisp(picture):
         return _uri(picture, "WEBP", quality=92, method=4)
     picture = picture.copy()
@@ -26,7 +26,7 @@ def encode_picture(picture: Image.Image, side: int) -> str:
 
 
 def png_uri(picture: Image.Image) -> str:
-    """Data URI of a PNG, which keeps every pixel and its transparency."""
+    """Return the data URI of a PNG, which keeps every pixel and its transparency."""
     return _uri(picture, "PNG", optimize=True)
 
 

@@ -19,11 +19,11 @@ Floats = npt.NDArray[np.float64]
 
 MARKERS = ("o", "s", "^", "D")
 LONG_LABEL = 34
-"""Letters beyond which a legend has one column."""
+"""Characters beyond which a legend has one column."""
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """FVU, L0 and the share of dead latents over the vectors seen; what was logged of them."""
+    """Plot FVU, L0 and the share of dead latents, where logged, over the vectors seen."""
     shown = [each for each in shown_in("log") if any(is_number(each.of(row)) for row in log)]
     with plot_style():
         drawn = figure(0.55 + 1.15 * max(1, len(shown)))
@@ -50,7 +50,7 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def density_histogram(density: Floats, never: int) -> Figure:
-    """log10 of the share of vectors on which each latent is active; those `never` active beside."""
+    """Plot log10 of the density of each latent, and say how many are `never` active."""
     alive = density[density > 0]
     with plot_style():
         drawn = figure(2.3)
@@ -73,7 +73,7 @@ def density_histogram(density: Floats, never: int) -> Figure:
 
 
 def density_scatter(density: Floats, mean_activation: Floats, entropy: Floats) -> Figure:
-    """Density against mean activation of each latent, coloured by label entropy (NaN: grey)."""
+    """Plot density against mean activation per latent, coloured by label entropy (NaN: grey)."""
     alive = density > 0
     x, y, colour = density[alive], mean_activation[alive], entropy[alive]
     known = ~np.isnan(colour)
@@ -104,12 +104,12 @@ def density_scatter(density: Floats, mean_activation: Floats, entropy: Floats) -
 
 
 def error_by_position(fvu: Floats, patch_grid: tuple[int, int] | None, n_prefix: int) -> Figure:
-    """FVU at each position: patches on their grid, CLS (and registers) beside it.
+    """Plot the FVU at each position: patches on their grid, CLS (and registers) next to it.
 
     Args:
-        fvu: one number a token, prefix first.
-        patch_grid: rows and columns.
-        n_prefix: tokens before the patches.
+        fvu: one number per token, prefix first.
+        patch_grid: rows and columns of patches.
+        n_prefix: number of tokens before the patches.
     """
     with plot_style():
         if patch_grid is None or len(fvu) != n_prefix + patch_grid[0] * patch_grid[1]:
@@ -158,8 +158,8 @@ class Spot:
     Attributes:
         x: mean, lower end and upper end.
         y: the same.
-        series: what it shares with the points that it is joined to.
-        place: what it shares with the points that it is compared with, e.g. the site.
+        series: name of the line that joins it with other points.
+        place: name of the set of points that it is compared with, e.g. the site.
     """
 
     x: tuple[float, float, float]
@@ -175,13 +175,13 @@ def pareto(
     higher_is_better: bool,
     reference: tuple[str, float] | None = None,
 ) -> Figure:
-    """A figure of merit over L0, with intervals; what none of its place beats in both is filled.
+    """Plot a figure of merit over L0, with intervals; the Pareto front of each place is filled.
 
     Args:
-        spots: the points; those of a series are joined in the order of L0.
-        y_label: of the axis.
-        higher_is_better: of the figure of merit; a low L0 always is.
-        reference: name and height of a line to compare with.
+        spots: the points; those of one series are joined in the order of L0.
+        y_label: label of the vertical axis.
+        higher_is_better: whether a high figure of merit is better; a low L0 always is.
+        reference: name and height of a line for comparison.
     """
     best: set[int] = set()
     for place in {spot.place for spot in spots}:
@@ -236,11 +236,11 @@ def pareto(
 
 
 def front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> set[int]:
-    """The points that no other equals in one of both coordinates and beats in the other.
+    """Return the points that no other point equals in one coordinate and beats in the other.
 
     Args:
         points: x and y; a low x is better.
-        higher_is_better: whether a high y is.
+        higher_is_better: whether a high y is better.
     """
     sign = -1 if higher_is_better else 1
     costs = [(x, sign * y) for x, y in points]
@@ -279,7 +279,7 @@ def _ten_to(exponent: float, _: object = None) -> str:
 
 
 def _minor(value: float, _: object = None) -> str:
-    """Labels of a log axis between its powers of ten: 2 and 5 alone."""
+    """Label a log axis between powers of ten: only at 2 and 5."""
     digit = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
     return f"{value:g}" if digit in (2, 5) else ""
 

@@ -1,4 +1,4 @@
-"""`metrics.json` as the tiles and tables of the report: every score beside its baselines."""
+"""`metrics.json` as tiles and tables of the report: every score next to its baselines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Metrics = Mapping[str, Any]
 REPLACEMENTS = {"mean": "mean instead", "zero": "zero instead"}
 EVERYWHERE = "iou_everywhere"
 CLS_WORSE = 2.0
-"""From this ratio to the patches' FVU on, a worse FVU of CLS is pointed out."""
+"""A warning appears if the FVU of CLS is at least this many times that of the patches."""
 
 GLOSSARY: dict[str, str] = {
     **glossary("FVU", "L0"),
@@ -38,22 +38,22 @@ GLOSSARY: dict[str, str] = {
     "density": "Share of vectors on which a latent is active.",
     "mean activation": "Mean of a latent's activation over the vectors on which it is active.",
     "label entropy": "How mixed the labels of a latent's strongest images are, weighted by "
-    "activation, in nats. 0: all of one label. Not given under 10 labelled images.",
+    "activation, in nats. 0: all have one label. Needs 10 labelled images.",
     **glossary("zero-shot", "AUC", "F1", "IoU", "all patches"),
     **glossary(),
-    "untrained SAE": "An SAE of the same shape with its starting weights. What it scores comes "
+    "untrained SAE": "An SAE of the same shape with its initial weights. Its score comes "
     "from the architecture, not from learning.",
-    "PCA": "Principal components, as many as the SAE has active latents.",
+    "PCA": "The first principal components, as many as the SAE has active latents per vector.",
     "neurons": "The dimensions of the activations themselves, without an SAE.",
-    "heatmap": "Activation of the latent at every patch, laid over what the model saw: dark where "
-    "it is not active, clear at the strongest patch on the card.",
-    "quantiles": "Images that activate the latent, in order of strength, cut into equally large "
-    "bands; drawn at random from each.",
+    "heatmap": "Activation of the latent at every patch, laid over the image as the model saw it: "
+    "dark where it is not active, clear at the strongest patch on the card.",
+    "quantiles": "The images that activate the latent, sorted by strength and split into equal "
+    "bands; from each band, a random sample.",
 }
 
 
 def tiles(metrics: Metrics) -> list[Tile]:
-    """The five figures by which an SAE is judged first; "not measured" where one is not there."""
+    """Return the five headline figures of an SAE; "not measured" for a missing one."""
     shot = metrics.get("zero_shot") or {}
     kinds = truth_by_kind(metrics)
     kind = "symbol" if "symbol" in kinds else next(iter(kinds), None)
@@ -61,7 +61,7 @@ def tiles(metrics: Metrics) -> list[Tile]:
     top1 = figure_of("zero_shot.*.top1")
     made = [
         _tile(metrics, "fvu", "; ".join(_about_fvu(metrics))),
-        _tile(metrics, "l0", "latents a vector"),
+        _tile(metrics, "l0", "latents per vector"),
         _tile(metrics, "dead", f"of the last {count(window)} vectors" if window else ""),
     ]
     if shot:
@@ -98,19 +98,19 @@ def tiles(metrics: Metrics) -> list[Tile]:
 
 
 def measured_on(metrics: Metrics) -> str:
-    """A sentence that says whether the figures are of the training data; "" if it is not known."""
+    """Say in a sentence whether the figures are from the training data; "" if unknown."""
     same = metrics.get("trained_on_these")
     if same is None:
         return ""
     if same:
-        return "Measured on the training data: on new images an SAE does somewhat worse."
+        return "Measured on the training data; on new images an SAE does somewhat worse."
     if metrics.get("held_out"):
         return "Measured on held-out images, which the SAE was not trained on."
     return "Measured on images that the SAE was not trained on."
 
 
 def cls_warning(metrics: Metrics) -> str:
-    """A sentence where the FVU over all positions hides that CLS is reconstructed much worse."""
+    """Warn in a sentence if the overall FVU hides that CLS is reconstructed much worse."""
     cls, patches = metrics.get("fvu_cls"), metrics.get("fvu_patches")
     if cls is None or patches is None or cls < CLS_WORSE * patches:
         return ""
@@ -122,7 +122,7 @@ def cls_warning(metrics: Metrics) -> str:
 
 
 def _about_fvu(metrics: Metrics) -> Iterator[str]:
-    """What stands under the tile of the FVU."""
+    """Yield the notes under the tile of the FVU."""
     if n_vectors := metrics.get("n_vectors"):
         yield f"{count(n_vectors)} vectors"
     if metrics.get("fvu_cls") is not None:
@@ -133,7 +133,7 @@ def _about_fvu(metrics: Metrics) -> Iterator[str]:
 
 
 def reconstruction_table(metrics: Metrics) -> Table | None:
-    """Reconstruction, sparsity and life, with the baselines."""
+    """Tabulate reconstruction, sparsity and dead latents, with the baselines."""
     lines = [each for each in shown_in("table") if not each.variants]
     blocks = [("SAE", metrics), *baselines(metrics)]
     blocks = [(name, block) for name, block in blocks if any(line.key in block for line in lines)]
@@ -162,7 +162,7 @@ def reconstruction_table(metrics: Metrics) -> Table | None:
 
 
 def downstream_table(metrics: Metrics) -> Table | None:
-    """What the model still does with the site replaced, by the SAE and by other things."""
+    """Tabulate what the model can still do with the site replaced, by the SAE or otherwise."""
     lines: list[tuple[str, str, Metrics, Metrics]] = []
     for key, name in (("original", "original"), ("reconstructed", "SAE")):
         lines.append((name, "", *_variant(metrics, key)))
@@ -204,7 +204,7 @@ def downstream_table(metrics: Metrics) -> Table | None:
 
 
 def _downstream_cell(figure: Figure) -> Callable[[Metrics, Metrics], str]:
-    """What shows the figure, of the figures of one replacement: zero-shot, and contrastive."""
+    """Return a function that shows a figure, given the two kinds of figures of a replacement."""
     family, _, key = figure.key.split(".")
 
     def show(shot: Metrics, contrastive: Metrics) -> str:
@@ -214,12 +214,12 @@ def _downstream_cell(figure: Figure) -> Callable[[Metrics, Metrics], str]:
 
 
 def _variant(block: Metrics, name: str) -> tuple[Metrics, Metrics]:
-    """Zero-shot and contrastive figures of one replacement; {} where there are none."""
+    """Return zero-shot and contrastive figures of one replacement; {} if there are none."""
     return (dig(block, f"zero_shot.{name}") or {}, dig(block, f"contrastive.{name}") or {})
 
 
 def truth_table(metrics: Metrics) -> Table | None:
-    """Mean scores of the best single latents over every kind of attribute, beside baselines."""
+    """Tabulate the mean scores of the best single latents by kind of attribute, with baselines."""
     blocks = [("SAE", metrics), *baselines(metrics)]
     found = [(name, truth_by_kind(block)) for name, block in blocks]
     found = [(name, kinds) for name, kinds in found if kinds]
@@ -240,12 +240,14 @@ def truth_table(metrics: Metrics) -> Table | None:
             rows.append(Row(figure.label, figure.term, tuple(cells), group=group))
             group = ""
     columns = [name for name, _ in found] + ([truth_score(EVERYWHERE).label] if everywhere else [])
-    note = "Means of the best single latents: chosen on half of the images, scored on the rest."
+    note = (
+        "Means over the best single latents, chosen on half of the images and scored on the rest."
+    )
     return Table("Known attributes", tuple(columns), tuple(rows), note)
 
 
 def attribute_table(metrics: Metrics) -> Table | None:
-    """The best latent of every attribute."""
+    """Tabulate the best latent of every attribute."""
     truth = metrics.get("truth") or {}
     blocks = [(name, block["truth"]) for name, block in baselines(metrics) if block.get("truth")]
     rows = tuple(
@@ -273,12 +275,12 @@ def attribute_table(metrics: Metrics) -> Table | None:
 
 
 def not_measured(metrics: Metrics) -> list[str]:
-    """Families of scores that `metrics.json` lacks, with the reason where it gives one."""
+    """List the families of scores that `metrics.json` lacks, each with a reason."""
     omitted = metrics.get("omitted") or {}
     families = {
         "baselines": ("Baselines", "`sparsight evaluate` measures them by default."),
-        "zero_shot": ("Zero-shot accuracy", "it takes the model and labelled images."),
-        "truth": ("Known attributes", "they are known for calibration images alone."),
+        "zero_shot": ("Zero-shot accuracy", "it needs the model and labelled images."),
+        "truth": ("Known attributes", "they are known only for calibration images."),
     }
     return [
         f"{name}: not measured; {omitted.get(family) or reason}"
@@ -288,7 +290,7 @@ def not_measured(metrics: Metrics) -> list[str]:
 
 
 def truth_by_kind(block: Metrics) -> dict[str, dict[str, Any]]:
-    """Means over the attributes of each kind, `n` of them, of what was measured."""
+    """Return the means of the measured scores by kind of attribute, with the number `n`."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for attribute, scores in (block.get("truth") or {}).items():
         if isinstance(scores, Mapping):
@@ -301,7 +303,7 @@ def truth_by_kind(block: Metrics) -> dict[str, dict[str, Any]]:
 
 
 def baselines(metrics: Metrics) -> list[tuple[str, Metrics]]:
-    """Name and figures of each baseline that was measured."""
+    """Return the name and figures of each measured baseline."""
     found = metrics.get("baselines") or {}
     return [
         (BASELINES.get(name, name), block)

@@ -1,4 +1,4 @@
-"""One look for all plots: colours that read in greyscale, thin lines, the page's ink."""
+"""One style for all plots: colours that work in greyscale, thin lines, the page's text colour."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from matplotlib.figure import Figure
 from sparsight.files import write_bytes, write_text
 
 PALETTE = ("#2f6f8f", "#d1793a", "#6d8f3c", "#8a5a9e", "#a63d40", "#5f6b76")
-"""Series, in order; their lightness differs."""
+"""Colours of series, in order; they differ in lightness."""
 
 SEQUENTIAL = "viridis"
 """Colour map of quantities; perceptually uniform."""
 
 HEAT_COLOURS = "inferno"
-"""Colour map laid over pictures; perceptually uniform."""
+"""Colour map laid over images; perceptually uniform."""
 
 WIDTH = 4.4
-"""Inches; so narrow that nine-point text can be read on a phone."""
+"""Inches; narrow enough for nine-point text to be legible on a phone."""
 
 NOTEBOOK_DPI = 110
 
-# Stand-ins that become CSS variables, so that a plot follows the page into the dark.
+# Stand-ins that become CSS variables, so that a plot follows the page's dark theme.
 _INK, _FAINT, _GRID = "#010203", "#040506", "#070809"
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--muted)", _GRID: "var(--line)"}
 _ON_WHITE = {_INK: "#1d2329", _FAINT: "#5f6b76", _GRID: "#dfe3e6"}
@@ -72,11 +72,11 @@ _WHITE = ContextVar("_WHITE", default=False)
 
 @contextmanager
 def plot_style(*, on_white: bool | None = None) -> Iterator[None]:
-    """Matplotlib settings of Sparsight inside the `with` block.
+    """Use Sparsight's Matplotlib settings inside the `with` block.
 
     Args:
-        on_white: for a file of pixels or a notebook, whose colours no page can change; default as
-            in the block that this one is in, else False.
+        on_white: draw on white, for bitmaps and notebooks, whose colours no page can change;
+            default: as in the enclosing block, else False.
     """
     white = _WHITE.get() if on_white is None else on_white
     settings = SETTINGS
@@ -105,12 +105,12 @@ class NotebookFigure(Figure):
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
-    """A figure of its own, known to no global state; sizes in inches. Call inside `plot_style`."""
+    """Make a figure outside pyplot's global state; sizes in inches. Call inside `plot_style`."""
     return NotebookFigure(figsize=(width, height))
 
 
 def to_svg(drawn: Figure, name: str, label: str) -> str:
-    """An `<svg>` element to be put into a page: no prologue, no dates, no fixed size.
+    """Turn a figure into an `<svg>` element for a page: no prologue, no dates, no fixed size.
 
     Args:
         drawn: the figure.
@@ -125,7 +125,7 @@ def to_svg(drawn: Figure, name: str, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
-    # Groups are numbered alike in every figure; ids that are referred to carry the salt.
+    # Every figure numbers its groups alike; ids that are referred to carry the salt.
     text = re.sub(r'<g id="[A-Za-z]+_\d+(?:_\d+)*">', "<g>", text)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     for stand_in, variable in _VARIABLES.items():
@@ -142,7 +142,7 @@ def to_svg(drawn: Figure, name: str, label: str) -> str:
 
 
 def save_svg(drawn: Figure, path: Path) -> None:
-    """Write a plot as a file of its own, on white; the same plot gives the same bytes."""
+    """Write a plot to an SVG file, on white; the same plot gives the same bytes."""
     out = io.StringIO()
     settings: Any = {**SETTINGS, "svg.hashsalt": path.stem, "svg.fonttype": "none"}
     with matplotlib.rc_context(settings):
@@ -154,7 +154,7 @@ def save_svg(drawn: Figure, path: Path) -> None:
 
 
 def save_png(drawn: Figure, path: Path, dpi: int = 160) -> None:
-    """Write a plot that was drawn `on_white` as pixels."""
+    """Write a plot that was drawn `on_white` to a PNG file."""
     out = io.BytesIO()
     drawn.savefig(out, format="png", dpi=dpi, facecolor="#ffffff", metadata={"Software": None})
     write_bytes(path, out.getvalue())

@@ -1,4 +1,4 @@
-"""What pages are made of: tiles, tables and plots, as words that are ready to be shown."""
+"""The parts of pages: tiles, tables and plots, as text ready to be shown."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table."""
+    """A row of a table."""
 
     name: str
     term: str
     cells: tuple[str, ...]
     strong: bool = False
-    """Whether all of it stands out."""
+    """Whether the whole row stands out."""
     group: str = ""
-    """Heading above it, where a group of rows begins."""
+    """Heading above the row, if it begins a group."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Table:
     rows: tuple[Row, ...]
     note: str = ""
     strong: int = 0
-    """Column that stands out: the SAE's own."""
+    """The column that stands out: the SAE's own."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with its words."""
+    """A plot with its title and text."""
 
     title: str
     text: str

@@ -1,4 +1,4 @@
-"""The templates and the style sheet of every page; what is put into them is escaped."""
+"""The templates and the style sheet of every page; all text in them is escaped."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ POLICY = Markup(
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'"
 )
-"""What a browser allows each page: it loads nothing, and runs no script."""
+"""Content security policy of every page: load nothing, run no script."""
 
 
 @cache
 def template(name: str) -> jinja2.Template:
-    """A page's template, which may import the macros of all.
+    """Return the template of a page, which may import the shared macros.
 
-    All text that is put into it is escaped, and its paths lose their folders.
+    All text in it is escaped, and paths are cut to their last part.
 
     Args:
-        name: of the file in `templates/`.
+        name: name of the file in `templates/`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -48,17 +48,17 @@ def _shown(value: Any) -> Any:
 
 
 def page_css() -> Markup:
-    """The look of every page."""
+    """Return the style sheet of every page."""
     return Markup((TEMPLATES / "page.css").read_text(encoding="utf-8"))
 
 
 def script(name: str) -> str:
-    """The text of a script in `templates/`; the page's policy must name its hash."""
+    """Return the text of a script in `templates/`; the page's policy must contain its hash."""
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def made_with() -> str:
-    """Versions of Sparsight, torch and Python."""
+    """Return the versions of Sparsight, torch and Python."""
     try:
         version = " " + importlib.metadata.version("sparsight")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree
