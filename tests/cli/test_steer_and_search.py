@@ -125,7 +125,10 @@ def test_a_large_jpeg_as_query_is_decoded_as_the_images_are(given, runs, tmp_pat
         (["search", "sun"], "--model and --images"),
         (["search", "sun", "--sae", "embedding", "--modes", "steered"], "needs --latents"),
         (["search", "sun", "--modes", "query"], "needs --sae"),
-        (["search", "--picture", "gone.png", "--sae", "embedding"], "no such picture"),
+        (
+            ["search", "--picture", "gone.png", "--sae", "embedding"],
+            "this image file does not exist",
+        ),
         (["steer", "stream", "--latents", "1", "--max-images", "-1"], "max_images is -1"),
         (["steer", "stream", "--latents", "1", "--ks", "0"], "ks are [0]"),
         (["steer", "stream", "--latents", "1", "--out", __file__], "cannot create the folder"),

@@ -31,7 +31,7 @@ def directions(d: int, n: int = 3) -> torch.Tensor:
 
 
 def error(model: VisionModel, edits, pixels) -> float:
-    """Of the folded model's embeddings, in their norm; the edit itself must do something."""
+    """Return the error of the folded model's embeddings relative to their norm, for a real edit."""
     with intervene(model, edits):
         wanted = model.embed_images(pixels)
     before = model.embed_images(pixels)
@@ -65,19 +65,19 @@ def test_folded_neurons_are_the_intervention(clip, pixels, site, action):
 
 
 @torch.no_grad()
-def test_a_mean_is_folded_into_biases_where_there_are_some(clip, pixels):
+def test_a_mean_is_folded_into_biases_if_there_are_any(clip, pixels):
     site = "blocks.1.mlp_out"
     mean = activations(clip, pixels, site).mean(dim=0)
     edit = DirectionAblation(directions(32), site, mean=mean)
     assert error(clip, edit, pixels) < 1e-5
     edit = DirectionAblation(directions(20), "embedding", mean=torch.ones(20))
-    with pytest.raises(UserError, match="no bias to take it up"):
+    with pytest.raises(UserError, match="no bias to hold it"):
         fold(clip, edit)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2_with_registers", "siglip"])
-def test_directions_go_out_of_every_write_of_models_without_a_norm_before_block_0(
+def test_directions_are_removed_from_every_write_of_models_without_a_norm_before_block_0(
     tiny, pixels, family
 ):
     model = tiny(family)
@@ -94,7 +94,7 @@ def test_directions_go_out_of_every_write_of_models_without_a_norm_before_block_
 @torch.no_grad()
 def test_clip_without_its_embeddings_is_folded_in_every_write(clip, pixels):
     rows = directions(32)
-    with pytest.raises(UserError, match=r"normalisation \(pre_layrnorm\) stands between"):
+    with pytest.raises(UserError, match=r"normalisation \(pre_layrnorm\) comes between"):
         fold(clip, every_write(clip, rows))
     edits = every_write(clip, rows, up_to="blocks.1.resid_post", embeddings=False)
     assert [each.site for each in edits] == [
@@ -135,11 +135,11 @@ def test_the_folded_model_is_a_plain_clip_for_transformers(clip, pixels, tmp_pat
     assert load_model(str(tmp_path), device="cpu").weights_hash == folded.weights_hash
 
 
-def test_what_is_not_linear_or_not_there_is_refused_with_the_reason(tiny, clip, pixels):
+def test_edits_that_cannot_be_folded_are_refused_with_the_reason(tiny, clip, pixels):
     sae = make_sae(32, x=activations(clip, pixels), metadata=belonging(clip))
     rows = directions(32)
     for edit, message in (
-        (LatentEdit(sae, [1], Off()), r"which latents are active depends.*of_latents"),
+        (LatentEdit(sae, [1], Off()), r"which latents are active.*of_latents"),
         (DirectionAblation(rows, SITE), "The residual stream is a sum"),
         (DirectionAblation(rows, "blocks.1.resid_pre"), "The residual stream is a sum"),
         (DirectionAblation(rows, "blocks.1.mlp_out", tokens="cls"), "all positions share"),
@@ -149,7 +149,7 @@ def test_what_is_not_linear_or_not_there_is_refused_with_the_reason(tiny, clip, 
     ):
         with pytest.raises(UserError, match=message):
             fold(clip, edit)
-    with pytest.raises(UserError, match="no linear projection stands directly before"):
+    with pytest.raises(UserError, match="no linear projection comes directly before"):
         fold(tiny("siglip"), DirectionAblation(rows, "embedding"))
     with pytest.raises(UserError, match=r"up_to is blocks.0.mlp_out"):
         every_write(clip, rows, "blocks.0.mlp_out")

@@ -81,7 +81,7 @@ def test_an_edit_adds_the_difference_of_the_two_decodings(x, normaliser, action)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_is_edited_in_use_without_selecting_anew(x, name):
+def test_every_architecture_is_edited_in_use_without_a_second_selection(x, name):
     sae = make_sae(D, ARCHITECTURES[name], x=x).train()
     if hasattr(sae, "threshold"):
         with torch.no_grad():
@@ -110,7 +110,7 @@ def test_keeping_some_latents_switches_off_all_others(x, name):
     "edit",
     ["scale", "clamp", "inactive", "none", "keep all", "neurons", "orthogonal"],
 )
-def test_what_changes_nothing_keeps_every_bit(x, dtype, edit):
+def test_an_edit_that_changes_nothing_keeps_every_bit(x, dtype, edit):
     sae = make_sae(D, x=x)
     x = x[None, :4].to(dtype)
     x[0, ::3, 5] = -0.0
@@ -132,7 +132,7 @@ def test_what_changes_nothing_keeps_every_bit(x, dtype, edit):
     assert torch.equal(bits(Intervention([some])(given)), bits(given))
 
 
-def test_vectors_that_an_edit_does_not_touch_keep_their_bits_beside_those_that_it_does(x):
+def test_vectors_that_an_edit_does_not_touch_keep_their_bits_among_those_that_it_does(x):
     sae = make_sae(D, x=x)
     code = sae.encode(x)
     latent = int(code.indices[0])
@@ -154,7 +154,7 @@ def test_half_precision_is_edited_in_float32_and_cast_once(x):
 
 
 @torch.no_grad()
-def test_a_model_is_edited_at_the_chosen_positions_alone(clip, pixels):
+def test_a_model_is_edited_only_at_the_chosen_positions(clip, pixels):
     sae = make_sae(D, x=activations(clip, pixels), metadata=belonging(clip))
     before = clip.read(pixels, [SITE])[SITE]
     for tokens, where in {
@@ -179,7 +179,7 @@ def test_a_model_is_edited_at_the_chosen_positions_alone(clip, pixels):
 
 
 @torch.no_grad()
-def test_patches_of_a_model_with_registers_begin_behind_them(tiny, pixels):
+def test_patches_of_a_model_with_registers_start_after_them(tiny, pixels):
     model = tiny("dinov2_with_registers")
     sae = make_sae(D, x=activations(model, pixels))
     before = model.read(pixels, [SITE])[SITE]
@@ -214,7 +214,7 @@ def test_several_saes_of_one_site_read_the_same_vector_and_their_changes_add_up(
 
 
 @torch.no_grad()
-def test_a_nested_intervention_sees_what_the_outer_one_made(clip, pixels):
+def test_a_nested_intervention_sees_the_result_of_the_outer_one(clip, pixels):
     x = activations(clip, pixels)
     sae = make_sae(D, x=x, metadata=belonging(clip))
     outer, inner = LatentEdit(sae, None, Scale(2.0)), LatentEdit(sae, None, Off())
@@ -262,7 +262,7 @@ def test_dependent_directions_are_projected_out_whole(x):
     assert got[:, :3].abs().max() < 1e-5
 
 
-def test_a_mean_is_left_along_the_directions(x):
+def test_the_mean_remains_along_the_directions(x):
     mean = x.mean(dim=0)
     rows = torch.randn(4, D, generator=torch.Generator().manual_seed(0))
     got = Intervention([DirectionAblation(rows, SITE, mean=mean)])(x)
@@ -355,7 +355,7 @@ def test_mean_codes_are_those_of_all_vectors(clip, pixels):
     torch.testing.assert_close(got.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_sae_of_another_model_is_refused_by_name_unless_told_otherwise(tiny, clip, pixels):
+def test_an_sae_of_another_model_is_refused_by_name_unless_check_is_off(tiny, clip, pixels):
     other = tiny("vit")
     metadata = belonging(other)
     sae = make_sae(D, metadata=metadata)
@@ -374,7 +374,7 @@ def test_an_sae_of_another_site_or_width_is_refused(clip):
         interventions(clip, LatentEdit(make_sae(24), [0], Off(), site=SITE), check=False)
 
 
-def test_a_site_that_does_not_exist_is_answered_with_those_that_do(clip):
+def test_an_unknown_site_is_answered_with_the_known_ones(clip):
     sae = make_sae(D)
     with pytest.raises(UserError, match=r"no site 'blocks.9.resid_post'.*Its sites"):
         interventions(clip, LatentEdit(sae, [0], Off(), site="blocks.9.resid_post"))
@@ -382,18 +382,18 @@ def test_a_site_that_does_not_exist_is_answered_with_those_that_do(clip):
         interventions(clip, LatentEdit(sae, [0], Off()))
     with pytest.raises(UserError, match="no patches"):
         interventions(clip, NeuronEdit("embedding", [0], Off(), tokens="patches"))
-    with pytest.raises(UserError, match=r"neurons 0 to 31; there is no 32"):
+    with pytest.raises(UserError, match=r"no neuron 32; it has 0 to 31"):
         interventions(clip, NeuronEdit(SITE, [32], Off()))
 
 
 def test_an_edit_that_makes_no_sense_is_refused_when_it_is_made(clip):
     sae = make_sae(D, metadata={"site": SITE})
     for wrong, message in (
-        (lambda: LatentEdit(sae, [64], Off()), "latents 0 to 63; there is no 64"),
+        (lambda: LatentEdit(sae, [64], Off()), "no latent 64; it has 0 to 63"),
         (lambda: LatentEdit(sae, [3, 3], Off()), "3 is given twice"),
         (lambda: Set(float("nan")), "NaN"),
         (lambda: MeanAblation([float("inf")]), "infinity"),
-        (lambda: Clamp(2.0, 1.0), "low is 2.0, above high"),
+        (lambda: Clamp(2.0, 1.0), r"low \(2.0\) must not be above"),
         (lambda: Clamp(), "give low, high"),
         (lambda: LatentEdit(sae, [1, 2], Set([1.0, 2.0, 3.0])), "one for each of the 2 chosen"),
         (lambda: DirectionAblation(torch.zeros(2, D), SITE).basis(), "0 everywhere"),
@@ -410,7 +410,7 @@ def test_an_edit_that_makes_no_sense_is_refused_when_it_is_made(clip):
             lambda: Intervention(
                 [LatentEdit(sae, [1, 2], Off()), LatentEdit(sae, [2, 3], Off(), tokens="cls")]
             ),
-            "Latents 2 of one SAE are in two edits",
+            "change the same latents of one SAE: 2",
         ),
     ):
         with pytest.raises(UserError, match=message):

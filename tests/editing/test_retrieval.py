@@ -44,9 +44,9 @@ def order(rows: torch.Tensor, vector: torch.Tensor) -> list[int]:
     return cosine.argsort(descending=True, stable=True).tolist()
 
 
-def test_a_picture_finds_itself_first(collection):
-    picture = Pictures(N).load(11)
-    found = collection.search(picture, top=5)
+def test_an_image_finds_itself_first(collection):
+    image = Pictures(N).load(11)
+    found = collection.search(image, top=5)
     assert found.hits[0].image == 11 and found.hits[0].cosine == pytest.approx(1, abs=1e-5)
     assert [hit.rank for hit in found.hits] == [1, 2, 3, 4, 5]
 
@@ -66,7 +66,7 @@ def test_reconstructions_are_what_is_compared(collection, sae):
     assert [hit.image for hit in text.hits] == order(x_hat, vector)
 
 
-def test_filtered_search_sees_the_chosen_latents_alone(collection, sae):
+def test_filtered_search_sees_only_the_chosen_latents(collection, sae):
     f = sae.encode(collection.embeddings).dense()
     chosen = f[4].nonzero()[:, 0].tolist()
     rows = (f[:, chosen] @ sae.W_dec[chosen]).detach()
@@ -95,7 +95,7 @@ def test_steered_search_is_search_under_an_intervention(model, collection, sae):
     assert [hit.image for hit in found.hits] != [hit.image for hit in unsteered.hits]
 
 
-def test_the_page_shows_every_picture_that_was_found(collection, sae, tmp_path):
+def test_the_page_shows_every_image_that_was_found(collection, sae, tmp_path):
     results = [
         collection.search("<cat> & dog", top=6),
         collection.search("<cat> & dog", "reconstructed", sae=sae, top=6),
@@ -106,7 +106,7 @@ def test_the_page_shows_every_picture_that_was_found(collection, sae, tmp_path):
     assert results[1].to_dict()["hits"][0]["rank"] == 1
 
 
-def test_a_search_that_lacks_something_says_what(model, collection, sae):
+def test_a_search_without_a_needed_argument_names_it(model, collection, sae):
     other = make_sae(16, SAEConfig(24, sparsity=TopK(3)), metadata={"site": "blocks.0.mlp_out"})
     foreign = belonging(model, "embedding")
     foreign["model"] = {"id": "someone/else", "weights_hash": "0" * 64}
@@ -121,24 +121,26 @@ def test_a_search_that_lacks_something_says_what(model, collection, sae):
         (("a", "reconstructed"), {"sae": other}, "trained at blocks.0.mlp_out"),
         (("a", "reconstructed"), {"sae": stranger}, "trained on someone/else"),
         (("a",), {"top": 0}, "top is 0"),
-        (("cat " * 200,), {}, r"\d+ tokens, and \d+ fit"),
+        (("cat " * 200,), {}, r"has \d+ tokens, but .* only takes \d+"),
     ):
         with pytest.raises(UserError, match=message):
             collection.search(*arguments, **settings)
 
 
-def test_latents_that_say_nothing_are_refused_and_not_ranked(collection, sae):
+def test_inactive_latents_are_refused_and_not_ranked(collection, sae):
     f = sae.encode(collection.embeddings).dense()
     silent = (f[4] == 0) & (f != 0).any(dim=0)
     never = (f == 0).all(dim=0).nonzero()[:, 0].tolist()
     search = partial(collection.search, mode="filtered", sae=sae)
-    with pytest.raises(UserError, match="none is active on the picture that is searched by"):
+    with pytest.raises(
+        UserError, match=r"None of the chosen latents .* is active on the query image"
+    ):
         search(collection.embeddings[4], latents=silent.nonzero()[:1, 0].tolist())
-    with pytest.raises(UserError, match=f"none is active on any of the {N} pictures"):
+    with pytest.raises(UserError, match=f"is active on any of the {N} images"):
         search("a photo of a cat", latents=never)
 
 
-def test_pictures_that_cannot_be_read_are_counted_and_left_out(model):
+def test_images_that_cannot_be_read_are_counted_and_left_out(model):
     class Broken(Pictures):
         def load(self, index):
             from sparsight.images import ImageError
@@ -159,12 +161,12 @@ def test_pictures_that_cannot_be_read_are_counted_and_left_out(model):
 def test_images_are_found_by_an_image_whether_there_is_a_joint_space_or_not(
     tiny, family, compared, tmp_path
 ):
-    pictures = Pictures(N)
-    collection = embed_collection(tiny(family), pictures, workers=0)
-    found = collection.search(pictures.load(7), top=3)
+    images = Pictures(N)
+    collection = embed_collection(tiny(family), images, workers=0)
+    found = collection.search(images.load(7), top=3)
     assert found.hits[0].image == 7 and found.hits[0].cosine > 0.999
     assert compared in found.about["compared"]
-    page = write_contact_sheet([found], pictures, tmp_path / "search.html").read_text()
+    page = write_contact_sheet([found], images, tmp_path / "search.html").read_text()
     assert compared in page
 
 
@@ -191,6 +193,6 @@ def test_a_text_that_is_not_utf8_is_searched_by_its_escaped_form(model):
 
 
 @pytest.mark.parametrize("word", ["", " ", "²", "9" * 5000])
-def test_what_is_no_number_is_looked_up_as_a_word_and_nothing_names_no_latent(word):
-    with pytest.raises(UserError, match=r"named by nothing|is no number"):
+def test_words_that_are_not_numbers_need_an_index_and_empty_ones_are_refused(word):
+    with pytest.raises(UserError, match=r"is empty text|is not a number"):
         find_latents([word], 32)

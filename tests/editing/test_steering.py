@@ -1,4 +1,4 @@
-"""Steering: figures that agree with interventions done by hand, files, names, messages."""
+"""Steering: figures that agree with interventions by hand, files, names, messages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def halves(images) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
 
 
 def by_hand(model, pixels, images, edits_of) -> tuple[float, torch.Tensor]:
-    """Accuracy and mean probabilities over the half to measure on, one picture at a time."""
+    """Accuracy and mean probabilities over the half to measure on, one image at a time."""
     classes = sorted(LABELS)
     names = [label.replace("_", " ") for label in classes]
     weights = classifier_weights(model, names)
@@ -121,7 +121,7 @@ def test_curves_keep_or_drop_the_latents_of_each_images_class(model, images, pix
     assert rows["off", "class", 40]["top1"] == rows["off", "random", 40]["top1"] == nothing
 
 
-def test_curves_at_a_site_of_one_vector_an_image_and_at_one_that_is_not_the_whole_state(
+def test_curves_at_a_site_with_one_vector_per_image_and_at_one_that_is_not_the_whole_state(
     model, images, pixels
 ):
     for site in ("embedding", "blocks.1.mlp_out"):
@@ -141,7 +141,7 @@ def test_curves_at_a_site_of_one_vector_an_image_and_at_one_that_is_not_the_whol
         assert rows["off", "class", 2]["top1"] == top1
 
 
-def test_retrieval_ranks_the_pictures_own_caption(report):
+def test_retrieval_ranks_an_images_own_caption(report):
     for row in (report.original, report.latents[0]["strengths"][0]):
         for key in ("image_to_text", "text_to_image"):
             assert 0 <= row[key]["recall_1"] <= row[key]["recall_5"] <= 1
@@ -149,7 +149,7 @@ def test_retrieval_ranks_the_pictures_own_caption(report):
     texts, own = distinct(["a", "b", "b", "c"])
     to_text, to_image = image_text_recall(images, torch.eye(4)[[0, 2, 1]], own)
     assert texts == ["a", "b", "c"]
-    # Picture 1 is far from "b", its own text; "b" is found by picture 2; "c" is nearer to others.
+    # Image 1 is far from "b", its own text; image 2 finds "b"; "c" is nearer to others.
     assert to_text.at[1] == 0.5 and to_text.n == 4
     assert to_image.at[1] == pytest.approx(2 / 3) and to_image.candidates == 4
 
@@ -187,7 +187,7 @@ def test_files_hold_every_figure(report, tmp_path):
     assert paths[3].read_text().count("<svg") == 1
 
 
-def test_what_cannot_be_steered_is_said(model, images, sae):
+def test_impossible_steering_is_refused_with_the_reason(model, images, sae):
     class Bare(Pictures):
         def info(self, index):
             from sparsight.images import ImageInfo
@@ -199,10 +199,10 @@ def test_what_cannot_be_steered_is_said(model, images, sae):
 
     for source, latents, settings, message in (
         (Bare(4), [1], {}, "neither labels nor captions"),
-        (images, [40], {}, "latents 0 to 39; there is no 40"),
+        (images, [40], {}, "no latent 40; it has 0 to 39"),
         (images, [], {"curves": False}, "Nothing to steer"),
-        (images, [1], {"strengths": ()}, "give finite numbers"),
-        (images, [1], {"strengths": (1.0, float("nan"))}, "give finite numbers"),
+        (images, [1], {"strengths": ()}, "all finite"),
+        (images, [1], {"strengths": (1.0, float("nan"))}, "all finite"),
         (images, [], {"ks": (0, 3)}, "numbers from 1 to 40"),
         (images, [1], {"site": "blocks.9.mlp_out"}, "no site"),
         (images, [1], {"max_images": 1}, "no image is left to measure on"),
@@ -216,7 +216,7 @@ def test_what_cannot_be_steered_is_said(model, images, sae):
         run(images, never, [5])
 
 
-def test_a_factor_is_no_activation(model, images, sae):
+def test_a_factor_is_not_an_activation(model, images, sae):
     got = steer(
         model, images, sae, [3], strengths=(2.0,), unit="factor", curves=False, workers=0,
         templates="simple", max_images=8,

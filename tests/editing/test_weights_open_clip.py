@@ -1,4 +1,4 @@
-"""What trains the weights of open_clip's own classes; needs the extra `open-clip`."""
+"""GmP and Long-CLIP in open_clip's own classes; needs the extra `open-clip`."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_the_geometric_parametrisation_of_open_clips_class(theirs, tmp_path, pix
     tokens = open_clip.tokenize(TEXTS)
     with torch.enable_grad():
         for each in (split, plain):
-            pictures = each.encode_image(pixels.double())
-            (pictures.square().sum() + each.encode_text(tokens).sum()).backward()
+            images = each.encode_image(pixels.double())
+            (images.square().sum() + each.encode_text(tokens).sum()).backward()
     same = {"rtol": 1e-9, "atol": 1e-10}
     torch.testing.assert_close(
         split.encode_image(pixels.double()), plain.encode_image(pixels.double()), **same
@@ -83,7 +83,7 @@ def test_the_geometric_parametrisation_of_open_clips_class(theirs, tmp_path, pix
     trained = copy.copy(model)
     trained.module = parametrize(copy.deepcopy(module))
     saved = write_model(trained, tmp_path / "gmp.safetensors", "openai", gmp=True)
-    if hasattr(module, "transformer"):  # whose names are OpenAI's: none is missing or left over
+    if hasattr(module, "transformer"):  # its names are OpenAI's: none is missing or left over
         fresh = parametrize(copy.deepcopy(module))
         fresh.load_state_dict(load_file(saved.path))
         torch.testing.assert_close(
@@ -129,7 +129,7 @@ def test_long_texts_in_open_clips_class(theirs, tmp_path):
     torch.testing.assert_close(longer.embed_texts([*TEXTS, LONG]), expected)
 
 
-def test_only_the_positions_behind_the_kept_ones_are_trained(theirs):
+def test_only_the_positions_after_the_kept_ones_are_trained(theirs):
     module = lengthen(copy.deepcopy(theirs[0])).requires_grad_(True)
     holder = getattr(module, "text", module)
     tokens = open_clip.tokenize([LONG], context_length=248)

@@ -1,9 +1,9 @@
-"""Act on a model: switch latents off, find what fools it, fine-tune it, hand it back.
+"""Edit a model: change its latents, neurons and directions, steer it, search with it.
 
 Builds on `vision`, `sae` and `latents`. Start at `intervene` (interventions.py) and the actions
-that an edit may have (actions.py); `fold` (folding.py) writes an edit into
-the model's weights; `steer` (steering.py) and `embed_collection` (retrieval.py) show what edits do;
-`attacks` and `finetuning` stand above it.
+that an edit may have (actions.py); `fold` (folding.py) writes an edit into the model's weights;
+`steer` (steering.py) and `embed_collection` (retrieval.py) show what edits do. `attacks` and
+`finetuning` build on it.
 """
 
 from __future__ import annotations

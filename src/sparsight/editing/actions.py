@@ -1,4 +1,4 @@
-"""What can be done to the activations of latents, or of neurons: a function of one number each."""
+"""Actions on the activations of latents or neurons; each is a function of one number."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from torch import Tensor
 from sparsight.errors import UserError
 
 Values = float | Sequence[float] | Tensor
-"""One number for all that are chosen, or one for each of them."""
+"""One number for all chosen latents or neurons, or one for each."""
 
 
 class Action(ABC):
-    """From activations f to f′; subclasses are frozen dataclasses, the action's settings."""
+    """A map from activations f to f′; subclasses are frozen dataclasses of its settings."""
 
     @property
     @abstractmethod
     def keeps_zero(self) -> bool:
-        """Whether 0 stays 0, so that what is not active need not be looked at."""
+        """Whether 0 stays 0, so that inactive latents can be skipped."""
 
     @abstractmethod
     def __call__(self, f: Float[Tensor, "*rows chosen"]) -> Float[Tensor, "*rows chosen"]:
-        """The new activations."""
+        """Return the new activations."""
 
     def of(self, chosen: Sequence[int], n: int) -> Action:
-        """The same, after checking that settings fit what is chosen.
+        """Return the action with settings for the chosen latents or neurons.
 
         Args:
-            chosen: places of those that it acts on.
-            n: how many there are in all; settings with so many entries are picked from.
+            chosen: numbers of the latents or neurons that it acts on.
+            n: their total number; settings with `n` entries are reduced to the chosen ones.
 
         Raises:
             UserError: a setting has another number of entries.
@@ -55,12 +55,12 @@ class Off(Action):
 
 @dataclass(frozen=True)
 class Keep(Action):
-    """f′ = f for the chosen ones, and 0 for all the others."""
+    """f′ = f for the chosen ones, and 0 for all others."""
 
     keeps_zero = True
 
     def __call__(self, f: Float[Tensor, "*rows chosen"]) -> Float[Tensor, "*rows chosen"]:
-        """Of those that are not kept; see `Action`."""
+        """Return zeros, for those that are not kept; see `Action`."""
         return torch.zeros_like(f)
 
 
@@ -69,7 +69,7 @@ class Scale(Action):
     """f′ = factor · f."""
 
     factor: float
-    """Below 0 it turns the direction round; 1 changes nothing."""
+    """Below 0 it reverses the direction; 1 changes nothing."""
 
     keeps_zero = True
 
@@ -83,10 +83,10 @@ class Scale(Action):
 
 @dataclass(frozen=True)
 class Clamp(Action):
-    """f′ = f brought between two bounds, of which one may be left out."""
+    """f′ = f clamped to two bounds, of which one may be left out."""
 
     low: float | None = None
-    """Least activation; above 0 it wakes what is not active."""
+    """Least activation; above 0 it activates inactive latents."""
 
     high: float | None = None
     """Largest activation."""
@@ -98,7 +98,7 @@ class Clamp(Action):
             if getattr(self, name) is not None:
                 _check_finite(getattr(self, name), f"Clamp: {name}")
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise UserError(f"Clamp: low is {self.low}, above high, which is {self.high}.")
+            raise UserError(f"Clamp: low ({self.low}) must not be above high ({self.high}).")
 
     @property
     def keeps_zero(self) -> bool:
@@ -115,7 +115,7 @@ class Set(Action):
     """f′ = value, whatever f is."""
 
     value: Values
-    """One for all, or one for each of the chosen ones."""
+    """One number for all, or one for each of the chosen ones."""
 
     keeps_zero = False
 
@@ -133,10 +133,10 @@ class Set(Action):
 
 @dataclass(frozen=True, eq=False)
 class MeanAblation(Action):
-    """f′ = the mean of f over a data set: what is said about this picture is lost, no more."""
+    """f′ = the mean of f over a data set: only what f says about this image is lost."""
 
     means: Values
-    """Of the chosen ones, or of all there are; `mean_codes` measures them."""
+    """Means of the chosen ones, or of all; `mean_codes` measures them."""
 
     keeps_zero = False
 
@@ -164,7 +164,7 @@ def _picked(values: Values, chosen: Sequence[int], n: int, name: str) -> Values:
         return found
     raise UserError(
         f"{name} has shape {list(found.shape)}; expected one number, one for each of the "
-        f"{len(chosen)} chosen, or all {n}."
+        f"{len(chosen)} chosen, or one for each of all {n}."
     )
 
 

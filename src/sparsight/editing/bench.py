@@ -1,4 +1,4 @@
-"""Variants of a model side by side: the images that they are measured on, and what is counted."""
+"""Compare variants of a model: the images that they are measured on, and the figures."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sparsight.intervals import paired_difference, wilson_interval
 from sparsight.vision import ImagePass, PassSettings, VisionModel, classify, embed_variants
 
 VARIANTS = 64
-"""Variants of a picture that are in memory at a time."""
+"""Variants of an image in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Images to choose latents on, and others to measure on."""
+    """Two halves of the images: one to choose latents on, one to measure on."""
 
     choose: dict[str, list[int]]
     measure: dict[str, list[int]]
 
     @classmethod
     def of(cls, labels: Sequence[str | None], classes: Sequence[str]) -> Halves:
-        """Every other image of each class; without classes, of all."""
+        """Split the images of each class alternately; without classes, all images."""
         groups: dict[str, list[int]] = {label: [] for label in classes} or {"": []}
         for i, label in enumerate(labels):
             if not classes:
@@ -37,13 +37,13 @@ class Halves:
             elif label in groups:
                 groups[label].append(i)
         return cls(
-            {label: found[::2] for label, found in groups.items()},
-            {label: found[1::2] for label, found in groups.items()},
+            {label: places[::2] for label, places in groups.items()},
+            {label: places[1::2] for label, places in groups.items()},
         )
 
 
 class Tally:
-    """Figures of one variant beside the original's."""
+    """The figures of one variant, compared with the original's."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -65,7 +65,7 @@ class Tally:
         *,
         captions: bool,
     ) -> None:
-        """Count images, of which all or none have a class."""
+        """Count images; either all or none of them have a class."""
         self.n += len(embeddings)
         if self.bench.weights is not None:
             scale = self.bench.model.logit_scale
@@ -73,15 +73,15 @@ class Tally:
                 classify(x, self.bench.weights, scale).double().log_softmax(dim=1).cpu()
                 for x in (embeddings, original)
             ]
-            now, before = (each.exp() for each in logs)
+            now, before = (log.exp() for log in logs)
             self.probability += now.sum(dim=0)
             self.change += (now - before).sum(dim=0)
             self.kl += float((before * (logs[1] - logs[0])).sum())
             if self.bench.targets:
-                right, was = ((each.argmax(dim=1) == targets) for each in (now, before))
+                right, was_right = ((p.argmax(dim=1) == targets) for p in (now, before))
                 self.hits += int(right.sum())
-                self.won += int((right & ~was).sum())
-                self.lost += int((was & ~right).sum())
+                self.won += int((right & ~was_right).sum())
+                self.lost += int((was_right & ~right).sum())
                 self.own += float(now.gather(1, targets[:, None]).sum())
                 n = len(self.per_class)
                 self.per_class[:, 0] += torch.bincount(targets[right], minlength=n)
@@ -92,7 +92,7 @@ class Tally:
             self.captioned += [indices[j] for j in kept]
 
     def result(self) -> dict[str, Any]:
-        """JSON-able figures."""
+        """Return the figures, JSON-able."""
         out: dict[str, Any] = {"n": self.n}
         if self.bench.weights is not None:
             names = self.bench.classes
@@ -127,7 +127,7 @@ class Tally:
 
 
 class Bench:
-    """Runs variants over the images to measure on, class by class."""
+    """Run variants over the images to measure on."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Bench:
         self._texts: dict[tuple[str, ...], Tensor] = {}
 
     def texts(self, captions: Sequence[str]) -> Float[Tensor, "texts d_embed"]:
-        """Embeddings of the different ones, made once."""
+        """Return embeddings of the distinct captions, computed once."""
         found = tuple(distinct(captions)[0])
         if found not in self._texts:
             self._texts[found] = self.model.embed_texts(list(found)).cpu()
@@ -163,22 +163,22 @@ class Bench:
         captions: bool = True,
         settings: PassSettings | None = None,
     ) -> dict[str, Tally]:
-        """Tallies by variant, `original` first.
+        """Return tallies by variant, `original` first.
 
         Args:
-            edits: of the site, by variant.
-            title: of the progress line.
-            begin: told the classes of the images that come next.
+            edits: edits of the site, by variant.
+            title: title of the progress line.
+            begin: called with the classes of the images that come next.
             captions: keep embeddings for retrieval.
-            settings: of the pass over the images.
+            settings: settings of the pass over the images.
 
         Raises:
             UserError: no image is left to measure on.
         """
         class_of = {
             i: self.classes.index(label) if self.targets else 0
-            for label, found in self.by_class.items()
-            for i in found
+            for label, places in self.by_class.items()
+            for i in places
         }
         tallies: dict[str, Tally] = {}
         with ImagePass(self.model, self.images, title, settings, classes=class_of) as seen:
@@ -190,8 +190,8 @@ class Bench:
                     tally.add(x, found["original"], targets, batch.indices, captions=captions)
         if not tallies:
             raise UserError(
-                f"{self.images.spec}: no image is left to measure on. Every other image of a class "
-                "serves to choose: give at least two."
+                f"{self.images.spec}: no image is left to measure on. Half of each class is used "
+                "to choose latents: give at least two images per class."
             )
         self.failed = len(seen.failures)
         return tallies
@@ -203,12 +203,12 @@ class Bench:
         edits: Mapping[str, Callable[[Tensor], Tensor]],
         begin: Callable[[Int[Tensor, " batch"]], None] | None,
     ) -> dict[str, Tensor]:
-        """`embed_variants`, of any number of variants."""
+        """Call `embed_variants` for any number of variants."""
         found: dict[str, Tensor] = {}
         names = list(edits)
         for start in range(0, max(1, len(names)), VARIANTS):
             if begin is not None:
                 begin(targets)
-            some = {name: edits[name] for name in names[start : start + VARIANTS]}
-            found |= embed_variants(self.model, pixels, self.site, some)
+            chunk = {name: edits[name] for name in names[start : start + VARIANTS]}
+            found |= embed_variants(self.model, pixels, self.site, chunk)
         return found

@@ -1,4 +1,4 @@
-"""What each kind of edit does to the vectors of a site, as a module."""
+"""Modules that apply each kind of edit to the vectors of a site."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from sparsight.sae.code import Frame
 
 
 class Change(NamedTuple):
-    """What is to be added to some vectors."""
+    """What an edit adds to vectors."""
 
     delta: Float[Tensor, "batch positions d_in"]
-    """In float32 at least."""
+    """The difference, in float32 or wider."""
 
     changed: Bool[Tensor, "batch positions 1"]
     """The vectors for which it is not 0."""
 
 
 def added(x: Tensor, changes: Sequence[tuple[slice, Change]]) -> Tensor:
-    """x with all changes, in its own dtype."""
+    """Return x with all changes, in its own dtype."""
     delta, changed = changes[0][1]
     if len(changes) > 1 or delta.shape != x.shape:
         delta = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -51,7 +51,7 @@ def added(x: Tensor, changes: Sequence[tuple[slice, Change]]) -> Tensor:
 
 
 class CodeMemo:
-    """The codes of the tensor that was seen last, for interventions that differ in what they do.
+    """The codes of the last tensor, shared by several interventions on it.
 
     Meant for `embed_variants` without gradients: each vector is encoded once for all variants.
     """
@@ -62,12 +62,12 @@ class CodeMemo:
         self._codes: dict[tuple[int, str], SparseCode] = {}
 
     def code(self, x: Tensor, key: tuple[int, str], encode: Callable[[], SparseCode]) -> SparseCode:
-        """The code of (some positions of) this very tensor, unchanged since.
+        """Return the code of (some positions of) a tensor; reuse it while the tensor is unchanged.
 
         Args:
-            x: the tensor, by identity.
+            x: the tensor, compared by identity.
             key: SAE and positions.
-            encode: makes it.
+            encode: computes the code.
         """
         if self._x is None or self._x() is not x or self._version != x._version:
             self._x, self._version, self._codes = weakref.ref(x), x._version, {}
@@ -77,7 +77,7 @@ class CodeMemo:
 
 
 class ChangedLatents(nn.Module):
-    """Edits of one SAE at the same positions; its code is computed once."""
+    """Edits with one SAE at the same positions; its code is computed once."""
 
     def __init__(self, edits: Sequence[LatentEdit], where: slice, memo: CodeMemo) -> None:
         super().__init__()
@@ -94,10 +94,11 @@ class ChangedLatents(nn.Module):
             self.actions.append(edit.action)
 
     def forward(self, x: Float[Tensor, "batch positions d_in"]) -> Change:
-        """The change of the vectors at its positions, `where`."""
+        """Return the change of the vectors at the positions `where`."""
         if x.shape[-1] != self.sae.d_in:
             raise UserError(
-                f"The SAE takes vectors of width {self.sae.d_in}; the site's have {x.shape[-1]}."
+                f"The SAE takes vectors of width {self.sae.d_in}; those of the site have width "
+                f"{x.shape[-1]}."
             )
         here = x[:, self.where]
         vectors = here.flatten(0, 1).to(self.sae.W_dec.dtype)
@@ -111,7 +112,7 @@ class ChangedLatents(nn.Module):
         return Change(delta.view(*here.shape[:2], -1), changed.view(*here.shape[:2], 1))
 
     def _sparse(self, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
-        """Touches the active latents alone, where the action leaves the others alone."""
+        """Compute the change from the active latents only, if the action keeps zeros."""
         rows, W_dec = code.rows, self.sae.W_dec
         z = torch.zeros_like(x)
         changed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -132,7 +133,7 @@ class ChangedLatents(nn.Module):
         return z * units(self.sae, code.frame), changed
 
     def _dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same in operations whose shapes do not depend on the code."""
+        """Compute the change with operations whose shapes do not depend on the code."""
         sae = self.sae
         f = sae.config.sparsity.dense(sae.weights(), sae.normaliser(x)).code
         if sae.config.soft_cap is not None:
@@ -156,13 +157,13 @@ def active_change(
     hit: Bool[Tensor, " active"],
     change: Float[Tensor, " hit"],
 ) -> tuple[Float[Tensor, "rows d_in"], Bool[Tensor, " rows"]]:
-    """What changes of some active latents do to vectors, in normalised space; and to which.
+    """Return the effect of changed activations on vectors, in normalised space, and on which.
 
     Args:
         sae: the SAE.
-        code: of the vectors.
+        code: the code of the vectors.
         hit: the entries of the code that change.
-        change: of each of them.
+        change: the change of each of these entries.
     """
     starts = functional.pad(hit.cumsum(0), (1, 0))[code.offsets]
     no_bias = sae.W_dec.new_zeros(sae.W_dec.shape[1])
@@ -173,13 +174,13 @@ def active_change(
 
 
 def units(sae: SparseAutoencoder, frame: Frame | None) -> Tensor:
-    """What a difference in normalised space is multiplied by to be one in the model's units."""
+    """Return the factor from differences in normalised space to those in the model's units."""
     scale: Tensor = sae.normaliser.scale if frame is None else frame.scale
     return scale
 
 
 class ChangedNeurons(nn.Module):
-    """An edit of coordinates."""
+    """An edit of a site's coordinates."""
 
     chosen: Tensor | None
 
@@ -193,11 +194,11 @@ class ChangedNeurons(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch positions d_in"]
     ) -> Float[Tensor, "batch positions d_in"]:
-        """The vectors with what is chosen replaced."""
+        """Return the vectors with the chosen coordinates replaced."""
         n = x.shape[-1]
         if self.edit.neurons and max(self.edit.neurons) >= n:
             raise UserError(
-                f"{self.edit.site} has neurons 0 to {n - 1}; there is no {max(self.edit.neurons)}."
+                f"{self.edit.site} has no neuron {max(self.edit.neurons)}; it has 0 to {n - 1}."
             )
         action = self.edit.action.of(numbers(self.edit.neurons, n), n)
         chosen = torch.arange(n, device=x.device) if self.chosen is None else self.chosen
@@ -211,7 +212,7 @@ class ChangedNeurons(nn.Module):
 
 
 class ProjectedVectors(nn.Module):
-    """Directions that are projected out."""
+    """An edit that projects directions out."""
 
     basis: Tensor
     left: Tensor
@@ -227,7 +228,7 @@ class ProjectedVectors(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch positions d_in"]
     ) -> Float[Tensor, "batch positions d_in"]:
-        """The vectors with `left` alone along the directions."""
+        """Return the vectors with only `left` along the directions."""
         if x.shape[-1] != self.basis.shape[1]:
             raise UserError(
                 f"The directions have width {self.basis.shape[1]}; the site's vectors have "
@@ -241,7 +242,7 @@ class ProjectedVectors(nn.Module):
 
 
 def frozen(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same SAE in use (`eval`), its weights without gradients; the tensors are shared."""
+    """Return a view of the SAE in `eval` mode, without gradients; the tensors are shared."""
     view = copy.copy(sae)
     view._parameters = {
         name: None if each is None else nn.Parameter(each.detach(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""What an SAE's latents do on the images of each class; and random latents of equal density."""
+"""Activations of an SAE's latents by class, and random latents of equal density."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsight.sae import SparseAutoencoder
 from sparsight.vision import ImagePass, PassSettings, VisionModel
 
 BAND = 16
-"""Latents of about equal density, among which random ones are drawn."""
+"""Number of latents of similar density from which random ones are drawn."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class ClassCodes:
 
     Attributes:
         classes: labels, in the order of the rows.
-        mean: over all vectors of the images of a class, those where a latent is not active
-            included; 0 for a class without images.
+        mean: mean activation over all vectors of the images of a class, including those on which
+            the latent is not active; 0 for a class without images.
         density: share of all vectors on which a latent is active.
-        highest: its largest activation on any vector.
-        n_images: of each class.
-        failed: images that could not be read.
+        highest: largest activation of a latent on any vector.
+        n_images: number of images of each class.
+        failed: number of images that could not be read.
     """
 
     classes: tuple[str, ...]
@@ -42,7 +42,7 @@ class ClassCodes:
     failed: int
 
     def strongest(self) -> Int[Tensor, "classes n_latents"]:
-        """For each class all latents, those of the largest mean first."""
+        """Return all latents for each class, those with the largest mean first."""
         return self.mean.argsort(dim=1, descending=True, stable=True)
 
 
@@ -65,7 +65,7 @@ def class_codes(
         site: where the SAE reads.
         tokens: which vectors of an image count.
         by_class: places in `images`, by label.
-        settings: of the pass over the images.
+        settings: settings of the pass over the images.
 
     Raises:
         UserError: no image could be read.
@@ -74,7 +74,7 @@ def class_codes(
     classes = tuple(by_class)
     class_of = {i: c for c, label in enumerate(classes) for i in by_class[label]}
     if not class_of:
-        raise UserError(f"{images.spec}: no image to read latents on.")
+        raise UserError(f"{images.spec}: no images to read latents on.")
     sums = _Sums(view, len(classes))
     with ImagePass(model, images, "codes", settings, classes=class_of) as seen:
         for batch in seen:
@@ -84,7 +84,7 @@ def class_codes(
 
 
 class _Sums:
-    """What the latents did so far, over all positions of the images."""
+    """Sums of the latents' activations so far, over all positions of the images."""
 
     def __init__(self, sae: SparseAutoencoder, n_classes: int) -> None:
         self.sae, self.n_classes = sae, n_classes
@@ -96,7 +96,7 @@ class _Sums:
         self.n_vectors, self.per_image = 0, 1
 
     def add(self, x: Float[Tensor, "batch tokens d_in"], classes: Int[Tensor, " batch"]) -> None:
-        """Encode a batch, and count it."""
+        """Encode a batch and add it."""
         n = self.sae.n_latents
         self.per_image = x.shape[1]
         code = self.sae.encode(x.flatten(0, 1).to(self.sae.W_dec.dtype))
@@ -109,7 +109,7 @@ class _Sums:
         self.n_vectors += len(code)
 
     def result(self, classes: tuple[str, ...], failed: int) -> ClassCodes:
-        """The means, densities and largest activations."""
+        """Return the means, densities and largest activations."""
         vectors = (self.n_images * self.per_image).clamp(min=1).to(self.total.device)
         mean = self.total.view(self.n_classes, self.sae.n_latents) / vectors[:, None]
         return ClassCodes(
@@ -125,18 +125,18 @@ class _Sums:
 def matched_latents(
     density: Float[Tensor, " n_latents"], seed: int = 0
 ) -> Int[Tensor, " n_latents"]:
-    """A partner for every latent that is active about as often, drawn at random: a control.
+    """Draw for every latent, as a control, a random partner that is active about as often.
 
-    Latents are sorted by density and cut into bands of 16; inside a band each gets another one, no
-    two the same.
+    Latents are sorted by density and split into bands of 16; within a band, each latent gets a
+    different partner that is not the latent itself.
 
     Args:
-        density: of each latent.
-        seed: of the draw.
+        density: density of each latent.
+        seed: seed of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
     jitter = torch.rand(len(density), generator=generator, dtype=torch.float64)
-    # Ties, such as all that are never active, in random order.
+    # Ties, such as latents that are never active, in random order.
     order = torch.argsort(jitter)
     order = order[density[order].argsort(stable=True)]
     partner = torch.empty(len(density), dtype=torch.int64)

@@ -22,10 +22,10 @@ from sparsight.vision import PassSettings
 
 
 def checked_ks(ks: Sequence[int] | None, n_latents: int) -> list[int]:
-    """Those that were asked for, rising, or the default ones.
+    """Return the given ks in ascending order, or the default ones.
 
     Raises:
-        UserError: one is below 1 or beyond all latents.
+        UserError: a k is below 1 or above the number of latents.
     """
     asked = sorted(set(ks)) if ks is not None else default_ks(n_latents)
     if not asked or asked[0] < 1 or asked[-1] > n_latents:
@@ -34,7 +34,7 @@ def checked_ks(ks: Sequence[int] | None, n_latents: int) -> list[int]:
 
 
 def default_ks(n_latents: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, … up to all latents."""
+    """Return 1, 2, 5, 10, 20, 50, … up to all latents."""
     steps = [m * 10**e for e in range(int(math.log10(n_latents)) + 1) for m in (1, 2, 5)]
     return [k for k in steps if k < n_latents] + [n_latents]
 
@@ -49,7 +49,7 @@ def class_curves(
     seed: int,
     settings: PassSettings,
 ) -> list[dict[str, Any]]:
-    """On-k and off-k for the latents of the classes, and for random ones of equal density."""
+    """Measure on-k and off-k with the latents of the classes, and with random ones."""
     n = sae.n_latents
     by_class = torch.zeros(len(bench.classes), n, dtype=torch.int64)
     by_class[[bench.classes.index(label) for label in found.classes]] = found.strongest()
@@ -78,12 +78,12 @@ def class_curves(
 
 
 class _ByClass:
-    """Edits that keep, or drop, latents by the class of each image.
+    """Edits that keep or drop latents according to the class of each image.
 
     Args:
         sae: the SAE.
         where: positions that are changed.
-        ranks: for each class, and each way to choose, the place of every latent in its order.
+        ranks: for each way to choose, the rank of every latent in the order of each class.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class _ByClass:
         self._next, self._here = 0, slice(0, 0)
 
     def begin(self, classes: Int[Tensor, " batch"]) -> None:
-        """Say of which classes the images are that come next, in order."""
+        """Announce the classes of the images that come next, in order."""
         self._classes, self._seen, self._next = classes, None, 0
 
     def edit(self, kind: str, chosen: str, k: int) -> Callable[[Tensor], Tensor]:
-        """The edit for one point of a curve."""
+        """Return the edit for one point of a curve."""
 
         def apply(x: Tensor) -> Tensor:
             classes = self._of(x)
@@ -116,7 +116,7 @@ class _ByClass:
         return apply
 
     def _of(self, x: Tensor) -> Tensor:
-        """Classes of the images in x: those behind the last tensor's, or the whole batch again."""
+        """Return the classes of the images in x: the next in the batch, or from its start again."""
         if self._seen is None or self._seen() is not x:
             self._seen = weakref.ref(x)
             start = self._next if self._next < len(self._classes) else 0

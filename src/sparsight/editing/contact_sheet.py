@@ -1,4 +1,4 @@
-"""Search results as one page with the pictures in it."""
+"""Write search results as one page that contains the images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sparsight.images import ImageError, ImageSource
 from sparsight.pages.template import template
 
 SIDE = 160
-"""Pixels of the longer side of a picture on the page."""
+"""Pixels of the longer side of an image on the page."""
 
 WORDS = {
     "plain": "Embeddings as they are",
     "reconstructed": "Embeddings as the SAE reconstructs them",
-    "filtered": "Chosen latents alone",
-    "query": "The query's own strongest latents alone",
+    "filtered": "Only the chosen latents",
+    "query": "Only the query's own strongest latents",
     "steered": "Steered embeddings",
 }
 
@@ -29,13 +29,13 @@ WORDS = {
 def write_contact_sheet(
     results: Sequence[SearchResult], images: ImageSource, path: str | Path, *, side: int = SIDE
 ) -> Path:
-    """Write a page that needs nothing else: a grid of pictures for each result.
+    """Write a self-contained page: one grid of images per result.
 
     Args:
-        results: of one query, in different modes.
-        images: where the pictures are.
-        path: of the page.
-        side: pixels of a picture's longer side.
+        results: results of one query, in different modes.
+        images: the source of the images.
+        path: path of the page.
+        side: pixels of an image's longer side.
     """
     path = Path(path)
     parts = []
@@ -43,7 +43,7 @@ def write_contact_sheet(
         latents = ", ".join(map(str, result.latents[:24]))
         more = ", …" if len(result.latents) > 24 else ""
         labels = {hit.label for hit in result.hits if hit.label}
-        about = [f"{len(result.hits)} pictures"]
+        about = [f"{len(result.hits)} images"]
         if labels:
             about.append(f"{len(labels)} different labels")
         if latents:
@@ -54,7 +54,7 @@ def write_contact_sheet(
                 "cosine": f"{hit.cosine:.3f}",
                 "label": hit.label or hit.id,
                 "alt": hit.caption or hit.label or hit.id,
-                "picture": _data(images, hit.image, side),
+                "image": _data(images, hit.image, side),
             }
             for hit in result.hits
         ]
@@ -70,12 +70,12 @@ def write_contact_sheet(
 
 
 def _data(images: ImageSource, place: int, side: int) -> str | None:
-    """A small copy of a picture as a data URL; None if it has gone."""
+    """Return a small copy of an image as a data URL; None if it cannot be read any more."""
     try:
-        picture = images.load(place)
+        image = images.load(place)
     except ImageError:
         return None
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    picture.convert("RGB").save(out, format="JPEG", quality=85)
+    image.convert("RGB").save(out, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What is to be done at a site: to latents of an SAE, to neurons, to directions."""
+"""Edits of a site: of latents of an SAE, of neurons, of directions."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
 
 Positions = Literal["cls", "patches", "all"]
-"""Which positions of a site are changed; `all` has registers, too."""
+"""Which positions of a site are changed; `all` includes registers."""
 
 
 @dataclass(frozen=True, eq=False)
 class LatentEdit:
-    """What to do with some latents of an SAE.
+    """An action on latents of an SAE.
 
     A vector x becomes x + dec(f′) − dec(f), where f is its code and f′ the code after the action:
     what the SAE does not reconstruct stays as it is (Templeton et al. 2024, "Scaling
     monosemanticity", section "Methodological details"). That is x + s ⊙ ((f′ − f) W_dec) with the
     scale s of the SAE's normaliser. The code is not selected again: a latent that a TopK SAE did
-    not choose may be set to something, and none takes the place of one that is switched off.
+    not choose may be set to a value, and no other latent replaces one that is switched off.
 
     Attributes:
-        sae: an autoencoder, no transcoder.
-        latents: which; None is all, and none at all changes nothing (or `Keep`s nothing).
-        action: what; values are in the units of the SAE's codes.
-        site: where; default the site that the SAE was trained on.
-        tokens: at which positions; default those that the SAE was trained on, `all` if it does not
-            say.
+        sae: an autoencoder, not a transcoder.
+        latents: which latents; None means all, and an empty list changes nothing (with `Keep`, it
+            keeps nothing).
+        action: what to do; values are in the units of the SAE's codes.
+        site: where; default: the site that the SAE was trained on.
+        tokens: at which positions; default: those that the SAE was trained on, `all` if it does
+            not say.
     """
 
     sae: SparseAutoencoder
@@ -47,8 +48,8 @@ class LatentEdit:
     def __post_init__(self) -> None:
         if self.sae.is_transcoder:
             raise UserError(
-                "A transcoder cannot be edited at the site that it reads: its latents write at "
-                f"{self.sae.metadata.get('target_site', 'another one')}. Take an autoencoder."
+                "A transcoder cannot edit the site that it reads: its latents write at "
+                f"{self.sae.metadata.get('target_site', 'another one')}. Use an autoencoder."
             )
         n = self.sae.n_latents
         object.__setattr__(self, "site", _site_of(self.sae, self.site))
@@ -59,12 +60,12 @@ class LatentEdit:
 
 @dataclass(frozen=True, eq=False)
 class NeuronEdit:
-    """The same actions on a site's own coordinates, such as the neurons of an MLP.
+    """An action on a site's own coordinates, such as the neurons of an MLP.
 
     Attributes:
         site: where.
-        neurons: which coordinates; None is all.
-        action: what; values are in the units of the model.
+        neurons: which coordinates; None means all.
+        action: what to do; values are in the units of the model.
         tokens: at which positions.
     """
 
@@ -83,16 +84,16 @@ class NeuronEdit:
 class DirectionAblation:
     """Project directions out of a site's vectors: x − (x − mean) QᵀQ.
 
-    The rows of Q are an orthonormal basis of what the directions span, found in float64
+    The rows of Q are an orthonormal basis of the span of the directions, computed in float64
     (Arditi et al. 2024, "Refusal in language models is mediated by a single direction", section
-    2.4). Afterwards a vector has nothing along them, or what the mean has.
+    2.4). Afterwards a vector's component along them is 0, or that of the mean.
 
     Attributes:
-        directions: rows that need neither be orthogonal, nor independent, nor of norm 1.
+        directions: rows, which need not be orthogonal, independent or of norm 1.
         site: where.
         tokens: at which positions.
-        mean: what is left along the directions; None is 0.
-        sae: the SAE that they are of, so that it is compared with the model.
+        mean: vector whose component along the directions remains; None is 0.
+        sae: the SAE from which the directions come, if it is to be checked against the model.
     """
 
     directions: Float[Tensor, "n d_in"]
@@ -106,15 +107,15 @@ class DirectionAblation:
         rows = self.directions
         if rows.ndim != 2 or not rows.shape[0] or not bool(rows.isfinite().all()):
             raise UserError(
-                f"DirectionAblation: directions are {list(rows.shape)}; give finite rows "
-                "[n, d_in], at least one."
+                f"DirectionAblation: directions have shape {list(rows.shape)}; give at least one "
+                "row [n, d_in], all finite."
             )
         if self.mean is not None and (
             self.mean.shape != rows.shape[1:] or not bool(self.mean.isfinite().all())
         ):
             raise UserError(
-                f"DirectionAblation: mean is {list(self.mean.shape)}; give a finite vector of "
-                f"width {rows.shape[1]}."
+                f"DirectionAblation: mean has shape {list(self.mean.shape)}; give a finite vector "
+                f"of width {rows.shape[1]}."
             )
 
     @classmethod
@@ -127,14 +128,14 @@ class DirectionAblation:
         tokens: Positions | None = None,
         mean: Float[Tensor, " d_in"] | None = None,
     ) -> DirectionAblation:
-        """Of the decoder rows of latents, in the units of the model.
+        """Ablate the decoder rows of latents, in the units of the model.
 
         Args:
             sae: an autoencoder.
-            latents: which.
-            site: default as in `LatentEdit`.
-            tokens: likewise.
-            mean: what is left along the directions; None is 0.
+            latents: which latents.
+            site: where; default: as in `LatentEdit`.
+            tokens: at which positions; default: as in `LatentEdit`.
+            mean: vector whose component along the directions remains; None is 0.
         """
         edit = LatentEdit(sae, latents, Keep(), site, tokens)
         if edit.site is None:
@@ -143,36 +144,38 @@ class DirectionAblation:
         return cls(decoder_rows(sae, latents), edit.site, edit.tokens, mean, sae)
 
     def basis(self) -> Float[Tensor, "rank d_in"]:
-        """Orthonormal rows that span the directions, float64.
+        """Return orthonormal rows that span the directions, in float64.
 
         Raises:
-            UserError: all directions are 0.
+            UserError: a direction is 0.
         """
         rows = self.directions.detach().double()
         norms = rows.norm(dim=1, keepdim=True)
         if not bool((norms > 0).all()):
             raise UserError("DirectionAblation: a direction is 0 everywhere; leave it out.")
-        # As QR, but it says how many of them are independent, to the precision that they have.
+        # Like QR, but it shows how many of them are independent at their precision.
         _, strengths, basis = torch.linalg.svd(rows / norms, full_matrices=False)
         found: Tensor = basis[strengths > 1e-6 * strengths[0]]
         return found
 
 
-NO_SITE = "The SAE does not say at which site it was trained; give the edit a site."
+NO_SITE = "The SAE does not say at which site it was trained; give a site with site=…."
 
 Edit = LatentEdit | NeuronEdit | DirectionAblation
 
 
 def decoder_rows(sae: SparseAutoencoder, latents: Sequence[int]) -> Float[Tensor, "chosen d_in"]:
-    """What latents write, in the units of the model; with a normaliser that measures every vector
-    by itself, up to the length."""
+    """Return what latents write, in the units of the model.
+
+    With a normaliser that measures every vector by itself, the length is undetermined.
+    """
     chosen = torch.tensor(list(numbers(latents, sae.n_latents)), device=sae.W_dec.device)
     rows: Tensor = sae.W_dec.detach()[chosen]
     return rows if sae.normaliser.per_vector else rows * sae.normaliser.scale
 
 
 def touched(edit: LatentEdit) -> Int[Tensor, " touched"]:
-    """The latents that an edit may change; in order, as its action has them."""
+    """Return the latents that an edit may change, in the order that its action uses."""
     n = edit.sae.n_latents
     chosen = torch.tensor(list(numbers(edit.latents, n)), dtype=torch.int64)
     if not isinstance(edit.action, Keep):
@@ -194,8 +197,8 @@ def _tokens_of(sae: SparseAutoencoder, tokens: str | None) -> str:
     own = str(sae.metadata.get("tokens") or "all")
     if own == "mean":
         raise UserError(
-            "The SAE was trained on the mean over the patches, which is no position of the model. "
-            "Say with tokens=… where it is to be used all the same."
+            "The SAE was trained on the mean over the patches, which is not a position of the "
+            "model. Say with tokens=… at which positions to use it anyway."
         )
     return own
 
@@ -208,25 +211,27 @@ def _check_tokens(tokens: str) -> None:
 
 
 def numbers(chosen: Sequence[int] | None, n: int) -> Sequence[int]:
-    """What is chosen out of `n`; None is all."""
+    """Return the chosen numbers out of `n`; None means all."""
     return range(n) if chosen is None else chosen
 
 
 def checked_numbers(
     chosen: Sequence[int] | None, n: int | None, noun: str, owner: str
 ) -> tuple[int, ...] | None:
-    """Numbers of latents or neurons, each once."""
+    """Return numbers of latents or neurons, after checking that each is valid and given once."""
     if chosen is None:
         return None
     try:
-        found = tuple(operator.index(each) for each in chosen)
+        checked = tuple(operator.index(number) for number in chosen)
     except TypeError as error:
-        raise UserError(f"{noun}s are given by their numbers; {chosen!r} holds others.") from error
-    wrong = [each for each in found if each < 0 or (n is not None and each >= n)]
+        raise UserError(
+            f"{noun}s are given as whole numbers; {chosen!r} holds something else."
+        ) from error
+    wrong = [number for number in checked if number < 0 or (n is not None and number >= n)]
     if wrong:
-        most = "" if n is None else f" to {n - 1}"
-        raise UserError(f"{owner} has {noun}s 0{most}; there is no {wrong[0]}.")
-    if len(set(found)) < len(found):
-        twice = next(each for each in found if found.count(each) > 1)
-        raise UserError(f"{noun} {twice} is given twice.")
-    return found
+        valid = "numbers start at 0" if n is None else f"it has 0 to {n - 1}"
+        raise UserError(f"{owner} has no {noun} {wrong[0]}; {valid}.")
+    if len(set(checked)) < len(checked):
+        twice = next(number for number in checked if checked.count(number) > 1)
+        raise UserError(f"{noun} {twice} is given twice; name it once.")
+    return checked

@@ -1,7 +1,7 @@
-"""Write an edit into the model's own weights, so that a plain model behaves as the edited one.
+"""Write an edit into the model's own weights, so that a plain model behaves like the edited one.
 
-That is possible where the edit is affine, y ↦ A y + c, and stands directly behind a linear map (or
-before one) that all positions share: W ← A W and b ← A b + c (or W ← W A and b ← b + W c).
+That is possible if the edit is affine, y ↦ A y + c, and comes directly after (or before) a linear
+map that all positions share: W ← A W and b ← A b + c (or W ← W A and b ← b + W c).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sparsight.vision import VisionModel
 from sparsight.vision.tower import ATTENTION_OUT, CLS, MLP_IN, MLP_OUT, find_part
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-"""Largest error of the folded model's embeddings, in their norm; 0.05 in half precision."""
+"""Largest error of the folded model's embeddings relative to their norm; half precision: 0.05."""
 
 _RESIDUAL = (
-    "The residual stream is a sum that blocks read while it grows: what blocks up to there read "
-    "would change, too. Ablate every write instead: every_write(model, directions)."
+    "The residual stream is a sum that every block reads while it grows: folding would also change "
+    "what earlier blocks read. Ablate every write instead: every_write(model, directions)."
 )
 
 
@@ -38,29 +38,29 @@ class Affine:
     c: Float[Tensor, " d"]
 
     def after(self, first: Affine) -> Affine:
-        """`first`, and then this."""
+        """Return the map that applies `first` and then this one."""
         return Affine(self.A @ first.A, self.A @ first.c + self.c)
 
     @property
     def shifts(self) -> bool:
-        """Whether something is added."""
+        """Whether the map adds something."""
         return bool((self.c != 0).any())
 
 
 @torch.no_grad()
 def fold(model: VisionModel, edits: Sequence[Edit] | Edit, *, check: bool = True) -> VisionModel:
-    """A copy of the model that does by itself what it does under `intervene(model, edits)`.
+    """Return a copy of the model that by itself does what `intervene(model, edits)` does.
 
-    What can be folded: `DirectionAblation` and `NeuronEdit` (off, set, scale, keep, mean) at all
+    `DirectionAblation` and `NeuronEdit` (off, set, scale, keep, mean) can be folded at all
     positions of `embedding`, `final_norm`, `blocks.I.attn_out`, `blocks.I.mlp_out`,
-    `blocks.I.mlp_pre`, `blocks.I.mlp_post`; and of `blocks.0.resid_pre` where patches, positions
-    and CLS come there without a normalisation between. The copy is run beside the edited model on
-    two pictures before it is given back.
+    `blocks.I.mlp_pre` and `blocks.I.mlp_post`; and of `blocks.0.resid_pre` if patches, positions
+    and CLS reach it without a normalisation in between. Before it is returned, the copy is compared
+    with the edited model on two images.
 
     Args:
-        model: stays as it is.
+        model: the model, which stays as it is.
         edits: as `intervene` takes them.
-        check: as there.
+        check: as in `intervene`.
 
     Raises:
         UserError: an edit cannot be folded; the message says why.
@@ -68,15 +68,15 @@ def fold(model: VisionModel, edits: Sequence[Edit] | Edit, *, check: bool = True
     """
     given = [edits] if isinstance(edits, Edit) else list(edits)
     maps: dict[str, Affine] = {}
-    # As `Intervention` has it: neurons first.
-    for edit in sorted(given, key=lambda each: isinstance(each, DirectionAblation)):
+    # Neurons first, as in `Intervention`.
+    for edit in sorted(given, key=lambda edit: isinstance(edit, DirectionAblation)):
         site = check_site(model, edit, check=check)
-        each = _affine(model, edit, site)
-        maps[site] = each.after(maps[site]) if site in maps else each
+        affine = _affine(model, edit, site)
+        maps[site] = affine.after(maps[site]) if site in maps else affine
     folded = copy.deepcopy(model)
     folded.__dict__.pop("weights_hash", None)
-    for site, each in maps.items():
-        _target(folded, site).apply(each)
+    for site, affine in maps.items():
+        _target(folded, site).apply(affine)
     _compare(model, folded, given, check)
     return folded
 
@@ -88,28 +88,28 @@ def every_write(
     *,
     embeddings: bool = True,
 ) -> list[DirectionAblation]:
-    """Ablate directions in all that is written into the residual stream, so that it never has them.
+    """Ablate directions in every write into the residual stream, so that it never contains them.
 
     (Arditi et al. 2024, "Refusal in language models is mediated by a single direction", section
-    2.4 and appendix E.) `intervene` takes the list, and `fold` does wherever the model has no
-    normalisation between patches and block 0; CLIP has one, and its embeddings must be left out.
+    2.4 and appendix E.) `intervene` takes the list; `fold` does so, too, if the model has no
+    normalisation between patches and block 0. CLIP has one, so leave its embeddings out.
 
     Args:
         model: the model.
         directions: see `DirectionAblation`.
-        up_to: the last `blocks.I.resid_pre` or `blocks.I.resid_post` to be free of them; None is
-            the end.
-        embeddings: what patches, positions and CLS give, too (`blocks.0.resid_pre`).
+        up_to: the last `blocks.I.resid_pre` or `blocks.I.resid_post` to be free of them; None
+            means the end.
+        embeddings: include what patches, positions and CLS write (`blocks.0.resid_pre`).
 
     Raises:
-        UserError: `up_to` is no place of the residual stream, or the model has no `attn_out` and
+        UserError: `up_to` is not in the residual stream, or the model has no `attn_out` and
             `mlp_out`.
     """
     last = model.n_blocks
     if up_to is not None:
         site = model.canonical_site(up_to)
         if ".resid_" not in site:
-            raise UserError(f"up_to is {site}; give a blocks.I.resid_pre or blocks.I.resid_post.")
+            raise UserError(f"up_to is {site}; give blocks.I.resid_pre or blocks.I.resid_post.")
         last = int(site.split(".")[1]) + site.endswith("resid_post")
     sites = ["blocks.0.resid_pre"] * embeddings
     sites += [f"blocks.{i}.{part}" for i in range(last) for part in ("attn_out", "mlp_out")]
@@ -117,16 +117,16 @@ def every_write(
 
 
 def _affine(model: VisionModel, edit: Edit, site: str) -> Affine:
-    """What an edit does at its site."""
+    """Return what an edit does at its site."""
     if isinstance(edit, LatentEdit):
         raise UserError(
-            f"{site}: an edit of latents cannot be folded into weights: which latents are active "
-            "depends on the vector. DirectionAblation.of_latents(sae, latents) can."
+            f"{site}: an edit of latents cannot be folded into weights, since which latents are "
+            "active depends on the vector. Use DirectionAblation.of_latents(sae, latents)."
         )
     if edit.tokens != "all" and model.token_count(site, "all") > 1:
         raise UserError(
-            f"{site}: an edit of {edit.tokens!r} alone cannot be folded: all positions share the "
-            "weights. Take tokens='all'."
+            f"{site}: an edit of {edit.tokens!r} only cannot be folded, since all positions share "
+            "the weights. Use tokens='all'."
         )
     d = model.d_in(site)
     A, c = torch.eye(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
@@ -148,7 +148,8 @@ def _affine(model: VisionModel, edit: Edit, site: str) -> Affine:
         A[chosen] *= action.factor
     else:
         raise UserError(
-            f"{site}: {type(action).__name__} cannot be folded into weights: it is not linear."
+            f"{site}: {type(action).__name__} cannot be folded into weights, since it is not "
+            "linear. Use intervene."
         )
     return Affine(A, c)
 
@@ -176,7 +177,7 @@ class _Behind:
 
 @dataclass(frozen=True)
 class _Before:
-    """y = W x + b, of which x is changed."""
+    """y = W x + b, where x is changed."""
 
     site: str
     linear: nn.Module
@@ -208,7 +209,7 @@ class _Projection:
 
 @dataclass(frozen=True)
 class _Embeddings:
-    """What patches, positions, CLS and registers write into the stream."""
+    """The weights with which patches, positions, CLS and registers write into the stream."""
 
     site: str
     patches: nn.Conv2d
@@ -217,8 +218,8 @@ class _Embeddings:
     def apply(self, map: Affine) -> None:
         if map.shifts:
             raise _no_bias(self.site)
-        for each in self.others:
-            each.copy_(each.double() @ map.A.T.to(each.device))
+        for other in self.others:
+            other.copy_(other.double() @ map.A.T.to(other.device))
         weight = self.patches.weight
         A = map.A.to(weight.device)
         weight.copy_((A @ weight.double().flatten(1)).view_as(weight))
@@ -230,7 +231,7 @@ _Target = _Behind | _Before | _Projection | _Embeddings
 
 
 def _target(model: VisionModel, site: str) -> _Target:
-    """The weights directly behind or before a site."""
+    """Return the weights directly before or after a site."""
     if site in ("embedding", "final_norm"):
         return _head(model, site)
     _, number, part = site.split(".")
@@ -242,7 +243,9 @@ def _target(model: VisionModel, site: str) -> _Target:
     names = {"attn_out": ATTENTION_OUT, "mlp_pre": MLP_IN}.get(part, MLP_OUT)
     linear = find_part(block, names)
     if linear is None:
-        raise UserError(f"{site} of {model.id}: the linear map that belongs to it is not found.")
+        raise UserError(
+            f"{site} of {model.id} cannot be folded: its linear map was not found. Use intervene."
+        )
     if part == "mlp_post":
         return _Before(site, linear)
     return _Behind(site, linear, None if part == "mlp_pre" else _layer_scale(block, part))
@@ -257,20 +260,20 @@ def _head(model: VisionModel, site: str) -> _Target:
     if isinstance(matrix, nn.Parameter) and matrix.ndim == 2:
         return _Projection(site, matrix, behind)
     raise UserError(
-        f"{site} of {model.id} ({model.family}) cannot be folded: no linear projection stands "
-        f"{'directly before' if behind else 'behind'} it."
+        f"{site} of {model.id} ({model.family}) cannot be folded: no linear projection comes "
+        f"directly {'before' if behind else 'after'} it. Use intervene."
     )
 
 
 def _embeddings(model: VisionModel, site: str) -> _Target:
     tower = model.tower
-    blocks = {id(each) for block in tower.blocks for each in block.modules()}
+    blocks = {id(module) for block in tower.blocks for module in block.modules()}
     for name, module in tower.module.named_modules():
         outside = id(module) not in blocks and module is not tower.final_norm
         if outside and "Norm" in type(module).__name__ and not name.startswith(("head", "pooler")):
             raise UserError(
-                f"{site} of {model.id} cannot be folded: a normalisation ({name}) stands between "
-                "what patches and positions write and block 0. Leave the embeddings out: "
+                f"{site} of {model.id} cannot be folded: a normalisation ({name}) comes between "
+                "the embeddings of patches and positions and block 0. Leave the embeddings out: "
                 "every_write(model, directions, embeddings=False)."
             )
     written = ("position_embedding", "pos_embed", "positional_embedding", "register", "reg_token")
@@ -283,7 +286,7 @@ def _embeddings(model: VisionModel, site: str) -> _Target:
 
 
 def _layer_scale(block: nn.Module, part: str) -> nn.Parameter | None:
-    """γ of LayerScale, where the block has it."""
+    """Return γ of LayerScale, if the block has it."""
     number = {"attn_out": "1", "mlp_out": "2"}[part]
     found = find_part(block, (f"layer_scale{number}", f"ls_{number}", f"ls{number}"))
     own = [] if found is None else list(found.parameters())
@@ -294,21 +297,21 @@ def _weights(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
         raise UserError(
-            f"{type(linear).__name__} has no weight matrix of its own to fold into; bring a "
-            "parametrised model back to plain weights first."
+            f"{type(linear).__name__} has no weight matrix of its own to fold into; convert a "
+            "parametrised model to plain weights first (to_plain)."
         )
     return weight, bias
 
 
 def _no_bias(site: str) -> UserError:
     return UserError(
-        f"{site}: this edit adds something, and the linear map there has no bias to take it up. "
+        f"{site}: this edit adds a constant, but the linear map there has no bias to hold it. "
         "Ablate to 0 instead of the mean."
     )
 
 
 def _compare(model: VisionModel, folded: VisionModel, edits: Sequence[Edit], check: bool) -> None:
-    """Run both on noise and compare what they embed."""
+    """Run both models on noise and compare their embeddings."""
     noise = torch.randn((2, *model.input_shape), generator=torch.Generator().manual_seed(0))
     with intervene(model, edits, check=check):
         wanted = model.embed_images(noise).double()
@@ -316,6 +319,6 @@ def _compare(model: VisionModel, folded: VisionModel, edits: Sequence[Edit], che
     error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
     if not error <= TOLERANCE.get(model.dtype, 0.05):
         raise SparsightError(
-            f"{model.id}: folded, its embeddings differ by {error:.1e} of their norm from those of "
-            "the edited model. Something else writes or reads there; keep using `intervene`."
+            f"{model.id}: the embeddings of the folded model differ from those of the edited model "
+            f"by {error:.1e} of their norm. Something else writes or reads there; use intervene."
         )

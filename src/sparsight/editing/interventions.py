@@ -1,7 +1,7 @@
-"""Change what a model's latents, neurons and directions say, while it runs.
+"""Change a model's latents, neurons and directions while it runs.
 
-`intervene(model, edits)` does it to a model inside a `with`; `Intervention` is the same change as a
-module that maps a site's activations, to be used anywhere.
+`intervene(model, edits)` does so for a model inside a `with` block; `Intervention` is the same
+change as a module that maps a site's activations and can be used anywhere.
 """
 
 from __future__ import annotations
@@ -58,25 +58,25 @@ def intervene(
 ) -> Iterator[None]:
     """Change activations in every forward pass inside the `with` block.
 
-    At one site the latents of all SAEs are read from the vector as it came, and their changes add
-    up, so that the order of latent edits does not matter; then neurons are changed; then directions
-    are projected out, one edit after another, so that nothing that an edit writes is left along
-    them. An `intervene` inside another one sees what the outer one made. The edits end with the
-    block.
+    At each site, the latents of all SAEs are first read from the original vector and their changes
+    add up, so that the order of latent edits does not matter; then neurons are changed; then
+    directions are projected out, one edit after another, so that nothing that an edit writes
+    remains along them. An `intervene` inside another one sees the result of the outer one. The
+    edits end with the block.
 
-    A vector that an edit does not change keeps its very bits. Arithmetic is float32 at least.
-    Gradients flow to pixels and to the model's weights, through the codes as well (the change is a
+    A vector that an edit does not change keeps its exact bits. Arithmetic is in float32 or wider.
+    Gradients flow to pixels and to the model's weights, also through the codes (the change is a
     function of x); the weights of SAEs get none.
 
     Args:
-        model: whose forward passes.
+        model: the model to change.
         edits: what to do, at one site or several.
-        check: make sure that an SAE was trained on this model's weights, at this site. Off, any SAE
-            of the right width will do.
+        check: check that an SAE was trained on this model's weights and at this site. Without the
+            check, any SAE of the right width will do.
 
     Raises:
-        UserError: a site does not exist or has no such positions, an SAE is of another model, site
-            or width, or two edits touch the same latent.
+        UserError: a site does not exist or lacks these positions, an SAE belongs to another model,
+            site or width, or two edits touch the same latent.
     """
     with model.edit(interventions(model, edits, check=check)):
         yield
@@ -89,16 +89,16 @@ def interventions(
     check: bool = True,
     memo: CodeMemo | None = None,
 ) -> dict[str, Intervention]:
-    """What `intervene` puts at each site; see there.
+    """Return the interventions that `intervene` puts at each site; see there.
 
     Args:
-        model: whose sites.
+        model: the model that they are for.
         edits: what to do.
         check: as in `intervene`.
         memo: see `Intervention`.
 
     Returns:
-        By site, on the model's device; `model.edit` and `embed_variants` take them.
+        Interventions by site, on the model's device; `model.edit` and `embed_variants` take them.
     """
     given = [edits] if isinstance(edits, Edit) else list(edits)
     by_site: dict[str, list[Edit]] = {}
@@ -106,28 +106,28 @@ def interventions(
         by_site.setdefault(check_site(model, edit, check=check), []).append(edit)
     return {
         site: Intervention(
-            some,
+            edits_here,
             n_prefix=model.n_prefix,
             per_image=model.token_count(site, "all") == 1,
             device=model.device,
             memo=memo,
         )
-        for site, some in by_site.items()
+        for site, edits_here in by_site.items()
     }
 
 
 class Intervention(nn.Module):
-    """The change of some edits of one site, as a module: activations in, activations out.
+    """The edits of one site as a module: activations in, activations out.
 
-    It needs no model: only to know how many positions stand before the patches. It is made of
-    plain tensor operations when `torch.export` traces it.
+    It does not need the model, only the number of positions before the patches. When `torch.export`
+    traces it, it uses only plain tensor operations.
 
     Args:
-        edits: all of one site, whatever their `site` says.
-        n_prefix: positions before the patches: CLS, then registers.
-        per_image: the site has one vector a picture, and so no positions to choose from.
-        device: where it computes; default that of the first SAE.
-        memo: shared by interventions that get the same tensors, one after another.
+        edits: edits of one site; their `site` is ignored.
+        n_prefix: number of positions before the patches: CLS, then registers.
+        per_image: the site has one vector per image, and so no positions to choose from.
+        device: where it computes; default: the device of the first SAE.
+        memo: shared by interventions that get the same tensors one after another.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Intervention(nn.Module):
         memo: CodeMemo | None = None,
     ) -> None:
         super().__init__()
-        latents = [each for each in edits if isinstance(each, LatentEdit)]
+        latents = [edit for edit in edits if isinstance(edit, LatentEdit)]
         _refuse_twice(latents, per_image)
 
         def tokens(edit: Edit) -> str:
@@ -150,18 +150,19 @@ class Intervention(nn.Module):
             return WHERE[tokens(edit)](n_prefix)
 
         groups: dict[tuple[int, str], list[LatentEdit]] = {}
-        for each in latents:
-            groups.setdefault((id(each.sae), tokens(each)), []).append(each)
-        # All latents first, from one x; then the others one after another.
+        for latent_edit in latents:
+            key = (id(latent_edit.sae), tokens(latent_edit))
+            groups.setdefault(key, []).append(latent_edit)
+        # First all latents, from the same x; then the others one after another.
         self._latents = [
             ChangedLatents(group, where(group[0]), memo or CodeMemo()) for group in groups.values()
         ]
         self._others: list[ChangedNeurons | ProjectedVectors] = [
-            *(ChangedNeurons(each, where(each)) for each in edits if isinstance(each, NeuronEdit)),
+            *(ChangedNeurons(edit, where(edit)) for edit in edits if isinstance(edit, NeuronEdit)),
             *(
-                ProjectedVectors(each, where(each))
-                for each in edits
-                if isinstance(each, DirectionAblation)
+                ProjectedVectors(edit, where(edit))
+                for edit in edits
+                if isinstance(edit, DirectionAblation)
             ),
         ]
         self.parts = nn.ModuleList([*self._latents, *self._others])
@@ -172,10 +173,10 @@ class Intervention(nn.Module):
         """Change activations.
 
         Args:
-            x: `[batch, positions, d_in]`, or `[batch, d_in]` of a site with one position.
+            x: `[batch, positions, d_in]`, or `[batch, d_in]` for a site with one position.
 
         Raises:
-            UserError: they have another width than an edit is made for.
+            UserError: their width is not that for which an edit is made.
         """
         if x.ndim == 2:
             flat: Tensor = self(x[:, None])
@@ -201,18 +202,18 @@ def mean_codes(
     seed: int = 0,
     batch_images: int = 64,
 ) -> Float[Tensor, " n_latents"]:
-    """The mean activation of each latent over all vectors, those it is not active on included.
+    """Return each latent's mean activation over all vectors, inactive ones included.
 
     Args:
         sae: the SAE.
-        source: its index, which has them; or activations to encode.
-        site: of the activations; default the SAE's.
-        max_images: a random sample of so many; activations alone.
-        seed: of the sample.
-        batch_images: images at a time; activations alone.
+        source: its index, which stores the means; or activations to encode.
+        site: site of the activations; default: the SAE's.
+        max_images: size of a random sample of the images; for activations only.
+        seed: seed of the sample.
+        batch_images: images at a time; for activations only.
 
     Raises:
-        UserError: index or activations do not belong to the SAE.
+        UserError: the index or the activations do not belong to the SAE.
     """
     if isinstance(source, LatentIndex):
         source.check_sae(sae)
@@ -238,12 +239,12 @@ def mean_codes(
             total.index_add_(0, code.indices, code.values.double())
             n += len(code)
     if not n:
-        raise UserError("mean_codes: the activations hold no vector.")
+        raise UserError("mean_codes: the activations hold no vectors.")
     return (total / n).float()
 
 
 def _refuse_twice(edits: Sequence[LatentEdit], per_image: bool) -> None:
-    """Two changes of one latent would add up to neither."""
+    """Refuse two edits of the same latent, whose changes would add up to neither."""
     for i, first in enumerate(edits):
         for second in edits[:i]:
             apart = {first.tokens, second.tokens} == {"cls", "patches"} and not per_image
@@ -253,13 +254,13 @@ def _refuse_twice(edits: Sequence[LatentEdit], per_image: bool) -> None:
             if both:
                 shown = ", ".join(map(str, both[:5])) + (", …" if len(both) > 5 else "")
                 raise UserError(
-                    f"Latents {shown} of one SAE are in two edits of {first.site}. Put each into "
-                    "one, or nest two `intervene`."
+                    f"Two edits of {first.site} change the same latents of one SAE: {shown}. Put "
+                    "each latent into one edit, or nest two `intervene` blocks."
                 )
 
 
 def check_site(model: VisionModel, edit: Edit, *, check: bool) -> str:
-    """The canonical site of an edit, after making sure that it can be had there."""
+    """Return the canonical site of an edit, after checking that the edit fits it."""
     if edit.site is None:
         raise UserError(NO_SITE)
     site = model.canonical_site(edit.site)
@@ -267,7 +268,7 @@ def check_site(model: VisionModel, edit: Edit, *, check: bool) -> str:
     if model.token_count(site, "all") == 1:
         if edit.tokens == "patches":
             raise UserError(
-                f"{site} of {model.id} has one position, and no patches; leave tokens out."
+                f"{site} of {model.id} has one position and no patches; leave tokens out."
             )
     else:
         model.token_count(site, edit.tokens or "all")
@@ -275,7 +276,7 @@ def check_site(model: VisionModel, edit: Edit, *, check: bool) -> str:
         check_belongs(edit.sae, model, site, strict=check)
     if isinstance(edit, DirectionAblation) and edit.directions.shape[1] != width:
         raise UserError(
-            f"The directions have width {edit.directions.shape[1]}, {site} of {model.id} has "
+            f"The directions have width {edit.directions.shape[1]}, but {site} of {model.id} has "
             f"{width}."
         )
     if isinstance(edit, NeuronEdit):
@@ -287,23 +288,23 @@ def check_site(model: VisionModel, edit: Edit, *, check: bool) -> str:
 def check_belongs(
     sae: SparseAutoencoder, model: VisionModel, site: str, *, strict: bool = True
 ) -> None:
-    """Make sure that an SAE's codes mean something at a site of a model.
+    """Check that an SAE's codes mean something at a site of a model.
 
     Args:
-        sae: what it was trained on stands in its metadata; what that does not say is not compared.
+        sae: the SAE; facts that its metadata lacks are not compared.
         model: the model.
-        site: canonical.
-        strict: compare weights and site, not the width alone.
+        site: the canonical name of the site.
+        strict: compare weights and site, not only the width.
 
     Raises:
-        UserError: it was trained on other weights, at another site, or for another width.
+        UserError: the SAE was trained on other weights, at another site, or for another width.
     """
     about: Mapping[str, object] = sae.metadata.get("model") or {}
     named = about.get("id") or "a model that it does not name"
     if sae.d_in != model.d_in(site):
         raise UserError(
             f"The SAE takes vectors of width {sae.d_in} (it was trained on {named}, "
-            f"{sae.metadata.get('site') or 'site unknown'}); {site} of {model.id} has "
+            f"{sae.metadata.get('site') or 'site unknown'}), but {site} of {model.id} has "
             f"{model.d_in(site)}."
         )
     if not strict:
@@ -311,15 +312,15 @@ def check_belongs(
     trained = about.get("weights_hash")
     if trained is not None and trained != model.weights_hash:
         raise UserError(
-            f"The SAE was trained on {named} (weights {str(trained)[:8]}), this model is "
-            f"{model.id} (weights {model.weights_hash[:8]}): its latents mean other things there. "
-            "Pass check=False (--no-check) to take it all the same."
+            f"The SAE was trained on {named} (weights {str(trained)[:8]}), but this model is "
+            f"{model.id} (weights {model.weights_hash[:8]}), where its latents mean something "
+            "else. Pass check=False (--no-check) to use it anyway."
         )
     own = sae.metadata.get("site")
     if own is not None and model.canonical_site(str(own)) != site:
         raise UserError(
-            f"The SAE was trained at {own} of {named}, the edit is at {site}. Pass check=False "
-            "(--no-check) to take it all the same."
+            f"The SAE was trained at {own} of {named}, but the edit is at {site}. Pass check=False "
+            "(--no-check) to use it anyway."
         )
 
 
@@ -328,4 +329,4 @@ WHERE: dict[str, Callable[[int], slice]] = {
     "cls": lambda n_prefix: slice(0, 1),
     "patches": lambda n_prefix: slice(n_prefix, None),
 }
-"""Positions by name, from how many stand before the patches."""
+"""Positions by name, given the number of positions before the patches."""

@@ -1,7 +1,7 @@
-"""Search a collection of pictures by text or picture, with embeddings as they are or edited.
+"""Search a collection of images by text or image, with embeddings as they are or edited.
 
-The edits are those of an SAE on the site `embedding`: search by what it reconstructs, by some of
-its latents alone, or with latents turned up and down.
+The edits are those of an SAE on the site `embedding`: search by its reconstructions, by only some
+of its latents, or with latents turned up or down.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Mode = Literal["plain", "reconstructed", "filtered", "query", "steered"]
 
 @dataclass(frozen=True)
 class Hit:
-    """One picture that was found.
+    """One image that a search returned.
 
     Attributes:
-        rank: from 1.
-        image: its place in the source.
-        id: of the image.
-        label: where it has one.
-        caption: likewise.
-        cosine: with the query.
+        rank: rank, from 1.
+        image: the image's place in the source.
+        id: the image's id.
+        label: its label, if it has one.
+        caption: its caption, if it has one.
+        cosine: cosine with the query.
     """
 
     rank: int
@@ -56,13 +56,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found, and with what.
+    """The result of a search, and how it was made.
 
     Attributes:
-        query: the text, or the picture's name.
+        query: the text, or the image's name.
         mode: see `Collection.search`.
-        hits: the best first.
-        latents: those that were kept or steered; empty in modes without.
+        hits: the images, the best first.
+        latents: latents that were kept or steered; empty in modes without latents.
         about: facts for the record.
     """
 
@@ -73,7 +73,7 @@ class SearchResult:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values."""
+        """Return the result as JSON-able values."""
         return {
             "query": self.query,
             "mode": self.mode,
@@ -85,14 +85,14 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Collection:
-    """Pictures and their embeddings.
+    """Images and their embeddings.
 
     Attributes:
-        model: what embedded them.
+        model: the model that embedded them.
         images: the source.
-        places: those that could be read, by their place in the source.
-        embeddings: as they come, not normalised.
-        failed: pictures that could not be read, with the reason.
+        places: places in the source of the images that could be read.
+        embeddings: their embeddings, not normalised.
+        failed: places of images that could not be read, with the reasons.
     """
 
     model: VisionModel
@@ -105,10 +105,11 @@ class Collection:
         return len(self.places)
 
     def embed_query(self, query: str | Image.Image) -> Float[Tensor, " d_embed"]:
-        """Embed a text or a picture.
+        """Embed a text or an image.
 
         Raises:
-            UserError: a text, and the model has no text tower; or one that is empty or too long.
+            UserError: it is a text and the model has no text tower; or the text is empty or too
+                long.
         """
         if isinstance(query, str):
             check_query(self.model, query)
@@ -120,7 +121,7 @@ class Collection:
 
     @torch.no_grad()
     def highest(self, sae: SparseAutoencoder, latents: Sequence[int]) -> list[float]:
-        """The largest activation of each of these latents in the collection."""
+        """Return the largest activation of each of these latents in the collection."""
         view = frozen(sae).cpu()
         code = view.encode(self.embeddings.to(view.W_dec.dtype))
         found = torch.zeros(sae.n_latents, dtype=code.values.dtype)
@@ -142,40 +143,41 @@ class Collection:
         check: bool = True,
         name: str | None = None,
     ) -> SearchResult:
-        """The pictures whose embeddings are closest to the query's, by cosine.
+        """Return the images whose embeddings are closest to the query's, by cosine.
 
-        - `plain`: as they are.
-        - `reconstructed`: dec(f), the SAE's reconstruction of each picture.
-        - `filtered`: dec of the chosen `latents` alone, without the decoder's bias, which is the
-          same for all. A picture on which none is active comes last.
-        - `query`: `filtered` by the query's own strongest latents, `n_query_latents` of them.
+        - `plain`: embeddings as they are.
+        - `reconstructed`: dec(f), the SAE's reconstruction of each image.
+        - `filtered`: dec of only the chosen `latents`, without the decoder's bias, which is the
+          same for all. Images on which none of them is active come last.
+        - `query`: `filtered` by the `n_query_latents` strongest latents of the query itself.
         - `steered`: x + dec(f′) − dec(f) with `edits`.
 
-        A picture as query is treated as the collection is. A text keeps its own embedding, which
-        the SAE has never seen the like of; only in `filtered` and `query` is it encoded, moved by
-        the difference of the collection's mean and the mean of its labels or captions (the modality
-        gap: Liang et al. 2022, "Mind the gap"). If none of the chosen latents is active on it
-        there, what counts is its share along their decoder rows, the collection's mean taken off.
+        An image as query is treated like the collection. A text keeps its own embedding, since the
+        SAE was not trained on texts; only `filtered` and `query` encode it, after moving it by the
+        difference between the collection's mean and the mean of its labels or captions (the
+        modality gap: Liang et al. 2022, "Mind the gap"). If none of the chosen latents is active on
+        the moved text, its component along their decoder rows is used, minus the collection's mean.
 
         Args:
-            query: a text, a picture, or an embedding of one that counts as a picture.
+            query: a text, an image, or an embedding, which counts as that of an image.
             mode: how embeddings are compared.
-            sae: on the site `embedding`; needed in all modes but `plain` and `steered`.
-            latents: of mode `filtered`.
-            edits: of mode `steered`.
-            top: pictures to give.
-            n_query_latents: of mode `query`.
-            check: make sure that the SAE was trained on this model's weights and site.
-            name: of the query, for the record.
+            sae: an SAE on the site `embedding`; needed in all modes except `plain` and `steered`.
+            latents: the latents for mode `filtered`.
+            edits: the edits for mode `steered`.
+            top: number of images to return.
+            n_query_latents: number of latents for mode `query`.
+            check: check that the SAE was trained on this model's weights and site.
+            name: name of the query, for the record.
 
         Raises:
-            UserError: the mode lacks something, the SAE is of another model or site, or no chosen
-                latent of `filtered` is active on any picture, or on the one searched by.
+            UserError: the mode needs an argument that is missing, the SAE belongs to another model
+                or site, or no latent chosen for `filtered` is active on any image, or on the query
+                image.
         """
         check_positive(top=top)
         is_text = isinstance(query, str)
         vector = query if isinstance(query, Tensor) else self.embed_query(query)
-        shown = name or (query if isinstance(query, str) else "picture")
+        shown = name or (query if isinstance(query, str) else "image")
         chosen: tuple[int, ...] = tuple(int(latent) for latent in latents)
         if mode == "plain":
             cosine = _cosine(self.embeddings, vector)
@@ -214,14 +216,14 @@ class Collection:
         Args:
             query: a text or an image.
             modes: how embeddings are compared.
-            sae: on the site `embedding`; needed in all modes but `plain`.
-            latents: of modes `filtered` and `steered`.
-            activation: what mode `steered` sets the latents to; default the largest of each in
-                the collection.
-            top: images to give.
-            n_query_latents: of mode `query`.
-            check: make sure that the SAE was trained on this model's weights and site.
-            name: of the query, for the record.
+            sae: an SAE on the site `embedding`; needed in all modes except `plain`.
+            latents: the latents for modes `filtered` and `steered`.
+            activation: the activation to which mode `steered` sets the latents; default: the
+                largest of each in the collection.
+            top: number of images to return.
+            n_query_latents: number of latents for mode `query`.
+            check: check that the SAE was trained on this model's weights and site.
+            name: name of the query, for the record.
 
         Raises:
             UserError: see `search`; or a latent to steer is active on no image, so that it has no
@@ -236,8 +238,8 @@ class Collection:
                 value = self.highest(sae, latents)
                 if never := [n for n, most in zip(latents, value, strict=True) if most <= 0]:
                     raise UserError(
-                        f"Latent {never[0]} is not active on any picture, so that there is no "
-                        "largest activation to set it to. Give --activation."
+                        f"Latent {never[0]} is not active on any image, so it has no largest "
+                        "activation to be set to. Give --activation (activation=)."
                     )
             edits = [LatentEdit(sae, latents, Set(value), SITE, "all")]
         return [
@@ -256,7 +258,7 @@ class Collection:
         ]
 
     def _best(self, cosine: Float[Tensor, " n"], top: int) -> tuple[Hit, ...]:
-        """The images of the largest cosines, the best first."""
+        """Return the images with the largest cosines, the best first."""
         order = cosine.argsort(descending=True, stable=True)[:top].tolist()
         hits = []
         for rank, row in enumerate(order, start=1):
@@ -272,15 +274,15 @@ class Collection:
         is_text: bool,
         check: bool,
     ) -> tuple[Float[Tensor, " n"], tuple[int, ...]]:
-        """Cosines of edited embeddings, and the latents that were edited."""
+        """Return the cosines of edited embeddings, and the edited latents."""
         if not edits:
             raise UserError("Mode 'steered' needs edits: LatentEdit(sae, [latent], Set(…)).")
         for edit in edits:
             check_belongs(edit.sae, self.model, SITE, strict=check)
         change = Intervention(edits, per_image=True, device="cpu")
-        asked = vector if is_text else change(vector[None])[0]
+        target = vector if is_text else change(vector[None])[0]
         steered = tuple(latent for edit in edits for latent in edit.latents or ())
-        return _cosine(change(self.embeddings), asked), steered
+        return _cosine(change(self.embeddings), target), steered
 
     def _through(
         self,
@@ -291,16 +293,16 @@ class Collection:
         chosen: tuple[int, ...],
         n_query_latents: int,
     ) -> tuple[Float[Tensor, " n"], tuple[int, ...]]:
-        """Cosines behind an SAE, and the latents that were kept."""
+        """Return the cosines of embeddings that passed an SAE, and the kept latents."""
         view = frozen(sae).cpu()
         code = view.encode(self.embeddings.to(view.W_dec.dtype))
         if mode == "reconstructed":
-            asked = vector
+            target = vector
             if not is_text:
-                asked = view.decode(view.encode(vector[None].to(view.W_dec.dtype)))[0]
-            return _cosine(view.decode(code), asked), ()
+                target = view.decode(view.encode(vector[None].to(view.W_dec.dtype)))[0]
+            return _cosine(view.decode(code), target), ()
         if is_text:
-            vector = self._as_picture(vector)
+            vector = self._as_image(vector)
         own = view.encode(vector[None].to(view.W_dec.dtype))
         if mode == "query":
             check_positive(n_query_latents=n_query_latents)
@@ -310,29 +312,30 @@ class Collection:
             raise UserError(
                 "Mode 'filtered' needs latents."
                 if mode == "filtered"
-                else "No latent is active on the query: nothing is left to compare."
+                else "No latent is active on the query, so there is nothing to compare by. Use "
+                "another mode."
             )
-        wrong = [each for each in chosen if not 0 <= each < sae.n_latents]
+        wrong = [latent for latent in chosen if not 0 <= latent < sae.n_latents]
         if wrong:
-            raise UserError(f"There is no latent {wrong[0]}; the SAE has 0 to {sae.n_latents - 1}.")
+            raise UserError(f"The SAE has no latent {wrong[0]}; it has 0 to {sae.n_latents - 1}.")
         kept = torch.zeros(sae.n_latents, dtype=torch.bool)
         kept[list(chosen)] = True
         rows = view.W_dec * (1 if view.normaliser.per_vector else view.normaliser.scale)
-        pictures = _only(code, kept) @ rows[kept]
-        asked = _only(own, kept)[0] @ rows[kept]
-        if mode == "filtered" and not bool(pictures.any()):
-            raise UserError(_inactive(chosen, f"any of the {len(self)} pictures"))
-        if not is_text and not bool(asked.any()):
-            raise UserError(_inactive(chosen, "the picture that is searched by"))
-        if not bool(asked.any()):
-            # No chosen latent is active on the text: compare with the text's share along them.
+        filtered = _only(code, kept) @ rows[kept]
+        target = _only(own, kept)[0] @ rows[kept]
+        if mode == "filtered" and not bool(filtered.any()):
+            raise UserError(_inactive(chosen, f"any of the {len(self)} images"))
+        if not is_text and not bool(target.any()):
+            raise UserError(_inactive(chosen, "the query image"))
+        if not bool(target.any()):
+            # No chosen latent is active on the text: use the text's component along their rows.
             centred = vector - self.embeddings.mean(dim=0)
             basis = torch.linalg.qr(rows[kept].double().T).Q.to(centred.dtype)
-            asked = basis @ (basis.T @ centred)
-        return _cosine(pictures, asked), chosen
+            target = basis @ (basis.T @ centred)
+        return _cosine(filtered, target), chosen
 
-    def _as_picture(self, vector: Float[Tensor, " d_embed"]) -> Float[Tensor, " d_embed"]:
-        """A text's embedding, moved to where pictures' are."""
+    def _as_image(self, vector: Float[Tensor, " d_embed"]) -> Float[Tensor, " d_embed"]:
+        """Move a text's embedding to where those of images are."""
         length = float(self.embeddings.norm(dim=1).mean())
         unit = normalize(vector, dim=0)
         middle = normalize(self.embeddings, dim=1).mean(dim=0)
@@ -342,7 +345,7 @@ class Collection:
         return length * unit
 
     def _own_texts(self) -> Float[Tensor, "texts d_embed"] | None:
-        """Unit embeddings of what the collection says about itself; None if nothing."""
+        """Return unit embeddings of the collection's captions and labels; None if it has none."""
         infos = [self.images.known(i) for i in self.places]
         found = {
             info.caption or f"a photo of a {info.label}"
@@ -355,32 +358,32 @@ class Collection:
 
 
 def check_texts(model: VisionModel) -> None:
-    """Make sure that a model's images can be searched by text.
+    """Check that a model's images can be searched by text.
 
     Raises:
-        UserError: it has no joint space of images and texts, or no text tower.
+        UserError: the model has no joint space of images and texts, or no text tower.
     """
     if not (model.has_joint_space and model.has_text):
         lacks = "text tower" if model.has_joint_space else "joint space of images and texts"
         raise UserError(
-            f"{model.id} ({model.family}) has no {lacks}, so that no text can be compared with its "
-            "images. Search by an image (--image FILE), or take a CLIP or SigLIP."
+            f"{model.id} ({model.family}) has no {lacks}, so texts cannot be compared with its "
+            "images. Search by an image (--image FILE), or use a CLIP or SigLIP."
         )
 
 
 def check_query(model: VisionModel, query: str) -> None:
-    """Make sure that a model's images can be searched by a text.
+    """Check that a model's images can be searched by a given text.
 
     Raises:
         UserError: see `check_texts`; or the text is empty or too long.
     """
     if not query.strip():
-        raise UserError("The query is empty. Give a text, or a picture.")
+        raise UserError("The query is empty. Give a text or an image.")
     check_texts(model)
     count, most = model.count_tokens([query])[0], model.context_length
     if count > most:
         raise UserError(
-            f"The query has {count} tokens, and {most} fit into {model.id}, start and end "
+            f"The query has {count} tokens, but {model.id} only takes {most}, start and end "
             "included. Shorten it."
         )
 
@@ -390,17 +393,17 @@ def read_query(path: Path, min_side: int | None = None) -> Image.Image:
 
     Args:
         path: the file.
-        min_side: the model's, so that the query is decoded as the collection is.
+        min_side: the model's, so that the query is decoded like the collection.
 
     Raises:
-        UserError: there is no such file, or it is no image that can be read.
+        UserError: the file does not exist, or is not an image that can be read.
     """
     if not path.is_file():
-        raise UserError(f"{path}: there is no such picture.")
+        raise UserError(f"{path}: this image file does not exist.")
     try:
         return decode_image(read_image_file(path), min_side)
     except ImageError as error:
-        raise UserError(f"{path}: cannot be searched by ({error.reason}).") from error
+        raise UserError(f"{path}: cannot be used as the query ({error.reason}).") from error
 
 
 @torch.no_grad()
@@ -414,20 +417,20 @@ def embed_collection(
     workers: int | None = None,
     quiet: bool = True,
 ) -> Collection:
-    """Embed every picture of a source; edits that are active on the model are seen.
+    """Embed every image of a source; active edits of the model take effect.
 
     Args:
-        model: any; without a joint space of images and texts, images alone can be searched by, and
-            what is compared is `VisionModel.image_embedding`.
-        images: the pictures.
-        max_images: a random sample of so many; default all.
-        seed: of the sample.
-        batch_images: pictures at a time.
+        model: any model; without a joint space of images and texts, only images can be queries, and
+            `VisionModel.image_embedding` says what is compared.
+        images: the images.
+        max_images: size of a random sample of the images; default: all images.
+        seed: seed of the sample.
+        batch_images: images at a time.
         workers: processes that decode.
-        quiet: no progress line.
+        quiet: show no progress line.
 
     Raises:
-        UserError: no picture could be read.
+        UserError: no image could be read.
     """
     check_positive(max_images=max_images, batch_images=batch_images)
     images = images if max_images is None else images.sample(max_images, seed)
@@ -446,19 +449,19 @@ def embed_collection(
 def _cosine(
     rows: Float[Tensor, "n d_embed"], vector: Float[Tensor, " d_embed"]
 ) -> Float[Tensor, " n"]:
-    """Rows of zeros are as far away as can be."""
+    """Return cosines; rows of zeros count as opposite to the vector."""
     cosine = normalize(rows.float(), dim=1) @ normalize(vector.float(), dim=0)
     found: Tensor = torch.where((rows != 0).any(dim=1), cosine, -1.0)
     return found
 
 
 def _inactive(latents: Sequence[int], where: str) -> str:
-    some = ", ".join(map(str, latents[:8])) + (", …" if len(latents) > 8 else "")
-    return f"Of the chosen latents ({some}) none is active on {where}: nothing can be compared."
+    shown = ", ".join(map(str, latents[:8])) + (", …" if len(latents) > 8 else "")
+    return f"None of the chosen latents ({shown}) is active on {where}. Choose other latents."
 
 
 def _only(code: SparseCode, kept: Tensor) -> Float[Tensor, "rows kept"]:
-    """Activations of some latents, dense."""
+    """Return the activations of the kept latents, dense."""
     place = kept.cumsum(0) - 1
     hit = kept[code.indices]
     out = code.values.new_zeros(len(code), int(kept.sum()))

@@ -1,4 +1,4 @@
-"""Turn latents up and down, and see what the model makes of the pictures."""
+"""Turn latents up and down, and measure what the model makes of the images."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 Unit = Literal["max", "absolute", "factor"]
-"""What a strength of 1 is: the latent's largest activation; an activation of 1; or a factor on
-whatever its activation is."""
+"""What a strength of 1 means: the latent's largest activation; an activation of 1; or a factor on
+its activation."""
 
 
 @dataclass(frozen=True)
 class SteerReport:
-    """What came of steering.
+    """The results of steering.
 
     Attributes:
-        about: model, SAE, site, tokens, images, sentences, how many images.
+        about: model, SAE, site, tokens, images, sentences, number of images.
         original: figures of the model as it is.
-        latents: for each latent a list of figures by strength.
+        latents: for each latent, a list of figures by strength.
         curves: figures with only the k strongest latents of each class, or without them; empty if
-            left out.
-        omitted: what was left out, and why.
+            omitted.
+        omitted: what was omitted, and why.
     """
 
     about: dict[str, Any]
@@ -54,16 +54,16 @@ class SteerReport:
     omitted: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values."""
-        values: dict[str, Any] = finite(vars(self))  # strengths may be beyond what a model computes
+        """Return the report as JSON-able values."""
+        values: dict[str, Any] = finite(vars(self))  # large strengths may overflow the model
         return values
 
     def table(self) -> list[dict[str, Any]]:
-        """The rows of `steer.csv`: the model as it is, each latent and strength, the curves."""
+        """Return the rows of `steer.csv`: the model as it is, latents by strength, the curves."""
         return list(rows_of(self.original, self.latents, self.curves))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """What `table` gives as a data frame of pandas.
+        """Return the rows of `table` as a pandas data frame.
 
         Raises:
             MissingExtra: pandas is not installed.
@@ -94,38 +94,40 @@ def steer(
     check: bool = True,
     quiet: bool = True,
 ) -> SteerReport:
-    """Measure zero-shot probabilities and retrieval over a range of strengths of some latents, and
-    accuracy with only, or without, the latents of each class.
+    """Measure how latents affect zero-shot classification and retrieval.
 
-    Every other image of a class serves to choose (the classes' latents, the largest activations),
-    the others to measure.
+    Steering measures zero-shot probabilities and retrieval over a range of strengths of each given
+    latent; the curves measure accuracy with only, or without, the latents of each class. Half of
+    the images of each class are used to choose (the classes' latents, the largest activations), the
+    other half to measure.
 
     The curves are those of PatchSAE (Lim et al. 2025, "Sparse autoencoders reveal selective
     remapping of visual concepts during adaptation", section 3.3): a class's latents are those with
-    the largest mean activation over its images; on-k keeps only the k first of them, off-k switches
-    them off, and accuracy is over all classes. Beside them stand as many random latents of equal
-    density. Edits keep what the SAE does not reconstruct.
+    the largest mean activation over its images; on-k keeps only the first k of them, off-k switches
+    them off, and accuracy is over all classes. They are compared with as many random latents of
+    equal density. Edits keep what the SAE does not reconstruct.
 
     Args:
-        model: one with a text tower.
-        images: with labels for probabilities of their own class, with captions for retrieval.
+        model: a model with a text tower.
+        images: images, with labels for the probabilities of their own class and with captions for
+            retrieval.
         sae: an autoencoder.
-        latents: which to steer, each by itself.
-        strengths: in `unit`; 0 switches a latent off (unit "factor", too).
-        unit: see `Unit`; "max" and "absolute" set the latent at every position that is edited.
-        site: default that of the SAE.
-        tokens: default those of the SAE.
+        latents: latents to steer, each by itself.
+        strengths: strengths in `unit`; 0 switches a latent off (also in unit "factor").
+        unit: see `Unit`; "max" and "absolute" set the latent at every edited position.
+        site: site of the edit; default: that of the SAE.
+        tokens: edited positions; default: those of the SAE.
         class_names: see `sparsight.vision.zero_shot`.
         templates: see `sparsight.vision.classifier_weights`.
-        curves: measure the on-k and off-k curves, too.
-        ks: of the curves; default 1, 2, 5, 10, … and all latents.
-        names: of latents, for the report.
-        max_images: a random sample of so many images; default all.
+        curves: also measure the on-k and off-k curves.
+        ks: the values of k; default: 1, 2, 5, 10, … and all latents.
+        names: names of latents, for the report.
+        max_images: size of a random sample of the images; default: all images.
         batch_images: images at a time.
         workers: processes that decode.
-        seed: of the sample and the random latents.
+        seed: seed of the sample and of the random latents.
         check: see `intervene`.
-        quiet: no progress line.
+        quiet: show no progress line.
 
     Raises:
         UserError: model, images, SAE and latents do not fit each other, or there is nothing to
@@ -184,7 +186,7 @@ def steer(
 
 @dataclass(frozen=True)
 class _Said:
-    """What the images say of themselves, and which of them are for what."""
+    """The images' labels and captions, and which images are used for what."""
 
     by_label: dict[str, str]
     known: list[str]
@@ -195,7 +197,7 @@ class _Said:
     def by(
         cls, images: ImageSource, class_names: Sequence[str] | Mapping[str, str] | None
     ) -> _Said:
-        """Read labels and captions; `class_names` say which labels count."""
+        """Read labels and captions; `class_names` determines which labels count."""
         infos = [images.known(i) for i in range(len(images))]
         labels = sorted({info.label for info in infos if info.label})
         by_label = names_by_label(labels, class_names)
@@ -225,7 +227,7 @@ class _Edits:
     check: bool
 
     def made(self, model: VisionModel) -> dict[str, Intervention]:
-        """Ready to be applied, by `_key`; they share their codes."""
+        """Return the interventions by `_key`; they share their codes."""
         memo = CodeMemo()
         return {
             _key(latent, strength): interventions(
@@ -236,10 +238,10 @@ class _Edits:
         }
 
     def figures(self, latent: int, tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
-        """Of a latent, by strength."""
+        """Return the figures of a latent, by strength."""
         figures = []
         for strength in self.strengths:
-            # A factor makes another activation of each.
+            # With a factor, the activation differs between vectors.
             value = None if self.unit == "factor" else strength * self.units[latent]
             found = tallies[_key(latent, strength)].result()
             figures.append({"strength": strength, "activation": value, **found})
@@ -256,7 +258,7 @@ def _key(latent: int, strength: float) -> str:
 
 
 def _units(found: ClassCodes, latents: Sequence[int], unit: Unit) -> dict[int, float]:
-    """The activation that a strength of 1 stands for."""
+    """Return the activation that a strength of 1 stands for, by latent."""
     if unit != "max":
         return dict.fromkeys(latents, 1.0)
     units = {latent: float(found.highest[latent]) for latent in latents}
@@ -264,7 +266,7 @@ def _units(found: ClassCodes, latents: Sequence[int], unit: Unit) -> dict[int, f
     if never:
         raise UserError(
             f"Latent {never[0]} is not active on any of the {int(found.n_images.sum())} images "
-            "that its largest activation is taken from. Take more images, or unit 'absolute'."
+            "used to find its largest activation. Use more images, or unit 'absolute'."
         )
     return units
 
@@ -274,16 +276,16 @@ def _check_plan(plan: LatentEdit, curves: bool) -> None:
         raise UserError(NO_SITE)
     if not plan.latents and not curves:
         raise UserError(
-            "Nothing to steer: name latents (by number or by name), or take images with labels, "
-            "for which the curves of their classes can be drawn."
+            "Nothing to steer: give latents (by number or by name), or images with labels, whose "
+            "classes give curves."
         )
 
 
 def _check_strengths(strengths: Sequence[float]) -> None:
-    if not strengths or not all(math.isfinite(each) for each in strengths):
-        raise UserError(f"strengths are {tuple(strengths)}; give finite numbers, at least one.")
+    if not strengths or not all(math.isfinite(strength) for strength in strengths):
+        raise UserError(f"strengths are {tuple(strengths)}; give at least one, all finite.")
     if len(set(strengths)) < len(strengths):
-        raise UserError(f"strengths are {tuple(strengths)}; one is given twice.")
+        raise UserError(f"strengths are {tuple(strengths)}; give each only once.")
 
 
 def _position(model: VisionModel, site: str, tokens: Positions) -> Positions:
@@ -298,7 +300,8 @@ def _omitted(
 ) -> dict[str, str]:
     if not model.has_text:
         raise UserError(
-            f"{model.id} has no text tower, so that there are no probabilities and no retrieval."
+            f"{model.id} has no text tower, which probabilities and retrieval need. Use a CLIP or "
+            "SigLIP."
         )
     omitted = {}
     if not said.known:
@@ -309,12 +312,12 @@ def _omitted(
         if curves:
             omitted["curves"] = reason
     if not said.by_label:
-        omitted["probabilities"] = f"{images.spec} has no labels, and class_names was not given."
+        omitted["probabilities"] = f"{images.spec} has no labels, and no class names were given."
     if len(set(said.captions.values())) < 2:
         omitted["retrieval"] = f"{images.spec} has no captions."
     if not said.by_label and "retrieval" in omitted:
         raise UserError(
-            f"{images.spec} has neither labels nor captions: there is nothing to measure. Give "
+            f"{images.spec} has neither labels nor captions, so there is nothing to measure. Give "
             "class_names, or a table of labels."
         )
     return omitted

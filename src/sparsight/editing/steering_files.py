@@ -1,4 +1,4 @@
-"""What steering found, as files: figures, a table, plots."""
+"""Write the results of steering as files: figures, a table, plots."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def save_steering(report: SteerReport, out: Path) -> list[Path]:
     """Write `steer.json`, `steer.csv`, `steer.png` and `steer.svg`.
 
     Args:
-        report: what was found.
-        out: folder, made if it is not there; files of these names in it are replaced, all at once.
+        report: the results.
+        out: folder, created if necessary; files of these names in it are replaced, all at once.
 
     Raises:
         SparsightError: the disk is full or the folder cannot be written.
@@ -44,14 +44,14 @@ def save_steering(report: SteerReport, out: Path) -> list[Path]:
 
 
 def label_of(row: Mapping[str, Any]) -> str:
-    """A latent's number, with its name if it has one."""
+    """Return a latent's number, with its name if it has one."""
     return f"{row['latent']} {row['name']}" if row["name"] else f"latent {row['latent']}"
 
 
 def plot_steering(report: SteerReport) -> Figure:
-    """Panels: accuracy, probability of the class that rises most, retrieval; curves of classes.
+    """Plot accuracy, the probability of the class that rises most, retrieval, and class curves.
 
-    Call inside `plot_style`.
+    Call it inside `plot_style`.
     """
     panels: list[Any] = []
     if report.latents and "top1" in report.original:
@@ -76,17 +76,17 @@ def plot_steering(report: SteerReport) -> Figure:
 def _accuracy(ax: Axes, report: SteerReport) -> None:
     ax.axhline(report.original["top1"], color=PALETTE[5], linewidth=1, linestyle="--")
     for i, row in enumerate(report.latents):
-        _line(ax, i, row, lambda each: (each["top1"], *each["interval"]))
+        _line(ax, i, row, lambda point: (point["top1"], *point["interval"]))
     _finish(ax, report, "zero-shot accuracy (dashed: unsteered)")
 
 
 def _raised(ax: Axes, report: SteerReport) -> None:
     for i, row in enumerate(report.latents):
-        strongest = max(row["strengths"], key=lambda each: each["strength"])
+        strongest = max(row["strengths"], key=lambda point: point["strength"])
         name = strongest["most_raised"]
-        _line(ax, i, row, lambda each, name=name: (each["change"][name],), f" → {name}")
+        _line(ax, i, row, lambda point, name=name: (point["change"][name],), f" → {name}")
     ax.axhline(0, color=PALETTE[5], linewidth=1, linestyle="--")
-    _finish(ax, report, "change of a class's mean probability")
+    _finish(ax, report, "change in the mean probability of a class")
 
 
 def _retrieval(ax: Axes, report: SteerReport) -> None:
@@ -95,21 +95,21 @@ def _retrieval(ax: Axes, report: SteerReport) -> None:
         ("text_to_image", ":", "text → image"),
     ):
         for i, row in enumerate(report.latents):
-            x, y = _points(row, lambda each, key=key: (each[key]["recall_1"],))
+            x, y = _points(row, lambda point, key=key: (point[key]["recall_1"],))
             ax.plot(x, y[0], color=PALETTE[i % len(PALETTE)], linestyle=style)
         ax.plot([], [], color=PALETTE[5], linestyle=style, label=words)
         ax.axhline(report.original[key]["recall_1"], color=PALETTE[5], linewidth=1, linestyle="--")
-    _finish(ax, report, "recall at 1 of the caption, of the image")
+    _finish(ax, report, "recall at 1 of captions and images")
 
 
 def _curves(ax: Axes, report: SteerReport) -> None:
     whole = next(row for row in report.curves if row["kind"] == "original")
     ax.axhline(whole["top1"], color=PALETTE[5], linewidth=1, linestyle="--")
     styles = {
-        ("on", "class"): ("keep the class's k", PALETTE[0], "-"),
-        ("on", "random"): ("keep k random", PALETTE[0], ":"),
+        ("on", "class"): ("only the class's k", PALETTE[0], "-"),
+        ("on", "random"): ("only k random latents", PALETTE[0], ":"),
         ("off", "class"): ("without the class's k", PALETTE[1], "-"),
-        ("off", "random"): ("without k random", PALETTE[1], ":"),
+        ("off", "random"): ("without k random latents", PALETTE[1], ":"),
     }
     for (kind, chosen), (words, colour, style) in styles.items():
         rows = [r for r in report.curves if (r["kind"], r["latents"]) == (kind, chosen)]
@@ -121,15 +121,15 @@ def _curves(ax: Axes, report: SteerReport) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("k latents of each image's class")
-    ax.set_title("zero-shot accuracy (dashed: all as it is)", loc="left")
+    ax.set_title("zero-shot accuracy (dashed: unedited)", loc="left")
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.legend()
 
 
 def _points(row: Mapping[str, Any], pick: Any) -> tuple[list[float], list[list[float]]]:
-    found = sorted(row["strengths"], key=lambda each: each["strength"])
-    values = [pick(each) for each in found]
-    return [each["strength"] for each in found], [list(each) for each in zip(*values, strict=True)]
+    points = sorted(row["strengths"], key=lambda point: point["strength"])
+    lines = zip(*(pick(point) for point in points), strict=True)
+    return [point["strength"] for point in points], [list(line) for line in lines]
 
 
 def _line(ax: Axes, i: int, row: Mapping[str, Any], pick: Any, suffix: str = "") -> None:
@@ -161,21 +161,21 @@ def _csv(report: SteerReport) -> str:
 
 
 def rows_to_print(report: SteerReport) -> Sequence[tuple[str, ...]]:
-    """A line a latent and strength, for people."""
+    """Return one line per latent and strength, for people to read."""
     rows = []
     for row in report.latents:
-        for each in row["strengths"]:
-            cells = [label_of(row), f"{each['strength']:g}"]
-            if "top1" in each:
-                cells.append(f"{each['top1']:.1%}")
-                change, (low, high) = each["difference"], each["difference_interval"]
+        for point in row["strengths"]:
+            cells = [label_of(row), f"{point['strength']:g}"]
+            if "top1" in point:
+                cells.append(f"{point['top1']:.1%}")
+                change, (low, high) = point["difference"], point["difference_interval"]
                 cells.append(f"{100 * change:+.1f} [{100 * low:+.0f}, {100 * high:+.0f}]")
-            if "change" in each:
-                raised = each["most_raised"]
-                cells.append(f"{raised} {100 * each['change'][raised]:+.1f}")
-                cells.append(f"{each['kl']:.3f}")
-            if "image_to_text" in each:
+            if "change" in point:
+                raised = point["most_raised"]
+                cells.append(f"{raised} {100 * point['change'][raised]:+.1f}")
+                cells.append(f"{point['kl']:.3f}")
+            if "image_to_text" in point:
                 for key in ("image_to_text", "text_to_image"):
-                    cells.append(f"{each[key]['recall_1']:.0%}")
+                    cells.append(f"{point[key]['recall_1']:.0%}")
             rows.append(tuple(cells))
     return rows

@@ -1,4 +1,4 @@
-"""What steering found, as rows of one table: the model as it is, latents by strength, curves."""
+"""The results of steering as one table: the model as it is, latents by strength, curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rows_of(
     latents: Sequence[Mapping[str, Any]],
     curves: Sequence[Mapping[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """One row for the model as it is, one per latent and strength, one per point of a curve.
+    """Yield a row for the model as it is, one per latent and strength, and one per curve point.
 
     Args:
         original: figures of the model as it is.
@@ -28,10 +28,10 @@ def rows_of(
     """
     yield {"part": "original", **_flat(original)}
     for row in latents:
-        for each in row["strengths"]:
+        for point in row["strengths"]:
             about = {"part": "latent", "latent": row["latent"], "name": row["name"] or ""}
-            about |= {key: each[key] for key in ("strength", "activation")}
-            yield about | _flat(each)
+            about |= {key: point[key] for key in ("strength", "activation")}
+            yield about | _flat(point)
     for row in curves:
         about = {"part": "curve", "curve": row["kind"]}
         about |= {"chosen": row["latents"] or "", "k": "" if row["k"] is None else row["k"]}
@@ -50,7 +50,7 @@ def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
         if key in figures:
             flat[name] = figures["change"][figures[key]]
     for key in ("image_to_text", "text_to_image"):
-        for each in ("recall_1", "recall_5", "median_rank"):
+        for score in ("recall_1", "recall_5", "median_rank"):
             if key in figures:
-                flat[f"{key}_{each}"] = figures[key][each]
+                flat[f"{key}_{score}"] = figures[key][score]
     return flat
