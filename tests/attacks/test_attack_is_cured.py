@@ -1,4 +1,4 @@
-"""The whole loop on the calibration CLIP: words fool it, latents are found and switched off."""
+"""The whole loop on the calibration CLIP: words fool it; latents are found and switched off."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SITE = "blocks.2.resid_post"
 
 
 @pytest.mark.slow
-def test_latents_that_see_writing_are_what_words_fool_the_model_by(calibration, tmp_path):
+def test_words_fool_the_model_through_latents_that_see_writing(calibration, tmp_path):
     store = sp.extract(
         calibration, sp.open_images("calibration:1500:0"), sites=[SITE], out=tmp_path / "store",
         workers=0, quiet=True,

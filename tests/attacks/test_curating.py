@@ -1,4 +1,4 @@
-"""Attack sets on disk, and CLIP's opinion of pictures."""
+"""Attack sets on disk, and CLIP's opinion of images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scenes():
     return open_images("calibration:40:7")
 
 
-def test_pictures_with_writing_come_first(calibration, target, scenes, tmp_path):
+def test_images_with_writing_come_first(calibration, target, scenes, tmp_path):
     made = curate(calibration, scenes, target, tmp_path / "set", n=8, workers=0)
     again = open_images(tmp_path / "set")
     assert len(again) == made.n == 8 and made.n_seen == 40
@@ -52,7 +52,7 @@ def test_pictures_with_writing_come_first(calibration, target, scenes, tmp_path)
     assert (made.highest, made.lowest) == (scores[0], scores[-1])
 
 
-def test_scores_are_mean_activations_in_units_of_attacked_pictures(
+def test_scores_are_mean_activations_in_units_of_attacked_images(
     calibration, target, scenes, tmp_path
 ):
     curate(calibration, scenes, target, tmp_path / "set", n=5, workers=0)
@@ -66,7 +66,7 @@ def test_scores_are_mean_activations_in_units_of_attacked_pictures(
     assert sorted(rank for rank in table["rank"].to_pylist() if rank is not None) == [*range(5)]
 
 
-def test_the_shard_holds_the_same_pictures_and_captions(calibration, target, scenes, tmp_path):
+def test_the_shard_holds_the_same_images_and_captions(calibration, target, scenes, tmp_path):
     curate(calibration, scenes, target, tmp_path / "set", n=4, captions="own", workers=0)
     folder, shard = open_images(tmp_path / "set"), open_images(tmp_path / "set/attack.tar")
     assert len(folder) == len(shard) == 4
@@ -78,7 +78,7 @@ def test_the_shard_holds_the_same_pictures_and_captions(calibration, target, sce
         assert tar.getnames()[:3] == ["00000.png", "00000.txt", "00000.json"]
 
 
-def test_the_manifest_says_where_all_comes_from(calibration, target, scenes, tmp_path):
+def test_the_manifest_records_the_origin_of_everything(calibration, target, scenes, tmp_path):
     curate(calibration, scenes, target, tmp_path / "set", n=4, workers=0)
     about = json.loads((tmp_path / "set/manifest.json").read_text())
     assert about["model"]["weights_hash"] == calibration.weights_hash
@@ -118,7 +118,7 @@ def test_captions_may_be_the_likeliest_class(calibration, target, tmp_path):
     assert sum(right) >= 5
 
 
-def test_a_folder_that_is_there_is_left_alone(calibration, target, scenes, tmp_path):
+def test_an_existing_folder_is_left_alone(calibration, target, scenes, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is there already"):
@@ -126,7 +126,7 @@ def test_a_folder_that_is_there_is_left_alone(calibration, target, scenes, tmp_p
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
 
-def test_what_fails_half_way_leaves_nothing(calibration, target, scenes, tmp_path, monkeypatch):
+def test_a_failure_halfway_leaves_nothing(calibration, target, scenes, tmp_path, monkeypatch):
     from sparsight.attacks import curating
 
     def full(*given):
@@ -138,7 +138,7 @@ def test_what_fails_half_way_leaves_nothing(calibration, target, scenes, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_broken_pictures_are_counted_and_many_stop_the_run(calibration, target, tmp_path):
+def test_broken_images_are_counted_and_many_stop_the_run(calibration, target, tmp_path):
     for i in range(3):
         Image.new("RGB", (64, 64), (i * 80, 200, 9)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"no picture")
@@ -148,11 +148,11 @@ def test_broken_pictures_are_counted_and_many_stop_the_run(calibration, target, 
     options = {"captions": "opinion", "words": 1, "max_failed": 0.5, "workers": 0}
     made = curate(calibration, source, target, tmp_path / "set", **options)
     assert (made.failed, made.n_seen) == (1, 3)
-    with pytest.raises(UserError, match=r"of the \d pictures to be kept have no labels"):
+    with pytest.raises(UserError, match=r"of the \d images to keep have no labels"):
         curate(calibration, source, target, tmp_path / "other", max_failed=0.5, workers=0)
 
 
-def test_a_picture_that_goes_away_between_scoring_and_captioning_is_named(
+def test_an_image_that_disappears_between_scoring_and_captioning_is_named(
     calibration, target, tmp_path, monkeypatch
 ):
     from sparsight.vision import passes
@@ -171,7 +171,7 @@ def test_a_picture_that_goes_away_between_scoring_and_captioning_is_named(
     source = open_images(tmp_path)
     monkeypatch.setattr(passes, "load_batches", late)
     options = {"captions": "opinion", "words": 1, "workers": 0}
-    with pytest.raises(SparsightError, match=r"1\.png.* was there a moment ago"):
+    with pytest.raises(SparsightError, match=r"1\.png.* was read a moment ago"):
         curate(calibration, source, target, tmp_path / "set", **options)
     assert not (tmp_path / "set").exists()
 
@@ -185,7 +185,9 @@ def test_a_picture_that_goes_away_between_scoring_and_captioning_is_named(
         ({"sentence": "a photo"}, "has no {} for the class name"),
     ],
 )
-def test_what_cannot_be_curated_is_refused(calibration, target, scenes, tmp_path, options, message):
+def test_impossible_settings_of_curating_are_refused(
+    calibration, target, scenes, tmp_path, options, message
+):
     with pytest.raises(UserError, match=message):
         curate(calibration, scenes, target, tmp_path / "set", **options)
 
@@ -213,7 +215,7 @@ def test_an_opinion_is_nearer_than_the_best_of_many_random_texts(calibration):
         assert each.similarity > float(cosines[:, i].max())
 
 
-def test_opinions_of_attacked_pictures_name_the_word_that_is_written(calibration):
+def test_opinions_of_attacked_images_name_the_word_that_is_written(calibration):
     scenes = open_images("calibration:8:7:single")
     attacked = written(scenes, "attacked")
     named = {}
@@ -262,7 +264,7 @@ def test_an_opinion_rises_above_random_tokens_in_other_clips(tiny):
 
 
 def test_too_many_words_and_models_without_text_are_refused(tiny):
-    with pytest.raises(UserError, match="reads 16 tokens; 15 words are too many"):
+    with pytest.raises(UserError, match="reads 16 tokens; 15 words do not fit"):
         clip_opinion(tiny("clip"), torch.randn(1, 20), words=15)
     with pytest.raises(UserError, match="no text tower"):
         clip_opinion(tiny("dinov2"), torch.randn(1, 32))

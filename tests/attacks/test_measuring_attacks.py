@@ -23,7 +23,7 @@ def pairs():
 
 
 def by_hand(model, pairs, kind):
-    """Best class, and margin of the own class over the attacking word's, one picture at a time."""
+    """Best class, and margin of the own class over the attacking word's, one image at a time."""
     names = list(pairs.class_names)
     weights = classifier_weights(model, names, "a photo of a {}.")
     (batch,) = load_batches(pairs.source(kind), model.transform, len(pairs), workers=0)
@@ -57,7 +57,7 @@ def test_figures_are_those_of_plain_arithmetic(calibration, pairs):
     assert change.value == pytest.approx(difference)
 
 
-def test_words_of_another_class_mislead_and_those_of_the_own_do_not(calibration, pairs):
+def test_names_of_another_class_mislead_and_those_of_the_own_class_do_not(calibration, pairs):
     report = measure_attack(calibration, pairs, workers=0)
     assert report.accuracy["clean"].value >= 0.9 <= report.accuracy["same"].value
     assert report.accuracy_change["attacked - clean"].value <= -0.2
@@ -88,7 +88,7 @@ def test_pairs_name_the_word_and_the_truth(pairs):
         assert len(pairs.control.scene(i).writing.text) == len(pairs.words[i])
 
 
-def test_halves_have_no_picture_in_common(pairs):
+def test_halves_have_no_image_in_common(pairs):
     one, other = pairs.halves(seed=4)
     ids = [{half.clean.info(i).id for i in range(len(half))} for half in (one, other)]
     assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == N
@@ -101,7 +101,7 @@ def test_halves_have_no_picture_in_common(pairs):
     assert again.labels == one.labels and again.clean.spec == one.clean.spec
 
 
-def test_n_pictures_are_chosen_at_random_and_kept_in_order(pairs):
+def test_n_images_are_chosen_at_random_and_kept_in_order(pairs):
     source = open_images("calibration:60:5:single")
     some = make_pairs(source, n=10, seed=2)
     ids = [some.clean.info(i).id for i in range(10)]
@@ -109,7 +109,7 @@ def test_n_pictures_are_chosen_at_random_and_kept_in_order(pairs):
     assert ids != [make_pairs(source, n=10, seed=3).clean.info(i).id for i in range(10)]
 
 
-def test_pictures_on_which_a_word_does_not_fit_are_left_out_of_all_kinds(calibration, tmp_path):
+def test_images_on_which_a_word_does_not_fit_are_left_out_of_all_kinds(calibration, tmp_path):
     for i, (label, width) in enumerate([("sun", 64), ("anchor", 64), ("sun", 12), ("anchor", 64)]):
         (tmp_path / label).mkdir(exist_ok=True)
         Image.new("RGB", (width, 64), (i * 60, 0, 0)).save(tmp_path / label / f"{i}.png")
@@ -118,7 +118,7 @@ def test_pictures_on_which_a_word_does_not_fit_are_left_out_of_all_kinds(calibra
     assert report.n == 3
     assert report.failed["attacked"] == 1
     assert "does not fit 12 × 64 pixels" in report.reasons[0]
-    with pytest.raises(UserError, match="not one of 1 pictures loads"):
+    with pytest.raises(UserError, match="none of 1 images loads"):
         measure_attack(calibration, pairs.select([labels_at(pairs, "sun")[-1]]), workers=0)
 
 

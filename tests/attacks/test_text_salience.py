@@ -112,8 +112,8 @@ def test_random_flips_come_near_the_exact_p_and_repeat_exactly():
     assert near.min() >= 1 / 2**12
 
 
-def test_flips_that_change_nothing_count_as_what_was_seen():
-    """Of a latent that is active on one pair alone, half of the flips change nothing."""
+def test_flips_that_change_nothing_count_as_the_observation():
+    """Half of the flips change nothing for a latent that is active on only one pair."""
     difference = np.zeros((30, 1))
     difference[3] = 0.1
     assert sign_flip_p(difference, permutations=999)[0] == pytest.approx(0.5, abs=0.06)
@@ -168,8 +168,8 @@ def test_among_true_responses_false_ones_keep_to_the_rate():
     assert np.mean(power) > 0.9
 
 
-def test_what_sees_the_band_and_letters_is_found_by_its_contrast(calibration, pairs):
-    """The neurons of an early block see that there is writing, and hardly what it says."""
+def test_neurons_that_see_the_band_or_letters_are_found_by_their_contrast(calibration, pairs):
+    """The neurons of an early block see that there is writing, but hardly what it says."""
     found = {
         contrast: find_text_salient(
             calibration, pairs, site="blocks.0.mlp_post", contrast=contrast, workers=0
@@ -214,12 +214,12 @@ def test_random_latents_have_the_density_of_those_found(calibration, pairs):
         near = np.sort(table.density[drawn]) - np.sort(table.density[chosen])
         assert np.abs(near).max() < 0.1
     assert draws[0] != draws[1]
-    with pytest.raises(UserError, match=r"as many others, but only \d+ of 768"):
+    with pytest.raises(UserError, match=r"as many others for comparison, but only \d+ of 768"):
         draw_like(table, list(range(760)), rng)
 
 
-def test_switching_off_what_sees_writing_wins_back_what_words_cost(calibration, pairs):
-    """Neurons of two blocks at once, beside random ones; the full measure is a benchmark."""
+def test_switching_off_what_sees_writing_wins_back_lost_accuracy(calibration, pairs):
+    """Neurons of two blocks at once, and random ones; the full measurement is a benchmark."""
     some = make_pairs(open_images("calibration:16:77:single"))
     targets = [
         Target(
@@ -240,13 +240,13 @@ def test_switching_off_what_sees_writing_wins_back_what_words_cost(calibration, 
     assert not report.same_pictures and len(report.edits) == 2
     assert report.to_dict()["random"]["density"] == pytest.approx(report.density, abs=0.1)
     head, *rows = report.table()
-    assert [row[0] for row in rows] == ["as it is", "found", "random ×2"]
+    assert [row[0] for row in rows] == ["unedited", "found", "random ×2"]
     assert all(len(row) == len(head) for row in rows)
     again = causal_check(calibration, some, targets, draws=2, workers=0)
     assert again.to_dict() == report.to_dict()
 
 
-def test_measuring_on_the_pictures_of_the_search_is_told(calibration, pairs):
+def test_measuring_on_the_images_of_the_search_is_reported(calibration, pairs):
     table = find_text_salient(
         calibration, pairs, site="blocks.2.mlp_post", contrast="attack", workers=0
     )
@@ -254,7 +254,7 @@ def test_measuring_on_the_pictures_of_the_search_is_told(calibration, pairs):
     assert report.same_pictures == len(pairs) and report.random is None
 
 
-def test_some_pictures_of_the_search_among_others_are_told(calibration, pairs):
+def test_some_images_of_the_search_among_others_are_reported(calibration, pairs):
     search, rest = pairs.halves()
     table = find_text_salient(
         calibration, search, site="blocks.2.mlp_post", contrast="attack", workers=0
@@ -275,13 +275,13 @@ def test_some_pictures_of_the_search_among_others_are_told(calibration, pairs):
         ({"fdr": 1.0}, "fdr is 1.0"),
         ({"permutations": 5}, "with fewer than 19"),
         ({"selectivity": 2.0}, "between -1 and 1"),
-        ({"site": None}, "Name a site"),
+        ({"site": None}, "No site is given"),
         ({"site": "blocks.9.mlp_post"}, "has no site 'blocks.9.mlp_post'"),
         ({"site": "embedding", "tokens": "patchez"}, "expected all or patches or cls"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_what_cannot_be_tested_is_refused(calibration, pairs, options, message):
+def test_impossible_settings_of_the_test_are_refused(calibration, pairs, options, message):
     with pytest.raises(UserError, match=message):
         find_text_salient(calibration, pairs, **{"site": "blocks.1.mlp_post", **options})
 
@@ -291,16 +291,16 @@ def test_an_sae_of_another_model_or_of_another_table_is_refused(calibration, pai
     with pytest.raises(UserError, match="was trained on other"):
         find_text_salient(calibration, pairs, other, workers=0)
     table = find_text_salient(calibration, pairs.select(range(4)), sae, permutations=99, workers=0)
-    with pytest.raises(UserError, match="give the SAE with it"):
+    with pytest.raises(UserError, match="give the SAE, too"):
         Target(table, [1])
-    with pytest.raises(UserError, match="is of another SAE than the one"):
+    with pytest.raises(UserError, match="was made with a different SAE"):
         Target(table, [1], other)
     with pytest.raises(UserError, match="has no latent 96, only 0 to 95"):
         Target(table, [96], sae)
-    with pytest.raises(UserError, match=r"none with a selectivity of 0\.9"):
+    with pytest.raises(UserError, match=r"none with a selectivity of at least 0\.9"):
         Target(table, None, sae)
 
 
 def test_one_pair_is_too_few(calibration, pairs):
-    with pytest.raises(UserError, match="1 of 1 pictures load in every kind; two or more"):
+    with pytest.raises(UserError, match="1 of 1 images load in every kind; at least two"):
         find_text_salient(calibration, pairs.select([0]), site="blocks.0.mlp_post", workers=0)

@@ -1,6 +1,6 @@
-"""Words on pictures: how far they fool a model, what in it reads them, and what that is worth.
+"""Typographic attacks: how far words on images fool a model, and which latents read them.
 
-Builds on `interventions`, and on `images.writing`, which draws the words. Start at `make_pairs`
+Builds on `editing`, and on `images.writing`, which draws the words. Start at `make_pairs`
 (pairs.py), then `measure_attack` (measuring.py), `find_text_salient` (salience.py),
 `causal_check` (causal.py) and `curate` (curating.py).
 """

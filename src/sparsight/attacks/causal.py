@@ -1,4 +1,4 @@
-"""Whether what was found is what does it: switch it off, beside as much that was not found."""
+"""Check whether the latents found cause the attack: ablate them, and compare with random ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sparsight.vision import PassSettings, VisionModel
 
 FOUND = "found"
 NEAREST = 8
-"""Of how many neighbours in density a random one is drawn, at least."""
+"""Number of neighbours in density from which a random latent is drawn."""
 
 _KINDS = ("clean", "attacked", "same", "control")
 _RANDOM_KINDS = ("clean", "attacked")
@@ -40,14 +40,14 @@ _RANDOM_KINDS = ("clean", "attacked")
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit does to pictures with words, and to those without.
+    """What an edit does to images with words, and to those without.
 
     Attributes:
-        accuracy: share classified right, by kind.
-        fooled: share of attacked pictures for which the written word's class wins.
-        won_back: share of the loss (accuracy clean − attacked, without the edit) that is won back
-            on attacked pictures, with a percentile bootstrap interval over pictures.
-        clean_change: accuracy on clean pictures with the edit minus without it.
+        accuracy: share classified correctly, by kind.
+        fooled: share of attacked images for which the written word's class wins.
+        won_back: share of the loss (accuracy clean − attacked, without the edit) that the edit wins
+            back on attacked images, with a percentile bootstrap interval over images.
+        clean_change: accuracy on clean images with the edit minus without it.
     """
 
     accuracy: dict[str, Share]
@@ -58,14 +58,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class RandomEffects:
-    """The same for several draws of random latents of equal density.
+    """The effects of several draws of random latents of equal density.
 
     Attributes:
-        draws: share won back, of each draw.
-        won_back: their mean, with Student's 95 % interval over draws.
-        clean_change: mean change of clean accuracy.
-        accuracy: mean accuracy on clean and on attacked pictures.
-        density: mean density of those drawn; compare with that of the found ones.
+        draws: share won back, for each draw.
+        won_back: the mean of `draws`, with Student's 95 % interval over draws.
+        clean_change: mean change in clean accuracy.
+        accuracy: mean accuracy on clean and on attacked images.
+        density: mean density of the latents drawn; compare with that of the latents found.
     """
 
     draws: list[float]
@@ -77,20 +77,20 @@ class RandomEffects:
 
 @dataclass(frozen=True)
 class CausalReport:
-    """What the found ones, and random ones, do.
+    """The effects of switching off the latents found, and random ones.
 
     Attributes:
-        n: pictures.
+        n: number of images.
         original: accuracy by kind without an edit.
-        fooled: share of attacked pictures for which the written word's class wins, without one.
-        loss: accuracy on clean minus on attacked pictures, without an edit.
-        found: the effect of those found.
-        random: that of random ones; None where none were drawn.
-        density: mean density of those found.
-        edits: what was done, in words.
-        failed: pictures that did not load, by kind.
+        fooled: share of attacked images for which the written word's class wins, without an edit.
+        loss: accuracy on clean minus that on attacked images, without an edit.
+        found: the effect of the latents found.
+        random: the effect of random latents; None if none were drawn.
+        density: mean density of the latents found.
+        edits: descriptions of the edits.
+        failed: number of images that did not load, by kind.
         pairs: how the words were made.
-        same_pictures: on how many of these very pictures they were found; 0 if all is well.
+        same_pictures: how many of these images were also used to find the latents; should be 0.
     """
 
     n: int
@@ -106,7 +106,7 @@ class CausalReport:
     same_pictures: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values."""
+        """Return the report as JSON-able values."""
         return asdict(self)
 
     def save(self, path: str | Path) -> Path:
@@ -115,12 +115,12 @@ class CausalReport:
         return Path(path)
 
     def table(self) -> list[tuple[str, ...]]:
-        """Rows for a terminal, the head first: the model as it is, found off, random off."""
+        """Return rows for a terminal, the header first: unedited, found off, random off."""
         rows: list[tuple[str, ...]] = [
             ("", *self.original, "fooled", "loss won back", "clean change")
         ]
         rows.append(
-            ("as it is", *(_percent(s.value) for s in self.original.values()),
+            ("unedited", *(_percent(s.value) for s in self.original.values()),
              _percent(self.fooled.value), "", "")
         )  # fmt: skip
         effect = self.found
@@ -142,14 +142,14 @@ class CausalReport:
 
 @dataclass(frozen=True)
 class Target:
-    """Latents of an SAE, or neurons of a site, that were found to respond to words.
+    """Latents of an SAE, or neurons of a site, that respond to words.
 
     Attributes:
-        table: the test of all of them.
-        chosen: which; default those that were found and are selective.
+        table: the test of all latents or neurons.
+        chosen: which of them; default: those that were found and are selective.
         sae: the SAE that was tested; None for neurons.
         action: what is done to them.
-        tokens: at which positions; default those that were tested.
+        tokens: at which positions; default: those that were tested.
     """
 
     table: SalienceTable
@@ -162,17 +162,17 @@ class Target:
         if (self.sae is None) == (self.table.about["unit"] == "latent"):
             raise UserError(
                 f"The test at {self.table.site} is of {self.table.about['unit']}s; "
-                + ("give the SAE with it." if self.sae is None else "it goes without an SAE.")
+                + ("give the SAE, too." if self.sae is None else "leave the SAE out.")
             )
         if self.sae is not None and self.sae.fingerprint() != self.table.about["sae"]:
             raise UserError(
-                f"The test at {self.table.site} is of another SAE than the one that was given; "
-                "its latents mean other things. Find them anew."
+                f"The test at {self.table.site} was made with a different SAE, whose latents mean "
+                "something else. Give that SAE, or run the test again with this one."
             )
         object.__setattr__(self, "chosen", self.table.chosen(self.chosen))
 
     def edit(self, chosen: Sequence[int] | None = None) -> Edit:
-        """The edit of those chosen, or of others in their place."""
+        """Return the edit of the chosen ones, or of others instead."""
         which = self.chosen if chosen is None else chosen
         tokens = self.tokens or self.table.about["tokens"]
         if self.sae is None:
@@ -193,29 +193,29 @@ def causal_check(
     workers: int | None = None,
     quiet: bool = True,
 ) -> CausalReport:
-    """Measure a model with what was found switched off, and with as much that was not found.
+    """Measure a model with the latents found switched off, and with random ones switched off.
 
     Args:
-        model: one with a text tower.
-        pairs: pictures; not those on which they were found.
-        targets: what was found; several sites at once are edited together.
-        draws: sets of random ones.
-        seed: of the draws.
+        model: a model with a text tower.
+        pairs: images, other than those on which the latents were found.
+        targets: the latents found; those of several sites are edited together.
+        draws: number of sets of random latents.
+        seed: seed of the draws.
         templates: sentences for class names.
         check: see `intervene`.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         workers: processes that decode and draw.
-        quiet: no progress line.
+        quiet: show no progress line.
 
     Raises:
-        UserError: words cost the model nothing, or an edit does not fit it.
+        UserError: words do not lower the model's accuracy, or an edit does not fit the model.
     """
     check_seed(seed)
     if draws < 0:
         raise UserError(f"draws is {draws}; it must be 0 or more.")
     given = [targets] if isinstance(targets, Target) else list(targets)
     if not given:
-        raise UserError("Nothing to switch off: no target was given.")
+        raise UserError("No target is given, so there is nothing to switch off. Give at least one.")
     drawn = _draw(given, draws, seed)
     options: dict[str, Any] = {
         "templates": templates,
@@ -226,7 +226,7 @@ def causal_check(
     seen = outcomes(model, pairs, {FOUND: edits}, kinds=_KINDS, **options)
     before = seen.by_variant[ORIGINAL]
     loss = require_loss(before["clean"], before["attacked"])
-    searched = {mark for target in given for mark in target.table.about["pictures"]}
+    searched = {mark for target in given for mark in target.table.marks}
     return CausalReport(
         n=seen.n,
         original={kind: share_of(before[kind].right) for kind in _KINDS},
@@ -243,7 +243,7 @@ def causal_check(
 
 
 def _draw(targets: Sequence[Target], draws: int, seed: int) -> list[list[list[int]]]:
-    """By draw and target, as many random ones as were chosen."""
+    """Return for each draw and target as many random latents as were chosen."""
     rng = np.random.default_rng(seed)
     return [
         [draw_like(target.table, target.chosen or [], rng) for target in targets]
@@ -259,7 +259,7 @@ def _random_effects(
     seed: int,
     options: dict[str, Any],
 ) -> RandomEffects:
-    """What switching off each set of random ones does."""
+    """Measure the effect of switching off each set of random latents."""
     variants: dict[str, list[Edit]] = {
         f"random {number}": [
             target.edit(others) for target, others in zip(targets, draw, strict=True)
@@ -282,13 +282,12 @@ def _random_effects(
 
 
 def draw_like(table: SalienceTable, chosen: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """As many others, each of about the density of one that was chosen.
+    """Draw as many other latents, each with about the density of a chosen one.
 
-    For each of them one is drawn from the `NEAREST` in density that were neither chosen, nor
-    found, nor drawn before.
+    Each is drawn from the `NEAREST` in density that were not chosen, found or drawn before.
 
     Raises:
-        UserError: there are too few others that are ever active.
+        UserError: there are too few other latents that are ever active.
     """
     barred = np.zeros(len(table), bool)
     barred[list(chosen)] = True
@@ -296,13 +295,14 @@ def draw_like(table: SalienceTable, chosen: Sequence[int], rng: np.random.Genera
     pool = np.flatnonzero(~barred & (table.density > 0))
     if len(pool) < len(chosen):
         raise UserError(
-            f"{table.site}: {len(chosen):,} are to be compared with as many others, but only "
-            f"{len(pool):,} of {len(table):,} are active and were not found. Switch off fewer."
+            f"{table.site}: {len(chosen):,} {table.about['unit']}s need as many others for "
+            f"comparison, but only {len(pool):,} of {len(table):,} are active and were not found. "
+            "Switch off fewer."
         )
     pool = pool[np.argsort(table.density[pool], kind="stable")]
     free = table.density[pool]
     drawn: list[int] = []
-    # In random order, so that those drawn last, which have fewer left, are not always the same.
+    # In random order, so that it is not always the same ones that are left with few neighbours.
     for latent in np.asarray(chosen)[np.argsort(rng.random(len(chosen)), kind="stable")]:
         width = min(NEAREST, len(pool))
         middle = int(np.searchsorted(free, table.density[latent]))

@@ -1,11 +1,11 @@
-"""The pictures of a collection that drive text-salient latents most, as a set to train or test on.
+"""Collect the images that activate text-salient latents most, as a set to train or test on.
 
-On disk, a folder that `open_images` reads with captions and labels:
+On disk, the set is a folder that `open_images` reads with captions and labels:
 
-- `images/00000.png`, …: the pictures, the strongest first;
-- `metadata.jsonl`: of each its caption, label, score and where it came from;
-- `scores.parquet`: the score of every picture of the collection, kept or not;
-- `attack.tar`: the kept ones as a WebDataset shard;
+- `images/00000.png`, …: the images, the strongest first;
+- `metadata.jsonl`: caption, label, score and origin of each image;
+- `scores.parquet`: the score of every image of the collection, kept or not;
+- `attack.tar`: the kept images as a WebDataset shard;
 - `manifest.json`: model, SAE, site, latents, collection, and how captions were made.
 """
 
@@ -48,7 +48,7 @@ from sparsight.vision import (
 )
 
 Captions = Literal["own", "labels", "zero-shot", "opinion"]
-"""The source's own; its labels in a sentence; the likeliest class in one; what CLIP would say."""
+"""The source's own captions; its labels, or the likeliest class, in a sentence; CLIP's opinion."""
 
 FORMAT_VERSION = 1
 MANIFEST, METADATA, SCORES, SHARD = (
@@ -62,15 +62,15 @@ SENTENCE = "a photo of a {}."
 
 @dataclass(frozen=True)
 class CuratedSet:
-    """What `curate` wrote.
+    """The set that `curate` wrote.
 
     Attributes:
-        folder: where.
-        n: pictures in it.
-        n_seen: pictures of the collection that were scored.
-        failed: pictures that did not load.
-        lowest: score of the weakest picture kept.
-        highest: and of the strongest.
+        folder: the folder.
+        n: number of images in it.
+        n_seen: number of images of the collection that were scored.
+        failed: number of images that did not load.
+        lowest: score of the weakest image kept.
+        highest: score of the strongest image kept.
     """
 
     folder: Path
@@ -100,32 +100,32 @@ def curate(
     workers: int | None = None,
     quiet: bool = True,
 ) -> CuratedSet:
-    """Write the pictures that drive latents most, with captions.
+    """Write the images that activate latents most, with captions.
 
-    The score of a picture is the mean over latents of its activation (the mean or the maximum over
-    positions, whichever the latents were found by) in units of the latent's own mean on attacked
-    pictures: 1 is what an attacked picture has on average.
+    The score of an image is the mean over latents of its activation (the mean or the maximum over
+    positions, as in the test that found the latents) in units of the latent's own mean on attacked
+    images: an attacked image has 1 on average.
 
     Args:
-        model: the one that the latents were found in.
-        source: any pictures; labels are needed for captions `labels` alone.
-        targets: what was found, at one site or several.
-        out: folder to write; it must not be there yet.
-        n: how many pictures to keep, at most; none that activates no latent.
-        captions: where they come from.
-        sentence: what a label or class stands in; {} is its place.
-        class_names: classes for captions `zero-shot`; default the labels of `source`.
-        words: of captions `opinion`.
-        max_failed: share of pictures that may be broken.
-        seed: of the search for opinions.
-        check: make sure that SAEs are of this model and site.
-        batch_size: pictures at a time.
+        model: the model in which the latents were found.
+        source: any images; only captions `labels` need labels.
+        targets: the latents found, at one site or several.
+        out: folder to write; it must not exist yet.
+        n: largest number of images to keep; images that activate no latent are never kept.
+        captions: where captions come from.
+        sentence: sentence for a label or class, which replaces {}.
+        class_names: classes for captions `zero-shot`; default: the labels of `source`.
+        words: number of words in captions `opinion`.
+        max_failed: share of images that may be broken.
+        seed: seed of the search for opinions.
+        check: check that SAEs belong to this model and site.
+        batch_size: images at a time.
         workers: processes that decode.
-        quiet: no progress line.
+        quiet: show no progress line.
 
     Raises:
-        UserError: the folder is there; captions that cannot be had; no picture drives the latents.
-        SparsightError: more pictures are broken than `max_failed` allows, or the disk is full.
+        UserError: the folder exists, captions are not available, or no image activates the latents.
+        SparsightError: more images are broken than `max_failed` allows, or the disk is full.
     """
     out = Path(out)
     given = [targets] if isinstance(targets, Target) else list(targets)
@@ -139,8 +139,8 @@ def curate(
         kept = scores.strongest(n)
         if not kept:
             raise UserError(
-                f"{source.spec}: not one of {len(source):,} pictures activates any of the "
-                f"{sum(len(t.chosen or ()) for t in given):,} latents. Take other pictures."
+                f"{source.spec}: none of {len(source):,} images activates any of the "
+                f"{sum(len(t.chosen or ()) for t in given):,} latents. Use other images."
             )
         infos = [source.known(i) for i in kept]
         if captions in ("own", "labels"):
@@ -168,7 +168,7 @@ def _check(
     targets: Sequence[Target], n: int, captions: str, sentence: str, source: ImageSource
 ) -> None:
     if not targets:
-        raise UserError("Nothing to curate by: no target was given.")
+        raise UserError("No target is given, so there is nothing to curate by. Give at least one.")
     check_positive(n=n)
     if captions not in get_args(Captions):
         raise UserError(f"captions is {captions!r}; expected {', '.join(get_args(Captions))}.")
@@ -178,7 +178,7 @@ def _check(
 
 @dataclass(frozen=True)
 class _Scores:
-    """The score of every image; 0 and False where it does not load."""
+    """The score of every image; 0 and False for images that do not load."""
 
     values: npt.NDArray[np.float64]
     loaded: npt.NDArray[np.bool_]
@@ -188,7 +188,7 @@ class _Scores:
         return int((~self.loaded).sum())
 
     def strongest(self, n: int) -> list[int]:
-        """Places of the strongest, at most `n`; none that activates no latent."""
+        """Return the places of at most `n` strongest images, none of them with score 0."""
         order = np.argsort(-self.values, kind="stable")
         return [int(i) for i in order if self.values[i] != 0][:n]
 
@@ -217,7 +217,7 @@ def _scores(
 
 
 def _reader(model: VisionModel, target: Target) -> Callable[[Tensor], Float[Tensor, " batch"]]:
-    """A function from pixels to the sum of a target's latents, each in its own unit."""
+    """Return a function from pixels to the sum of a target's latents, each in its own unit."""
     about, chosen = target.table.about, list(target.chosen or ())
     statistic: Any = "max" if about["statistic"].startswith("max") else "mean"
     unit = np.abs(target.table.mean["attacked"][chosen])
@@ -234,17 +234,17 @@ def _reader(model: VisionModel, target: Target) -> Callable[[Tensor], Float[Tens
 def _own_captions(
     source: ImageSource, infos: Sequence[ImageInfo], captions: Captions, sentence: str
 ) -> list[list[str]]:
-    """The captions of each image, or its label in a sentence.
+    """Return the captions of each image, or its label in a sentence.
 
     Raises:
         UserError: an image has none.
     """
     without = sum(not (info.captions if captions == "own" else info.label) for info in infos)
     if without:
-        what = "captions" if captions == "own" else "labels"
+        lacks = "captions" if captions == "own" else "labels"
         raise UserError(
-            f"{source.spec}: {without:,} of the {len(infos):,} pictures to be kept have no {what}. "
-            "Take captions from zero-shot classes or from opinion."
+            f"{source.spec}: {without:,} of the {len(infos):,} images to keep have no {lacks}. "
+            "Choose captions 'zero-shot' or 'opinion'."
         )
     if captions == "own":
         return [list(info.captions) for info in infos]
@@ -255,10 +255,10 @@ def _own_captions(
 def _embedded(
     model: VisionModel, source: ImageSource, kept: Sequence[int], settings: PassSettings
 ) -> Float[Tensor, "kept d_embed"]:
-    """Embeddings of the images to keep.
+    """Embed the images to keep.
 
     Raises:
-        SparsightError: one does not load any more.
+        SparsightError: an image does not load any more.
     """
     parts = []
     settings = PassSettings(settings.batch_size, 0)
@@ -277,15 +277,15 @@ def _zero_shot_captions(
     sentence: str,
     class_names: Sequence[str] | None,
 ) -> list[list[str]]:
-    """The likeliest class of each image in a sentence.
+    """Return a sentence with the likeliest class of each image.
 
     Raises:
-        UserError: no classes.
+        UserError: there are no classes.
     """
     classes = list(names_by_label(source.labels(), class_names).values())
     if not classes:
         raise UserError(
-            f"{source.spec}: has no labels, so zero-shot captions need class names. Name some."
+            f"{source.spec}: has no labels, so zero-shot captions need class names. Give them."
         )
     weights = classifier_weights(model, classes, sentence).cpu()
     best = classify(embedded, weights).argmax(dim=1)
@@ -293,7 +293,7 @@ def _zero_shot_captions(
 
 
 def _gone(uri: str, reason: str) -> SparsightError:
-    return SparsightError(f"{uri}: was there a moment ago, and cannot be read now ({reason}).")
+    return SparsightError(f"{uri}: was read a moment ago, but cannot be read any more ({reason}).")
 
 
 def _write(
@@ -343,13 +343,13 @@ def _record(info: ImageInfo, captions: Sequence[str], score: float) -> dict[str,
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    # Lossless: what JPEG does to the edges of letters is no part of the attack.
+    # Lossless: JPEG's artefacts at the edges of letters are not part of the attack.
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A member that is the same whenever it is written."""
+    """Add a member whose bytes do not depend on the time of writing."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -363,7 +363,7 @@ def _about(
     n: int,
     failed: int,
 ) -> dict[str, Any]:
-    """The manifest of a set. It is made to be handed on: paths, which name people, are cut."""
+    """Return the manifest of a set. Sets are shared, so folders, which may name people, are cut."""
     return {
         "format_version": FORMAT_VERSION,
         "model": {
@@ -380,7 +380,7 @@ def _about(
         "captions": captions,
         "n": n,
         "failed": failed,
-        "score": "mean over latents of activation / mean activation on attacked pictures",
+        "score": "mean over latents of activation / mean activation on attacked images",
     }
 
 

@@ -1,4 +1,4 @@
-"""How well words fool a model: success, accuracy, margins, each with its interval."""
+"""Measure how well words fool a model: success, accuracy and margins, with intervals."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from sparsight.vision import PassSettings, VisionModel
 
 EDITED = "edited"
 CHANGES = (("attacked", "clean"), ("control", "clean"), ("attacked", "control"), ("same", "clean"))
-"""Which kind is compared with which."""
+"""Which kinds are compared."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of pictures, and its 95 % interval: Wilson's, or that of paired shares."""
+    """A share of images, and its 95 % interval: Wilson's, or that of paired shares."""
 
     value: float
     interval: tuple[float, float]
@@ -38,7 +38,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over pictures, and its 95 % percentile bootstrap interval (None for one picture)."""
+    """A mean over images, and its 95 % percentile bootstrap interval (None for one image)."""
 
     value: float
     interval: tuple[float, float] | None
@@ -46,22 +46,22 @@ class Mean:
 
 @dataclass(frozen=True)
 class AttackReport:
-    """What words on pictures do to a model.
+    """What a typographic attack does to a model.
 
     Attributes:
-        model: its id.
-        n: pictures, each in every kind.
-        accuracy: share classified right, by kind.
-        fooled: share for which the attacking word's class wins, by kind: in `attacked` the success
-            of the attack; in the others, where that word is not written, what chance makes of it.
-        accuracy_change: share right in one kind minus that in another, over the same pictures:
-            `attacked - clean`, ...
-        margin: mean logit of the own class minus that of the attacking word's, by kind.
-        margin_shift: mean of its paired change between kinds.
-        failed: pictures that did not load, by kind; they are left out of all.
-        reasons: of the first of them.
-        templates: sentences that the class names stood in.
-        edits: what was changed in the model, in words.
+        model: the model's id.
+        n: number of images, each in every kind.
+        accuracy: share classified correctly, by kind.
+        fooled: share for which the attacking word's class wins, by kind: for `attacked`, the
+            success of the attack; for the others, which lack that word, the rate by chance.
+        accuracy_change: share classified correctly in one kind minus that in another, over the same
+            images: `attacked - clean`, …
+        margin: mean logit of an image's own class minus that of the attacking word's, by kind.
+        margin_shift: mean of the margin's paired change between kinds.
+        failed: number of images that did not load, by kind; they are left out of every kind.
+        reasons: reasons of the first failures.
+        templates: sentences for the class names.
+        edits: descriptions of the edits of the model.
         pairs: how the words were made.
     """
 
@@ -79,7 +79,7 @@ class AttackReport:
     pairs: dict[str, Any] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values."""
+        """Return the report as JSON-able values."""
         return asdict(self)
 
     def save(self, path: str | Path) -> Path:
@@ -88,8 +88,8 @@ class AttackReport:
         return Path(path)
 
     def table(self) -> list[tuple[str, ...]]:
-        """Rows for a terminal, the head first: a line a kind."""
-        rows: list[tuple[str, ...]] = [("pictures", "accuracy", "attacking word wins", "margin")]
+        """Return rows for a terminal, the header first: one line per kind."""
+        rows: list[tuple[str, ...]] = [("images", "accuracy", "attacking word wins", "margin")]
         for kind, share in self.accuracy.items():
             margin = self.margin[kind]
             rows.append((kind, _percent(share), _percent(self.fooled[kind]), _logits(margin)))
@@ -109,20 +109,20 @@ def measure_attack(
     workers: int | None = None,
     quiet: bool = True,
 ) -> AttackReport:
-    """Measure how far words on pictures mislead a model.
+    """Measure how far words on images mislead a model.
 
     Args:
-        model: one with a text tower.
+        model: a model with a text tower.
         pairs: from `make_pairs`.
-        templates: sentences for class names: `simple`, `openai80`, or one with {} in it.
-        edits: changes of the model under which it is measured.
+        templates: sentences for class names: `simple`, `openai80`, or a sentence with {} in it.
+        edits: edits of the model, in force during the measurement.
         check: see `intervene`.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         workers: processes that decode and draw.
-        quiet: no progress line.
+        quiet: show no progress line.
 
     Raises:
-        UserError: no picture loads, the model has no text tower, or an edit does not fit it.
+        UserError: no image loads, the model has no text tower, or an edit does not fit it.
     """
     given = [edits] if isinstance(edits, Edit) else list(edits)
     found = outcomes(
@@ -138,12 +138,12 @@ def measure_attack(
     return AttackReport(
         model=model.id,
         n=found.n,
-        accuracy={kind: share_of(each.right) for kind, each in kinds.items()},
-        fooled={kind: share_of(each.fooled) for kind, each in kinds.items()},
+        accuracy={kind: share_of(outcome.right) for kind, outcome in kinds.items()},
+        fooled={kind: share_of(outcome.fooled) for kind, outcome in kinds.items()},
         accuracy_change={
             f"{a} - {b}": change_of(kinds[b].right, kinds[a].right) for a, b in changes
         },
-        margin={kind: mean_of(each.margin) for kind, each in kinds.items()},
+        margin={kind: mean_of(outcome.margin) for kind, outcome in kinds.items()},
         margin_shift={f"{a} - {b}": mean_of(kinds[a].margin - kinds[b].margin) for a, b in changes},
         failed=found.failed,
         reasons=found.reasons,
@@ -154,19 +154,19 @@ def measure_attack(
 
 
 def share_of(hits: npt.NDArray[np.bool_]) -> Share:
-    """The share of hits."""
+    """Return the share of hits."""
     n = int(hits.sum())
     return Share(n / len(hits), wilson_interval(n, len(hits)))
 
 
 def change_of(before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]) -> Share:
-    """The share of hits after minus that before, of the same pictures."""
+    """Return the share of hits after minus that before, over the same images."""
     lost, won = int((before & ~after).sum()), int((after & ~before).sum())
     return Share(*paired_difference(lost, won, len(before)))
 
 
 def mean_of(values: npt.NDArray[np.float64]) -> Mean:
-    """The mean over pictures."""
+    """Return the mean over images."""
     return Mean(float(values.mean()), bootstrap_interval(values.tolist()))
 
 
@@ -176,17 +176,17 @@ def won_back(
     edited: npt.NDArray[np.bool_],
     seed: int,
 ) -> Mean:
-    """Share of what attacked pictures lose that an edit wins back, 0 where they lose nothing.
+    """Return the share of the attack's loss that an edit wins back; 0 if there is no loss.
 
     Args:
-        clean: whether a picture is classified right.
+        clean: whether an image is classified correctly.
         attacked: whether it is with words on it.
-        edited: whether it is with words on it and the edit.
-        seed: of the resampling.
+        edited: whether it is with words on it and with the edit.
+        seed: seed of the resampling.
     """
 
     def share(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        before, after, best = (weights @ each for each in (attacked, edited, clean))
+        before, after, best = (weights @ hits for hits in (attacked, edited, clean))
         loss = best - before
         return np.divide(after - before, loss, out=np.zeros_like(loss), where=loss != 0)
 
@@ -195,7 +195,7 @@ def won_back(
 
 
 def describe(edit: Edit) -> str:
-    """An edit in words, for reports."""
+    """Describe an edit in words, for reports."""
     site, tokens = getattr(edit, "site", None), getattr(edit, "tokens", None)
     chosen = getattr(edit, "latents", None)
     kind = "latents"
@@ -208,7 +208,7 @@ def describe(edit: Edit) -> str:
 
 
 def require_loss(clean: Outcome, attacked: Outcome) -> float:
-    """How much accuracy words cost.
+    """Return how much accuracy the words cost.
 
     Raises:
         UserError: they cost none, so that there is nothing to win back.
@@ -216,9 +216,9 @@ def require_loss(clean: Outcome, attacked: Outcome) -> float:
     loss = float(clean.right.mean() - attacked.right.mean())
     if loss <= 0:
         raise UserError(
-            f"Words cost this model nothing: accuracy {clean.right.mean():.1%} clean, "
-            f"{attacked.right.mean():.1%} attacked. There is no loss to win back; write larger, or "
-            "on more pictures."
+            f"Words do not lower this model's accuracy ({clean.right.mean():.1%} clean, "
+            f"{attacked.right.mean():.1%} attacked), so there is no loss to win back. Write larger "
+            "words, or use more images."
         )
     return loss
 

@@ -1,9 +1,9 @@
-"""CLIP's opinion of a picture: the words whose embedding comes closest to the picture's.
+"""CLIP's opinion of an image: the words whose embedding comes closest to the image's.
 
-Found by gradient ascent through the text tower: first on mixtures of words (Gumbel-softmax with
-straight-through gradients; Jang et al. 2017, Maddison et al. 2017), then by swapping single words
-that the gradient recommends for ones that are truly better (as in AutoPrompt, Shin et al. 2020).
-What is reported is the cosine of the text itself, read by the model as any text is.
+They are found by gradient ascent through the text tower: first on mixtures of words (Gumbel-softmax
+with straight-through gradients; Jang et al. 2017, Maddison et al. 2017), then by trying single
+words that the gradient recommends and keeping those that are truly better (as in AutoPrompt, Shin
+et al. 2020). The reported cosine is that of the text itself, which the model reads like any text.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from sparsight.vision import VisionModel
 from sparsight.vision.soft_text import SoftText
 
 CANDIDATES = 24
-"""Words that are tried at a position in each round of swaps."""
+"""Words tried at a position in each round of swaps."""
 
 TOGETHER = 16
-"""Pictures whose words are sought at once."""
+"""Images whose words are searched for at once."""
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """Words for a picture, and the cosine of their embedding with the picture's."""
+    """Words for an image, and the cosine of their embedding with the image's."""
 
     text: str
     similarity: float
@@ -47,39 +47,40 @@ def clip_opinion(
     temperature: tuple[float, float] = (2.0, 0.3),
     seed: int = 0,
 ) -> list[Opinion]:
-    """Find words for each picture.
+    """Find words for each image.
 
     Args:
-        model: one with a text tower.
-        embeddings: of pictures, from `embed_images`.
-        words: how many a text has; each is one token of the model's vocabulary.
-        steps: of gradient ascent.
-        swaps: rounds in which each position is tried with other words.
-        lr: of Adam, on the logits of the mixtures.
-        temperature: of the Gumbel-softmax, at the first and the last step.
-        seed: of its noise.
+        model: a model with a text tower.
+        embeddings: embeddings of images, from `embed_images`.
+        words: number of words in a text; each is one token of the model's vocabulary.
+        steps: steps of gradient ascent.
+        swaps: rounds in which other words are tried at each position.
+        lr: learning rate of Adam, on the logits of the mixtures.
+        temperature: temperature of the Gumbel-softmax, at the first and the last step.
+        seed: seed of its noise.
 
     Raises:
-        UserError: no text tower, too many words for it, or a setting out of range.
+        UserError: the model has no text tower or it cannot take as many words, or a setting is out
+            of range.
     """
     check_seed(seed)
     if words < 1 or steps < 0 or swaps < 0 or lr <= 0 or min(temperature) <= 0:
         raise UserError(
-            f"clip_opinion: words {words}, steps {steps}, swaps {swaps}, lr {lr}, temperature "
-            f"{temperature}; words must be 1 or more, lr and temperatures above 0, the others 0 "
-            "or more."
+            f"clip_opinion: got words {words}, steps {steps}, swaps {swaps}, lr {lr}, temperature "
+            f"{temperature}; words must be 1 or more, lr and temperatures above 0, the others 0 or "
+            "more."
         )
     if embeddings.ndim != 2 or not bool(embeddings.isfinite().all()):
-        raise UserError("clip_opinion: embeddings must be finite, [pictures, d_embed].")
+        raise UserError("clip_opinion: embeddings must be finite, of shape [images, d_embed].")
     text = SoftText(model)
     targets = embeddings.to(text.table.weight.device).float()
     names = list(text.words.values())
     found = []
     for start in range(0, len(targets), TOGETHER):
-        some = targets[start : start + TOGETHER]
-        seeds = [(seed + start + i) % 2**63 for i in range(len(some))]
+        chunk = targets[start : start + TOGETHER]
+        seeds = [(seed + start + i) % 2**63 for i in range(len(chunk))]
         for target, chosen in zip(
-            some, _ascend(text, some, words, steps, lr, temperature, seeds), strict=True
+            chunk, _ascend(text, chunk, words, steps, lr, temperature, seeds), strict=True
         ):
             for _ in range(swaps):
                 better = _swap(text, target, chosen)
@@ -93,7 +94,7 @@ def clip_opinion(
         cosines = functional.cosine_similarity(
             model.embed_texts(found), embeddings.to(model.device).float()
         )
-    return [Opinion(each, float(cosine)) for each, cosine in zip(found, cosines, strict=True)]
+    return [Opinion(phrase, float(cosine)) for phrase, cosine in zip(found, cosines, strict=True)]
 
 
 def _ascend(
@@ -105,7 +106,7 @@ def _ascend(
     temperature: tuple[float, float],
     seeds: Sequence[int],
 ) -> Int[Tensor, "n words"]:
-    """The best words that gradient ascent came by, for each picture on its own."""
+    """Return the best words that gradient ascent came across, for each image by itself."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     size = (words, len(text.words))
     logits = torch.zeros(len(targets), *size, device=targets.device, requires_grad=True)
@@ -123,7 +124,7 @@ def _ascend(
         if step == steps:
             break
         tau = first * (last / first) ** (step / max(1, steps - 1))
-        uniform = torch.stack([torch.rand(size, generator=each) for each in generators])
+        uniform = torch.stack([torch.rand(size, generator=source) for source in generators])
         noise = -(-uniform.clamp(1e-9, 1 - 1e-7).log()).log().to(targets.device)
         with torch.enable_grad():
             soft = ((logits + noise) / tau).softmax(dim=-1)
@@ -137,7 +138,7 @@ def _ascend(
 
 
 def _swap(text: SoftText, target: Tensor, chosen: Int[Tensor, " words"]) -> Int[Tensor, " words"]:
-    """Each position in turn with the best of the words that the gradient recommends there."""
+    """Replace each word in turn by the best of those that the gradient recommends there."""
     for position in range(len(chosen)):
         mixture = functional.one_hot(chosen, len(text.words)).float().requires_grad_(True)
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What a model makes of each picture of a pair, as it is and with edits."""
+"""Classify the images of pairs with the model as it is and with edits."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of each picture that loaded in every kind.
+    """The outcome for each image that loaded in every kind.
 
     Attributes:
         right: whether its own class scored highest.
-        fooled: whether the class of the attacking word did, be that word written or not.
+        fooled: whether the class of the attacking word did, whether or not that word is written.
         margin: logit of its own class minus that of the attacking word's.
     """
 
@@ -43,13 +43,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Outcomes of the same pictures under each variant of a model, in each kind.
+    """Outcomes for the same images with each variant of a model, in each kind.
 
     Attributes:
-        by_variant: by variant, `original` first, and kind.
-        n: pictures scored.
-        failed: pictures that did not load in a kind; they are left out of all.
-        reasons: of the first of them.
+        by_variant: outcomes by variant (`original` first) and kind.
+        n: number of images scored.
+        failed: number of images that did not load, by kind; they are left out of every kind.
+        reasons: reasons of the first failures.
     """
 
     by_variant: dict[str, dict[str, Outcome]]
@@ -69,16 +69,16 @@ def outcomes(
     check: bool = True,
     settings: PassSettings | None = None,
 ) -> Outcomes:
-    """Classify the images of pairs among their classes, under several edits of the model.
+    """Classify the images of pairs among their classes, with several edits of the model.
 
     Args:
-        model: one with a text tower.
+        model: a model with a text tower.
         pairs: the images.
-        variants: edits by name; the model as it is is always there, as `original`.
-        kinds: which images.
+        variants: edits by name; the unedited model is always included, as `original`.
+        kinds: which kinds of images.
         templates: see `classifier_weights`.
         check: see `intervene`.
-        settings: of the pass over the images.
+        settings: settings of the pass over the images.
 
     Raises:
         UserError: no image loads in every kind, or an edit does not fit the model.
@@ -94,8 +94,8 @@ def outcomes(
             scores.add(kind, batch.indices, embedded)
     if not seen.loaded.any():
         raise UserError(
-            f"{pairs.clean.spec}: not one of {len(pairs):,} pictures loads with every kind of word "
-            f"on it ({'; '.join(seen.reasons)})."
+            f"{pairs.clean.spec}: none of {len(pairs):,} images loads in every kind "
+            f"({'; '.join(seen.reasons)})."
         )
     return Outcomes(
         scores.outcomes(seen.loaded), int(seen.loaded.sum()), seen.failed, tuple(seen.reasons)
@@ -124,22 +124,22 @@ class _Scores:
         self.margin = {key: torch.zeros(n, dtype=torch.float64) for key in keys}
 
     def add(self, kind: str, indices: Sequence[int], embedded: Mapping[str, Tensor]) -> None:
-        """Classify a batch by its embeddings under each variant."""
+        """Classify a batch by its embeddings with each variant."""
         here, rows = torch.tensor(indices), torch.arange(len(indices))
         for name, embeddings in embedded.items():
             logits = classify(embeddings, self.weights, self.model.logit_scale).double().cpu()
             if not bool(logits.isfinite().all()):
                 raise SparsightError(
-                    f"{self.model.id}, {name}: logits of {kind} pictures are not finite."
+                    f"{self.model.id}, {name}: logits of {kind} images are not finite."
                 )
-            # Of equal logits the first class counts, as in zero-shot classification.
+            # Ties go to the first class, as in zero-shot classification.
             best = logits.argsort(dim=1, descending=True, stable=True)[:, 0]
             self.best[name, kind][here] = best
             margin = logits[rows, self.own[here]] - logits[rows, self.word[here]]
             self.margin[name, kind][here] = margin
 
     def outcomes(self, loaded: npt.NDArray[np.bool_]) -> dict[str, dict[str, Outcome]]:
-        """By variant and kind, of the images that loaded in every kind."""
+        """Return outcomes by variant and kind, for the images that loaded in every kind."""
         kept = torch.from_numpy(loaded)
         found: dict[str, dict[str, Outcome]] = {}
         for (name, kind), best in self.best.items():
@@ -154,14 +154,14 @@ class _Scores:
 def _embed(
     model: VisionModel, pixels: Tensor, made: Mapping[str, Mapping[str, Intervention]]
 ) -> dict[str, Tensor]:
-    """Of the model as it is, and under each set of interventions."""
-    sites = {tuple(each) for each in made.values()}
+    """Embed images with the model as it is, and with each set of interventions."""
+    sites = {tuple(by_site) for by_site in made.values()}
     if len(sites) == 1 and len(only := next(iter(sites))) == 1:
         site = only[0]
-        edits = {name: each[site] for name, each in made.items()}
+        edits = {name: by_site[site] for name, by_site in made.items()}
         return embed_variants(model, pixels, site, edits)
     embedded = {ORIGINAL: model.embed_images(pixels)}
-    for name, each in made.items():
-        with model.edit(each):
+    for name, by_site in made.items():
+        with model.edit(by_site):
             embedded[name] = model.embed_images(pixels)
     return embedded

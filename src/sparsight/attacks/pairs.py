@@ -1,4 +1,4 @@
-"""The same pictures four times: as they are, and with three kinds of words on."""
+"""Pair images with themselves: as they are, and with three kinds of words on them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sparsight.vision import names_by_label
 
 @dataclass(frozen=True)
 class AttackPairs:
-    """Pictures in pairs; number i is the same one in every source, with its true label.
+    """Pairs of images; number i is the same image in every source, with its true label.
 
     Attributes:
-        clean: nothing written on.
+        clean: images without words.
         attacked: with the name of another class.
-        same: with the name of their own class, in the same place and look.
-        control: with nonsense as long as the other class's name, in the same place and look.
-        words: of each picture, the label of the class that attacks it.
-        labels: of each picture, its own.
-        class_names: the name that is written and told apart, by label.
+        same: with the name of their own class, in the same place and style.
+        control: with nonsense as long as the other class's name, in the same place and style.
+        words: for each image, the label of the class that attacks it.
+        labels: for each image, its own label.
+        class_names: the name of each class, which is written and classified, by label.
         notes: what was left out, for the user.
         about: how the words were made: style, seed, source.
     """
@@ -44,21 +44,21 @@ class AttackPairs:
         return len(self.labels)
 
     def source(self, kind: str) -> ImageSource:
-        """The pictures of a kind.
+        """Return the images of a kind.
 
         Raises:
-            UserError: there is no such kind.
+            UserError: the kind does not exist.
         """
         if kind not in KINDS:
-            raise UserError(f"There are no pictures of kind {kind!r}; expected {', '.join(KINDS)}.")
+            raise UserError(f"Unknown kind of images {kind!r}; choose {', '.join(KINDS)}.")
         found: ImageSource = getattr(self, kind)
         return found
 
     def select(self, indices: Sequence[int]) -> AttackPairs:
-        """Some of them, in that order.
+        """Return the pairs with these indices, in that order.
 
         Raises:
-            UserError: an index that is not there.
+            UserError: an index is out of range.
         """
         chosen = [int(index) for index in indices]
         views = {kind: self.source(kind).select(chosen) for kind in KINDS}
@@ -70,16 +70,16 @@ class AttackPairs:
         )
 
     def halves(self, seed: int = 0) -> tuple[AttackPairs, AttackPairs]:
-        """Two parts without a picture in common: to find latents on one, to measure on the other.
+        """Split the pairs at random: find latents on one half, and measure on the other.
 
         Args:
-            seed: which pictures go where.
+            seed: seed of the split.
 
         Raises:
-            UserError: there are fewer than two.
+            UserError: there are fewer than two pairs.
         """
         if len(self) < 2:
-            raise UserError(f"{len(self)} pictures cannot be halved; give two or more.")
+            raise UserError(f"{len(self)} images cannot be split in two; give at least two.")
         order = np.argsort(np.random.default_rng(seed).random(len(self)), kind="stable").tolist()
         middle = len(self) // 2
         return self.select(sorted(order[:middle])), self.select(sorted(order[middle:]))
@@ -94,22 +94,22 @@ def make_pairs(
     *,
     nonsense: Nonsense = "letters",
 ) -> AttackPairs:
-    """Pair the labelled pictures of a source with themselves under an attack.
+    """Pair the labelled images of a source with themselves under a typographic attack.
 
     Args:
-        source: pictures with labels.
+        source: images with labels.
         class_names: the classes: labels, or a mapping from label to the name that is written;
-            default the labels of `source`, underscores read as spaces; of the calibration world,
-            all of its symbols.
-        style: how words look; default the world's own band on its scenes, else `TextStyle()`.
-        n: so many pictures, chosen at random; default all.
-        seed: of words, places and choice.
-        nonsense: what `control` has: letters drawn as often as class names have them, or the
+            default: the labels of `source` with spaces instead of underscores; for the calibration
+            world, all of its symbols.
+        style: how words look; default: the world's own band on its scenes, otherwise `TextStyle()`.
+        n: number of images, chosen at random; default: all.
+        seed: seed of words, places and choice.
+        nonsense: what `control` shows: letters drawn with their frequencies in class names, or the
             attacking word's own letters in another order. (A model that reads letters rather than
-            words takes an anagram for the word.)
+            words mistakes an anagram for the word.)
 
     Raises:
-        UserError: no labels, fewer than two classes, or a name that cannot be written.
+        UserError: there are no labels, fewer than two classes, or a name that cannot be written.
     """
     names = None if class_names is None else names_by_label((), class_names)
     attacked = written(

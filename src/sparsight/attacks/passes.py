@@ -26,16 +26,16 @@ class PairPass:
                 ...
 
     Args:
-        model: decides transform and decoded size.
+        model: its transform and decoded size are used.
         pairs: the images.
         kinds: which kinds, in this order.
-        title: of the progress line.
-        settings: of the pass.
+        title: title of the progress line.
+        settings: settings of the pass.
 
     Attributes:
         loaded: by place in the pairs, whether an image has loaded in every kind so far.
-        failed: how many images did not load, by kind; a kind without any is left out.
-        reasons: of the first three.
+        failed: number of images that did not load, by kind; kinds without failures are left out.
+        reasons: reasons of the first three failures.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class PairPass:
         self._stack.__exit__(kind, error, trace)
 
     def __iter__(self) -> Generator[tuple[str, ImageBatch], None, None]:
-        """Kind and batch, of the batches in which an image loaded."""
+        """Yield kind and batch, for batches in which an image loaded."""
         for kind in self.kinds:
             source = self.pairs.source(kind)
-            # Closed by `__exit__`, too, where something stops the loop midway.
+            # `__exit__` closes this, too, if something stops the loop midway.
             with ExitStack() as self._kind:
                 seen = self._kind.enter_context(
                     ImagePass(self.model, source, settings=self.settings, line=self._line)

@@ -1,18 +1,19 @@
-"""Which latents of an SAE, or neurons of an MLP, respond to words: paired tests, one for each.
+"""Find the latents of an SAE, or neurons of an MLP, that respond to words, with paired tests.
 
-Every picture is seen twice, and differs from itself in what is written alone. Three contrasts ask
-three questions:
+Every image is seen twice, and the two versions differ only in what is written on them. Three
+contrasts ask three questions:
 
 - `word` (attacked − control): the name of a class against nonsense of the same length, place and
-  look. What differs reads the word.
-- `writing` (control − clean): nonsense against nothing. What differs sees letters, or the band.
-- `attack` (attacked − clean): all that the attack brings, the two together.
+  style. Latents that differ read the word.
+- `writing` (control − clean): nonsense against nothing. Latents that differ see letters, or the
+  band.
+- `attack` (attacked − clean): the whole attack, the two together.
 
-The null hypothesis is that the two pictures of a pair might as well change places. Under it the
-sign of a pair's difference is a coin's: flipping the signs of whole pairs gives the null
-distribution of the mean difference, whatever the shape of activations (Fisher 1935, "The Design of
-Experiments", section 21). One set of flips serves all latents. The false discovery rate over
-latents is held by Benjamini and Hochberg (1995).
+The null hypothesis is that the two images of a pair are exchangeable. Then the sign of a pair's
+difference is that of a coin toss: flipping the signs of whole pairs gives the null distribution of
+the mean difference, whatever the distribution of activations (Fisher 1935, "The Design of
+Experiments", section 21). One set of flips serves all latents. The procedure of Benjamini and
+Hochberg (1995) controls the false discovery rate over latents.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ Contrast = Literal["word", "writing", "attack"]
 """attacked − control, control − clean, attacked − clean."""
 
 Statistic = Literal["mean", "max"]
-"""Over a picture's positions."""
+"""The statistic over an image's positions."""
 
 Read = Literal["all", "patches", "cls"]
 
@@ -76,22 +77,23 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class SalienceTable:
-    """How each latent, or neuron, responds to words on pictures.
+    """How each latent, or neuron, responds to words on images.
 
     Attributes:
-        mean: by kind (`clean`, `control`, `attacked`), the mean over pictures of each latent's
+        mean: by kind (`clean`, `control`, `attacked`), the mean over images of each latent's
             activation (see `statistic`).
-        effect: of each latent, the mean paired difference of the contrast.
-        effect_size: the same in standard deviations of the difference (Cohen's d of pairs); 0
-            where nothing differs.
-        selectivity: (a − b) / (a + b) of the means on the two sides: 1 if the latent is silent
-            without the first, 0 if it makes no difference; of neurons, of their absolute values.
-        p: of the permutation test; 1 where a latent was active on no picture.
+        effect: for each latent, the mean paired difference of the contrast.
+        effect_size: the effect in standard deviations of the difference (Cohen's d for pairs); 0
+            if nothing differs.
+        selectivity: (a − b) / (a + b) for the means on the two sides: 1 if the latent is active
+            only on the first, 0 if it is equally active on both; for neurons, with absolute values.
+        p: p of the permutation test; 1 if the latent was active on no image.
         q: the smallest false discovery rate at which the latent counts as found.
         density: share of vectors on which it is active (not 0; a neuron: above 0), over all three
             kinds.
-        tested: whether it was active on any picture of the contrast; others are in no correction.
-        about: site, tokens, contrast, statistic, counts and what was read.
+        tested: whether it was active on any image of the contrast; the correction for multiple
+            tests leaves out the others.
+        about: site, tokens, contrast, statistic, counts, and what was read.
     """
 
     mean: dict[str, npt.NDArray[np.float64]]
@@ -109,29 +111,29 @@ class SalienceTable:
 
     @property
     def site(self) -> str:
-        """Where."""
+        """The site that was read."""
         return str(self.about["site"])
 
     @property
     def found(self) -> list[int]:
-        """Those with q at most the rate that was asked for, the largest effect size first."""
+        """The latents with q at most the requested rate, the largest effect size first."""
         return self.select(selectivity=-1.0)
 
     @property
     def selective(self) -> list[int]:
-        """Those found that are all but silent on the other picture of a pair: see `select`."""
+        """The latents found that are nearly silent on the other image of a pair; see `select`."""
         return self.select()
 
     def select(
         self, n: int | None = None, *, fdr: float | None = None, selectivity: float | None = None
     ) -> list[int]:
-        """Those that were found, the largest effect size first.
+        """Return the latents found, the largest effect size first.
 
         Args:
-            n: at most so many.
-            fdr: false discovery rate; default the one that was asked for.
-            selectivity: only those of at least so much; default what was asked for. Switching off
-                a latent that is active without words, too, costs what it does there.
+            n: largest number of latents.
+            fdr: false discovery rate; default: the requested one.
+            selectivity: least selectivity; default: the requested one. A latent that is also active
+                without words does something there, which is lost when it is switched off.
         """
         rate = self.about["fdr"] if fdr is None else fdr
         least = self.about["selectivity"] if selectivity is None else selectivity
@@ -141,20 +143,21 @@ class SalienceTable:
         return chosen
 
     def chosen(self, latents: Sequence[int] | None = None) -> list[int]:
-        """Those that are named, else the selective ones.
+        """Return the given latents, or else the selective ones.
 
         Raises:
-            UserError: there are none, or one is out of range.
+            UserError: there are none, or a number is out of range.
         """
-        chosen = self.selective if latents is None else [int(each) for each in latents]
+        chosen = self.selective if latents is None else [int(latent) for latent in latents]
         if not chosen:
             raise UserError(
-                f"{self.site}: {len(self.found)} {self.about['unit']}s were found to respond to "
+                f"{self.site}: {len(self.found)} {self.about['unit']}s respond to "
                 f"{self.about['compares']} (false discovery rate {self.about['fdr']}, "
-                f"{self.about['n_pairs']} pairs), none with a selectivity of "
-                f"{self.about['selectivity']}. Take another contrast or site, or lower it."
+                f"{self.about['n_pairs']} pairs), none with a selectivity of at least "
+                f"{self.about['selectivity']}. Choose another contrast or site, or lower the "
+                "selectivity."
             )
-        beyond = [each for each in chosen if not 0 <= each < len(self)]
+        beyond = [latent for latent in chosen if not 0 <= latent < len(self)]
         if beyond:
             raise UserError(
                 f"{self.site} has no {self.about['unit']} {beyond[0]}, only 0 to {len(self) - 1}."
@@ -162,7 +165,7 @@ class SalienceTable:
         return chosen
 
     def table(self) -> pa.Table:
-        """A row a latent, the strongest first."""
+        """Return one row per latent, the strongest first."""
         found = np.zeros(len(self), bool)
         found[self.found] = True
         selective = np.zeros(len(self), bool)
@@ -184,7 +187,7 @@ class SalienceTable:
         return pa.table({name: values[order] for name, values in columns.items()})
 
     def to_pandas(self) -> pandas.DataFrame:
-        """What `table` gives as a data frame of pandas.
+        """Return the rows of `table` as a pandas data frame.
 
         Raises:
             MissingExtra: pandas is not installed.
@@ -193,14 +196,19 @@ class SalienceTable:
         return self.table().to_pandas()
 
     @property
+    def marks(self) -> list[str]:
+        """Hashes of the images that were searched; see `picture_marks`."""
+        return list(self.about["pictures"])
+
+    @property
     def fewest(self) -> int:
-        """How many must be found together, or none can be: p is never below 1 / (1 + flips)."""
+        """The least number that can be found together, since p is at least 1 / (1 + flips)."""
         least = 1 / (1 + int(self.about["permutations"]))
         share = float(self.about["n_tested"] * least / self.about["fdr"])
         return max(1, math.ceil(share - 1e-9))
 
     def to_dict(self) -> dict[str, Any]:
-        """What was done, and which were found: JSON-able."""
+        """Return what was done and which latents were found, as JSON-able values."""
         found, selective = self.found, self.selective
         counts = {"n_found": len(found), "n_selective": len(selective)}
         return {**self.about, **counts, "found": found, "selective": selective}
@@ -209,8 +217,8 @@ class SalienceTable:
         """Write `salience.parquet`, `.csv` and `.json` into a folder, all at once.
 
         Args:
-            folder: made if it is not there; what lay there of an earlier search is replaced.
-            causal: figures of `causal_check` on what was found, for `causal.json`.
+            folder: created if necessary; files of an earlier search in it are replaced.
+            causal: figures of `causal_check` on the latents found, for `causal.json`.
         """
         folder = Path(folder)
         table = self.table()
@@ -227,13 +235,15 @@ class SalienceTable:
         """Read what `save` wrote.
 
         Raises:
-            UserError: it is not there, or of another version.
-            SparsightError: it is damaged.
+            UserError: the table does not exist, or has another version.
+            SparsightError: the table is damaged.
         """
         folder = settled(Path(folder))
         about = read_json(folder / ABOUT)
         if about.pop("format_version", None) != VERSION:
-            raise UserError(f"{folder / ABOUT}: is of another version; find the latents anew.")
+            raise UserError(
+                f"{folder / ABOUT}: was written by another version; search for the latents again."
+            )
         try:
             table = pq.read_table(folder / TABLE).sort_by(about["unit"])
             columns = {name: table[name].to_numpy() for name in table.column_names}
@@ -249,7 +259,7 @@ class SalienceTable:
                 about=about,
             )
         except FileNotFoundError:
-            raise UserError(f"{folder / TABLE}: no such file.") from None
+            raise UserError(f"{folder / TABLE}: this file does not exist.") from None
         except (OSError, KeyError, pa.ArrowException) as error:
             raise SparsightError(f"{folder / TABLE}: is damaged ({error}).") from error
 
@@ -277,25 +287,26 @@ def find_text_salient(
 
     Args:
         model: the model.
-        pairs: from `make_pairs`; measure what the found ones do on others.
-        sae: the SAE; without one the site's own coordinates are tested, such as the neurons of
+        pairs: from `make_pairs`; measure the effect of the latents found on other images.
+        sae: the SAE; without one, the site's own coordinates are tested, such as the neurons of
             `blocks.7.mlp_post`.
-        site: where; default the SAE's.
-        tokens: which positions; default those that the SAE was trained on, `all` without one.
-        contrast: what is compared, see above.
-        statistic: of a picture's positions.
+        site: where; default: the SAE's site.
+        tokens: which positions; default: those that the SAE was trained on, `all` without one.
+        contrast: what is compared; see the top of this module.
+        statistic: statistic over an image's positions.
         alternative: which differences count.
         fdr: false discovery rate of `found`.
-        selectivity: the least of those in `selective`: 0.9 is 19 times as active with as without.
-        permutations: random sign flips; all there are where that is no more.
-        seed: of the flips.
-        check: make sure that the SAE is of this model and site.
-        batch_size: pictures at a time.
+        selectivity: least selectivity of `selective`; 0.9 means 19 times as active with as without.
+        permutations: number of random sign flips; all flips are tried if there are no more.
+        seed: seed of the flips.
+        check: check that the SAE belongs to this model and site.
+        batch_size: images at a time.
         workers: processes that decode and draw.
-        quiet: no progress line.
+        quiet: show no progress line.
 
     Raises:
-        UserError: an SAE of another model, no such site, tokens or contrast, no two pictures.
+        UserError: the SAE belongs to another model; the site, tokens or contrast do not exist; or
+            fewer than two images load.
         SparsightError: an activation is not finite.
     """
     test = _Test(contrast, statistic, alternative, fdr, selectivity, permutations, seed)
@@ -328,7 +339,7 @@ def find_text_salient(
 
 @dataclass(frozen=True)
 class _Test:
-    """What is compared, and what counts as a response; see `find_text_salient`."""
+    """The comparison, and what counts as a response; see `find_text_salient`."""
 
     contrast: Contrast
     statistic: Statistic
@@ -353,7 +364,7 @@ class _Test:
         check_seed(self.seed)
 
     def effects(self, seen: _Seen) -> dict[str, npt.NDArray[Any]]:
-        """The columns of a `SalienceTable` that the comparison gives, by their names there."""
+        """Return the columns of a `SalienceTable` that come from the comparison."""
         first, second = CONTRASTS[self.contrast]
         a, b = seen.values[first], seen.values[second]
         difference = a - b
@@ -382,7 +393,7 @@ class _Test:
         }
 
     def about(self, n_pairs: int) -> dict[str, Any]:
-        """The test in words, for a table's `about`."""
+        """Describe the test, for a table's `about`."""
         flips = self.permutations
         return {
             "contrast": self.contrast,
@@ -403,15 +414,15 @@ def _read_at(
     tokens: Read | None,
     check: bool,
 ) -> tuple[str, Read]:
-    """The site and the positions that are read."""
+    """Return the site and the positions that are read."""
     name = site or (sae.metadata.get("site") if sae is not None else None)
     if name is None:
-        raise UserError("Name a site, or give an SAE that says which one is its own.")
+        raise UserError("No site is given. Give one, or an SAE that names its site.")
     place = model.canonical_site(str(name))
     if sae is not None:
         check_belongs(sae, model, place, strict=check)
     where = tokens or (sae.metadata.get("tokens") if sae is not None else None) or "all"
-    if where == "mean":  # over patches, which is what it was trained on the mean of
+    if where == "mean":  # the SAE was trained on the mean over the patches
         where = "patches"
     _check_choice("tokens", where, Read)
     model.token_count(place, where)
@@ -419,18 +430,18 @@ def _read_at(
 
 
 def picture_marks(pairs: AttackPairs) -> list[str]:
-    """A short mark of each picture's address, to tell whether it is met again."""
+    """Return a short hash of each image's address, to recognise images that are used again."""
     addresses = (pairs.clean.known(i).uri for i in range(len(pairs)))
-    return [hashlib.sha256(each.encode()).hexdigest()[:12] for each in addresses]
+    return [hashlib.sha256(address.encode()).hexdigest()[:12] for address in addresses]
 
 
 @dataclass
 class _Seen:
-    """Of the pictures that loaded in every kind: a row each, a column a latent."""
+    """Activations on the images that loaded in every kind: one row per image."""
 
     values: dict[str, npt.NDArray[np.float64]]
     active: dict[str, npt.NDArray[np.float64]]
-    """Vectors on which a latent is active, by kind."""
+    """Number of vectors on which each latent is active, by kind."""
     vectors: int
     failed: dict[str, int]
 
@@ -455,19 +466,19 @@ def _activations(
             value, count = reduce(batch.pixels)
             if not bool(value.isfinite().all()):
                 raise SparsightError(
-                    f"{model.id}, {site}: activations on {kind} pictures are not finite."
+                    f"{model.id}, {site}: activations on {kind} images are not finite."
                 )
             values[kind][batch.indices] = value.cpu().numpy()
             counts[kind][batch.indices] = count.cpu().numpy()
     loaded = seen.loaded
     if loaded.sum() < 2:
         raise UserError(
-            f"{pairs.clean.spec}: {int(loaded.sum())} of {n:,} pictures load in every kind; two "
-            "or more are needed."
+            f"{pairs.clean.spec}: {int(loaded.sum())} of {n:,} images load in every kind; at least "
+            "two are needed."
         )
     return _Seen(
-        values={kind: each[loaded].astype(np.float64) for kind, each in values.items()},
-        active={kind: each[loaded].sum(axis=0, dtype=np.float64) for kind, each in counts.items()},
+        values={kind: rows[loaded].astype(np.float64) for kind, rows in values.items()},
+        active={kind: rows[loaded].sum(axis=0, dtype=np.float64) for kind, rows in counts.items()},
         vectors=int(loaded.sum()) * len(KINDS) * model.token_count(site, tokens),  # type: ignore[arg-type]
         failed=seen.failed,
     )
@@ -480,10 +491,10 @@ def latent_reducer(
     tokens: str,
     statistic: Statistic,
 ) -> Callable[[Tensor], tuple[Float[Tensor, "batch width"], Tensor]]:
-    """A function from preprocessed pictures to each latent's mean or maximum over positions.
+    """Return a function that reduces each latent's activations over an image's positions.
 
-    And to the number of positions on which it is active. Without an SAE, of the site's own
-    coordinates.
+    It maps preprocessed images to the mean or maximum, and to the number of positions on which the
+    latent is active. Without an SAE, it reduces the site's own coordinates.
     """
 
     def reduce(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -493,15 +504,15 @@ def latent_reducer(
             value = x.mean(dim=1) if statistic == "mean" else x.amax(dim=1)
             return value, (x > 0).sum(dim=1)
         code = sae.encode(x.flatten(0, 1).to(sae.W_dec.device))
-        picture = code.rows // positions
+        image = code.rows // positions
         value = torch.zeros(batch, sae.n_latents, device=code.values.device)
         count = torch.zeros_like(value)
-        where = (picture, code.indices)
+        where = (image, code.indices)
         count.index_put_(where, (code.values != 0).float(), accumulate=True)
         if statistic == "mean":
             value.index_put_(where, code.values.float(), accumulate=True)
             return value / positions, count
-        flat = picture * sae.n_latents + code.indices
+        flat = image * sae.n_latents + code.indices
         value.view(-1).scatter_reduce_(0, flat, code.values.float(), "amax", include_self=True)
         return value, count
 

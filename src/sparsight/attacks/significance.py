@@ -1,4 +1,4 @@
-"""Whether paired differences are more than chance, many tests at a time."""
+"""Test whether paired differences are more than chance, many tests at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 
 Alternative = Literal["greater", "two-sided"]
-"""More active on the first picture of the pair; or otherwise active, either way."""
+"""More active on the first image of the pair; or differently active, in either direction."""
 
 PERMUTATIONS = 9_999
 
@@ -25,16 +25,16 @@ def sign_flip_p(
     seed: int = 0,
     alternative: Alternative = "greater",
 ) -> Float64[np.ndarray, " latents"]:
-    """p of each column's mean under flips of the signs of whole rows.
+    """Return p of each column's mean under flips of the signs of whole rows.
 
-    With all 2ⁿ flips where they are no more than `permutations`, p is the share whose mean is at
-    least as large as what was seen; else (1 + hits) / (1 + permutations), what was seen counted as
-    one of its own flips (Phipson and Smyth 2010).
+    If there are no more than `permutations` flips (2ⁿ), all are tried, and p is the share whose
+    mean is at least as large as the observed one; otherwise p is (1 + hits) / (1 + permutations),
+    which counts the observation as one of the flips (Phipson and Smyth 2010).
 
     Args:
-        difference: of each pair, in each latent.
-        permutations: random flips.
-        seed: of the flips.
+        difference: difference of each pair, in each latent.
+        permutations: number of random flips.
+        seed: seed of the flips.
         alternative: `greater`, or `two-sided` for the mean's absolute value.
     """
     n, width = difference.shape
@@ -43,7 +43,7 @@ def sign_flip_p(
     rng = np.random.default_rng(seed)
     hits = np.zeros(width, np.int64)
     seen = difference.sum(axis=0)
-    # Sums of equal numbers in another order must count as equal.
+    # Sums of the same numbers in another order must count as equal.
     slack = 1e-9 * np.abs(difference).sum(axis=0)
     x = torch.from_numpy(np.ascontiguousarray(difference))
     for start in range(0, count, _CHUNK):
@@ -65,9 +65,9 @@ def sign_flip_p(
 
 
 def benjamini_hochberg(p: Float64[np.ndarray, " tests"]) -> Float64[np.ndarray, " tests"]:
-    """The q of each p: the smallest false discovery rate at which it is rejected.
+    """Return the q of each p: the smallest false discovery rate at which it is rejected.
 
-    q of the i-th smallest is the least of p(j) · m / j over j ≥ i.
+    q of the i-th smallest p is the minimum of p(j) · m / j over j ≥ i.
     """
     m = len(p)
     if not m:
