@@ -1,4 +1,4 @@
-"""Edits in flight: exact, nested, differentiable, and gone afterwards."""
+"""Edits in a forward pass: exact, nested, differentiable, and removed afterwards."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_zeroing_attention_and_mlp_makes_a_block_do_nothing(model, pixels):
     assert torch.equal(read["blocks.1.resid_pre"], read["blocks.1.resid_post"])
 
 
-def test_inner_edits_get_what_outer_ones_made(model, pixels):
+def test_inner_edits_get_the_output_of_outer_ones(model, pixels):
     ours = model("vit")
     site = "blocks.0.resid_post"
     x = ours.read(pixels, site)[site]
@@ -117,7 +117,7 @@ def test_gradients_flow_through_edits_and_to_pixels(family, model, pixels):
     assert all(p.grad is None for p in ours.module.parameters())
 
 
-def test_an_edit_of_another_dtype_is_cast_to_the_models(model, pixels):
+def test_the_output_of_an_edit_is_cast_to_the_models_dtype(model, pixels):
     ours = model("clip")
     with ours.edit({"blocks.0.resid_post": lambda x: x.double()}):
         out = ours.embed_images(pixels)
@@ -132,7 +132,7 @@ def test_an_edit_of_another_dtype_is_cast_to_the_models(model, pixels):
         (lambda x: x.to("meta"), "on meta"),
     ],
 )
-def test_an_edit_that_returns_something_else_is_refused(edit, message, model, pixels):
+def test_an_edit_with_a_wrong_output_is_refused(edit, message, model, pixels):
     ours = model("clip")
     with pytest.raises(UserError, match=message), ours.edit({"blocks.-2.resid_post": edit}):
         ours.embed_images(pixels)

@@ -1,4 +1,4 @@
-"""On the real class of transformers; open_clip's stands in test_weights_open_clip.py."""
+"""GmP in the real class of transformers; for open_clip's see test_weights_open_clip.py."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_any_length_of_theta_gives_the_same_weight(wide):
     torch.testing.assert_close(layer.weight, before, rtol=1e-12, atol=0)
 
 
-def test_there_and_back_is_the_same_to_rounding(model):
+def test_there_and_back_is_the_same_up_to_rounding(model):
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     order = [name for name, _ in model.module.named_parameters()]
     assert to_plain(parametrize(model.module)) is model.module
@@ -175,7 +175,7 @@ def test_training_moves_lengths_and_directions_and_survives_copies_and_casts(mod
     assert isinstance(low.text_model.encoder.layers[1].mlp.fc2, GeometricLinear)
 
 
-def test_frozen_layers_stay_frozen_and_twice_is_once(model):
+def test_frozen_layers_stay_frozen_and_a_second_call_changes_nothing(model):
     split = parametrize(parametrize(model.module))
     layer = split.vision_model.encoder.layers[0].mlp.fc1
     assert not layer.r.requires_grad
@@ -193,12 +193,12 @@ def test_models_without_such_layers_are_refused():
     holder = nn.Module()
     holder.mlp = nn.Module()
     holder.mlp.c_fc = Odd(2, 2)
-    with pytest.raises(UserError, match=r"mlp\.c_fc is a Odd"):
+    with pytest.raises(UserError, match=r"mlp\.c_fc is of type Odd"):
         parametrize(holder)
 
 
 def test_half_weights_are_split_in_double_and_come_back_as_they_were(wide):
-    """Decomposed in half precision, as published, weights lose bits for good."""
+    """The published code splits in half precision, where weights lose bits for good."""
     half = copy.deepcopy(wide).half()
     layer = half.text_model.encoder.layers[1].mlp.fc1
     before = layer.weight.detach().clone()

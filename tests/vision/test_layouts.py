@@ -31,7 +31,7 @@ def test_there_and_back_keeps_every_bit(state):
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
-def test_query_key_and_value_lie_in_this_order(state):
+def test_query_key_and_value_are_stacked_in_this_order(state):
     joined = to_openai(state)["visual.transformer.resblocks.1.attn.in_proj_weight"]
     for i, name in enumerate("qkv"):
         part = state[f"vision_model.encoder.layers.1.self_attn.{name}_proj.weight"]
@@ -65,7 +65,7 @@ def test_half_of_a_pair_is_refused(state):
     openai = to_openai(state)
     key = "visual.transformer.resblocks.2.mlp.c_proj"
     openai[f"{key}.theta"] = openai.pop(f"{key}.weight")
-    with pytest.raises(UserError, match=r"c_proj\.theta is without its .*c_proj\.r"):
+    with pytest.raises(UserError, match=r"c_proj\.theta is there, but .*c_proj\.r is missing"):
         plain(openai)
     del openai[f"{key}.theta"]
     theirs = to_huggingface(openai)
@@ -74,10 +74,10 @@ def test_half_of_a_pair_is_refused(state):
         to_openai(theirs)
 
 
-def test_what_is_no_clip_is_refused_by_name():
-    with pytest.raises(UserError, match=r"'visual\.trunk\.norm\.weight' has no place"):
+def test_weights_that_no_clip_has_are_refused_by_name():
+    with pytest.raises(UserError, match=r"'visual\.trunk\.norm\.weight' does not belong"):
         to_huggingface({"visual.trunk.norm.weight": torch.zeros(3)})
-    with pytest.raises(UserError, match="no place in a CLIP of Hugging Face's layout"):
+    with pytest.raises(UserError, match="does not belong to a CLIP in Hugging Face's layout"):
         to_openai({"vision_model.head.probe": torch.zeros(3)})
 
 
@@ -88,7 +88,7 @@ def test_tables_that_do_not_fit_are_refused():
 
 
 def test_parts_in_half_precision_are_those_of_float64_rounded_once():
-    """Published: norms in float16, whose squares overflow or vanish."""
+    """The published code computes norms in float16, whose squares overflow or vanish."""
     weight = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)) * 60
     weight[1] *= 1e-6
     half = weight.half()

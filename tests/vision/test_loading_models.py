@@ -1,4 +1,4 @@
-"""What `load_model` takes, what it refuses, and what it says."""
+"""What `load_model` accepts, what it refuses, and with which messages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_model_knows_what_it_is(folder, model):
     assert ours.preprocessing["image_mean"] == [0.48145466, 0.4578275, 0.40821073]
 
 
-def test_the_calibration_clip_goes_the_way_of_every_folder(folder, monkeypatch):
+def test_the_calibration_clip_loads_like_any_folder(folder, monkeypatch):
     import sparsight.calibration
 
     monkeypatch.setattr(sparsight.calibration, "CLIP_FOLDER", folder("clip"))
@@ -70,7 +70,7 @@ def test_models_move_between_devices_and_stay_themselves(model):
     assert model("clip").to("cpu") is model("clip")
 
 
-def test_loading_says_nothing(folder, capfd):
+def test_loading_prints_nothing(folder, capfd):
     saved = str(folder("vit"))
     capfd.readouterr()
     load_model(saved, device="cpu")
@@ -111,7 +111,7 @@ def test_a_family_that_no_table_names_is_opened_too(tmp_path):
 
 
 def test_parts_that_do_not_add_up_to_the_stream_are_no_sites(tmp_path):
-    """BEiT scales attention and MLP by bare parameters: no module gives what is added."""
+    """BEiT scales attention and MLP by bare parameters: no module outputs what is added."""
     torch.manual_seed(0)
     config = BeitConfig(**tiny_models.TOWER, intermediate_size=64, layer_scale_init_value=0.3)
     BeitModel(config).save_pretrained(tmp_path)
@@ -123,7 +123,7 @@ def test_parts_that_do_not_add_up_to_the_stream_are_no_sites(tmp_path):
         ours.canonical_site("blocks.0.mlp_out")
 
 
-def test_a_wide_picture_has_a_wide_patch_grid(folder, tmp_path):
+def test_a_wide_image_has_a_wide_patch_grid(folder, tmp_path):
     shutil.copytree(folder("dinov2"), tmp_path / "wide")
     path = tmp_path / "wide" / "preprocessor_config.json"
     settings = json.loads(path.read_text())
@@ -165,7 +165,7 @@ def test_a_vit_b_32_reads_early_sites_for_less_than_late_ones(tmp_path):
 
 
 @pytest.mark.parametrize("id", ["./nowhere", "/no/such/folder", "some-owner/no-such-model"])
-def test_a_model_that_is_nowhere_is_told_with_what_was_tried(id):
+def test_the_message_for_a_missing_model_names_it(id):
     with pytest.raises(UserError, match=id.strip("./")):
         load_model(id)
 
@@ -180,7 +180,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
         load_model(str(tmp_path))
 
 
-def test_a_config_that_is_no_json_is_refused(tmp_path):
+def test_a_config_that_is_not_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: is missing, damaged or cut off"):
         load_model(str(tmp_path))
@@ -239,13 +239,13 @@ def plain_pickle(value, path):
 
 
 @pytest.mark.parametrize("write", [torch.save, plain_pickle])
-def test_weights_that_bring_code_are_refused_and_it_is_not_run(write, folder, tmp_path, capfd):
+def test_weights_with_code_are_refused_and_the_code_is_not_run(write, folder, tmp_path, capfd):
     shutil.copytree(folder("clip"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     made = tmp_path / "made"
     write({"logit_scale": Opens(made)}, tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(
-        SparsightError, match=r"Code in them is not run; use .* safetensors"
+        SparsightError, match=r"does not run code in weights; use safetensors"
     ) as told:
         load_model(str(tmp_path / "m"))
     assert not made.exists()
@@ -255,7 +255,7 @@ def test_weights_that_bring_code_are_refused_and_it_is_not_run(write, folder, tm
     assert made.exists()  # without care it would have been
 
 
-def test_pickled_weights_of_tensors_alone_are_read(folder, model, tmp_path):
+def test_pickled_weights_of_only_tensors_are_read(folder, model, tmp_path):
     from safetensors.torch import load_file
 
     shutil.copytree(folder("clip"), tmp_path / "m")
@@ -273,7 +273,7 @@ def test_missing_weights_of_the_tower_are_refused_by_name(folder, tmp_path):
     weights = load_file(path)
     lost = "vision_model.encoder.layers.1.mlp.fc1.bias"
     save_file({k: v for k, v in weights.items() if k != lost}, path, {"format": "pt"})
-    with pytest.raises(UserError, match=r"lack weights.*layers\.1\.mlp\.fc1\.bias"):
+    with pytest.raises(UserError, match=r"are missing from its files.*layers\.1\.mlp\.fc1\.bias"):
         load_model(str(tmp_path / "m"))
 
 
@@ -281,7 +281,7 @@ def test_weights_of_another_shape_are_refused_by_name(folder, tmp_path):
     shutil.copytree(folder("vit"), tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 128}))
-    with pytest.raises(UserError, match=r"another shape.*mlp|another shape.*dense"):
+    with pytest.raises(UserError, match=r"shape differs.*mlp|shape differs.*dense"):
         load_model(str(tmp_path / "m"))
 
 
@@ -319,7 +319,7 @@ def test_open_clip_that_is_not_installed_names_the_extra(monkeypatch):
     ("capabilities", "expected"),
     [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)],
 )
-def test_auto_takes_bfloat16_where_the_processor_multiplies_in_it(
+def test_auto_is_bfloat16_if_the_processor_multiplies_in_it(
     capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
@@ -329,7 +329,7 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_in_it(
     assert load_model("calibration", device="cpu", dtype="auto").dtype == torch.float32
 
 
-def test_jpegs_may_be_scaled_to_twice_what_the_preprocessing_resizes_to() -> None:
+def test_jpegs_may_be_scaled_to_twice_the_size_that_preprocessing_resizes_to() -> None:
     assert load_model("calibration", device="cpu").min_side is None
     model = load_model("calibration", device="cpu", scale_jpegs=True)
     assert model.min_side == model.preprocessing["jpeg_min_side"] == 128

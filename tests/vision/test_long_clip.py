@@ -1,4 +1,4 @@
-"""On the real class of transformers; open_clip's stands in test_weights_open_clip.py."""
+"""Long-CLIP in the real class of transformers; for open_clip's see test_weights_open_clip.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model():
 
 
 def test_the_table_is_stretched_as_published():
-    """Row by row, as the paper's code fills it for 77 positions."""
+    """Row by row, as the paper's code fills the table for 77 positions."""
     p = torch.randn(77, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q = torch.zeros(248, 8, dtype=torch.float64)
     q[:20] = p[:20]
@@ -53,7 +53,7 @@ def test_other_lengths_and_factors():
     assert torch.equal(stretched(p, kept=20, factor=1), p)
     assert factor_for(248, 77) == 4
     assert factor_for(68, 32) == 4
-    with pytest.raises(UserError, match=r"250 positions .* gives: 134, 191, 248"):
+    with pytest.raises(UserError, match=r"stretched to 250.* gives: 134, 191, 248"):
         factor_for(250, 77)
     with pytest.raises(UserError, match="16 positions, of which 20 are kept"):
         stretched(torch.zeros(16, 2))
@@ -122,7 +122,7 @@ def test_another_number_of_kept_positions_is_remembered(model, tmp_path):
 
 
 def test_trained_positions_are_parameters_and_only_they_move(model):
-    """Published: `positional_embedding_res` is in no parameter group, so it never moves."""
+    """In the published code `positional_embedding_res` is in no parameter group and never moves."""
     module = lengthen(model.module).requires_grad_(True).train()
     name = f"text_model.embeddings.position_embedding.{RES}"
     parameters = dict(module.named_parameters())
@@ -146,7 +146,7 @@ def test_trained_positions_are_parameters_and_only_they_move(model):
 
 
 def test_fine_tuning_has_the_trained_positions_in_a_group_of_their_part(model):
-    """Published: they are in none."""
+    """In the published code they are in none."""
     lengthen(model.module)
     trained = {each.name: each for each in set_trainable(model, Rates())}
     member = trained[f"text_model.embeddings.position_embedding.{RES}"]
@@ -185,11 +185,11 @@ def test_merging_leaves_a_plain_table(model):
     assert merge_positions(module) is module
     keep_positions(module, 30)
     assert torch.equal(table.weight, expected)
-    with pytest.raises(UserError, match="70 positions cannot be kept of 68"):
+    with pytest.raises(UserError, match="70 of 68 positions cannot be kept"):
         keep_positions(module, 70)
 
 
-def test_twice_longer_is_longer_still(model):
+def test_lengthening_twice_gives_a_longer_model(model):
     lengthen(model.module, factor=2)
     lengthen(model.module, factor=2)
     assert model.context_length == 20 + 2 * 24

@@ -1,4 +1,4 @@
-"""open_clip's models through the same door; needs the extra `open-clip`."""
+"""open_clip's models, loaded with `load_model`; needs the extra `open-clip`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def theirs(checkpoint):
 
 
 @torch.no_grad()
-def test_pictures_and_texts_embed_as_in_open_clip(ours, theirs, pixels):
+def test_images_and_texts_embed_as_in_open_clip(ours, theirs, pixels):
     assert torch.equal(ours.embed_images(pixels), theirs.encode_image(pixels))
     texts = ["a photo of a cat", "the sun"]
     tokens = open_clip.get_tokenizer("ViT-tiny-test")(texts)
@@ -80,18 +80,16 @@ def test_sites_are_the_streams_of_open_clip(ours, theirs, pixels):
 
 
 def test_the_transform_is_open_clips_own(ours, theirs):
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (75, 100, 3), dtype=np.uint8)
-    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 100, 3), dtype=np.uint8))
     settings = open_clip.get_model_preprocess_cfg(theirs)
     preprocess = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**settings), is_train=False
     )
-    assert torch.equal(pickle.loads(pickle.dumps(ours.transform))(picture), preprocess(picture))
+    assert torch.equal(pickle.loads(pickle.dumps(ours.transform))(image), preprocess(image))
     assert ours.preprocessing["library"] == "open_clip"
 
 
-def test_edits_work_and_leave(ours, pixels):
+def test_edits_take_effect_and_are_removed(ours, pixels):
     plain = ours.embed_images(pixels)
     with ours.edit(dict.fromkeys(ours.sites, torch.clone)):
         assert torch.equal(ours.embed_images(pixels), plain)
@@ -100,15 +98,15 @@ def test_edits_work_and_leave(ours, pixels):
     assert torch.equal(ours.embed_images(pixels), plain)
 
 
-def test_a_misspelt_name_is_told_its_neighbour():
+def test_a_misspelt_name_is_answered_with_a_similar_one():
     with pytest.raises(UserError, match=r"no model 'ViT-B-23'.*ViT-B-32"):
         load_model("open_clip:ViT-B-23/openai")
 
 
-def test_unknown_weights_are_refused_with_the_tags_there_are():
-    with pytest.raises(UserError, match=r"no weights 'laion'.*laion2b_s34b_b79k"):
+def test_unknown_weights_are_refused_with_the_known_tags():
+    with pytest.raises(UserError, match=r"'laion' is neither a tag.*laion2b_s34b_b79k"):
         load_model("open_clip:ViT-B-32/laion")
-    with pytest.raises(UserError, match="no weights ''"):
+    with pytest.raises(UserError, match="'' is neither a tag"):
         load_model("open_clip:ViT-B-32")
 
 
@@ -122,10 +120,10 @@ def test_damaged_weights_are_refused(checkpoint, tmp_path):
 def test_code_in_weights_is_not_run(checkpoint, tmp_path):
     path, made = tmp_path / "weights.pt", tmp_path / "made"
     torch.save({"logit_scale": Opens(made)}, path)
-    with pytest.raises(SparsightError, match="Code in them is not run") as told:
+    with pytest.raises(SparsightError, match="does not run code in weights") as caught:
         load_model(f"open_clip:ViT-tiny-test/{path}")
     assert not made.exists()
-    assert "weights_only" not in str(told.value)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_mixtures_of_words_run_through_the_text_tower(ours):

@@ -84,9 +84,9 @@ def test_the_same_weights_in_both_classes_give_the_same(pixels, tmp_path):
     expected = to_openai(ours.module.state_dict())
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], value) for key, value in expected.items())
-    pictures = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        model.encode_image(pictures), ours.embed_images(pictures), rtol=1e-5, atol=1e-5
+        model.encode_image(images), ours.embed_images(images), rtol=1e-5, atol=1e-5
     )
     tokenizer = open_clip.get_tokenizer(f"local-dir:{saved.path}")
     texts = ["a photo of a sun", "a red anchor"]
@@ -126,7 +126,7 @@ def test_the_loader_of_openais_files_reads_a_pt_file(tmp_path, pixels):
     state = torch.load(saved.path, weights_only=True)
     theirs = open_clip.model.build_model_from_openai_state_dict(state, cast_dtype=torch.float32)
     theirs.float()
-    # It rounds what it loads to float16.
+    # open_clip rounds weights to float16 on loading.
     torch.testing.assert_close(
         theirs.encode_image(pixels), model.embed_images(pixels), rtol=2e-2, atol=2e-2
     )
@@ -136,21 +136,21 @@ def test_the_loader_of_openais_files_reads_a_pt_file(tmp_path, pixels):
     )
 
 
-def test_what_clip_does_not_do_is_refused_by_name(theirs, tmp_path):
+def test_features_that_clip_lacks_are_refused_by_name(theirs, tmp_path):
     _, model = theirs
     odd = copy.copy(model)
     odd.module = copy.deepcopy(model.module)
     odd.module.visual.pool_type = "avg"
-    with pytest.raises(UserError, match="pictures pooled by 'avg'"):
+    with pytest.raises(UserError, match="images pooled by 'avg'"):
         save_model(odd, tmp_path / "x")
     odd.module = copy.deepcopy(model.module)
     odd.module.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
-    with pytest.raises(UserError, match="'extra' has no place"):
+    with pytest.raises(UserError, match="'extra' does not belong"):
         save_model(odd, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
-def test_long_texts_are_refused_when_they_are_not_to_be_cut(theirs):
+def test_long_texts_are_refused_without_truncation(theirs):
     _, model = theirs
     with pytest.raises(UserError, match=r"Text 1 of 1 .* it has 102 tokens, and 77 fit"):
         model.embed_texts(["cat " * 100], truncate=False)
@@ -158,9 +158,7 @@ def test_long_texts_are_refused_when_they_are_not_to_be_cut(theirs):
     assert model.tokenize(["cat"], truncate=False)["input_ids"].shape == (1, 77)
 
 
-def test_single_files_take_the_tokenizer_of_open_clip_where_the_hub_is_out_of_reach(
-    theirs, tmp_path
-):
+def test_single_files_use_the_tokenizer_of_open_clip_if_the_hub_is_out_of_reach(theirs, tmp_path):
     _, model = theirs
     path = save_model(model, tmp_path / "clip.safetensors", "openai")
     again = load_model(str(path), device="cpu")

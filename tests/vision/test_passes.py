@@ -59,13 +59,13 @@ def test_a_pass_gives_what_the_model_sees_and_counts_what_fails(clip, images, ca
     assert not capsys.readouterr().err
 
 
-def test_a_pass_takes_the_images_of_classes_alone(clip, images):
+def test_a_pass_with_classes_loads_only_their_images(clip, images):
     with ImagePass(clip, images, settings=HERE, classes={7: 1, 3: 0, 2: 4}) as seen:
         (batch,) = seen
     assert batch.indices == [2, 7] and seen.classes_of(batch).tolist() == [4, 1]
 
 
-def test_jpegs_are_decoded_at_the_size_that_the_model_was_told_to(folder, tmp_path):
+def test_jpegs_are_decoded_at_the_size_that_the_model_sets(folder, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.jpg")
     images = open_images(tmp_path)
@@ -79,14 +79,16 @@ def test_too_many_failures_stop_a_pass_and_name_the_first(clip, images):
     passing = ImagePass(clip, images, settings=HERE, max_failed=0.3)
     with pytest.raises(SparsightError, match=r"3 of 8 images could not be read.*: 3\.png: "):
         list(passing)
-    with pytest.raises(UserError, match=r"none of its 2 images could be read.*first: 4\.png: "):
+    with pytest.raises(
+        UserError, match=r"none of its 2 images could be read.*first failure: 4\.png: "
+    ):
         list(ImagePass(clip, images, settings=HERE, indices=[4, 5]))
     with pytest.raises(UserError, match="max_failed is 2"):
         ImagePass(clip, images, max_failed=2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_stops_a_loop_ends_its_pass(clip, images, workers):
+def test_an_exception_in_a_loop_ends_its_pass(clip, images, workers):
     kept: list[Iterator[object]] = []
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""Which patch a position shows is found out with marked images; what cannot be told is refused."""
+"""Marked images show which patch a position depends on; unclear layouts are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def prefix(stem: Callable[[Tensor], Tensor]) -> int:
     return count_prefix("m", stem, SHAPE, (SIDE, SIDE))
 
 
-def test_the_prefix_is_what_stands_before_patches_in_reading_order():
+def test_the_prefix_is_the_positions_before_patches_in_reading_order():
     assert prefix(Stem()) == 2
     assert prefix(Stem(padding=1)) == 2  # a convolution that mixes neighbours
     assert prefix(lambda pixels: Stem()(pixels)[:, 2:]) == 0
@@ -72,7 +72,7 @@ SWAPPED = torch.arange(N).index_put((torch.tensor([5, 6]),), torch.tensor([6, 5]
 @pytest.mark.parametrize(
     ("stem", "message"),
     [
-        (Stem(behind=3), r"3 of its 17 positions stand behind the patches"),
+        (Stem(behind=3), r"its 17 positions include 3 after the patches"),
         (Stem(SWAPPED), r"another order .*position 5 of them shows patch 6"),
         (Stem(WINDOWS), r"another order .*position 2 of them shows patch 4.*windows"),
         (Stem(torch.arange(0, N, 2)), r"only 6 of its 3 × 4 patches come to the first block"),
@@ -87,7 +87,7 @@ SWAPPED = torch.arange(N).index_put((torch.tensor([5, 6]),), torch.tensor([6, 5]
         ),
     ],
 )
-def test_positions_of_another_kind_are_refused_with_what_they_are(stem, message):
+def test_other_layouts_of_positions_are_refused_with_a_description(stem, message):
     with pytest.raises(UserError, match=message):
         prefix(stem)
 
@@ -140,10 +140,10 @@ def test_a_masked_autoencoder_that_masks_says_how_to_keep_its_patches(tmp_path):
         load_model(folder)
 
 
-def test_detection_tokens_behind_the_patches_are_refused(tmp_path):
+def test_detection_tokens_after_the_patches_are_refused(tmp_path):
     sizes = {**tiny_models.TOWER, "image_size": [32, 32], "intermediate_size": 64}
     folder = save(YolosModel(YolosConfig(**sizes, num_detection_tokens=5)), tmp_path)
-    with pytest.raises(UserError, match="5 of its 22 positions stand behind the patches"):
+    with pytest.raises(UserError, match="its 22 positions include 5 after the patches"):
         load_model(folder)
 
 
@@ -183,7 +183,7 @@ class Rearranged(nn.Module):
         return states.flip(1)
 
 
-def test_positions_that_change_places_between_blocks_are_refused(folder, monkeypatch):
+def test_positions_that_change_their_order_between_blocks_are_refused(folder, monkeypatch):
     from sparsight.vision import transformers_models
 
     find_tower = transformers_models.find_tower
@@ -195,5 +195,5 @@ def test_positions_that_change_places_between_blocks_are_refused(folder, monkeyp
         return find_tower(module, id)
 
     monkeypatch.setattr(transformers_models, "find_tower", rearranged)
-    with pytest.raises(UserError, match="positions change places in block 1"):
+    with pytest.raises(UserError, match="positions change their order in block 1"):
         load_model(str(folder("vit")))

@@ -70,7 +70,7 @@ def test_attention_and_mlp_outputs_add_up_to_the_stream(family, model, pixels):
 
 
 @every_family
-def test_neurons_stand_between_the_two_linear_maps_of_the_mlp(family, model, pixels):
+def test_neurons_lie_between_the_two_linear_maps_of_the_mlp(family, model, pixels):
     ours = model(family)
     for i in range(3):
         block = ours._tower.blocks[i]
@@ -84,7 +84,7 @@ def test_neurons_stand_between_the_two_linear_maps_of_the_mlp(family, model, pix
         torch.testing.assert_close(out, read[f"blocks.{i}.mlp_out"])
 
 
-def test_an_mlp_with_a_gate_has_neurons_behind_it_alone(tmp_path, pixels):
+def test_a_gated_mlp_has_neurons_only_after_the_gate(tmp_path, pixels):
     config = Dinov2Config(**tiny_models.TOWER, mlp_ratio=2, use_swiglu_ffn=True)
     Dinov2Model(config).save_pretrained(tmp_path)
     tiny_models._bit().save_pretrained(tmp_path)
@@ -252,7 +252,7 @@ def test_the_forward_pass_stops_after_the_last_site(family, site, expected, mode
 
 
 @pytest.mark.parametrize("family", WITH_TEXT)
-def test_nothing_behind_the_last_site_runs_nor_the_text_tower(family, model, pixels):
+def test_neither_blocks_after_the_last_site_nor_the_text_tower_run(family, model, pixels):
     ours = model(family)
     mlp = ours._anatomy.sites["blocks.2.mlp_out"].place.module
     tail = [mlp, ours._tower.final_norm]
@@ -337,7 +337,7 @@ def test_an_unknown_site_is_refused_with_the_list_of_sites(site, model, pixels):
         model("vit").read(pixels, site)
 
 
-def test_a_misspelt_site_is_told_its_neighbour(model):
+def test_a_misspelt_site_is_answered_with_a_similar_one(model):
     with pytest.raises(UserError, match=r"Did you mean .*blocks\.1\.resid_post"):
         model("vit").canonical_site("blocks.1.resid_pots")
 
@@ -365,12 +365,12 @@ def test_bfloat16_reads_bfloat16_close_to_float32(folder, model, pixels):
 @every_family
 def test_the_transform_gives_exactly_the_pixels_of_the_models_own_processor(family, folder, model):
     noise = np.random.default_rng(0).integers(0, 256, (75, 100, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
+    image = Image.fromarray(noise)
     theirs = AutoImageProcessor.from_pretrained(folder(family), use_fast=False)
-    expected = theirs(images=picture, return_tensors="pt")["pixel_values"][0]
+    expected = theirs(images=image, return_tensors="pt")["pixel_values"][0]
     ours = pickle.loads(pickle.dumps(model(family).transform))
-    assert torch.equal(ours(picture), expected)
-    assert ours(picture).dtype == torch.float32
+    assert torch.equal(ours(image), expected)
+    assert ours(image).dtype == torch.float32
     assert tuple(expected.shape) == model(family).input_shape
 
 
@@ -399,7 +399,7 @@ def test_weights_hash_sees_one_changed_bit_and_swapped_blocks_but_no_text(folder
 def test_a_classification_checkpoint_loads_without_its_head_and_hashes_the_same_twice(
     tmp_path, folder, pixels
 ):
-    """Its pooler is in no file: random at every load, and part of no site."""
+    """Its pooler is in no file: it is random at every load, and part of no site."""
     config = ViTConfig.from_pretrained(folder("vit"), num_labels=5)
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
     processor = folder("vit") / "preprocessor_config.json"

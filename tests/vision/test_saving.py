@@ -29,7 +29,7 @@ def calibration():
 
 @pytest.fixture(scope="module")
 def standard(tmp_path_factory):
-    """A tiny CLIP that is as OpenAI's in all that weights do not say: heads, ends, QuickGELU."""
+    """A tiny CLIP that is like OpenAI's where weights say nothing: heads, ends, QuickGELU."""
     folder = tmp_path_factory.mktemp("standard")
     from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -82,7 +82,7 @@ def test_openai_layout_comes_back_whole(calibration, tmp_path, name, pixels):
     assert torch.equal(again.embed_texts(TEXTS), calibration.embed_texts(TEXTS))
 
 
-def test_a_pt_file_holds_tensors_alone_and_only_of_standard_clips(standard, calibration, tmp_path):
+def test_a_pt_file_holds_only_tensors_and_only_of_standard_clips(standard, calibration, tmp_path):
     path = save_model(standard, tmp_path / "clip.pt", "openai")
     state = torch.load(path, weights_only=True)
     assert state["visual.conv1.weight"].shape == (64, 3, 8, 8)
@@ -142,7 +142,7 @@ def test_files_of_long_clip_load_with_their_positions(standard, tmp_path):
     assert torch.equal(table, torch.cat([long[:20], long[20:] + 1]))
 
 
-def test_wrappings_and_prefixes_of_training_programs_are_taken_off(standard, tmp_path):
+def test_wrappers_and_prefixes_of_training_programs_are_removed(standard, tmp_path):
     state = torch.load(save_model(standard, tmp_path / "a.pt", "openai"), weights_only=True)
     wrapped = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}
     torch.save(wrapped, tmp_path / "b.pt")
@@ -189,12 +189,12 @@ def test_other_files_are_refused_by_what_they_are(tmp_path):
     with pytest.raises(UserError, match="ResNet"):
         load_model(str(tmp_path / "resnet.safetensors"))
     save_file({"W_enc": torch.zeros(2)}, tmp_path / "sae.safetensors")
-    with pytest.raises(UserError, match=r"\(W_enc, ...\) are not those of a CLIP"):
+    with pytest.raises(UserError, match=r"\(W_enc, …\) are not those of a CLIP"):
         load_model(str(tmp_path / "sae.safetensors"))
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="no tensors by name"):
+    with pytest.raises(UserError, match="no named tensors"):
         load_model(str(tmp_path / "list.pt"))
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="does not exist"):
         load_model(str(tmp_path / "missing.pt"))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "sae.safetensors").read_bytes()[:20])
     with pytest.raises(SparsightError, match="damaged"):
@@ -205,7 +205,7 @@ def test_weights_that_do_not_fit_are_refused(standard, tmp_path):
     path = save_model(standard, tmp_path / "a.pt", "openai")
     state = torch.load(path, weights_only=True)
     torch.save({k: v for k, v in state.items() if k != "visual.ln_pre.bias"}, tmp_path / "b.pt")
-    with pytest.raises(SparsightError, match="do not fit one another"):
+    with pytest.raises(SparsightError, match="do not fit together"):
         load_model(str(tmp_path / "b.pt"))
     torch.save({k: v for k, v in state.items() if k != "text_projection"}, tmp_path / "c.pt")
     with pytest.raises(SparsightError, match="text_projection is missing"):
@@ -244,37 +244,37 @@ def test_damage_of_any_kind_is_one_message_that_names_the_file(calibration, tmp_
 
 
 @torch.no_grad()
-def test_heads_that_no_one_states_are_taken_as_openai_does_or_asked_for(calibration, tmp_path):
+def test_missing_numbers_of_heads_are_inferred_as_openai_does_or_asked_for(calibration, tmp_path):
     said = save_model(calibration, tmp_path / "clip.safetensors", "openai")
     state = load_file(said)
     save_file(state, tmp_path / "bare.safetensors")  # without metadata
     bare = load_model(str(tmp_path / "bare.safetensors"), device="cpu")
     assert bare.module.config.vision_config.num_attention_heads == 3
     assert bare.module.config.text_config.num_attention_heads == 2
-    told = load_openai(
+    given = load_openai(
         tmp_path / "bare.safetensors",
         id="bare",
         device=torch.device("cpu"),
         dtype=torch.float32,
         heads=(6, 4),
     )
-    assert told.module.config.vision_config.num_attention_heads == 6
-    assert told.module.config.text_config.num_attention_heads == 4
+    assert given.module.config.vision_config.num_attention_heads == 6
+    assert given.module.config.text_config.num_attention_heads == 4
     state["visual.conv1.weight"] = state["visual.conv1.weight"][:100].contiguous()
     save_file(state, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match=r"100 wide.*how many heads"):
         load_model(str(tmp_path / "odd.safetensors"))
 
 
-def test_a_vocabulary_without_tokenizer_is_told_at_the_first_text(calibration, tmp_path, pixels):
+def test_a_missing_tokenizer_is_reported_at_the_first_text(calibration, tmp_path, pixels):
     path = save_model(calibration, tmp_path / "clip.safetensors", "openai")
     model = load_model(str(path), device="cpu")
     assert model.embed_images(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
-    with pytest.raises(UserError, match="no tokenizer beside it"):
+    with pytest.raises(UserError, match="no tokenizer next to it"):
         model.embed_texts(["a"])
 
 
-def test_what_is_there_is_not_overwritten(calibration, tmp_path):
+def test_existing_files_are_not_overwritten(calibration, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
@@ -286,14 +286,14 @@ def test_what_is_there_is_not_overwritten(calibration, tmp_path):
 
 
 @pytest.mark.unchecked
-def test_an_unknown_layout_is_answered_with_those_there_are(calibration, tmp_path):
+def test_an_unknown_layout_is_answered_with_the_known_ones(calibration, tmp_path):
     with pytest.raises(UserError, match=r"layout='keras' .*huggingface, openai, open_clip"):
         save_model(calibration, tmp_path / "x", "keras")
-    with pytest.raises(UserError, match="only openai has single files"):
+    with pytest.raises(UserError, match="only the openai layout can be a single file"):
         save_model(calibration, tmp_path / "x.pt")
 
 
-def test_nothing_is_left_when_what_is_read_back_differs(calibration, tmp_path, monkeypatch):
+def test_nothing_is_left_if_the_saved_copy_differs(calibration, tmp_path, monkeypatch):
     from sparsight.vision import saving
 
     monkeypatch.setattr(saving, "_difference", lambda *_: float("nan"))
@@ -304,7 +304,7 @@ def test_nothing_is_left_when_what_is_read_back_differs(calibration, tmp_path, m
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["last position", "scale"])
-def test_what_is_read_back_is_compared_to_the_last_position_and_in_its_scale(
+def test_the_saved_copy_is_compared_up_to_the_last_position_and_in_its_scale(
     calibration, tmp_path, monkeypatch, part
 ):
     from sparsight.vision import saving
@@ -323,7 +323,7 @@ def test_other_architectures_are_saved_for_transformers_only(model, tmp_path):
     for family in ("dinov2", "siglip"):
         saved = write_model(model(family), tmp_path / family)
         assert saved.difference == 0
-        with pytest.raises(UserError, match="is no CLIP"):
+        with pytest.raises(UserError, match="is not a CLIP"):
             write_model(model(family), tmp_path / "other", "openai")
     split = copy.copy(model("siglip"))
     split.module = parametrize(copy.deepcopy(split.module))
@@ -331,7 +331,7 @@ def test_other_architectures_are_saved_for_transformers_only(model, tmp_path):
     assert write_model(split, tmp_path / "merged").difference < 1e-5
 
 
-def test_long_texts_are_refused_when_they_are_not_to_be_cut(calibration, model):
+def test_long_texts_are_refused_without_truncation(calibration, model):
     long = "a photo of the sun " * 20
     with pytest.raises(UserError, match=r"Text 2 of 3 .* \d+ tokens, and 32 fit.* 2 texts are"):
         calibration.tokenize(["a sun", long, long], truncate=False)

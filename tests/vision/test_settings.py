@@ -82,20 +82,20 @@ def test_switches_in_a_config_change_nothing(switches, family, edited, model, pi
         ({"id2label": ["cat"]}, r"id2label is \['cat'\]"),
         ({"architectures": "ViTModel"}, r"architectures is 'ViTModel'"),
         ({"model_type": ["vit"]}, r"model_type is \['vit'\]"),
-        ({"model_type": "vit2"}, r"does not know its model_type 'vit2'. A newer"),
+        ({"model_type": "vit2"}, r"does not know the model_type 'vit2'. A newer"),
         ({"quantization_config": {"quant_method": "awq"}}, r"weights are quantised"),
         ("[1, 2]", r"config\.json: .*holds a list"),
         (DEEP, r"config\.json: is missing, damaged or cut off"),
         ({"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}, r"a is nested"),
     ],
 )
-def test_a_field_that_cannot_be_true_is_named_with_its_file(values, message, edited):
+def test_an_impossible_value_is_named_with_its_field_and_file(values, message, edited):
     with pytest.raises(UserError, match=message) as told:
         load_model(edited("vit", "config.json", values), device="cpu")
     assert "\n" not in str(told.value)
 
 
-def test_a_field_of_the_vision_part_has_its_whole_name(edited):
+def test_a_field_of_the_vision_part_is_named_in_full(edited):
     with pytest.raises(UserError, match=r"config\.json: vision_config\.patch_size is 'eight'"):
         load_model(edited("clip", "config.json", {"vision_config": {"patch_size": "eight"}}))
 
@@ -135,7 +135,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_error_at_the_first_text(name, va
 
 @pytest.fixture
 def code(monkeypatch, tmp_path) -> Callable[[str], Path]:
-    """Put code into a model's folder, and say yes to whoever asks whether to run it."""
+    """Put code into a model's folder, and answer yes if asked whether to run it."""
 
     def put(folder: str) -> Path:
         ran = tmp_path / "ran"
@@ -151,9 +151,9 @@ def test_a_model_that_needs_its_own_code_is_refused_and_it_is_not_run(edited, co
     values = {"model_type": "homemade", "auto_map": {"AutoConfig": "code.C"}}
     folder = edited("vit", "config.json", values)
     ran = code(folder)
-    with pytest.raises(UserError, match=r"'homemade'\. It asks for code .* never runs") as told:
+    with pytest.raises(UserError, match=r"'homemade'\. It needs code .* never runs") as caught:
         load_model(folder)
-    assert not ran.exists() and "\n" not in str(told.value)
+    assert not ran.exists() and "\n" not in str(caught.value)
 
 
 def test_a_known_model_is_loaded_with_the_librarys_code(edited, code, model):
@@ -170,7 +170,7 @@ def test_processors_and_tokenizers_never_run_their_own_code(edited, code):
     config = Path(folder) / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "pixio"}))
     ran = code(folder)
-    with pytest.raises(UserError, match=r"preprocessor_config\.json.*asks for code"):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json.*needs code"):
         load_model(folder, device="cpu")
     folder = edited(
         "clip",

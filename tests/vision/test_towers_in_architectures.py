@@ -149,7 +149,7 @@ def test_two_towers_joined_later_share_a_space(text, length, tmp_path, pixels):
     assert ours.embed_texts(["cat " * 40]).shape == (1, 20)
 
 
-def test_a_text_tower_that_gives_no_embedding_is_told_at_the_first_text(tmp_path):
+def test_a_text_tower_without_embeddings_is_reported_at_the_first_text(tmp_path):
     text = hf.DistilBertConfig(
         vocab_size=99, dim=32, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=18
     )
@@ -157,5 +157,5 @@ def test_a_text_tower_that_gives_no_embedding_is_told_at_the_first_text(tmp_path
         hf.ViTConfig(**TOWER), text, projection_dim=20
     )
     ours = save(hf.VisionTextDualEncoderModel(config), tmp_path)
-    with pytest.raises(UserError, match="no embedding of a text"):
+    with pytest.raises(UserError, match="cannot get text embeddings"):
         ours.embed_texts(["a cat"])

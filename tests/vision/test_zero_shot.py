@@ -65,7 +65,7 @@ def test_texts_in_small_batches_embed_as_in_one(family, model):
     )
 
 
-def test_a_text_longer_than_the_context_is_cut(model):
+def test_a_text_longer_than_the_context_is_truncated(model):
     assert model("clip").embed_texts(["cat " * 100]).isfinite().all()
 
 
@@ -103,7 +103,7 @@ def test_the_sets_of_templates_are_whole():
     assert "itap of my {}." in TEMPLATES["openai80"]
 
 
-def test_templates_may_be_a_set_a_text_or_a_list():
+def test_templates_may_be_the_name_of_a_set_or_one_text_or_a_list():
     assert resolve_templates("simple") == ("a photo of a {}.",)
     assert resolve_templates("the {}") == ("the {}",)
     assert resolve_templates(["the {}", "a {}"]) == ("the {}", "a {}")
@@ -161,7 +161,7 @@ def test_tally_counts_hits_as_counting_by_hand_does():
     assert result.per_class["3"] == pytest.approx(sum(first) / len(first))
 
 
-def test_equal_logits_are_no_hit_for_all():
+def test_equal_logits_are_not_a_hit_for_every_class():
     """A constant embedding (a zeroed site) must score as one guess, not as all right."""
     tally = ZeroShotTally(list("abcd"))
     tally.update(torch.zeros(4, 4), torch.arange(4))
@@ -186,20 +186,20 @@ def test_wilson_interval_has_its_published_values():
 
 @pytest.fixture
 def photos(tmp_path):
-    """Three classes of noisy one-colour pictures, and one that is broken."""
+    """Three classes of noisy images of one colour, and one broken image."""
     generator = np.random.default_rng(0)
     for name, colour in COLOURS.items():
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(5):
             noise = generator.integers(-25, 25, (40, 50, 3))
-            picture = Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
-            picture.save(tmp_path / "photos" / name / f"{i}.png")
+            image = Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+            image.save(tmp_path / "photos" / name / f"{i}.png")
     (tmp_path / "photos" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     return open_images(str(tmp_path / "photos"))
 
 
 @pytest.mark.parametrize("family", tiny_models.WITH_TEXT)
-def test_zero_shot_over_a_folder_is_that_of_a_loop_over_its_pictures(family, model, photos):
+def test_zero_shot_over_a_folder_equals_a_loop_over_its_images(family, model, photos):
     ours = model(family)
     result = zero_shot(ours, photos, templates="a photo of the {}", batch_size=4, workers=0)
     labels = photos.labels()
@@ -218,14 +218,14 @@ def test_zero_shot_over_a_folder_is_that_of_a_loop_over_its_pictures(family, mod
     assert result.to_dict()["top1"] == result.top1
 
 
-def test_zero_shot_sees_edits(model, photos):
+def test_edits_take_effect_in_zero_shot(model, photos):
     ours = model("clip")
     with ours.edit({"embedding": lambda x: torch.zeros_like(x)}):
         result = zero_shot(ours, photos, workers=0)
-    assert result.top1 == pytest.approx(1 / 3)  # one class gets all: 5 of 15
+    assert result.top1 == pytest.approx(1 / 3)  # one class gets all images: 5 of 15
 
 
-def test_pictures_of_no_class_are_counted_not_scored(model, photos):
+def test_images_of_no_class_are_counted_not_scored(model, photos):
     ours = model("clip")
     names = {"red": "red sun", "blue": "blue sun"}
     result = zero_shot(ours, photos, names, workers=0)
@@ -234,11 +234,11 @@ def test_pictures_of_no_class_are_counted_not_scored(model, photos):
     assert zero_shot(ours, photos, workers=0, limit=4).n <= 4
 
 
-def test_pictures_without_labels_are_refused(model, tmp_path):
+def test_images_without_labels_are_refused(model, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
     with pytest.raises(UserError, match="label"):
         zero_shot(model("clip"), open_images(str(tmp_path)), workers=0)
-    with pytest.raises(UserError, match="no picture could be scored"):
+    with pytest.raises(UserError, match="no image could be scored"):
         zero_shot(model("clip"), open_images(str(tmp_path)), ["cat"], workers=0)
 
 

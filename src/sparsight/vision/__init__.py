@@ -2,8 +2,7 @@
 
 Builds on torch and transformers (open_clip as an extra), and on `images`. Start with `load.py`,
 then `model.py`; `passes.py` has the one loop that puts images through a model; `tower.py` and
-`probe.py` find the sites in any architecture;
-`saving.py` hands a model to the programs of others.
+`probe.py` find the sites in any architecture; `saving.py` writes a model for other programs.
 """
 
 from __future__ import annotations

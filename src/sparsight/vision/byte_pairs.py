@@ -12,7 +12,7 @@ from sparsight.errors import UserError
 from sparsight.vision.transformers_files import load_tokenizer, quiet
 
 HUB_ID = "openai/clip-vit-base-patch32"
-"""Any CLIP of OpenAI's has this tokenizer; this is the smallest."""
+"""All of OpenAI's CLIPs have the same tokenizer; this is the smallest of them."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -24,24 +24,24 @@ _PROBE = {
     START: 49406,
     END: 49407,
 }
-"""Some tokens and their places."""
+"""Some tokens and their numbers."""
 
 
 def is_standard(tokenizer: Any) -> bool:
-    """Whether a tokenizer of `transformers` is OpenAI's."""
+    """Return whether a tokenizer of `transformers` is OpenAI's."""
     vocabulary = tokenizer.get_vocab()
     return len(vocabulary) == 49408 and all(vocabulary.get(k) == v for k, v in _PROBE.items())
 
 
 def standard_tokenizer(id: str, length: int) -> Any:
-    """OpenAI's tokenizer.
+    """Return OpenAI's tokenizer.
 
     Args:
-        id: of the model that wants it, for messages.
+        id: the model that needs it, for messages.
         length: how many tokens the model takes.
 
     Raises:
-        UserError: it is neither on the Hub or in its cache, nor is open_clip installed.
+        UserError: it is neither on the Hub nor in its cache, and open_clip is not installed.
     """
     try:
         tokenizer = load_tokenizer(HUB_ID, id)
@@ -50,9 +50,10 @@ def standard_tokenizer(id: str, length: int) -> Any:
             open_clip = importlib.import_module("open_clip")
         except (ImportError, RuntimeError):
             raise UserError(
-                f"{id}: CLIP's tokenizer is needed, and could not be had from the Hub ({HUB_ID}) "
-                "or its cache. Put its tokenizer.json beside the file, give tokenizer=, or "
-                "install open_clip, which brings it: pip install 'sparsight[open-clip]'."
+                f"{id}: CLIP's tokenizer is needed, but could not be loaded from the Hub "
+                f"({HUB_ID}) or its cache. Put its tokenizer.json next to the file, give "
+                "tokenizer=, or install open_clip, which includes it: "
+                "pip install 'sparsight[open-clip]'."
             ) from error
         return from_open_clip(open_clip.SimpleTokenizer(), length)
     tokenizer.model_max_length = length
@@ -60,14 +61,14 @@ def standard_tokenizer(id: str, length: int) -> Any:
 
 
 def from_open_clip(tokenizer: Any, length: int) -> Any:
-    """open_clip's tokenizer as one of `transformers`: the same tokens for the same text.
+    """Convert open_clip's tokenizer to one of `transformers`: the same tokens for the same text.
 
     Args:
-        tokenizer: open_clip's own of OpenAI's encoding, or its wrapping of another.
+        tokenizer: open_clip's own for OpenAI's encoding, or its wrapper around another.
         length: how many tokens the model takes.
 
     Raises:
-        UserError: it is neither.
+        UserError: the tokenizer is neither.
     """
     if hasattr(tokenizer, "tokenizer"):
         wrapped = tokenizer.tokenizer
@@ -75,7 +76,7 @@ def from_open_clip(tokenizer: Any, length: int) -> Any:
         return wrapped
     if not hasattr(tokenizer, "bpe_ranks"):
         raise UserError(
-            f"open_clip's {type(tokenizer).__name__} has no form in transformers' CLIP."
+            f"open_clip's {type(tokenizer).__name__} cannot be converted for transformers' CLIP."
         )
     vocabulary = {**tokenizer.encoder}
     for name, place in ((START, tokenizer.sot_token_id), (END, tokenizer.eot_token_id)):

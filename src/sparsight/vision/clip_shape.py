@@ -1,4 +1,4 @@
-"""What a CLIP's weights do not say alone, and how each library says it."""
+"""What a CLIP's weights alone do not say, and how each library says it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.vision.layouts import State
 
 HEAD_WIDTH = 64
-"""Of every head in OpenAI's CLIPs; its code takes width / 64 heads, whatever the weights."""
+"""Width of every head in OpenAI's CLIPs; their code assumes width / 64 heads for any weights."""
 
 STANDARD_VOCABULARY = 49408
-"""Of OpenAI's byte-pair encoding; its last two tokens are the start and the end of a text."""
+"""Size of OpenAI's vocabulary; its last two tokens are the start and the end of a text."""
 
 _LEGACY_END = 2
-"""An `eos_token_id` by which `transformers` pools at the largest token of a text, as OpenAI does;
+"""With this `eos_token_id`, `transformers` pools at the largest token of a text, as OpenAI does;
 its configurations said 2 before that was known to be wrong."""
 
 
@@ -32,14 +32,14 @@ class TowerShape:
     mlp: int
     """Width of the hidden layer of its MLPs."""
     activation: str = "quick_gelu"
-    """`quick_gelu`, as in OpenAI's, or `gelu`, or another name of `transformers`'."""
+    """`quick_gelu`, as in OpenAI's CLIPs, or `gelu`, or another name that `transformers` knows."""
     eps: float = 1e-5
-    """Of its norms."""
+    """Epsilon of its norms."""
 
 
 @dataclass(frozen=True)
 class ClipShape:
-    """All that it takes to build a CLIP for its weights."""
+    """Everything that is needed to build a CLIP for its weights."""
 
     embed_dim: int
     image_size: int
@@ -49,15 +49,15 @@ class ClipShape:
     context_length: int
     vocab_size: int
     end: int | None = None
-    """The token whose position is the text's; None: the largest one of each text."""
+    """The token at whose position the text is pooled; None: the largest token of each text."""
 
     @property
     def end_is_largest(self) -> bool:
-        """Whether pooling at the largest token is the same, as OpenAI's code does it."""
+        """Whether pooling at the largest token, as OpenAI's code does it, gives the same."""
         return self.end in (None, self.vocab_size - 1)
 
     def to_json(self) -> dict[str, Any]:
-        """What the weights themselves do not tell, for a file's metadata."""
+        """Return what the weights themselves do not say, for a file's metadata."""
 
         def tower(shape: TowerShape) -> dict[str, Any]:
             return {"heads": shape.heads, "activation": shape.activation, "eps": shape.eps}
@@ -65,35 +65,41 @@ class ClipShape:
         return {"vision": tower(self.vision), "text": tower(self.text), "end": self.end}
 
     def surprises(self) -> list[str]:
-        """What OpenAI's own code, which reads nothing but weights, would take otherwise."""
+        """List what OpenAI's own code, which reads nothing but weights, would get wrong."""
         found = []
         for name, tower in (("vision", self.vision), ("text", self.text)):
             if tower.heads * HEAD_WIDTH != tower.width:
                 found.append(
-                    f"{tower.heads} heads in the {name} tower (it takes width {tower.width} / "
-                    f"{HEAD_WIDTH})"
+                    f"{tower.heads} heads in the {name} tower (OpenAI's code assumes width "
+                    f"{tower.width} / {HEAD_WIDTH})"
                 )
             if tower.activation != "quick_gelu":
-                found.append(f"{tower.activation} in the {name} tower (it takes QuickGELU)")
+                found.append(
+                    f"{tower.activation} in the {name} tower (OpenAI's code assumes QuickGELU)"
+                )
             if not math.isclose(tower.eps, 1e-5, rel_tol=1e-3):
-                found.append(f"norms of the {name} tower with eps {tower.eps:g} (it takes 1e-5)")
+                found.append(
+                    f"norms of the {name} tower with eps {tower.eps:g} (OpenAI's code assumes 1e-5)"
+                )
         if not self.end_is_largest:
-            found.append(f"texts that end with token {self.end} (it takes the largest of a text)")
+            found.append(
+                f"texts that end with token {self.end} (OpenAI's code assumes the largest token)"
+            )
         return found
 
 
 def shape_of_weights(state: State, stated: dict[str, Any] | None, name: str) -> ClipShape:
-    """The shape of a CLIP, from its weights.
+    """Find the shape of a CLIP from its weights.
 
     Args:
-        state: in OpenAI's layout, plain.
-        stated: what `ClipShape.to_json` gave, or any part of it; else it is as in OpenAI's code:
-            width / 64 heads, QuickGELU, and a text's position is that of its largest token.
-        name: of the file, for messages.
+        state: plain weights in OpenAI's layout.
+        stated: what `ClipShape.to_json` returned, or any part of it; the rest is as in OpenAI's
+            code: width / 64 heads, QuickGELU, and a text is pooled at its largest token.
+        name: the file, for messages.
 
     Raises:
-        UserError: heads are not stated, and the width is no multiple of 64.
-        SparsightError: the weights do not fit one another.
+        UserError: heads are not stated, and the width is not a multiple of 64.
+        SparsightError: the weights do not fit together.
     """
     stated = stated or {}
 
@@ -104,14 +110,14 @@ def shape_of_weights(state: State, stated: dict[str, Any] | None, name: str) -> 
             heads = width // HEAD_WIDTH
             if heads * HEAD_WIDTH != width:
                 raise UserError(
-                    f"{name}: its {part} tower is {width} wide, which is no multiple of "
-                    f"{HEAD_WIDTH}, and the file does not say how many heads it has. "
-                    "sparsight.vision.openai_files.load_openai takes heads=."
+                    f"{name}: its {part} tower is {width} wide, which is not a multiple of "
+                    f"{HEAD_WIDTH}, and the file does not say how many heads it has. Give heads= "
+                    "to sparsight.vision.openai_files.load_openai."
                 )
         elif not (isinstance(heads, int) and heads > 0 and width % heads == 0):
             raise SparsightError(
-                f"{name}: its {part} tower is {width} wide, which cannot be shared by {heads!r} "
-                "heads."
+                f"{name}: its {part} tower is {width} wide, which cannot be divided among "
+                f"{heads!r} heads."
             )
         blocks = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
         return TowerShape(
@@ -129,8 +135,8 @@ def shape_of_weights(state: State, stated: dict[str, Any] | None, name: str) -> 
         grid = math.isqrt(positions - 1)
         if grid * grid != positions - 1:
             raise SparsightError(
-                f"{name}: {positions} positions of the vision tower are no square of patches and "
-                "a class token."
+                f"{name}: the vision tower has {positions} positions, which are not a square of "
+                "patches plus a class token."
             )
         vocabulary, text_width = state["token_embedding.weight"].shape
         end = stated.get("end")
@@ -149,7 +155,7 @@ def shape_of_weights(state: State, stated: dict[str, Any] | None, name: str) -> 
 
 
 def shape_of_transformers(config: Any) -> ClipShape:
-    """The shape that a `transformers.CLIPConfig` says."""
+    """Return the shape that a `transformers.CLIPConfig` describes."""
     vision, text = config.vision_config, config.text_config
 
     def tower(part: Any) -> TowerShape:
@@ -175,12 +181,12 @@ def shape_of_transformers(config: Any) -> ClipShape:
 
 
 def shape_of_open_clip(module: nn.Module, state: State, name: str) -> ClipShape:
-    """The shape of open_clip's own CLIP, as its modules say.
+    """Return the shape of open_clip's own CLIP, from its modules.
 
     Args:
-        module: `open_clip.model.CLIP`, or `CustomTextCLIP` of open_clip's own two towers.
-        state: its weights in OpenAI's layout, plain.
-        name: of the model, for messages.
+        module: `open_clip.model.CLIP`, or a `CustomTextCLIP` with open_clip's own two towers.
+        state: its plain weights in OpenAI's layout.
+        name: the model, for messages.
 
     Raises:
         UserError: it does something that CLIP does not: timm's towers, other pooling, LayerScale.
@@ -192,7 +198,7 @@ def shape_of_open_clip(module: nn.Module, state: State, name: str) -> ClipShape:
         for what, found in {
             "a logit bias": getattr(module, "logit_bias", None) is not None,
             "attentional pooling": getattr(visual, "attn_pool", None) is not None,
-            f"pictures pooled by {getattr(visual, 'pool_type', 'tok')!r}": (
+            f"images pooled by {getattr(visual, 'pool_type', 'tok')!r}": (
                 getattr(visual, "pool_type", "tok") != "tok"
             ),
             "texts without a causal mask": getattr(text, "attn_mask", None) is None,
@@ -203,7 +209,7 @@ def shape_of_open_clip(module: nn.Module, state: State, name: str) -> ClipShape:
         if found
     ]
     if odd:
-        raise UserError(f"{name}: has {', '.join(odd)}, which a CLIP of OpenAI's kind has not.")
+        raise UserError(f"{name}: has {', '.join(odd)}; a CLIP of OpenAI's kind does not.")
 
     def said(transformer: Any) -> dict[str, Any]:
         block = transformer.resblocks[0]
@@ -216,7 +222,7 @@ def shape_of_open_clip(module: nn.Module, state: State, name: str) -> ClipShape:
 
     pool = getattr(module, "text_pool_type", None) or getattr(text, "pool_type", "argmax")
     if pool not in ("argmax", "eos"):
-        raise UserError(f"{name}: pools texts by {pool!r}, which a CLIP of OpenAI's kind does not.")
+        raise UserError(f"{name}: pools texts by {pool!r}; a CLIP of OpenAI's kind does not.")
     end = getattr(module, "text_eos_id", None) or getattr(text, "eos_id", None)
     stated = {
         "vision": said(visual.transformer),
@@ -227,12 +233,12 @@ def shape_of_open_clip(module: nn.Module, state: State, name: str) -> ClipShape:
 
 
 def transformers_config(shape: ClipShape, *, end: int | None = None, **text: int | None) -> Any:
-    """The `transformers.CLIPConfig` of a shape.
+    """Return the `transformers.CLIPConfig` of a shape.
 
     Args:
-        shape: of the CLIP.
+        shape: the CLIP's.
         end: the token at the end of a text, if the tokenizer is known.
-        text: more of the text tower's configuration: `bos_token_id`, `pad_token_id`.
+        text: further settings of the text tower: `bos_token_id`, `pad_token_id`.
     """
     from transformers import CLIPConfig
 
@@ -272,21 +278,21 @@ def transformers_config(shape: ClipShape, *, end: int | None = None, **text: int
 
 
 def open_clip_config(shape: ClipShape, name: str) -> dict[str, Any]:
-    """The `model_cfg` by which open_clip builds a CLIP of a shape.
+    """Return the `model_cfg` from which open_clip builds a CLIP of a shape.
 
     Raises:
-        UserError: its two towers have activations that open_clip cannot give them.
+        UserError: its two towers have activation functions that open_clip cannot give them.
     """
     activations = {shape.vision.activation, shape.text.activation}
     if activations not in ({"quick_gelu"}, {"gelu"}):
         raise UserError(
-            f"{name}: has {' and '.join(sorted(activations))}; open_clip's CLIP has QuickGELU in "
-            "both towers, or GELU in both."
+            f"{name}: its activation functions are {' and '.join(sorted(activations))}; "
+            "open_clip's CLIP has QuickGELU in both towers or GELU in both."
         )
 
     def tower(part: TowerShape) -> dict[str, Any]:
         ratio = part.mlp / part.width
-        if int(part.width * ratio) != part.mlp:  # open_clip rounds down what it multiplies
+        if int(part.width * ratio) != part.mlp:  # open_clip rounds the product down
             ratio = math.nextafter(ratio, math.inf)
         given = {"width": part.width, "layers": part.layers, "mlp_ratio": ratio}
         if not math.isclose(part.eps, 1e-5, rel_tol=1e-3):
@@ -319,4 +325,4 @@ def _activation(module: nn.Module, name: str) -> str:
         return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
     if kind == "QuickGELU":
         return "quick_gelu"
-    raise UserError(f"{name}: has the activation {kind}; CLIPs have QuickGELU or GELU.")
+    raise UserError(f"{name}: its activation function is {kind}; CLIPs have QuickGELU or GELU.")

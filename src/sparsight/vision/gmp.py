@@ -1,9 +1,9 @@
-"""Geometric parametrisation: an MLP's rows as a length and a direction, trained apart.
+"""Geometric parametrisation: each row of an MLP as a length and a direction, trained separately.
 
 W = r · θ / ‖θ‖ in every output row of both linear layers of every MLP, in both towers. It is
-weight normalisation (Salimans & Kingma 2016, arXiv:1602.07868, eq. 2) for the rows that zer0int
-chose for CLIP (CLIP-fine-tune, "GmP"), with the names of its checkpoints: `.r` and `.theta` where
-`.weight` was.
+weight normalisation (Salimans & Kingma 2016, arXiv:1602.07868, eq. 2) of the rows that zer0int
+chose for CLIP (CLIP-fine-tune, "GmP"), with the names of its checkpoints: `.r` and `.theta`
+instead of `.weight`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class GeometricLinear(nn.Linear):
-    """A linear layer whose weight is made of `r` and `theta` in every pass.
+    """A linear layer whose weight is computed from `r` and `theta` in every pass.
 
-    Made by `parametrize` out of a layer that is there, so that hooks on it stay.
+    `parametrize` converts an existing layer in place, so that hooks on it stay.
 
     With G = dL/dW and u = θ/‖θ‖, row by row: dL/dr = ⟨G, u⟩, and
     dL/dθ = r/‖θ‖ · (G − ⟨G, u⟩ u) (Salimans & Kingma 2016, eq. 3).
@@ -42,7 +42,7 @@ class GeometricLinear(nn.Linear):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
-        """W = r · θ / ‖θ‖; norms are taken in float32 at least."""
+        """W = r · θ / ‖θ‖; norms are computed in float32 or wider."""
         theta = self.theta
         wide = torch.promote_types(theta.dtype, torch.float32)
         norm = torch.linalg.vector_norm(theta, dim=1, keepdim=True, dtype=wide)
@@ -54,8 +54,8 @@ class GeometricLinear(nn.Linear):
 def parametrize(module: M) -> M:
     """Split the MLPs of both towers into lengths and directions, in place.
 
-    The parts are computed in float64 and kept in the dtype of the weights; the model gives the
-    same as before, to rounding. Layers that are split already stay as they are.
+    The parts are computed in float64 and kept in the dtype of the weights; apart from rounding, the
+    model's output stays the same. Layers that are already split stay as they are.
 
     Args:
         module: `transformers.CLIPModel`, a CLIP of open_clip, or any other with such MLPs.
@@ -64,7 +64,7 @@ def parametrize(module: M) -> M:
         `module`.
 
     Raises:
-        UserError: it has no such MLPs, or their layers are of a special kind (quantised, ...).
+        UserError: it has no such MLPs, or their layers are of a special kind (quantised, …).
     """
     layers = dict(_mlp_layers(module))
     if not layers:
@@ -75,8 +75,8 @@ def parametrize(module: M) -> M:
     odd = [name for name, layer in layers.items() if type(layer) not in _KINDS]
     if odd:
         raise UserError(
-            f"{odd[0]} is a {type(layers[odd[0]]).__name__}; only plain linear layers can be split "
-            "into length and direction."
+            f"{odd[0]} is of type {type(layers[odd[0]]).__name__}; only plain linear layers can be "
+            "split into length and direction."
         )
     for layer in layers.values():
         if type(layer) is nn.Linear:
@@ -97,7 +97,7 @@ def to_plain(module: M) -> M:
 
 
 def is_parametrized(module: nn.Module) -> bool:
-    """Whether any layer is split."""
+    """Return whether any layer is split."""
     return any(isinstance(layer, GeometricLinear) for layer in module.modules())
 
 

@@ -19,7 +19,7 @@ def weights_hash(groups: Mapping[str, Iterable[Tensor]]) -> str:
     Tensors are hashed on several threads; about 1 s for ViT-L on two cores.
 
     Args:
-        groups: label of each group (`blocks.3`) to its tensors.
+        groups: the tensors of each group, by its label (`blocks.3`).
     """
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = {label: pool.map(_digest, tensors) for label, tensors in sorted(groups.items())}

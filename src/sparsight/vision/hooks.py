@@ -1,4 +1,4 @@
-"""Reading and replacing what flows through a module, by forward hooks that always come off."""
+"""Read and replace the activations of a module, with forward hooks that are always removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsight.errors import SparsightError, UserError
 
 Touch = Callable[[Tensor], Tensor | None]
-"""Gets `[batch, positions, d_in]`; returns its replacement, or None to leave it as it is."""
+"""Takes `[batch, positions, d_in]`; returns its replacement, or None to keep it."""
 
 Edit = Callable[[Tensor], Tensor]
 """Maps a site's `[batch, positions, d_in]` to a tensor of the same shape."""
@@ -25,7 +25,7 @@ class StopForward(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site lives: what goes into a module, or what comes out of it."""
+    """Where a site is: the input or the output of a module."""
 
     module: nn.Module
     side: Literal["input", "output"] = "output"
@@ -35,10 +35,10 @@ class Place:
 def touching(place: Place, touch: Touch) -> Iterator[None]:
     """Call `touch` on the activations at `place` in every forward pass inside the block.
 
-    Hooks run in the order in which they were put on, so a reading hook that comes after an
-    editing one sees the edited value. Modules that return a tuple (encoder layers before
-    transformers 5, attention everywhere) and modules that return a tensor are treated alike;
-    outputs `[batch, d_in]` are shown as `[batch, 1, d_in]`.
+    Hooks run in the order in which they were registered, so a reading hook after an editing one
+    sees the edited value. Modules that return a tuple (encoder layers before transformers 5,
+    attention everywhere) and modules that return a tensor are treated alike; outputs
+    `[batch, d_in]` are passed as `[batch, 1, d_in]`.
     """
     if place.side == "input":
         handle = place.module.register_forward_pre_hook(_on_input(touch), with_kwargs=True)
@@ -51,7 +51,7 @@ def touching(place: Place, touch: Touch) -> Iterator[None]:
 
 
 def checked(site: str, edit: Edit) -> Touch:
-    """Wrap an edit so that what it returns is checked against what it was given."""
+    """Wrap an edit so that its output is checked against its input."""
 
     def touch(x: Float[Tensor, "batch positions d_in"]) -> Tensor:
         y = edit(x)
@@ -59,8 +59,8 @@ def checked(site: str, edit: Edit) -> Touch:
             raise UserError(f"The edit at {site} returned {type(y).__name__}, expected a tensor.")
         if y.shape != x.shape:
             raise UserError(
-                f"The edit at {site} returned shape {list(y.shape)}, expected the shape that it "
-                f"was given: {list(x.shape)} (batch, positions, d_in)."
+                f"The edit at {site} returned shape {list(y.shape)}, expected the shape of its "
+                f"input: {list(x.shape)} (batch, positions, d_in)."
             )
         if y.device != x.device:
             raise UserError(
@@ -72,13 +72,13 @@ def checked(site: str, edit: Edit) -> Touch:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The activations in what a module returned: the tensor itself, or a tuple's first entry."""
+    """Return the activations in a module's output: the tensor itself, or a tuple's first entry."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
         return value[0]
     raise SparsightError(
-        f"A module returned {type(value).__name__}, expected a tensor or a tuple that begins "
+        f"A module returned {type(value).__name__}, expected a tensor or a tuple that starts "
         "with one."
     )
 

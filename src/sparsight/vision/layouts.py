@@ -1,12 +1,12 @@
-"""The two layouts of a CLIP's weights: OpenAI's and Hugging Face's; names and shapes, no values.
+"""The two layouts of a CLIP's weights, OpenAI's and Hugging Face's: names and shapes, not values.
 
-OpenAI's is also that of open_clip's own CLIP. It keeps the three inner projections of an attention
-in one matrix, query, key and value below one another, and the two projections into the joint
-embedding as they multiply from the right; Hugging Face keeps them apart, and transposed. Both ways
-only cut, join and transpose, so that every bit stays.
+OpenAI's layout is also that of open_clip's own CLIP. It stacks the query, key and value projections
+of an attention in one matrix, and stores the two projections into the joint embedding so that they
+multiply from the right; Hugging Face's keeps them separate, and transposed. Conversion in either
+direction only splits, joins and transposes, so that every bit stays.
 
-On top of either lie two published ways to train: the geometric parametrisation (`.r` and `.theta`
-in place of a `.weight`; zer0int, CLIP-fine-tune) and Long-CLIP's table of positions in two parts
+Two published ways to train add to either layout: the geometric parametrisation (`.r` and `.theta`
+instead of a `.weight`; zer0int, CLIP-fine-tune) and Long-CLIP's table of positions in two parts
 (`positional_embedding_res`; Zhang et al. 2024, arXiv:2403.15378). `plain` merges both.
 """
 
@@ -24,10 +24,10 @@ from sparsight.errors import UserError
 State = Mapping[str, Tensor]
 
 KEPT_POSITIONS = 20
-"""How many positions Long-CLIP keeps as they were; its files do not say it (section 3.1)."""
+"""How many positions Long-CLIP keeps unchanged; its files do not say so (section 3.1)."""
 
 RES = "positional_embedding_res"
-"""Long-CLIP's trained positions, beside the kept ones."""
+"""Name of Long-CLIP's trained positions, next to the kept ones."""
 
 _PARTS = (
     ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
@@ -43,7 +43,7 @@ _PARTS = (
     ("visual.ln_post", "vision_model.post_layernorm"),
     ("visual.proj", "visual_projection.weight"),
 )
-"""Names outside of the blocks; those of norms stand for their `.weight` and `.bias`."""
+"""Names outside the blocks; the name of a norm stands for its `.weight` and `.bias`."""
 
 _BLOCKS = (
     ("visual.transformer.resblocks", "vision_model.encoder.layers"),
@@ -63,37 +63,37 @@ _TRANSPOSED = ("visual.proj", "text_projection")
 _NO_WEIGHTS = re.compile(
     r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|mask[12]|position_ids)$"
 )
-"""Sizes and masks that some files have among their weights; all follow from the rest."""
+"""Sizes and masks that some files store among their weights; the rest determines them."""
 
 
 def is_openai(keys: Iterable[str]) -> bool:
-    """Whether these are the names of a vision transformer's CLIP in OpenAI's layout."""
+    """Return whether these are the names of a CLIP (vision transformer) in OpenAI's layout."""
     found = set(keys)
     return {"visual.conv1.weight", "visual.proj", "token_embedding.weight"} <= found
 
 
 def is_huggingface(keys: Iterable[str]) -> bool:
-    """Whether these are the names of `transformers.CLIPModel`."""
+    """Return whether these are the names of `transformers.CLIPModel`."""
     return {"visual_projection.weight", "vision_model.pre_layrnorm.weight"} <= set(keys)
 
 
 def is_gmp(keys: Iterable[str]) -> bool:
-    """Whether there are weights in the geometric parametrisation."""
+    """Return whether there are weights in the geometric parametrisation."""
     return any(key.endswith(".theta") for key in keys)
 
 
 def is_long(keys: Iterable[str]) -> bool:
-    """Whether the positions are Long-CLIP's two tables."""
+    """Return whether the positions are Long-CLIP's two tables."""
     return any(key.endswith(RES) for key in keys)
 
 
 def to_huggingface(state: State) -> dict[str, Tensor]:
-    """From OpenAI's layout to that of `transformers.CLIPModel`, bit by bit.
+    """Convert OpenAI's layout to that of `transformers.CLIPModel`, bit by bit.
 
     Weights in the geometric parametrisation and Long-CLIP's tables keep their parts.
 
     Raises:
-        UserError: a name is not of this layout.
+        UserError: a name does not belong to OpenAI's layout.
     """
     found: dict[str, Tensor] = {}
     for key, value in _weights(state):
@@ -112,10 +112,10 @@ def to_huggingface(state: State) -> dict[str, Tensor]:
 
 
 def to_openai(state: State) -> dict[str, Tensor]:
-    """From the layout of `transformers.CLIPModel` to OpenAI's, bit by bit; see `to_huggingface`.
+    """Convert the layout of `transformers.CLIPModel` to OpenAI's; see `to_huggingface`.
 
     Raises:
-        UserError: a name is not of this layout, or an attention lacks one of its projections.
+        UserError: a name does not belong to this layout, or an attention lacks a projection.
     """
     found: dict[str, Tensor] = {}
     for key, value in _weights(state):
@@ -132,22 +132,22 @@ def to_openai(state: State) -> dict[str, Tensor]:
             others = [key.replace("q_proj", f"{name}_proj") for name in "kv"]
             missing = [name for name in others if name not in state]
             if missing:
-                raise UserError(f"{missing[0]} is missing beside {key}.")
+                raise UserError(f"{key} is there, but {missing[0]} is missing.")
             joined = torch.cat([value, *(state[name] for name in others)])
             found[f"{prefix}.{index}.attn.in_proj_{inner[2]}"] = joined
     return found
 
 
 def plain(state: State, kept: int = KEPT_POSITIONS) -> dict[str, Tensor]:
-    """The weights as a plain CLIP has them: parts that were split for training are merged.
+    """Return plain weights: parts that were split for training are merged.
 
     Args:
-        state: in either layout.
-        kept: how many of Long-CLIP's positions are those of `positional_embedding`.
+        state: weights in either layout.
+        kept: how many of Long-CLIP's positions come from `positional_embedding`.
 
     Raises:
-        UserError: an `.r` or a `.theta` is without the other, or the two tables of positions
-            differ in shape.
+        UserError: one of `.r` and `.theta` is missing, or the two tables of positions differ in
+            shape.
     """
     found: dict[str, Tensor] = {}
     for key, value in _weights(state):
@@ -155,7 +155,7 @@ def plain(state: State, kept: int = KEPT_POSITIONS) -> dict[str, Tensor]:
         if last in ("theta", "r"):
             other = f"{base}.{'r' if last == 'theta' else 'theta'}"
             if other not in state:
-                raise UserError(f"{key} is without its {other}.")
+                raise UserError(f"{key} is there, but {other} is missing.")
             if last == "theta":
                 found[f"{base}.weight"] = gmp_weight(state[other].reshape(-1, 1), value)
         elif not key.endswith(RES):
@@ -167,9 +167,9 @@ def plain(state: State, kept: int = KEPT_POSITIONS) -> dict[str, Tensor]:
 def gmp_parts(
     weight: Float[Tensor, "out in"],
 ) -> tuple[Float[Tensor, "out 1"], Float[Tensor, "out in"]]:
-    """r = ‖W‖ and θ = W / ‖W‖ of every row, from float64, in the dtype of the weight.
+    """Compute r = ‖W‖ and θ = W / ‖W‖ of every row in float64; return the weight's dtype.
 
-    A row of zeros has r = 0 and a θ of equal values: its length can then grow in training.
+    A row of zeros has r = 0 and a θ of equal values, so that its length can grow in training.
     """
     wide = weight.detach().double()
     r = wide.norm(dim=1, keepdim=True)
@@ -181,9 +181,9 @@ def gmp_parts(
 def gmp_weight(
     r: Float[Tensor, "out 1"], theta: Float[Tensor, "out in"]
 ) -> Float[Tensor, "out in"]:
-    """W = r · θ / ‖θ‖, the norm over each row; from float64, in float32 or wider.
+    """Compute W = r · θ / ‖θ‖, the norm over each row, in float64; return float32 or wider.
 
-    Half-precision parts are not rounded a second time: what they stand for has more digits.
+    Half-precision parts are not rounded a second time: their product has more digits.
     """
     wide = theta.detach().double()
     norm = wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
@@ -194,15 +194,15 @@ def gmp_weight(
 def merged_positions(
     fixed: Float[Tensor, "positions d"], trained: Float[Tensor, "positions d"], kept: int
 ) -> Float[Tensor, "positions d"]:
-    """The first `kept` positions of one table and the others of the other.
+    """Join the first `kept` positions of one table with the remaining ones of the other.
 
     Raises:
-        UserError: the tables differ in shape, or are no longer than what is kept.
+        UserError: the tables differ in shape, or have no more than `kept` positions.
     """
     if fixed.shape != trained.shape or not 0 <= kept < len(fixed):
         raise UserError(
-            f"{RES} is {list(trained.shape)}, beside a positional_embedding of "
-            f"{list(fixed.shape)} of which {kept} positions are kept."
+            f"{RES} has shape {list(trained.shape)}, and positional_embedding, of which {kept} "
+            f"positions are kept, {list(fixed.shape)}; they must match and be longer."
         )
     return torch.cat([fixed[:kept], trained[kept:]])
 
@@ -212,7 +212,7 @@ def _weights(state: State) -> Iterator[tuple[str, Tensor]]:
 
 
 def _split(key: str, side: int) -> tuple[tuple[str, str], str] | None:
-    """A block's name in the other layout and its number, and what follows; None outside of one."""
+    """Split a key into block (name in the other layout, number) and rest; None outside blocks."""
     for names in _BLOCKS:
         found = re.fullmatch(rf"{re.escape(names[side])}\.(\d+)\.(.+)", key)
         if found:
@@ -240,8 +240,8 @@ def _rename(key: str, side: int) -> str:
 def _unknown(key: str, side: int) -> UserError:
     name = ("OpenAI's", "Hugging Face's")[side]
     return UserError(
-        f"{key!r} has no place in a CLIP of {name} layout: only vision transformers with CLIP's "
-        "own text tower do."
+        f"{key!r} does not belong to a CLIP in {name} layout, which only holds vision transformers "
+        "with CLIP's own text tower."
     )
 
 
@@ -250,7 +250,7 @@ def _turned(openai_name: str, value: Tensor) -> Tensor:
 
 
 def _res_beside(key: str) -> str:
-    """Where the trained positions stand if `key` names the kept ones; no other name has one."""
+    """Return the name of the trained positions if `key` names the kept ones, otherwise ""."""
     head, _, last = key.rpartition(".")
     if key.startswith("visual.") or "vision_model" in key:
         return ""

@@ -30,27 +30,26 @@ def load_model(
 
     Args:
         id: a Hugging Face Hub id or a local folder (`transformers`: CLIP, SigLIP, DINOv2, ViT and
-            whatever else holds a plain vision transformer); `open_clip:NAME/PRETRAINED`, where
-            PRETRAINED is a tag of open_clip's or the path of a checkpoint, or
+            other models with a plain vision transformer); `open_clip:NAME/PRETRAINED`, where
+            PRETRAINED is one of open_clip's tags or the path of a checkpoint, or
             `open_clip:hf-hub:OWNER/NAME` (extra `open-clip`); a file of CLIP weights with the
             names of OpenAI's code (`.safetensors`, `.pt`), also in the geometric parametrisation
             or with Long-CLIP's positions; or `calibration`, the small CLIP that comes with
             Sparsight.
-        device: "cpu", "cuda", "cuda:1", "xpu" or "mps"; default a CUDA or Intel GPU if there is
-            one, else the CPU. Apple's GPU (mps) must be named: it has no float64, in which
+        device: "cpu", "cuda", "cuda:1", "xpu" or "mps"; default: a CUDA or Intel GPU if there is
+            one, otherwise the CPU. Apple's GPU (mps) must be named: it lacks float64, in which
             training and evaluation sum.
-        dtype: default float32; bfloat16 where memory or speed counts; "auto" for bfloat16 where
-            the device multiplies in it, float32 elsewhere. Activations of one dtype are not those
-            of another.
-        revision: branch, tag or commit on the Hub; Hub ids only.
-        scale_jpegs: decode JPEGs that are much larger than the model's input at a part of their
-            size; see `VisionModel.scale_jpegs`. Several times faster, and not the same bits.
-        tokenizer: folder or Hub id of a tokenizer, where the model comes without its own.
+        dtype: default: float32; bfloat16 saves memory and time; "auto" is bfloat16 if the device
+            can multiply in it, otherwise float32. Activations differ between dtypes.
+        revision: branch, tag or commit on the Hub; for Hub ids only.
+        scale_jpegs: decode JPEGs that are much larger than the model's input at a reduced size;
+            see `VisionModel.scale_jpegs`. Several times faster, but the bits differ.
+        tokenizer: folder or Hub id of a tokenizer, if the model comes without its own.
 
     Raises:
-        UserError: nothing of that name is found, it is no vision transformer, or its image
+        UserError: the id names nothing, the model is not a vision transformer, or its image
             processor is missing.
-        MissingExtra: an `open_clip:` id, and open_clip is not installed.
+        MissingExtra: it is an `open_clip:` id, and open_clip is not installed.
         SparsightError: the weights are damaged.
     """
     target = choose_device(device)
@@ -67,7 +66,7 @@ def _load(
     tokenizer: str | None,
 ) -> VisionModel:
     if not id.strip():
-        raise UserError("No model named. Expected a Hub id, a folder, a file, or calibration.")
+        raise UserError("No model is named. Give a Hub id, a folder, a file, or calibration.")
     if id.startswith("open_clip:"):
         return _load_open_clip(id, target, kind, revision, tokenizer)
     if id != "calibration" and (file := _single_file(id)) is not None:
@@ -106,12 +105,15 @@ def _load_open_clip(
 
     _refuse_revision(id, revision)
     if tokenizer is not None:
-        raise UserError(f"tokenizer={tokenizer!r}: {id} has the one that open_clip gives it.")
+        raise UserError(
+            f"tokenizer={tokenizer!r}: {id} uses the tokenizer that open_clip gives it. Leave "
+            "tokenizer out."
+        )
     return load_open_clip(id, device=target, dtype=kind)
 
 
 def _single_file(id: str) -> Path | None:
-    """The file of weights that an id means: itself, or the only one in a folder without config."""
+    """Return the weights file that an id means: itself, or the only one in a bare folder."""
     from sparsight.vision.openai_files import SUFFIXES
 
     path = Path(id)
@@ -126,7 +128,7 @@ def _single_file(id: str) -> Path | None:
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has instructions that multiply in it, else float32."""
+    """Return bfloat16 if the device has instructions to multiply in it, otherwise float32."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 or so
@@ -144,7 +146,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
         return DTYPES[dtype]
     if dtype in DTYPES.values():
         return dtype  # type: ignore[return-value]
-    raise UserError(f"dtype={dtype!r} is not known. Choose one of: {', '.join(DTYPES)}, auto.")
+    raise UserError(f"Unknown dtype={dtype!r}. Choose one of: {', '.join(DTYPES)}, auto.")
 
 
 def _refuse_revision(id: str, revision: str | None) -> None:

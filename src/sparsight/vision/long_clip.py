@@ -1,9 +1,9 @@
-"""Long-CLIP: a text tower of 77 positions made one of 248, whose first 20 stay as they were.
+"""Long-CLIP: extend a text tower from 77 positions to 248, of which the first 20 stay unchanged.
 
 Zhang et al. 2024, arXiv:2403.15378, section 3.1: short captions trained the first positions well
 and the others hardly, so the first 20 are kept and the others are interpolated to four times as
-many; 20 + 4 · 57 = 248. In training the kept ones are fixed. Both parts are one table again in
-what `save_model` writes, unless Long-CLIP's own two tables are asked for.
+many; 20 + 4 · 57 = 248. In training the kept ones are fixed. `save_model` writes both parts as one
+table again, unless Long-CLIP's own two tables are requested.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsight.errors import UserError
 from sparsight.vision.layouts import KEPT_POSITIONS, RES, merged_positions
 
 FACTOR = 4
-"""By how much the positions behind the kept ones are stretched."""
+"""How far the positions after the kept ones are stretched."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,22 +27,22 @@ M = TypeVar("M", bound=nn.Module)
 def stretched(
     table: Float[Tensor, "positions d"], kept: int = KEPT_POSITIONS, factor: int = FACTOR
 ) -> Float[Tensor, "more d"]:
-    """A table of positions for longer texts, `kept + factor · (positions - kept)` of them.
+    """Stretch a table of positions to `kept + factor · (positions - kept)`, for longer texts.
 
     With p the table, k kept and f the factor, q[i] = p[i] for i < k, and
 
         q[k + f·i + j] = (1 - j/f) · p[k + i] + j/f · p[k + i + 1],    0 ≤ j < f,
 
-    where the position behind the last one is p[-1] + (p[-1] - p[-2]), as published: the tail goes
-    on along its last step. In float64, given in the dtype of the table.
+    where the position after the last one is p[-1] + (p[-1] - p[-2]), as published: the table
+    continues with its last step. It is computed in float64 and returned in the table's dtype.
 
     Raises:
-        UserError: there are no two positions behind the kept ones, or the factor is below 1.
+        UserError: fewer than two positions follow the kept ones, or the factor is below 1.
     """
     if factor < 1 or not 0 <= kept <= len(table) - 2:
         raise UserError(
             f"{len(table)} positions, of which {kept} are kept, cannot be stretched {factor}-fold: "
-            "two at least must follow the kept ones."
+            "at least two must follow the kept ones, and the factor must be 1 or more."
         )
     wide = table.detach().double()
     rest = wide[kept:]
@@ -53,37 +53,37 @@ def stretched(
 
 
 def factor_for(positions: int, before: int, kept: int = KEPT_POSITIONS) -> int:
-    """By how much to stretch for so many positions.
+    """Return the factor that stretches `before` positions to `positions`.
 
     Raises:
-        UserError: no whole factor gives them; the message says what does.
+        UserError: no whole factor does; the message names lengths that are possible.
     """
     rest = before - kept
     factor, left = divmod(positions - kept, max(rest, 1))
     if rest < 2 or left or factor < 1:
         can = ", ".join(str(kept + f * rest) for f in (2, 3, 4)) if rest >= 2 else "none"
         raise UserError(
-            f"{positions} positions cannot be made of {before} of which {kept} are kept. Two-, "
-            f"three- and four-fold gives: {can}."
+            f"{before} positions, of which {kept} are kept, cannot be stretched to {positions}. "
+            f"Stretching two-, three- and four-fold gives: {can}."
         )
     return factor
 
 
 def lengthen(module: M, *, kept: int = KEPT_POSITIONS, factor: int = FACTOR) -> M:
-    """Let a CLIP take longer texts, in place; the new positions can be trained, the kept cannot.
+    """Let a CLIP take longer texts, in place; new positions can be trained, kept ones cannot.
 
     Texts of at most `kept` tokens, start and end included, embed as before.
 
     Args:
-        module: `transformers.CLIPModel`, or a CLIP of open_clip's own text tower.
-        kept: positions at the beginning that stay as they are.
-        factor: by how much the others are stretched.
+        module: `transformers.CLIPModel`, or a CLIP with open_clip's own text tower.
+        kept: positions at the start that stay unchanged.
+        factor: how far the others are stretched.
 
     Returns:
         `module`.
 
     Raises:
-        UserError: it has no table of positions of CLIP's kind, or one that is too short.
+        UserError: its text tower is not CLIP's, or its table of positions is too short.
     """
     merge_positions(module)
     tower = _tower(module)
@@ -95,27 +95,29 @@ def lengthen(module: M, *, kept: int = KEPT_POSITIONS, factor: int = FACTOR) -> 
 
 
 def keep_positions(module: M, kept: int = KEPT_POSITIONS) -> M:
-    """Split the table of positions for training, in place: the first ones fixed, the others not.
+    """Split the table of positions for training, in place: the first ones are fixed.
 
-    What is trained is the parameter `positional_embedding_res`; its first `kept` rows take no
-    part and get no gradient. For a CLIP that is long already, and for `lengthen`.
+    The parameter `positional_embedding_res` is trained; its first `kept` rows are not used and get
+    no gradient. `lengthen` calls this; call it yourself for a CLIP that is long already.
 
     Returns:
         `module`.
 
     Raises:
-        UserError: it has no table of positions of CLIP's kind, or one of no more than `kept`.
+        UserError: its text tower is not CLIP's, or has no more than `kept` positions.
     """
     tower = _tower(module)
     table = tower.table
     if not 0 <= kept < len(table):
-        raise UserError(f"{kept} positions cannot be kept of {len(table)}.")
+        raise UserError(
+            f"{kept} of {len(table)} positions cannot be kept; give 0 to {len(table) - 1}."
+        )
     tower.split(kept)
     return module
 
 
 def merge_positions(module: M) -> M:
-    """One plain table of positions again, in place.
+    """Merge the two parts into one plain table of positions, in place.
 
     Returns:
         `module`.
@@ -127,16 +129,16 @@ def merge_positions(module: M) -> M:
 
 
 def is_split(module: nn.Module) -> bool:
-    """Whether the table of positions is in two parts."""
+    """Return whether the table of positions is in two parts."""
     return any(getattr(each, "kept_positions", None) is not None for each in module.modules())
 
 
 class LongPositions(nn.Embedding):
-    """The table of positions of a text tower of transformers, in two parts.
+    """The table of positions of a text tower in transformers, in two parts.
 
     Attributes:
         kept_positions: how many rows are fixed.
-        positional_embedding_res: of which the other rows are.
+        positional_embedding_res: the parameter that holds the other rows.
     """
 
     kept_positions: int
@@ -149,7 +151,7 @@ class LongPositions(nn.Embedding):
 
 
 def _long_class(base: type[nn.Module]) -> type[nn.Module]:
-    """open_clip's tower, whose `positional_embedding` is made of two parts in every pass."""
+    """Derive a class from open_clip's tower that joins its two tables in every pass."""
 
     def positional_embedding(self: nn.Module) -> Tensor:
         return _merged(self, "positional_embedding")
@@ -205,11 +207,11 @@ class _Tower(ABC):
 
     @abstractmethod
     def set_length(self, length: int) -> None:
-        """Let the tower take texts of so many tokens."""
+        """Let the tower take texts of `length` tokens."""
 
     @abstractmethod
     def _become(self, *, long: bool) -> None:
-        """Make the holder one whose table is in two parts, or of one again."""
+        """Change the holder's class to one with a table in two parts, or back."""
 
 
 class _Transformers(_Tower):
@@ -252,5 +254,5 @@ def _tower(module: nn.Module) -> _Tower:
     if table is not None and getattr(holder, "attn_mask", None) is not None:
         return _OpenClip(module, holder, "positional_embedding")
     raise UserError(
-        f"{type(module).__name__} has no text tower of CLIP's kind, with a table of positions."
+        f"{type(module).__name__} has no text tower of CLIP's kind (with a table of positions)."
     )

@@ -25,56 +25,56 @@ from sparsight.vision.tokens import Tokens, check_tokens, select_tokens
 from sparsight.vision.tower import Tower
 
 Transform = Callable[[Image.Image], Tensor]
-"""A picklable function from a picture to float32 `[3, height, width]`."""
+"""A picklable function from an image to float32 `[3, height, width]`."""
 
 JPEG_MARGIN = 2
-"""Least shorter side of a JPEG that is scaled while decoded, in sides of the model's input."""
+"""Least shorter side of a JPEG that is scaled while decoding, as a multiple of the input's side."""
 
-# Read by nothing that a site offers: untrained in many checkpoints, so not part of an identity.
+# No site depends on these, and many checkpoints leave them untrained: not part of the identity.
 _UNUSED_WEIGHTS = ("mask_token",)
 
 
 class VisionModel(TextEmbedder):
-    """A vision transformer and the names of its inside; made by `load_model`.
+    """A vision transformer and its sites; made by `load_model`.
 
-    Sites, for block numbers i from 0:
+    The sites, for block numbers i from 0, are:
 
     - `blocks.{i}.resid_pre`, `blocks.{i}.resid_post`: the residual stream before and after
       block i.
     - `blocks.{i}.attn_out`, `blocks.{i}.mlp_out`: what attention and MLP **add** to it (after
-      LayerScale where there is one).
+      LayerScale if the block has it).
     - `blocks.{i}.mlp_pre`, `blocks.{i}.mlp_post`: the neurons of the MLP before and after their
-      activation function: what its first linear map gives, what its second one takes. An MLP with
-      a gate has `mlp_post` alone.
-    - `final_norm`: what comes out of the last normalisation. All positions in SigLIP, DINOv2, ViT
-      and open_clip; `transformers`' CLIP normalises its CLS position alone, and so has one
+      activation function: the output of its first linear map and the input of its second. A gated
+      MLP has `mlp_post` only.
+    - `final_norm`: the output of the last normalisation. It has all positions in SigLIP, DINOv2,
+      ViT and open_clip; `transformers`' CLIP normalises only its CLS position, and so has one
       position here.
-    - `embedding`: the joint embedding of pictures and texts (CLIP's projection, SigLIP's pooled
-      head), one position; only where the model has one.
+    - `embedding`: the joint embedding of images and texts (CLIP's projection, SigLIP's pooled
+      head), one position; only if the model has one.
 
     Weights are frozen (`requires_grad` is off), so that gradients flow through the model to
     pixels and edits without a graph for every weight.
 
     Attributes:
         id: what `load_model` was called with; the full path of a local folder.
-        revision: the Hub commit, where it is known.
-        family: the architecture's name: `clip`, `siglip`, `dinov2`, `vit`, ...
+        revision: the Hub commit, if it is known.
+        family: the architecture's name: `clip`, `siglip`, `dinov2`, `vit`, …
         module: the underlying torch module (text tower included).
-        transform: picklable, picture -> float32 `[3, height, width]`.
+        transform: picklable function from an image to float32 `[3, height, width]`.
         preprocessing: JSON-able description of `transform`.
-        input_shape: channels, height and width that `transform` gives.
+        input_shape: channels, height and width of the output of `transform`.
         n_blocks: number of transformer blocks.
-        n_tokens: positions of the residual stream.
-        n_prefix: how many of them are no patches: CLS, then registers.
+        n_tokens: number of positions of the residual stream.
+        n_prefix: number of positions before the patches: CLS, then registers.
         has_cls: whether position 0 is a CLS position.
         patch_grid: rows and columns of patches.
         sites: every site, in forward order.
-        has_text: whether `embed_texts` is there.
+        has_text: whether `embed_texts` is available.
     """
 
     min_side: int | None = None
-    """To how many pixels the shorter side of a JPEG may be scaled while it is decoded; None: none
-    is scaled. See `scale_jpegs`."""
+    """Pixels to which the shorter side of a JPEG may be scaled while it is decoded; None: JPEGs are
+    not scaled. See `scale_jpegs`."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class VisionModel(TextEmbedder):
             id, tower, embedding, self._embed, input_shape, self._position_hint()
         )
         if dtype != torch.float32:
-            _ = self.weights_hash  # before the cast, which is no part of the model's identity
+            _ = self.weights_hash  # before the cast, which is not part of the model's identity
         self._cast(dtype)
         self.n_blocks = self._anatomy.n_blocks
         self.n_tokens = self._anatomy.n_tokens
@@ -118,11 +118,11 @@ class VisionModel(TextEmbedder):
 
     @abstractmethod
     def _embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "rows d"]:
-        """Run the vision part whole and give its image embedding."""
+        """Run the whole vision part and return its image embedding."""
 
     @property
     def tower(self) -> Tower:
-        """The parts of the vision transformer, for who changes its weights."""
+        """The parts of the vision transformer, for code that changes its weights."""
         return self._tower
 
     @property
@@ -137,18 +137,19 @@ class VisionModel(TextEmbedder):
 
     @cached_property
     def weights_hash(self) -> str:
-        """Hex SHA-256 over the vision weights in float32, whatever dtype the model runs in.
+        """The hex SHA-256 of the vision weights in float32, whatever dtype the model runs in.
 
-        Embeddings, blocks, final norm and projection; not poolers and mask tokens that no site
-        sees, nor names, which differ between versions of a library.
+        It covers embeddings, blocks, final norm and projection, but not poolers and mask tokens
+        that no site depends on, nor names, which differ between versions of a library.
         """
         return weights_hash(self._weight_groups())
 
     def scale_jpegs(self) -> Self:
-        """Decode large JPEGs at a part of their size from now on, and give the model back.
+        """Decode large JPEGs at a reduced size from now on, and return the model.
 
-        Their shorter side keeps twice the pixels that the preprocessing resizes to, so that its
-        own filter still does the last reduction by two or more. `preprocessing` records it.
+        Their shorter side keeps at least twice the pixels that the preprocessing resizes to, so
+        that its own filter still does the last reduction by two or more. `preprocessing` records
+        the setting.
         """
         named = self.preprocessing.get("size")
         given = named.values() if isinstance(named, dict) else named
@@ -159,19 +160,19 @@ class VisionModel(TextEmbedder):
         return self
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the model to `device`, and give it back.
+        """Move the model to `device`, and return it.
 
         Raises:
-            UserError: torch finds no such device.
+            UserError: torch does not find the device.
         """
         self.module.to(choose_device(device))
         return self
 
     def canonical_site(self, site: str) -> str:
-        """The site's one true name: `blocks.-1.resid_post` → `blocks.11.resid_post`.
+        """Return a site's canonical name: `blocks.-1.resid_post` → `blocks.11.resid_post`.
 
         Raises:
-            UserError: the model has no such site; the message lists what it has.
+            UserError: the model lacks the site; the message lists the sites that it has.
         """
         name = count_from_start(site, self.n_blocks)
         if name in self._anatomy.sites:
@@ -181,14 +182,14 @@ class VisionModel(TextEmbedder):
         raise UserError(f"{self.id} has no site {site!r}.{hint} Its sites: {self._site_summary()}.")
 
     def d_in(self, site: str) -> int:
-        """Width of the activations at `site`."""
+        """Return the width of the activations at `site`."""
         return self._site(site).d_in
 
     def token_count(self, site: str, tokens: Tokens = "all") -> int:
-        """How many vectors one image gives at `site`.
+        """Return how many vectors one image gives at `site`.
 
         Raises:
-            UserError: the site is unknown, or has no such tokens.
+            UserError: the site is unknown, or lacks these tokens.
         """
         check_tokens(tokens, self.has_cls)
         if self._site(site).per_image:
@@ -204,26 +205,25 @@ class VisionModel(TextEmbedder):
         sites: Sequence[str] | str,
         tokens: Tokens = "all",
     ) -> dict[str, Float[Tensor, "batch tokens d_in"]]:
-        """Read activations at `sites` in one forward pass, stopped once the last is there.
+        """Read activations at `sites` in one forward pass, which stops after the last of them.
 
-        The text tower never runs, nor does any block behind the last site. Edits that are active
-        are seen. `embedding` gives its one vector whatever `tokens` is.
+        Neither the text tower nor any block after the last site runs. Active edits take effect.
+        `embedding` gives its one vector whatever `tokens` is.
 
         Args:
-            pixels: preprocessed pictures (`transform`), on any device.
+            pixels: preprocessed images (`transform`), on any device.
             sites: names; negative block numbers count from the end.
             tokens: which positions to keep.
 
         Returns:
-            Activations under the names as they were given, on `device`, in `dtype`, without
-            gradients.
+            Activations by the names that were given, on `device`, in `dtype`, without gradients.
 
         Raises:
-            UserError: a site is unknown or has no such tokens, or `pixels` has another shape.
+            UserError: a site is unknown or lacks these tokens, or `pixels` has another shape.
         """
         asked = [sites] if isinstance(sites, str) else list(sites)
         if not asked:
-            raise UserError(f"No site to read. {self.id} has: {self._site_summary()}.")
+            raise UserError(f"No site to read is named. {self.id} has: {self._site_summary()}.")
         names = {site: self.canonical_site(site) for site in asked}
         wanted = set(names.values())
         for site in wanted:
@@ -247,7 +247,7 @@ class VisionModel(TextEmbedder):
                 pass
             else:
                 missing = ", ".join(sorted(wanted - set(found)))
-                raise SparsightError(f"{self.id}: the forward pass never came to {missing}.")
+                raise SparsightError(f"{self.id}: the forward pass never reached {missing}.")
         return {site: found[name] for site, name in names.items()}
 
     @contextmanager
@@ -255,19 +255,21 @@ class VisionModel(TextEmbedder):
         """Replace activations at sites in every forward pass inside the `with` block.
 
         Each function maps a site's `[batch, positions, d_in]` (on `device`, in `dtype`) to a
-        tensor of the same shape; what it returns is cast to the model's dtype. Blocks nest: the
-        inner edit of a site gets what the outer one made. Gradients flow through edits. The
-        edits end with the block, on an exception too.
+        tensor of the same shape; its result is cast to the model's dtype. Blocks nest: the inner
+        edit of a site gets the output of the outer one. Gradients flow through edits. The edits
+        end with the block, even after an exception.
 
         Raises:
-            UserError: a site is unknown, or given twice; or, in the forward pass, an edit
-                returned another shape or device.
+            UserError: a site is unknown or given twice; or, in the forward pass, an edit returned
+                a tensor of another shape or on another device.
         """
         canonical: dict[str, Edit] = {}
         for site, edit in edits.items():
             name = self.canonical_site(site)
             if name in canonical:
-                raise UserError(f"The site {name} is edited twice in one call; compose the edits.")
+                raise UserError(
+                    f"The site {name} is edited twice in one call; combine the two edits into one."
+                )
             canonical[name] = edit
         with ExitStack() as stack:
             for name, edit in canonical.items():
@@ -277,24 +279,23 @@ class VisionModel(TextEmbedder):
     def embed_images(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "rows d_embed"]:
-        """Embed pictures, float32, not normalised; edits that are active are seen.
+        """Embed images, in float32, not normalised; active edits take effect.
 
-        A row a picture, unless an edit changes the number of rows.
-
-        The joint embedding where the model has one (site `embedding`). Else the CLS vector after
-        the final norm, or the mean over positions where there is no CLS either. Runs under
-        autograd if gradients are on.
+        There is one row per image, unless an edit changes the number of rows. A row is the joint
+        embedding if the model has one (site `embedding`), otherwise the CLS vector after the final
+        norm, or the mean over positions if there is no CLS. Runs under autograd if gradients are
+        on.
         """
         return self._embed(self._prepare(pixels)).float()
 
     @property
     def has_joint_space(self) -> bool:
-        """Whether `embed_images` gives vectors in a space with those of texts."""
+        """Whether `embed_images` gives vectors in the same space as those of texts."""
         return "embedding" in self.sites
 
     @property
     def image_embedding(self) -> str:
-        """What `embed_images` gives, in words."""
+        """A description of what `embed_images` returns, in words."""
         if self.has_joint_space:
             return "the joint embedding of images and texts"
         if self.has_cls:
@@ -310,11 +311,11 @@ class VisionModel(TextEmbedder):
         )
 
     def _position_hint(self) -> str:
-        """A setting that may be why the positions of a model are refused, for the message."""
+        """Name a setting that may be why a model's positions are refused, for the message."""
         return ""
 
     def _cast(self, dtype: torch.dtype) -> None:
-        """Bring the weights to `dtype`, but for the two numbers that logits depend on."""
+        """Cast the weights to `dtype`, except for the two numbers that logits depend on."""
         names = ("logit_scale", "logit_bias")
         exact = {name: getattr(self.module, name, None) for name in names}
         kept = {name: x.detach().clone() for name, x in exact.items() if isinstance(x, Tensor)}
@@ -328,8 +329,8 @@ class VisionModel(TextEmbedder):
     def _check_per_image(self, site: str, tokens: Tokens) -> None:
         if self.canonical_site(site) == "final_norm" and tokens in ("patches", "mean"):
             raise UserError(
-                f"final_norm: {self.id} normalises its CLS position alone, so tokens={tokens!r} "
-                f"is not there. Use 'cls' or 'all', or blocks.{self.n_blocks - 1}.resid_post."
+                f"final_norm: {self.id} normalises only its CLS position, so tokens={tokens!r} is "
+                f"not possible. Use 'cls' or 'all', or blocks.{self.n_blocks - 1}.resid_post."
             )
 
     def _select(self, x: Tensor, site: str, tokens: Tokens) -> Tensor:
@@ -340,9 +341,9 @@ class VisionModel(TextEmbedder):
     def _prepare(self, pixels: Tensor) -> Tensor:
         if pixels.ndim != 4 or pixels.shape[1] != self.input_shape[0]:
             raise UserError(
-                f"{self.id} takes a batch of pictures [batch, {self.input_shape[0]}, height, "
-                f"width], found shape {list(pixels.shape)}. Make it with torch.stack of "
-                "model.transform(image)."
+                f"{self.id} takes a batch of images [batch, {self.input_shape[0]}, height, "
+                f"width], found shape {list(pixels.shape)}. Stack the results of "
+                "model.transform(image) with torch.stack."
             )
         return pixels.to(device=self.device, dtype=self.dtype, non_blocking=True)
 
@@ -353,7 +354,7 @@ class VisionModel(TextEmbedder):
         return ", ".join([blocks, *rest])
 
     def _weight_groups(self) -> dict[str, list[Tensor]]:
-        """Vision weights by part of the model."""
+        """Group the vision weights by part of the model."""
         groups: dict[str, list[Tensor]] = {"projection": list(self._projection)}
         inside_blocks: set[int] = set()
         for i, block in enumerate(self._tower.blocks):
@@ -368,12 +369,12 @@ class VisionModel(TextEmbedder):
 
 
 def count_from_start(site: str, n_blocks: int) -> str:
-    """A site's name with a negative block number counted from the end: `blocks.-1.` of 12 → 11."""
+    """Count a negative block number in a site's name from the end: `blocks.-1.` of 12 → 11."""
     return re.sub(r"^blocks\.(-\d+)\.", lambda found: f"blocks.{n_blocks + int(found[1])}.", site)
 
 
 def used_parameters(tower: Tower) -> Iterator[tuple[str, nn.Parameter]]:
-    """The tower's parameters, by their names in it, that some site depends on."""
+    """Yield the tower's parameters that some site depends on, with their names in the tower."""
     for name, weight in tower.module.named_parameters():
         if not name.startswith("pooler.") and not name.endswith(_UNUSED_WEIGHTS):
             yield name, weight

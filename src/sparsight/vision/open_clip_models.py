@@ -25,12 +25,12 @@ from sparsight.vision.thin_images import check_resized
 from sparsight.vision.tower import find_tower
 
 PREFIX = "open_clip:"
-# Names that open_clip resolves by itself, weights included.
+# open_clip resolves names with these prefixes itself, including the weights.
 _SCHEMAS = ("hf-hub:", "local-dir:")
 
 
 class OpenClipModel(VisionModel):
-    """A CLIP of open_clip; its vision tower may be open_clip's own or timm's."""
+    """A CLIP from open_clip; its vision tower may be open_clip's own or timm's."""
 
     def __init__(self, *, name: str, **rest: Any) -> None:
         self.has_text = True
@@ -45,7 +45,7 @@ class OpenClipModel(VisionModel):
 
     def _count_tokens(self, texts: Sequence[str]) -> list[int]:
         tokenizer = self.tokenizer
-        if hasattr(tokenizer, "tokenizer"):  # of transformers, in open_clip's wrapping
+        if hasattr(tokenizer, "tokenizer"):  # one of transformers, in open_clip's wrapper
             cleaned = [tokenizer.clean_fn(text) for text in texts]
             return [len(ids) for ids in tokenizer.tokenizer(cleaned, verbose=False)["input_ids"]]
         return [len(tokenizer.encode(text)) + 2 for text in texts]
@@ -58,7 +58,7 @@ class OpenClipModel(VisionModel):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """open_clip's, for the model's name.
+        """open_clip's tokenizer for the model's name.
 
         Raises:
             UserError: it could not be loaded.
@@ -79,8 +79,8 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
 
     Raises:
         MissingExtra: open_clip is not installed.
-        UserError: it knows no such model or weights.
-        SparsightError: the weights are damaged or of another model.
+        UserError: open_clip does not know the model or the weights.
+        SparsightError: the weights are damaged or belong to another model.
     """
     open_clip = import_open_clip()
     name, pretrained = _parse(id, open_clip)
@@ -93,10 +93,10 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
         raise UserError(f"{id}: {error}.") from error
     except (SafetensorError, EOFError) as error:
         raise SparsightError(f"{id}: its weights are damaged ({error}).") from error
-    except UnpicklingError as error:  # torch's own text advises to run what the file brings
+    except UnpicklingError as error:  # torch's own message advises running the file's code
         raise SparsightError(
-            f"{id}: its pickled weights are damaged or hold more than tensors. Code in them is not "
-            "run."
+            f"{id}: its pickled weights are damaged or hold more than tensors. Sparsight does not "
+            "run code in weights."
         ) from error
     except Exception as error:
         raise UserError(f"{id}: open_clip could not load it ({error}).") from error
@@ -125,27 +125,27 @@ def load_open_clip(id: str, *, device: torch.device, dtype: torch.dtype) -> Open
 
 
 def import_open_clip() -> Any:
-    """The library.
+    """Import open_clip.
 
     Raises:
         MissingExtra: it is not installed.
-        UserError: it does not import.
+        UserError: it cannot be imported.
     """
     try:
         return importlib.import_module("open_clip")
     except ModuleNotFoundError as error:
         if error.name == "open_clip":
             raise MissingExtra("open_clip", "open-clip") from None
-        raise UserError(f"open_clip is installed, but does not import ({error}).") from error
+        raise UserError(f"open_clip is installed, but cannot be imported ({error}).") from error
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"open_clip is installed, but does not import ({error}). torch and torchvision must "
+            f"open_clip is installed, but cannot be imported ({error}). torch and torchvision must "
             "be builds that belong together."
         ) from error
 
 
 def _parse(id: str, open_clip: Any) -> tuple[str, str | None]:
-    """Name and pretrained tag (or checkpoint path) in an id."""
+    """Split an id into name and pretrained tag (or checkpoint path)."""
     rest = id.removeprefix(PREFIX)
     if rest.startswith(_SCHEMAS):
         return rest, None
@@ -159,14 +159,14 @@ def _parse(id: str, open_clip: Any) -> tuple[str, str | None]:
     if pretrained in tags or (pretrained and Path(pretrained).is_file()):
         return name, pretrained
     raise UserError(
-        f"{id}: open_clip has no weights {pretrained!r} for {name}, nor is it a file. Tags: "
-        f"{', '.join(tags) or 'none'}."
+        f"{id}: {pretrained!r} is neither a tag of weights that open_clip has for {name} nor a "
+        f"file. Tags: {', '.join(tags) or 'none'}."
     )
 
 
 @dataclass(frozen=True)
 class OpenClipTransform:
-    """open_clip's own preprocessing for inference as a picklable function of one image."""
+    """open_clip's own preprocessing for inference, as a picklable function of one image."""
 
     compose: Any
     side: int | None
@@ -175,7 +175,7 @@ class OpenClipTransform:
         """Preprocess one RGB image.
 
         Raises:
-            ImageError: it is so thin that resizing would blow it up; see `thin_images`.
+            ImageError: it is so thin that resizing would make it huge; see `thin_images`.
         """
         check_resized(image, self.side)
         return self.compose(image)  # type: ignore[no-any-return]

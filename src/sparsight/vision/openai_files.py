@@ -1,7 +1,7 @@
-"""CLIPs in one file: OpenAI's layout, as it is or split for training (`layouts`).
+"""CLIPs in one file: OpenAI's layout, plain or split for training (`layouts`).
 
-Such a file holds weights alone. What else it takes to run comes from beside it, from the file's
-metadata if Sparsight wrote it, or is as in OpenAI's own CLIPs.
+Such a file holds only weights. Everything else comes from files next to it or, if Sparsight wrote
+it, from its metadata; otherwise it is as in OpenAI's own CLIPs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from sparsight.vision.transformers_models import TransformersModel, model_of
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 METADATA = "sparsight"
-"""The key, among a safetensors file's metadata, of what Sparsight writes there."""
+"""The key under which Sparsight writes into a safetensors file's metadata."""
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "ema")
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)*(?:text\.(?=\w))?")
@@ -62,17 +62,17 @@ def load_openai(
 
     Args:
         path: safetensors, or what `torch.save` wrote: a state dict, or a whole module, of which
-            the tensors alone are read. Nothing that is pickled is run.
-        id: the name that the model goes by.
-        device: where to put it.
-        dtype: of its weights.
-        tokenizer: folder or Hub id, or a function that gives it. Else that which lies beside the
-            file, or OpenAI's where the vocabulary has its size.
-        heads: of the vision and the text tower; else as the file says, or width / 64.
+            only the tensors are read. Pickled code is never run.
+        id: the model's name.
+        device: where to put the model.
+        dtype: dtype of its weights.
+        tokenizer: folder or Hub id, or a function that returns it; default: the tokenizer next to
+            the file, or OpenAI's if the vocabulary has its size.
+        heads: heads of the vision and of the text tower; default: as the file says, or width / 64.
 
     Raises:
-        UserError: it holds no such CLIP.
-        SparsightError: it is damaged.
+        UserError: the file does not hold such a CLIP.
+        SparsightError: the file is damaged.
     """
     state, said = read_clip(path)
     with _damage(path):
@@ -101,20 +101,20 @@ def clip_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> TransformersModel:
-    """A `transformers.CLIPModel` of weights in OpenAI's layout, with what it takes to run.
+    """Build a `transformers.CLIPModel` from weights in OpenAI's layout, with its tools.
 
     Raises:
         SparsightError: the weights do not fit the shape.
     """
     from transformers import CLIPModel
 
-    with torch.device("meta"):  # random weights, to be replaced, take longer than all the rest
+    with torch.device("meta"):  # drawing random weights, soon replaced, would take longest
         module = CLIPModel(transformers_config(shape))
     try:
         module.load_state_dict(to_huggingface(state), assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise SparsightError(f"{id}: its weights do not fit one another ({lines[0]}).") from error
+        raise SparsightError(f"{id}: its weights do not fit together ({lines[0]}).") from error
     for part in (module.text_model.embeddings, module.vision_model.embeddings):
         part.position_ids = torch.arange(part.position_ids.shape[-1]).expand((1, -1))
     return model_of(
@@ -128,14 +128,14 @@ def clip_model(
 
 
 def read_clip(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The plain weights in a file, in OpenAI's layout, and what Sparsight wrote beside them.
+    """Read the plain weights in a file, in OpenAI's layout, and Sparsight's metadata.
 
     Raises:
-        UserError: it holds no CLIP with a vision transformer, or a TorchScript program.
-        SparsightError: it is damaged.
+        UserError: the file holds no CLIP with a vision transformer, or a TorchScript program.
+        SparsightError: the file is damaged.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file.")
+        raise UserError(f"{path}: this file does not exist.")
     said: dict[str, Any] = {}
     if path.suffix == ".safetensors":
         found: Any = read_safetensors(path)
@@ -157,7 +157,7 @@ def read_clip(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Tensors and settings of any shape and kind may stand in a file: say that it is the file."""
+    """Blame the file for errors: it may hold tensors and settings of any shape and kind."""
     try:
         yield
     except SparsightError:
@@ -165,18 +165,18 @@ def _damage(path: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'}"
         raise SparsightError(
-            f"{path}: its weights, or what it says about them, do not fit one another ({reason})."
+            f"{path}: its weights, or what it says about them, do not fit together ({reason})."
         ) from e
 
 
 _EXPECTED = (
-    "Sparsight reads single files of CLIPs with a vision transformer, in OpenAI's or Hugging "
-    "Face's layout; anything else from its folder or Hub id."
+    "From single files, Sparsight reads CLIPs with a vision transformer, in OpenAI's or Hugging "
+    "Face's layout; load any other model from its folder or Hub id."
 )
 
 
 def _state(found: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict, of a pickled module, or of what wraps either."""
+    """Return the tensors of a state dict or a pickled module, even if something wraps it."""
     for _ in range(3):
         if not isinstance(found, dict):
             return {}
@@ -192,11 +192,11 @@ def _state(found: Any) -> dict[str, Tensor]:
 
 def _what(state: Mapping[str, Tensor]) -> str:
     if not state:
-        return "holds no tensors by name."
+        return "holds no named tensors."
     if any(key.startswith("visual.layer1.") for key in state):
         return "is a CLIP whose vision tower is a ResNet."
-    some = ", ".join(list(state)[:3])
-    return f"its {len(state)} tensors ({some}, ...) are not those of a CLIP."
+    names = ", ".join(list(state)[:3])
+    return f"its {len(state)} tensors ({names}, …) are not those of a CLIP."
 
 
 def _said(path: Path) -> dict[str, Any]:
@@ -216,10 +216,10 @@ def _refuse_program(path: Path) -> None:
         return
     if program:
         raise UserError(
-            f"{path}: is a TorchScript program, as OpenAI published its CLIPs, and code in files "
-            "is not run here. Load the same weights from the Hub (openai/clip-vit-base-patch32, "
-            "openai/clip-vit-large-patch14, ...), or save torch.jit.load(...).state_dict() to a "
-            "file of its own."
+            f"{path}: is a TorchScript program, the form in which OpenAI published its CLIPs. "
+            "Sparsight does not run code in files. Load the same weights from the Hub "
+            "(openai/clip-vit-base-patch32, openai/clip-vit-large-patch14, …), or save "
+            "torch.jit.load(...).state_dict() to a file of its own."
         )
 
 
@@ -232,11 +232,11 @@ def _processor(path: Path, shape: ClipShape, said: Any) -> Any:
 
 
 def image_processor(image_size: int, **settings: Any) -> Any:
-    """CLIP's image processor, on Pillow: the shorter side is resized, the middle is cut out.
+    """Return CLIP's image processor, on Pillow: it resizes the shorter side and crops the centre.
 
     Args:
-        image_size: side of what the model takes.
-        settings: others than OpenAI's, by the names of `transformers`.
+        image_size: side of the model's input.
+        settings: settings that differ from OpenAI's, by their names in `transformers`.
     """
     import transformers
 
@@ -265,15 +265,15 @@ def _fitting(source: str, shape: ClipShape, id: str) -> Any:
     tokenizer = load_tokenizer(source, id)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
-            f"{id}: the tokenizer of {source} has {len(tokenizer):,} tokens, the model "
-            f"{shape.vocab_size:,}. Give the model's own: tokenizer=."
+            f"{id}: the tokenizer of {source} has {len(tokenizer):,} tokens, but the model only "
+            f"{shape.vocab_size:,}. Give the model's own tokenizer with tokenizer=."
         )
     return tokenizer
 
 
 def _no_tokenizer(id: str, vocabulary: int) -> Any:
     raise UserError(
-        f"{id}: has a vocabulary of its own ({vocabulary:,} tokens), and no tokenizer beside it. "
-        "Put its tokenizer.json into the same folder, or name one (tokenizer=; for export, "
+        f"{id}: has a vocabulary of its own ({vocabulary:,} tokens), but no tokenizer next to it. "
+        "Put its tokenizer.json into the same folder, or name a tokenizer (tokenizer=; in export, "
         "--tokenizer)."
     )

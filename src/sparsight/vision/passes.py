@@ -1,6 +1,6 @@
-"""The one pass over images: every loop that puts images through a model goes through it.
+"""The one pass over images, which every loop that puts images through a model uses.
 
-It loads images as the model wants them (its transform, and JPEGs decoded at the size that
+It loads images as the model needs them (its transform, and JPEGs decoded at the size that
 `VisionModel.scale_jpegs` set), in batches that worker processes prepare; it counts the images that
 fail, shows progress, and ends its workers whatever stops the loop.
 """
@@ -27,11 +27,11 @@ from sparsight.vision.model import VisionModel
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How a pass loads images and whether it shows progress; its figures do not depend on it.
+    """How a pass loads images and whether it shows progress; figures do not depend on it.
 
     Attributes:
         batch_size: images at a time, failed ones included.
-        workers: processes that decode; default see `load_batches`.
+        workers: processes that decode; for the default see `load_batches`.
         quiet: show no progress line.
     """
 
@@ -48,25 +48,25 @@ class ImagePass:
                 embeddings = model.embed_images(batch.pixels)
         print(len(seen.failures), "images failed")
 
-    The `with` block shows the progress line and ends the workers, also when something stops the
-    loop. Without it a pass loads the same batches and shows no progress.
+    The `with` block shows the progress line and ends the workers, even if something stops the
+    loop. Without it, a pass loads the same batches but shows no progress.
 
     Args:
-        model: decides transform and decoded size.
+        model: its transform and decoded size are used.
         source: the images.
-        title: of the progress line; default no line.
+        title: title of the progress line; default: no line.
         settings: batch size, workers and quiet.
-        indices: places in `source`, in the order wanted; default those of `classes`, else all.
+        indices: places in `source`, in this order; default: those of `classes`, otherwise all.
         classes: class number by place, for `classes_of`.
         max_failed: share of the images that may fail, from 0 to 1.
-        line: count on this progress line, which several passes share, instead of an own one.
-        done: images that an earlier pass of the same title put through.
+        line: a progress line that several passes share, used instead of a new one.
+        done: images that an earlier pass with the same title put through.
         stop: lets Ctrl-C and SIGTERM through while the pass waits for images.
 
     Attributes:
-        failures: place and reason of each image that failed so far.
-        n_loaded: images that loaded so far.
-        note: shown at the end of the progress line.
+        failures: place and reason for each image that has failed so far.
+        n_loaded: number of images that have loaded so far.
+        note: text at the end of the progress line.
     """
 
     def __init__(
@@ -121,16 +121,16 @@ class ImagePass:
         self._stack.__exit__(kind, error, trace)
 
     def __iter__(self) -> Generator[ImageBatch, None, None]:
-        """The batches in which an image loaded.
+        """Yield the batches in which an image loaded.
 
         Raises:
-            UserError: at the end, if not one image loaded.
+            UserError: at the end, if no image loaded.
             SparsightError: more images fail than `max_failed` allows.
         """
         return self._start(self._loaded())
 
     def batches(self) -> Generator[ImageBatch, None, None]:
-        """All batches, those without an image that loaded as well.
+        """Yield all batches, including those in which no image loaded.
 
         Raises:
             SparsightError: more images fail than `max_failed` allows.
@@ -138,13 +138,13 @@ class ImagePass:
         return self._start(self._all())
 
     def classes_of(self, batch: ImageBatch) -> Int[Tensor, " batch"]:
-        """The classes of a batch's images."""
+        """Return the classes of a batch's images."""
         return torch.tensor([self.classes[i] for i in batch.indices])
 
     def _start(
         self, batches: Generator[ImageBatch, None, None]
     ) -> Generator[ImageBatch, None, None]:
-        # Outside a `with` block nobody else holds them: they end with whoever dropped them.
+        # Outside a `with` block only the caller holds them: they end when it drops them.
         if self._running is not None:
             self._running.append(batches)
         return batches
@@ -158,7 +158,7 @@ class ImagePass:
             place, reason = self.failures[0]
             raise UserError(
                 f"{self.source.spec}: none of its {len(self.indices):,} images could be read. The "
-                f"first: {self.source.known(place).id}: {reason}."
+                f"first failure: {self.source.known(place).id}: {reason}."
             )
 
     def _all(self) -> Generator[ImageBatch, None, None]:
@@ -195,7 +195,7 @@ class ImagePass:
         self._tally.check()
 
     def _show(self) -> None:
-        """Show a batch as done: once the loop asks for the next one, or ends."""
+        """Count a batch as done once the loop asks for the next one, or ends."""
         if self._line is not None and self._unshown:
             self._line.advance(self._unshown, self.note)
         self._unshown = 0

@@ -1,10 +1,10 @@
-"""Which patch each position of the residual stream shows, found out with marked images.
+"""Find out with marked images which patch each position of the residual stream shows.
 
-Image A and image B are two noises. A marked image has some patches of B, all others of A. In marked
-image number b those patches come from B whose index has bit b set. At a position that shows one
-patch, the b-th image looks like B or like A, so that a dozen images spell out the index of every
-position's patch, whatever the architecture. Where a convolution mixes neighbours (ViTPose pads its
-patches), images with patches at random tell which one has the strongest influence. Only what comes
+Images A and B are noise. A marked image has some patches of B and all others of A: in marked image
+number b, the patches whose index has bit b set come from B. At a position that shows one patch, the
+b-th image looks like B or like A, so that a dozen images spell out the index of every position's
+patch, whatever the architecture. If a convolution mixes neighbours (ViTPose pads its patches),
+images with random patches show which patch has the strongest influence. Only the part of the model
 before the first block runs.
 """
 
@@ -19,48 +19,48 @@ from torch import Tensor
 from sparsight.errors import UserError
 
 AT_ONCE = 8
-"""Images in one pass: large images of small patches take much memory."""
+"""Images in one pass: large images with small patches take much memory."""
 
 RANDOM_MARKS = 128
-"""Images marked at random, where a dozen leave doubt."""
+"""Number of randomly marked images, used if a dozen leave doubt."""
 
 _SAME = 1e-4
 """Relative difference below which two activations are the same."""
 
 _ONE_PATCH = 0.1
-"""How close to A or B, on the way from one to the other, a position is that shows one patch."""
+"""Largest distance from A or B, relative to that between them, at a position with one patch."""
 
 Embed = Callable[[Tensor], Tensor]
-"""From pixels `[batch, 3, height, width]` to what enters block 0, `[batch, positions, d_in]`."""
+"""From pixels `[batch, 3, height, width]` to the input of block 0, `[batch, positions, d_in]`."""
 
 
 @dataclass(frozen=True)
 class _Positions:
-    """What the marked images said, one entry per position."""
+    """The result of the marked images, one entry per position."""
 
     patch: Tensor
     """Index of the patch that each position shows."""
     shows: Tensor
     """Whether the position depends on the image at all."""
     pure: Tensor
-    """Whether it depends on this one patch alone."""
+    """Whether it depends only on this patch."""
 
 
 def count_prefix(
     id: str, embed: Embed, input_shape: tuple[int, int, int], patch: tuple[int, int], hint: str = ""
 ) -> int:
-    """How many positions stand before the patches, which must follow in reading order.
+    """Count the positions before the patches, which must follow in reading order.
 
     Args:
-        id: the model's, for messages.
+        id: the model's id, for messages.
         embed: the model up to its first block.
         input_shape: channels, height, width of a preprocessed image.
         patch: height and width of a patch, in pixels.
-        hint: a setting of the model that may be the cause of a refusal, for messages.
+        hint: a setting of the model that may cause a refusal, for messages.
 
     Raises:
-        UserError: the positions are not a prefix and then each patch once, in reading order; the
-            message says what they are.
+        UserError: the positions are not a prefix followed by each patch once, in reading order;
+            the message says what they are.
     """
     grid = (input_shape[1] // patch[0], input_shape[2] // patch[1])
     found = _trace(id, embed, input_shape, patch, grid)
@@ -73,9 +73,9 @@ def count_prefix(
             if not behind:
                 return prefix
             raise UserError(
-                f"{id}: {behind} of its {len(found.patch)} positions stand behind the patches "
-                f"(detection tokens, queries or the like), after {prefix} before them. Sparsight "
-                "reads models whose patches come last."
+                f"{id}: its {len(found.patch)} positions include {behind} after the patches "
+                f"(detection tokens or queries, for example) and {prefix} before. Sparsight reads "
+                "models whose patches come last."
             )
     raise UserError(f"{id}: {_reason(found, grid)}{hint}.")
 
@@ -111,9 +111,9 @@ def _influence(
     patch: tuple[int, int],
     grid: tuple[int, int],
 ) -> Tensor:
-    """How strongly each patch acts on each position, `[positions, patches]`, by random marks.
+    """Measure with random marks how each patch affects each position, `[positions, patches]`.
 
-    Each pass has noises of its own: one patch of one noise may happen to change little.
+    Each pass has its own noise images: in a single one, a patch may happen to change little.
     """
     random = torch.Generator().manual_seed(0)
     total: Tensor | None = None
@@ -140,13 +140,13 @@ def _shares(
     patch: tuple[int, int],
     grid: tuple[int, int],
 ) -> Tensor:
-    """How far each position is from A, 0, to B, 1, in each marked image: `[images, positions]`.
+    """Measure where each position is between A (0) and B (1), `[images, positions]`.
 
     Args:
-        id: the model's, for messages.
+        id: the model's id, for messages.
         embed: the model up to its first block.
         noise: the images A and B.
-        ends: what they give.
+        ends: their activations.
         marks: for each image, 1 for the patches of B, `[images, patches]`.
         patch: height and width of a patch.
         grid: rows and columns of patches.
@@ -154,21 +154,21 @@ def _shares(
     way = ends[1] - ends[0]
     length = way.square().sum(dim=-1).clamp(min=1e-30)
     found = []
-    for some in marks.split(AT_ONCE):
-        images = [_mixed(noise, mark.view(1, 1, *grid), patch) for mark in some]
+    for marks_in_pass in marks.split(AT_ONCE):
+        images = [_mixed(noise, mark.view(1, 1, *grid), patch) for mark in marks_in_pass]
         states = embed(torch.cat([noise[:1], *images])).float()
-        # What comes in another pass, beside other images, must be what it was.
+        # The same image must give the same in another pass, together with other images.
         if not float((states[0] - ends[0]).norm()) <= _SAME * float(ends[0].norm()):
             raise UserError(
-                f"{id}: the same image gives other activations in another pass: the model draws "
-                "at random which patches it sees, or in which order."
+                f"{id}: the same image gives different activations in another pass: the model "
+                "chooses at random which patches it sees, or in which order."
             )
         found.append((((states[1:] - ends[0]) * way).sum(dim=-1) / length).cpu())
     return torch.cat(found)
 
 
 def _mixed(noise: Tensor, chosen: Tensor, patch: tuple[int, int]) -> Tensor:
-    """A batch of one image: the chosen patches of the second noise, the others of the first."""
+    """Return a batch of one image: chosen patches from the second noise, others from the first."""
     mask = chosen.repeat_interleave(patch[0], dim=2).repeat_interleave(patch[1], dim=3).bool()
     image = noise[:1].clone()
     height, width = mask.shape[2:]
@@ -179,39 +179,39 @@ def _mixed(noise: Tensor, chosen: Tensor, patch: tuple[int, int]) -> Tensor:
 
 
 def _reason(found: _Positions, grid: tuple[int, int]) -> str:
-    """Why the positions are not a prefix and then the patches."""
+    """Say why the positions are not a prefix followed by the patches."""
     n = grid[0] * grid[1]
     patches = f"{grid[0]} × {grid[1]} patches"
     seen = found.shows & found.pure
     shown = found.patch[seen].tolist()
     if int(found.shows.sum()) > len(shown) and len(shown) < n:
         return (
-            f"{len(found.patch)} positions do not show one of its {patches} each: the model merges "
-            "or mixes patches before its first block"
+            f"its {len(found.patch)} positions do not each show one of its {patches}: the model "
+            "merges or mixes patches before its first block"
         )
     if len(set(shown)) < len(shown):
-        return f"some of its {patches} are shown by several positions"
+        return f"several positions show the same one of its {patches}"
     if len(shown) < n:
-        return f"only {len(shown)} of its {patches} come to the first block, the others are dropped"
+        return f"only {len(shown)} of its {patches} reach the first block; the others are dropped"
     wrong = next(i for i, patch in enumerate(shown) if patch != i) if sorted(shown) != shown else 0
     if sorted(shown) == shown:
-        return f"other positions stand between its {patches}"
+        return f"there are other positions between its {patches}"
     return (
-        f"its {patches} come in another order than that of reading (position {wrong} of them "
-        f"shows patch {shown[wrong]}): the model shuffles them or cuts them into windows"
+        f"its {patches} are not in reading order (position {wrong} among them shows patch "
+        f"{shown[wrong]}): the model shuffles them or cuts them into windows"
     )
 
 
 def find_cls(
     embed: Embed, parameters: Sequence[Tensor], input_shape: tuple[int, int, int], n_prefix: int
 ) -> bool:
-    """Whether position 0 is made of a class token, and no patch is.
+    """Return whether position 0 depends on a class token and no patch does.
 
     Args:
         embed: the model up to its first block.
-        parameters: those that are called a class token; each is changed and put back.
+        parameters: parameters named as a class token; each is changed and then restored.
         input_shape: channels, height, width of a preprocessed image.
-        n_prefix: how many positions stand before the patches.
+        n_prefix: number of positions before the patches.
     """
     pixels = torch.zeros((1, *input_shape))
     plain = embed(pixels)

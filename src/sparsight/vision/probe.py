@@ -1,4 +1,4 @@
-"""Two images through a model that was just loaded: what its sites are really like."""
+"""Put two images through a model that was just loaded, to see what its sites are really like."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from sparsight.vision.tower import MLP_WRITE, Tower
 _POINTS = 65_536
 _STEEPEST = 2.0
 _STAY = 0.75
-"""Share of positions that resemble themselves most where a block keeps their order."""
+"""Least share of positions that resemble themselves most if a block keeps their order."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A site, measured."""
+    """A site, as measured."""
 
     place: Place
     d_in: int
     per_image: bool
-    """One vector an image, not one a position: `embedding`, and `final_norm` where the model
-    normalises its CLS position alone."""
+    """One vector per image, not per position: `embedding`, and `final_norm` if the model normalises
+    only its CLS position."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,18 @@ def probe(
 ) -> Anatomy:
     """Run `forward` on a grey and a random image and measure every site.
 
-    Which positions are the prefix, and that the patches follow in reading order, is found out with
-    marked images (`positions.py`); that the order stays, from block to block.
+    Marked images (`positions.py`) show which positions are the prefix, and that the patches follow
+    in reading order; each block is checked for keeping that order.
 
-    `attn_out` and `mlp_out` are offered only if
-    `resid_pre + attn_out + mlp_out = resid_post` holds in every block to float32 rounding; so
-    they are what is added to the residual stream, whatever the modules are called. `mlp_post` is
-    offered only if the linear map behind it gives `mlp_out`, up to LayerScale, and `mlp_pre` only
-    if `mlp_post` is one function of it, number by number.
+    `attn_out` and `mlp_out` are offered only if `resid_pre + attn_out + mlp_out = resid_post` holds
+    in every block to float32 rounding, so that they are what is added to the residual stream,
+    whatever the modules are called. `mlp_post` is offered only if the linear map after it gives
+    `mlp_out`, up to LayerScale, and `mlp_pre` only if `mlp_post` is an elementwise function of it.
 
     Args:
-        id: the model's, for messages.
-        tower: the parts found; weights must be float32.
-        embedding: where the joint embedding comes out, if there is one.
+        id: the model's id, for messages.
+        tower: the parts that were found; weights must be float32.
+        embedding: the place of the joint embedding, if there is one.
         forward: runs the vision part, embedding included.
         input_shape: channels, height, width of a preprocessed image.
         hint: a setting of the model that may be why its positions are refused, for messages.
@@ -111,7 +110,7 @@ def probe(
 
 
 def _stream_problem(seen: _Observer) -> str | None:
-    """Why the residual stream of two images is not the same from block to block; None if it is."""
+    """Say why the residual stream changes its layout between blocks; None if it does not."""
     stream = seen.shapes.get("blocks.0.resid_pre")
     if stream is None or len(stream) != 3 or stream[0] != 2:
         return _odd_stream(stream)
@@ -125,17 +124,18 @@ def _stream_problem(seen: _Observer) -> str | None:
                 "from block to block"
             )
         if seen.calls[site] != 1:
-            return f"block {site.split('.')[1]} runs {seen.calls[site]} times for each image"
+            return f"block {site.split('.')[1]} runs {seen.calls[site]} times per image"
     if seen.moved:
         return (
-            f"positions change places {seen.moved[0]} (windows that stay cut, or a shuffle). "
-            "Sparsight reads models whose positions keep their order from block to block"
+            f"positions change their order {seen.moved[0]} (the model cuts images into windows or "
+            "shuffles patches). Sparsight reads models whose positions keep their order from block "
+            "to block"
         )
     return None
 
 
 def _odd_stream(stream: torch.Size | None) -> str:
-    """What is wrong with a residual stream of two images that has another shape."""
+    """Say what is wrong with a residual stream of two images that has another shape."""
     expected = "expected [2, positions, d_in]"
     if stream is None:
         return f"two images give nothing at block 0, {expected}"
@@ -143,20 +143,20 @@ def _odd_stream(stream: torch.Size | None) -> str:
     if len(stream) == 3 and stream[1] == 2:
         return (
             f"{found}: positions come first (open_clip before 2.27 does that; install a newer "
-            "one), or the model cuts each image into windows"
+            "version), or the model cuts each image into windows"
         )
     if len(stream) == 3:
-        return f"{found}: the model cuts each image into windows, crops or frames of its own"
+        return f"{found}: the model cuts each image into windows, crops or frames"
     return (
         f"{found}: its patches stay in rows and columns, as in SAM and other models with windows "
-        "or convolutions. Sparsight opens plain vision transformers"
+        "or convolutions. Sparsight only opens plain vision transformers"
     )
 
 
 def _before_blocks(
     place: Place, forward: Callable[[Tensor], Tensor], tower: Tower, pixels: Tensor
 ) -> Tensor:
-    """What enters block 0; nothing behind it runs."""
+    """Return the input of block 0; the forward pass stops there."""
     found: list[Tensor] = []
 
     def catch(x: Tensor) -> None:
@@ -170,22 +170,22 @@ def _before_blocks(
 
 @dataclass
 class _Observer:
-    """Shapes of the sites; the activations of one block at a time, big models have many."""
+    """The shapes of the sites, and the activations of one block at a time, to save memory."""
 
     n_blocks: int
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
-    """How often each site is passed."""
+    """How often each site was reached."""
     normalised_last: bool = False
-    """Whether the final norm comes behind all blocks."""
+    """Whether the final norm comes after all blocks."""
     holds: dict[str, bool] = field(
         default_factory=lambda: dict.fromkeys(("attn_out", "mlp_out", "mlp_pre", "mlp_post"), True)
     )
     moved: list[str] = field(default_factory=list)
-    """Where positions change places, in words."""
+    """Where positions change their order, in words."""
     _block: dict[str, Tensor] = field(default_factory=dict)
     _last: Tensor | None = None
-    """What the block before gave."""
+    """The output of the previous block."""
 
     def note(self, site: str, x: Tensor) -> None:
         if not site.endswith(MLP_WRITE):
@@ -235,18 +235,18 @@ def _observe(
         except Exception as error:
             begun = "blocks.0.resid_pre" in observer.shapes
             if begun and (problem := _stream_problem(observer)) is not None:
-                raise UserError(f"{id}: {problem}.") from error  # what follows fails for it
+                raise UserError(f"{id}: {problem}.") from error  # which makes the rest fail
             raise UserError(
                 f"{id}: the model does not run on the {input_shape[1]} × {input_shape[2]} "
-                f"images that its own preprocessing makes ({reason(error)})."
+                f"images that its own preprocessing produces ({reason(error)})."
             ) from error
     return observer
 
 
 def _same_order(before: Tensor | None, after: Tensor) -> bool:
-    """Whether most positions of the second image are nearest to themselves, before and after.
+    """Return whether most positions of the second image are still nearest to themselves.
 
-    True where the shapes differ, for that is told apart.
+    True if the shapes differ, which is checked separately.
     """
     if before is None or before.shape != after.shape or before.ndim != 3 or len(before) != 2:
         return True
@@ -269,7 +269,7 @@ def _adds_up(block: Mapping[str, Tensor]) -> bool:
 
 
 def _adds_up_scaled(block: Mapping[str, Tensor]) -> bool:
-    """Whether attention and MLP are added, each times one number per dimension (BEiT, InternVL)."""
+    """Return whether attention and MLP are added after scaling per dimension (BEiT, InternVL)."""
     parts = [block.get(part) for part in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
     if any(part is None or part.shape != block["resid_post"].shape for part in parts):
         return False
@@ -278,7 +278,7 @@ def _adds_up_scaled(block: Mapping[str, Tensor]) -> bool:
     )
     written = torch.stack([attention, mlp], dim=-1)
     added = (after - before).unsqueeze(-1)
-    # The least squares of each dimension; the ridge is far below float32's rounding.
+    # Least squares in each dimension; the ridge is far below float32's rounding.
     squares = written.mT @ written
     ridge = 1e-12 * squares.diagonal(dim1=-2, dim2=-1).sum(dim=-1) + 1e-30
     scales = torch.linalg.solve(
@@ -288,7 +288,7 @@ def _adds_up_scaled(block: Mapping[str, Tensor]) -> bool:
 
 
 def _writes(block: Mapping[str, Tensor]) -> bool:
-    """Whether what the second linear map gives is `mlp_out`, times one number a dimension."""
+    """Return whether the second linear map gives `mlp_out`, up to one factor per dimension."""
     stream, neurons = block["resid_post"], block.get("mlp_post")
     written, out = block.get(MLP_WRITE), block["mlp_out"]
     if neurons is None or written is None:
@@ -301,10 +301,9 @@ def _writes(block: Mapping[str, Tensor]) -> bool:
 
 
 def _is_activated(block: Mapping[str, Tensor]) -> bool:
-    """Whether `mlp_post` is one smooth function of `mlp_pre`, applied to each number.
+    """Return whether `mlp_post` is one smooth function of `mlp_pre`, applied elementwise.
 
-    Seen in the order of `mlp_pre`: what lies close together there does so in `mlp_post`. Behind a
-    gate it does not.
+    If so, numbers that are close in `mlp_pre` are close in `mlp_post`. After a gate they are not.
     """
     before, after = block.get("mlp_pre"), block["mlp_post"]
     if before is None or before.shape != after.shape:

@@ -1,4 +1,4 @@
-"""`save_model`: a model on disk as the programs of others read it, and proof that they do."""
+"""`save_model`: write a model as other programs read it, and check the files by reading them."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ TEXTS = (
     "an anchor",
     "the words on the sign say umbrella, and below it stands a small red house with 2 windows",
 )
-"""What a model is compared on with what was read back, beside pictures of noise and a long text."""
+"""Texts on which a model is compared with its saved copy, besides noise images and a long text."""
 
 FILES = (".safetensors", ".pt")
-"""How the name of a single file ends."""
+"""How the names of single files end."""
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 _PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
-"""Where libraries note what a model, a processor or a tokenizer was loaded from."""
+"""Fields in which libraries record where a model, processor or tokenizer was loaded from."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative difference of embeddings, by the narrower dtype of the two."""
@@ -73,14 +73,14 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, tor
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What was written.
+    """A model on disk.
 
     Attributes:
         path: the folder or file.
-        loads_as: the id by which `load_model` finds it.
-        difference: ‖e − e'‖ / ‖e‖ between the embeddings of the model and of what was read back,
-            the larger one of pictures and texts.
-        notes: what others' programs must be told, since the layout does not say it.
+        loads_as: the id by which `load_model` loads it.
+        difference: ‖e − e'‖ / ‖e‖ between the embeddings of the model and those of its saved copy;
+            the larger of the values for images and texts.
+        notes: settings that other programs need and the layout cannot say.
     """
 
     path: Path
@@ -114,39 +114,43 @@ def write_model(
     gmp: bool = False,
     long: bool = False,
 ) -> SavedModel:
-    """Write a model, read it back, and compare the two; only then it gets its name.
+    """Write a model, read it back and compare the two; the result gets its name only then.
 
     - `huggingface`: a folder that `transformers.CLIPModel.from_pretrained` and
-      `transformers.CLIPProcessor.from_pretrained` load alone. Models of `transformers` other than
-      CLIP have this layout only.
+      `transformers.CLIPProcessor.from_pretrained` load by themselves. Models of `transformers`
+      other than CLIP only have this layout.
     - `openai`: a state dict with the names of OpenAI's code: a folder with `model.safetensors`,
       tokenizer and image processor; or one file, if `out` ends with `.safetensors` or `.pt`.
-    - `open_clip`: a folder that `open_clip.create_model("local-dir:FOLDER")` loads alone.
+    - `open_clip`: a folder that `open_clip.create_model("local-dir:FOLDER")` loads by itself.
 
-    Weights that were split for training, geometric parametrisation and Long-CLIP's tables, are
-    merged, unless they are asked for.
+    Weights that were split for training (geometric parametrisation, Long-CLIP's tables) are
+    merged, unless `gmp` or `long` is set.
 
     Args:
-        model: any of `transformers`, or a CLIP of open_clip's own towers.
+        model: any model of `transformers`, or a CLIP with open_clip's own towers.
         out: folder, new or empty; or a new file.
-        layout: whose.
-        dtype: of the weights on disk; default that of the model.
+        layout: the library whose layout is written.
+        dtype: dtype of the weights on disk; default: that of the model.
         gmp: write the MLPs in the geometric parametrisation; `openai` only.
         long: write Long-CLIP's two tables of positions; `openai` only.
 
     Raises:
-        UserError: the layout cannot express the model, or `out` is there already.
-        MissingExtra: `open_clip` is asked for and not installed.
-        SparsightError: it could not be written, or what was read back differs.
+        UserError: the layout cannot express the model, or `out` exists.
+        MissingExtra: the layout is `open_clip`, which is not installed.
+        SparsightError: it could not be written, or the saved copy differs.
     """
     out = Path(out)
     if layout not in get_args(Layout):
-        raise UserError(f"layout={layout!r} is not known, only: {', '.join(get_args(Layout))}.")
+        raise UserError(f"Unknown layout={layout!r}. Choose one of: {', '.join(get_args(Layout))}.")
     if (gmp or long) and layout != "openai":
         asked = "gmp" if gmp else "long"
-        raise UserError(f"{asked}: only the openai layout has this form; {layout} has plain ones.")
+        raise UserError(
+            f"{asked}: only the openai layout can store this form; {layout} stores plain weights."
+        )
     if out.suffix in FILES and layout != "openai":
-        raise UserError(f"{out}: the {layout} layout is a folder; only openai has single files.")
+        raise UserError(
+            f"{out}: the {layout} layout is a folder; only the openai layout can be a single file."
+        )
     if layout == "open_clip":
         import_open_clip()
     kind = dtype or model.dtype
@@ -166,7 +170,7 @@ def write_model(
         difference = _difference(model, _read_back(parts, model, place, layout))
         if not difference <= max(_TOLERANCE[kind], _TOLERANCE[model.dtype]):
             raise SparsightError(
-                f"{out}: not written. The embeddings of what was read back differ by "
+                f"{out}: not written. The embeddings of the saved copy differ by "
                 f"{difference:.1e} from those of {model.id}. Please report this."
             )
     loads_as = f"open_clip:local-dir:{out}" if layout == "open_clip" else str(out)
@@ -175,18 +179,18 @@ def write_model(
 
 @dataclass(frozen=True)
 class _Parts:
-    """A CLIP apart from any library."""
+    """A CLIP, independent of any library."""
 
     id: str
     state: dict[str, Tensor]
-    """In OpenAI's layout, plain."""
+    """Plain weights in OpenAI's layout."""
     shape: ClipShape
     processor: Any
     tokenizer: Any
     config: Any
-    """Of `transformers`, where the model came with one."""
+    """The configuration in `transformers`, if the model has one."""
     kept: int
-    """How many positions are Long-CLIP's kept ones, where there are two tables."""
+    """How many positions Long-CLIP keeps, if there are two tables."""
 
 
 def _parts(model: VisionModel) -> _Parts:
@@ -201,18 +205,20 @@ def _parts(model: VisionModel) -> _Parts:
         renamed = {key.removeprefix("text."): value for key, value in found.items()}
         if not is_openai(renamed):
             raise UserError(
-                f"{model.id}: its towers are not open_clip's own, so it has no form in the layouts "
-                "of CLIP."
+                f"{model.id}: its towers are not open_clip's own, so CLIP's layouts cannot express "
+                "it."
             )
-        # There and back: what is no CLIP's is refused by name.
+        # There and back: a weight that no CLIP has is refused by name.
         state, config = to_openai(to_huggingface(plain(renamed, kept))), None
         shape = shape_of_open_clip(model.module, state, model.id)
         tokenizer = from_open_clip(model.tokenizer, shape.context_length)
     else:
-        raise UserError(f"{model.id} ({model.family}) is no CLIP, so it has no such layout.")
+        raise UserError(
+            f"{model.id} ({model.family}) is not a CLIP; only the huggingface layout can store it."
+        )
     if shape.context_length != len(state["positional_embedding"]):
         raise SparsightError(
-            f"{model.id}: says {shape.context_length} positions of texts and has "
+            f"{model.id}: claims {shape.context_length} positions for texts, but has "
             f"{len(state['positional_embedding'])}."
         )
     tokenizer = copy.deepcopy(tokenizer)
@@ -222,7 +228,7 @@ def _parts(model: VisionModel) -> _Parts:
 
 
 def kept_positions(module: nn.Module) -> int:
-    """How many positions of a text tower in Long-CLIP's two tables are the kept ones."""
+    """Return how many positions of a text tower with Long-CLIP's two tables are kept."""
     found = (getattr(each, "kept_positions", None) for each in module.modules())
     return next((kept for kept in found if kept is not None), KEPT_POSITIONS)
 
@@ -230,7 +236,7 @@ def kept_positions(module: nn.Module) -> int:
 def _other_architecture(model: VisionModel) -> bool:
     if not isinstance(model, TransformersModel):
         return False
-    # Kin of CLIP have its names and do other things.
+    # Relatives of CLIP have its names, but work differently.
     return model.family != "clip" or not is_huggingface(model.module.state_dict())
 
 
@@ -243,8 +249,8 @@ def _processor(model: VisionModel) -> Any:
     mode = given.get("resize_mode", "shortest")
     if sides[0] != sides[1] or mode not in ("shortest", "squash"):
         raise UserError(
-            f"{model.id}: its pictures are resized by {mode!r} to {sides}, which CLIP's image "
-            "processor cannot."
+            f"{model.id}: its images are resized by {mode!r} to {sides}, which CLIP's image "
+            "processor cannot do."
         )
     side = {"height": sides[0], "width": sides[1]}
     return image_processor(
@@ -257,10 +263,10 @@ def _processor(model: VisionModel) -> Any:
 
 
 def _open_clip_preprocessing(processor: Any, id: str) -> dict[str, Any]:
-    """What open_clip calls it.
+    """Translate an image processor into open_clip's settings.
 
     Raises:
-        UserError: open_clip cannot do it.
+        UserError: open_clip cannot do what it does.
     """
     said = processor.to_dict()
     size, crop = dict(said["size"]), dict(said.get("crop_size") or said["size"])
@@ -277,7 +283,7 @@ def _open_clip_preprocessing(processor: Any, id: str) -> dict[str, Any]:
     if not expressible:
         raise UserError(
             f"{id}: open_clip's preprocessing cannot do what this image processor does (resize to "
-            f"{size}, cut to {crop}, filter {said['resample']})."
+            f"{size}, crop to {crop}, filter {said['resample']})."
         )
     return {
         "size": sides.pop(),
@@ -332,7 +338,7 @@ def _write_openai(
     else:
         if notes:
             raise UserError(
-                f"{parts.id}: a .pt file of weights cannot say what is not as in OpenAI's CLIPs: "
+                f"{parts.id}: differs from OpenAI's CLIPs, which a .pt file cannot record: "
                 f"{'; '.join(notes)}. Write .safetensors, whose metadata can, or another layout."
             )
         with place.open("wb") as file:
@@ -343,7 +349,7 @@ def _write_openai(
 def _write_open_clip(parts: _Parts, folder: Path, dtype: torch.dtype) -> None:
     config = open_clip_config(parts.shape, parts.id)
     if not is_standard(parts.tokenizer):
-        # Any name makes open_clip take the tokenizer in the folder itself.
+        # Any name makes open_clip use the tokenizer in the folder.
         config["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
     found = {
         "model_cfg": config,
@@ -371,7 +377,7 @@ def _save_pretrained(model: TransformersModel, folder: Path, dtype: torch.dtype)
 
 
 def _settings(processor: Any) -> dict[str, Any]:
-    """The image processor's, as its constructor takes them."""
+    """Return the image processor's settings as its constructor takes them."""
     kept = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
     said = json.loads(processor.to_json_string())
     flags = {key: value for key, value in said.items() if key.startswith("do_")}
@@ -390,7 +396,7 @@ def _in_gmp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _forget_places(folder: Path) -> None:
-    """Leave out of configurations in which folders of this machine the model lay."""
+    """Remove the folders of this machine in which the model lay from its configurations."""
     for path in folder.glob("*config.json"):
         said = read_json(path)
         known = _without_places(said)
@@ -417,7 +423,7 @@ def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 @contextmanager
 def _place(out: Path) -> Iterator[Path]:
-    """Where to write: a folder, or a file in one, beside `out`; it gets its name if all is well."""
+    """Give a temporary folder or file next to `out`; it gets its name on success."""
     with new_file(out) if out.suffix in FILES else new_folder(out) as place:
         try:
             yield place
@@ -442,9 +448,9 @@ def _read_back(
 
 @torch.no_grad()
 def _difference(one: VisionModel, other: VisionModel) -> float:
-    """The largest relative difference of embeddings, of pictures and of texts, or of the scale.
+    """Return the largest relative difference in embeddings of images and texts and in the scale.
 
-    One of the texts fills every position that there is.
+    One of the texts fills every position.
     """
     training = one.module.training
     one.module.eval()

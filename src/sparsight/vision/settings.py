@@ -1,8 +1,8 @@
-"""What a model's folder says about itself, checked before a library believes it.
+"""Check what a model's folder says about itself before a library trusts it.
 
-`config.json` and `preprocessor_config.json` come from strangers: a field may hold another type, no
-number, or lists nested without end, and libraries answer with whatever fails first. Here the file
-and the field are named. Code that such a file points to (`auto_map`) is never run.
+`config.json` and `preprocessor_config.json` come from strangers: a field may have the wrong type,
+hold NaN, or nest lists without end, and libraries report whatever fails first. The messages here
+name the file and the field. Code that such a file points to (`auto_map`) is never run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 DEEPEST = 32
-"""Levels of lists and objects that a file may have; no library writes ten."""
+"""Levels of nested lists and objects that a file may have; no library writes ten."""
 
 _SWITCHES = (
     *("return_dict", "use_return_dict", "output_hidden_states", "output_attentions", "torchscript"),
@@ -33,24 +33,24 @@ _SWITCHES = (
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
     *("gradient_checkpointing", "dtype", "torch_dtype", "auto_map", "_name_or_path"),
 )
-"""How a model is run and what comes back, not what it computes: Sparsight decides that itself."""
+"""Settings of how a model runs and what it returns, not what it computes: Sparsight decides."""
 
 _VISION_PARTS = ("vision_config", "backbone_config", "encoder")
 
 LARGEST_SIDE = 8192
-"""Pixels: no vision transformer takes larger images."""
+"""Pixels; no vision transformer takes larger images."""
 
 
 def read_settings(source: str, name: str, revision: str | None = None) -> dict[str, Any] | None:
-    """A JSON file of a model; None if the model has none of that name.
+    """Read a JSON file of a model; None if the model lacks it.
 
     Args:
         source: local folder or Hub id.
-        name: of the file.
+        name: the file's name.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        UserError: it is no JSON object, or nested too deeply.
+        UserError: it is not a JSON object, or nested too deeply.
         OSError: the Hub cannot be reached.
     """
     path = settings_path(source, name, revision)
@@ -63,13 +63,13 @@ def read_settings(source: str, name: str, revision: str | None = None) -> dict[s
     deep = _deep_field(found)
     if deep is not None:
         raise UserError(
-            f"{path}: {deep} is nested more than {DEEPEST} levels deep, so the file is damaged."
+            f"{path}: {deep} has more than {DEEPEST} nested levels, so the file must be damaged."
         )
     return found
 
 
 def settings_path(source: str, name: str, revision: str | None = None) -> Path | None:
-    """Where a file of a model lies, downloaded if need be; None if the model has none.
+    """Return the path of a model's file, downloaded if necessary; None if the model lacks it.
 
     Raises:
         OSError: the Hub cannot be reached.
@@ -84,7 +84,7 @@ def settings_path(source: str, name: str, revision: str | None = None) -> Path |
 
 
 def plain_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's configuration without the switches that only say how it is run, at any level."""
+    """Return a configuration without the switches that only say how a model runs, at any level."""
     return {
         key: plain_config(value) if isinstance(value, dict) else value
         for key, value in values.items()
@@ -93,14 +93,14 @@ def plain_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_config(values: Mapping[str, Any], where: str) -> None:
-    """Check the fields of `config.json` that make a vision tower.
+    """Check the fields of `config.json` that define a vision tower.
 
     Args:
-        values: what the file holds.
+        values: the contents of the file.
         where: the file, for messages.
 
     Raises:
-        UserError: a field has another type or cannot be true.
+        UserError: a field has the wrong type or an impossible value.
     """
     for path, part in (("", values), *_vision_parts(values)):
         for field, (holds, expected) in _CONFIG_FIELDS.items():
@@ -109,7 +109,7 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
     if values.get("quantization_config"):
         raise UserError(
             f"{where}: quantization_config says that the weights are quantised. Sparsight reads "
-            "float32, float16 and bfloat16; load the model's plain weights."
+            "float32, float16 and bfloat16; load the model's unquantised weights."
         )
 
 
@@ -117,11 +117,11 @@ def check_processor(values: Mapping[str, Any], where: str) -> None:
     """Check the fields of an image processor that resizing and normalising depend on.
 
     Args:
-        values: what the file holds.
+        values: the contents of the file.
         where: the file, for messages.
 
     Raises:
-        UserError: a field has another type or cannot be true.
+        UserError: a field has the wrong type or an impossible value.
     """
     inner = values.get("image_processor")
     for path, part in (("", values), ("image_processor.", inner)):
@@ -136,23 +136,23 @@ def check_processor(values: Mapping[str, Any], where: str) -> None:
 
 
 def own_code(values: Mapping[str, Any] | None) -> bool:
-    """Whether a file names classes in code that comes with the model."""
+    """Return whether a file names classes in code that comes with the model."""
     return bool(values) and bool((values or {}).get("auto_map"))
 
 
 def refusal_of_code(name: str) -> str:
-    """Why a model that needs code of its own is not loaded."""
+    """Say why a model that needs its own code is not loaded."""
     return (
-        f"{name} asks for code that comes with the model (auto_map), and Sparsight never runs "
-        "such code"
+        f"{name} needs code that comes with the model (auto_map), and Sparsight never runs such "
+        "code"
     )
 
 
 @contextmanager
 def no_code_of_models() -> Iterator[None]:
-    """Keep transformers from running, or asking about, code that comes with a model.
+    """Keep transformers from running code that comes with a model, or asking whether to.
 
-    For libraries that call transformers without a word on it; what Sparsight loads itself says
+    For libraries that call transformers without forbidding it; Sparsight itself passes
     `trust_remote_code=False`.
     """
 
@@ -161,7 +161,7 @@ def no_code_of_models() -> Iterator[None]:
 
     asked, fetch = dynamic_module_utils.TIME_OUT_REMOTE_CODE, "get_cached_module_file"
     fetched = getattr(dynamic_module_utils, fetch)
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # no seconds to answer: not asked
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # no time to answer: the user is not asked
     setattr(dynamic_module_utils, fetch, refuse)
     try:
         yield
@@ -171,13 +171,13 @@ def no_code_of_models() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of a library says, in one line: its last, where the cause stands."""
+    """Return a library's error message in one line: of nested errors the last, with the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     nested = len(lines) > 1 and "alidation error" in lines[0]
     found = lines[-1] if nested else lines[0]
-    # A missing key or attribute says nothing without the kind of error that it is.
+    # A missing key or attribute says nothing without the kind of error.
     bare = type(error) in (KeyError, IndexError, AttributeError, TypeError, ZeroDivisionError)
     return f"{type(error).__name__}: {found}" if bare else found
 
@@ -189,11 +189,11 @@ def _vision_parts(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str,
 
 
 def _deep_field(values: Mapping[str, Any]) -> str | None:
-    """The first field that is nested too deeply; without recursion, for it may be very deep."""
+    """Return the first field that is nested too deeply; no recursion, since it may be very deep."""
     for field, value in values.items():
         level = [value]
         for _ in range(DEEPEST):
-            level = [each for one in level for each in _inside(one)]
+            level = [inner for value in level for inner in _inside(value)]
             if not level:
                 break
         else:
@@ -207,8 +207,8 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _wrong(where: str, field: str, value: Any, expected: str) -> UserError:
-    told = repr(value)
-    shown = told if len(told) <= 60 else f"{told[:57]}..."
+    text = repr(value)
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
     return UserError(f"{where}: {field} is {shown}; expected {expected}.")
 
 
@@ -223,7 +223,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _each(value: Any, holds: Callable[[Any], bool]) -> bool:
-    """Whether a number, or every one in a list or an object of them, is as it should be."""
+    """Return whether `holds` is true for a value, or for each in a list or an object of values."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -271,7 +271,7 @@ def _share(value: Any) -> bool:
 
 
 def _sides(value: Any) -> bool:
-    # Qwen's processors write numbers of pixels where others have sides.
+    # Qwen's processors give pixel counts where others give sides.
     counts = isinstance(value, dict) and {"longest_edge", "max_pixels"} & value.keys()
     most = math.inf if counts else LARGEST_SIDE
     return _each(value, lambda each: _is_whole(each) and 0 < each <= most)
@@ -297,7 +297,7 @@ _CONFIG_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _is_text(value) and value in ACT2FN,
         "the name of an activation function, such as 'gelu'",
     ),
-    "id2label": (_are_labels, "an object with a label for each number"),
+    "id2label": (_are_labels, "an object with one label per number"),
 }
 
 _PROCESSOR_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -309,6 +309,6 @@ _PROCESSOR_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rescale_factor": (_positive, "a number above 0"),
     "resample": (
         lambda value: _is_whole(value) and 0 <= value <= 5,
-        "the number of a filter of Pillow, from 0 to 5",
+        "the number of one of Pillow's filters, from 0 to 5",
     ),
 }

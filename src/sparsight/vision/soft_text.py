@@ -1,8 +1,7 @@
-"""Texts whose tokens are mixtures: the text tower as a differentiable function of them.
+"""The text tower as a differentiable function of texts whose tokens are mixtures.
 
-The token embedding of the text tower is replaced at some positions while a text of placeholders
-runs through it, so that positions, masks and pooling are those of a text of that length, in any
-library.
+While a text of placeholders runs through the text tower, its token embeddings are replaced at some
+positions, so that positions, masks and pooling are those of a text of that length, in any library.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ class SoftText:
     """The text tower of a model, from mixtures of its tokens to text embeddings.
 
     Args:
-        model: one with a text tower and a tokenizer of its own, from transformers or open_clip.
+        model: a model with a text tower and its own tokenizer, from transformers or open_clip.
 
     Raises:
-        UserError: the model has no text tower, or one whose tokens cannot be replaced.
+        UserError: the model has no text tower, or its tokens cannot be replaced.
     """
 
     def __init__(self, model: VisionModel) -> None:
@@ -42,15 +41,15 @@ class SoftText:
         ]
         if len(tables) != 1 or self._tokenizer is None:
             raise UserError(
-                f"{model.id}: its text tower takes no mixtures of tokens (found {len(tables)} "
-                "tables of token embeddings); CLIP and SigLIP of transformers and CLIP of "
-                "open_clip do."
+                f"{model.id}: its text tower cannot take mixtures of tokens (found {len(tables)} "
+                "tables of token embeddings); CLIP and SigLIP from transformers and CLIP from "
+                "open_clip can."
             )
         self.table = tables[0]
 
     @cached_property
     def words(self) -> dict[int, str]:
-        """The tokens that are whole words of two letters or more, by id."""
+        """The tokens that are whole words with two or more letters, by id."""
         special = set(getattr(self._tokenizer, "all_special_tokens", ()))
         special |= {"<start_of_text>", "<end_of_text>"}
         by_id = {
@@ -76,16 +75,16 @@ class SoftText:
     def embed(
         self, mixtures: Float[Tensor, "batch length words"]
     ) -> Float[Tensor, "batch d_embed"]:
-        """Text embeddings, float32, not normalised; gradients flow to the mixtures.
+        """Embed texts in float32, not normalised; gradients flow to the mixtures.
 
         Args:
-            mixtures: of each text and position, the weights of the `words`, in their order.
+            mixtures: for each text and position, the weights of the `words`, in their order.
         """
         table = self.table.weight[self._ids]
         return self._run(mixtures.to(table.dtype) @ table)
 
     def embed_ids(self, chosen: Int[Tensor, "batch length"]) -> Float[Tensor, "batch d_embed"]:
-        """The same for one word a position, by its place in `words`."""
+        """Do the same for one word per position, given by its place in `words`."""
         return self._run(self.table.weight[self._ids[chosen]])
 
     def _run(self, rows: Float[Tensor, "batch length d"]) -> Float[Tensor, "batch d_embed"]:
@@ -115,13 +114,14 @@ class SoftText:
         return torch.tensor(list(self.words), device=self.table.weight.device)
 
     def _template(self, length: int) -> tuple[Int[Tensor, "1 positions"], int]:
-        """Ids of a text of placeholders, and where the first of them stands."""
+        """Return the ids of a text of placeholders, and the position of the first of them."""
         before, after = self._ends
         filler = int(self._ids[0])
         ids = [*before, *[filler] * length, *after]
         if len(ids) > self._context():
             raise UserError(
-                f"{self.model.id} reads {self._context()} tokens; {length} words are too many."
+                f"{self.model.id} reads {self._context()} tokens; {length} words do not fit. Ask "
+                "for fewer."
             )
         if self._pads is not None:
             ids += [self._pads] * (self._context() - len(ids))
@@ -129,7 +129,7 @@ class SoftText:
 
     @cached_property
     def _ends(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before a text, and behind it."""
+        """The tokens that the tokenizer puts before and after a text."""
         word = next(iter(self.words.values()))
         empty, full = self._encoded(""), self._encoded(word)
         shared = 0
@@ -146,7 +146,7 @@ class SoftText:
 
     @cached_property
     def _pads(self) -> int | None:
-        """What fills a text up to the full length, where the tower needs that."""
+        """The token that fills a text up to the full length, if the tower needs that."""
         if hasattr(self.model.module, "encode_text"):
             return 0
         if self.model.family.startswith("siglip"):
@@ -165,7 +165,7 @@ class SoftText:
         decoder = getattr(self._tokenizer, "decoder", None)
         if decoder is None or not hasattr(self._tokenizer, "eot_token_id"):
             raise UserError(
-                f"{self.model.id}: its tokenizer ({type(self._tokenizer).__name__}) does not tell "
+                f"{self.model.id}: its tokenizer ({type(self._tokenizer).__name__}) does not list "
                 "its words; CLIP's own does."
             )
         return dict(decoder)

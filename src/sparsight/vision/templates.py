@@ -97,7 +97,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {"simple": SIMPLE, "openai80": OPENAI_80
 
 
 def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """Turn a set's name, one template or a list of templates into templates.
+    """Return the templates for a set's name, one template or a list of templates.
 
     A template is a text with `{}` where the class name goes.
 
@@ -110,7 +110,7 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         templates = (templates,)
     if not templates:
         raise UserError(
-            "templates: the list is empty; give at least one, such as 'a photo of a {}.'"
+            "templates: the list is empty; give at least one template, such as 'a photo of a {}.'"
         )
     for template in templates:
         if "{}" not in template:

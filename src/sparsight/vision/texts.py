@@ -1,4 +1,4 @@
-"""`TextEmbedder`: texts into the space that they share with images."""
+"""`TextEmbedder`: embed texts in the space that they share with images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sparsight.text import without_surrogates
 
 
 class TextEmbedder(ABC):
-    """What a `VisionModel` does with texts, where it came with a text tower.
+    """What a `VisionModel` does with texts, if it has a text tower.
 
     Attributes:
         id: what `load_model` was called with.
         family: the architecture's name.
         module: the underlying torch module, text tower included.
-        has_text: whether `embed_texts` is there.
+        has_text: whether `embed_texts` is available.
     """
 
     id: str
@@ -35,23 +35,23 @@ class TextEmbedder(ABC):
 
     @abstractmethod
     def _tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Tokens of texts, on the CPU, long ones cut; called only where `has_text`."""
+        """Tokenize texts on the CPU and truncate long ones; called only if `has_text`."""
 
     @abstractmethod
     def _count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has, start and end included; called only where `has_text`."""
+        """Count the tokens of each text, start and end included; called only if `has_text`."""
 
     @abstractmethod
     def _embed_tokens(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "n d_embed"]:
-        """Embed one batch of what `_tokenize` gave; called only where `has_text`."""
+        """Embed one batch of the output of `_tokenize`; called only if `has_text`."""
 
     @abstractmethod
     def _context_length(self) -> int:
-        """How many tokens the text tower takes; called only where `has_text`."""
+        """Return how many tokens the text tower takes; called only if `has_text`."""
 
     @property
     def context_length(self) -> int:
-        """How many tokens a text may have, start and end included.
+        """The number of tokens that a text may have, start and end included.
 
         Raises:
             UserError: the model has no text tower.
@@ -60,7 +60,7 @@ class TextEmbedder(ABC):
         return self._context_length()
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has before it is cut, start and end included.
+        """Count the tokens of each text before truncation, start and end included.
 
         Raises:
             UserError: the model has no text tower.
@@ -69,30 +69,30 @@ class TextEmbedder(ABC):
         return self._count_tokens([without_surrogates(text) for text in texts])
 
     def tokenize(self, texts: Sequence[str], *, truncate: bool = True) -> dict[str, Tensor]:
-        """Turn texts into what `embed_tokens` takes.
+        """Turn texts into the input of `embed_tokens`.
 
         Args:
             texts: at least one.
-            truncate: cut texts that are longer than `context_length`; else they are refused.
+            truncate: truncate texts that are longer than `context_length`; False refuses them.
 
         Returns:
-            Tensors on the CPU by name, a row a text: `input_ids`, and what else the text tower
-            needs.
+            Tensors on the CPU by name, one row per text: `input_ids`, and whatever else the text
+            tower needs.
 
         Raises:
             UserError: the model has no text tower, `texts` is empty or a bare string, or
-                a text is too long and is not to be cut.
+                a text is too long and `truncate` is False.
         """
         self._require_text()
         if isinstance(texts, str) or not texts:
-            raise UserError("Texts come as a list of at least one.")
-        texts = [without_surrogates(text) for text in texts]  # which tokenizers refuse
+            raise UserError("tokenize takes a list of at least one text.")
+        texts = [without_surrogates(text) for text in texts]  # tokenizers refuse surrogates
         if not truncate:
             self._refuse_long(texts)
         return self._tokenize(texts)
 
     def embed_tokens(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "n d_embed"]:
-        """Embed one batch of what `tokenize` gave, float32, not normalised.
+        """Embed one batch of the output of `tokenize`, in float32, not normalised.
 
         Runs under autograd if gradients are on.
 
@@ -100,22 +100,22 @@ class TextEmbedder(ABC):
             UserError: the model has no text tower.
         """
         self._require_text()
-        here = {name: each.to(self.device, non_blocking=True) for name, each in tokens.items()}
+        here = {name: ids.to(self.device, non_blocking=True) for name, ids in tokens.items()}
         return self._embed_tokens(here).float()
 
     def embed_texts(
         self, texts: Sequence[str], batch_size: int = 256, *, truncate: bool = True
     ) -> Float[Tensor, "n d_embed"]:
-        """Embed texts, float32, not normalised, `batch_size` at a time.
+        """Embed texts in float32, not normalised, `batch_size` at a time.
 
         Args:
             texts: at least one.
             batch_size: texts in one pass.
-            truncate: cut texts that are longer than `context_length`; else they are refused.
+            truncate: truncate texts that are longer than `context_length`; False refuses them.
 
         Raises:
             UserError: the model has no text tower, `texts` is empty or a bare string, or
-                a text is too long and is not to be cut.
+                a text is too long and `truncate` is False.
         """
         self._require_text()
         if isinstance(texts, str) or not texts:
@@ -128,7 +128,7 @@ class TextEmbedder(ABC):
 
     @property
     def logit_scale(self) -> float:
-        """Factor on cosine similarities that makes them logits (already exponentiated).
+        """The factor that turns cosine similarities into logits (already exponentiated).
 
         Raises:
             UserError: the model has no text tower.
@@ -138,15 +138,15 @@ class TextEmbedder(ABC):
 
     @property
     def logit_bias(self) -> float:
-        """Added to the logits: SigLIP's bias, 0 elsewhere. It changes no ranking."""
+        """The bias that is added to the logits: SigLIP's, otherwise 0. It changes no ranking."""
         bias = getattr(self.module, "logit_bias", None)
         return 0.0 if bias is None else float(bias)
 
     def _require_text(self) -> None:
         if not self.has_text:
             raise UserError(
-                f"{self.id} ({self.family}) has no text tower, so there are no text embeddings "
-                "and no zero-shot classification. CLIP and SigLIP models have one."
+                f"{self.id} ({self.family}) has no text tower, so text embeddings and zero-shot "
+                "classification are not available. CLIP and SigLIP models have one."
             )
 
     def _refuse_long(self, texts: Sequence[str]) -> None:
@@ -157,9 +157,9 @@ class TextEmbedder(ABC):
             return
         first = long[0]
         text = texts[first] if len(texts[first]) <= 80 else f"{texts[first][:77]}..."
-        others = f" {len(long)} texts are." if len(long) > 1 else ""
+        others = f" {len(long)} texts are too long." if len(long) > 1 else ""
         raise UserError(
             f"Text {first + 1} of {len(texts)} is too long for {self.id}: it has {counts[first]} "
             f"tokens, and {limit} fit, start and end included ({text!r}).{others} Shorten it, or "
-            "have it cut (truncate=True)."
+            "truncate it with truncate=True."
         )

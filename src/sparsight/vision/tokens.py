@@ -10,14 +10,14 @@ from torch import Tensor
 from sparsight.errors import UserError
 
 Tokens = Literal["all", "patches", "cls", "mean"]
-"""`all` positions, image `patches` alone, the `cls` position, or the `mean` over the patches."""
+"""`all` positions, only the image `patches`, the `cls` position, or the `mean` over the patches."""
 
 
 def check_tokens(tokens: str, has_cls: bool) -> None:
-    """Raise a `UserError` if `tokens` is unknown, or is `cls` where there is none."""
+    """Raise a `UserError` if `tokens` is unknown, or is `cls` and the model has none."""
     if tokens not in get_args(Tokens):
         choices = ", ".join(get_args(Tokens))
-        raise UserError(f"tokens={tokens!r} is not known. Choose one of: {choices}.")
+        raise UserError(f"Unknown tokens={tokens!r}. Choose one of: {choices}.")
     if tokens == "cls" and not has_cls:
         raise UserError(
             "tokens='cls': this model has no CLS position. Use 'all', 'patches' or 'mean'."
@@ -30,20 +30,20 @@ def select_tokens(
     """Keep the positions that `tokens` names.
 
     Args:
-        x: activations, prefix positions (CLS, then registers) first, patches in reading order.
-        tokens: `all` keeps every position, registers too; `patches` drops the prefix; `cls` keeps
-            position 0; `mean` is the mean over the patches, summed in float32 at least.
+        x: activations: prefix positions (CLS, then registers) first, then patches in reading order.
+        tokens: `all` keeps every position, including registers; `patches` drops the prefix; `cls`
+            keeps position 0; `mean` is the mean over the patches, summed in float32 or wider.
         n_prefix: number of prefix positions (CLS and registers).
         has_cls: whether position 0 is a CLS position.
 
     Raises:
-        UserError: `tokens` is not known, or is `cls` where the model has none.
+        UserError: `tokens` is unknown, or is `cls` and the model has none.
     """
     check_tokens(tokens, has_cls)
     if tokens == "all":
         return x
     if tokens == "cls":
-        # A copy, so that one position does not keep all the others in memory.
+        # A copy, so that the one position does not keep all others in memory.
         return x[:, :1].contiguous()
     patches = x[:, n_prefix:]
     if tokens == "patches":

@@ -1,9 +1,9 @@
-"""Finding the parts of a vision transformer inside any module tree.
+"""Find the parts of a vision transformer inside any module tree.
 
 There is no class per architecture: a tower is the smallest module that holds both a patch
-convolution and one list of transformer blocks, and its parts are found by the names below. What
-was found is then tried on two pictures (`probe.py`), so that a wrong guess is an error or a
-missing site, never a mislabelled one.
+convolution and one list of transformer blocks, and its parts are found by the names below. The
+parts are then tried on two images (`probe.py`), so that a wrong guess leads to an error or a
+missing site, never to a mislabelled one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 from sparsight.errors import UserError
 from sparsight.vision.hooks import Place
 
-# Names of a block's parts, the first that is there counts. LayerScale stands before what it
-# scales: a site is what is added to the residual stream.
+# Names of a block's parts; the first that exists counts. LayerScale is listed before the part that
+# it scales: a site is what is added to the residual stream.
 ATTENTION = (
     "layer_scale1",  # transformers: DINOv2, DINOv3
     "ls_1",  # open_clip
@@ -35,8 +35,8 @@ MLP = (
     "ffn",  # transformers: AIMv2
     "output.dropout",  # transformers < 5: ViT, DeiT, whose `output` adds the residual itself
 )
-# The two linear maps of a block's MLP. A gate stands beside the first one in some; what comes out
-# of either is no neuron then, and the probe leaves it out.
+# The two linear maps of a block's MLP. Some MLPs have a gate in parallel with the first one; the
+# output of either is then not a neuron, and the probe leaves it out.
 MLP_IN = (
     "mlp.fc1",  # transformers: CLIP, SigLIP, DINOv2, ViT; timm
     "mlp.c_fc",  # open_clip
@@ -73,7 +73,7 @@ CLS = ("class_embedding", "cls_token", "class_token")
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision transformer's parts."""
+    """The parts of a vision transformer."""
 
     module: nn.Module
     name: str
@@ -83,7 +83,7 @@ class Tower:
     final_norm: nn.Module | None
 
     def places(self) -> dict[str, Place]:
-        """The sites that the blocks and the final norm offer, in forward order."""
+        """Return the sites of the blocks and the final norm, in forward order."""
         places: dict[str, Place] = {}
         for i, block in enumerate(self.blocks):
             attention, mlp = find_part(block, ATTENTION), find_part(block, MLP)
@@ -102,12 +102,12 @@ class Tower:
         return places
 
     def cls_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are called a class token."""
+        """Return the parameters that are named as a class token."""
         named = self.module.named_parameters()
         return [weight for key, weight in named if key.rsplit(".", 1)[-1] in CLS]
 
     def mlp_writes(self) -> dict[str, Place]:
-        """What each MLP's second linear map gives: no site, but what `mlp_post` is held against."""
+        """Return the outputs of the MLPs' second linear maps: not sites, but used for checks."""
         seconds = {i: find_part(block, MLP_OUT) for i, block in enumerate(self.blocks)}
         return {f"blocks.{i}.{MLP_WRITE}": Place(part) for i, part in seconds.items() if part}
 
@@ -117,7 +117,7 @@ def find_tower(model: nn.Module, id: str) -> Tower:
 
     Raises:
         UserError: there is no patch convolution, or not exactly one list of transformer blocks
-            beside it (Swin and other hierarchical models have one a stage).
+            with it (Swin and other hierarchical models have one per stage).
     """
     for conv_name, conv in model.named_modules():
         if not isinstance(conv, nn.Conv2d) or not _cuts_patches(conv):
@@ -127,8 +127,8 @@ def find_tower(model: nn.Module, id: str) -> Tower:
             lists = [part for part in module.modules() if _is_block_list(part)]
             if len(lists) > 1:
                 raise UserError(
-                    f"{id}: its vision model has {len(lists)} lists of blocks (a hierarchical "
-                    "model?). Sparsight opens plain vision transformers, which have one."
+                    f"{id}: its vision model has {len(lists)} lists of blocks (is it "
+                    "hierarchical?). Sparsight opens plain vision transformers, which have one."
                 )
             if lists:
                 norm = next((n for n in map(module._modules.get, FINAL_NORM) if n), None)
@@ -141,13 +141,13 @@ def find_tower(model: nn.Module, id: str) -> Tower:
                 )
     raise UserError(
         f"{id}: no vision transformer found in it ({type(model).__name__}{_other_patches(model)}). "
-        "Sparsight looks for a convolution (Conv2d) that cuts images of 3 channels into patches "
-        "without overlap, and one list of blocks, each with attention and an MLP."
+        "Sparsight looks for a convolution (Conv2d) that cuts images with 3 channels into patches "
+        "without overlap, and for one list of blocks, each with attention and an MLP."
     )
 
 
 def _other_patches(model: nn.Module) -> str:
-    """How a model without a patch convolution of ours seems to cut patches, for a message."""
+    """Say how a model without a suitable convolution seems to cut patches, for a message."""
     for name, part in model.named_modules():
         if not re.search(r"patch|embed|stem", name) or "text" in name:
             continue
@@ -156,14 +156,14 @@ def _other_patches(model: nn.Module) -> str:
         if isinstance(part, nn.Conv2d) and part.kernel_size != part.stride:
             return f"; the patches of its {name} overlap"
         if isinstance(part, nn.Conv2d) and part.in_channels != 3 and part.stride[0] > 1:
-            return f"; its {name} takes images of {part.in_channels} channels"
+            return f"; its {name} takes images with {part.in_channels} channels"
         if isinstance(part, nn.Linear) and "patch" in name:
-            return f"; its {name} takes patches that are cut already"
+            return f"; its {name} takes patches that are already cut"
     return ""
 
 
 def _cuts_patches(conv: nn.Conv2d) -> bool:
-    """Whether the convolution cuts pictures of three channels into patches without overlap."""
+    """Return whether the convolution cuts images with three channels into separate patches."""
     return conv.in_channels == 3 and conv.kernel_size == conv.stride and conv.stride[0] > 1
 
 
@@ -178,7 +178,7 @@ def _is_block_list(module: nn.Module) -> bool:
 
 
 def find_part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    """The first of these parts that a block has."""
+    """Return the first of these parts that a block has; None if it has none."""
     for name in names:
         try:
             return block.get_submodule(name)
@@ -188,7 +188,7 @@ def find_part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 
 def _ancestors(name: str) -> Iterator[str]:
-    """Paths of the modules that hold the module `name`, the closest first, "" last."""
+    """Yield the paths of the modules that hold the module `name`, the closest first, "" last."""
     while name:
         name = name.rpartition(".")[0]
         yield name

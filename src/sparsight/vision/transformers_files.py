@@ -1,4 +1,4 @@
-"""Loading what Hugging Face transformers saved, from the Hub or a folder, each file checked."""
+"""Load models of Hugging Face transformers from the Hub or a folder, and check each file."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def load_transformers(
 
     Args:
         source: the Hub id or folder to load from.
-        id: the name that the model goes by.
-        device: where to put it.
-        dtype: of its weights.
+        id: the model's name.
+        device: where to put the model.
+        dtype: dtype of its weights.
         revision: branch, tag or commit on the Hub.
-        tokenizer: folder or Hub id of another tokenizer than the model's own.
+        tokenizer: folder or Hub id of a tokenizer to use instead of the model's own.
     """
     config, commit = _load_config(source, id, revision)
     revision = commit or revision
@@ -73,15 +73,15 @@ def load_transformers(
 
 
 def load_tokenizer(source: str, id: str, revision: str | None = None) -> Any:
-    """A tokenizer of transformers; code that comes with it is not run.
+    """Load a tokenizer of transformers; code that comes with it is not run.
 
     Args:
         source: folder or Hub id.
-        id: the model's, for messages.
+        id: the model's id, for messages.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        UserError: there is none.
+        UserError: it could not be loaded.
     """
     problem = f"{id}: it has a text tower, but its tokenizer could not be loaded"
     own_code_in = partial(_names_own_code, source, revision, ("tokenizer_config.json",))
@@ -93,25 +93,26 @@ def load_tokenizer(source: str, id: str, revision: str | None = None) -> Any:
     except Exception as error:  # its files may hold anything
         cause = refusal_of_code("tokenizer_config.json") if own_code_in() else reason(error)
         raise UserError(f"{problem} ({cause}).") from error
-    # Without files, transformers 5 gives a tokenizer that turns every word into "unknown".
+    # Without files, transformers 5 returns a tokenizer that turns every word into "unknown".
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise UserError(f"{problem} (no vocabulary found; tokenizer.json is missing).")
     return tokenizer
 
 
 def load_processor(source: str, id: str, revision: str | None = None) -> Any:
-    """A model's image processor, on Pillow where transformers has it; its own code is not run.
+    """Load a model's image processor, on Pillow if transformers has it; its code is not run.
 
-    Pillow's resampling is what most models were trained with, and it gives the same pixels
-    whether or not torchvision is installed.
+    Most models were trained with Pillow's resampling, which gives the same pixels whether or not
+    torchvision is installed.
 
     Args:
         source: folder or Hub id.
-        id: the model's, for messages.
+        id: the model's id, for messages.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        UserError: there is none, or a field of its file has another type or cannot be true.
+        UserError: it could not be loaded, or a field of its file has the wrong type or an
+            impossible value.
     """
     _check_processor_files(source, id, revision)
     last: Exception | None = None
@@ -132,7 +133,7 @@ def load_processor(source: str, id: str, revision: str | None = None) -> Any:
 
 
 def _names_own_code(source: str, revision: str | None, names: Sequence[str]) -> bool:
-    """Whether one of these files of a model points to code that comes with it."""
+    """Return whether one of these files of a model points to code that comes with it."""
     try:
         return any(own_code(read_settings(source, name, revision)) for name in names)
     except (OSError, ValueError):
@@ -140,17 +141,17 @@ def _names_own_code(source: str, revision: str | None, names: Sequence[str]) -> 
 
 
 def _load_config(source: str, id: str, revision: str | None) -> tuple[Any, str | None]:
-    """The model's configuration, by transformers, and the commit that it is of on the Hub."""
+    """Load the model's configuration with transformers; return it and its commit on the Hub."""
     values, where, commit = _read_config(source, id, revision)
     kind = _config_class(values, where)
     try:
         with quiet():
             config = kind.from_dict(plain_config(values))
-    except Exception as error:  # transformers believes every field
+    except Exception as error:  # transformers trusts every field
         raise UserError(f"{where}: cannot be used ({reason(error)}).") from error
     if not any(_says_vision(part) for part in _parts(config)):
         raise UserError(
-            f"{id}: not a vision model that Sparsight opens: its config.json (model_type "
+            f"{id}: not a vision model that Sparsight can open: its config.json (model_type "
             f"{config.model_type!r}) has neither vision_config nor patch_size."
         )
     return config, commit
@@ -159,15 +160,15 @@ def _load_config(source: str, id: str, revision: str | None) -> tuple[Any, str |
 def _read_config(
     source: str, id: str, revision: str | None
 ) -> tuple[dict[str, Any], str, str | None]:
-    """What `config.json` holds, checked; its path; and the commit on the Hub, where it is known."""
+    """Read and check `config.json`; return it, its path, and its commit on the Hub if known."""
     folder = Path(source).expanduser()
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not folder.is_dir():
-        raise UserError(f"{id}: no such folder ({folder.absolute()}).")
+        raise UserError(f"{id}: this folder does not exist ({folder.absolute()}).")
     if folder.is_dir() and not (folder / CONFIG).is_file():
         raise UserError(
-            f"{id}: the folder {folder.absolute()} holds no config.json; expected a model saved "
-            "with save_pretrained."
+            f"{id}: the folder {folder.absolute()} holds no config.json; expected a model that was "
+            "saved with save_pretrained."
         )
     try:
         with quiet():
@@ -190,7 +191,7 @@ def _read_config(
 
 
 def _config_class(values: Mapping[str, Any], where: str) -> Any:
-    """The class of transformers for a configuration: by its model_type, else its architecture."""
+    """Find the configuration's class in transformers by its model_type, or its architecture."""
     model_type: str | None = values.get("model_type")
     if model_type is not None and model_type in transformers.CONFIG_MAPPING:
         return transformers.CONFIG_MAPPING[model_type]
@@ -198,15 +199,15 @@ def _config_class(values: Mapping[str, Any], where: str) -> Any:
     if model_type is None and named is not None:
         return named.config_class
     if model_type is None:
-        raise UserError(f"{where}: has no model_type, so it is no model's of transformers.")
-    version = f"transformers {transformers.__version__} does not know its model_type {model_type!r}"
+        raise UserError(f"{where}: has no model_type, so it describes no model of transformers.")
+    version = f"transformers {transformers.__version__} does not know the model_type {model_type!r}"
     if own_code(values):
         raise UserError(f"{where}: {version}. {refusal_of_code('It')}.")
-    raise UserError(f"{where}: {version}. A newer transformers may.")
+    raise UserError(f"{where}: {version}. A newer version may.")
 
 
 def _named_class(architectures: Sequence[str] | None) -> Any:
-    """The class of transformers that a configuration names; None if there is none."""
+    """Return the class in transformers that a configuration names; None if it does not exist."""
     name = (architectures or [""])[0]
     found = getattr(transformers, name, None) if name.isidentifier() else None
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
@@ -214,7 +215,7 @@ def _named_class(architectures: Sequence[str] | None) -> Any:
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """A configuration and those inside it."""
+    """Yield a configuration and those inside it."""
     yield config
     for value in list(vars(config).values()):
         if isinstance(value, transformers.PretrainedConfig):
@@ -233,7 +234,7 @@ def _check_processor_files(source: str, id: str, revision: str | None) -> None:
         except UserError:
             raise
         except (OSError, ValueError):
-            continue  # the library says it better, with what it tried
+            continue  # the library's own message says more
         if values is not None:
             where = str(local / name) if local.is_dir() else f"{id}: {name}"
             check_processor(values, where)
@@ -242,7 +243,7 @@ def _check_processor_files(source: str, id: str, revision: str | None) -> None:
 def _load_module(
     source: str, id: str, config: Any, revision: str | None
 ) -> tuple[transformers.PreTrainedModel, set[str]]:
-    """The model in float32, and the names of weights that the files lack."""
+    """Load the model in float32; return it and the names of weights that the files lack."""
     named = _named_class(getattr(config, "architectures", None))
     if named is not None and not isinstance(config, named.config_class):
         named = None
@@ -252,7 +253,7 @@ def _load_module(
             f"{id}: transformers has no model for its config.json (model_type "
             f"{config.model_type!r}, architectures {getattr(config, 'architectures', None)})."
         )
-    # AutoModel drops the projection of a vision tower that was saved alone.
+    # AutoModel drops the projection of a vision tower that was saved by itself.
     alone = named is not None and named.__name__.endswith("WithProjection")
     loader = named if alone or not known else transformers.AutoModel
     module, missing = _from_pretrained(loader, source, id, config, revision)
@@ -276,20 +277,21 @@ def _from_pretrained(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused by name in _check_weights
             )
-    except UnpicklingError as error:  # torch's own text advises to run what the file brings
+    except UnpicklingError as error:  # torch's own message advises running the file's code
         raise SparsightError(
-            f"{id}: its pickled weights are damaged or hold more than tensors. Code in them is not "
-            "run; use weights in safetensors."
+            f"{id}: its pickled weights are damaged or hold more than tensors. Sparsight does not "
+            "run code in weights; use safetensors."
         ) from error
     except (SafetensorError, EOFError) as error:
         raise SparsightError(f"{id}: its weights are damaged ({reason(error)}).") from error
     except OSError as error:
         raise UserError(f"{id}: its weights could not be loaded ({reason(error)}).") from error
-    except Exception as error:  # a config of any values goes into the constructors
+    except Exception as error:  # the constructors get a config with any values
         raise UserError(
-            f"{id}: its config.json makes no model, or none that its weights fit ({reason(error)})."
+            f"{id}: its config.json does not describe a model that its weights fit "
+            f"({reason(error)})."
         ) from error
-    # Names with both shapes, or names alone: versions differ.
+    # Names with both shapes, or only names, depending on the version.
     wrong = report.get("mismatched_keys", ())
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in wrong}
     return module, set(report["missing_keys"]) | mismatched
@@ -297,9 +299,9 @@ def _from_pretrained(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back transformers' notes on missing poolers and torchvision while loading.
+    """Suppress transformers' notes on missing poolers and torchvision while loading.
 
-    What matters in them is checked and told by Sparsight itself. Bars of downloads stay.
+    Sparsight itself checks and reports what matters in them. Download bars stay.
     """
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

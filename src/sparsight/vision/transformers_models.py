@@ -22,13 +22,13 @@ from sparsight.vision.settings import reason
 from sparsight.vision.thin_images import check_resized, shorter_side
 from sparsight.vision.tower import Tower, find_tower
 
-# SigLIP's text towers were trained on texts padded to the full length, without a mask.
+# SigLIP's text towers were trained without a mask, on texts padded to the full length.
 _PADDED_WITHOUT_MASK = ("siglip",)
 
 
 @dataclass(frozen=True)
 class ProcessorTransform:
-    """A transformers image processor as a picklable function of one picture."""
+    """An image processor of transformers as a picklable function of one image."""
 
     processor: Any
 
@@ -36,7 +36,7 @@ class ProcessorTransform:
         """Preprocess one RGB image.
 
         Raises:
-            ImageError: it is so thin that resizing would blow it up; see `thin_images`.
+            ImageError: it is so thin that resizing would make it huge; see `thin_images`.
         """
         if getattr(self.processor, "do_resize", True):
             check_resized(image, shorter_side(getattr(self.processor, "size", None)))
@@ -45,13 +45,13 @@ class ProcessorTransform:
 
 
 class TransformersModel(VisionModel):
-    """A vision tower of transformers, with its text tower if it came with one."""
+    """A vision tower of transformers, with its text tower if it has one."""
 
     module: transformers.PreTrainedModel
 
     def __init__(self, *, load_tokenizer: Callable[[], Any], has_text: bool, **rest: Any) -> None:
         self.has_text = has_text
-        self._load_tokenizer = load_tokenizer  # pictures alone need none
+        self._load_tokenizer = load_tokenizer  # images need none
         self._head = _projection(rest["module"])
         forward = inspect.signature(rest["tower"].module.forward)
         self._shuffles = "noise" in forward.parameters
@@ -65,23 +65,23 @@ class TransformersModel(VisionModel):
         pooled = getattr(output, "pooler_output", None)
         if self._head is not None:
             return self._head(pooled)  # type: ignore[no-any-return]
-        # CLIP without its projection: only its pooled CLS went through the final norm.
+        # A CLIP without its projection: only its pooled CLS went through the final norm.
         one_vector = _pooling_head(self._tower) is not None or hasattr(tower, "pre_layrnorm")
         if one_vector and pooled is not None:
             return pooled  # type: ignore[no-any-return]
         states = getattr(output, "last_hidden_state", None)
-        if states is None:  # a backbone gives maps of several blocks
+        if states is None:  # a backbone returns maps of several blocks
             norm = self._tower.final_norm
             states = last[-1] if norm is None else norm(last[-1])
         return states[:, 0] if self.has_cls else states.mean(dim=1)
 
     def _in_reading_order(self, pixels: Tensor) -> dict[str, Tensor]:
-        """What keeps the patches of a masked autoencoder in their order, for the tower."""
+        """Return arguments for the tower that keep a masked autoencoder's patches in order."""
         if not self._shuffles:
             return {}
         rows, columns = self._tower.patches.stride
         n = (pixels.shape[-2] // int(rows)) * (pixels.shape[-1] // int(columns))
-        # It keeps those of the least noise, sorted by it.
+        # The autoencoder keeps the patches with the least noise, sorted by it.
         noise = torch.arange(n, device=pixels.device, dtype=torch.float32)
         return {"noise": noise.expand(len(pixels), -1)}
 
@@ -104,7 +104,7 @@ class TransformersModel(VisionModel):
         return {key: inputs[key] for key in keep}
 
     def _count_tokens(self, texts: Sequence[str]) -> list[int]:
-        # A tokenizer file may bring its own cut and padding; each call says all of them.
+        # A tokenizer file may set its own truncation and padding: each call sets all of them.
         found = self.tokenizer(list(texts), padding=False, truncation=False, verbose=False)
         return [len(ids) for ids in found["input_ids"]]
 
@@ -114,22 +114,22 @@ class TransformersModel(VisionModel):
             features: Any = encode(**tokens)
         except (AttributeError, TypeError) as error:
             raise UserError(
-                f"{self.id}: transformers gets no embedding of a text from its text tower "
+                f"{self.id}: transformers cannot get text embeddings from its text tower "
                 f"({reason(error)})."
             ) from error
-        # transformers 5 gives an output object whose pooler_output is projected already.
+        # transformers 5 returns an output object whose pooler_output is already projected.
         return features if isinstance(features, Tensor) else features.pooler_output
 
     def _context_length(self) -> int:
         config = getattr(self.module.config, "text_config", None)
         limit = getattr(config, "max_position_embeddings", None)
-        if limit is None:  # relative positions: what the tokenizer was made for
+        if limit is None:  # relative positions: the length that the tokenizer was made for
             limit = self.tokenizer.model_max_length
         return int(limit) - self._padded_positions
 
     @cached_property
     def _padded_positions(self) -> int:
-        """How many positions RoBERTa and its kin leave out: they count from the padding's on."""
+        """The number of positions that RoBERTa and its relatives skip: they count from padding."""
         inside = f"{self._tower.name}."
         for name, part in self.module.named_modules():
             if name.endswith("position_embeddings") and not name.startswith(inside):
@@ -140,7 +140,7 @@ class TransformersModel(VisionModel):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, of transformers; loaded at the first text.
+        """The model's tokenizer, from transformers; loaded at the first text.
 
         Raises:
             UserError: it could not be loaded.
@@ -159,17 +159,17 @@ def model_of(
     revision: str | None = None,
     missing: Collection[str] = (),
 ) -> TransformersModel:
-    """The `VisionModel` of a module of transformers.
+    """Build the `VisionModel` for a module of transformers.
 
     Args:
-        module: with a vision tower.
-        id: the name that the model goes by.
-        processor: its image processor, of transformers.
-        load_tokenizer: gives its tokenizer; called at the first text.
-        device: where to put it.
-        dtype: of its weights.
+        module: a module with a vision tower.
+        id: the model's name.
+        processor: its image processor, from transformers.
+        load_tokenizer: returns its tokenizer; called at the first text.
+        device: where to put the model.
+        dtype: dtype of its weights.
         revision: commit on the Hub.
-        missing: names of weights that its files lacked.
+        missing: names of weights that its files lack.
     """
     transform = ProcessorTransform(processor)
     input_shape = _input_shape(transform, id)
@@ -197,7 +197,7 @@ def model_of(
 
 
 def _check_weights(module: nn.Module, tower: Tower, missing: set[str], id: str) -> None:
-    """Refuse a model of which a part that sites depend on was left at random values."""
+    """Refuse a model if a part that sites depend on was left at random values."""
     prefix = f"{tower.name}." if tower.name else ""
     used = {prefix + name for name, _ in used_parameters(tower)}
     projection = _projection(module)
@@ -209,64 +209,64 @@ def _check_weights(module: nn.Module, tower: Tower, missing: set[str], id: str) 
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise UserError(
-            f"{id}: its files lack weights of the vision tower, or have them in another shape than "
-            f"config.json says ({', '.join(lost[:3])}{more})."
+            f"{id}: weights of the vision tower are missing from its files, or their shape differs "
+            f"from that in config.json ({', '.join(lost[:3])}{more})."
         )
 
 
 def _input_shape(transform: ProcessorTransform, id: str) -> tuple[int, int, int]:
-    """The shape of a preprocessed image, which must not depend on the image's.
+    """Find the shape of a preprocessed image, which must not depend on that of the image.
 
     Raises:
-        UserError: it does, or the image processor fails, or gives no finite numbers.
+        UserError: it does, or the image processor fails or gives NaN or infinity.
     """
     where = f"{id}: its image processor (preprocessor_config.json)"
     shapes = set()
     for size in ((640, 480), (480, 640)):
         try:
             pixels = transform(Image.new("RGB", size, (128, 128, 128)))
-        except Exception as error:  # settings of any values go into it
-            raise UserError(f"{where} does not work on an image ({reason(error)}).") from error
+        except Exception as error:  # its settings may have any values
+            raise UserError(f"{where} fails on an image ({reason(error)}).") from error
         if not bool(pixels.isfinite().all()):
-            raise UserError(f"{where} makes NaN or infinity of a grey image.")
+            raise UserError(f"{where} turns a grey image into NaN or infinity.")
         shapes.add(tuple(pixels.shape))
     shape = shapes.pop()
     if shapes or len(shape) != 3 or shape[0] != 3:
         found = " and ".join(str(list(s)) for s in sorted({shape, *shapes}))
         raise UserError(
             f"{where} gives {found} for a wide and a tall image; Sparsight needs "
-            "[3, height, width], the same for every image (no NaFlex, no free aspect ratio: set a "
-            "crop_size or a height and width in that file)."
+            "[3, height, width], the same for every image (no NaFlex, no free aspect ratio: set "
+            "crop_size, or height and width, in that file)."
         )
     return (shape[0], shape[1], shape[2])
 
 
 def is_projection(name: str) -> bool:
-    """Whether a weight is one of the map from images into the joint space."""
+    """Return whether a weight belongs to the map from images into the joint space."""
     return name.startswith("visual_projection")
 
 
 def _projection(module: nn.Module) -> nn.Module | None:
-    """The head of the joint space; GIT calls what feeds its language model the same."""
+    """Return the head of the joint space; GIT uses its name for a map into its language model."""
     found = getattr(module, "visual_projection", None)
     joint = isinstance(found, nn.Linear) or hasattr(module, "text_projection")
     return found if joint else None
 
 
 def _poolers(projection: nn.Module | None, tower: Tower) -> list[nn.Module]:
-    """What the joint embedding depends on between the tower's blocks and the projection."""
+    """Return the modules between the tower's blocks and the projection."""
     pooler = getattr(tower.module, "pooler", None)
     return [pooler] if projection is not None and isinstance(pooler, nn.Module) else []
 
 
 def _pooling_head(tower: Tower) -> nn.Module | None:
-    """SigLIP's attention pooling, whose output is the joint embedding."""
+    """Return SigLIP's attention pooling, whose output is the joint embedding."""
     head = getattr(tower.module, "head", None)
     return head if isinstance(head, nn.Module) and hasattr(head, "probe") else None
 
 
 def _has_text(module: nn.Module, missing: set[str]) -> bool:
-    """Whether texts come into the space of images; BLIP-2's text features are no vectors."""
+    """Return whether texts share the space of images; BLIP-2's text features are not vectors."""
     whole = hasattr(module, "get_text_features") and hasattr(module, "logit_scale")
     return whole and not any(
         name.startswith(("text_model.", "text_projection.", "logit_scale")) for name in missing
@@ -278,7 +278,7 @@ def _family(config: Any) -> str:
 
 
 def _describe(processor: Any, input_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What the processor does, as JSON, the same from every version of transformers."""
+    """Describe the processor as JSON, the same for every version of transformers."""
     name = type(processor).__name__
     backend = getattr(processor, "backend", "torchvision" if name.endswith("Fast") else "pil")
     settings = {

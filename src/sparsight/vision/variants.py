@@ -1,4 +1,4 @@
-"""Several edits of one site in one forward pass: what comes before the site is computed once."""
+"""Apply several edits of one site in one forward pass, computing what comes before it once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsight.vision.hooks import Edit, checked, touching
 from sparsight.vision.model import VisionModel
 
 _WHOLE_STATE = ("resid_pre", "resid_post", "final_norm", "embedding")
-"""Sites that all that follows depends on, and on nothing else; not a block's attn_out, mlp_out."""
+"""Sites on which alone everything after them depends; not a block's attn_out, mlp_out."""
 
 
 def embed_variants(
@@ -22,17 +22,17 @@ def embed_variants(
     site: str,
     edits: Mapping[str, Edit],
 ) -> dict[str, Float[Tensor, "batch d_embed"]]:
-    """Embed pictures as they are (`original`), and with each edit of `site`.
+    """Embed images as they are (`original`), and with each edit of `site`.
 
-    The same as `embed_images` inside `model.edit` once for each edit. Where the site is the whole
-    state of the model, its variants become one larger batch from there on, of at most as many
-    pictures at a time as `pixels` has.
+    The result is that of `embed_images` inside `model.edit`, once per edit. If the site is the
+    whole state of the model, the variants form one larger batch from there on, with no more images
+    at a time than `pixels` has.
 
     Args:
         model: the model.
-        pixels: preprocessed pictures.
+        pixels: preprocessed images.
         site: where to edit.
-        edits: by name, as `model.edit` takes them.
+        edits: edits by name, as `model.edit` takes them.
     """
     site = model.canonical_site(site)
     if not edits or site.split(".")[-1] not in _WHOLE_STATE:
@@ -45,16 +45,16 @@ def embed_variants(
 
     def fan_out(x: Tensor) -> Tensor:
         variants = (touch(x) for touch in touches)
-        return torch.cat([x, *(each for each in variants if each is not None)])
+        return torch.cat([x, *(variant for variant in variants if variant is not None)])
 
     n = len(edits) + 1
     parts: list[list[Tensor]] = [[] for _ in range(n)]
-    for some in pixels.split(max(1, len(pixels) // n)):
+    for images in pixels.split(max(1, len(pixels) // n)):
         with touching(model._anatomy.sites[site].place, fan_out):
-            embedded = model.embed_images(some)
-        if len(embedded) != n * len(some):
+            embedded = model.embed_images(images)
+        if len(embedded) != n * len(images):
             raise SparsightError(
-                f"{model.id}: {n} variants of {len(some)} pictures at {site} came out as "
+                f"{model.id}: {n} variants of {len(images)} images at {site} gave "
                 f"{len(embedded)} embeddings."
             )
         for part, rows in zip(parts, embedded.chunk(n), strict=True):

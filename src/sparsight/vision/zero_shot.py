@@ -1,4 +1,4 @@
-"""Zero-shot classification: pictures against class names written into sentences."""
+"""Zero-shot classification: compare images with class names in sentences."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ZeroShotResult:
-    """Accuracy of a zero-shot classification.
+    """The accuracy of a zero-shot classification.
 
     Attributes:
-        top1: share of pictures whose own class scored highest.
-        top5: share of pictures whose own class was among the best 5 (or all, if fewer).
-        n: pictures scored.
-        n_classes: classes that each picture was compared with.
+        top1: share of images whose own class scored highest.
+        top5: share of images whose own class was among the best 5 (or all, if fewer).
+        n: number of images scored.
+        n_classes: number of classes that each image was compared with.
         interval: 95 % Wilson interval of `top1`.
         interval_top5: 95 % Wilson interval of `top5`.
-        per_class: top-1 accuracy of every class that has pictures.
-        unlabelled: pictures without a label, not scored.
-        unknown_label: pictures whose label is not among the classes, not scored.
-        failed: pictures that could not be loaded, not scored.
+        per_class: top-1 accuracy of every class that has images.
+        unlabelled: images without a label, not scored.
+        unknown_label: images whose label is not among the classes, not scored.
+        failed: images that could not be loaded, not scored.
     """
 
     top1: float
@@ -59,12 +59,12 @@ class ZeroShotResult:
     failed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values."""
+        """Return the result as JSON-able values."""
         return asdict(self)
 
 
 class ZeroShotTally:
-    """Counts hits batch by batch."""
+    """Count hits batch by batch."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
@@ -92,15 +92,15 @@ class ZeroShotTally:
     def result(
         self, *, unlabelled: int = 0, unknown_label: int = 0, failed: int = 0
     ) -> ZeroShotResult:
-        """The accuracies so far.
+        """Return the accuracies so far.
 
         Raises:
-            UserError: no picture was scored.
+            UserError: no image was scored.
         """
         n, hits1, hits5 = (int(x.sum()) for x in (self._seen, self._hits1, self._hits5))
         if n == 0:
             raise UserError(
-                f"Zero-shot: no picture could be scored ({unlabelled} without a label, "
+                f"Zero-shot: no image could be scored ({unlabelled} without a label, "
                 f"{unknown_label} with a label that is not among the {len(self.classes)} classes, "
                 f"{failed} broken)."
             )
@@ -128,18 +128,18 @@ def classifier_weights(
     templates: str | Sequence[str] = "simple",
     batch_size: int = 256,
 ) -> Float[Tensor, "classes d_embed"]:
-    """One direction per class: the mean of its prompts' unit embeddings, made unit again.
+    """Return one direction per class: the mean of its prompts' unit embeddings, normalised again.
 
     (Radford et al. 2021, section 3.1.4: ensembling in embedding space.)
 
     Args:
-        model: one with a text tower.
-        class_names: as they shall stand in the sentences.
+        model: a model with a text tower.
+        class_names: as they are to appear in the sentences.
         templates: a set's name (`simple`, `openai80`), a template, or a list of templates.
         batch_size: texts embedded at a time.
 
     Raises:
-        UserError: no classes, a bad template, or the model has no text tower.
+        UserError: there are no classes, a template is bad, or the model has no text tower.
     """
     if isinstance(class_names, str) or not class_names:
         raise UserError("class_names: give a list of at least one class name.")
@@ -161,13 +161,13 @@ def classify(
     weights: Float[Tensor, "classes d_embed"],
     logit_scale: float = 1.0,
 ) -> Float[Tensor, "batch classes"]:
-    """Logits of pictures: `logit_scale` times the cosine with each class's direction.
+    """Return the logits of images: `logit_scale` times the cosine with each class's direction.
 
     Args:
-        embeddings: of pictures, normalised or not; half precision is computed in float32.
+        embeddings: embeddings of images, normalised or not; half precision is cast to float32.
         weights: unit rows from `classifier_weights`.
         logit_scale: the model's; it changes probabilities, never the ranking. (SigLIP's bias is
-            left out: it too changes no ranking.)
+            left out: it changes no ranking either.)
     """
     directions = weights.to(embeddings.device, torch.float32)
     return logit_scale * F.normalize(embeddings.float(), dim=-1) @ directions.T
@@ -178,10 +178,10 @@ def contrastive_loss(
     text_embeddings: Float[Tensor, "batch d_embed"],
     logit_scale: float,
 ) -> Float[Tensor, ""]:
-    """CLIP's symmetric contrastive loss (InfoNCE) of matching pictures and captions, in nats.
+    """Return CLIP's symmetric contrastive loss (InfoNCE) of matching images and captions, in nats.
 
-    Row i of both belongs together; every other row is a negative, an equal caption too. Chance
-    is `ln(batch)`, so figures compare at equal batch size only.
+    Rows i of both belong together; every other row is a negative, even with an equal caption.
+    Chance is `ln(batch)`, so figures are comparable only at equal batch size.
 
     Args:
         image_embeddings: normalised or not.
@@ -214,29 +214,29 @@ def zero_shot(
     seed: int = 0,
     quiet: bool = True,
 ) -> ZeroShotResult:
-    """Classify every labelled picture of `source` among all classes, batch by batch.
+    """Classify every labelled image of `source` among all classes, batch by batch.
 
-    Edits that are active on `model` are seen, so this is also the downstream test of an SAE.
+    Active edits of `model` take effect, so this is also the downstream test of an SAE.
 
     Args:
-        model: one with a text tower.
-        source: pictures with labels.
-        class_names: labels, or a mapping from label to the name that stands in the sentence;
-            default the labels of `source`, underscores read as spaces.
+        model: a model with a text tower.
+        source: images with labels.
+        class_names: labels, or a mapping from label to the name in the sentence; default: the
+            labels of `source` with spaces instead of underscores.
         templates: see `classifier_weights`.
-        batch_size: pictures at a time.
-        workers: processes that decode; default that of `load_batches`.
-        limit: a random sample of so many images; default all.
-        seed: of the sample.
-        quiet: no progress line.
+        batch_size: images at a time.
+        workers: processes that decode; default: that of `load_batches`.
+        limit: size of a random sample of the images; default: all images.
+        seed: seed of the sample.
+        quiet: show no progress line.
 
     Raises:
-        UserError: no classes, no labelled picture, or the model has no text tower.
+        UserError: there are no classes or no labelled images, or the model has no text tower.
     """
     names = names_by_label(source.labels() if class_names is None else (), class_names)
     if not names:
         raise UserError(
-            f"{source.spec}: none of its pictures has a label, so there are no classes. Give "
+            f"{source.spec}: none of its images has a label, so there are no classes. Give "
             "class_names, or a source with labels."
         )
     numbers = {label: i for i, label in enumerate(names)}
@@ -264,12 +264,12 @@ def zero_shot(
 def names_by_label(
     labels: Sequence[str], class_names: Sequence[str] | Mapping[str, str] | None
 ) -> dict[str, str]:
-    """The name that stands in the sentences, by label.
+    """Return the name that appears in the sentences, by label.
 
     Args:
-        labels: of the images; underscores are read as spaces.
-        class_names: None: the labels' own; a mapping from label to name; or a list of names that
-            are the labels, too.
+        labels: labels of the images.
+        class_names: None for the labels with spaces instead of underscores; a mapping from label
+            to name; or a list of names that are also the labels.
     """
     if class_names is None:
         return {label: label.replace("_", " ") for label in labels}
