@@ -1,6 +1,6 @@
 """Open vision transformers with sparse autoencoders: from images to latents with a meaning.
 
-Everything that users need stands here, imported when first used: `import sparsight as sp`, then
+The public API is available from here and imported on first use: `import sparsight as sp`, then
 `sp.load_model`, `sp.open_images`, `sp.extract`, `sp.train`, `sp.evaluate`, `sp.build_index`.
 """
 
@@ -196,7 +196,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its room when it is first used; torch takes seconds to load."""
+    """Import a public name from its package on first use; torch takes seconds to load."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)

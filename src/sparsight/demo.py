@@ -26,31 +26,31 @@ DEAD_AFTER = 40_000
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How large the demo is."""
+    """The size of the demo."""
 
     n_images: int = 4000
-    """Scenes to train on."""
+    """Number of scenes to train on."""
 
     n_test: int = 2000
-    """Scenes of another world to measure and to look at."""
+    """Number of scenes with another seed, to measure on and to show."""
 
     sites: tuple[str, ...] = ("blocks.-2.resid_post", "blocks.-1.resid_post")
-    """Where to read the calibration CLIP."""
+    """Sites of the calibration CLIP to read."""
 
     n_latents: int = 3072
     """Latents of each autoencoder."""
 
     k: int = 48
-    """Active latents a vector, at most."""
+    """Largest number of active latents per vector."""
 
     n_vectors: int = 1_100_000
-    """Vectors to train on; each of the store is seen four times or so."""
+    """Number of vectors to train on; with the defaults, about four passes over the store."""
 
     latents: int = 24
-    """Latents of each autoencoder that the report shows."""
+    """Number of latents of each autoencoder that the report shows."""
 
     seed: int = 0
-    """Of the scenes, the weights and the order of training."""
+    """Seed of the scenes, the weights and the order of training."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -61,16 +61,16 @@ class DemoConfig:
         if self.latents < 0:
             raise UserError(f"latents is {self.latents}; it must be 0 or more.")
         if not self.sites:
-            raise UserError("sites is empty; name one at least.")
+            raise UserError("sites is empty; name at least one.")
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo left.
+    """The results of the demo.
 
     Attributes:
-        report: the page.
-        metrics: what `metrics.json` holds, by site.
+        report: path of the page.
+        metrics: contents of `metrics.json`, by site.
     """
 
     report: Path
@@ -80,21 +80,21 @@ class DemoResult:
 def run_demo(
     out: str | Path = "demo", config: DemoConfig | None = None, *, quiet: bool = False
 ) -> DemoResult:
-    """Render, extract, train, evaluate, index, name, report; continue what was interrupted.
+    """Render, extract, train, evaluate, index, name and report; continue an interrupted demo.
 
     Args:
-        out: gets `report.html`, `store/` (to train on), `held-out/` (to measure on) and
+        out: folder for `report.html`, `store/` (to train on), `held-out/` (to measure on) and
             `runs/SITE/`.
         config: sizes.
-        quiet: no progress bars.
+        quiet: show no progress bars.
 
     Raises:
-        UserError: `out` holds a demo of another configuration.
+        UserError: `out` holds a demo with another configuration.
     """
     out, config = Path(out), config or DemoConfig()
     _claim(out, config)
     report = out / "report.html"
-    if report.exists():  # the last thing to be written
+    if report.exists():  # it is written last
         return DemoResult(report, _metrics(out))
     model = load_model("calibration")
     store, held_out = (
@@ -120,13 +120,13 @@ def run_demo(
 
 
 def _metrics(out: Path) -> dict[str, Mapping[str, Any]]:
-    """The figures of every autoencoder of a finished demo."""
-    found = (read_json(folder / "metrics.json") for folder in find_runs(out / "runs"))
-    return {metrics["site"]: metrics for metrics in found}
+    """Read the metrics of every autoencoder of a finished demo."""
+    reports = (read_json(folder / "metrics.json") for folder in find_runs(out / "runs"))
+    return {metrics["site"]: metrics for metrics in reports}
 
 
 def _claim(out: Path, config: DemoConfig) -> None:
-    """Write the configuration into `out`, or compare it with the one that is there."""
+    """Write the configuration into `out`, or compare it with an existing one."""
     path = out / CONFIG
     if not path.exists():
         write_toml(path, config)
@@ -134,15 +134,15 @@ def _claim(out: Path, config: DemoConfig) -> None:
     different = first_difference(to_dict(load(DemoConfig, path)), to_dict(config))
     if different is not None:
         raise UserError(
-            f"{out}: holds a demo with another {different}. Name another folder with --out, or "
+            f"{out} holds a demo with another {different}. Name another folder with --out, or "
             "remove this one."
         )
 
 
 def train_config(config: DemoConfig) -> TrainConfig:
-    """How the demo trains each autoencoder."""
+    """Return how the demo trains each autoencoder."""
     sae = SAEConfig(n_latents=config.n_latents, sparsity=TopK(k=config.k))
-    # A run of a minute needs its steps more than large batches, and dead latents found soon.
+    # A run of one minute needs many steps rather than large batches, and a short dead window.
     return TrainConfig(
         sae=sae,
         n_vectors=config.n_vectors,
@@ -156,7 +156,7 @@ def train_config(config: DemoConfig) -> TrainConfig:
 def _measure(
     run: Run, site: str, model: VisionModel, held_out: ActivationStore, quiet: bool
 ) -> Mapping[str, Any]:
-    """Evaluate on scenes that training did not see, unless that is done."""
+    """Evaluate on scenes that training did not see, unless that is already done."""
     path = run.folder(site) / "metrics.json"
     if path.exists():
         return read_json(path)
@@ -167,12 +167,12 @@ def _measure(
 def _look(
     run: Run, site: str, held_out: ActivationStore, metrics: Mapping[str, Any], quiet: bool
 ) -> None:
-    """Build the index of a site and name its latents, unless that is done."""
+    """Build the index of a site and name its latents, unless that is already done."""
     folder = run.folder(site) / "index"
     sae = run.sae(site)
     try:
         index = LatentIndex.open(folder, sae)
-    except SparsightError:  # not there, of another SAE, or damaged
+    except SparsightError:  # missing, of another SAE, or damaged
         build_index(sae, held_out, out=folder, metrics=metrics, quiet=quiet)
         return
     if index.table["name"].null_count == index.n_latents:

@@ -89,7 +89,7 @@ def test_a_set_is_curated(found: Path, tmp_path: Path, capsys: pytest.CaptureFix
     ("arguments", "message"),
     [
         (["mesure"], "no 'mesure'; it has measure, find, curate. Did you mean 'measure'?"),
-        (["measure", "--images", SCENES], "Which model? Name it with --model."),
+        (["measure", "--images", SCENES], "The model is not known; name it with --model."),
         (["measure", "--model", "calibration", "--images", "nowhere/x"], "no such folder"),
         (
             ["measure", "--model", "calibration", "--images", SCENES, "--style.size", "2"],

@@ -120,8 +120,8 @@ def test_the_examples_of_the_help_are_understood(verb, monkeypatch):
         ("extract --model m --images i --out o --batch-size x", "--batch-size"),
         ("extract --model m --images i --out o --tokens no", "'all', 'patches', 'cls', 'mean'"),
         ("extract --model m --images i --out o --dtype", "'--dtype'"),
-        ("steer run --latents 1 --strengths x", "no number can be read from ['x']"),
-        ("train --lr x", "no number can be read from ['x']"),
+        ("steer run --latents 1 --strengths x", "expected a number, not ['x']"),
+        ("train --lr x", "expected a number, not ['x']"),
         ("extract --model m --images i --out=", "--out is empty"),
         (f"extract --model m --images calibration:{'9' * 5000} --out o", "expected"),
         (f"extract --model m --images calibration:9[{'9' * 5000}] --out o", "no selection"),
@@ -139,7 +139,7 @@ def test_an_unknown_verb_exits_with_2_and_suggests_one():
     done = sparsight("trian")
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "sparsight: There is no verb 'trian'. Did you mean 'train'? `sparsight --help` lists them."
+        "sparsight: Unknown verb 'trian'. Did you mean 'train'? `sparsight --help` lists all verbs."
     )
 
 
@@ -475,9 +475,9 @@ def test_kinds_of_parts_are_chosen_by_name_and_bring_their_own_flags(capsys) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sparsity", "jumprel"], "only: topk, batchtopk"),
+        (["--sparsity", "jumprel"], "choose one of topk, batchtopk"),
         (["--sparsity"], "--sparsity needs a value"),
-        (["--remedy", "prayer"], "only: auxk, ghost"),
+        (["--remedy", "prayer"], "choose one of auxk, ghost"),
     ],
 )
 def test_an_unknown_kind_of_part_is_told_with_those_there_are(
@@ -551,7 +551,7 @@ def test_nothing_is_written_over_what_belongs_to_something_else(
 ):
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     assert "which an index would overwrite" in fails("index", run, "--out", store)
-    assert "holds no run, but a manifest.json" in fails("train", "--store", store, "--out", store)
+    assert "holds manifest.json of something other than a run" in fails("train", "--store", store, "--out", store)
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "clip"}')

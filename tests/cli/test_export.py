@@ -37,8 +37,8 @@ def test_longer_texts_are_an_option(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Which model?"),
-        (["calibration"], "Where to?"),
+        ([], "No model is given"),
+        (["calibration"], "No destination is given"),
         (["calibration", "--out", "{}", "--gmp"], "only the openai layout"),
         (["calibration", "--out", "{}", "--dtype", "int8"], "int8"),
         (["calibration", "--out", "{}.pt", "--layout", "openai"], "Write .safetensors"),

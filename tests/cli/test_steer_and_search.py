@@ -120,7 +120,7 @@ def test_a_large_jpeg_as_query_is_decoded_as_the_images_are(given, runs, tmp_pat
         (["steer", "stream", "--latents", "64"], "no latent 64"),
         (["steer", "stream", "--latents", "sun"], "sparsight index"),
         (["steer", "stream", "--store", "x", "--latents", "1"], "--images, not --store"),
-        (["search", "--sae", "embedding"], "a text to search for, or --picture"),
+        (["search", "--sae", "embedding"], "a text to search for, or --image"),
         (["search", "sun", "--sae", "stream"], "width 192"),
         (["search", "sun"], "--model and --images"),
         (["search", "sun", "--sae", "embedding", "--modes", "steered"], "needs --latents"),

@@ -60,7 +60,7 @@ def test_test_images_are_not_trained_on_even_if_named_as_data(tmp_path, capsys):
     scenes = "calibration:20:75:single"
     flags = ["--data", scenes, "--attack-on", scenes, "--no-latents", "--out", tmp_path / "run"]
     assert finetune(*flags, *SMALL) == 0
-    assert "2 of 20 pictures are among those that are measured on" in capsys.readouterr().err
+    assert "2 of 20 images are also among those to measure on" in capsys.readouterr().err
     told = fails(capsys, "--data", scenes, "--test", scenes, "--out", tmp_path / "other", *SMALL)
     assert "nothing left to train on" in told
 

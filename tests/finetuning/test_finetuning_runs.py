@@ -126,7 +126,7 @@ def test_a_finished_run_is_returned_and_another_run_in_its_folder_refused(model,
         tune(model, whole.out, dataclasses.replace(EVERYTHING, lr=1e-4))
     with pytest.raises(UserError, match="differs in 'attack_fingerprint'"):
         tune(model, whole.out, EVERYTHING, attack=NoisePictures(7, CAPTIONS))
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         tune(model, whole.out, EVERYTHING, resume=False)
 
 

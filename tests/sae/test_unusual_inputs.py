@@ -166,10 +166,10 @@ def test_a_batch_without_a_vector_gives_an_empty_code(name: str, normaliser: str
 @pytest.mark.unchecked
 @pytest.mark.parametrize("width", [0, -1, 1.5, "8", None, True])
 def test_an_invalid_width_is_named(width: Any) -> None:
-    with pytest.raises(UserError, match=r"d_in is .*whole number from 1 on"):
+    with pytest.raises(UserError, match=r"d_in is .*whole number of at least 1"):
         SparseAutoencoder(width, SAEConfig(4, sparsity=TopK(1)))
     if width is not None:
-        with pytest.raises(UserError, match=r"d_out is .*whole number from 1 on"):
+        with pytest.raises(UserError, match=r"d_out is .*whole number of at least 1"):
             SparseAutoencoder(4, SAEConfig(4, sparsity=TopK(1), subtract_b_dec=False), d_out=width)
         with pytest.raises(UserError, match="n_latents"):
             SAEConfig(n_latents=width, sparsity=TopK(1))
@@ -180,7 +180,7 @@ def test_an_invalid_width_is_named(width: Any) -> None:
 def test_parts_of_another_width_are_named() -> None:
     with pytest.raises(UserError, match=r"k is 9, more than the 8 latents"):
         SparseAutoencoder(4, SAEConfig(expansion=2, sparsity=TopK(9)))
-    with pytest.raises(UserError, match=r"normaliser is of vectors of width 3; expected 4"):
+    with pytest.raises(UserError, match=r"normaliser has width 3; expected 4"):
         SparseAutoencoder(4, normaliser=Normaliser.identity(3))
     with pytest.raises(UserError, match=r"sample has the shape \[0, 4\]"):
         SparseAutoencoder(4, sample=torch.zeros(0, 4))
@@ -206,7 +206,7 @@ def test_anything_but_a_batch_of_vectors_is_named(x: Any, told: str) -> None:
 
 def test_a_code_of_another_dictionary_is_refused() -> None:
     code = SparseCode(torch.tensor([3]), torch.ones(1), torch.tensor([0, 1]), 65)
-    with pytest.raises(UserError, match="of 65 latents; the SAE has 64"):
+    with pytest.raises(UserError, match="has 65 latents, but the SAE has 64"):
         _sae().decode(code)
 
 

@@ -51,7 +51,7 @@ def test_the_keys_of_before_are_read_with_a_warning_that_names_the_new_one(
 
 
 def test_a_remedy_that_stood_beside_the_default_one_says_that_the_default_is_off() -> None:
-    with pytest.warns(FutureWarning, match="AuxK, which was on beside it by default, is off"):
+    with pytest.warns(FutureWarning, match="AuxK, formerly on by default, is now off"):
         assert from_dict(TrainConfig, {"ghost": {}}).remedy == GhostGradients()
 
 
@@ -59,7 +59,7 @@ def test_a_remedy_that_stood_beside_the_default_one_says_that_the_default_is_off
     ("values", "message"),
     [
         ({"auxk": {}, "ghost": {}}, "run.toml: auxk and ghost are two remedies .* keep one"),
-        ({"auxk": {}, "remedy": "ghost"}, "run.toml: auxk and remedy are the same; give one"),
+        ({"auxk": {}, "remedy": "ghost"}, "run.toml: auxk is the old name of remedy; give only one"),
         ({"remedy": "prayer"}, "run.toml: remedy is 'prayer'"),
         ({"remedy": {"kind": "ax"}}, "remedy.kind is 'ax'; expected 'none' or 'auxk' or 'ghost'"),
     ],

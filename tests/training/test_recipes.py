@@ -191,7 +191,7 @@ def test_a_training_configuration_survives_toml(config: TrainConfig, tmp_path: P
     ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"n_vectors": 10}, "less than one batch"),
+        ({"n_vectors": 10}, "less than batch_size"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"warmup": 0.6, "decay": 0.6}, "at most 1 together"),
         ({"ema": 1.0}, "between 0 and 1"),

@@ -140,7 +140,7 @@ def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(
     _interrupt(tmp_path, monkeypatch)
     for path in (tmp_path / "checkpoints").iterdir():
         _cut(path / "here" / "training.safetensors")
-    with pytest.raises(SparsightError, match=r"no checkpoint is whole.*Remove the folder"):
+    with pytest.raises(SparsightError, match=r"no checkpoint is intact.*Remove the folder"):
         _resume(tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_a_folder_with_another_run_is_refused_and_the_difference_named(
 
 
 def test_without_resume_a_run_is_not_touched(whole: Run) -> None:
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         train(sparse_mixtures(SITES), CONFIG, out=whole.out, resume=False, quiet=True)
 
 
@@ -283,10 +283,10 @@ def test_a_run_is_not_continued_nor_handed_back_on_other_activations(
 ) -> None:
     other = sparse_mixtures(SITES)
     other.activations["there"] = other.activations["there"] + 1
-    with pytest.raises(UserError, match="holds a run on other activations"):
+    with pytest.raises(UserError, match="belongs to a run on other activations"):
         train(other, CONFIG, out=whole.out, quiet=True)
     _interrupt(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match="holds a run on other activations"):
+    with pytest.raises(UserError, match="belongs to a run on other activations"):
         train(other, CONFIG, out=tmp_path, quiet=True)
     _assert_same(_resume(tmp_path), whole)
 
@@ -296,7 +296,7 @@ def test_a_folder_that_holds_a_run_of_other_sites_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: tuple[str], second: tuple[str]
 ) -> None:
     train(sparse_mixtures(SITES), CONFIG, out=tmp_path, sites=first, quiet=True)
-    with pytest.raises(UserError, match=f"belongs to a run of {', '.join(first)}"):
+    with pytest.raises(UserError, match=f"belongs to a run on {', '.join(first)}"):
         train(sparse_mixtures(SITES), CONFIG, out=tmp_path, sites=second, quiet=True)
 
 

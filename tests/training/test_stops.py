@@ -72,7 +72,7 @@ def test_a_stop_at_the_last_step_leaves_a_finished_run(stop_in_step, tmp_path: P
     stop_in_step.append((CONFIG.n_steps - 1, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as stopped:
         _resume(tmp_path)
-    assert stopped.value.__notes__ == ["Training was finished by then, and nothing is lost."]
+    assert stopped.value.__notes__ == ["Training was already finished, so nothing is lost."]
     assert all(Run(tmp_path, SITES).is_finished(site) for site in SITES)
 
 

@@ -146,7 +146,7 @@ def test_what_a_larger_grid_brings_trains_in_one_new_pass_beside_what_was_cut(
     _interrupt(tmp_path, monkeypatch, {"k": [4], "seed": [0]})
     again = _sweep(tmp_path, quiet=False)
     told = capsys.readouterr().err
-    assert "of 8 autoencoders 0 are done, 8 are missing, 2 of which go on from a" in told
+    assert "0 of 8 autoencoders are done, 8 are missing; 2 continue from a" in told
     assert "of 8 autoencoders 2 are done, 6 are missing." in told
     for name in NAMES:
         _assert_same(again.runs[name], whole.runs[name])
@@ -236,17 +236,17 @@ def test_a_sweep_s_recipe_says_all_of_it(whole: Sweep) -> None:
 def test_a_member_that_diverges_is_dropped_and_the_others_go_on(tmp_path: Path) -> None:
     data = sparse_mixtures()
     config = SweepConfig(dataclasses.replace(BASE, warmup=0), {"lr": [3e-3, 1e30]})
-    with pytest.warns(UserWarning, match=r"lr1e\+30/here ceased to be finite .* others go on"):
+    with pytest.warns(UserWarning, match=r"lr1e\+30/here became infinite or NaN .* others continue"):
         found = sweep(data, config, tmp_path, quiet=True)
     good, bad = found.table()
-    assert good["fvu"] < 1 and "ceased to be finite" in bad["diverged"]
+    assert good["fvu"] < 1 and "became infinite or NaN" in bad["diverged"]
     assert not (tmp_path / "lr1e+30" / "sae.safetensors").exists()
     before = _written(tmp_path)
     assert sweep(data, config, tmp_path, quiet=True) == found  # nor is it tried again
     assert _written(tmp_path) == before
 
 
-@pytest.mark.filterwarnings("ignore:.*ceased to be finite")
+@pytest.mark.filterwarnings("ignore:.*became infinite or NaN")
 def test_a_sweep_of_nothing_but_divergence_is_a_fault(tmp_path: Path) -> None:
     config = SweepConfig(dataclasses.replace(BASE, warmup=0), {"lr": [1e29, 1e30]})
     for _ in range(2):
@@ -257,7 +257,7 @@ def test_a_sweep_of_nothing_but_divergence_is_a_fault(tmp_path: Path) -> None:
 def test_activations_that_are_not_finite_stop_the_sweep(tmp_path: Path) -> None:
     data = sparse_mixtures()
     data.activations["here"][3, 3, 3] = torch.nan
-    with pytest.raises(SparsightError, match="activations at k2-seed0/here ceased to be finite"):
+    with pytest.raises(SparsightError, match="activations at k2-seed0/here became infinite or NaN"):
         sweep(data, SweepConfig(BASE, GRID), tmp_path, quiet=True)
 
 
@@ -428,7 +428,7 @@ def test_positions_that_the_activations_do_not_have_are_refused(tmp_path: Path) 
         ({"n_vectors": [2]}, "n_vectors cannot vary .* its length"),
         ({"data_seed": [2]}, "data_seed cannot vary .* the order of the data"),
         ({"checkpoint_every": [64]}, "checkpoint_every cannot vary"),
-        ({"sae.expansion": [2, 4]}, "no effect where n_latents is given"),
+        ({"sae.expansion": [2, 4]}, "no effect if n_latents is given"),
         ({"k": ["many"]}, r"grid, k_many: sae\.sparsity\.k is 'many'; expected an int"),
         ({"k": [65]}, "grid, k65: sparsity.k is 65, more than the 64 latents"),
         ({"seed": [-1]}, "grid, seed-1: seed is -1"),
@@ -459,9 +459,9 @@ def test_other_configurations_and_single_runs_in_the_folder_are_refused(
     other = SweepConfig(dataclasses.replace(BASE, warmup=0.1), GRID)
     with pytest.raises(UserError, match=r"k2-seed0.* differs in 'train\.warmup'"):
         sweep(data, other, whole.out, quiet=True)
-    with pytest.raises(UserError, match="belongs to a run of here, there"):
+    with pytest.raises(UserError, match="belongs to a run on here, there"):
         _sweep(whole.out, sites=["here"])
-    with pytest.raises(UserError, match="holds a sweep already"):
+    with pytest.raises(UserError, match="already holds a sweep"):
         _sweep(whole.out, resume=False)
     with pytest.raises(UserError, match=r"holds a sweep\. Choose"):
         train(data, BASE, out=whole.out, quiet=True)
@@ -499,7 +499,7 @@ def test_the_recipe_that_is_shipped_is_a_sweep() -> None:
 
 def test_other_activations_are_refused(whole: Sweep) -> None:
     other = MemoryActivations({s: x + 1 for s, x in sparse_mixtures(SITES).activations.items()})
-    with pytest.raises(UserError, match="holds a run on other activations"):
+    with pytest.raises(UserError, match="belongs to a run on other activations"):
         sweep(other, SweepConfig(BASE, GRID), whole.out, quiet=True)
 
 

@@ -65,7 +65,7 @@ def test_a_slower_back_end_that_was_not_asked_for_is_told(
     )
     told = capsys.readouterr().err
     assert "kernels: torch-" in told
-    assert ("native kernels, which are quicker, are not built" in told) == (asked == "auto")
+    assert ("native kernels are faster, but are not built" in told) == (asked == "auto")
 
 
 def test_figures_of_a_window_are_those_of_float64_over_its_vectors(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m sparsight.cli VERB`, for where the script is not on the path."""
+"""`python -m sparsight.cli VERB`, for when the script is not on the path."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`--sparsity` and `--remedy`: kinds of parts, chosen before their own flags are made."""
+"""`--sparsity` and `--remedy`: kinds of parts, chosen before their own flags are created."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ REMEDIES: dict[str, type[AnyRemedy]] = {kind.word: kind for kind in typing.get_a
 
 @dataclass(frozen=True)
 class ArchitectureOptions:
-    """Kinds of parts; a config file can say more."""
+    """Kinds of parts; a config file can specify more."""
 
     sparsity: str | None = None
     """Kind of sparsity: topk, batchtopk, abstopk, groupmax, relu, jumprelu, gated or
-    matchingpursuit; its own flags are then --sae.sparsity.…, which --help-all lists."""
+    matchingpursuit. Its own flags begin with --sae.sparsity and are listed by --help-all."""
 
     remedy: Annotated[
         str | None,
         tyro.conf.arg(
-            help=f"What is done about dead latents: {', '.join(REMEDIES)} or none; default auxk. "
-            "Its own flags are then --remedy.…, which --help-all lists."
+            help=f"Remedy for dead latents: {', '.join(REMEDIES)} or none; default: auxk. Its own "
+            "flags begin with --remedy and are listed by --help-all."
         ),
     ] = None
 
@@ -43,19 +43,19 @@ class ArchitectureOptions:
 def with_choices(
     config: TrainConfig, options: ArchitectureOptions, arguments: Sequence[str]
 ) -> TrainConfig:
-    """A configuration with the parts that are chosen, as defaults of their flags.
+    """Return the configuration with the chosen parts, as defaults of their flags.
 
     Args:
-        config: without them.
-        options: of a config file.
-        arguments: the command line, which wins.
+        config: the configuration before the choice.
+        options: the options of a config file.
+        arguments: the command line, which takes precedence.
 
     Raises:
         UserError: a kind is unknown.
     """
     kind = flag(arguments, "--sparsity") or options.sparsity
     if kind is not None and kind not in KINDS:
-        raise UserError(f"--sparsity {kind}: there is no such kind, only: {', '.join(KINDS)}.")
+        raise UserError(f"--sparsity: unknown kind {kind!r}; choose one of {', '.join(KINDS)}.")
     if kind is not None and kind_of(type(config.sae.sparsity)) != kind:
         sae = dataclasses.replace(config.sae, sparsity=KINDS[kind]())
         config = dataclasses.replace(config, sae=sae)
@@ -66,35 +66,35 @@ def with_choices(
         return dataclasses.replace(config, remedy=None)
     if remedy not in REMEDIES:
         words = ", ".join([*REMEDIES, NONE])
-        raise UserError(f"--remedy {remedy}: there is no such, only: {words}.")
+        raise UserError(f"--remedy: unknown remedy {remedy!r}; choose one of {words}.")
     if config.remedy is not None and config.remedy.word == remedy:
         return config
     return dataclasses.replace(config, remedy=REMEDIES[remedy]())
 
 
 def with_new_names(config: TrainConfig, arguments: Sequence[str]) -> list[str]:
-    """The command line with `--remedy.…` in place of `--auxk.…`, `--ghost.…` and `--resampling.…`.
+    """Replace `--auxk.…`, `--ghost.…` and `--resampling.…` by `--remedy.…` in the command line.
 
     Raises:
-        UserError: one of these is given beside another remedy.
+        UserError: one of these is given together with another remedy.
     """
-    found = []
+    renamed = []
     for argument in arguments:
         old, dot, rest = argument.removeprefix("--").partition(".")
         if not (argument.startswith("--") and dot and old in OLD_REMEDIES):
-            found.append(argument)
+            renamed.append(argument)
             continue
         word, name = OLD_REMEDIES[old].word, rest.partition("=")[0]
         if config.remedy is None or config.remedy.word != word:
             current = NONE if config.remedy is None else config.remedy.word
             raise UserError(
-                f"--{old}.{name}: the remedy is {current}. For that one, write --remedy {word} "
+                f"--{old}.{name}: the remedy is {current}. To use {word}, write --remedy {word} "
                 f"--remedy.{name}."
             )
         warnings.warn(
-            f"--{old}.{name} is now called --remedy.{name}; the old name is read for one version.",
+            f"--{old}.{name} is now called --remedy.{name}; the next version drops the old name.",
             FutureWarning,
             stacklevel=2,
         )
-        found.append(f"--remedy.{rest}")
-    return found
+        renamed.append(f"--remedy.{rest}")
+    return renamed

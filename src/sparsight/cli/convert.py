@@ -1,4 +1,4 @@
-"""`sparsight convert`: an SAE in another project's format, or another project's in ours."""
+"""`sparsight convert`: write an SAE in another project's format, or another project's in ours."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ HELP = Help(
 class ConvertOptions(CommandOptions):
     """Write an SAE in another format, read it back, and compare the two.
 
-    SAE is a run, a file or folder of any project that Sparsight reads, or a place on the Hub.
+    SAE is a run, a file or folder in any format that Sparsight reads, or a name on the Hub.
     """
 
     sae: tyro.conf.Positional[str] = ""
-    """Folder, file, or place on the Hub: org/repo, org/repo/folder, org/repo/file.pt."""
+    """Folder, file, or name on the Hub: org/repo, org/repo/folder, org/repo/file.pt."""
 
     to: str = "sparsight"
-    """Format: sparsight, sparsify, saelens, dictionary_learning, …; an unknown one is answered
-    with those there are."""
+    """Format: sparsight, sparsify, saelens, dictionary_learning, …; the error for an unknown one
+    lists them all."""
 
     out: Path | None = None
-    """Folder to write into; empty or new. Must be given."""
+    """Folder to write into; must be empty or new. Required."""
 
     approximate: bool = False
-    """Write a TopK with a ReLU for formats whose TopK has none, too, and tell the difference."""
+    """Also write a TopK with a ReLU to formats whose TopK has none, and report the difference."""
 
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, convert, print where and how exactly."""
+    """Parse, convert, print the path and how exact the copy is."""
     options = parse(ConvertOptions, "convert", arguments, helped=HELP)
     if not options.sae:
-        raise UserError("Which SAE? Name a folder, a file, or a place on the Hub.")
+        raise UserError("No SAE is given; name a folder, a file, or an SAE on the Hub.")
     if options.out is None:
-        raise UserError("Where to? Give --out with a new folder.")
+        raise UserError("No destination is given; name a new folder with --out.")
     sae = SparseAutoencoder.from_pretrained(options.sae, revision=options.revision)
     done = convert(sae, options.to, options.out, approximate=options.approximate)
     source = sae.metadata.get("source", {}).get("format", "sparsight")

@@ -1,4 +1,4 @@
-"""`sparsight demo`: everything at once, on rendered images."""
+"""`sparsight demo`: the whole chain on rendered images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class DemoOptions(DemoConfig, CommandOptions):
-    """Extract, train, evaluate, index, report on rendered images: minutes, offline, no GPU."""
+    """Extract, train, evaluate, index and report on rendered images: minutes, offline, no GPU."""
 
     ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
 
     latents: Shown = DemoConfig.latents
-    """How many latents of each autoencoder the report shows."""
+    """Number of latents of each autoencoder that the report shows."""
 
     out: Path = Path("demo")
-    """Gets report.html, store/ and runs/SITE/; one that was interrupted is continued."""
+    """Folder for report.html, store/, held-out/ and runs/; an interrupted demo is continued."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, run, print the table and where the page is."""
+    """Parse, run, print the table and the path of the page."""
     options = parse(DemoOptions, "demo", arguments, helped=HELP)
     names = [field.name for field in dataclasses.fields(DemoConfig)]
     config = DemoConfig(**{name: getattr(options, name) for name in names})

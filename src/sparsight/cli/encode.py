@@ -1,4 +1,4 @@
-"""`sparsight encode`: the sparse codes of all activations, kept on disk."""
+"""`sparsight encode`: write the sparse codes of all activations to disk."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class EncodeOptions(SubjectOptions):
-    """Keep the active latents of every vector on disk."""
+    """Write the active latents of every vector to disk."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
-    """Run folders, or folders with runs in them."""
+    """Run folders, or folders that contain runs."""
 
     out: Path | None = None
-    """Folder of the codes; default codes/ in each run's. What was interrupted is continued."""
+    """Folder of the codes; default: codes/ in each run. Interrupted work is continued."""
 
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the values on disk."""
+    """Type of the values on disk."""
 
     batch_images: int | None = None
-    """Images at a time; default 64, of a store as many as it takes for some 16,000 vectors."""
+    """Images at a time; default: 64, or with a store, as many as hold about 16,000 vectors."""
 
     flush_seconds: float = 60.0
-    """What is in memory is written at least this often: a killed process loses no more."""
+    """Seconds between writes to disk, at most: a killed process loses no more than that."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(EncodeOptions, "encode", arguments, helped=HELP)
     saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
-        raise UserError(f"--out takes the codes of one SAE; {len(saes)} are given. Leave it out.")
+        raise UserError(f"--out works with one SAE, but {len(saes)} are given; leave it out.")
     subjects = Subjects(options)
     for folder, sae in saes.items():
         codes = encode(

@@ -1,4 +1,4 @@
-"""`sparsight evaluate`: measure an SAE beside its baselines."""
+"""`sparsight evaluate`: measure an SAE and compare it with baselines."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class EvaluateOptions(SubjectOptions):
-    """Measure SAEs: error, sparsity, zero-shot accuracy, known attributes, beside baselines."""
+    """Measure SAEs: error, sparsity, zero-shot accuracy and ground truth, next to baselines."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
-    """Run folders, or folders with runs in them."""
+    """Run folders, or folders that contain runs."""
 
     out: Path | None = None
-    """File of the figures; default metrics.json in each run."""
+    """File for the metrics; default: metrics.json in each run."""
 
     baselines: bool = True
-    """Measure an untrained SAE, PCA and raw neurons as well."""
+    """Also measure an untrained SAE, PCA and raw neurons."""
 
     downstream: bool = True
     """Load the model to measure zero-shot accuracy and contrastive loss with the site replaced."""
@@ -46,27 +46,28 @@ class EvaluateOptions(SubjectOptions):
     """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
 
     held_out: bool = True
-    """Measure on the images that `train --held-out` kept out of training, where it kept some."""
+    """Measure on the images that `train --held-out` kept out of training, if there are any."""
 
     max_images: int | None = None
-    """A random sample of so many images; default all."""
+    """Measure on a random sample of this many images; default: all."""
 
     batch_images: int = 64
     """Images at a time."""
 
     dead_window: int | None = None
-    """N of `dead`, in vectors; default 10,000,000, or all there are if fewer."""
+    """Number of vectors without an activation after which a latent counts as dead; default:
+    10,000,000, or all vectors if there are fewer."""
 
     seed: int = 0
-    """Seed of the sample of images, the untrained SAE, and the halves of the truth table."""
+    """Seed of the sample of images, the untrained SAE, and the halves of the ground truth."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, measure, print the headlines and what was left out."""
+    """Parse, measure, print the main metrics and what was left out."""
     options = parse(EvaluateOptions, "evaluate", arguments, helped=HELP)
     saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
-        raise UserError(f"--out takes one file; {len(saes)} SAEs are given. Leave it out.")
+        raise UserError(f"--out works with one SAE, but {len(saes)} are given; leave it out.")
     if options.out is not None and not options.out.is_dir():
         check_file(options.out)
     subjects = Subjects(options)
@@ -95,11 +96,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def held_out_part(data: ActivationSource, sae: SparseAutoencoder) -> ActivationSource:
-    """The images that were held out of training; all where none of them were."""
+    """Return the images that were held out of training; all images if none were."""
     held_out = held_out_of(sae.metadata)
     same = sae.metadata.get("images") == data.model_info.get("images")
     if held_out is None or not same:
         return data
     part = held_out.split(data)[1]
-    print_notes([f"measured on {part.n_images:,} images that were held out of training."])
+    print_notes([f"measured on the {part.n_images:,} images that were held out of training."])
     return part

@@ -1,4 +1,4 @@
-"""`sparsight export`: a CLIP in the layout of another program, and proof that it is the same."""
+"""`sparsight export`: write a CLIP in another program's layout, and check that it is the same."""
 
 from __future__ import annotations
 
@@ -30,52 +30,53 @@ HELP = Help(
 class ExportOptions(CommandOptions):
     """Write a CLIP in another layout, read it back, and compare the embeddings of the two.
 
-    MODEL is what every verb takes: a Hub id, a folder, `open_clip:NAME/PRETRAINED`, `calibration`,
-    or a file of weights in OpenAI's layout, as programs for fine-tuning write them.
+    MODEL is a Hub id, a folder, `open_clip:NAME/PRETRAINED`, `calibration`, or a file of weights in
+    OpenAI's layout, as fine-tuning programs write them.
     """
 
     model: tyro.conf.Positional[str] = ""
     """Hub id, folder, file, `open_clip:…` or `calibration`."""
 
     layout: Layout = "huggingface"
-    """huggingface: a folder for transformers; openai: a state dict with the names of OpenAI's code;
-    open_clip: a folder for open_clip's local-dir:."""
+    """huggingface: a folder for transformers; openai: a state dict with the parameter names of
+    OpenAI's code; open_clip: a folder for open_clip's local-dir: scheme."""
 
     out: Path | None = None
-    """Folder to write into, new or empty; with the openai layout also a new file that ends with
-    .safetensors or .pt. Must be given."""
+    """Folder to write into; must be new or empty. With the openai layout it can also be a new file
+    whose name ends in .safetensors or .pt. Required."""
 
     gmp: bool = False
     """Write the MLPs in the geometric parametrisation (.r and .theta); openai layout only."""
 
     positions: int | None = None
-    """Let texts have so many tokens: 248 makes Long-CLIP's table of CLIP's 77 positions."""
+    """Extend the text context to this many tokens: 248 turns CLIP's 77 positions into
+    Long-CLIP's table."""
 
     kept: int | None = None
-    """How many of the first positions stay as they are when there shall be more; default 20."""
+    """Number of initial positions that --positions leaves unchanged; default: 20."""
 
     long_clip: bool = False
-    """Write Long-CLIP's two tables of positions, not one; openai layout only."""
+    """Write Long-CLIP's two position tables instead of one; openai layout only."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights on disk; default float32."""
+    """Type of the weights on disk; default: float32."""
 
     tokenizer: str | None = None
-    """Folder or Hub id of a tokenizer, where the model comes without its own."""
+    """Folder or Hub id of a tokenizer, if the model has none of its own."""
 
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, write, print what and how exactly."""
+    """Parse, write, print the path and how exact the copy is."""
     options = parse(ExportOptions, "export", arguments, helped=HELP)
     if not options.model:
-        raise UserError("Which model? Name a Hub id, a folder, a file, or calibration.")
+        raise UserError("No model is given; name a Hub id, a folder, a file, or calibration.")
     if options.out is None:
-        raise UserError("Where to? Give --out with a new folder.")
+        raise UserError("No destination is given; name a new folder with --out.")
     if options.kept is not None and options.positions is None:
-        raise UserError("--kept is for more --positions; name how many there shall be.")
+        raise UserError("--kept needs --positions; give the number of positions, too.")
     kept = KEPT_POSITIONS if options.kept is None else options.kept
     from sparsight.vision.long_clip import factor_for, lengthen
 
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"read back: embeddings differ by {saved.difference:.1e} of their norm")
     print(f"load it with: {_how(saved, options.layout)}")
     print_notes(
-        f"OpenAI's own code reads weights alone, and would take otherwise: {note}"
+        f"OpenAI's own code reads only the weights, and would assume other settings: {note}"
         for note in saved.notes
     )
 

@@ -31,23 +31,23 @@ class ExtractOptions(ModelOptions):
     """Folder, "webdataset:…", "parquet:…", "hf:NAME[:SPLIT]", or "calibration[:N[:SEED]]"."""
 
     sites: tuple[str, ...] = ("blocks.-1.resid_post",)
-    """Where to read, e.g. blocks.9.resid_post; negative blocks count from the end, `*` stands for
-    every block."""
+    """Sites to read, e.g. blocks.9.resid_post; negative blocks count from the end, and `*` stands
+    for every block."""
 
     tokens: Literal["all", "patches", "cls", "mean"] = "all"
     """Which positions to keep."""
 
     out: Path = tyro.MISSING
-    """Folder of the store; one that was interrupted is continued."""
+    """Folder of the store; an interrupted extraction is continued."""
 
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of the numbers on disk."""
+    """Type of the numbers on disk."""
 
     batch_size: int = 64
-    """Images in one forward pass."""
+    """Images per forward pass."""
 
     flush_seconds: float = 60.0
-    """What is in memory is written at least this often: a killed process loses no more."""
+    """Seconds between writes to disk, at most: a killed process loses no more than that."""
 
 
 def main(arguments: Sequence[str]) -> None:

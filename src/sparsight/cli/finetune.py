@@ -1,4 +1,4 @@
-"""`sparsight finetune`: train a CLIP against words in pictures; measure it before and after."""
+"""`sparsight finetune`: train a CLIP against typographic attacks; measure it before and after."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from sparsight.vision.saving import Layout
 WRITTEN = "written"
 NONE = "none"
 
-# Seeds that nothing else uses: no scene that is measured on was seen in any training.
+# Nothing else uses these seeds, so that no training has seen the scenes to measure on.
 CALIBRATION = {
     "data": "calibration:1200:41",
     "attack_on": "calibration:1000:42:single",
@@ -78,72 +78,73 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class FinetuneOptions(ModelOptions):
-    """Fine-tune a CLIP so that words in pictures fool it less; measure it before and after."""
+    """Fine-tune a CLIP so that words in images fool it less; measure it before and after."""
 
     model: tyro.conf.Positional[str | None] = None
     """The CLIP: Hub id, local folder or file, "open_clip:…", or "calibration"."""
 
     out: Path = Path("runs/tuned")
-    """Gets model/, report.html, before-after.json and metrics.jsonl; one that was interrupted is
+    """Folder for model/, report.html, before-after.json and metrics.jsonl; an interrupted run is
     continued."""
 
     data: str | None = None
-    """Clean pictures with captions or labels: any source of images, or a pair file (.json, .jsonl,
-    .csv). The calibration CLIP has scenes by default."""
+    """Clean images with captions or labels: any source of images, or a pair file (.json, .jsonl,
+    .csv). Default: rendered scenes for the calibration CLIP; otherwise required."""
 
     pictures: Path | None = None
-    """Folder that a pair file's paths are relative to; default the file's own."""
+    """Folder to which a pair file's paths are relative; default: the folder of the file."""
 
     attack: str = WRITTEN
-    """Pictures that fool the model, with true captions or labels, e.g. what `attack curate` wrote;
-    "written": names of other classes are written on labelled pictures; "none"."""
+    """Images that fool the model, with true captions or labels, e.g. the output of `attack curate`;
+    or "written": write the names of other classes on labelled images; or "none"."""
 
     attack_on: str | None = None
-    """Labelled pictures that words are written on; default the data."""
+    """Labelled images on which to write words; default: those of --data."""
 
     test: str | None = None
-    """Labelled pictures to measure on, that the model is not trained on; default a tenth of those
-    that words are written on is kept back."""
+    """Labelled images to measure on, which are kept out of training; default: a tenth of the images
+    on which words are written."""
 
     images: str | None = None
-    """Other labelled pictures, for zero-shot accuracy without attack; captions serve retrieval."""
+    """Other labelled images, for zero-shot accuracy without attack, and for retrieval if they have
+    captions."""
 
     train: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
     """How to train; [train] in a config file."""
 
     sae: Path | None = None
-    """Run of an SAE of the model as it is, to tell what became of its latents, and for --penalty;
-    default a small one is trained on the way."""
+    """Run of an SAE of the original model, to report how its latents change, and for --penalty;
+    default: train a small one first."""
 
     latents: bool = True
-    """Tell what became of latents."""
+    """Report how latents change."""
 
     salience: Path | None = None
-    """Folder of a table that `attack find` wrote: neurons to be scaled, or latents to be
-    penalised."""
+    """Folder of a table that `attack find` wrote, with the neurons to scale or the latents to
+    penalise."""
 
     layout: Layout = "huggingface"
-    """Whose programs are to load the result."""
+    """Format of the resulting model."""
 
     report: bool = True
     """Measure before and after, and write the page."""
 
     max_images: int = 1000
-    """Images that a figure is taken on, at most; of more, a random sample."""
+    """Largest number of images for each measurement; if there are more, a random sample is used."""
 
     checkpoint_seconds: float | None = SECONDS
-    """Write a checkpoint at least so often, beside those of --checkpoint-every; less often where
-    writing one takes more than a fiftieth of that. No part of what a run is."""
+    """Also write a checkpoint after this many seconds, or less often if writing takes more than a
+    fiftieth of that time. May differ when a run is continued."""
 
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Refuse to continue a run that is there."""
+    """Refuse to continue an existing run."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, measure, print the table."""
     options = parse(FinetuneOptions, "finetune", arguments, helped=HELP)
     if options.model is None:
-        raise UserError("Name the CLIP to fine-tune: sparsight finetune calibration, for example.")
+        raise UserError("No model is given; name a CLIP, e.g. `sparsight finetune calibration`.")
     model = open_model(options.model, options)
     pictures = _pictures(options)
     sae = _sae(options, model, pictures.data)
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """What is trained and measured on."""
+    """The images to train on and to measure on."""
 
     data: ImageSource
     attack: ImageSource | AttackPairs | None
@@ -194,13 +195,13 @@ class _Pictures:
 
 
 def _pictures(options: FinetuneOptions) -> _Pictures:
-    """Open everything; what is measured on is nowhere trained on."""
+    """Open all images; those to measure on are kept out of training."""
     own = CALIBRATION if options.model == "calibration" and options.data is None else {}
     named = {name: getattr(options, name) or own.get(name) for name in CALIBRATION}
     if named["data"] is None:
         raise UserError(
-            "Nothing to train on: give --data, pictures with captions or labels. Only the "
-            "calibration CLIP has some of its own."
+            "Nothing to train on: give --data, images with captions or labels. Only the "
+            "calibration CLIP comes with its own."
         )
     data = _without_words(_open(named["data"], options))
     images = None if named["images"] is None else _without_words(_open(named["images"], options))
@@ -211,7 +212,9 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
     test = None if named["test"] is None else _opened(named["test"])
     for flag, source in (("attack-on", on), ("test", test)):
         if source is not None and not source.labels():
-            raise UserError(f"--{flag} {source.spec}: has no labels; labelled pictures are needed.")
+            raise UserError(
+                f"--{flag} {source.spec}: these images have no labels; give labelled ones."
+            )
     if test is None and on is not None and options.report:
         on, test = _keep_back(on, seed)
         if named["attack_on"] is None:
@@ -226,9 +229,9 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
     if options.attack == WRITTEN:
         if on is None:
             raise UserError(
-                f"{data.spec}: has no labels, so there are no names to write on its pictures. Give "
-                "--attack-on with labelled ones, --attack with pictures that have words on them, "
-                "or --attack none."
+                f"{data.spec}: the images have no labels, so there are no names to write on them. "
+                "Give --attack-on with labelled images, --attack with images that have words on "
+                "them, or --attack none."
             )
         attack = _written(on, seed)
     elif options.attack != NONE:
@@ -237,7 +240,7 @@ def _pictures(options: FinetuneOptions) -> _Pictures:
     if options.report and test is not None:
         pairs = _written(test, seed + 1, min(options.max_images, len(test)))
     elif options.report:
-        print_notes(["no report: there are no labelled pictures to measure on; give --test."])
+        print_notes(["no report: there are no labelled images to measure on; give --test."])
     return _Pictures(data, attack, pairs, images)
 
 
@@ -263,45 +266,45 @@ def _written(source: ImageSource, seed: int, n: int | None = None) -> AttackPair
 
 
 def _without_words(source: ImageSource) -> ImageSource:
-    """Of the calibration world, scenes on which nothing is written: to keep what the model makes of
-    words is not what it is trained for."""
+    """Return only the calibration scenes without words: training must not preserve how the model
+    reads words. Other sources are returned unchanged."""
     if not isinstance(source, CalibrationImages):
         return source
     return source.select([i for i in range(len(source)) if source.scene(i).writing is None])
 
 
 def _apart(source: ImageSource, seen: set[str]) -> ImageSource:
-    """The pictures that are not among those that are measured on."""
+    """Return the images that are not among those to measure on."""
     kept = [i for i in range(len(source)) if source.known(i).uri not in seen]
     if len(kept) == len(source):
         return source
     if not kept:
         raise UserError(
-            f"{source.spec}: all of its pictures are among those that are measured on (--test, "
-            "--images); there is nothing left to train on."
+            f"{source.spec}: all images are also in --test or --images, to measure on; none are "
+            "left to train on."
         )
     print_notes(
         [
-            f"{source.spec}: {len(source) - len(kept):,} of {len(source):,} pictures are among "
-            "those that are measured on; they are not trained on."
+            f"{source.spec}: {len(source) - len(kept):,} of {len(source):,} images are also among "
+            "those to measure on; they are left out of training."
         ]
     )
     return source.select(kept)
 
 
 def _keep_back(source: ImageSource, seed: int) -> tuple[ImageSource, ImageSource]:
-    """Most of the pictures to train on, and some, drawn by lot, to measure on."""
+    """Split the images: most to train on, and a random share to measure on."""
     order = np.random.default_rng(seed).permutation(len(source)).tolist()
     n = min(LARGEST_TEST, max(1, round(HELD_OUT * len(source))))
     if n == len(source):
-        raise UserError(f"{source.spec}: one picture is too few; some are kept back to measure on.")
+        raise UserError(f"{source.spec}: one image is too few to train on and to measure on.")
     return source.select(sorted(order[n:])), source.select(sorted(order[:n]))
 
 
 def _sae(
     options: FinetuneOptions, model: VisionModel, data: ImageSource
 ) -> SparseAutoencoder | None:
-    """The SAE that was named, or a small one, trained now; none where latents do not matter."""
+    """Return the named SAE, or train a small one; None if latents do not matter."""
     if options.sae is not None:
         return SparseAutoencoder.from_pretrained(options.sae, device=str(model.device))
     wanted = options.latents and options.report and options.salience is None
@@ -324,20 +327,22 @@ def _salient(
     sae: SparseAutoencoder | None,
     attack: ImageSource | AttackPairs | None,
 ) -> tuple[PenalisedLatents | None, dict[int, list[int]] | None]:
-    """Latents to be penalised and neurons to be scaled: from a table, or found now."""
+    """Return latents to penalise and neurons to scale, from a table or by a search."""
     if options.salience is not None:
         table = SalienceTable.load(options.salience)
         if table.about["unit"] == "neuron":
             return None, {_block(table.site): table.select(options.train.scaling.top)}
         if sae is None:
-            raise UserError(f"{options.salience}: is of latents; give their SAE with --sae.")
+            raise UserError(
+                f"{options.salience}: the table lists latents; give their SAE with --sae."
+            )
         return PenalisedLatents(sae, table.found, table.site), None
     if not options.train.penalty or sae is None:
         return None, None
     if not isinstance(attack, AttackPairs):
         raise UserError(
-            "--penalty: which latents read words is found on pictures with and without them. Give "
-            "--salience with a table, or let words be written (--attack written)."
+            "--penalty: finding the latents that read words takes images with and without words. "
+            "Give --salience with a table, or --attack written."
         )
     pairs = attack.select(range(min(SALIENCE_PAIRS, len(attack))))
     found = find_text_salient(model, pairs, sae, contrast="attack", workers=options.workers)
@@ -347,7 +352,7 @@ def _salient(
 
 
 def _block(site: str) -> int:
-    """The block whose MLP's neurons a table is of."""
+    """Return the block whose MLP neurons a table lists."""
     parts = site.split(".")
     if len(parts) != 3 or not parts[2].startswith("mlp_p"):
         raise UserError(f"--salience: {site} is not the neurons of an MLP (blocks.N.mlp_pre).")

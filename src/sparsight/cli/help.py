@@ -1,4 +1,4 @@
-"""What `--help` and a wrong option print: a screen that begins with examples, and one line."""
+"""The output of `--help`, which begins with examples, and the one line about a wrong option."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME_COLUMN = 26
 SHARED = "options of most verbs"
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# tyro draws a box; where standard output is not UTF-8, only rulers under title and parts.
+# tyro draws a box; if standard output is not UTF-8, only rules below the title and the parts.
 _BOX = re.compile(r"^│?\s*|\s*│?$")
 _BORDER = re.compile(r"^[╭╰].*[╮╯]$")
 _RULER = re.compile(r"^│?\s*[─-]{8,}\s*│?$")
@@ -27,21 +27,20 @@ _DEFAULT = re.compile(r"\s*\((default: (?P<value>.*)|required)\)$", re.DOTALL)
 
 _WORDS = {
     r"^Error parsing ": "",
-    r"Could not find valid parse for arguments: ": "no number can be read from ",
-    r"no type matching .*? from (\[.*?\]).*": r"no number can be read from \1",
+    r"Could not find valid parse for arguments: ": "expected a number, not ",
+    r"no type matching .*? from (\[.*?\]).*": r"expected a number, not \1",
     r"could not convert string to float: ": "expected a number, not ",
 }
 
 
 @dataclass(frozen=True)
 class Help:
-    """What the help of a verb says beside its options.
+    """What the help of a verb shows in addition to its options.
 
     Attributes:
-        examples: whole command lines, without `sparsight VERB`.
-        needed: options that most calls give, shown first; those without a default always are.
-        common: options that `--help` shows beside those; the rest waits for `--help-all`. Empty:
-            all of them.
+        examples: complete command lines, without `sparsight VERB`.
+        needed: options that most calls give, shown first; options without a default always are.
+        common: other options that `--help` shows; `--help-all` shows the rest. Empty: all of them.
     """
 
     examples: tuple[str, ...] = ()
@@ -54,9 +53,9 @@ class Option:
     """One option as the help shows it."""
 
     name: str
-    """Without dashes: `n-vectors`; of a positional, its name."""
+    """The name without dashes: `n-vectors`."""
     shown: str
-    """With dashes and what it takes: `--n-vectors INT`."""
+    """The name with dashes, and the type of its value: `--n-vectors INT`."""
     text: str
     default: str
     required: bool
@@ -64,9 +63,9 @@ class Option:
 
 
 def parser_of(cls: type, verb: str, default: Any) -> Any:
-    """The options of a dataclass as a parser of tyro's own copy of argparse.
+    """Return the options of a dataclass as a parser of tyro's own copy of argparse.
 
-    None where tyro has lost this export: its own help takes over then.
+    None if tyro no longer exports it; tyro's own help is then shown.
     """
     export = getattr(tyro.extras, "get_parser", None)
     if export is None:
@@ -79,14 +78,14 @@ def parser_of(cls: type, verb: str, default: Any) -> Any:
 
 
 def options_of(parser: Any) -> list[Option]:
-    """Every option of a parser, in order, positionals first."""
-    found = [
+    """Return every option of a parser, in order, positional arguments first."""
+    options = [
         _option(action, group.title or "options")
         for group in parser._action_groups
         for action in group._group_actions
         if "--help" not in action.option_strings
     ]
-    return sorted(found, key=lambda option: option.shown.startswith("-"))
+    return sorted(options, key=lambda option: option.shown.startswith("-"))
 
 
 def render(
@@ -97,13 +96,13 @@ def render(
     last: Collection[str] = (),
     whole: bool = False,
 ) -> str:
-    """The help of a verb.
+    """Return the help of a verb.
 
     Args:
         parser: its options.
         verb: its name.
         helped: examples, and which options come first.
-        last: names of the options that other verbs have, too; they come behind its own.
+        last: names of the options that other verbs share; they come after the verb's own.
         whole: show every option, not only the common ones.
     """
     width = min(shutil.get_terminal_size((80, 24)).columns, WIDEST)
@@ -134,21 +133,21 @@ def render(
     return "\n".join(lines)
 
 
-def wrong_option(verb: str, told: str, known: Sequence[str]) -> str:
-    """One line out of the box that tyro draws about a wrong command line.
+def wrong_option(verb: str, printed: str, known: Sequence[str]) -> str:
+    """Return one line from the box that tyro draws about a wrong command line.
 
     Args:
         verb: its name.
-        told: tyro's words.
+        printed: tyro's output.
         known: every option of the verb, with dashes.
     """
-    rows = [_COLOUR.sub("", row).strip() for row in told.splitlines()]
+    rows = [_COLOUR.sub("", row).strip() for row in printed.splitlines()]
     boxed = any(_BORDER.match(row) for row in rows)
     inner = [row for row in rows if not _BORDER.match(row)] if boxed else rows[2:]
     parts = "\n".join("─" if _RULER.match(row) else _BOX.sub("", row) for row in inner).split("─")
-    said = [" ".join(part.split()) for part in parts]
+    texts = [" ".join(part.split()) for part in parts]
     words: list[str] = []
-    for part, text in zip(parts, said, strict=True):
+    for part, text in zip(parts, texts, strict=True):
         if "Missing from" in part:
             named = [row.split()[0] for row in part.splitlines() if row.startswith(("--", "["))]
             words.append(f"missing {_listed(named or [text])}")
@@ -156,7 +155,7 @@ def wrong_option(verb: str, told: str, known: Sequence[str]) -> str:
             tokens = re.split(r"[,\s]+", text.split("Unrecognized options:")[-1].strip())
             words.append(_unknown(tokens, known))
     if not words:
-        plain = [text for text in said if text and "full helptext" not in text]
+        plain = [text for text in texts if text and "full helptext" not in text]
         words.append(_lower(_reworded(plain[0])) if plain else "wrong option")
     ending = "" if words[-1].endswith((".", "?")) else "."
     return f"{verb}: {'; '.join(words)}{ending} `sparsight {verb} --help` lists the options."
@@ -171,7 +170,7 @@ def _option(action: Any, group: str) -> Option:
     takes = re.sub(r"^\[+(\{?[^\[\]]+\}?) \[.*\]+$", r"\1 …", takes).strip("[]")
     names = [name for name in action.option_strings if name.startswith("--")]
     if takes:
-        names = names[-1:]  # older names of an option, which are still read, come before
+        names = names[-1:]  # an option's older names, which are still read, come first
     name = names[0].removeprefix("--") if names else action.dest
     flag, takes = (names[0], takes) if names else (name.upper(), "")
     if len(names) == 2:  # a pair: on and off
@@ -210,8 +209,8 @@ def _paragraphs(text: str, width: int) -> list[str]:
 def _table(options: Sequence[Option], width: int) -> list[str]:
     lines: list[str] = []
     for option in options:
-        said = option.text + (f" [{option.default}]" if option.default else "")
-        wrapped = textwrap.wrap(said, width - NAME_COLUMN - 2, break_on_hyphens=False) or [""]
+        text = option.text + (f" [{option.default}]" if option.default else "")
+        wrapped = textwrap.wrap(text, width - NAME_COLUMN - 2, break_on_hyphens=False) or [""]
         if len(option.shown) > NAME_COLUMN - 2:
             lines.append(f"  {option.shown}")
         else:
@@ -228,11 +227,11 @@ def _unknown(tokens: list[str], known: Sequence[str]) -> str:
     return f"{text}; did you mean {close[0]}?" if close else text
 
 
-def _reworded(told: str) -> str:
-    """What tyro says of a value, without Python's words for numbers."""
+def _reworded(text: str) -> str:
+    """Reword tyro's message about a value, without Python's terms for numbers."""
     for pattern, words in _WORDS.items():
-        told = re.sub(pattern, words, told)
-    return told
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def _listed(names: Sequence[str]) -> str:

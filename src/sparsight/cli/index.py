@@ -1,4 +1,4 @@
-"""`sparsight index`: the images and patches that every latent responds to."""
+"""`sparsight index`: find the images and patches to which each latent responds."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class IndexOptions(SubjectOptions):
-    """Find the images that every latent responds to, and name the latents that are known."""
+    """Find each latent's top-activating images and patches, and name latents by ground truth."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
-    """Run folders, or folders with runs in them."""
+    """Run folders, or folders that contain runs."""
 
     codes: Path | None = None
-    """Codes that `encode` made, to read instead of activations."""
+    """Codes that `encode` wrote, to read instead of activations."""
 
     out: Path | None = None
-    """Folder of the index; default index/ in each run's. An index there is replaced."""
+    """Folder of the index; default: index/ in each run. An existing index is replaced."""
 
     top_n: int = 16
-    """Strongest images to keep of each latent."""
+    """Top-activating images to keep per latent."""
 
     quantiles: int = 4
-    """Bands of equally many images into which those that activate a latent are cut."""
+    """Number of quantiles into which the images that activate a latent are divided."""
 
     samples_per_quantile: int = 4
-    """Images to keep of each band."""
+    """Images to keep per quantile."""
 
     batch_images: int | None = None
-    """Images at a time; default 64, of a store as many as it takes for some 16,000 vectors."""
+    """Images at a time; default: 64, or with a store, as many as hold about 16,000 vectors."""
 
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -59,11 +59,15 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(IndexOptions, "index", arguments, helped=HELP)
     saes = open_saes(options.runs, options.device)
     if options.out is not None and len(saes) > 1:
-        raise UserError(f"--out takes one index; {len(saes)} SAEs are given. Leave it out.")
+        raise UserError(f"--out works with one SAE, but {len(saes)} are given; leave it out.")
     if options.codes is not None and len(saes) > 1:
-        raise UserError(f"--codes are of one SAE; {len(saes)} are given. Name its run alone.")
+        raise UserError(
+            f"--codes works with one SAE, but {len(saes)} are given; name only its run."
+        )
     if options.codes is not None and (options.store or options.images or options.model):
-        raise UserError("--codes already know their images; leave out --store, --images, --model.")
+        raise UserError(
+            "--codes already names its images; leave out --store, --images and --model."
+        )
     subjects = Subjects(options)
     codes = None if options.codes is None else CodeStore(options.codes, verify=options.verify)
     for folder, sae in saes.items():
@@ -87,17 +91,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _known(folder: Path, sae: SparseAutoencoder) -> dict[str, Any] | None:
-    """The figures that name latents; None where they know no truth, or another SAE's."""
+    """Return the metrics that name latents; None if they lack ground truth or are another SAE's."""
     path = folder / "metrics.json"
-    found = read_json(path) if path.exists() else {}
-    if "truth" not in found:
+    metrics = read_json(path) if path.exists() else {}
+    if "truth" not in metrics:
         return None
-    if found.get("sae", sae.fingerprint()) != sae.fingerprint():
+    if metrics.get("sae", sae.fingerprint()) != sae.fingerprint():
         print_notes(
             [
-                f"{path} is about another SAE, so that no latent is named. `sparsight evaluate` "
+                f"{path} belongs to another SAE, so no latents are named; `sparsight evaluate` "
                 "measures this one."
             ]
         )
         return None
-    return found
+    return metrics

@@ -9,14 +9,14 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from sparsight.config import whole_number
 
 REGISTRY = ConstructorRegistry()
-"""For `tyro.cli`."""
+"""The rules to pass to `tyro.cli`."""
 
 
 @REGISTRY.primitive_rule
 def whole_number_rule(
     type_info: PrimitiveTypeInfo,
 ) -> PrimitiveConstructorSpec[int | None] | None:
-    """Read every option that is an integer, or an integer or None."""
+    """Make tyro read whole numbers for every option of type int, or int or None."""
     optional = set(typing.get_args(type_info.type)) == {int, type(None)}
     if type_info.type is not int and not optional:
         return None

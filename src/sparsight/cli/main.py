@@ -1,4 +1,4 @@
-"""Find the verb, run it, and turn whatever happens into one message and an exit code."""
+"""Find the verb, run it, and turn any error into one message and an exit code."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from sparsight.interruption import STOPS, Terminated, raise_terminated
 from sparsight.plugins import VERB_PLUGINS, all_plugins, name_clash, plugin_named
 
 VERBS = {
-    "demo": "everything below at once, on rendered pictures: minutes, offline, no GPU",
+    "demo": "run the whole chain on rendered images: minutes, offline, no GPU",
     "extract": "run a vision model over images and keep its activations in a store",
     "train": "train sparse autoencoders on a store, or on a model and images directly",
-    "sweep": "train several at once: other k, width, seed, learning rate, site, one pass",
-    "evaluate": "measure an SAE beside its baselines: error, sparsity, zero-shot, truth",
-    "encode": "keep the active latents of every vector on disk",
-    "index": "find the images and patches that every latent responds to",
-    "attack": "write words on pictures: what they cost, what in the model reads them",
+    "sweep": "train several at once, in one pass: vary k, width, seed, learning rate, site",
+    "evaluate": "measure error, sparsity, zero-shot and ground truth, next to baselines",
+    "encode": "write the active latents of every vector to disk",
+    "index": "find the images and patches to which each latent responds",
+    "attack": "typographic attacks: measure how words mislead a model, find what reads them",
     "export": "write a CLIP for transformers, open_clip or OpenAI's code, and compare the two",
     "steer": "turn latents up and down: zero-shot and retrieval over a range of strengths",
-    "search": "find images by text or picture, with embeddings plain, reconstructed or edited",
-    "convert": "write an SAE in another project's format, or another project's in ours",
-    "report": "write one HTML page about some runs",
-    "finetune": "train a CLIP against words in pictures; measure it before and after",
+    "search": "find images by text or image, with plain, reconstructed or edited embeddings",
+    "convert": "write an SAE in another project's format, or another project's SAE in ours",
+    "report": "write one HTML page about one or more runs",
+    "finetune": "train a CLIP against typographic attacks; measure it before and after",
     "push": "upload a run to the Hugging Face Hub, with a model card",
-    "pretrained": "list autoencoders that others have published, and their names on the Hub",
+    "pretrained": "list published autoencoders and their names on the Hub",
 }
-"""Every verb, in the order of the work; the module of the same name in this folder runs it."""
+"""Every verb, in the order of a workflow; the module of the same name in this folder runs it."""
 
 FAULT = 1
 USAGE_ERROR = 2
@@ -45,13 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sparsight ARGUMENTS`.
 
     Args:
-        arguments: without the program's name; default those of the process.
+        arguments: the command line without the program's name; by default that of the process.
 
     Returns:
-        Exit code: 0; 1 for a fault; 2 for a mistake of the user's; 130 after Ctrl-C; 143 after
-        SIGTERM.
+        Exit code: 0; 1 for a fault; 2 for a user's mistake; 130 after Ctrl-C; 143 after SIGTERM.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8 are printed escaped
+    if isinstance(sys.stdout, io.TextIOWrapper):  # print names that are not UTF-8 escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--traceback" in given or bool(os.environ.get("SPARSIGHT_DEBUG"))
@@ -78,17 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return _stopped(stop, arguments is None)
     except Exception as error:
-        behind = _stop_behind(error)
-        if behind is not None:
-            return _stopped(behind, arguments is None)
+        stop_behind = _stop_behind(error)
+        if stop_behind is not None:
+            return _stopped(stop_behind, arguments is None)
         if debug and not isinstance(error, BrokenPipeError):
             raise
-        return _told(error)
+        return _reported(error)
     return 0
 
 
 def _run(verb: str, arguments: Sequence[str]) -> None:
-    """Run a verb of Sparsight's own, or one that another package registers.
+    """Run one of Sparsight's own verbs, or one that another package registers.
 
     Raises:
         UserError: no verb has this name.
@@ -100,27 +99,27 @@ def _run(verb: str, arguments: Sequence[str]) -> None:
     if plugin is None:
         known = [*VERBS, *(other.name for other in all_plugins(VERB_PLUGINS))]
         raise UserError(
-            f"There is no verb {verb!r}.{guess(verb, known)} `sparsight --help` lists them."
+            f"Unknown verb {verb!r}.{guess(verb, known)} `sparsight --help` lists all verbs."
         )
     plugin.call(arguments)
 
 
-def _told(error: Exception) -> int:
-    """Put an error into one line where that can be done; else raise it again."""
+def _reported(error: Exception) -> int:
+    """Print an error as one line if possible, and return the exit code; otherwise raise it."""
     if isinstance(error, SparsightError):
         return _complain(str(error), error.exit_code)
-    if isinstance(error, BrokenPipeError):  # `sparsight … | head`: whoever read has gone
+    if isinstance(error, BrokenPipeError):  # `sparsight … | head`: the reader has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(error, OSError):  # a file or folder that no one has put into words
+    if isinstance(error, OSError):  # about a file or folder, without a message of our own
         return _complain(_of_system(error), FAULT)
     if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
-        return _complain(str(out_of_memory(error, "Give the run less to hold at a time.")), FAULT)
+        return _complain(str(out_of_memory(error, "Use smaller batches.")), FAULT)
     raise error
 
 
 def _stopped(stop: BaseException, ends: bool) -> int:
-    """Tell of a stop; a further signal ends a process that ends now, and shows no traceback."""
+    """Report a stop; if the process now ends (`ends`), a further signal shows no traceback."""
     for number in (signal.SIGINT, signal.SIGTERM) if ends else ():
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -130,7 +129,7 @@ def _stopped(stop: BaseException, ends: bool) -> int:
 
 
 def _stop_behind(error: BaseException | None) -> BaseException | None:
-    """The stop that a library has made another error of, as some do while they are imported."""
+    """Return the stop behind another error: some libraries replace it while they are imported."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, STOPS):
@@ -141,7 +140,7 @@ def _stop_behind(error: BaseException | None) -> BaseException | None:
 
 
 def _let_exit() -> None:
-    """Everything is done: a signal that comes while the process ends does not make it a failure."""
+    """Ignore signals: once everything is done, a late signal must not make it a failure."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -151,14 +150,14 @@ def _help() -> str:
         "usage: sparsight VERB [OPTIONS]\n\n"
         "Open up CLIP and other vision transformers with sparse autoencoders.\n\n"
         f"verbs:\n{listed(VERBS)}\n\n{_outside()}"
-        "`sparsight VERB --help` shows examples and the options that matter most, `--help-all`\n"
-        "every option. Each verb reads its options from `--config FILE.toml`, too. `--traceback`\n"
-        "shows where an error came from."
+        "`sparsight VERB --help` shows examples and the most important options, `--help-all`\n"
+        "shows every option. Each verb also reads its options from `--config FILE.toml`.\n"
+        "`--traceback` shows where an error came from."
     )
 
 
 def _outside() -> str:
-    """The verbs of other packages, none of which is imported for this."""
+    """List the verbs of other packages, without importing them."""
     lines = []
     for plugin in all_plugins(VERB_PLUGINS):
         about = name_clash(plugin, VERBS) or plugin.summary
@@ -167,12 +166,12 @@ def _outside() -> str:
 
 
 def _interrupted(stop: BaseException, what: str) -> str:
-    """What stopped the run, and what the code that was running says of what it kept."""
+    """Say what stopped the run, and what the code that was running says about the work it kept."""
     return " ".join([what, *getattr(stop, "__notes__", ["Run the same command again."])])
 
 
 def _of_system(error: OSError) -> str:
-    """What the system says, about which file."""
+    """Return the system's message, with the name of the file."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {reason}." if error.filename is not None else f"{reason}."
 

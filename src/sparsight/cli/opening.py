@@ -1,4 +1,4 @@
-"""What flags name: a model, the SAEs of some folders, an index of latents."""
+"""Opening what flags name: a model, the SAEs of folders, an index of latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsight.vision import VisionModel, load_model
 
 
 def open_model(id: str, options: ModelOptions) -> VisionModel:
-    """The model of an id, as the options want it to run."""
+    """Load the model with an id, with the options' device, dtype and revision."""
     return load_model(
         id,
         device=options.device,
@@ -29,12 +29,12 @@ def open_model(id: str, options: ModelOptions) -> VisionModel:
 def as_trained(
     about: Mapping[str, Any], options: ModelOptions, named: str | None = None
 ) -> tuple[str | None, ModelOptions]:
-    """Id and options of an SAE's model, run as it was: revision, dtype, size of decoded JPEGs.
+    """Return id and options to run an SAE's model as in training: revision, dtype, JPEG size.
 
     Args:
-        about: what the SAE says of its model; {} where it says nothing.
-        options: win where they are given.
-        named: the model's id; default the SAE's own.
+        about: the SAE's metadata about its model; {} if it has none.
+        options: take precedence where they are given.
+        named: the model's id; the SAE's own by default.
     """
     id = named or about.get("id")
     own = about.get("revision") if id == about.get("id") else None
@@ -47,10 +47,10 @@ def as_trained(
 
 
 def open_saes(runs: Iterable[Path], device: str | None = None) -> dict[Path, SparseAutoencoder]:
-    """The SAEs in some folders, by their own folder, on `device` (default a GPU if there is one).
+    """Load the SAEs in folders, by run folder, on `device` (by default a GPU if there is one).
 
     Raises:
-        UserError: a folder is not there, or holds none.
+        UserError: a folder does not exist, or holds no SAE.
     """
     place = choose_device(device, float64=True)
     return {
@@ -60,7 +60,7 @@ def open_saes(runs: Iterable[Path], device: str | None = None) -> dict[Path, Spa
 
 
 def open_index(named: Path | None, folder: Path, sae: SparseAutoencoder) -> LatentIndex | None:
-    """The index that was named, else the one in an SAE's folder, if it is there."""
+    """Open the named index, or else the one in an SAE's folder if it exists."""
     place = named or folder / "index"
     if named is None and not (place / "manifest.json").exists():
         return None

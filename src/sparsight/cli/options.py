@@ -1,4 +1,4 @@
-"""From a dataclass to flags, with a TOML file's values as defaults."""
+"""Making flags from a dataclass, with a TOML file's values as defaults."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sparsight.errors import UserError
 
 @dataclass(frozen=True)
 class CommandOptions:
-    """What every verb understands."""
+    """Options of every verb."""
 
     config: Path | None = None
-    """TOML file with any of these options; what stands on the command line wins."""
+    """TOML file with any of these options; the command line takes precedence."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +30,32 @@ class ModelOptions(CommandOptions):
     """How a vision model runs over images."""
 
     table: Path | None = None
-    """CSV, JSON-lines or Parquet with labels and captions of a folder's images."""
+    """CSV, JSON Lines or Parquet file with labels and captions of a folder's images."""
 
     workers: int | None = None
-    """Processes that decode images; default one a processor but one."""
+    """Processes that decode images; default: the number of processors minus one."""
 
     max_failed: float = 0.01
-    """Share of images that may be broken before the run stops."""
+    """Largest share of images that may be broken; beyond it the run stops."""
 
     device: str | None = None
-    """cpu, cuda, cuda:1, xpu or mps; default: a CUDA or Intel GPU if there is one, else cpu."""
+    """cpu, cuda, cuda:1, xpu or mps; default: a CUDA or Intel GPU if available, otherwise cpu."""
 
     model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
-    """Of the model while it runs; default float32, or that which an autoencoder was made with.
-    auto: bfloat16 where the device multiplies in it, else float32."""
+    """Type of the model's numbers; default: that with which an autoencoder was trained, or float32.
+    auto: bfloat16 if the device multiplies in it, otherwise float32."""
 
     scale_jpegs: bool = False
-    """Decode JPEGs that are much larger than the model's input at a part of their size; also where
-    an autoencoder was made so."""
+    """Decode JPEGs that are much larger than the model's input at reduced size. On by default if
+    an autoencoder was trained that way."""
 
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
 
 
 Shown = Annotated[int, tyro.conf.arg(name="n-shown", aliases=("--latents",))]
-"""How many latents a page or a card shows. `--latents` was its name, which names latents in
-`steer` and `search`; it is still read."""
+"""Number of latents that a page or a card shows. Its old name `--latents`, which names latents in
+`steer` and `search`, is still read."""
 SHOWN_ALIASES: Mapping[str, str] = {"n_shown": "latents"}
 
 Options = TypeVar("Options", bound=CommandOptions)
@@ -72,17 +72,17 @@ def parse(
     """Read the flags of a verb.
 
     Args:
-        cls: its options; each field has a default, `tyro.MISSING` where one must be given.
+        cls: its options; each field has a default, `tyro.MISSING` if it is required.
         verb: its name.
-        arguments: what follows the name.
-        adapt: makes the options' defaults from themselves and the command line, where flags
-            decide which other flags there are.
+        arguments: the command line after the name.
+        adapt: returns new defaults, given the defaults and the command line, if some flags decide
+            which other flags exist.
         helped: examples for `--help`, and the options that it shows first.
-        rename: puts today's names of flags in place of those of earlier versions.
+        rename: replaces names of flags from earlier versions by today's.
 
     Raises:
-        UserError: a flag is unknown, missing or wrong; or the `--config` file is missing, no TOML,
-            or has a key or value that `cls` lacks; or torch finds no device of the name given.
+        UserError: a flag is unknown, missing or wrong; the `--config` file is missing, not TOML, or
+            has a key or value that `cls` does not allow; or torch finds no device of this name.
         SystemExit: `--help` (code 0).
     """
     asked = [argument for argument in arguments if argument in ASKS]
@@ -98,9 +98,9 @@ def parse(
         whole = "--help-all" in asked
         print(render(parser, verb, helped or Help(), last=shared, whole=whole))
         raise SystemExit(0)
-    told = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(printed):
             options = tyro.cli(
                 cls,
                 prog=f"sparsight {verb}",
@@ -115,13 +115,13 @@ def parse(
             raise
         parser = parser_of(cls, verb, default)
         known = [f"--{option.name}" for option in options_of(parser)] if parser else []
-        raise UserError(wrong_option(verb, told.getvalue(), known)) from None
+        raise UserError(wrong_option(verb, printed.getvalue(), known)) from None
     _check_device(getattr(options, "device", None))
     return options
 
 
 def _check_paths(cls: type[CommandOptions], arguments: Sequence[str]) -> None:
-    """Refuse an empty path, which would be the working folder: in a shell, a variable not set."""
+    """Refuse an empty path (an unset shell variable), which would mean the working folder."""
     names = {f.name.replace("_", "-"): f for f in fields(cls) if "Path" in str(f.type)}
     positional = any("Positional" in str(field.type) for field in names.values())
     last = None
@@ -132,11 +132,11 @@ def _check_paths(cls: type[CommandOptions], arguments: Sequence[str]) -> None:
         empty = not argument or (given.startswith("--") and equals and not value)
         if empty and (last in names or (last is None and positional)):
             where = "the name of a folder" if last is None else f"--{last}"
-            raise UserError(f"{where} is empty; expected a path. For this folder, write '.'.")
+            raise UserError(f"{where} is empty; give a path ('.' is the current folder).")
 
 
 def _check_device(named: str | None) -> None:
-    """Refuse a device that is not here before any work; without one, torch is not imported."""
+    """Refuse a missing device before any work; without `named`, torch is not imported."""
     if named is not None:
         from sparsight.devices import choose_device
 
@@ -144,12 +144,12 @@ def _check_device(named: str | None) -> None:
 
 
 def flag(arguments: Sequence[str], name: str) -> str | None:
-    """The last value of a flag that must be known before the others are read.
+    """Return the last value of a flag that must be known before the others are read.
 
     Raises:
-        UserError: it stands last, without a value.
+        UserError: the flag comes last, without a value.
     """
-    found: str | None = None
+    last: str | None = None
     for place, argument in enumerate(arguments):
         given, equals, value = argument.partition("=")
         if given != name:
@@ -159,5 +159,5 @@ def flag(arguments: Sequence[str], name: str) -> str | None:
                 what = "the path of a TOML file" if name == "--config" else "a value"
                 raise UserError(f"{name} needs {what}.")
             value = arguments[place + 1]
-        found = value
-    return found
+        last = value
+    return last

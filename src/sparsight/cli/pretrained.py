@@ -1,4 +1,4 @@
-"""`sparsight pretrained`: which SAEs others have published, and under which names."""
+"""`sparsight pretrained`: list published SAEs and their names."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class PretrainedOptions(CommandOptions):
-    """List published SAEs of CLIP and its kin, out of a table that comes with Sparsight."""
+    """List published SAEs of CLIP and similar models, from a table that comes with Sparsight."""
 
     model: str | None = None
-    """Only models with this in their name."""
+    """Only models whose name contains this."""
 
     site: str | None = None
-    """Only sites with this in their name: embedding, blocks.9., resid_post."""
+    """Only sites whose name contains this, e.g. embedding, blocks.9. or resid_post."""
 
     format: str | None = None
     """Only this format."""
 
     json: bool = False
-    """Print JSON, with where each row is from."""
+    """Print JSON, with the source of each row."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,19 +47,19 @@ def main(arguments: Sequence[str]) -> None:
     for model in dict.fromkeys(row.model for row in rows):
         console.print(model, style="bold", soft_wrap=True)
         for row in (row for row in rows if row.model == model):
-            # On a line of its own and never broken: it is there to be copied.
+            # On a line of its own, never wrapped: users copy it.
             console.print(f"  {row.id}", soft_wrap=True)
             console.print(Padding(_about(row), (0, 0, 0, 6)), style="dim")
     unread = sum(row.format == OTHER for row in rows)
     console.print(
         f"{len(rows)} entries"
         + (f", {unread} in formats that Sparsight does not read (other)" if unread else "")
-        + ". Load one: SparseAutoencoder.from_pretrained(id). --json tells where each is from."
+        + ". Load one with SparseAutoencoder.from_pretrained(id); --json shows the sources."
     )
 
 
 def _about(row: Published) -> str:
-    """All but model and id, as far as it is known."""
+    """Describe an entry, except for model and id, as far as it is known."""
     known = (
         row.site,
         row.tokens,
@@ -69,4 +69,4 @@ def _about(row: Published) -> str:
         row.licence,
         row.note,
     )
-    return " · ".join(each for each in known if each)
+    return " · ".join(field for field in known if field)

@@ -1,4 +1,4 @@
-"""What verbs print when they are done: notes, and tables of scores beside their baselines."""
+"""The output of verbs when they are done: notes, and tables of metrics next to baselines."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ WIDTH = 120
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print what opening a source left out, on stderr."""
+    """Print notes, such as what opening a source left out, on stderr."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 
 def plain_table() -> Table:
-    """A table without lines."""
+    """Return a table without lines."""
     return Table(box=None, header_style="bold", pad_edge=False)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of words, the first of them heads, the first column names."""
+    """Print rows of text; the first row holds the headings, the first column the names."""
     table = plain_table()
     head, *body = rows
     for number, name in enumerate(head):
@@ -49,11 +49,11 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Print the headline figures of some SAEs, a column each, baselines in brackets below.
+    """Print the main metrics of SAEs, one column per SAE, each metric with its baselines below it.
 
     Args:
-        names: heads of the columns.
-        metrics: what `metrics.json` holds, in the same order.
+        names: headings of the columns.
+        metrics: the contents of each `metrics.json`, in the same order.
     """
     table = plain_table()
     table.add_column("")
@@ -85,7 +85,7 @@ def print_scores(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> 
 
 
 def _headlines() -> list[Figure]:
-    """The first figures of an SAE; of variants the model as it is and the reconstruction."""
+    """Return the main figures of an SAE; if they have variants, the original and reconstruction."""
     found: list[Figure] = []
     for figure in shown_in("headline"):
         found += [figure.at(variant) for variant in figure.variants[:2]] or [figure]
@@ -99,11 +99,11 @@ def _print_about(console: Console, names: Sequence[str], sentence: str) -> None:
 
 
 def print_sweep(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line an autoencoder of a sweep.
+    """Print one line per autoencoder of a sweep.
 
     Args:
         out: folder of the sweep.
-        rows: what `Sweep.table` gives, or the members of `compare`.
+        rows: the result of `Sweep.table`, or the members of `compare`.
     """
     table = plain_table()
     table.add_column(f"in {out}", overflow="fold")

@@ -1,4 +1,4 @@
-"""`sparsight push`: a finished run on the Hugging Face Hub."""
+"""`sparsight push`: upload a finished run to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class PushOptions(CommandOptions):
-    """Upload a run to the Hugging Face Hub, with a model card: figures, configuration, pictures."""
+    """Upload a run to the Hugging Face Hub, with a model card: metrics, configuration, images."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """Run folder, or a folder with several runs in it. Must be given."""
+    """Run folder, or a folder that contains several runs. Required."""
 
     to: str | None = None
-    """Repository, ORG/NAME; made if it is not there. Must be given."""
+    """Repository, ORG/NAME; created if it does not exist. Required."""
 
     private: tyro.conf.FlagCreatePairsOff[bool] = False
     """Make the repository private."""
 
     revision: str | None = None
-    """Branch; made if it is not there."""
+    """Branch; created if it does not exist."""
 
     message: str | None = None
-    """Of the commit."""
+    """Commit message."""
 
     license: str | None = None
-    """Of the autoencoder, as the Hub spells it: mit, apache-2.0, cc-by-4.0, …"""
+    """Licence of the autoencoder, as the Hub spells it: mit, apache-2.0, cc-by-4.0, …"""
 
     ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
 
     latents: Shown = 12
-    """How many latents to show of each run that has an index, with the images that it was built
-    from: those with the highest-scoring names first, then random ones. 0 shows none."""
+    """Number of latents to show per run that has an index, with images from it: first those with
+    the highest-scoring names, then random ones. 0 shows none."""
 
     model: str | None = None
-    """What the heatmaps are made with where neither codes nor activations of the images are on
-    disk; default the model that each index names."""
+    """Model that computes the heatmaps if neither codes nor activations of the images are on disk;
+    default: the model that each index names."""
 
     seed: int = 0
-    """Seed of the random ones."""
+    """Seed of the choice of random latents."""
 
     dry_run: Path | None = None
-    """Write what would be uploaded into this new folder, and upload nothing."""
+    """Upload nothing; write the files into this new folder instead."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, push, print where to and how much."""
+    """Parse, push, print the address and the size."""
     options = parse(PushOptions, "push", arguments, helped=HELP)
     if options.run is None or options.to is None:
         raise UserError("Name a run folder and the repository: sparsight push RUN --to ORG/NAME.")

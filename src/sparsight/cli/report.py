@@ -1,4 +1,4 @@
-"""`sparsight report`: one HTML page about some runs."""
+"""`sparsight report`: write one HTML page about one or more runs."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class ReportOptions(CommandOptions):
-    """Write one self-contained HTML page about some runs: figures, plots, and what latents see."""
+    """Write one self-contained HTML page about one or more runs: metrics, plots and latents."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
-    """Run folders, or one folder with runs in it."""
+    """Run folders, or one folder that contains runs."""
 
     out: Path = Path("report.html")
-    """The page; a folder gets a report.html."""
+    """File of the page; in a folder, report.html is written."""
 
     model: str | None = None
-    """What the heatmaps are made with where neither codes nor activations of the images are on
-    disk; default the model that each index names."""
+    """Model that computes the heatmaps if neither codes nor activations of the images are on disk;
+    default: the model that each index names."""
 
     ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
 
     latents: Shown = 24
-    """How many latents to show of each run: half have the highest-scoring names, the others are
-    drawn at random."""
+    """Number of latents to show per run: half have the highest-scoring names, the rest are drawn at
+    random."""
 
     seed: int = 0
-    """Seed of the random ones."""
+    """Seed of the choice of random latents."""
 
     title: str | None = None
-    """Heading; default the model's id."""
+    """Title of the page; default: the model's id."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, write, print where."""
+    """Parse, write, print the path."""
     options = parse(ReportOptions, "report", arguments, helped=HELP)
     from sparsight.latents import write_report
 

@@ -1,4 +1,4 @@
-"""`sparsight search`: find pictures by text or picture, with embeddings plain or edited."""
+"""`sparsight search`: find images by text or image, with plain or edited embeddings."""
 
 from __future__ import annotations
 
@@ -53,52 +53,54 @@ HELP = Help(
 class SearchOptions(ModelOptions):
     """Search images by text or by image.
 
-    With an SAE on the site `embedding`, also by what it reconstructs, by some of its latents alone,
-    or with latents set to something.
+    With an SAE on the site `embedding`, also search by its reconstructions, by some of its latents
+    alone, or with latents set to a given activation.
     """
 
     query: tyro.conf.Positional[str] = ""
-    """A text; or give --image."""
+    """Text to search for; alternatively, give --image."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {"picture": "image"}
 
     image: Annotated[Path | None, tyro.conf.arg(aliases=("--picture",))] = None
-    """Search by this image instead. Models without a joint space of images and texts compare
-    images, too: by CLS after the final norm, or the mean over positions where there is no CLS."""
+    """Image to search by. This also works with models without a joint space of images and texts:
+    they compare CLS after the final norm, or the mean over positions if there is no CLS."""
 
     images: str | None = None
-    """Images to search, in any form that `extract` takes; default those that the SAE was trained
-    on."""
+    """Images to search, in any form that `extract` takes; default: those on which the SAE was
+    trained."""
 
     model: str | None = None
-    """Vision model; default the one that the SAE names."""
+    """Vision model; default: the one that the SAE names."""
 
     sae: str | None = None
-    """Run folder or other place of an SAE on the site `embedding`."""
+    """Run folder, file, or name on the Hub of an SAE on the site `embedding`."""
 
     modes: tuple[Asked, ...] = ()
-    """What to compare, side by side; default plain, and with --sae reconstructed, too."""
+    """Kinds of search to compare side by side; default: plain, and with --sae also
+    reconstructed."""
 
     latents: tuple[str, ...] = ()
-    """Of modes filtered and steered: numbers, or words out of the index's names."""
+    """Latents for the modes filtered and steered: numbers, or words from the index's names."""
 
     activation: float | None = None
-    """Of mode steered: what the latents are set to; default their largest in the collection."""
+    """Activation to which the mode steered sets the latents; default: their largest in the
+    collection."""
 
     query_latents: int = 8
-    """Of mode query: how many of the query's strongest latents are kept."""
+    """Number of the query's strongest latents that the mode query keeps."""
 
     top: int = 24
-    """Pictures to find."""
+    """Number of images to find."""
 
     index: Path | None = None
-    """Latent index to look names up in; default index/ in the run, if it is there."""
+    """Latent index in which to look up names; default: index/ in the run, if it exists."""
 
     out: Path | None = None
-    """Folder for search.json and search.html; default search/."""
+    """Folder for search.json and search.html; default: search/."""
 
     max_images: int | None = None
-    """Search in a random sample of so many images; default all."""
+    """Search in a random sample of this many images; default: all."""
 
     batch_images: int = 64
     """Images at a time."""
@@ -111,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, search, print a table, write the page."""
     options = parse(SearchOptions, "search", arguments, helped=HELP)
     if bool(options.query) == (options.image is not None):
-        raise UserError("Give a text to search for, or --picture or --image FILE; one of the two.")
+        raise UserError("Give either a text to search for, or --image FILE.")
     query = options.query if options.image is None else read_query(options.image)
     sae = None if options.sae is None else SparseAutoencoder.from_pretrained(options.sae)
     modes: tuple[Mode, ...] = options.modes or (
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
         quiet=False,
     )
     if collection.failed:
-        print_notes([f"{len(collection.failed)} images could not be read and are left out."])
+        print_notes([f"{len(collection.failed)} images could not be read and were left out."])
     results = collection.compare(
         query,
         modes,
@@ -159,7 +161,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _latents(options: SearchOptions, sae: SparseAutoencoder | None) -> list[int]:
-    """The latents that --latents names."""
+    """Return the latents that --latents names."""
     if sae is None:
         return []
     index = open_index(options.index, Path(options.sae or ""), sae)
@@ -167,10 +169,10 @@ def _latents(options: SearchOptions, sae: SparseAutoencoder | None) -> list[int]
 
 
 def _subject(options: SearchOptions, sae: SparseAutoencoder | None) -> tuple[VisionModel, str]:
-    """The model, and the images to search: as named, else those of the SAE.
+    """Return the model, and the images to search: as named, or else those of the SAE.
 
     Raises:
-        UserError: they are not known, or the SAE is of another model or site.
+        UserError: they are not known, or the SAE belongs to another model or site.
     """
     about = {} if sae is None else sae.metadata.get("model") or {}
     spec = options.images or (None if sae is None else sae.metadata.get("images"))
@@ -186,14 +188,14 @@ def _subject(options: SearchOptions, sae: SparseAutoencoder | None) -> tuple[Vis
 def _check(options: SearchOptions, modes: Sequence[Mode], latents: Sequence[int]) -> None:
     edited = [mode for mode in modes if mode != "plain"]
     if edited and options.sae is None:
-        raise UserError(f"Mode {edited[0]!r} needs --sae: an SAE on the site embedding.")
+        raise UserError(f"Mode {edited[0]!r} needs an SAE on the site embedding; give --sae.")
     for mode in ("filtered", "steered"):
         if mode in modes and not latents:
             raise UserError(f"Mode {mode!r} needs --latents.")
     if options.activation is not None and not math.isfinite(options.activation):
         raise UserError(f"--activation is {options.activation}; it must be a finite number.")
     if options.latents and not {"filtered", "steered"} & set(modes):
-        raise UserError("--latents are for --modes filtered or steered.")
+        raise UserError("--latents works only with --modes filtered or steered.")
 
 
 def _print(results: Sequence[SearchResult]) -> None:

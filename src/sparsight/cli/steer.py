@@ -1,4 +1,4 @@
-"""`sparsight steer`: turn latents up and down, and see what the model makes of the pictures."""
+"""`sparsight steer`: turn latents up and down, and measure how the model's predictions change."""
 
 from __future__ import annotations
 
@@ -35,49 +35,49 @@ HELP = Help(
 class SteerOptions(SubjectOptions):
     """Change latents of an SAE over a range of strengths; measure zero-shot and retrieval.
 
-    Beside that: accuracy with only, and without, the k latents that each class uses most.
+    Also measure accuracy with only, and without, the k latents that each class uses most.
     """
 
     run: tyro.conf.Positional[Path | None] = None
-    """Run folder with the SAE. Must be given."""
+    """Run folder of the SAE. Required."""
 
     latents: tuple[str, ...] = ()
-    """Numbers, or words out of the index's names: `--latents 12 anchor`."""
+    """Latents to change, by number or by words from the index's names: `--latents 12 anchor`."""
 
     strengths: tuple[float, ...] = STRENGTHS
-    """In `--unit`; 0 switches the latent off."""
+    """Strengths, in units of `--unit`; 0 switches the latent off."""
 
     unit: Literal["max", "absolute", "factor"] = "max"
-    """What 1 is: the latent's largest activation on the images; an activation of 1; or a factor on
-    whatever its activation is."""
+    """Unit of the strengths. max: the latent's largest activation on the images; absolute: an
+    activation of 1; factor: multiplies the latent's activation."""
 
     tokens: Literal["cls", "patches", "all"] | None = None
-    """Positions that are changed; default those that the SAE was trained on."""
+    """Positions to change; default: those on which the SAE was trained."""
 
     curves: bool = True
-    """Measure accuracy with only the k latents of each image's class, and without them."""
+    """Measure accuracy with only the top k latents of each image's class, and without them."""
 
     ks: tuple[int, ...] | None = None
-    """Of the curves; default 1, 2, 5, 10, … and all."""
+    """Values of k for --curves; default: 1, 2, 5, 10, … and all."""
 
     templates: str = "openai80"
     """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
 
     index: Path | None = None
-    """Latent index to look names up in; default index/ in the run, if it is there."""
+    """Latent index in which to look up names; default: index/ in the run, if it exists."""
 
     out: Path | None = None
-    """Folder for steer.json, .csv, .png and .svg; default steer/ in the run."""
+    """Folder for steer.json, .csv, .png and .svg; default: steer/ in the run."""
 
     max_images: int | None = 1000
-    """A random sample of so many images; every other one serves to choose latents, the rest to
+    """Use a random sample of this many images: every other one to choose latents, the rest to
     measure."""
 
     batch_images: int = 64
     """Images at a time."""
 
     seed: int = 0
-    """Seed of the sample of images, and of the random latents beside the curves."""
+    """Seed of the sample of images, and of the random latents that --curves compares with."""
 
     check: bool = True
     """Refuse an SAE that was trained on other weights, or at another site."""
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, steer, print a table, write the files."""
     options = parse(SteerOptions, "steer", arguments, helped=HELP)
     if options.run is None:
-        raise UserError("Which SAE? Name a run folder.")
+        raise UserError("No SAE is given; name a run folder.")
     if options.store is not None:
         raise UserError("steer runs the model over images: give --images, not --store.")
     saes = open_saes([options.run], options.device)
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     paths = save_steering(report, out)
     print_notes(f"no {what}: {reason}" for what, reason in report.omitted.items())
     if report.about["failed"]:
-        print_notes([f"{report.about['failed']} images could not be read and are left out."])
+        print_notes([f"{report.about['failed']} images could not be read and were left out."])
     _print(report)
     print(f"{paths[0].parent} · {', '.join(path.name for path in paths)}")
 
@@ -166,7 +166,7 @@ def _print(report: SteerReport) -> None:
         console.print(table)
     if "top1" in original:
         print(
-            f"unsteered: top-1 {_share(original)} of {original['n']:,} images in "
+            f"unsteered: top-1 {_share(original)} on {original['n']:,} images in "
             f"{report.about['n_classes']} classes"
         )
 

@@ -1,4 +1,4 @@
-"""What an SAE is measured and looked at with: found in its own metadata, unless named otherwise."""
+"""The activations, model and images of an SAE: as its metadata names them, or as the user does."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from sparsight.vision import VisionModel
 
 @dataclass(frozen=True)
 class SubjectOptions(ModelOptions):
-    """Which activations, model and images; by default those that the SAE was trained on."""
+    """Activations, model and images; by default those on which the SAE was trained."""
 
     store: Path | None = None
-    """Activation store to read instead of running the model."""
+    """Activation store to read, instead of running the model."""
 
     images: str | None = None
-    """Images to run the model over instead, in any form that `extract` takes."""
+    """Other images to run the model over, in any form that `extract` takes."""
 
     model: str | None = None
-    """Vision model; default the one that the SAE names."""
+    """Vision model; default: the one that the SAE names."""
 
     verify: bool = True
-    """Compare a store's checksums before it is read."""
+    """Verify a store's checksums before reading it."""
 
 
 class Subjects:
-    """Opens models and images for the SAEs of a run, each once.
+    """Open models, images and stores for the SAEs of a run, each only once.
 
     Args:
-        options: what the user named.
+        options: the user's options.
     """
 
     def __init__(self, options: SubjectOptions) -> None:
@@ -48,20 +48,20 @@ class Subjects:
         self._stores: dict[Path, ActivationStore] = {}
 
     def activations(self, folder: Path, sae: SparseAutoencoder) -> ActivationSource:
-        """The activations that an SAE is to be measured on.
+        """Open the activations on which to measure an SAE.
 
-        A store that was named; else, unless other images were named, the store that the run was
-        trained on if it is still there; else the model over the images.
+        These are the named store; otherwise, unless other images are named, the store on which the
+        run was trained, if it still exists; otherwise the model is run over the images.
 
         Raises:
-            UserError: the SAE does not say where it belongs, and the options do not either.
+            UserError: neither the SAE nor the options name the site.
         """
         if self.options.store is not None and self.options.images is not None:
-            raise UserError("A store has its own images; give --store or --images, not both.")
+            raise UserError("A store has its own images; give either --store or --images.")
         store = self.options.store or self._store_of(folder)
         if store is not None:
-            found = self._stores.get(store) or self._open_store(store)
-            return with_tokens(found, sae.metadata.get("tokens"))
+            opened = self._stores.get(store) or self._open_store(store)
+            return with_tokens(opened, sae.metadata.get("tokens"))
         site, tokens = sae.metadata.get("site"), sae.metadata.get("tokens", "all")
         if site is None:
             raise UserError(f"{folder}: this SAE names no site. Give --store with its activations.")
@@ -73,7 +73,7 @@ class Subjects:
         )
 
     def model(self, folder: Path, sae: SparseAutoencoder) -> VisionModel:
-        """The model that the SAE belongs to.
+        """Load the model to which the SAE belongs.
 
         Raises:
             UserError: it is not known, or cannot be loaded.
@@ -88,14 +88,14 @@ class Subjects:
         return self._models[key]
 
     def images(self, folder: Path, sae: SparseAutoencoder) -> ImageSource:
-        """The images that were named, else those that the SAE was trained on.
+        """Open the named images, or else those on which the SAE was trained.
 
         Raises:
-            UserError: they are not known, or not there.
+            UserError: they are not known, or do not exist.
         """
         spec = self.options.images or sae.metadata.get("images")
         if spec is None:
-            raise UserError(f"{folder}: this SAE names no images. Give some with --images.")
+            raise UserError(f"{folder}: this SAE names no images. Give them with --images.")
         if spec not in self._images:
             self._images[spec] = open_images(spec, table=self.options.table)
             print_notes(self._images[spec].notes)
@@ -107,7 +107,12 @@ class Subjects:
             return None
         store = load(TrainRecipe, path).store
         if store is not None and not Path(store).is_dir():
-            print_notes([f"{store}, which {folder} was trained on, is gone; the model runs."])
+            print_notes(
+                [
+                    f"{store}, on which {folder} was trained, no longer exists; running the model "
+                    "instead."
+                ]
+            )
             return None
         return None if store is None else Path(store)
 

@@ -1,4 +1,4 @@
-"""`sparsight sweep`: several autoencoders in one pass over a store, or over a model and images."""
+"""`sparsight sweep`: train several autoencoders in one pass over a store, or a model's images."""
 
 from __future__ import annotations
 
@@ -49,41 +49,44 @@ HELP = Help(
 class SweepOptions(TrainOptions):
     """Train a sparse autoencoder for every combination of settings, at every site, in one pass.
 
-    What varies stands under [grid] of the config file, or behind --vary. At the end every member is
-    measured on the same vectors: table.md, table.csv and plots/ are in the sweep's folder.
+    The settings to vary are given with --vary or under [grid] in the config file. At the end every
+    autoencoder is measured on the same vectors; table.md, table.csv and plots/ are written to the
+    sweep's folder.
     """
 
     out: Path = Path("runs/sweep")
-    """Folder of the sweep; each autoencoder gets a run folder in it."""
+    """Folder of the sweep, with one run folder per autoencoder."""
 
     grid: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
     vary: tuple[str, ...] = ()
-    """What varies, e.g. k=16,32 n_latents=1024,2048 seed=0,1 lr=3e-4,1e-3; any option of training
-    by its dotted name. Beside [grid], and in place of the same name there."""
+    """Settings to vary, e.g. k=16,32 n_latents=1024,2048 seed=0,1 lr=3e-4,1e-3; any training option
+    by its dotted name. Added to [grid]; replaces entries of the same name."""
 
     evaluate: bool = True
-    """Measure every member on the same vectors, and write the table and the plots."""
+    """Measure every autoencoder on the same vectors, and write the table and the plots."""
 
     held_out: float | Path | None = None  # type: ignore[assignment]  # a store as well as a share
-    """What to measure on: another store; or a share of the images, e.g. 0.1, which are then kept
-    out of training. Default what was trained on."""
+    """What to measure on: another store, or a share of the images, e.g. 0.1, to keep out of
+    training. Default: the training data."""
 
     max_images: int | None = None
-    """Images to measure on, a random sample; default all of a store, 2,000 where the model runs."""
+    """Measure on a random sample of this many images; default: all of a store, or 2,000 if the
+    model has to run."""
 
     accuracy_images: int = ACCURACY_IMAGES
-    """Images for zero-shot accuracy, a random sample; 0 leaves it out, and no model is loaded."""
+    """Measure zero-shot accuracy on a random sample of this many images; 0 leaves it out and loads
+    no model."""
 
     templates: str = "simple"
-    """Sentences for it: simple, openai80, or one with {} in it."""
+    """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
 
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Refuse to continue a sweep that is there, rather than train what is missing."""
+    """Refuse to continue an existing sweep, instead of training what is missing."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, train, print a line an autoencoder."""
+    """Parse, train, print one line per autoencoder."""
     options = parse(
         SweepOptions, "sweep", arguments, adapt=choose_parts, helped=HELP, rename=with_new_flags
     )
@@ -101,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         measured = cast(ActivationStore | LiveActivations, share.split(source)[1])
     elif isinstance(given, Path):
         measured = ActivationStore(given, verify=options.verify)
-    found = sweep(
+    trained = sweep(
         source,
         config,
         out=options.out,
@@ -112,21 +115,21 @@ def main(arguments: Sequence[str]) -> None:
         device=options.device,
         checkpoint_seconds=options.checkpoint_seconds,
     )
-    rows = found.table()
+    rows = trained.table()
     if options.evaluate:
         model = partial(_model_of, measured, options)
         try:
-            table = compare(found, measured, measures, model=model, device=options.device)
+            table = compare(trained, measured, measures, model=model, device=options.device)
         except STOPS as stop:
-            stop.add_note("All are trained; the same command measures them.")
+            stop.add_note("All autoencoders are trained; the same command measures them.")
             raise
         rows = table["members"]
         print_notes(f"no {what}: {why}" for what, why in table["omitted"].items())
-    print_sweep(found.out, rows)
+    print_sweep(trained.out, rows)
 
 
 def _model_of(source: ActivationSource, options: SweepOptions) -> VisionModel:
-    """The model that activations are of, as it was."""
+    """Load the model of the activations, as it ran for them."""
     if isinstance(source, LiveActivations):
         return source.model
     about = source.model_info
@@ -140,19 +143,19 @@ def _model_of(source: ActivationSource, options: SweepOptions) -> VisionModel:
 
 
 def _varied(given: Sequence[str]) -> Mapping[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for each in given:
-        key, equals, values = each.partition("=")
+    varied: dict[str, list[Any]] = {}
+    for argument in given:
+        key, equals, values = argument.partition("=")
         if not key or not equals:
-            raise UserError(f"--vary {each}: expected NAME=VALUE,VALUE, e.g. k=16,32.")
-        if key in found:
+            raise UserError(f"--vary {argument}: expected NAME=VALUE,VALUE, e.g. k=16,32.")
+        if key in varied:
             raise UserError(f"--vary {key} is given twice.")
-        found[key] = [_value(value) for value in values.split(",") if value]
-    return found
+        varied[key] = [_value(value) for value in values.split(",") if value]
+    return varied
 
 
 def _value(text: str) -> Any:
-    """A number or truth value, as TOML spells them; 1e3 and 2k are whole; else the text itself."""
+    """Read a number or boolean as TOML spells it (1e3 and 2k are whole), or else keep the text."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except ValueError:

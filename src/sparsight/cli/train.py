@@ -1,4 +1,4 @@
-"""`sparsight train`: autoencoders from a store, or from a model and images."""
+"""`sparsight train`: train autoencoders on a store, or on a model and images."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class TrainOptions(TrainRecipe, ArchitectureOptions, ModelOptions):
-    """Train a sparse autoencoder a site on a store, or on a model and images directly."""
+    """Train one sparse autoencoder per site, on a store, or on a model and images directly."""
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """How to train; [train] in a config file."""
@@ -60,21 +60,21 @@ class TrainOptions(TrainRecipe, ArchitectureOptions, ModelOptions):
     activations: Annotated[str | None, tyro.conf.Suppress] = None
 
     verify: bool = True
-    """Compare the store's checksums first."""
+    """Verify the store's checksums first."""
 
     checkpoint_seconds: float | None = SECONDS
-    """Write a checkpoint at least so often, beside those of --checkpoint-every; less often where
-    writing one takes more than a fiftieth of that. No part of what a run is."""
+    """Also write a checkpoint after this many seconds, or less often if writing takes more than a
+    fiftieth of that time. May differ when a run is continued."""
 
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Refuse to continue a run that is there, rather than go on from its last checkpoint."""
+    """Refuse to continue an existing run from its last checkpoint."""
 
 
 Options = TypeVar("Options", bound=TrainOptions)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, train, print where each autoencoder lies."""
+    """Parse, train, print the folder of each autoencoder."""
     options = parse(
         TrainOptions, "train", arguments, adapt=choose_parts, helped=HELP, rename=with_new_flags
     )
@@ -101,23 +101,23 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def held_out_by(share: float | None, seed: int) -> HeldOut | None:
-    """What `--held-out` and `--held-out-seed` keep out of training."""
+    """Return what `--held-out` and `--held-out-seed` keep out of training."""
     return None if share is None else HeldOut(share, seed)
 
 
 def choose_parts(options: Options, arguments: Sequence[str]) -> Options:
-    """Make the kinds of parts that are chosen the defaults of `options.train`."""
+    """Make the chosen kinds of parts the defaults of `options.train`."""
     train = with_choices(options.train, options, arguments)
     return dataclasses.replace(options, train=train)
 
 
 def with_new_flags(options: TrainOptions, arguments: Sequence[str]) -> Sequence[str]:
-    """The command line with today's names of flags."""
+    """Return the command line with today's names of flags."""
     return with_new_names(options.train, arguments)
 
 
 def activations_of(options: TrainOptions) -> ActivationStore | LiveActivations:
-    """What to train on; a store wins over model and images."""
+    """Open the activations to train on; a store takes precedence over model and images."""
     if options.store is not None:
         store = ActivationStore(options.store, verify=options.verify)
         for name, asked, own in (
@@ -125,12 +125,12 @@ def activations_of(options: TrainOptions) -> ActivationStore | LiveActivations:
             ("images", options.images, store.model_info["images"]),
         ):
             if asked not in (None, own):
-                print_notes([f"{name} {asked} is not used: {options.store} is of {own}."])
+                print_notes([f"--{name} {asked} is not used: {options.store} is of {own}."])
         return store
     if options.model is None or options.images is None:
         raise UserError("Nothing to train on: give --store, or --model and --images.")
     if not options.sites:
-        raise UserError("Which sites? Name one at least, e.g. --sites blocks.-1.resid_post.")
+        raise UserError("No sites are given; name at least one, e.g. --sites blocks.-1.resid_post.")
     images = open_images(options.images, table=options.table)
     print_notes(images.notes)
     return LiveActivations(

@@ -1,4 +1,4 @@
-"""Verbs of a command: how they are listed, found, and guessed at when misspelt."""
+"""Verbs of a command: listing them, finding them, and guessing misspelt ones."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ HELP = ("-h", "--help", "help")
 
 
 def listed(verbs: Mapping[str, str]) -> str:
-    """A line a verb, with what it does."""
+    """List verbs and what they do, one per line."""
     width = max(map(len, verbs))
     return "\n".join(f"  {verb:<{width}}  {text}" for verb, text in verbs.items())
 
 
 def guess(verb: str, verbs: Iterable[str]) -> str:
-    """What may have been meant, as a sentence after a space; nothing if no verb is close."""
+    """Return a guess as a sentence after a space; empty if no verb is close."""
     import difflib  # takes a while to load, and --help does without it
 
     close = difflib.get_close_matches(verb, list(verbs), n=1)
@@ -23,5 +23,5 @@ def guess(verb: str, verbs: Iterable[str]) -> str:
 
 
 def run(module: str, arguments: Sequence[str]) -> None:
-    """Run the verb that a module is."""
+    """Run the verb that a module implements."""
     importlib.import_module(f"sparsight.cli.{module}").main(arguments)

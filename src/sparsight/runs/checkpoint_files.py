@@ -91,7 +91,7 @@ def read_latest(
             problems.append(str(error))
     if candidates:
         raise SparsightError(
-            f"{folder}: no checkpoint is whole. {' '.join(problems)} "
+            f"{folder}: no checkpoint is intact. {' '.join(problems)} "
             "Remove the folder to train from the start."
         )
     return None, problems
@@ -130,7 +130,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path / STATE}: format_version is {version!r}; this Sparsight reads "
-            f"{FORMAT_VERSION}. Go on with the Sparsight that wrote it, or choose another folder."
+            f"{FORMAT_VERSION}. Continue with the version that wrote it, or choose another folder."
         )
     # Absent in checkpoints of earlier versions of Sparsight.
     expected = state.pop("checksum", None)
@@ -151,12 +151,10 @@ def _read(path: Path, read: Callable[[Path, dict[str, Any]], Found]) -> Found:
     state = read_state(path)
     try:
         if state["step"] != int(path.name):
-            raise SparsightError(f"{path / STATE}: is that of step {state['step']}.")
+            raise SparsightError(f"{path / STATE}: belongs to step {state['step']}.")
         for file, expected in state["sha256"].items():
             if not (path / file).exists() or sha256_file(path / file) != expected:
                 raise SparsightError(f"{path / file}: is missing or damaged (checksum).")
         return read(path, state)
     except (KeyError, TypeError, AttributeError) as error:
-        raise SparsightError(
-            f"{path / STATE}: lacks {error} or holds it in another form."
-        ) from error
+        raise SparsightError(f"{path / STATE}: {error} is missing or malformed.") from error

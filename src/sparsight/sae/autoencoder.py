@@ -1,4 +1,4 @@
-"""The sparse autoencoder: one class, put together from the parts that its configuration names."""
+"""The sparse autoencoder: one class, assembled from the parts that its configuration names."""
 
 from __future__ import annotations
 
@@ -26,49 +26,49 @@ from sparsight.tensor_files import sha256_tensors
 
 
 class SAEOutput(NamedTuple):
-    """What a forward pass gives."""
+    """The result of a forward pass."""
 
     x_hat: Float[Tensor, "batch d_out"]
-    """The reconstruction, in the units of x; of a transcoder, the prediction of its target."""
+    """The reconstruction, in the units of x; for a transcoder, the prediction of its target."""
 
     code: SparseCode
     """The active latents."""
 
 
 class SparseAutoencoder(nn.Module):
-    """Activations in and out in the model's own units; the normaliser is inside.
+    """A sparse autoencoder; inputs and outputs are in the model's units, the normaliser is inside.
 
     With z = normaliser(x): scores are W_enc (z − b_dec) + b_enc, the sparsity turns them into the
     code f, and the reconstruction is normaliser⁻¹(Σ f_i W_dec[i] + b_dec) (Gao et al. 2024, section
-    2.3). Rows are latents in both matrices. `train()` and `eval()` matter to sparsities that look
-    at the whole batch while training.
+    2.3). Rows are latents in both matrices. `train()` and `eval()` matter only for sparsities that
+    look at the whole batch in training.
 
-    A transcoder has another site's activations as its target: `d_out` is their width and
-    `target_normaliser` their normaliser; with `skip` W_skip z is added. A normaliser that measures
-    each vector measures the input alone, and the target is given in those units, as in ViT-Prisma.
+    A transcoder predicts the activations of another site, its target: `d_out` is their width and
+    `target_normaliser` their normaliser; with `skip`, W_skip z is added. A normaliser that measures
+    each vector measures only the input; the target is in the same units, as in ViT-Prisma.
 
-    Whatever the dtype of the vectors and of the parameters, `encode`, `decode` and `forward`
-    compute in float32, or in float64 if the parameters are float64, and so are their results. A
-    vector that holds NaN or infinity gets a code that is NaN (one entry, of latent 0) and a
-    reconstruction that is NaN; the other vectors of the batch are not affected.
+    Whatever the dtype of the vectors and parameters, `encode`, `decode` and `forward` compute and
+    return float32, or float64 if the parameters are float64. A vector that holds NaN or infinity
+    gets a code that is NaN (one entry, of latent 0) and a reconstruction that is NaN; the other
+    vectors of the batch are not affected.
 
     Args:
-        d_in: width of the activations, 1 or more.
+        d_in: width of the activations, at least 1.
         config: the parts.
-        d_out: width of a transcoder's target; None is an autoencoder.
-        normaliser: fitted to the activations; the identity if None.
-        target_normaliser: of a transcoder, fitted to its target; the identity if None.
-        sample: some activations in normalised space, for the scale of the initial encoder.
-        seed: of the initial parameters.
-        blank: leave the parameters without values, for who loads them.
-        metadata: where the SAE belongs: model, site, tokens, images, …; JSON-able.
+        d_out: width of a transcoder's target; None for an autoencoder.
+        normaliser: normaliser fitted to the activations; the identity if None.
+        target_normaliser: normaliser fitted to a transcoder's target; the identity if None.
+        sample: a sample of activations in normalised space, for the scale of the initial encoder.
+        seed: seed of the initial parameters.
+        blank: leave the parameters uninitialised, for a caller that loads them.
+        metadata: origin of the SAE: model, site, tokens, images, …; JSON-compatible.
 
     Attributes:
-        loaded_from: the folder of an SAE of ours that was loaded; else None.
+        loaded_from: the folder from which an SAE in our format was loaded, or None.
 
     Raises:
-        UserError: a width is no number from 1 on, or the parts do not fit each other, the widths,
-            or the number of latents.
+        UserError: a width is not a whole number of at least 1, or the parts do not fit each other,
+            the widths, or the number of latents.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SparseAutoencoder(nn.Module):
             start = initial_parameters(d_in, self.config, seed, sample, d_out)
         buffers = set(config.sparsity.buffers)
         if isinstance(config.dictionary, Archetypal):
-            # Rows follow from the mixture; they are kept for who only uses the SAE.
+            # The mixture determines the rows; they are stored for those who only use the SAE.
             buffers |= {"W_dec", "anchors"}
             dictionary = dataclasses.replace(config.dictionary, n_anchors=len(start["anchors"]))
             self.config = dataclasses.replace(self.config, dictionary=dictionary)
@@ -139,7 +139,7 @@ class SparseAutoencoder(nn.Module):
     b_mag: nn.Parameter
 
     def weights(self) -> Weights:
-        """The tensors that codes are computed from, float32 at least, with gradients to the
+        """Return the tensors that determine codes, at least float32, with gradients to the
         parameters."""
         b_dec = wide(self.b_dec)
         extra = {name: wide(getattr(self, name)) for name in self._extra}
@@ -150,29 +150,30 @@ class SparseAutoencoder(nn.Module):
         return Weights(W_enc, b_enc, W_dec, b_dec, centre, extra)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """The active latents of each vector; NaN for vectors that are not finite.
+        """Return the active latents of each vector; NaN for vectors with NaN or infinity.
 
         Args:
-            x: of any real dtype.
+            x: vectors of any real dtype.
 
         Raises:
-            UserError: x is no tensor of real numbers, or the vectors have another width.
+            UserError: x is not a tensor of real numbers, or the vectors have another width.
         """
         x = self._vectors(x)
         with without_autocast(x.device):
             return self._encode(x)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "batch d_out"]:
-        """The reconstruction of a code, in the units of x; without a transcoder's skip connection,
-        which needs x.
+        """Return the reconstruction of a code, in the units of x.
+
+        It lacks a transcoder's skip connection, which needs x.
 
         Raises:
-            UserError: the code is of another number of latents; or the normaliser measures each
-                vector, and the code does not say how.
+            UserError: the code has another number of latents; or the normaliser measures each
+                vector, and the code lacks these measures.
         """
         if code.n_latents != self.n_latents:
             raise UserError(
-                f"The code is of {code.n_latents:,} latents; the SAE has {self.n_latents:,}."
+                f"The code has {code.n_latents:,} latents, but the SAE has {self.n_latents:,}."
             )
         with without_autocast(code.values.device):
             return self._undo(self._decode(code), code)
@@ -189,8 +190,10 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Bring the parameters back to where the configuration wants them, after a step of an
-        optimiser: decoder rows to norm 1 or near the hull of the anchors, thresholds above 0."""
+        """Restore the parameters' constraints after a step of an optimiser.
+
+        Decoder rows return to norm 1 or near the hull of the anchors, thresholds above 0.
+        """
         weights = self.weights()
         if "mixture" in weights.extra:
             assert isinstance(self.config.dictionary, Archetypal)
@@ -204,30 +207,30 @@ class SparseAutoencoder(nn.Module):
                 getattr(self, name).copy_(each)
 
     def fold(self) -> SparseAutoencoder:
-        """The same function of x without a normaliser; the codes are the same, too.
+        """Return an SAE that computes the same reconstructions and codes without a normaliser.
 
         With x̂ = s ⊙ (f W_dec + b_dec) + m: W_enc ← W_enc / s, W_dec ← s ⊙ W_dec and
         b_dec ← s ⊙ b_dec + m; an encoder that does not subtract b_dec gets b_enc ← b_enc − W_enc m
         (and, if gated, b_mag ← b_mag − exp(r_mag) ⊙ W_enc m).
-        Of a transcoder s and m on the side of the decoder are the target's, and
+        For a transcoder, s and m on the side of the decoder are the target's, and
         W_skip ← s_out ⊙ W_skip / s, b_dec ← b_dec − W_skip m. Decoder rows no longer have norm 1.
-        What is frozen stays so, and so do `train()` or `eval()`, the device and the dtype.
+        Frozen parameters stay frozen; `train()` or `eval()`, device and dtype stay the same.
 
         Raises:
-            UserError: the normaliser measures every vector by itself, or the encoder has no
-                weights of its own, so that there is no such SAE; or the folded weights are beyond
-                the range of the parameters' dtype.
+            UserError: the normaliser measures each vector by itself, or the encoder has no weights
+                of its own, so that folding is impossible; or the folded weights are beyond the
+                range of the parameters' dtype.
         """
         if self.normaliser.per_vector:
             raise UserError(
-                f"The normaliser {self.normaliser.kind!r} depends on each vector: it cannot be "
+                f"The normaliser {self.normaliser.kind!r} depends on each vector, so it cannot be "
                 "folded into the weights."
             )
         if not self.config.sparsity.has_encoder and self.config.normaliser != "none":
             raise UserError(
                 f"{type(self.config.sparsity).__name__} encodes with its decoder rows, so a "
-                "normaliser cannot be folded into the weights. Train with normaliser 'none' for "
-                "an SAE that can."
+                "normaliser cannot be folded into the weights. Train with the normaliser 'none' "
+                "instead."
             )
         without = dataclasses.replace(
             self.config,
@@ -262,22 +265,22 @@ class SparseAutoencoder(nn.Module):
         return html_table(self._summary())
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over the parameters: the same in memory, saved, and loaded again.
+        """Return the hex SHA-256 of the parameters: the same in memory, saved, and loaded again.
 
-        Parameters in half precision count as the float32 numbers that are computed with.
+        Parameters in half precision count as the float32 numbers used in computation.
         """
         return sha256_tensors({name: wide(each) for name, each in self.state_dict().items()})
 
     def save_pretrained(self, folder: str | Path, *, format: str | None = None) -> Path:
-        """Write it into a folder.
+        """Write the SAE into a folder.
 
         Args:
-            folder: is made if it is not there.
-            format: another project's, such as "saelens" (see `sparsight.formats`); None is
-                ours: `config.json`, `sae.safetensors` and a model card.
+            folder: created if it does not exist.
+            format: another project's format, such as "saelens" (see `sparsight.formats`); None is
+                our own: `config.json`, `sae.safetensors` and a model card.
 
         Raises:
-            UserError: there is no such format, or it cannot hold this SAE.
+            UserError: the format is unknown, or cannot hold this SAE.
             SparsightError: the disk is full or the folder cannot be written.
         """
         if format is not None:
@@ -298,18 +301,17 @@ class SparseAutoencoder(nn.Module):
         filename: str | None = None,
         device: str | torch.device | None = None,
     ) -> SparseAutoencoder:
-        """Load from a folder, a file or the Hub, ours or another project's.
+        """Load an SAE from a folder, a file or the Hub, in our format or another project's.
 
         Args:
-            name: a path, or a place on the Hub: "org/repo", "org/repo/folder", "org/repo/file.pt".
-            revision: on the Hub.
-            subfolder: in the folder or repository.
-            filename: in that.
-            device: where the SAE is to be; default the CPU.
+            name: a path, or a name on the Hub: "org/repo", "org/repo/folder", "org/repo/file.pt".
+            revision: branch, tag or commit on the Hub.
+            subfolder: folder inside the folder or repository.
+            filename: file inside that.
+            device: device for the SAE; the CPU by default.
 
         Raises:
-            UserError: there is no SAE at that place, or none that can be read; or torch finds no
-                such device.
+            UserError: there is no SAE, or none that can be read; or torch does not find the device.
             SparsightError: its files are damaged.
         """
         from sparsight.formats import load
@@ -317,10 +319,10 @@ class SparseAutoencoder(nn.Module):
         return load(name, revision=revision, subfolder=subfolder, filename=filename, device=device)
 
     def _summary(self) -> list[tuple[str, str]]:
-        """What it is, as a few names and values."""
+        """Describe the SAE in a few names and values."""
         about = self.metadata
         model = about.get("model")
-        found = [
+        summary = [
             (
                 "width",
                 f"{self.d_in:,} → {self.d_out:,}" if self.is_transcoder else f"{self.d_in:,}",
@@ -331,15 +333,15 @@ class SparseAutoencoder(nn.Module):
             ("site", str(about.get("site") or "unknown")),
         ]
         if about.get("tokens"):
-            found.append(("tokens", str(about["tokens"])))
+            summary.append(("tokens", str(about["tokens"])))
         if isinstance(model, dict) and model.get("id"):
-            found.append(("model", str(model["id"])))
+            summary.append(("model", str(model["id"])))
         if fvu := self._known_fvu():
-            found.append((figure_of("fvu").label, fvu))
-        return found
+            summary.append((figure_of("fvu").label, fvu))
+        return summary
 
     def _known_fvu(self) -> str:
-        """The FVU, where the folder that it was loaded from tells; else empty."""
+        """Return the FVU if the folder of the SAE holds it; otherwise an empty string."""
         if self.loaded_from is None or any(each.requires_grad for each in self.parameters()):
             return ""  # it may have changed since
         from sparsight.sae.files import known_fvu
@@ -352,7 +354,7 @@ class SparseAutoencoder(nn.Module):
         z = self.normaliser(x, frame)
         bad = _not_finite(z)
         if bad is not None:
-            z = z.masked_fill(bad[:, None], 0)  # lest it take part in the choice for the others
+            z = z.masked_fill(bad[:, None], 0)  # so that it does not affect the others' choice
         code = self.config.sparsity.encode(self.weights(), z, training=self.training)
         cap = self.config.soft_cap
         if cap is not None:
@@ -362,27 +364,27 @@ class SparseAutoencoder(nn.Module):
         return code if frame is None else dataclasses.replace(code, frame=frame)
 
     def _folded_weights(self) -> dict[str, Tensor]:
-        """The tensors of `fold`, float32 at least; see there for what becomes what."""
+        """Return the tensors of `fold`, at least float32; its docstring gives the formulas."""
         weights = self.weights()
         out = self.target_normaliser or self.normaliser
         mean, scale = wide(self.normaliser.mean), wide(self.normaliser.scale)
         out_mean, out_scale = wide(out.mean), wide(out.scale)
         sparsity = self.config.sparsity
-        found = {name: weights.extra[name] for name in sparsity.start(1)}
-        found |= {"W_enc": weights.W_enc / scale, "b_enc": weights.b_enc}
+        folded = {name: weights.extra[name] for name in sparsity.start(1)}
+        folded |= {"W_enc": weights.W_enc / scale, "b_enc": weights.b_enc}
         if not self.config.subtract_b_dec:
-            shift = found["W_enc"] @ mean
-            found["b_enc"] = weights.b_enc - shift
-            found |= sparsity.shifted(weights.extra, shift)
-        found["W_dec"] = wide(self.W_dec) * out_scale
-        found["b_dec"] = weights.b_dec * out_scale + out_mean
+            shift = folded["W_enc"] @ mean
+            folded["b_enc"] = weights.b_enc - shift
+            folded |= sparsity.shifted(weights.extra, shift)
+        folded["W_dec"] = wide(self.W_dec) * out_scale
+        folded["b_dec"] = weights.b_dec * out_scale + out_mean
         if self.config.skip:
-            found["W_skip"] = out_scale[:, None] * wide(self.W_skip) / scale
-            found["b_dec"] = found["b_dec"] - found["W_skip"] @ mean
-        return found
+            folded["W_skip"] = out_scale[:, None] * wide(self.W_skip) / scale
+            folded["b_dec"] = folded["b_dec"] - folded["W_skip"] @ mean
+        return folded
 
     def _pass_on_freezing(self, other: SparseAutoencoder) -> None:
-        """Let the parameters of another SAE require gradients where this one's do."""
+        """Let the parameters of another SAE require gradients if this one's do."""
         learns = {name: each.requires_grad for name, each in self.named_parameters()}
         learns.setdefault("W_dec", learns.get("mixture", learns["W_enc"]))
         for name, parameter in other.named_parameters():
@@ -400,11 +402,11 @@ class SparseAutoencoder(nn.Module):
         return out
 
     def _vectors(self, x: Tensor) -> Tensor:
-        """The vectors in the dtype that is computed in, their shape checked."""
+        """Check the shape of vectors and return them in the dtype of the computation."""
         if not isinstance(x, Tensor) or x.is_complex():
-            found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            given = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise UserError(
-                f"The SAE takes a torch tensor of real numbers [batch, {self.d_in}]; got {found}."
+                f"The SAE takes a torch tensor of real numbers [batch, {self.d_in}]; got {given}."
             )
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise UserError(
@@ -419,7 +421,7 @@ _WEIGHTS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"})
 
 def _width(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise UserError(f"{name} is {value!r}; it must be a whole number from 1 on.")
+        raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     return int(value)
 
 
@@ -431,29 +433,29 @@ def _check_widths(
     target_normaliser: Normaliser | None,
     sample: Tensor | None,
 ) -> None:
-    """Make sure that what is given for activations of some width has that width."""
+    """Check that normalisers and sample have the width of the activations."""
     if d_in == 1 and config.normaliser == "layer_norm":
         raise UserError(
-            "normaliser is 'layer_norm', which takes the deviation of a vector's entries; d_in is "
-            "1, and one entry has none. Take another normaliser."
+            "normaliser is 'layer_norm', which uses the deviation of a vector's entries, but d_in "
+            "is 1 and one entry has none. Choose another normaliser."
         )
     if sample is not None and (sample.ndim != 2 or sample.shape[1] != d_in or not len(sample)):
         raise UserError(
-            f"sample has the shape {list(sample.shape)}; expected [batch, {d_in}], one vector or "
-            "more."
+            f"sample has the shape {list(sample.shape)}; expected [batch, {d_in}] with at least "
+            "one vector."
         )
     for name, given, width in (
         ("normaliser", normaliser, d_in),
         ("target_normaliser", target_normaliser, d_out),
     ):
         if given is not None and width is not None and len(given.mean) != width:
-            raise UserError(f"{name} is of vectors of width {len(given.mean)}; expected {width}.")
+            raise UserError(f"{name} has width {len(given.mean)}; expected {width}.")
 
 
 def _not_finite(z: Float[Tensor, "batch d_in"]) -> Bool[Tensor, " batch"] | None:
-    """Which vectors hold NaN or infinity; None if there are none."""
+    """Return the mask of vectors that hold NaN or infinity; None if there are none."""
     z = z.detach()
-    # One sum is quickly had, and is finite only if all are.
+    # A single sum is quick, and it is finite only if all vectors are.
     if bool(torch.isfinite(z.sum())):
         return None
     bad = ~torch.isfinite(z).all(dim=1)
@@ -463,7 +465,9 @@ def _not_finite(z: Float[Tensor, "batch d_in"]) -> Bool[Tensor, " batch"] | None
 def _check_parts(config: SAEConfig, d_out: int | None) -> None:
     if d_out is None:
         if config.skip:
-            raise UserError("skip is for transcoders: of an autoencoder it would be the identity.")
+            raise UserError(
+                "skip works only with transcoders; in an autoencoder it would learn the identity."
+            )
         return
     for name, bad in {
         "subtract_b_dec (set it to False; --sae.no-subtract-b-dec)": config.subtract_b_dec,
@@ -473,7 +477,7 @@ def _check_parts(config: SAEConfig, d_out: int | None) -> None:
     }.items():
         if bad:
             raise UserError(
-                f"A transcoder cannot be had with {name}: input and target are different spaces."
+                f"A transcoder cannot have {name}, because input and target are different spaces."
             )
 
 

@@ -1,4 +1,4 @@
-"""What training minimises, in plain autograd: slow, and right by inspection."""
+"""The loss that training minimises, in plain autograd: slow, but verifiable by reading."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sparsight.sae.remedies import LeftOver, Remedy, Residuals
 from sparsight.sae.sparsity import Dense, Sparsity, Weights
 
 SAEPlan = Plan[Sparsity, Remedy]
-"""What training an SAE minimises."""
+"""The plan of an SAE's loss."""
 
 
 class Whole(NamedTuple):
-    """What the loss of a part of a batch has to know of all of it."""
+    """What the loss of a part of a batch needs to know about the whole batch."""
 
     cutoff: Float[Tensor, ""] | None
     """The smallest value that BatchTopK keeps; None for other sparsities."""
 
     residuals: Residuals
-    """For the remedy; 0 where no dead latent asks for them."""
+    """Residuals for the remedy; 0 if no dead latent needs them."""
 
 
 @torch.no_grad()
@@ -40,13 +40,13 @@ def whole_batch(
     variance: float,
     dead: Int[Tensor, " dead"] | None,
 ) -> Whole:
-    """A first pass over the parts of a batch that is too large to be held with a dense code.
+    """Measure a batch, part by part, whose dense code would be too large for memory.
 
     Args:
-        weights: of the SAE.
+        weights: weights of the SAE.
         parts: activations in normalised space and their targets.
-        plan: what is minimised.
-        variance: of the target: Σ over dimensions.
+        plan: what to minimise.
+        variance: variance of the target: Σ over dimensions.
         dead: latents that may learn from the residual.
     """
     n = sum(len(z) for z, _ in parts)
@@ -55,18 +55,18 @@ def whole_batch(
     if plan.sparsity.per_batch:
         z = torch.cat([z for z, _ in parts])
         values = plan.sparsity.encode(weights, z, training=True).values
-        # The parts' scores are rounded otherwise: its last latent shall not fall out.
+        # Scores of parts are rounded differently; the batch's last latent must not be lost.
         cutoff = values.min() * (1 - 2**-20) if len(values) else b_dec.new_full((), math.inf)
     summed = torch.zeros_like(b_dec, dtype=torch.float64)
     squared, measured = b_dec.new_zeros(2, dtype=torch.float64)
     if plan.remedy is not None and dead is not None and len(dead):
         for z, target in parts:
-            found = _scored(plan, weights, z, cutoff)
-            code = _capped(_code(plan, plan.stages[plan.main], weights, found), plan.soft_cap)
+            dense = _scored(plan, weights, z, cutoff)
+            code = _capped(_code(plan, plan.stages[plan.main], weights, dense), plan.soft_cap)
             residual = target - code @ weights.W_dec[: code.shape[1]] - b_dec
             summed += residual.double().sum(dim=0)
             squared += residual.double().square().sum()
-            left = LeftOver(found.scores, residual, weights.W_dec, dead, variance)
+            left = LeftOver(dense.scores, residual, weights.W_dec, dead, variance)
             measured += plan.remedy.measure(left).double()
     spread = (squared - summed.square().sum() / n).clamp(min=0).to(b_dec.dtype)
     return Whole(cutoff, Residuals(n, squared, spread, measured))
@@ -83,36 +83,36 @@ def dense_loss(
     price: float = 1.0,
     whole: Whole | None = None,
 ) -> LossParts:
-    """The loss of a `Plan` with a dense code, differentiable.
+    """Return the loss of a `Plan` with a dense code, differentiable.
 
     Reconstruction: Gao et al. 2024, section 2.3; Multi-TopK: section 6.2 and appendix B; prefixes:
     Bussmann et al. 2025, "Learning multi-level features with Matryoshka SAEs".
 
     Args:
-        weights: of the SAE.
+        weights: weights of the SAE.
         z: activations in normalised space.
-        plan: what is minimised.
-        variance: of the target: Σ over dimensions.
+        plan: what to minimise.
+        variance: variance of the target: Σ over dimensions.
         dead: latents that may learn from the residual.
-        target: what the reconstructions are compared with; None is `z`. Of a transcoder with a skip
-            connection: without that connection's part.
-        price: share of the sparsity's price that is due.
-        whole: of the batch that `z` is a part of; the mean of the parts' losses, by their numbers
-            of vectors, is then the batch's.
+        target: what to reconstruct; None is `z`. For a transcoder with a skip connection, without
+            that connection's part.
+        price: share of the sparsity's penalty to apply.
+        whole: measures of the batch of which `z` is a part; the mean of the parts' losses, weighted
+            by their numbers of vectors, is then the loss of the batch.
     """
     target = z if target is None else target
     W_dec, b_dec = weights.W_dec, weights.b_dec
-    found = _scored(plan, weights, z, None if whole is None else whole.cutoff)
-    codes = [_code(plan, stage, weights, found) for stage in plan.stages]
+    dense = _scored(plan, weights, z, None if whole is None else whole.cutoff)
+    codes = [_code(plan, stage, weights, dense) for stage in plan.stages]
     bent = [_capped(code, plan.soft_cap) for code in codes]
     errors = [code @ W_dec[: code.shape[1]] + b_dec - target for code in bent]
     squared = [error.square().sum() for error in errors]
     total = sum(stage.weight * s for stage, s in zip(plan.stages, squared, strict=True))
-    penalty = plan.sparsity.penalty(weights, found, target, price) / variance
+    penalty = plan.sparsity.penalty(weights, dense, target, price) / variance
     loss = torch.as_tensor(total) / (len(z) * variance) + penalty
     aux_loss = loss.new_zeros(())
     if plan.remedy is not None and dead is not None and len(dead):
-        left = LeftOver(found.scores, -errors[plan.main], W_dec, dead, variance)
+        left = LeftOver(dense.scores, -errors[plan.main], W_dec, dead, variance)
         aux_loss = plan.remedy.loss(left, None if whole is None else whole.residuals)
         loss = loss + plan.remedy.weight * aux_loss
     code = codes[plan.main].detach()
@@ -125,7 +125,7 @@ def _scored(
     z: Float[Tensor, "batch d_in"],
     cutoff: Float[Tensor, ""] | None,
 ) -> Dense:
-    """Scores and code of a batch; or of a part of one, where it is known what that keeps."""
+    """Return scores and code of a batch, or of a part of one if the batch's cutoff is known."""
     if cutoff is None:
         return plan.sparsity.dense(weights, z, training=True)
     known = dataclasses.replace(weights, extra={**weights.extra, "threshold": cutoff})
@@ -133,12 +133,12 @@ def _scored(
 
 
 def _code(
-    plan: SAEPlan, stage: Stage, weights: Weights, found: Dense
+    plan: SAEPlan, stage: Stage, weights: Weights, dense: Dense
 ) -> Float[Tensor, "batch width"]:
-    code = found.code
+    code = dense.code
     if stage.k is not None:
         other = plan.sparsity.with_k(stage.k)
-        code = other.activate(weights, found.scores, training=True)
+        code = other.activate(weights, dense.scores, training=True)
     return code if stage.width is None else code[:, : stage.width]
 
 
@@ -148,12 +148,12 @@ def _capped(code: Float[Tensor, "batch width"], cap: float | None) -> Float[Tens
 
 @dataclass(frozen=True)
 class SAELoss:
-    """The loss of an SAE in training, as a dense step takes it; see `kernels.dense_step.Loss`.
+    """The loss of an SAE in training, for the dense step; see `kernels.dense_step.Loss`.
 
     Args:
-        sae: what trains.
-        plan: what is minimised.
-        warmup: steps in which the sparsity's price rises from 0.
+        sae: the SAE in training.
+        plan: what to minimise.
+        warmup: number of steps in which the sparsity's penalty rises from 0.
         seed: of the prefixes that are drawn.
     """
 
@@ -199,5 +199,5 @@ class SAELoss:
     def _without_skip(
         self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]
     ) -> Float[Tensor, "batch d_out"]:
-        """What is left for the code, where a transcoder has a linear map beside it."""
+        """Return the target minus the part of a transcoder's skip connection, if it has one."""
         return y - z @ self.sae.W_skip.T if self.sae.config.skip else y

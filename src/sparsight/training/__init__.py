@@ -1,7 +1,7 @@
 """Training SAEs: the loop, its schedule, checkpoints and exact resume.
 
-Builds on `sae` and `activations`. Start with `train`; what a run leaves on disk is `Run`.
-`sweep` trains several autoencoders in one pass.
+Builds on `sae` and `activations`. Start with `train`; `Run` is the run's folder on disk. `sweep`
+trains several autoencoders in one pass.
 """
 
 from sparsight.training.config import TrainConfig, TrainRecipe

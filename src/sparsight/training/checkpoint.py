@@ -1,10 +1,10 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
-`checkpoints/STEP/state.json` holds the step, the position in the data, what the run is (so that no
-other one goes on from here) and checksums; beside it, a folder per site (SITE; in a sweep
-NAME/SITE) with the SAE as `from_pretrained` reads it, the lines of `metrics.jsonl` so far, and
-`training.safetensors`: optimiser, dead-latent counters, running figures, the average of the
-weights. Random numbers are drawn from seeds alone, so that there are no random states to keep.
+`checkpoints/STEP/state.json` holds the step, the position in the data, the description of the run
+(so that no other run continues from here) and checksums. Next to it there is one folder per site
+(SITE; in a sweep NAME/SITE) with the SAE as `from_pretrained` reads it, the lines of
+`metrics.jsonl` so far, and `training.safetensors`: optimiser, dead-latent counters, running sums,
+the average of the weights. Random numbers depend only on seeds, so no random states are kept.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _TENSORS = "training.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint, read and checked.
+    """An intact checkpoint, read and checked.
 
     Attributes:
-        step: steps that were done.
+        step: number of steps that were done.
         cursor: position in the data, for the stream's `load_state_dict`.
-        summed: vectors in each site's running figures.
-        saes: for each site the tensors of the SAE.
-        tensors: for each site what `SiteTraining.state` gave.
-        runs: for each site what makes its run the same run; None in checkpoints of earlier
+        summed: number of vectors in each site's running sums.
+        saes: for each site, the tensors of the SAE.
+        tensors: for each site, the result of `SiteTraining.state`.
+        runs: for each site, the description that identifies its run; None in checkpoints of earlier
             versions of Sparsight.
-        logs: for each site the lines of its `metrics.jsonl`; None in checkpoints of earlier
-            versions, too.
+        logs: for each site, the lines of its `metrics.jsonl`; also None in checkpoints of earlier
+            versions.
     """
 
     step: int
@@ -65,18 +65,18 @@ def save(
     identities: Mapping[str, Any],
     logs: Mapping[str, Path],
 ) -> Path:
-    """Write a checkpoint and drop the oldest beyond the last two.
+    """Write a checkpoint and remove the oldest ones, except for the last two.
 
     Args:
-        folder: of all checkpoints.
-        step: steps that were done.
-        sites: what trains, by name.
+        folder: folder of all checkpoints.
+        step: number of steps that were done.
+        sites: the SAEs in training, by name.
         cursor: position in the data.
-        identities: by name, what makes a run the same run.
-        logs: by name, the `metrics.jsonl`.
+        identities: by name, the description that identifies a run.
+        logs: by name, the path of `metrics.jsonl`.
 
     Raises:
-        SparsightError: it could not be written; earlier ones are untouched.
+        SparsightError: writing failed; earlier checkpoints are untouched.
     """
 
     def write_files(partial: Path) -> list[str]:
@@ -96,11 +96,11 @@ def save(
 
 
 def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, and what is wrong with newer ones.
+    """Read the newest intact checkpoint; also return what is wrong with newer ones.
 
     Raises:
-        UserError: one that is looked at is of another version of the format.
-        SparsightError: there are checkpoints, and none is whole.
+        UserError: a checkpoint has another version of the format.
+        SparsightError: there are checkpoints, but none is intact.
     """
 
     def read(path: Path, state: dict[str, Any]) -> Checkpoint:
@@ -118,9 +118,9 @@ def load_latest(folder: Path, sites: tuple[str, ...]) -> tuple[Checkpoint | None
 
 
 def identities(folder: Path) -> dict[str, Any]:
-    """What trains in the newest checkpoint that can be read, by name, and which run each is of.
+    """Return the runs in the newest readable checkpoint, as the descriptions that identify them.
 
-    A run is None in checkpoints of earlier versions of Sparsight. Nothing where there is no
+    A description is None in checkpoints of earlier versions of Sparsight. Empty if there is no
     checkpoint.
     """
     state = checkpoint_files.newest_state(folder)
@@ -128,10 +128,10 @@ def identities(folder: Path) -> dict[str, Any]:
 
 
 def _run(state: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """What makes a run the same run, in the words of this version."""
+    """Return the description that identifies a run, with the keys of this version."""
     run: dict[str, Any] | None = state.get("runs", {}).get(name)
     if run is not None and isinstance(run.get("train"), dict):
-        with suppress(UserError):  # what cannot be had now is another run
+        with suppress(UserError):  # if this version cannot express it, it is another run
             run = {**run, "train": with_remedy(run["train"], quiet=True)}
     return run
 

@@ -1,4 +1,4 @@
-"""How to train, and what a run's `config.toml` says."""
+"""How to train, and what a run's `config.toml` holds."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LARGEST_DEAD_WINDOW = 10_000_000
 
 DEFAULT_EPOCHS = 20
 SHORTEST, LONGEST = 1_000_000, 10_000_000
-"""Vectors to train on where nothing is said of the length: so many epochs, within these."""
+"""Bounds, in vectors, of the default length of `DEFAULT_EPOCHS` epochs."""
 
-# eps too: a latent that gets no gradient would be divided by 0.
+# eps must be positive, too: otherwise a latent without gradient would be divided by 0.
 _POSITIVE = ("n_vectors", "batch_size", "lr", "eps", "grad_clip", "log_every", "checkpoint_every")
 
 
@@ -37,14 +37,14 @@ class TrainConfig:
     """The autoencoder."""
 
     n_vectors: int | None = None
-    """How many activation vectors to train on; more than there are means several epochs. None is 20
-    epochs, but at least 1 million and at most 10 million vectors."""
+    """Number of activation vectors to train on; if there are fewer, training takes several epochs.
+    Default: 20 epochs, but at least 1 million and at most 10 million vectors."""
 
     batch_size: int = 4096
     """Vectors per step."""
 
     lr: float | None = None
-    """Peak learning rate; None is 2e-4 / sqrt(n_latents / 16,384)."""
+    """Peak learning rate; default: 2e-4 / sqrt(n_latents / 16,384)."""
 
     warmup: float = 0.05
     """Share of the run in which the learning rate rises from 0."""
@@ -53,60 +53,61 @@ class TrainConfig:
     """Share of the run, at its end, in which the learning rate falls to 0."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of Adam."""
+    """Decay rates of Adam's moments."""
 
     eps: float = 6.25e-10
-    """Of Adam (Gao et al. 2024, appendix A)."""
+    """Adam's ε (Gao et al. 2024, appendix A)."""
 
     grad_clip: float | None = 1.0
-    """Largest norm of the gradient; None does not clip."""
+    """Largest norm of the gradient; None disables clipping."""
 
     remedy: AnyRemedy | None = field(default_factory=AuxK)
-    """What is done about dead latents; None trains without."""
+    """Remedy for dead latents; None trains without one."""
 
     sparsity_warmup: float = 0.05
-    """Share of the run in which the sparsity's penalty rises from 0, where it has one."""
+    """Share of the run in which the sparsity's penalty, if it has one, rises from 0."""
 
     target_site: str | None = None
-    """Train a transcoder: from the site's activations predict those of this one."""
+    """Train a transcoder, which predicts the activations of this site from those of its own."""
 
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, e.g. 0.999; the run's SAE is then the
-    average."""
+    """Decay of an exponential moving average of the weights, e.g. 0.999; the resulting SAE is then
+    the average."""
 
     multi_topk: MultiTopK | None = None
-    """A second reconstruction with more latents; only with TopK."""
+    """Add a second reconstruction with more latents; only with TopK."""
 
     matryoshka: Matryoshka | MatryoshkaK | None = None
-    """Reconstructions from prefixes of the dictionary, or with several k."""
+    """Add reconstructions from prefixes of the dictionary, or with several k."""
 
     kernels: Kernels = "auto"
-    """Who computes a step: "native" (compiled, CPU), "triton" (CUDA), "torch" (anywhere) or "dense"
-    (plain autograd, the slow truth); "auto" is the quickest that runs here. All train to the same
-    numbers, up to rounding. What is neither TopK nor BatchTopK of the usual form is "dense"."""
+    """Kernels that compute a step: "native" (compiled, CPU), "triton" (CUDA), "torch" (anywhere) or
+    "dense" (plain autograd, the slow reference); "auto" is the fastest that runs here. Their
+    results differ only by rounding. Only "dense" trains more than ordinary TopK and BatchTopK."""
 
     precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
-    """Of the product that selects latents; the selected ones are always scored in float32. "auto"
-    is the quickest of these kernels on this processor; "float8" is for "triton", on request."""
+    """Precision of the product that selects latents; the selected ones are always scored in
+    float32. "auto" is the fastest for these kernels on this processor; "float8" needs "triton" and
+    must be named."""
 
     seed: int = 0
-    """Of the initial weights; and of the order of the data, unless `data_seed` is given."""
+    """Seed of the initial weights, and of the order of the data unless `data_seed` is given."""
 
     data_seed: int | None = None
-    """Of the order of the data; None is `seed`."""
+    """Seed of the order of the data; default: `seed`."""
 
     log_every: int | None = None
-    """Vectors between lines of `metrics.jsonl`; None is a hundredth of the run."""
+    """Vectors between lines of `metrics.jsonl`; default: a hundredth of the run."""
 
     checkpoint_every: int | None = None
-    """Vectors between checkpoints; None is a tenth of the run, unless writing takes too long for
-    that. Others are written by time, see `train`."""
+    """Vectors between checkpoints; default: a tenth of the run, unless writing takes too long for
+    that. `checkpoint_seconds` of `train` adds checkpoints by time."""
 
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics go beside `metrics.jsonl`."""
+    """Where to log metrics in addition to `metrics.jsonl`."""
 
     upgraded: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(with_remedy)
-    """Reads tables of earlier versions; see `sparsight.config`."""
+    """Converts tables of earlier versions; see `sparsight.config`."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -121,37 +122,44 @@ class TrainConfig:
             raise UserError(f"betas are {self.betas}; each must be 0 or more, and below 1.")
         if self.n_vectors is not None and self.n_vectors < self.batch_size:
             raise UserError(
-                f"n_vectors is {self.n_vectors}, less than one batch of {self.batch_size}."
+                f"n_vectors is {self.n_vectors}, less than batch_size ({self.batch_size}); give at "
+                "least one batch."
             )
         if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
             raise UserError(
-                f"warmup {self.warmup} and decay {self.decay} are shares of the run: "
-                "neither negative, at most 1 together."
+                f"warmup is {self.warmup} and decay is {self.decay}; as shares of the run, neither "
+                "may be negative, and together they may be at most 1."
             )
         if self.multi_topk is not None and self.matryoshka is not None:
-            raise UserError("multi_topk and matryoshka cannot be had together; leave one out.")
+            raise UserError("multi_topk and matryoshka cannot be combined; leave one out.")
         for name, part in {
             "multi_topk": self.multi_topk,
             "matryoshka with several k": isinstance(self.matryoshka, MatryoshkaK) or None,
         }.items():
             if part is not None and not self.sae.sparsity.several_k:
                 kind = type(self.sae.sparsity).__name__
-                raise UserError(f"{name} needs sparsity TopK; with {kind} leave it out.")
+                raise UserError(f"{name} needs the sparsity TopK; leave it out with {kind}.")
         if not 0 <= self.sparsity_warmup <= 1:
-            raise UserError(f"sparsity_warmup is {self.sparsity_warmup}; it is a share of the run.")
+            raise UserError(
+                f"sparsity_warmup is {self.sparsity_warmup}; as a share of the run, it must be "
+                "between 0 and 1."
+            )
         if self.remedy is not None:
             self.remedy.check(self.sae)
         if self.target_site is not None and self.sae.b_dec_init != "zero":
             raise UserError(
-                f"b_dec_init is {self.sae.b_dec_init!r}: a transcoder's bias starts at zero."
+                f"b_dec_init is {self.sae.b_dec_init!r}, but a transcoder's bias starts at zero; "
+                "choose 'zero'."
             )
         if self.sae.skip and self.target_site is None:
-            raise UserError("skip is for transcoders; give a target_site, or leave it out.")
+            raise UserError(
+                "skip works only with transcoders; give a target_site, or leave it out."
+            )
         if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema is {self.ema}; it must lie between 0 and 1 (or None).")
+            raise UserError(f"ema is {self.ema}; it must be between 0 and 1, or None.")
 
     def with_length(self, vectors_per_epoch: int) -> TrainConfig:
-        """The same, with the number of vectors that it stands for where it names none."""
+        """Return the same configuration with `n_vectors`, from the epochs if it names none."""
         if self.n_vectors is not None:
             return self
         asked = DEFAULT_EPOCHS * vectors_per_epoch
@@ -160,12 +168,12 @@ class TrainConfig:
 
     @property
     def length(self) -> int:
-        """Vectors of the run; the most that there may be as long as none are named."""
+        """The length of the run in vectors; the largest possible one until it is known."""
         return max(LONGEST, self.batch_size) if self.n_vectors is None else self.n_vectors
 
     @property
     def n_steps(self) -> int:
-        """Steps of the run."""
+        """The number of steps of the run."""
         return math.ceil(self.length / self.batch_size)
 
     @property
@@ -175,25 +183,25 @@ class TrainConfig:
 
     @property
     def dead_after(self) -> int:
-        """Vectors without an activation after which a latent counts as dead."""
+        """The number of vectors without an activation after which a latent counts as dead."""
         stated = self.remedy.window if self.remedy is not None else None
         return stated or max(1, min(LARGEST_DEAD_WINDOW, self.length // 10))
 
     def learning_rate(self, n_latents: int) -> float:
-        """The peak learning rate."""
+        """Return the peak learning rate."""
         return self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)
 
     @property
     def fusable(self) -> bool:
-        """Whether the training steps without autograd compute it; else "dense" does."""
-        extras = (self.sae, self.matryoshka, self.remedy)
-        return self.target_site is None and all(each is None or each.fusable for each in extras)
+        """Whether the fused steps, without autograd, can train this; otherwise "dense" does."""
+        parts = (self.sae, self.matryoshka, self.remedy)
+        return self.target_site is None and all(part is None or part.fusable for part in parts)
 
     def plan(self, d_in: int) -> SAEPlan:
-        """What is minimised, for activations of width `d_in`.
+        """Return what to minimise, for activations of width `d_in`.
 
         Raises:
-            UserError: more latents are asked for than there are.
+            UserError: more latents are requested than there are.
         """
         n_latents, k = self.sae.width(d_in), self.sae.sparsity.places
         stages: tuple[Stage, ...] = (Stage(),)
@@ -223,13 +231,13 @@ class TrainConfig:
         )
 
     def steps_every(self, n_vectors: int | None, share: int) -> int:
-        """Steps in `n_vectors`, or in one of `share` equal parts of the run."""
+        """Return the steps in `n_vectors`, or in one of `share` equal parts of the run."""
         vectors = n_vectors or self.length / share
         return max(1, round(vectors / self.batch_size))
 
 
 def _read_old_keywords() -> None:
-    """Let `TrainConfig` take the keywords that it had before, for one version."""
+    """Let `TrainConfig` accept the keywords of the previous version."""
     take = TrainConfig.__init__
 
     @functools.wraps(take)
@@ -244,10 +252,10 @@ _read_old_keywords()
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """A whole experiment, as `sparsight train --config FILE.toml` takes it."""
+    """A whole experiment, as `sparsight train --config FILE.toml` reads it."""
 
     store: str | None = None
-    """Folder of an activation store; without it activations are extracted on the fly."""
+    """Folder of an activation store; without one, activations are extracted on the fly."""
 
     model: str | None = None
     """Vision model, as `load_model` takes it."""
@@ -256,10 +264,10 @@ class TrainRecipe:
     """Images, as `open_images` takes them."""
 
     sites: tuple[str, ...] = ()
-    """Where to read; `*` stands for every block. Empty means all sites of the store."""
+    """Sites to train on; `*` stands for every block. Default: all sites of the store."""
 
     tokens: Tokens | None = None
-    """Which positions to train on: all by default; of a store, the ones that it holds."""
+    """Positions to train on; default: all, or with a store, those that it holds."""
 
     held_out: float | None = None
     """Share of the images to keep out of training, e.g. 0.1; `evaluate` then measures on these."""
@@ -271,7 +279,7 @@ class TrainRecipe:
     """Folder of the run."""
 
     activations: str | None = None
-    """Fingerprint of the activations, as `train` found it; a run goes on with the same alone."""
+    """Fingerprint of the activations, filled in by `train`; a run continues only with the same."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
     """How to train."""

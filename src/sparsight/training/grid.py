@@ -1,7 +1,7 @@
 """The grid of a sweep: from lists of values to named combinations.
 
 A key is the dotted path of a field of `TrainConfig`, or a short name. Its values are plain, or
-whole parts: `sae.sparsity = ["topk", {kind = "relu", l1 = 1e-3}]`. One key is no field:
+whole parts: `sae.sparsity = ["topk", {kind = "relu", l1 = 1e-3}]`. One key is not a field:
 `tokens`, the positions to train on.
 """
 
@@ -30,22 +30,22 @@ SHORT_NAMES = {
     "expansion": "sae.expansion",
     "architecture": "sae.sparsity",
 }
-"""What may be written instead of a path; `seed` and `lr` are paths already."""
+"""Short names for paths; `seed` and `lr` are paths already."""
 
 _LABELS = {"sae.sparsity.k": "k", "sae.n_latents": "n"}
-_PASS = "the members share one pass, and with it"
+_PASS = "all autoencoders of a sweep share one pass, and with it"
 _SHARED = {
     "n_vectors": f"{_PASS} its length",
-    "data_seed": f"{_PASS} the order of the data; `seed` varies the initial weights alone",
-    "log_every": f"{_PASS} the steps at which figures are logged",
+    "data_seed": f"{_PASS} the order of the data; `seed` varies only the initial weights",
+    "log_every": f"{_PASS} the steps at which metrics are logged",
     "checkpoint_every": f"{_PASS} the checkpoints",
-    "target_site": f"{_PASS} what is read",
-    "loggers": "it changes nothing about what is learnt",
+    "target_site": f"{_PASS} the sites that are read",
+    "loggers": "it does not affect the result",
 }
 """Why some keys cannot vary."""
 
 Setting = dict[str, Any]
-"""A value for each key of a grid; a part is a table, one that is left out is "none"."""
+"""A value for each key of a grid; a part is a table, or "none" if it is left out."""
 
 Grid = dict[str, tuple[Any, ...]]
 
@@ -55,9 +55,9 @@ class Combination:
     """One member of a grid.
 
     Attributes:
-        name: of its folder, e.g. `k32-n2048-seed1`.
-        setting: the values; a key that its parts do not have is left out.
-        values: all of its configuration, as `to_dict` gives it.
+        name: name of its folder, e.g. `k32-n2048-seed1`.
+        setting: the values, without keys that its parts do not have.
+        values: its whole configuration, as `to_dict` returns it.
     """
 
     name: str
@@ -66,13 +66,13 @@ class Combination:
 
 
 def combinations(grid: Grid, base: TrainConfig) -> Iterator[Combination]:
-    """Every combination of the values of a grid that `checked` gave, each once.
+    """Yield every combination of the values of a grid from `checked`, each once.
 
-    A key inside of a part that varies, or of one that is switched off, counts where there is such
-    a field: `k` beside `architecture = ["topk", "relu"]` varies the k of TopK alone.
+    A key inside a part that varies or is switched off applies only where that field exists: with
+    `architecture = ["topk", "relu"]`, `k` varies only the k of TopK.
     """
     names: dict[str, int] = {}
-    told: set[str] = set()
+    yielded: set[str] = set()
     whole = {key for key in grid if key == TOKENS or key in _parts(base)}
     for values in itertools.product(*grid.values()):
         setting = dict(zip(grid, values, strict=True))
@@ -81,24 +81,25 @@ def combinations(grid: Grid, base: TrainConfig) -> Iterator[Combination]:
             if not _put(made, key, setting[key], base):
                 del setting[key]
         same = json.dumps([setting.get(TOKENS), made], sort_keys=True)
-        if same in told:
+        if same in yielded:
             continue
-        told.add(same)
+        yielded.add(same)
         name = "-".join(_shown(key, value, base) for key, value in setting.items())
         names[name] = names.get(name, 0) + 1
         yield Combination(name if names[name] == 1 else f"{name}_{names[name]}", setting, made)
 
 
 def checked(grid: Mapping[str, Any], base: TrainConfig) -> Grid:
-    """The grid with whole paths as keys, and parts as tables with their kind.
+    """Return the grid with full paths as keys, and parts as tables with their kind.
 
     Raises:
-        UserError: a key is unknown, shared or named twice, or its list is empty, none, or has a
-            value twice; or a value is no such part.
+        UserError: a key is unknown, cannot vary or is named twice; its list is empty, not a list,
+            or has a value twice; or a value is not a valid part.
     """
     if not grid:
         raise UserError(
-            "grid is empty: name what varies, e.g. k = [16, 32]; [grid] in a TOML file."
+            "grid is empty: name the settings to vary, e.g. k = [16, 32], under [grid] in a TOML "
+            "file."
         )
     given_lists = pairs_with_remedy(list(_flat(grid)))
     keys = [SHORT_NAMES.get(given, given) for given, _ in given_lists]
@@ -115,7 +116,7 @@ def checked(grid: Mapping[str, Any], base: TrainConfig) -> Grid:
                 raise UserError(f"grid: {given} is {values!r}; expected a list of values.")
             raise UserError(_unknown(given, key, _leaves(base), base))
         if not values:
-            raise UserError(f"grid: {given} is an empty list; give it a value at least.")
+            raise UserError(f"grid: {given} is an empty list; give it at least one value.")
         found[key], made = zip(*(_value(key, each, base) for each in values), strict=True)
         twice = [each for i, each in enumerate(made) if each in made[:i]]
         if twice:
@@ -128,14 +129,12 @@ def checked(grid: Mapping[str, Any], base: TrainConfig) -> Grid:
         if key not in allowed:
             raise UserError(_unknown(given, key, sorted(allowed), base))
     if "sae.expansion" in found and ("sae.n_latents" in found or base.sae.n_latents is not None):
-        raise UserError(
-            "grid: sae.expansion has no effect where n_latents is given. Leave one out."
-        )
+        raise UserError("grid: sae.expansion has no effect if n_latents is given. Leave one out.")
     return found
 
 
 def _value(key: str, given: Any, base: TrainConfig) -> tuple[Any, Any]:
-    """A value as it stands in a setting, and what it is compared by: parts as their dataclass."""
+    """Return a value as it appears in a setting, and to compare it by: a part as its dataclass."""
     if key == TOKENS:
         return given, convert(Tokens, given, "grid", TOKENS)
     hint = _parts(base).get(key)
@@ -144,12 +143,12 @@ def _value(key: str, given: Any, base: TrainConfig) -> tuple[Any, Any]:
         return plain, plain
     own = base.remedy if key == REMEDY else None
     if own is not None and given in (own.word, kind_of(type(own))):
-        given = own  # a name alone is the base's own, if it has that one
+        given = own  # a plain name means the base's own remedy, if it is of that kind
     return _part(hint, given, key)
 
 
 def _part(hint: Any, given: Any, key: str) -> tuple[Any, Any]:
-    """A part as a table with its kind, and as its dataclass."""
+    """Return a part as a table with its kind, and as its dataclass."""
     classes = _classes(hint)
     if given is None or given == NONE:
         return NONE, convert(hint, given, "grid", key)
@@ -166,7 +165,7 @@ def _part(hint: Any, given: Any, key: str) -> tuple[Any, Any]:
 
 
 def _put(values: dict[str, Any], key: str, value: Any, base: TrainConfig) -> bool:
-    """Put a value where it belongs; False where its part has no such field."""
+    """Put a value in its place; return False if its part lacks that field."""
     if key == TOKENS:
         return True
     *tables, last = key.split(".")
@@ -174,7 +173,7 @@ def _put(values: dict[str, Any], key: str, value: Any, base: TrainConfig) -> boo
     for table in tables:
         if not isinstance(inside.get(table), dict):
             return False
-        own = dict(inside[table])  # shared with other members where it came from the grid
+        own = dict(inside[table])  # a table from the grid is shared with other members
         inside[table] = own
         inside = own
     part = ".".join(tables)
@@ -188,7 +187,7 @@ def _put(values: dict[str, Any], key: str, value: Any, base: TrainConfig) -> boo
 
 
 def _own(part: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from its defaults, plain."""
+    """Return the fields of a dataclass that differ from its defaults, as plain values."""
     plain = to_dict(part)
     return {
         field.name: plain[field.name]
@@ -203,7 +202,7 @@ def _own(part: Any) -> dict[str, Any]:
 
 
 def _parts(config: TrainConfig) -> dict[str, Any]:
-    """Types of the fields that hold whole parts, by dotted path; not `sae`, which is all of it."""
+    """Return the types of the fields that hold whole parts, by dotted path; `sae` is not one."""
     return _parts_of(type(config), "")
 
 
@@ -218,13 +217,13 @@ def _parts_of(cls: type, path: str) -> dict[str, Any]:
 
 
 def _classes(hint: Any) -> list[type]:
-    """The dataclasses among the choices of a type."""
+    """Return the dataclasses among the choices of a type."""
     choices = (hint, *typing.get_args(hint))
     return [each for each in choices if isinstance(each, type) and dataclasses.is_dataclass(each)]
 
 
 def _leaves(config: Any, path: str = "") -> list[str]:
-    """Dotted paths of the fields that hold plain values."""
+    """Return the dotted paths of the fields that hold plain values."""
     found = []
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
@@ -238,15 +237,15 @@ def _leaves(config: Any, path: str = "") -> list[str]:
 def _unknown(given: str, key: str, allowed: Sequence[str], base: TrainConfig) -> str:
     table = key.rpartition(".")[0]
     if table in _parts(base) and table in _leaves(base):
-        return f"grid: {given} cannot vary where {table} is none. Give the base one, in [train]."
+        return f"grid: {given} cannot vary while {table} is none. Choose one under [train]."
     names = sorted({*allowed, *SHORT_NAMES, TOKENS} - set(_SHARED))
     close = difflib.get_close_matches(given, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"grid: unknown key {given!r}.{hint} What may vary: {', '.join(names)}."
+    return f"grid: unknown key {given!r}.{hint} These keys can vary: {', '.join(names)}."
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The lists of a table and of those in it, by dotted path."""
+    """Yield the lists of a table and its sub-tables, with their dotted paths."""
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{key}.")
@@ -255,7 +254,7 @@ def _flat(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _shown(key: str, value: Any, base: TrainConfig) -> str:
-    """A key and its value as a part of a folder's name."""
+    """Return a key and its value as a part of a folder's name."""
     if key == TOKENS:
         return str(value)
     if isinstance(value, Mapping):
@@ -280,12 +279,12 @@ def _label(key: str, base: TrainConfig) -> str:
 
 
 def configuration(made: Combination, base: TrainConfig) -> TrainConfig:
-    """How a member trains.
+    """Return how a member trains.
 
     Raises:
         UserError: its values do not fit together.
     """
     config = from_dict(TrainConfig, made.values, f"grid, {made.name}")
-    # The order of the data is that of the base; a configuration has one way to say so.
+    # The order of the data is that of the base; normalise how the configuration says so.
     order = base.order_seed
     return dataclasses.replace(config, data_seed=None if config.seed == order else order)

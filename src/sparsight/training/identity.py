@@ -1,4 +1,4 @@
-"""Whether what lies in a run's folder is a part of the run that is to be trained."""
+"""Whether what is in a run's folder belongs to the run to train."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from sparsight.training.config import TrainRecipe
 from sparsight.training.run import CONFIG, Run
 
 HELD_OUT = ("held_out", "held_out_seed")
-"""The fields of a recipe that say which images are held out."""
+"""The fields of a recipe that determine which images are held out."""
 
 
 def identity(recipe: TrainRecipe) -> dict[str, Any]:
-    """What two parts of a run share. Folders may have moved; the fingerprint knows the contents."""
+    """Return what identifies a run: no folders, which may move; the fingerprint covers the data."""
     return to_dict(dataclasses.replace(recipe, out=Path(), store=None, model=None, images=None))
 
 
 def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
-    """Whether some of the run is there already.
+    """Return whether part of the run exists already.
 
     Args:
         run: the run.
-        recipe: what it is.
-        begun: a checkpoint says that it is of this recipe: a `config.toml` that says otherwise is
-            damaged.
+        recipe: its recipe.
+        begun: whether a checkpoint has this recipe; a `config.toml` that contradicts it is damaged.
 
     Raises:
-        UserError: another run is there.
+        UserError: the folder holds another run.
     """
     paths = [run.folder(site) / CONFIG for site in run.sites]
     present = [path for path in paths if path.exists()]
@@ -47,7 +46,7 @@ def holds_part(run: Run, recipe: TrainRecipe, begun: bool = False) -> bool:
 
 
 def _refuse_other_sites(run: Run) -> None:
-    """Raise a `UserError` if the folder holds a run of other sites, whose checkpoints are there."""
+    """Raise a `UserError` if the folder holds a run of other sites, which share its checkpoints."""
     for path in (run.out / CONFIG, *run.out.glob(f"*/{CONFIG}")):
         if not path.exists():
             continue
@@ -55,7 +54,7 @@ def _refuse_other_sites(run: Run) -> None:
         places = [run.out] if len(sites) == 1 else [run.out / site for site in sites]
         if path.parent in places and set(sites) != set(run.sites):
             raise UserError(
-                f"{path}: belongs to a run of {', '.join(sites)}. Choose another folder, or remove "
+                f"{path}: belongs to a run on {', '.join(sites)}. Choose another folder, or remove "
                 "this one."
             )
 
@@ -67,17 +66,17 @@ def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
     field = first_difference(there, own)
     if field == "activations":
         raise UserError(
-            f"{path}: holds a run on other activations: the model's weights, the "
-            "preprocessing, the images or the selection of them differ. Choose another "
-            "folder, or remove this one."
+            f"{path}: belongs to a run on other activations: the model's weights, the "
+            "preprocessing, the images or their selection differ. Choose another folder, or "
+            "remove this one."
         )
     refuse_difference(path, there, own)
 
 
 def _refuse_other_files(folder: Path) -> None:
-    """Raise a `UserError` if a folder that is no run's holds files that a run would write over."""
+    """Raise a `UserError` if a folder without a run holds files that a run would overwrite."""
     for name in ("manifest.json", *FILES):
         if (folder / name).exists():
             raise UserError(
-                f"{folder}: holds no run, but a {name} of something else. Choose another folder."
+                f"{folder}: holds {name} of something other than a run. Choose another folder."
             )

@@ -17,22 +17,22 @@ from sparsight.training.run import METRICS, WANDB_ID, read_metrics
 
 @runtime_checkable
 class Logger(Protocol):
-    """Takes a line of figures now and then."""
+    """Receives metrics at intervals."""
 
     def log(self, figures: Mapping[str, Any]) -> None:
-        """Record figures; `vectors` among them is the position in the run."""
+        """Record metrics; their key `vectors` is the position in the run."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is pending."""
 
 
 class JsonLines:
-    """`metrics.jsonl`; lines after the step that a run resumes from are dropped.
+    """`metrics.jsonl`; lines after the step from which a run resumes are removed.
 
     Args:
-        folder: of the file.
-        step: that the run begins at, or goes on from.
-        kept: the lines up to there, as a checkpoint has them; default those in the file.
+        folder: folder of the file.
+        step: step at which the run begins or continues.
+        kept: the lines up to that step, from a checkpoint; by default those in the file.
     """
 
     def __init__(self, folder: Path, step: int, kept: bytes | None = None) -> None:
@@ -44,8 +44,8 @@ class JsonLines:
             kept = "".join(json.dumps(line) + "\n" for line in lines).encode()
         elif self.path.exists() and not self.path.read_bytes().startswith(kept):
             warnings.warn(
-                f"{self.path}: is damaged or was changed. Its lines up to step {step} are written "
-                "again, as the checkpoint has them.",
+                f"{self.path}: is damaged or was changed. Its lines up to step {step} are restored "
+                "from the checkpoint.",
                 stacklevel=2,
             )
         write_bytes(self.path, kept)
@@ -65,11 +65,11 @@ class JsonLines:
             ) from error
 
     def close(self) -> None:
-        """Nothing is left."""
+        """Do nothing; nothing is pending."""
 
 
 class TensorBoard:
-    """Event files under `tensorboard/` in the run's folder; a resumed run hides later points."""
+    """Event files in `tensorboard/` in the run's folder; a resumed run hides later points."""
 
     def __init__(self, folder: Path, vectors: int) -> None:
         try:
@@ -90,10 +90,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, named after the folder and continued by a run that resumes.
+    """A run of Weights & Biases, named after the folder and continued when the run resumes.
 
-    Its id lies in the folder. What a resumed run logs a second time has the steps and the values
-    that are there already; the service leaves it out.
+    Its id is kept in the folder. What a resumed run logs a second time has the same steps and
+    values as before; the service ignores it.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ class WeightsAndBiases:
         )
 
     def log(self, figures: Mapping[str, Any]) -> None:
-        """Send the figures."""
+        """Send the metrics."""
         self.run.log(dict(figures), step=figures["vectors"])
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class WeightsAndBiases:
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of the run in a folder, made and kept there before the service hears of it."""
+    """Return the id of the run in a folder; create and save it before the service learns of it."""
     path = folder / WANDB_ID
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:8] + "\n")
@@ -136,9 +136,9 @@ def open_loggers(
     config: Mapping[str, Any],
     kept: bytes | None = None,
 ) -> list[Logger]:
-    """The loggers of a run, at `step` (after so many vectors), where it begins or goes on.
+    """Open the loggers of a run that begins or continues at `step`, after `vectors` vectors.
 
-    `kept` is what a checkpoint has of `metrics.jsonl`.
+    `kept` holds the lines of `metrics.jsonl` from a checkpoint.
 
     Raises:
         MissingExtra: a library is not installed.

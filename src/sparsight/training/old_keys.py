@@ -1,4 +1,4 @@
-"""Keys of earlier versions, which are read for one version: the remedies for dead latents.
+"""Keys of the previous version, which this version still reads: the remedies for dead latents.
 
 Until 0.1 `TrainConfig` had one optional field per remedy: `auxk`, `ghost` and `resampling`. Now it
 has one `remedy`, tagged by its kind.
@@ -21,22 +21,22 @@ OLD_REMEDIES: dict[str, type[AnyRemedy]] = {
     "ghost": GhostGradients,
     "resampling": Resampling,
 }
-"""The field that each remedy had."""
+"""The former field of each remedy."""
 
 
 def with_remedy(
     values: Mapping[str, Any], where: str = "", path: str = "", *, quiet: bool = False
 ) -> dict[str, Any]:
-    """Settings of training with `remedy` in place of the keys that there were before.
+    """Return training settings with `remedy` in place of the former keys.
 
     Args:
-        values: as a table has them.
+        values: the settings, as in a table.
         where: what messages name first, e.g. the file.
-        path: what stands before the keys in messages, e.g. "train.".
-        quiet: no warning.
+        path: the prefix of the keys in messages, e.g. "train.".
+        quiet: do not warn.
 
     Raises:
-        UserError: two remedies are named, or an old key beside `remedy`.
+        UserError: two remedies are named, or an old key together with `remedy`.
     """
     old = {key: values[key] for key in OLD_REMEDIES if key in values}
     if not old:
@@ -44,13 +44,13 @@ def with_remedy(
     place = f"{where}: " if where else ""
     if REMEDY in values:
         raise UserError(
-            f"{place}{path}{next(iter(old))} and {path}{REMEDY} are the same; give one of them."
+            f"{place}{path}{next(iter(old))} is the old name of {path}{REMEDY}; give only one."
         )
     named = [key for key, value in old.items() if not _is_none(value)]
     if len(named) > 1:
         raise UserError(
-            f"{place}{' and '.join(path + key for key in named)} are two remedies for dead latents;"
-            f" training takes one: keep one, as {path}{REMEDY}."
+            f"{place}{' and '.join(path + key for key in named)} are two remedies for dead latents,"
+            f" but training uses one; keep one of them, as {path}{REMEDY}."
         )
     found = {key: value for key, value in values.items() if key not in OLD_REMEDIES}
     if named:
@@ -63,11 +63,11 @@ def with_remedy(
 
 
 def with_remedy_of(keywords: Mapping[str, Any], current: AnyRemedy | None) -> dict[str, Any]:
-    """Keywords of `TrainConfig` with `remedy` in place of those that there were before.
+    """Return keywords of `TrainConfig` with `remedy` in place of the former ones.
 
     Args:
-        keywords: as a program gives them; `dataclasses.replace` gives every field beside them.
-        current: the remedy where none is named.
+        keywords: as a program gives them; `dataclasses.replace` also gives every field.
+        current: the remedy if none is named.
 
     Raises:
         UserError: two remedies are named.
@@ -80,7 +80,7 @@ def with_remedy_of(keywords: Mapping[str, Any], current: AnyRemedy | None) -> di
     named = with_remedy(old, quiet=True).get(REMEDY)
     if named not in (None, NONE):
         found[REMEDY] = named
-    else:  # what was switched off
+    else:  # a remedy was switched off
         of_current = next((k for k, kind in OLD_REMEDIES.items() if type(current) is kind), None)
         found[REMEDY] = None if of_current in old else current
     _warn("", "", old, found[REMEDY])
@@ -88,10 +88,10 @@ def with_remedy_of(keywords: Mapping[str, Any], current: AnyRemedy | None) -> di
 
 
 def pairs_with_remedy(grid: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The keys and values of a sweep's grid, with `remedy` in place of the keys there were before.
+    """Return the keys and values of a sweep's grid, with `remedy` in place of the former keys.
 
     Raises:
-        UserError: two remedies vary, or one beside `remedy`.
+        UserError: two remedies vary, or one together with `remedy`.
     """
     first = [key.partition(".")[0] for key, _ in grid]
     old = sorted(set(OLD_REMEDIES) & set(first))
@@ -100,11 +100,11 @@ def pairs_with_remedy(grid: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     if len(old) > 1 or REMEDY in first:
         names = [*old, *([REMEDY] if REMEDY in first else [])]
         raise UserError(
-            f"grid: {' and '.join(names)} cannot vary together: a member has one remedy for dead "
-            f"latents at most. List the remedies as {REMEDY}."
+            f"grid: {' and '.join(names)} cannot vary together: an autoencoder has at most one "
+            f"remedy for dead latents. List the remedies as {REMEDY}."
         )
     warnings.warn(
-        f"grid: {old[0]} is now called {REMEDY}; the old key is read for one version.",
+        f"grid: {old[0]} is now called {REMEDY}; the next version drops the old key.",
         FutureWarning,
         stacklevel=3,
     )
@@ -118,7 +118,7 @@ def pairs_with_remedy(grid: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def remedies_in(train: Mapping[str, Any]) -> list[type[AnyRemedy]]:
-    """The remedies that a stored table of training names; earlier versions had several at once."""
+    """Return the remedies in a stored training table; earlier versions could have several."""
     kinds = {kind_of(kind): kind for kind in get_args(AnyRemedy)}
     named = train.get(REMEDY)
     if isinstance(named, Mapping) and named.get("kind") in kinds:
@@ -131,7 +131,7 @@ def _is_none(value: Any) -> bool:
 
 
 def _tagged(key: str, value: Any) -> Any:
-    """A remedy with its kind, from the value of the key that it had."""
+    """Return a remedy with its kind, from the value of its former key."""
     if isinstance(value, Mapping) and "kind" not in value:
         return {"kind": kind_of(OLD_REMEDIES[key]), **value}
     return value
@@ -145,10 +145,10 @@ def _warn(place: str, path: str, old: Mapping[str, Any], remedy: Any) -> None:
         shown = "{" + ", ".join(f"{key} = {value!r}" for key, value in remedy.items()) + "}"
     beside = ""
     if "auxk" not in old and not _is_none(remedy):
-        beside = " Training has one remedy: AuxK, which was on beside it by default, is off."
+        beside = " Training uses one remedy, so AuxK, formerly on by default, is now off."
     warnings.warn(
         f"{place}{', '.join(path + key for key in old)}: now write {path}{REMEDY} = {shown}; the "
-        f"old key is read for one version.{beside}",
+        f"next version drops the old key.{beside}",
         FutureWarning,
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""What a run is to train on, and for how long: settings and activations become a recipe."""
+"""What a run trains on, and for how long: making a recipe from settings and activations."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def resolve(
     sites: Sequence[str] | None,
     tokens: Tokens | None,
 ) -> tuple[ActivationSource, tuple[str, ...], TrainConfig]:
-    """The activations, the sites to train on, and the configuration with its target's full name.
+    """Return activations, sites to train on, and the configuration with its target's full name.
 
     Raises:
-        UserError: see `as_activations`; or nothing but a transcoder's target is to be trained on.
+        UserError: see `as_activations`; or a transcoder's target is the only site.
     """
     target = config.target_site
     activations = as_activations(source, (*sites, target) if sites and target else sites, tokens)
@@ -44,14 +44,16 @@ def resolve(
         config = dataclasses.replace(config, target_site=target)
         names = tuple(name for name in names if name != target)
         if not names:
-            raise UserError(f"target_site is {target!r}, the only site: name one to predict from.")
+            raise UserError(
+                f"target_site is {target!r}, the only site; also name a site to predict it from."
+            )
     return activations, names, config
 
 
 def as_activations(
     source: Activations, sites: Sequence[str] | None, tokens: Tokens | None
 ) -> ActivationSource:
-    """What `train` is given, as activations; a model and images are read on the fly.
+    """Return the source as activations; those of a model and images are computed on the fly.
 
     Raises:
         UserError: `tokens` are not those of the activations, or no site is named.
@@ -60,33 +62,32 @@ def as_activations(
         return with_tokens(source, tokens)
     model, images = source
     if not sites:
-        raise UserError("Name the sites to train on: sites=['blocks.-1.resid_post'], say.")
+        raise UserError("No sites are given; name them, e.g. sites=['blocks.-1.resid_post'].")
     return LiveActivations(model, images, sites, tokens or "all")
 
 
 def chosen_sites(source: ActivationSource, sites: Sequence[str] | None) -> tuple[str, ...]:
-    """The canonical names of some sites, each once; all of the source by default."""
+    """Return the canonical names of sites, each once; by default all sites of the source."""
     return matching_sites(sites or source.sites, source.sites, source.canonical_site)
 
 
 def with_target(sites: tuple[str, ...], config: TrainConfig) -> tuple[str, ...]:
-    """The sites that are read: a transcoder's target after those that are trained on."""
+    """Return the sites to read: those to train on, then a transcoder's target."""
     return sites if config.target_site is None else (*sites, config.target_site)
 
 
 def with_length(
     config: TrainConfig, sources: Sequence[ActivationSource], sites: Sequence[str], there: Path
 ) -> TrainConfig:
-    """The configuration with its number of vectors.
+    """Return the configuration with its number of vectors.
 
-    Where none is named it is that of the run that is there already, or follows from the vectors of
-    the activations.
+    If it names none, the number is that of the existing run, or follows from the activations.
 
     Args:
-        config: as it was given.
-        sources: the activations, or several of other positions.
-        sites: what is trained on.
-        there: the `config.toml` or `sweep.toml` of the run, if it is there.
+        config: the configuration as given.
+        sources: the activations, one source per choice of positions.
+        sites: the sites to train on.
+        there: the path of the run's `config.toml` or `sweep.toml`, which need not exist.
     """
     if config.n_vectors is not None:
         return config
@@ -98,7 +99,7 @@ def with_length(
 def recipe_of(
     source: ActivationSource, run: Run, config: TrainConfig, held_out: HeldOut | None = None
 ) -> TrainRecipe:
-    """All that repeats a run on activations, of which those that are held out are no part."""
+    """Return everything needed to repeat a run on activations without the held-out ones."""
     store = getattr(source, "path", None)
     return TrainRecipe(
         store=str(Path(store).resolve()) if store is not None else None,

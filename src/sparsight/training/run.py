@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 DIVERGED = "diverged.json"
-"""Of a member of a sweep whose loss ceased to be finite."""
+"""File that replaces the SAE of a sweep's member whose loss became infinite or NaN."""
 SWEEP = "sweep.toml"
-"""At the root of a sweep."""
+"""File at the root of a sweep."""
 WANDB_ID = "wandb-id.txt"
 
 WRITTEN = (CONFIG, METRICS, DIVERGED, WANDB_ID, WEIGHTS, "config.json", "README.md")
-"""What training writes into the folder of an SAE; other verbs may be at work on the others."""
+"""Files that training writes into an SAE's folder; other verbs may be writing the others."""
 _OWN = ("checkpoints", METRICS, DIVERGED, WANDB_ID, "tensorboard", "wandb")
-"""What a run may have left before, or behind, its `config.toml`."""
+"""What a run may leave before it writes its `config.toml`, or after that file is removed."""
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,29 @@ class Run(RunFolder):
 
     Attributes:
         out: folder of the run.
-        sites: the sites that were trained on.
+        sites: the sites to train on.
     """
 
     sites: tuple[str, ...]
 
     def folder(self, site: str | None = None) -> Path:
-        """Where a site's configuration, metrics and SAE lie.
+        """Return the folder of a site's configuration, metrics and SAE.
 
         Raises:
-            UserError: the run has no such site, or several and none is named.
+            UserError: the run does not have this site, or has several and none is named.
         """
         if site is None and len(self.sites) > 1:
-            raise UserError(f"{self.out} has several sites, name one of: {', '.join(self.sites)}.")
+            raise UserError(f"{self.out} has several sites; name one of {', '.join(self.sites)}.")
         if site is not None and site not in self.sites:
-            raise UserError(f"{self.out} has no site {site!r}, only: {', '.join(self.sites)}.")
+            raise UserError(f"{self.out} has no site {site!r}; it has {', '.join(self.sites)}.")
         return self.out if len(self.sites) == 1 else self.out / str(site)
 
     def is_finished(self, site: str) -> bool:
-        """Whether a site's SAE is there."""
+        """Return whether a site's SAE exists."""
         return (self.folder(site) / WEIGHTS).exists()
 
     def written(self) -> list[tuple[Path, Collection[str]]]:
-        """The folders of the SAEs and the checkpoints, with what training writes there."""
+        """Return the folders of SAEs and checkpoints, with the files that training writes."""
         folders = [(self.folder(site), WRITTEN) for site in self.sites]
         return [*folders, (self.checkpoints, checkpoint_files.PARTIAL)]
 
@@ -75,11 +75,11 @@ class Run(RunFolder):
 
     @property
     def config(self) -> TrainConfig:
-        """How it was trained."""
+        """How the run trains."""
         return self.recipe.train
 
     def sae(self, site: str | None = None) -> SparseAutoencoder:
-        """The trained SAE.
+        """Load the trained SAE.
 
         Raises:
             UserError: training has not finished.
@@ -87,11 +87,11 @@ class Run(RunFolder):
         return SparseAutoencoder.from_pretrained(self.folder(site))
 
     def metrics(self, site: str | None = None) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`."""
+        """Read the lines of `metrics.jsonl`."""
         return read_metrics(self.folder(site) / METRICS)
 
     def to_pandas(self, site: str | None = None) -> pandas.DataFrame:
-        """What `metrics` gives as a data frame of pandas: one row per line of the log.
+        """Return `metrics` as a pandas data frame, one row per line of the log.
 
         Raises:
             MissingExtra: pandas is not installed.
@@ -100,27 +100,27 @@ class Run(RunFolder):
 
 
 def goes_on(out: Path, has_part: bool, resume: bool) -> bool:
-    """Whether a run goes on with what is in its folder, or begins there.
+    """Return whether a run continues from what is in its folder, rather than begins.
 
     Args:
         out: the folder.
-        has_part: whether a part of this run is there.
-        resume: whether it may go on.
+        has_part: whether part of this run is in the folder.
+        resume: whether it may continue.
 
     Raises:
-        UserError: it may not, or the folder holds something else.
+        UserError: it may not continue, or the folder holds something else.
     """
     if not has_part:
         refuse_foreign_files(out)
     elif not resume:
-        raise UserError(f"{out} holds a run already. Choose another folder, or resume it.")
+        raise UserError(f"{out} already holds a run. Choose another folder, or resume the run.")
     return has_part
 
 
 def refuse_foreign_files(out: Path) -> None:
-    """Make sure that a folder in which no run has begun is free for one.
+    """Check that a folder in which no run has begun is free for one.
 
-    Other runs may lie in it, each in its own folder, and hidden files.
+    It may contain other runs, each in its own folder, and hidden files.
 
     Raises:
         UserError: it is a file, or holds something else.
@@ -137,28 +137,28 @@ def refuse_foreign_files(out: Path) -> None:
     if strange:
         shown = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
         raise UserError(
-            f"{out}: holds other files ({shown}) and no run. Choose an empty or a new folder."
+            f"{out}: holds other files ({shown}) and no run. Choose an empty or new folder."
         )
 
 
 def _holds_runs(path: Path) -> bool:
-    """Whether a folder is empty but for hidden files, or that of runs or a sweep."""
+    """Return whether a folder holds only hidden files, or a run, runs or a sweep."""
     if not path.is_dir():
         return False
     signs = (CONFIG, SWEEP, WEIGHTS)
     inside = (path.glob(f"{depth}{sign}") for depth in ("", "*/") for sign in signs)
-    return any(any(each) for each in inside) or all(
-        each.name.startswith(".") for each in path.iterdir()
+    return any(any(paths) for paths in inside) or all(
+        entry.name.startswith(".") for entry in path.iterdir()
     )
 
 
 def unfinished(folder: Path) -> list[str]:
-    """What is still to be trained in a folder of a run, of a sweep, or of several of them.
+    """Find unfinished training in a folder of one or more runs or sweeps.
 
     Returns:
-        A sentence for each run or sweep: how far it is, and the command that goes on.
+        A sentence per run or sweep: its progress, and the command that continues it.
     """
-    found: dict[Path, str] = {}
+    sentences: dict[Path, str] = {}
     for path in sorted({*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"),
                         *folder.glob(f"*/*/{CONFIG}")}):  # fmt: skip
         own = path.parent
@@ -167,32 +167,32 @@ def unfinished(folder: Path) -> list[str]:
         try:
             recipe = load(TrainRecipe, path)
         except UserError:
-            continue  # of something else
+            continue  # belongs to something else
         roots = (own, own.parent, own.parent.parent)
-        swept = next((each for each in roots[1:] if (each / SWEEP).exists()), None)
+        swept = next((parent for parent in roots[1:] if (parent / SWEEP).exists()), None)
         root = swept or (own if len(recipe.sites) == 1 else own.parent)
         verb, file = ("sweep", root / SWEEP) if swept else ("train", path)
         length, size = recipe.train.length, recipe.train.batch_size
         done = min(length, checkpoint_files.newest_step(root / "checkpoints") * size)
-        found.setdefault(
+        sentences.setdefault(
             root,
-            f"{root}: training is unfinished: {done:,} of {length:,} vectors. The same command "
-            f"goes on, or `sparsight {verb} --config {shlex.quote(str(file))} --out "
+            f"{root}: training is unfinished: {done:,} of {length:,} vectors. To continue, repeat "
+            f"the same command, or run `sparsight {verb} --config {shlex.quote(str(file))} --out "
             f"{shlex.quote(str(root))}`.",
         )
-    return list(found.values())
+    return list(sentences.values())
 
 
 def diverged(folder: Path) -> str | None:
-    """Why a member of a sweep has no SAE; None where it has one, or may still get one."""
+    """Return why a member of a sweep has no SAE; None if it has one, or can still get one."""
     try:
         return str(read_json(folder / DIVERGED)["reason"])
-    except (UserError, KeyError):  # not there, or damaged: then it trains again
+    except (UserError, KeyError):  # missing, or damaged: it then trains again
         return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that was cut off is left out.
+    """Read the lines of a `metrics.jsonl`, except for an incomplete last line.
 
     Raises:
         SparsightError: a line before the last is not JSON.
@@ -200,14 +200,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    found = []
+    metrics = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            found.append(json.loads(line))
+            metrics.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
             raise SparsightError(f"{path}, line {number}: is not JSON ({error}).") from error
-    return found
+    return metrics

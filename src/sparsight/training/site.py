@@ -1,4 +1,4 @@
-"""One SAE in training: its parameters, optimiser, dead-latent counters and running figures."""
+"""One SAE in training: its parameters, optimiser, dead-latent counters and running sums."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ SUMS = (
     "resampled",
 )  # fmt: skip
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What a checkpoint calls the moments of Adam, as `torch.optim` does."""
+"""The names of Adam's moments in a checkpoint, as in `torch.optim`."""
 HALF_ROUNDING = {torch.bfloat16: 64e-7, torch.float16: 1e-7}
-"""As `ROUNDING`, of activations that were in half precision: some three times what it makes."""
+"""As `ROUNDING`, for activations in half precision: about three times their rounding error."""
 THRESHOLD_DECAY = 0.999
-"""Of the average that becomes the threshold of a BatchTopK SAE."""
+"""Decay of the average that becomes the threshold of a BatchTopK SAE."""
 
 BAD = ("activations", "loss", "gradient")
-"""What can cease to be finite, in the order of cause and effect."""
+"""What can become infinite or NaN, in the order of cause and effect."""
 
 
 class SiteTraining:
     """Everything that changes while one site's SAE trains; `step` trains on one batch.
 
     Args:
-        config: of the run.
-        statistics: of the site's activations.
-        sample: some activations, for the scale of the initial encoder.
-        metadata: of the SAE.
+        config: configuration of the run.
+        statistics: statistics of the site's activations.
+        sample: a sample of activations, for the scale of the initial encoder.
+        metadata: metadata of the SAE.
         device: where to train.
-        kernels: who computes a step; not "auto".
-        precision: of the selection.
-        target: of a transcoder, the statistics of the site that it predicts.
-        target_sample: some activations of that site.
-        resumed: the samples stand in for those of a checkpoint, which follows.
+        kernels: the kernels that compute a step; not "auto".
+        precision: precision of the selection.
+        target: for a transcoder, the statistics of the site that it predicts.
+        target_sample: for a transcoder, a sample of that site's activations.
+        resumed: the samples are placeholders, and `load_state` follows.
 
     Raises:
-        UserError: of the one vector of a batch no spread can be measured.
+        UserError: a batch has one vector, so that its spread cannot be measured.
         SparsightError: the activations do not vary.
     """
 
@@ -114,7 +114,7 @@ class SiteTraining:
 
     @property
     def dead(self) -> Bool[Tensor, " n_latents"]:
-        """Latents without an activation in the last `dead_after` vectors."""
+        """Mask of the latents without an activation in the last `dead_after` vectors."""
         return self.since_fired >= self.config.dead_after
 
     def step(
@@ -124,14 +124,16 @@ class SiteTraining:
         lr_factor: float,
         target: Float[Tensor, "batch d_out"] | None = None,
     ) -> None:
-        """Train on one batch. Nothing is fetched from the device, but for the remedies the list of
-        the dead latents, as soon as there can be any.
+        """Train on one batch.
+
+        Nothing is fetched from the device, except for the list of dead latents if a remedy needs it
+        and there can be any.
 
         Args:
             x: activations in the units of the model.
             step: number of the step, from 0.
             lr_factor: share of the peak learning rate.
-            target: of a transcoder, the activations that it predicts.
+            target: for a transcoder, the activations that it predicts.
         """
         with torch.no_grad():
             frame = self.sae.normaliser.frame(x)
@@ -145,7 +147,7 @@ class SiteTraining:
             dead = None
             if before is not None and self.plan.remedy is not None:
                 dead = before.nonzero()[:, 0]
-            found = self.back_end.step(
+            result = self.back_end.step(
                 z,
                 lr=self.lr * lr_factor,
                 number=step + 1,
@@ -154,31 +156,31 @@ class SiteTraining:
             )
             self._average(step)
             spread = (y - self.centre).square().sum()
-            self._watch(step, spread, found.loss, found.grad_norm)
+            self._watch(step, spread, result.loss, result.grad_norm)
             if self.config.sae.sparsity.per_batch:
-                self._follow_threshold(step, found.least)
+                self._follow_threshold(step, result.least)
             none = self.sums.new_zeros(())
-            revived, penalty = none, none if found.penalty is None else found.penalty
+            revived, penalty = none, none if result.penalty is None else result.penalty
             if before is not None:
                 revived = (before & ~self.dead).sum()
             figures = (
-                found.squared_error, spread, found.active, found.loss, found.aux_loss,
-                found.grad_norm, penalty, revived, resampled,
+                result.squared_error, spread, result.active, result.loss, result.aux_loss,
+                result.grad_norm, penalty, revived, resampled,
             )  # fmt: skip
             self.sums += torch.stack([each.detach().double() for each in figures])
             self.summed += len(z)
 
     @property
     def kernels(self) -> str:
-        """Who computes the steps, for the log."""
+        """The kernels that compute the steps, for the log."""
         return self.back_end.name
 
     def figures(self, batch_size: int) -> dict[str, float]:
-        """Averages since the last call, over the vectors trained on: FVU, L0, dead, losses; and how
-        many dead latents fired again, or were resampled."""
+        """Return averages since the last call (FVU, L0, dead, losses), and how many dead latents
+        fired again or were resampled."""
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
         n_batches = max(self.summed / batch_size, 1e-9)
-        found = {
+        figures = {
             "fvu": sums["squared_error"] / max(sums["squared_spread"], 1e-300),
             "l0": sums["l0"] / max(self.summed, 1),
             "dead": self.dead.double().mean().item(),
@@ -191,16 +193,16 @@ class SiteTraining:
         }
         self.sums.zero_()
         self.summed = 0
-        return found
+        return figures
 
     def first_bad(self) -> tuple[int, str] | None:
-        """The first step at which something was not finite, and what it was; None while all is."""
+        """Return the first step with an infinite or NaN value, and what it was; None if none."""
         steps: list[int] = self.first_bad_steps.tolist()
         step = min(steps)
         return None if step == NEVER else (step, BAD[steps.index(step)])
 
     def finished(self) -> SparseAutoencoder:
-        """The SAE of the run: the average of the weights, if there is one."""
+        """Return the resulting SAE; it has the average of the weights if there is one."""
         with torch.no_grad():
             if self.average:
                 for name, parameter in self.sae.named_parameters():
@@ -209,17 +211,17 @@ class SiteTraining:
         return self.sae
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that exact resume needs beside those of the SAE."""
-        found: dict[str, Tensor] = {}
+        """Return every tensor that exact resume needs in addition to those of the SAE."""
+        state: dict[str, Tensor] = {}
         for name, moments in self.moments.items():
-            found |= {f"optimiser.{name}.{key}": m for key, m in zip(MOMENTS, moments, strict=True)}
-        found |= {f"average.{name}": each for name, each in self.average.items()}
-        found["since_fired"] = self.since_fired
-        found["threshold"] = self.threshold
-        found["sums"] = self.sums
-        found["variance"] = torch.tensor(self.back_end.variance, dtype=torch.float64)
-        found["centre"] = self.centre
-        return {key: each.detach().cpu().contiguous() for key, each in found.items()}
+            state |= {f"optimiser.{name}.{key}": m for key, m in zip(MOMENTS, moments, strict=True)}
+        state |= {f"average.{name}": average for name, average in self.average.items()}
+        state["since_fired"] = self.since_fired
+        state["threshold"] = self.threshold
+        state["sums"] = self.sums
+        state["variance"] = torch.tensor(self.back_end.variance, dtype=torch.float64)
+        state["centre"] = self.centre
+        return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
     def load_state(
         self, sae: Mapping[str, Tensor], state: Mapping[str, Tensor], summed: int
@@ -227,14 +229,14 @@ class SiteTraining:
         """Continue from the tensors of the SAE, `state()` and `summed`."""
         self.sae.load_state_dict(sae)
         for name, moments in self.moments.items():
-            for key, each in zip(MOMENTS, moments, strict=True):
-                each.copy_(state[f"optimiser.{name}.{key}"])
-        # Absent in checkpoints from before there was BatchTopK.
+            for key, moment in zip(MOMENTS, moments, strict=True):
+                moment.copy_(state[f"optimiser.{name}.{key}"])
+        # Checkpoints older than BatchTopK have no threshold.
         self.threshold.copy_(state.get("threshold", self.threshold))
         for name in self.average:
             self.average[name].copy_(state[f"average.{name}"])
         self.since_fired.copy_(state["since_fired"])
-        # Checkpoints from before there were penalties and resampling have fewer sums.
+        # Checkpoints older than penalties and resampling have fewer sums.
         self.sums.zero_()[: len(state["sums"])] = state["sums"].to(self.sums)
         if self.sae.normaliser.per_vector:  # measured on the first batch
             self.back_end.variance = float(state["variance"])
@@ -244,7 +246,7 @@ class SiteTraining:
     def _renew(
         self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], step: int
     ) -> Float[Tensor, ""]:
-        """Let the remedy begin anew with dead latents; with how many it does."""
+        """Let the remedy resample dead latents; return how many it does."""
         none, remedy = self.sums.new_zeros(()), self.config.remedy
         if remedy is None:
             return none
@@ -261,18 +263,18 @@ class SiteTraining:
 
     def _average(self, step: int) -> None:
         if self.config.ema is not None:
-            # Early on the average is over few steps, or else it would keep the first weights.
+            # Early on, average over few steps; otherwise the first weights would dominate.
             keep = min(self.config.ema, (step + 1) / (step + 10))
             for name, parameter in self.sae.named_parameters():
                 self.average[name].lerp_(parameter, 1 - keep)
 
     def _follow_threshold(self, step: int, least: Float[Tensor, ""]) -> None:
-        """Average the smallest active value of the batches, of the last thousand most of all."""
+        """Average the smallest active values of the batches, mainly of the last thousand."""
         least = torch.where(torch.isfinite(least), least.double(), self.threshold)
-        # Early on over few batches, or else it would keep the first one's.
+        # Early on, average over few batches; otherwise the first one would dominate.
         keep = min(THRESHOLD_DECAY, step / (step + 10))
         self.threshold.lerp_(least, 1 - keep)
-        self.sae.threshold.copy_(self.threshold)  # for who reads a checkpoint
+        self.sae.threshold.copy_(self.threshold)  # for readers of a checkpoint
 
     def _watch(self, step: int, *figures: Float[Tensor, ""]) -> None:
         finite = torch.isfinite(torch.stack([each.detach() for each in figures]))
@@ -287,7 +289,7 @@ def _initial(
     sample: Float[Tensor, "batch d_in"],
     metadata: dict[str, Any],
 ) -> SparseAutoencoder:
-    """The SAE as training begins, with normalisers fitted to the activations."""
+    """Return the initial SAE, with normalisers fitted to the activations."""
 
     def fitted(each: SiteStatistics) -> Normaliser:
         return Normaliser.fit(config.sae.normaliser, each.mean, each.second_moment)
@@ -312,13 +314,13 @@ def _first_spread(
     seen: Float[Tensor, "batch d_out"],
     resumed: bool,
 ) -> tuple[float, Float[Tensor, " d_out"]]:
-    """Variance and mean of what is reconstructed, in normalised space.
+    """Return variance and mean of the reconstruction's target, in normalised space.
 
     Args:
-        sae: whose normalisers they are.
-        own: statistics of what is reconstructed.
-        sample: some activations.
-        seen: what they are to be reconstructed as.
+        sae: the SAE, with its normalisers.
+        own: statistics of the target.
+        sample: a sample of activations.
+        seen: the target for the sample.
         resumed: see `SiteTraining`.
     """
     frame = sae.normaliser.frame(sample)
@@ -329,7 +331,7 @@ def _first_spread(
 
 
 def _varies(statistics: SiteStatistics) -> bool:
-    """Whether activations vary by more than what rounding explains."""
+    """Return whether activations vary by more than rounding explains."""
     variance = (statistics.second_moment - statistics.mean**2).clamp(min=0)
     return not bool(variance.sum() <= ROUNDING * statistics.second_moment.sum())
 
@@ -340,20 +342,20 @@ def _check_first_batch(
     kind: str,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Make sure that vectors that are measured one by one still differ.
+    """Check that vectors still differ after each is normalised by itself.
 
     Raises:
-        UserError: the batch has one vector, of which no spread can be measured.
-        SparsightError: they are the same but for rounding.
+        UserError: the batch has one vector, so that its spread cannot be measured.
+        SparsightError: they differ only by rounding.
     """
     if len(sample) == 1:
         raise UserError(
-            f"batch_size is 1. With the normaliser {kind!r} the spread of the activations is "
-            "measured on the first batch, which takes 2 vectors or more. Take a larger batch_size, "
-            "or the normaliser 'scale'."
+            f"batch_size is 1, but the normaliser {kind!r} measures the spread of the activations "
+            "on the first batch, which takes at least 2 vectors. Choose a larger batch_size, or "
+            "the normaliser 'scale'."
         )
     share, size = _rounding(sample), sample.double().square().mean(dim=1, keepdim=True)
-    # Whose entries are one number has no direction; which one it is, is rounding.
+    # A vector whose entries are all equal has no direction but that of rounding errors.
     kept = (frame.scale.double().square() > share * size)[:, 0]
     z = ((sample - frame.mean) / frame.scale)[kept].double()
     rounded = (size / frame.scale.double().square())[kept].mean() * sample.shape[1]
@@ -365,7 +367,7 @@ def _check_first_batch(
 
 
 def _rounding(x: Float[Tensor, "batch d_in"]) -> float:
-    """Variance, as a share of the mean square, that rounding explains, as coarse as x shows it."""
+    """Return the variance that rounding at x's precision explains, relative to the mean square."""
     for dtype, share in HALF_ROUNDING.items():
         if torch.equal(x, x.to(dtype).float()):
             return share
@@ -374,8 +376,8 @@ def _rounding(x: Float[Tensor, "batch d_in"]) -> float:
 
 def _nothing_to_learn(site: str, where: str = "") -> SparsightError:
     return SparsightError(
-        f"{site}: the activations do not vary{where}, as those of CLS before the first block: "
-        "there is nothing to learn."
+        f"{site}: the activations do not vary{where}, so there is nothing to learn. CLS before the "
+        "first block is such a case; choose another site or other tokens."
     )
 
 
@@ -385,8 +387,8 @@ def _spread(
     sample: Float[Tensor, "batch d_in"],
     frame: Frame | None,
 ) -> tuple[float, Float[Tensor, " d_in"]]:
-    """Variance (Σ over dimensions) and mean in normalised space: of the data set, or of a sample
-    where every vector is measured by itself."""
+    """Return variance (Σ over dimensions) and mean in normalised space: of the data set, or of a
+    sample if each vector is normalised by itself."""
     if normaliser.per_vector:
         z = normaliser(sample, frame).double()
         return float(z.var(dim=0, correction=0).sum()), z.mean(dim=0)

@@ -1,7 +1,7 @@
 """Several autoencoders in one pass over the activations: the product of a grid and the sites.
 
-A sweep is a folder of ordinary runs. While they train their checkpoints lie together beside them;
-`sweep.toml` repeats the sweep, and `sweep.json` holds the latest figures of every member.
+A sweep is a folder of ordinary runs. While they train, they share the checkpoints next to them;
+`sweep.toml` can repeat the sweep, and `sweep.json` holds the latest metrics of every member.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 TABLE = "sweep.json"
 FORMAT_VERSION = 1
 _TABLES = (SWEEP, TABLE, "table.json", "table.csv", "table.md")
-"""What is written into a sweep's folder, here and by `compare`; that writes `plots/`, too."""
+"""Files in a sweep's folder, written here and by `compare`, which also writes `plots/`."""
 FIGURES = (*(figure.key for figure in shown_in("log")), "vectors_per_second")
 
 
@@ -63,21 +63,21 @@ class SweepConfig:
     """What a sweep trains: every combination of the values in a grid, at every site."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    """What the members have in common."""
+    """The configuration that all members share."""
 
     grid: dict[str, Any] = field(default_factory=dict)
     """Lists of values by dotted path into `train`, e.g. `sae.sparsity.k`, `remedy.alpha`, `seed`;
-    `k`, `n_latents`, `expansion` and `architecture` will do for the fields of `sae`. A whole part
-    is a table, a name or a dataclass: `architecture = ["topk", {kind = "relu", l1 = 1e-3}]`.
-    `tokens` varies the positions. In TOML, `[grid]`."""
+    `k`, `n_latents`, `expansion` and `architecture` are short for fields of `sae`. A whole part is
+    a table, a name or a dataclass: `architecture = ["topk", {kind = "relu", l1 = 1e-3}]`. `tokens`
+    varies the positions. In TOML, `[grid]`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", checked(self.grid, self.train))
-        self.members  # noqa: B018  # so that a combination that does not fit is told of at once
+        self.members  # noqa: B018  # to report an invalid combination at once
 
     @cached_property
     def members(self) -> dict[str, tuple[Setting, TrainConfig]]:
-        """By name, e.g. `k32-n2048-seed1`: the values, and the configuration that they make."""
+        """The grid's values and the resulting configuration, by name, e.g. `k32-n2048-seed1`."""
         return {
             each.name: (each.setting, configuration(each, self.train))
             for each in combinations(self.grid, self.train)
@@ -86,13 +86,13 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class SweepRecipe(TrainRecipe):
-    """A whole sweep, as `sparsight sweep --config FILE.toml` takes it."""
+    """A whole sweep, as `sparsight sweep --config FILE.toml` reads it."""
 
     out: Path = Path("runs/sweep")
     """Folder of the sweep."""
 
     grid: dict[str, Any] = field(default_factory=dict)
-    """What varies: lists of values by dotted path into `train`; [grid] in a config file."""
+    """Settings to vary: lists of values by dotted path into `train`; [grid] in a config file."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,16 @@ class Sweep(RunFolder):
     """A finished sweep.
 
     Attributes:
-        out: its folder; what trains together has its checkpoints there.
+        out: its folder, which also holds the shared checkpoints.
         runs: its members by name, each an ordinary run in `out/NAME`.
-        settings: the values of the grid by name.
+        settings: the grid's values of each member, by name.
     """
 
     runs: Mapping[str, Run]
     settings: Mapping[str, Setting]
 
     def written(self) -> list[tuple[Path, Collection[str]]]:
-        """The folders of the SAEs, the checkpoints and the tables, with what is written there."""
+        """Return the folders of SAEs, checkpoints and tables, with the files that are written."""
         members = [run.folder(site) for run in self.runs.values() for site in run.sites]
         return [
             *((folder, WRITTEN) for folder in members),
@@ -119,15 +119,17 @@ class Sweep(RunFolder):
         ]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per autoencoder: `name`, `site`, `folder` (in `out`), `settings`, and the last
-        line of its metrics: `fvu`, `l0`, `dead` (shares and means over the vectors since the line
-        before), `vectors_per_second` (of the whole pass). `diverged` says why there is none.
+        """Return one row per autoencoder.
+
+        It holds `name`, `site`, `folder` (in `out`), `settings`, and the last line of the metrics:
+        `fvu`, `l0`, `dead` (over the vectors since the previous line) and `vectors_per_second` (of
+        the whole pass). If the autoencoder diverged, `diverged` gives the reason instead.
         """
         return [self._row(name, run, site) for name, run in self.runs.items() for site in run.sites]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """What `table` gives as a data frame of pandas: one row per autoencoder, with a column for
-        each setting that varies.
+        """Return `table` as a pandas data frame: one row per autoencoder, one column per setting
+        that varies.
 
         Raises:
             MissingExtra: pandas is not installed.
@@ -165,33 +167,33 @@ def sweep(
 ) -> Sweep:
     """Train an SAE for every combination in a grid on each site, all in one pass.
 
-    Where `tokens` or `batch_size` vary there is a pass for each of their values. Every member ends
-    with the bits that it would have if it were trained alone on the same sites, and as an ordinary
-    run in `out/NAME` (`out/NAME/SITE` where there are several sites). One whose loss ceases to be
-    finite is dropped with a warning, and the others go on.
+    If `tokens` or `batch_size` vary, there is one pass per value. Every member ends with exactly
+    the same bits as if it were trained alone on the same sites, as an ordinary run in `out/NAME`
+    (`out/NAME/SITE` if there are several sites). A member whose loss becomes infinite or NaN is
+    dropped with a warning, and the others continue.
 
     Args:
         source: an activation store, live activations, or a model and its images.
         config: what to train.
-        out: folder of the sweep. Members that are finished stay as they are; the others go on from
-            their last common checkpoint with the same bits, and those that a larger grid brought
-            train in one new pass.
-        sites: which sites of the source; all by default.
+        out: folder of the sweep. Finished members stay as they are; the others continue from their
+            last shared checkpoint, with the same bits; members that a larger grid adds train in one
+            new pass.
+        sites: sites of the source to train on; all by default.
         tokens: as in `train`.
         held_out: as in `train`.
         resume: False refuses a folder that holds a sweep.
-        device: "cpu", "cuda", …; a GPU if there is one.
-        checkpoint_seconds: as in `train`; so are Ctrl-C and SIGTERM.
-        quiet: no progress line, and no word about what is done already.
+        device: "cpu", "cuda", …; by default a GPU if there is one.
+        checkpoint_seconds: as in `train`, also for Ctrl-C and SIGTERM.
+        quiet: show no progress line, and do not report what is already done.
 
     Returns:
         The sweep.
 
     Raises:
-        UserError: a member's folder holds another run, another process trains into `out`, or a
+        UserError: a member's folder holds another run, another process is training into `out`, or a
             configuration does not fit the activations.
-        SparsightError: the activations are not finite, or the loss of every member ceases to be;
-            the last checkpoint stays.
+        SparsightError: activations are infinite or NaN, or the loss of every member becomes so; the
+            last checkpoint stays.
     """
     place = choose_device(device, float64=True)
     out, pace = Path(out), Pace(checkpoint_seconds)
@@ -234,17 +236,17 @@ def sweep(
 def _resolved(
     source: Activations, sites: Sequence[str] | None, tokens: Tokens | None, config: SweepConfig
 ) -> tuple[dict[str, ActivationSource], tuple[str, ...], SweepConfig]:
-    """The activations of each of the positions that the members train on, and the sites."""
+    """Return the activations for each choice of positions, the sites, and the configuration."""
     modes = config.grid.get(TOKENS)
     if modes is not None and tokens is not None:
         raise UserError("tokens vary in the grid; leave them out elsewhere.")
-    found = {}
+    sources = {}
     for mode in modes or (tokens,):
         activations, names, train = resolve(source, config.train, sites, mode)
-        found[activations.tokens] = activations
+        sources[activations.tokens] = activations
     if train != config.train:  # a transcoder's target got its full name
         config = dataclasses.replace(config, train=train)
-    return found, names, config
+    return sources, names, config
 
 
 def _train_together(
@@ -256,13 +258,13 @@ def _train_together(
     pace: Pace,
     quiet: bool,
 ) -> bool:
-    """Train what can share a pass; False if nothing is left to train."""
+    """Train members that can share a pass; return False if nothing is left to train."""
     pending = list(_pending(sweep, recipes))
     held = checkpoint.identities(sweep.checkpoints)
     begun = [member for member in pending if member.name in held]
     together = begun or pending
     together = [member for member in together if _pass(member) == _pass(together[0])]
-    if (held and not begun) or not pending:  # of a pass whose members are all finished
+    if (held and not begun) or not pending:  # checkpoints of a pass whose members are all finished
         shutil.rmtree(sweep.checkpoints, ignore_errors=True)
     if not pending:
         return False
@@ -270,8 +272,8 @@ def _train_together(
     total = len(sweep.runs) * len(sites)
     if not quiet and (len(pending) < total or begun):
         print(
-            f"sweep: of {total} autoencoders {total - len(pending)} are done, {len(pending)} are "
-            f"missing" + (f", {len(begun)} of which go on from a checkpoint." if begun else "."),
+            f"sweep: {total - len(pending)} of {total} autoencoders are done, {len(pending)} are "
+            f"missing" + (f"; {len(begun)} continue from a checkpoint." if begun else "."),
             file=sys.stderr,
         )
     source = sources[_pass(together[0])[0]]
@@ -291,12 +293,12 @@ def _train_together(
 
 
 def _pass(member: Member) -> tuple[str, int]:
-    """What the members of one pass have in common: their positions, and how many a batch has."""
+    """Return what the members of one pass share: the positions, and the size of a batch."""
     return str(member.recipe.tokens), member.config.batch_size
 
 
 def _pending(sweep: Sweep, recipes: Mapping[str, TrainRecipe]) -> Iterator[Member]:
-    """The members that have neither an SAE nor a reason why there is none."""
+    """Yield the members that have neither an SAE nor diverged."""
     for name, run in sweep.runs.items():
         for site in run.sites:
             folder = run.folder(site)
@@ -311,26 +313,26 @@ def _recipes(
     config: SweepConfig,
     held_out: HeldOut | None,
 ) -> dict[str, TrainRecipe]:
-    """The recipes of the members, by name: a run that is there keeps the name that it has.
+    """Return the recipes of the members, by name; an existing run keeps its name.
 
-    With one more key in the grid every name has one more part.
+    A new key in the grid adds a part to every name.
     """
     there = {}
     for path in (*out.glob(f"*/{CONFIG}"), *out.glob(f"*/*/{CONFIG}")):
         name = path.relative_to(out).parts[0]
-        with suppress(UserError):  # `holds_part` tells of one that is damaged
+        with suppress(UserError):  # `holds_part` reports damaged ones
             there[json.dumps(identity(load(TrainRecipe, path)), sort_keys=True)] = name
-    found = {}
+    recipes = {}
     for name, (setting, train) in config.members.items():
         source = sources[setting[TOKENS]] if TOKENS in setting else next(iter(sources.values()))
         recipe = recipe_of(source, Run(out / name, sites), train, held_out)
         kept = there.get(json.dumps(identity(recipe), sort_keys=True), name)
-        found[kept] = dataclasses.replace(recipe, out=out / kept)
-    return found
+        recipes[kept] = dataclasses.replace(recipe, out=out / kept)
+    return recipes
 
 
 def _settled(sweep: Sweep) -> Sweep:
-    """The sweep, its table written; an error if it holds nothing but members that diverged."""
+    """Write the sweep's table and return the sweep; raise an error if all members diverged."""
     rows = sweep.table()
     table = {"format_version": FORMAT_VERSION, "members": rows}
     path = sweep.out / TABLE
@@ -340,13 +342,13 @@ def _settled(sweep: Sweep) -> Sweep:
     if len(reasons) == len(rows):
         raise SparsightError(
             f"{sweep.out}: every autoencoder of the sweep diverged. {reasons[0]} Choose another "
-            "folder, and lower learning rates."
+            "folder and lower learning rates."
         )
     return sweep
 
 
 def _read_or_none(path: Path) -> dict[str, Any] | None:
-    """What a file holds that can be written again; None where it is missing or damaged."""
+    """Return the contents of a file that can be rewritten; None if it is missing or damaged."""
     try:
         return read_json(path)
     except UserError:
@@ -356,7 +358,7 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
 def _refuse_single_run(out: Path, resume: bool) -> None:
     if (out / SWEEP).exists():
         if not resume:
-            raise UserError(f"{out} holds a sweep already. Choose another folder, or resume it.")
+            raise UserError(f"{out} already holds a sweep. Choose another folder, or resume it.")
     elif (out / CONFIG).exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a single run. Choose another folder for a sweep.")
     else:
@@ -364,7 +366,7 @@ def _refuse_single_run(out: Path, resume: bool) -> None:
 
 
 def _refuse_to_drop(sweep: Sweep) -> None:
-    """Raise a `UserError` if others than the members of this sweep would lose a checkpoint."""
+    """Raise a `UserError` if a run that is not part of this sweep would lose its checkpoint."""
     own = {f"{name}/{site}" for name, run in sweep.runs.items() for site in run.sites}
     cut = []
     for member in sorted(checkpoint.identities(sweep.checkpoints).keys() - own):
@@ -374,7 +376,7 @@ def _refuse_to_drop(sweep: Sweep) -> None:
             cut.append(member)
     if cut:
         raise UserError(
-            f"{sweep.out}: holds a sweep that was cut, with {', '.join(cut[:3])}"
+            f"{sweep.out}: holds an interrupted sweep, with {', '.join(cut[:3])}"
             f"{', …' if len(cut) > 3 else ''}. Finish it first, or choose another folder; "
             f"`sparsight sweep --config {shlex.quote(str(sweep.out / SWEEP))}` repeats it."
         )

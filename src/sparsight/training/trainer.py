@@ -1,6 +1,6 @@
-"""The training loop: one pass over the data for all autoencoders, resumed exactly where it was cut.
+"""The training loop: one pass over the data for all autoencoders, which resumes exactly.
 
-`train` trains one autoencoder per site in it, `sweep` several.
+`train` uses it to train one autoencoder per site, `sweep` several.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from sparsight.training.schedule import learning_rate_factor
 from sparsight.training.site import SiteTraining
 
 ESTIMATE_SECONDS = 1.0
-"""How long to train before the time that the whole run will take is told."""
+"""How long to train before estimating the time for the whole run."""
 
 LOGGED = shown_in("log")
-"""What a line of progress tells of a member."""
+"""Metrics of a member that the progress line shows."""
 SHOWN_MEMBERS = 3
-"""Autoencoders whose figures fit into a line of progress."""
+"""Number of autoencoders whose metrics fit into the progress line."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Member:
     """One of the autoencoders that train in a pass.
 
     Attributes:
-        name: its place in a checkpoint, and how messages call it.
-        site: where it reads.
-        folder: gets its `config.toml`, metrics and SAE.
-        recipe: all that repeats its run.
+        name: its folder in a checkpoint, and its name in messages.
+        site: the site that it reads.
+        folder: folder for its `config.toml`, metrics and SAE.
+        recipe: everything needed to repeat its run.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Member:
 
     @property
     def config(self) -> TrainConfig:
-        """How it trains."""
+        """How the member trains."""
         return self.recipe.train
 
     @property
@@ -85,23 +85,23 @@ def train_members(
     *,
     drop_diverged: bool = False,
 ) -> None:
-    """Train some members to the end; a stop on the way says what is kept of them.
+    """Train members to the end; if interrupted, say how much of their work is kept.
 
     Args:
         source, sites, members, checkpoints, device, pace, drop_diverged: see `Loop`.
-        title: of the line of progress.
-        quiet: without one.
+        title: title of the progress line.
+        quiet: show no progress line.
     """
     loop: Loop | None = None
 
-    def told() -> str:
+    def what_is_kept() -> str:
         if loop is not None and loop.finished:
-            return "Training was finished by then, and nothing is lost."
+            return "Training was already finished, so nothing is lost."
         config = members[0].config
         step = checkpoint.newest_step(checkpoints) if loop is None else loop.kept_step
         return kept(step * config.batch_size, config.n_steps * config.batch_size, "vectors")
 
-    with noted(told):
+    with noted(what_is_kept):
         loop = Loop(source, sites, members, checkpoints, device, pace, drop_diverged=drop_diverged)
         loop.run_to_end(title, quiet)
 
@@ -111,20 +111,20 @@ class Loop(CheckpointedLoop):
 
     Args:
         source: the activations.
-        sites: what is read; the order of the data depends on them.
-        members: what trains; of the same batches, length and order of the data.
-        checkpoints: folder of the checkpoints; the pass goes on from the last.
-        device: "cpu", "cuda", …; a GPU if there is one.
-        pace: when to write a checkpoint beside those that the configuration asks for.
-        drop_diverged: go on without a member whose loss ceases to be finite, and say so in its
-            folder.
+        sites: the sites to read; the order of the data depends on them.
+        members: the autoencoders to train; they share batch size, length and order of the data.
+        checkpoints: folder of the checkpoints; the pass continues from the last.
+        device: "cpu", "cuda", …; by default a GPU if there is one.
+        pace: when to write checkpoints in addition to those that the configuration requests.
+        drop_diverged: continue without a member whose loss becomes infinite or NaN, and note that
+            in its folder.
 
     Attributes:
         step, kept_step: see `CheckpointedLoop`.
-        finished: whether all is trained and written.
+        finished: whether everything is trained and written.
 
     Raises:
-        UserError: the checkpoints are those of another run.
+        UserError: the checkpoints belong to another run.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Loop(CheckpointedLoop):
     ) -> None:
         super().__init__(checkpoints, pace or Pace(None))
         self.members = {member.name: member for member in members}
-        self.config = members[0].config  # for what all have in common
+        self.config = members[0].config  # for the settings that all share
         self.device = choose_device(device, float64=True)
         self.drop_diverged = drop_diverged
         self.finished = False
@@ -160,7 +160,7 @@ class Loop(CheckpointedLoop):
         self.first_batch: dict[str, Tensor] | None = None
         if found is None:
             self.first_batch = self._read()
-        # As many as a batch has: a dictionary has as many anchors as it found vectors.
+        # As many vectors as a batch has, because they determine a dictionary's number of anchors.
         size = self.config.batch_size
         samples = self.first_batch or {
             site: torch.zeros(size, source.d_in(site)) for site in needed
@@ -178,7 +178,7 @@ class Loop(CheckpointedLoop):
             )
             for name, member in self.members.items()
         }
-        self.cursor: dict[str, Any] = {}  # behind the batches that were trained on
+        self.cursor: dict[str, Any] = {}  # position after the batches that were trained on
         if found is not None:
             self.step = self.kept_step = found.step
             self.cursor = found.cursor
@@ -203,14 +203,14 @@ class Loop(CheckpointedLoop):
             )
 
     def _kernels(self, member: Member) -> tuple[Kernels, Precision]:
-        """Who computes the steps of a member: autograd where no fused step can."""
+        """Return the kernels that compute a member's steps: autograd if no fused step can."""
         config = member.config
         if config.fusable:
             return choose(config.kernels, config.precision, self.device)
         if config.kernels not in ("auto", "dense"):
             raise UserError(
-                f"kernels {config.kernels!r} do not compute this architecture: they train TopK and "
-                "BatchTopK, untied, with fixed prefixes at most. Take 'auto' or 'dense'."
+                f"kernels is {config.kernels!r}, which cannot train this architecture, but only "
+                "untied TopK and BatchTopK, with fixed prefixes if any. Choose 'auto' or 'dense'."
             )
         return choose("dense", "auto", self.device)
 
@@ -224,7 +224,7 @@ class Loop(CheckpointedLoop):
 
     @property
     def vectors(self) -> int:
-        """Vectors trained on so far."""
+        """The number of vectors trained on so far."""
         return self.step * self.config.batch_size
 
     def run_to_end(self, title: str, quiet: bool) -> None:
@@ -242,15 +242,15 @@ class Loop(CheckpointedLoop):
                     and self.members[name].config.fusable
                     for name in self.trainings
                 )
-                hint = " (the native kernels, which are quicker, are not built)" if absent else ""
+                hint = " (the native kernels are faster, but are not built)" if absent else ""
                 print(f"kernels: {', '.join(used)}{hint}", file=sys.stderr)
                 print(f"{title}: {self._plan()}", file=sys.stderr)
                 for site, ratio in self._ratios().items():
-                    print(f"{site}: mean to spread {ratio:.2f}", file=sys.stderr)
+                    print(f"{site}: mean-to-spread ratio {ratio:.2f}", file=sys.stderr)
             self._run(line)
 
     def _plan(self) -> str:
-        """How long the run is, in numbers."""
+        """Describe the length of the run."""
         total, per_epoch = (
             self.config.n_steps * self.config.batch_size,
             self.batches.vectors_per_epoch,
@@ -262,9 +262,9 @@ class Loop(CheckpointedLoop):
         )
 
     def _tell_time(self) -> None:
-        """Say once, as soon as a few steps tell, how long the run will take."""
+        """Print once, after a few steps, an estimate of how long the run will take."""
         now = time.monotonic()
-        if self._first is None:  # the first step, which makes all ready, counts for nothing
+        if self._first is None:  # the first step also sets things up and is not representative
             self._first = (now, self.step)
             return
         begun, step = self._first
@@ -275,7 +275,7 @@ class Loop(CheckpointedLoop):
         print(f"estimated time: {in_words(left)}", file=sys.stderr)
 
     def _ratios(self) -> dict[str, float]:
-        """How far the activations of each site lie from 0, in their own spread."""
+        """Return how far the activations of each site are from 0, relative to their spread."""
         return {
             self.members[name].site: training.sae.metadata["mean_to_spread"]
             for name, training in self.trainings.items()
@@ -288,7 +288,7 @@ class Loop(CheckpointedLoop):
             self._finish()
 
     def _next_or_keep(self, stop: Stop) -> dict[str, Tensor]:
-        """The next batch. Whoever stops the run is heard here, where state is whole."""
+        """Return the next batch; signals are handled here, where the state is complete."""
         with self.kept_when_stopped(), stop.at_once():
             return self._next_batch()
 
@@ -312,7 +312,7 @@ class Loop(CheckpointedLoop):
             self._tell_time()
 
     def keep(self) -> None:
-        """Write a checkpoint of what is finite."""
+        """Write a checkpoint, after checking that everything is finite."""
         self._check_finite()
         if self.trainings:
             super().keep()
@@ -325,7 +325,7 @@ class Loop(CheckpointedLoop):
         )
 
     def tell(self, text: str) -> None:
-        """Tell the user something on the way."""
+        """Print a message to the user in between."""
         if not self.quiet:
             print(text, file=sys.stderr)
 
@@ -346,7 +346,7 @@ class Loop(CheckpointedLoop):
             raise
         except SparsightError as error:
             raise SparsightError(
-                f"{error} Training stops at step {self.step + 1}; {self.what_stays()}."
+                f"{error} Training stopped at step {self.step + 1}; {self.what_stays()}."
             ) from error
 
     def _log(self) -> str:
@@ -354,7 +354,7 @@ class Loop(CheckpointedLoop):
         now = time.monotonic()
         rate = (self.vectors - self.logged[1]) / max(now - self.logged[0], 1e-9)
         self.logged = (now, self.vectors)
-        found = {}
+        logged = {}
         for name, training in self.trainings.items():
             figures = training.figures(self.config.batch_size)
             entry: dict[str, Any] = {
@@ -369,26 +369,26 @@ class Loop(CheckpointedLoop):
             }
             for logger in self.loggers[name]:
                 logger.log(entry)
-            found[name] = figures
-        return _note(found)
+            logged[name] = figures
+        return _note(logged)
 
     def _check_finite(self) -> None:
-        """Stop at what is not finite, or drop the member that diverged."""
+        """Stop if a value is infinite or NaN, or drop the member that diverged."""
         for name, training in list(self.trainings.items()):
             bad = training.first_bad()
             if bad is None:
                 continue
             step, what = bad
             size = self.config.batch_size
-            told = (
-                f"The {what} at {name} ceased to be finite at step {step + 1} (vectors "
+            reason = (
+                f"The {what} at {name} became infinite or NaN at step {step + 1} (vectors "
                 f"{step * size:,} to {(step + 1) * size:,})."
             )
             advice = "" if what == "activations" else " A lower lr may help."
             if what == "activations" or not self.drop_diverged:
-                raise SparsightError(f"{told} Training stops; {self.what_stays()}.{advice}")
-            write_json(self.members[name].folder / DIVERGED, {"step": step + 1, "reason": told})
-            warnings.warn(f"{told} The others go on without it.{advice}", stacklevel=2)
+                raise SparsightError(f"{reason} Training stopped; {self.what_stays()}.{advice}")
+            write_json(self.members[name].folder / DIVERGED, {"step": step + 1, "reason": reason})
+            warnings.warn(f"{reason} The others continue without it.{advice}", stacklevel=2)
             self._close(name)
             del self.trainings[name]
 
@@ -405,7 +405,7 @@ class Loop(CheckpointedLoop):
 
 
 def _note(figures: Mapping[str, Mapping[str, float]]) -> str:
-    """The latest figures in a line: of each member where they are few, else their range."""
+    """Return the latest metrics in one line: of each member if there are few, or their range."""
     if len(figures) <= SHOWN_MEMBERS:
         return " · ".join(
             " ".join([name, *(f"{each.name} {each.precise(each.of(row))}" for each in LOGGED)])
@@ -439,10 +439,10 @@ def _metadata(source: ActivationSource, site: str, recipe: TrainRecipe) -> dict[
 
 
 def mean_to_spread(statistics: SiteStatistics) -> float:
-    """‖mean‖ / √(Σ variances) of a site's activations.
+    """Return ‖mean‖ / √(Σ variances) of a site's activations.
 
-    Where it is large, and the mean is not subtracted, many latents die: all of them see the same
-    large vector first.
+    If it is large and the mean is not subtracted, many latents die: at first, all of them see the
+    same large vector.
     """
     variance = (statistics.second_moment - statistics.mean**2).clamp(min=0).sum()
     return float(statistics.mean.norm() / variance.sqrt().clamp(min=1e-300))

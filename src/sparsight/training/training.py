@@ -35,33 +35,33 @@ def train(
 ) -> Run:
     """Train an SAE on each site, all in one pass over the activations.
 
-    Ctrl-C and SIGTERM finish the step that is under way, write a checkpoint and are raised then,
-    as `KeyboardInterrupt` and `SystemExit`; a second one stops at once.
+    On Ctrl-C or SIGTERM, training finishes the current step, writes a checkpoint and raises
+    `KeyboardInterrupt` or `SystemExit`; a second signal stops at once.
 
     Args:
         source: an activation store, live activations, or a model and its images.
         config: how to train.
-        out: folder of the run. A finished run of the same configuration is returned as it is, a
-            cut one goes on from its last checkpoint with the same bits.
-        sites: which sites of the source; all by default.
-        tokens: which positions; "all" by default where `source` is a model and images. A store has
-            its own, which must be these if they are given.
-        held_out: share of the images to keep out of training, which `HeldOut` chooses;
-            `held_out_of(sae.metadata)` gives them back.
+        out: folder of the run. A finished run with the same configuration is returned as it is; an
+            interrupted one continues from its last checkpoint, with the same bits.
+        sites: sites of the source to train on; all by default.
+        tokens: positions to train on; "all" by default if `source` is a model and images. A store
+            has its own; if `tokens` are given, they must be the same.
+        held_out: share of the images to keep out of training, chosen by `HeldOut`;
+            `held_out_of(sae.metadata)` returns them.
         resume: False refuses a folder that holds a run.
-        device: "cpu", "cuda", …; a GPU if there is one.
-        checkpoint_seconds: a checkpoint is written when the last one is so long ago, or less often
-            where writing takes more than a fiftieth of that; beside those of
-            `config.checkpoint_every`. None writes none by time. No part of what a run is.
-        quiet: no progress line.
+        device: "cpu", "cuda", …; by default a GPU if there is one.
+        checkpoint_seconds: write a checkpoint this many seconds after the last one, or less often
+            if writing takes more than a fiftieth of that; in addition to those of
+            `config.checkpoint_every`. None: no checkpoints by time. May differ when a run resumes.
+        quiet: show no progress line.
 
     Returns:
         The run.
 
     Raises:
-        UserError: `out` holds another run, another process trains into it, or the configuration
-            does not fit the activations.
-        SparsightError: the loss or the activations are not finite; the last checkpoint stays.
+        UserError: `out` holds another run, another process is training into it, or the
+            configuration does not fit the activations.
+        SparsightError: the loss or activations are infinite or NaN; the last checkpoint stays.
     """
     place = choose_device(device, float64=True)
     config = config or TrainConfig()
@@ -86,7 +86,7 @@ def train(
 
 
 def _settled(run: Run, recipe: TrainRecipe, resume: bool) -> bool:
-    """Whether the run is finished; makes sure that what is there is a part of the same run."""
+    """Return whether the run is finished; check that what is there belongs to the same run."""
     if (run.out / SWEEP).exists():
         raise UserError(f"{run.out} holds a sweep. Choose another folder for a single run.")
     begun = checkpoint.identities(run.checkpoints)

@@ -1,4 +1,4 @@
-"""`sparsight attack curate`: the pictures that drive what was found most."""
+"""`sparsight attack curate`: write the images that most activate what `attack find` found."""
 
 from __future__ import annotations
 
@@ -24,54 +24,57 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class CurateOptions(ModelOptions):
-    """Write the pictures that drive what was found most: a folder with captions, and a tar."""
+    """Write the images that most activate the latents or neurons that `attack find` found.
+
+    The result is a folder with captions, and a tar.
+    """
 
     found: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
     """Folders that `attack find` wrote."""
 
     images: str = tyro.MISSING
-    """Pictures to choose from, in any form that `extract` takes."""
+    """Images to choose from, in any form that `extract` takes."""
 
     out: Path = Path("attack-set")
-    """Folder to write; it must not be there yet."""
+    """Folder to write; it must not exist yet."""
 
     model: str | None = None
-    """Vision model; default the one that latents were found in."""
+    """Vision model; default: the one in which the latents were found."""
 
     n: int = 200
-    """Pictures to keep."""
+    """Number of images to keep."""
 
     captions: Captions = "labels"
-    """own: those of the pictures. labels: labels in a sentence. zero-shot: the likeliest class in
-    one. opinion: the words that come closest to the picture, by gradient ascent."""
+    """own: the images' own captions. labels: their labels in a sentence. zero-shot: the likeliest
+    class in a sentence. opinion: the words closest to the image, found by gradient ascent."""
 
     sentence: str = SENTENCE
-    """What labels and classes stand in; {} is their place."""
+    """Sentence for labels and classes; {} stands for the name."""
 
     classes: tuple[str, ...] = ()
-    """Of zero-shot captions; default the labels of the pictures."""
+    """Classes for zero-shot captions; default: the labels of the images."""
 
     words: int = 4
-    """Of captions by opinion."""
+    """Number of words in an opinion caption."""
 
     selectivity: float | None = None
-    """Score by those of at least so much; default what `attack find` was asked for."""
+    """Score by latents or neurons with at least this selectivity; default: as in `attack find`."""
 
     seed: int = 0
-    """Of the search for opinions."""
+    """Seed of the search for opinions."""
 
     batch_images: int = 64
     """Images at a time."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, choose, write, print what was made."""
+    """Parse, choose, write, print a summary."""
     options = parse(CurateOptions, "attack curate", arguments, helped=HELP)
     tables = [SalienceTable.load(folder) for folder in options.found]
     model = model_of(options, options.model, tables)
     source = open_images(options.images, table=options.table)
     print_notes(source.notes)
-    made = curate(
+    chosen = curate(
         model,
         source,
         [target_of(table, options.selectivity, options.device) for table in tables],
@@ -87,9 +90,9 @@ def main(arguments: Sequence[str]) -> None:
         workers=options.workers,
         quiet=False,
     )
-    if made.failed:
-        print_notes([f"{made.failed:,} pictures could not be loaded."])
+    if chosen.failed:
+        print_notes([f"{chosen.failed:,} images could not be loaded."])
     print(
-        f"{made.folder}: {made.n:,} of {made.n_seen:,} pictures, scores {made.highest:.2f} to "
-        f"{made.lowest:.2f}"
+        f"{chosen.folder}: {chosen.n:,} of {chosen.n_seen:,} images, scores {chosen.highest:.2f} "
+        f"to {chosen.lowest:.2f}"
     )

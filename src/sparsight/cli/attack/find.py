@@ -1,4 +1,4 @@
-"""`sparsight attack find`: which latents or neurons respond to words."""
+"""`sparsight attack find`: find the latents or neurons that respond to words."""
 
 from __future__ import annotations
 
@@ -56,50 +56,51 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class FindOptions(PairOptions):
-    """Test each latent or neuron for a response to words, on one half of the pictures; switch off
-    what was found on the other half."""
+    """Test each latent or neuron for a response to words, on one half of the images; on the other
+    half, switch off those that respond."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders of SAEs; each is tested at its own site."""
 
     neurons: tuple[str, ...] = ()
-    """Sites whose own coordinates are tested, e.g. blocks.7.mlp_post."""
+    """Sites whose neurons are tested, e.g. blocks.7.mlp_post."""
 
     out: Path = Path("attack")
-    """Gets a folder a site."""
+    """Folder for the results, with one folder per site."""
 
     contrast: Contrast = "attack"
-    """word: class name against nonsense. writing: nonsense against nothing. attack: class name
-    against nothing."""
+    """word: class name against nonsense. writing: nonsense against no text. attack: class name
+    against no text."""
 
     statistic: Statistic = "mean"
-    """Over a picture's positions."""
+    """Statistic over an image's positions."""
 
     alternative: Alternative = "greater"
-    """More active, or otherwise active either way."""
+    """greater: find what is more active with words. two-sided: also what is less active."""
 
     tokens: Read | None = None
-    """Positions that are read and edited; default those that the SAE was trained on, else all."""
+    """Positions to read and edit; default: those on which the SAE was trained, or all."""
 
     fdr: float = FDR
     """False discovery rate."""
 
     selectivity: float = SELECTIVE
-    """Of those found, switch off those of at least so much: 0.9 is 19 times as active with as
+    """Switch off those with at least this selectivity: 0.9 means 19 times as active with words as
     without."""
 
     permutations: int = PERMUTATIONS
-    """Sign flips of the test."""
+    """Number of random sign flips in the test."""
 
     check: bool = True
-    """Switch off what was found, beside random ones. Without, all pictures are for the search."""
+    """Switch off what was found and, for comparison, random ones. Without this, all images serve
+    the search."""
 
     draws: int = 10
-    """Sets of random ones."""
+    """Number of random sets to compare with."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, test, switch off, save and print what came out."""
+    """Parse, test, switch off, save and print the results."""
     options = parse(FindOptions, "attack find", arguments, helped=HELP)
     if not options.runs and not options.neurons:
         raise UserError(
@@ -115,13 +116,13 @@ def main(arguments: Sequence[str]) -> None:
         place = options.out / subject.name
         table = _find(options, model, pairs, subject)
         if others is None or not table.selective or not place.exists():
-            # An earlier search is replaced when this one is complete.
+            # Replace an earlier search only once this one is complete.
             table.save(place)
         _print_found(place, table)
         if others is None:
             continue
         if not table.selective:
-            print_notes([f"{subject.site}: nothing to switch off."])
+            print_notes([f"{subject.site}: nothing is selective enough to switch off."])
             continue
         report = _switch_off(options, model, others, Target(table, None, subject.sae))
         table.save(place, report.to_dict())
@@ -129,11 +130,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _model(options: FindOptions, saes: Mapping[Path, SparseAutoencoder]) -> VisionModel:
-    """The model that was named, else the one of all SAEs."""
+    """Load the named model, or else the one that all SAEs share."""
     abouts = [about for sae in saes.values() if (about := sae.metadata.get("model"))]
     ids = {about.get("id") for about in abouts} - {None}
     if options.model is None and len(ids) != 1:
-        raise UserError("Which model? Name it with --model.")
+        raise UserError("The model is not known; name it with --model.")
     id, wanted = as_trained(abouts[0] if abouts else {}, options, options.model)
     assert id is not None
     return open_model(id, wanted)
@@ -141,7 +142,7 @@ def _model(options: FindOptions, saes: Mapping[Path, SparseAutoencoder]) -> Visi
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is tested: the latents of an SAE, or without one the neurons of a site."""
+    """What to test: the latents of an SAE, or without one the neurons of a site."""
 
     site: str
     sae: SparseAutoencoder | None = None
@@ -149,7 +150,7 @@ class _Subject:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Return the name of the subject's folder."""
         return self.site if self.sae is not None else f"{self.site}-neurons"
 
 
@@ -161,7 +162,7 @@ def _subjects(
         *(_Subject(model.canonical_site(site)) for site in options.neurons),
     ]
     if len({subject.name for subject in subjects}) < len(subjects):
-        raise UserError("Two of the runs are at one site; find them one by one, with other --out.")
+        raise UserError("Two runs have the same site; test each with its own --out.")
     return subjects
 
 
@@ -219,8 +220,8 @@ def _print_found(place: Path, table: SalienceTable) -> None:
     if table.fewest > 1:
         print_notes(
             [
-                f"{table.site}: with {about['permutations']:,} flips fewer than {table.fewest} of "
-                f"{about['n_tested']:,} {kind}s are never found, however strong; more "
-                "--permutations find single ones."
+                f"{table.site}: {about['permutations']:,} permutations cannot find fewer than "
+                f"{table.fewest} of {about['n_tested']:,} {kind}s, however strongly they respond; "
+                "raise --permutations to find single ones."
             ]
         )

@@ -1,4 +1,4 @@
-"""`sparsight attack measure`: how far words mislead a model, as it is or edited."""
+"""`sparsight attack measure`: measure how far words mislead a model, as it is or edited."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class MeasureOptions(PairOptions):
-    """Measure a model on clean pictures, and with words of another class, of their own, of none."""
+    """Measure a model on clean images, and with the name of another class, of their own class, or
+    of no class written on them."""
 
     off: tuple[Path, ...] = ()
-    """Folders that `attack find` wrote: switch off what was found, beside random ones."""
+    """Folders that `attack find` wrote: switch off what it found and, for comparison, random
+    ones."""
 
     selectivity: float | None = None
-    """Switch off those of at least so much; default what `attack find` was asked for."""
+    """Switch off those with at least this selectivity; default: as in `attack find`."""
 
     draws: int = 10
-    """Sets of random ones."""
+    """Number of random sets to compare with."""
 
     out: Path | None = None
-    """File for the figures, as JSON."""
+    """JSON file for the metrics."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -66,8 +68,8 @@ def main(arguments: Sequence[str]) -> None:
         if again := report.same_pictures:
             print_notes(
                 [
-                    f"on {again:,} of these {len(pairs):,} pictures they were found: the figures "
-                    "flatter them, measure on others."
+                    f"{again:,} of these {len(pairs):,} images were used to find what is switched "
+                    "off, so the results are too good; measure on other images."
                 ]
             )
     else:

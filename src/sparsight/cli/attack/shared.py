@@ -1,4 +1,4 @@
-"""What the verbs of `attack` share: pictures that are written on, models, what was found."""
+"""What the verbs of `attack` share: images with words on them, models, tables of what was found."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ from sparsight.vision import VisionModel
 
 @dataclass(frozen=True)
 class PairOptions(ModelOptions):
-    """Pictures and what is written on them."""
+    """Images and what is written on them."""
 
     images: str = tyro.MISSING
-    """Pictures with labels, in any form that `extract` takes."""
+    """Images with labels, in any form that `extract` takes."""
 
     model: str | None = None
-    """Vision model with a text tower; default the one that latents were found in."""
+    """Vision model with a text tower; default: the one in which the latents were found."""
 
     n: int | None = None
-    """So many pictures, chosen at random; default all."""
+    """Number of images, chosen at random; default: all."""
 
     seed: int = 0
-    """Of words, places, choice of pictures and random latents."""
+    """Seed of words, places, choice of images and random latents."""
 
     classes: tuple[str, ...] = ()
-    """Class names, if not those of the pictures' labels."""
+    """Class names; default: the labels of the images."""
 
     templates: str = "simple"
     """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
 
     writing: Literal["auto", "text", "world"] = "auto"
-    """text: in the style below. world: on the calibration world's own band. auto: world on
-    calibration scenes, text on other pictures."""
+    """text: in the style set with --style. world: on the calibration world's own band. auto: world
+    on calibration scenes, text on other images."""
 
     style: TextStyle = field(default_factory=TextStyle)
-    """How words look."""
+    """The look of the words."""
 
     nonsense: Nonsense = "letters"
-    """Of control pictures: letters as often as class names have them, or an anagram of the word."""
+    """Text on control images. letters: random, as frequent as in class names; anagram: the word's
+    letters shuffled."""
 
     batch_images: int = 64
     """Images at a time."""
@@ -67,27 +68,27 @@ class PairOptions(ModelOptions):
 def model_of(
     options: ModelOptions, named: str | None, tables: Sequence[SalienceTable]
 ) -> VisionModel:
-    """The model that was named, else the one that latents were found in.
+    """Load the named model, or else the one in which the latents were found.
 
     Raises:
-        UserError: it is not known which, or what was found belongs to another.
+        UserError: the model is not known, or a table belongs to another model.
     """
     ids = {str(table.about["model"]) for table in tables}
     if named is None and len(ids) != 1:
-        raise UserError("Which model? Name it with --model.")
+        raise UserError("The model is not known; name it with --model.")
     model = open_model(named or ids.pop(), options)
     for table in tables:
         if table.about["weights_hash"] != model.weights_hash:
             raise UserError(
-                f"{table.site}: what responds to words was found in {table.about['model']} "
-                f"(weights {table.about['weights_hash'][:8]}), this is {model.id} (weights "
-                f"{model.weights_hash[:8]}). Find it anew."
+                f"{table.site}: the table was made with {table.about['model']} (weights "
+                f"{table.about['weights_hash'][:8]}), but this is {model.id} (weights "
+                f"{model.weights_hash[:8]}). Run `sparsight attack find` on this model."
             )
     return model
 
 
 def pairs_of(options: PairOptions) -> AttackPairs:
-    """The pictures that were named, and how they are written on."""
+    """Open the named images, with what is written on them."""
     source = open_images(options.images, table=options.table)
     style: TextStyle | WorldBand | None = options.style
     if options.writing == "world":
@@ -107,22 +108,22 @@ def pairs_of(options: PairOptions) -> AttackPairs:
 
 
 def target_of(table: SalienceTable, selectivity: float | None, device: str | None) -> Target:
-    """What a table found, to be switched off.
+    """Return what a table found, to switch it off.
 
     Raises:
-        UserError: the SAE of these latents is not known, or not there.
+        UserError: the SAE of these latents is not known, or does not exist.
     """
     sae = None
     if table.about["unit"] == "latent":
         folder = table.about.get("sae_folder")
         if folder is None:
             raise UserError(
-                f"{table.site}: the table does not say where the SAE of these latents is; only "
-                "tables that `sparsight attack find` wrote do. Use causal_check in Python."
+                f"{table.site}: the table does not name the SAE of these latents; only tables that "
+                "`sparsight attack find` wrote do. Use causal_check in Python."
             )
         if not Path(folder).is_dir():
             raise UserError(
-                f"{table.site}: the SAE of these latents was at {folder}, and is not there now."
+                f"{table.site}: the SAE of these latents was in {folder}, which no longer exists."
             )
         (sae,) = open_saes([Path(folder)], device).values()
     chosen = None if selectivity is None else table.select(selectivity=selectivity)
@@ -130,15 +131,19 @@ def target_of(table: SalienceTable, selectivity: float | None, device: str | Non
 
 
 def check_failed(failed: dict[str, int], n: int, allowed: float) -> None:
-    """Tell of pictures that did not load; stop if they are many.
+    """Report images that could not be loaded; stop if there are too many.
 
     Raises:
         UserError: a larger share than `allowed` failed.
     """
     for kind, count in failed.items():
-        print(f"note: {count:,} of {n:,} {kind} pictures did not load; left out.", file=sys.stderr)
+        print(
+            f"note: {count:,} of {n:,} {kind} images could not be loaded and were left out.",
+            file=sys.stderr,
+        )
     worst = max(failed.values(), default=0)
     if worst > allowed * n:
         raise UserError(
-            f"{worst:,} of {n:,} pictures did not load, more than {allowed:.1%} (--max-failed)."
+            f"{worst:,} of {n:,} images could not be loaded, more than {allowed:.1%} "
+            "(--max-failed)."
         )

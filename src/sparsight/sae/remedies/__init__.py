@@ -1,4 +1,4 @@
-"""What training does about dead latents: one file per remedy, its settings and its operations.
+"""Remedies for dead latents in training: one file per remedy, with its settings and operations.
 
 A remedy adds a loss for the dead latents (`loss`), or changes them between two steps (`renew`).
 Start with `base.Remedy`.
@@ -21,4 +21,4 @@ __all__ = [
 ]
 
 AnyRemedy = AuxK | GhostGradients | Resampling
-"""All remedies, for configurations, which are tagged by the name of the remedy."""
+"""All remedies; in a configuration, the name of the remedy is the tag."""

@@ -1,4 +1,4 @@
-"""Dead latents model what the living ones leave over."""
+"""AuxK: dead latents model the residual of the live ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsight.sae.sparsity.base import largest
 
 @dataclass(frozen=True)
 class AuxK(Remedy):
-    """Let dead latents model what the living ones leave over (Gao et al. 2024, appendix A.2).
+    """Let dead latents model the residual of the live ones (Gao et al. 2024, appendix A.2).
 
-    It helps latents whose pre-activations are positive but too small for their k places; those that
-    a penalty has pushed below 0 for every vector get nothing of it.
+    It helps latents whose pre-activations are positive but too small to be among the k largest, not
+    those that a penalty has pushed below 0 for every vector.
     """
 
     word: ClassVar[str] = "auxk"
@@ -31,16 +31,19 @@ class AuxK(Remedy):
     """Weight of the auxiliary loss."""
 
     k: int | None = None
-    """Dead latents that are used per vector; None is the power of two nearest to d_in / 2."""
+    """Number of dead latents to use per vector; default: the power of two nearest to d_in / 2."""
 
     dead_after: int | None = None
-    """Vectors without an activation after which a latent counts as dead; None is 10,000,000 or a
+    """Vectors without an activation after which a latent counts as dead; default: 10,000,000 or a
     tenth of the run, whichever is smaller."""
 
     def __post_init__(self) -> None:
         check_types(self, "remedy.")
         if self.alpha <= 0:
-            raise UserError(f"remedy.alpha is {self.alpha}; it must be positive (or remedy None).")
+            raise UserError(
+                f"remedy.alpha is {self.alpha}; it must be positive. To train without a remedy, "
+                "set remedy to None."
+            )
         if self.k is not None and self.k < 1:
             raise UserError(f"remedy.k is {self.k}; it must be at least 1.")
         if self.dead_after is not None and self.dead_after < 1:
@@ -80,22 +83,22 @@ def auxk_loss(
     k: int,
     spread: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    """How badly the dead latents model what the living ones leave over.
+    """Return how badly the dead latents model the residual of the live ones.
 
-    ê = Σ f_i W_dec[i] over the k strongest dead latents of each vector, e = z − ẑ without
-    gradient; the loss is Σ‖e − ê‖² / Σ‖e − ē‖², ē the batch's mean of e (Gao et al. 2024, appendix
-    A.2). The bias b_dec is no part of ê, as it is none of e.
+    ê = Σ f_i W_dec[i] over the k strongest dead latents of each vector, and e = z − ẑ without
+    gradient; the loss is Σ‖e − ê‖² / Σ‖e − ē‖² with ē the batch's mean of e (Gao et al. 2024,
+    appendix A.2). Neither ê nor e includes the bias b_dec.
 
     Args:
         scores: pre-activations.
         residual: z − ẑ; its gradient is not used.
         W_dec: decoder rows.
-        dead: which latents count as dead.
-        k: how many of them at most.
-        spread: what is divided by, where it is not to be measured on `residual` itself.
+        dead: the latents that count as dead.
+        k: largest number of dead latents per vector.
+        spread: the divisor, if it is not to be measured on `residual` itself.
 
     Returns:
-        The loss, before its weight; 0 where nothing is left over.
+        The loss, before its weight; 0 if there is no residual.
     """
     target = residual.detach()
     if spread is None:
@@ -108,7 +111,7 @@ def auxk_loss(
 
 
 def default_auxk(d_in: int) -> int:
-    """The power of two nearest to half the width, the larger of two: the paper's rule of thumb."""
+    """Return the power of two nearest to half the width (the larger if tied), as in the paper."""
     half = max(d_in / 2, 1)
     below = 1 << (int(half).bit_length() - 1)
     return below if half - below < 2 * below - half else 2 * below

@@ -1,4 +1,4 @@
-"""What every remedy for dead latents offers."""
+"""The interface of remedies for dead latents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PER_LATENT = frozenset(
 
 
 class LeftOver(NamedTuple):
-    """What the living latents leave over of a batch, or of a part of one."""
+    """What the live latents leave unexplained of a batch, or of a part of one."""
 
     scores: Float[Tensor, "batch n_latents"]
     """Pre-activations, differentiable."""
@@ -30,17 +30,17 @@ class LeftOver(NamedTuple):
     """Decoder rows."""
 
     dead: Int[Tensor, " dead"]
-    """The latents that count as dead, rising; one at least."""
+    """The latents that count as dead, ascending; at least one."""
 
     variance: float
-    """Of the target: Σ over dimensions. The unit of the loss is batch · variance."""
+    """Variance of the target: Σ over dimensions. The unit of the loss is batch · variance."""
 
 
 class Residuals(NamedTuple):
-    """What a remedy has to know of all of a batch when it sees a part of one."""
+    """What a remedy needs to know about a whole batch when it sees a part of it."""
 
     n: int
-    """Vectors of the batch."""
+    """Number of vectors of the batch."""
 
     squared: Float[Tensor, ""]
     """Σ‖e‖² of the residuals e, in float64."""
@@ -49,97 +49,97 @@ class Residuals(NamedTuple):
     """Σ‖e − ē‖², with ē the batch's mean."""
 
     measured: Float[Tensor, ""]
-    """What `Remedy.measure` gave, summed over the parts in float64."""
+    """Results of `Remedy.measure`, summed over the parts in float64."""
 
 
 class Trained(NamedTuple):
     """An SAE between two steps of its training."""
 
     sae: SparseAutoencoder
-    """A remedy may change it, in place."""
+    """The SAE, which a remedy may change in place."""
 
     z: Float[Tensor, "batch d_in"]
     """The next batch, in normalised space."""
 
     target: Float[Tensor, "batch d_out"]
-    """What it is to be reconstructed as: `z`, unless the SAE is a transcoder."""
+    """The target of the reconstruction: `z`, unless the SAE is a transcoder."""
 
     since_fired: Int[Tensor, " n_latents"]
-    """Vectors since each latent was last active."""
+    """Number of vectors since each latent was last active."""
 
     moments: Mapping[str, tuple[Tensor, Tensor]]
-    """Of Adam, by parameter; a remedy may change them, in place."""
+    """Adam's moments, by parameter, which a remedy may change in place."""
 
     step: int
-    """Steps that are done."""
+    """Number of steps that are done."""
 
     length: int
-    """Vectors of the run."""
+    """Length of the run in vectors."""
 
     seed: int
-    """Of the run."""
+    """Seed of the run."""
 
 
 class Remedy:
-    """Something for dead latents; subclasses are frozen dataclasses, the remedy's settings."""
+    """A remedy for dead latents; subclasses are frozen dataclasses that hold its settings."""
 
     word: ClassVar[str]
-    """What people write for it: `--remedy WORD`."""
+    """The name that users write: `--remedy WORD`."""
 
     label: ClassVar[str]
-    """What reports call it."""
+    """The name in reports."""
 
     fusable: ClassVar[bool] = False
-    """Whether the training steps without autograd compute it."""
+    """Whether the fused training steps, without autograd, support it."""
 
     renews: ClassVar[bool] = False
-    """Whether latents may begin anew with it; see `renew`."""
+    """Whether it may resample latents; see `renew`."""
 
     @property
     def weight(self) -> float:
-        """Of its loss; 0 for a remedy that has none."""
+        """The weight of its loss; 0 for a remedy without one."""
         return 0.0
 
     @property
     def aux_k(self) -> int:
-        """Dead latents per vector that its loss uses, for the training steps without autograd."""
+        """The number of dead latents per vector that its loss uses, for the fused steps."""
         return 0
 
     @property
     def window(self) -> int | None:
-        """Vectors without an activation after which a latent counts as dead; None leaves it to the
-        run."""
+        """The number of vectors without an activation after which a latent counts as dead; None
+        leaves it to the run."""
         return None
 
     def check(self, sae: SAEConfig) -> None:  # most fit every autoencoder
-        """Make sure that it fits an autoencoder.
+        """Check that it fits an autoencoder.
 
         Raises:
             UserError: it does not.
         """
 
     def for_width(self, d_in: int) -> Self:
-        """The same with the settings that follow from the width of the activations."""
+        """Return the same remedy with the settings that depend on the width of the activations."""
         return self
 
     def loss(self, left: LeftOver, whole: Residuals | None = None) -> Float[Tensor, ""]:
-        """The loss of the dead latents, before its weight, in plain autograd.
+        """Return the loss of the dead latents, before its weight, in plain autograd.
 
         Args:
-            left: what the living latents leave over.
-            whole: of the batch that `left` is a part of; the mean of the parts' losses, by their
-                numbers of vectors, is then the batch's.
+            left: what the live latents leave unexplained.
+            whole: measures of the batch of which `left` is a part; the mean of the parts' losses,
+                weighted by their numbers of vectors, is then the loss of the batch.
         """
         return left.residual.new_zeros(())
 
     def measure(self, left: LeftOver) -> Float[Tensor, ""]:
-        """What `loss` needs of a whole batch beside the residuals: a sum over its vectors."""
+        """Return what `loss` needs of a batch besides the residuals: a sum over its vectors."""
         return left.residual.new_zeros(())
 
     def renew(self, trained: Trained) -> Int[Tensor, " renewed"] | None:
-        """Change dead latents before the next step, if it is time to.
+        """Resample dead latents before the next step, if it is time to.
 
         Returns:
-            The latents that begin anew; None, or an empty tensor, where none does.
+            The latents that were resampled; None or an empty tensor if there are none.
         """
         return None

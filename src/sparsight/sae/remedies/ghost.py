@@ -1,4 +1,4 @@
-"""Dead latents get an exponential activation, and half of what the living ones leave over."""
+"""Ghost gradients: dead latents, with an exponential activation, model half of the residual."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from sparsight.sae.remedies.base import LeftOver, Remedy, Residuals
 
 @dataclass(frozen=True)
 class GhostGradients(Remedy):
-    """Let dead latents, with exponential activations, model what the living ones leave over.
+    """Let dead latents, with exponential activations, model the residual of the live ones.
 
     For latents without an activation in the last `dead_after` vectors: g = Σ exp(s_i) W_dec[i],
-    scaled to half the norm of the residual e; the loss is ‖g − e‖², rescaled to be as large as the
+    scaled to half the norm of the residual e; the loss is ‖g − e‖², rescaled to the size of the
     reconstruction's (Jermyn & Templeton 2024, "Ghost grads", Anthropic's circuits update of
     January). The scales and e get no gradient.
 
-    Meant for ReLU, whose dead latents have no activation that AuxK could use. Where latents compete
-    for k places AuxK is the better remedy: here all ghosts are drawn in the same direction.
+    Meant for ReLU, whose dead latents have no activation that AuxK could use. With TopK, AuxK is
+    the better remedy: here all ghosts are pulled in the same direction.
     """
 
     word: ClassVar[str] = "ghost"
     label: ClassVar[str] = "ghost gradients"
 
     dead_after: int | None = None
-    """As in `AuxK`."""
+    """Vectors without an activation after which a latent counts as dead; default: as in `AuxK`."""
 
     def __post_init__(self) -> None:
         check_types(self, "remedy.")
@@ -56,7 +56,7 @@ class GhostGradients(Remedy):
         return ghost_loss(left.scores, left.residual, left.W_dec, left.dead, scale) / unit
 
     def measure(self, left: LeftOver) -> Float[Tensor, ""]:
-        """See `Remedy.measure`: the error of the ghosts."""
+        """See `Remedy.measure`; here, the error of the ghosts."""
         return ghost_error(left.scores, left.residual, left.W_dec, left.dead)
 
 
@@ -67,17 +67,17 @@ def ghost_loss(
     dead: Int[Tensor, " dead"],
     scale: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    """Σ‖g − e‖² of ghost gradients, rescaled to Σ‖e‖²; see `GhostGradients`.
+    """Return Σ‖g − e‖² of ghost gradients, rescaled to Σ‖e‖²; see `GhostGradients`.
 
     Args:
         scores: pre-activations.
         residual: e = z − ẑ; its gradient is not used.
         W_dec: decoder rows.
-        dead: which latents count as dead.
-        scale: what is multiplied by, where it is not to be measured on these vectors alone.
+        dead: the latents that count as dead.
+        scale: the factor, if it is not to be measured on only these vectors.
 
     Returns:
-        The loss: its value is Σ‖e‖², its gradient that of the ghosts.
+        The loss: its value is Σ‖e‖², its gradient is that of the ghosts.
     """
     error = ghost_error(scores, residual, W_dec, dead)
     if scale is None:
@@ -91,9 +91,9 @@ def ghost_error(
     W_dec: Float[Tensor, "n_latents d_out"],
     dead: Int[Tensor, " dead"],
 ) -> Float[Tensor, ""]:
-    """Σ‖g − e‖² of ghosts g that have half the norm of e; arguments as of `ghost_loss`."""
+    """Return Σ‖g − e‖² for ghosts g of half the norm of e; arguments as in `ghost_loss`."""
     target = residual.detach()
-    # A factor for each vector is scaled away below; without it the exponential could overflow.
+    # A factor per vector prevents overflow of the exponential; the scaling below cancels it.
     of_dead = scores[:, dead]
     ghosts = (of_dead - of_dead.detach().amax(dim=1, keepdim=True)).exp() @ W_dec[dead]
     norms = target.norm(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Begin anew with dead latents, at vectors that are reconstructed badly."""
+"""Resampling: reinitialise dead latents at vectors that are badly reconstructed."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ from sparsight.sae.remedies.base import PER_LATENT, Remedy, Trained
 
 @dataclass(frozen=True)
 class Resampling(Remedy):
-    """Begin anew with dead latents, at vectors that are reconstructed badly.
+    """Reinitialise dead latents at vectors that are badly reconstructed.
 
-    A vector is drawn with probability in proportion to the square of its loss; its direction from
-    b_dec becomes the decoder row with norm 1, and the encoder row with `scale` times the mean norm
-    of the living ones; the bias and the moments of Adam become 0 (Bricken et al. 2023, "Towards
-    monosemanticity", appendix "Neuron resampling"). Vectors come from the batch at hand, each once:
-    where more latents are dead than a batch has vectors, the rest follows with the next batches.
+    A vector is drawn with probability proportional to the square of its loss. Its direction from
+    b_dec becomes the decoder row, with norm 1, and the encoder row, with `scale` times the mean
+    norm of the live ones; the bias and Adam's moments become 0 (Bricken et al. 2023, "Towards
+    monosemanticity", appendix "Neuron resampling"). Each vector of the current batch is used at
+    most once; if there are more dead latents than vectors, the rest follow with the next batches.
 
-    Meant for ReLU, JumpReLU and Gated. Where latents compete for k places, new ones lose them again
-    soon: take AuxK there.
+    Meant for ReLU, JumpReLU and Gated. With TopK, resampled latents soon die again; use AuxK there.
     """
 
     word: ClassVar[str] = "resampling"
@@ -42,18 +41,18 @@ class Resampling(Remedy):
     renews: ClassVar[bool] = True
 
     every: int | None = None
-    """Vectors between resamplings; None is a tenth of the run."""
+    """Vectors between resamplings; default: a tenth of the run."""
 
     times: int = 4
-    """How often, at most."""
+    """Largest number of resamplings."""
 
     dead_after: int | None = None
-    """Vectors without an activation after which a latent counts as dead; None is half of
+    """Vectors without an activation after which a latent counts as dead; default: half of
     `every`."""
 
     scale: float = 0.2
-    """Norm of the encoder row, in that of the living ones. New latents are much alike, and many
-    are active for one vector: with 1 they would drown what the others have learnt."""
+    """Norm of the encoder row, relative to the live ones. New latents are similar, and many are
+    active for the same vector: with 1 they would drown out what the others have learnt."""
 
     def __post_init__(self) -> None:
         check_types(self, "remedy.")
@@ -66,12 +65,12 @@ class Resampling(Remedy):
         """See `Remedy.check`."""
         if sae.tied:
             raise UserError(
-                "resampling needs an encoder that can begin weak: with tied weights take the "
-                "remedy auxk."
+                "resampling needs an encoder of its own, which can start weak; with tied weights, "
+                "choose the remedy auxk."
             )
 
     def interval(self, length: int) -> int:
-        """Vectors between resamplings, in a run of so many."""
+        """Return the number of vectors between resamplings, in a run of `length` vectors."""
         return self.every or max(1, length // 10)
 
     def renew(self, trained: Trained) -> Int[Tensor, " renewed"] | None:
@@ -82,7 +81,7 @@ class Resampling(Remedy):
         instalments = math.ceil(trained.sae.n_latents / size)
         if not 1 <= step // every <= self.times or step % every >= instalments:
             return None
-        # In later instalments those that were dead at the first, not those that it killed.
+        # Later instalments take latents that were dead at the first, not those that it killed.
         since = (self.dead_after or max(1, interval // 2)) + step % every * size
         dead = (trained.since_fired >= since).nonzero()[:, 0]
         if len(dead) == 0:
@@ -109,20 +108,21 @@ def resample(
     scale: float,
     seed: tuple[int, int],
 ) -> Int[Tensor, " renewed"]:
-    """Give dead latents the directions of vectors drawn by the square of their loss; see
-    `Resampling`.
+    """Give dead latents the directions of vectors drawn by the square of their loss.
+
+    See `Resampling`.
 
     Args:
-        sae: changed in place.
+        sae: the SAE; changed in place.
         z: activations in normalised space.
-        target: what they are to be reconstructed as; `z`, unless the SAE is a transcoder.
-        dead: the latents.
-        moments: of Adam, by parameter; changed in place.
+        target: the target of the reconstruction: `z`, unless the SAE is a transcoder.
+        dead: the dead latents.
+        moments: Adam's moments, by parameter; changed in place.
         scale: as in `Resampling`.
-        seed: of the run, and the step.
+        seed: seed of the run, and number of the step.
 
     Returns:
-        The latents that were renewed: at most as many as there are vectors.
+        The latents that were resampled: at most as many as there are vectors.
     """
     weights, sparsity = sae.weights(), sae.config.sparsity
     code = sparsity.encode(weights, z, training=True)
@@ -144,7 +144,7 @@ def resample(
     sae.b_enc[renewed] = 0
     outward = unit_rows(target[drawn] - sae.b_dec) if sae.is_transcoder else inward
     if isinstance(sae.config.dictionary, Archetypal):
-        # Rows cannot be anywhere: the anchor of the nearest direction takes the vector's place.
+        # Rows are constrained: use the anchor with the nearest direction instead of the vector.
         nearest = (outward @ unit_rows(sae.anchors).T).argmax(dim=1)
         sae.mixture[renewed] = functional.one_hot(nearest, len(sae.anchors)).to(sae.mixture)
         sae.relaxation[renewed] = 0

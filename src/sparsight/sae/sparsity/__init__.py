@@ -1,8 +1,8 @@
-"""What makes a code sparse: one file a kind, each the settings and the operations of it.
+"""What makes a code sparse: one file per kind, with its settings and operations.
 
-A kind turns scores (pre-activations) into a code, quickly without a dense tensor (`encode`) and as
-plain autograd that training differentiates (`dense`), and says what training pays for latents in
-use (`penalty`). Builds on the kernels; start with `base.Sparsity`.
+A kind turns scores (pre-activations) into a code, quickly without a dense tensor (`encode`) and in
+plain autograd for training (`dense`), and defines the penalty on active latents (`penalty`). Builds
+on the kernels; start with `base.Sparsity`.
 """
 
 from sparsight.sae.sparsity.abs_topk import AbsTopK
@@ -30,4 +30,4 @@ __all__ = [
 ]
 
 AnySparsity = TopK | BatchTopK | AbsTopK | GroupMax | ReLU | JumpReLU | Gated | MatchingPursuit
-"""All kinds, for configurations, which are tagged by the name of the kind."""
+"""All kinds; in a configuration, the name of the kind is the tag."""

@@ -23,7 +23,7 @@ class AbsTopK(Sparsity):
     """
 
     k: int = 32
-    """Active latents per vector, at most."""
+    """Largest number of active latents per vector."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
@@ -32,7 +32,7 @@ class AbsTopK(Sparsity):
     def encode(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
     ) -> SparseCode:
-        """See `Sparsity.encode`: the k largest, the k smallest, and of these the k strongest."""
+        """See `Sparsity.encode`; takes the k largest and smallest, then the k strongest of them."""
         W, b, centre = weights.W_enc, weights.b_enc, weights.centre
         k = min(self.k, len(W))
         high, of_high = backend().encode_topk(z, W, b, centre, k)

@@ -1,4 +1,4 @@
-"""What every kind of sparsity offers."""
+"""The interface of sparsities."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sparsight.sae.code import SparseCode
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors that a code is computed from.
+    """The tensors that determine a code.
 
     Attributes:
         W_enc: encoder rows.
         b_enc: their bias.
         W_dec: decoder rows.
         b_dec: their bias.
-        centre: what the encoder subtracts from a vector: `b_dec`, or zeros.
-        extra: what the kind of sparsity has beside these, by name.
+        centre: the vector that the encoder subtracts: `b_dec`, or zeros.
+        extra: additional tensors of the kind of sparsity, by name.
     """
 
     W_enc: Float[Tensor, "n_latents d_in"]
@@ -36,7 +36,7 @@ class Weights:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def scores(self, z: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_latents"]:
-        """Pre-activations: W_enc (z − centre) + b_enc."""
+        """Return the pre-activations W_enc (z − centre) + b_enc."""
         return (z - self.centre) @ self.W_enc.T + self.b_enc
 
 
@@ -47,39 +47,39 @@ class Dense(NamedTuple):
     """Pre-activations."""
 
     code: Float[Tensor, "batch n_latents"]
-    """Activations; 0 where a latent is not active."""
+    """Activations; 0 for latents that are not active."""
 
 
 class Sparsity(ABC):
-    """How few latents a vector may use; subclasses are frozen dataclasses, the part's settings."""
+    """How active latents are chosen; subclasses are frozen dataclasses that hold the settings."""
 
     buffers: ClassVar[frozenset[str]] = frozenset()
-    """Which of `start`'s tensors are no parameters."""
+    """The tensors of `start` that are not parameters."""
 
     of_training: ClassVar[frozenset[str]] = frozenset()
-    """Settings that say how an SAE is trained, not what it computes."""
+    """Settings that affect how an SAE is trained, not what it computes."""
 
     lr_factors: ClassVar[Mapping[str, float]] = {}
-    """Tensors of `start` that learn at a multiple of the learning rate."""
+    """Multiples of the learning rate for tensors of `start`."""
 
     has_encoder: ClassVar[bool] = True
     """Whether codes are computed from `W_enc` and `b_enc`."""
 
     per_batch: ClassVar[bool] = False
-    """Whether training chooses among the latents of a whole batch. In use a threshold takes the
-    batch's place, which training learns: the mean of the batches' smallest activations."""
+    """Whether training chooses among the latents of a whole batch. Outside training, a threshold
+    replaces the batch; training estimates it as the mean of the batches' smallest activations."""
 
     several_k: ClassVar[bool] = False
     """Whether training may reconstruct with several k at once; see `with_k`."""
 
     @property
     def places(self) -> int:
-        """Its k; 0 where it has none."""
+        """Its k; 0 if it has none."""
         return getattr(self, "k", 0)
 
     @property
     def fusable(self) -> bool:
-        """Whether the training steps without autograd compute it."""
+        """Whether the fused training steps, without autograd, support it."""
         return False
 
     @property
@@ -88,40 +88,40 @@ class Sparsity(ABC):
         return True
 
     def start(self, n_latents: int) -> dict[str, Tensor]:
-        """The tensors that it has beside the weights, as training begins."""
+        """Return the initial values of its tensors other than the weights."""
         return {}
 
     def with_k(self, k: int) -> Self:
-        """The same with another k, where it has one."""
+        """Return the same sparsity with another k, if it has one."""
         return replace(self, k=k)  # type: ignore[type-var]
 
     def shifted(
         self, extra: Mapping[str, Tensor], shift: Float[Tensor, " n_latents"]
     ) -> dict[str, Tensor]:
-        """The tensors of `start` that change where every W_enc z becomes W_enc z + `shift`, so that
-        the code stays; `b_enc` is not among them."""
+        """Return the tensors of `start` that must change to keep the code if every W_enc z becomes
+        W_enc z + `shift`; `b_enc` is not among them."""
         return {}
 
     def check_width(self, n_latents: int) -> None:
-        """Make sure that it can be had with so many latents.
+        """Check that it works with this number of latents.
 
         Raises:
-            UserError: it cannot.
+            UserError: it does not.
         """
         k = getattr(self, "k", None)
         if k is not None and k > n_latents:
-            raise UserError(f"sparsity.k is {k}, more than the {n_latents} latents.")
+            raise UserError(f"sparsity.k is {k}, but there are only {n_latents} latents.")
 
     @abstractmethod
     def encode(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
     ) -> SparseCode:
-        """The code, without a dense tensor of it where that can be avoided; with gradients.
+        """Return the code, with gradients, and without a dense tensor if possible.
 
         Args:
-            weights: of the SAE.
+            weights: weights of the SAE.
             z: activations in normalised space.
-            training: whether the batch as a whole may be looked at.
+            training: whether to choose among the latents of the whole batch, if the kind does so.
         """
 
     @abstractmethod
@@ -132,12 +132,12 @@ class Sparsity(ABC):
         *,
         training: bool = False,
     ) -> Float[Tensor, "batch n_latents"]:
-        """The code of scores, dense, in plain autograd."""
+        """Return the code of scores, dense, in plain autograd."""
 
     def dense(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
     ) -> Dense:
-        """Scores and code, dense, in plain autograd."""
+        """Return scores and code, dense, in plain autograd."""
         scores = weights.scores(z)
         return Dense(scores, self.activate(weights, scores, training=training))
 
@@ -148,24 +148,24 @@ class Sparsity(ABC):
         target: Float[Tensor, "batch d_out"],
         share: float = 1.0,
     ) -> Float[Tensor, ""]:
-        """What training pays for the code, a vector's mean, in the unit of ‖z − ẑ‖².
+        """Return the training penalty on the code, averaged over vectors, in units of ‖z − ẑ‖².
 
         Args:
-            weights: of the SAE.
+            weights: weights of the SAE.
             found: the code.
-            target: what the SAE is to give.
-            share: of the price, while it rises; errors are not prices.
+            target: the target of the reconstruction.
+            share: share of the price to apply while it rises; it does not affect error terms.
         """
         return found.code.new_zeros(())
 
     def constrain(self, weights: Weights) -> None:  # noqa: B027  # most have nothing to keep up
-        """Bring tensors back to where they make sense, in place, after a step of the optimiser."""
+        """Restore the constraints of tensors, in place, after a step of the optimiser."""
 
     def describe(self, *, training: bool = True) -> str:
-        """Its name and settings, for people.
+        """Return its name and settings, for people.
 
         Args:
-            training: False leaves out `of_training`, which a foreign checkpoint does not tell.
+            training: False leaves out `of_training`, which other projects' files do not hold.
         """
         left_out = frozenset() if training else self.of_training
         values = [
@@ -177,25 +177,25 @@ class Sparsity(ABC):
 
 
 def largest(scores: Float[Tensor, "batch n"], k: int) -> Bool[Tensor, "batch n"]:
-    """Which are the k largest of each row."""
+    """Return the mask of the k largest of each row."""
     kept = torch.zeros_like(scores, dtype=torch.bool)
     return kept.scatter_(1, scores.topk(k, dim=1).indices, True)
 
 
 def largest_of_batch(scores: Float[Tensor, "batch n"], k: int) -> Bool[Tensor, "batch n"]:
-    """Which are the k · batch largest of all."""
+    """Return the mask of the k · batch largest of all."""
     kept = torch.zeros_like(scores, dtype=torch.bool).flatten()
     kept[scores.flatten().topk(k * len(scores)).indices] = True
     return kept.view_as(scores)
 
 
 def check_at_least(value: float | None, least: float, name: str) -> None:
-    """Raise a `UserError` if a setting is below what it may be; None may be anything."""
+    """Raise a `UserError` if a setting is below its minimum; None is allowed."""
     if value is not None and value < least:
         raise UserError(f"{name} is {value}; it must be at least {least:g}.")
 
 
 def check_positive(value: float | None, name: str) -> None:
-    """Raise a `UserError` if a setting is not positive; None may be anything."""
+    """Raise a `UserError` if a setting is not positive; None is allowed."""
     if value is not None and value <= 0:
         raise UserError(f"{name} is {value}; it must be positive.")

@@ -1,4 +1,4 @@
-"""One linear map chooses the latents, another says how strong they are."""
+"""Gated: one linear map chooses the latents, another determines how strong they are."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Gated(Sparsity):
     of_training: ClassVar[frozenset[str]] = frozenset({"l1"})
 
     l1: float = 5.0
-    """Price of an open gate, where ‖z − ẑ‖² is the error of a vector z in normalised space."""
+    """Weight of the gates' sum; the error of a vector z is ‖z − ẑ‖² in normalised space."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
         check_at_least(self.l1, 0, "sparsity.l1")
 
     def start(self, n_latents: int) -> dict[str, Tensor]:
-        """`r_mag` and `b_mag`: gate and magnitude begin as one."""
+        """See `Sparsity.start`; `r_mag` and `b_mag` make gate and magnitude start equal."""
         return {"r_mag": torch.zeros(n_latents), "b_mag": torch.zeros(n_latents)}
 
     def shifted(
         self, extra: Mapping[str, Tensor], shift: Float[Tensor, " n_latents"]
     ) -> dict[str, Tensor]:
-        """See `Sparsity.shifted`: the magnitude reads the same product."""
+        """See `Sparsity.shifted`; the magnitude uses the same product."""
         return {"b_mag": extra["b_mag"] - extra["r_mag"].exp() * shift}
 
     def encode(
@@ -81,5 +81,5 @@ class Gated(Sparsity):
         gate = found.scores.relu()
         x_hat = gate @ weights.W_dec.detach() + weights.b_dec.detach()
         error = (x_hat - target).square().sum(dim=1)
-        # The error is what the gate learns from: it does not wait for the price.
+        # The gate learns from the error, which therefore does not rise with the price.
         return (share * self.l1 * gate.sum(dim=1) + error).mean()

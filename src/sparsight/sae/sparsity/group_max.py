@@ -1,4 +1,4 @@
-"""One latent of each group."""
+"""GroupMax: one latent per group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GroupMax(Sparsity):
     """
 
     k: int = 32
-    """Groups, hence active latents per vector at most; a divisor of the number of latents."""
+    """Number of groups, hence of active latents per vector at most; must divide n_latents."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
@@ -34,7 +34,7 @@ class GroupMax(Sparsity):
         if n_latents % self.k:
             raise UserError(
                 f"sparsity.k is {self.k}, which does not divide the {n_latents} latents into "
-                "groups of one size."
+                "groups of equal size."
             )
 
     def encode(

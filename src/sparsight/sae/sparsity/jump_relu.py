@@ -1,4 +1,4 @@
-"""Every latent above a threshold of its own."""
+"""JumpReLU: every latent above a threshold of its own."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TANH_SCALE = 4.0
 
 @dataclass(frozen=True)
 class JumpReLU(Sparsity):
-    """Keep what exceeds the latent's threshold θ_i > 0, unchanged; training adds a price.
+    """Keep what exceeds the latent's threshold θ_i > 0, unchanged; training adds a penalty.
 
     The derivatives with respect to θ, which are 0 almost everywhere, are estimated with a
     rectangular kernel of width ε: −(θ / ε) [|s − θ| < ε / 2] for the activation and
     −(1 / ε) [|s − θ| < ε / 2] for the number of active latents (Rajamanoharan et al. 2024,
     "Jumping ahead", section 3 and equations 11 and 12).
 
-    penalty "l0" is price · L0, or with `target_l0` price · d (L0 / target − 1)²; "tanh" is
+    The penalty "l0" is price · L0, or with `target_l0`, price · d (L0 / target − 1)²; "tanh" is
     price · Σ tanh(4 f_i ‖W_dec[i]‖) (Conerly et al. 2025, "Dictionary learning optimization
     techniques", Anthropic's circuits update of January).
     """
@@ -40,23 +40,23 @@ class JumpReLU(Sparsity):
     )
     lr_factors: ClassVar[Mapping[str, float]] = {"threshold": 10.0}
     # A step of Adam moves each of the d entries of an encoder row, hence the score by many times
-    # the learning rate, but the threshold by the learning rate alone: it would lag far behind.
+    # the learning rate, but the threshold by only the learning rate: it would lag far behind.
 
     price: float = 1.0
-    """Of an active latent, where ‖z − ẑ‖² is the error of a vector z in normalised space."""
+    """Penalty per active latent; the error of a vector z is ‖z − ẑ‖² in normalised space."""
 
     penalty_kind: Literal["l0", "tanh"] = "l0"
-    """What is paid for."""
+    """What the penalty measures."""
 
     target_l0: float | None = None
-    """Active latents per vector that training aims at; only with "l0"."""
+    """Number of active latents per vector at which training aims; only with "l0"."""
 
     bandwidth: float = 0.1
     """ε, in the unit of the pre-activations."""
 
     initial_threshold: float | None = None
-    """θ as training begins, in the same unit. None is √price, from where on a latent that is
-    orthogonal to the others is worth its price; with "tanh", which is flat up there, 0.1."""
+    """Initial θ, in the same unit. Default: √price, above which a latent that is orthogonal to the
+    others is worth its price; or 0.1 with "tanh", which is flat there."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
@@ -76,7 +76,7 @@ class JumpReLU(Sparsity):
         return self.target_l0 is None
 
     def start(self, n_latents: int) -> dict[str, Tensor]:
-        """The thresholds."""
+        """See `Sparsity.start`; returns the thresholds."""
         initial = self.initial_threshold
         if initial is None:
             initial = 0.1 if self.penalty_kind == "tanh" else math.sqrt(self.price)
@@ -90,7 +90,7 @@ class JumpReLU(Sparsity):
         above, indices, starts = backend().encode_above(
             z, weights.W_enc, weights.b_enc - threshold, weights.centre, 0.0
         )
-        # From the excess over the threshold back to the score; what only just reaches it is out.
+        # From the excess over the threshold back to the score; equality does not count as active.
         values = torch.where(above > 0, above + threshold[indices], 0)
         return SparseCode.from_ragged(values, indices, starts, len(weights.W_enc))
 
@@ -126,7 +126,7 @@ class JumpReLU(Sparsity):
 
     @torch.no_grad()
     def constrain(self, weights: Weights) -> None:
-        """See `Sparsity.constrain`: thresholds are not negative."""
+        """See `Sparsity.constrain`; thresholds are not negative."""
         weights.extra["threshold"].clamp_(min=0)
 
 

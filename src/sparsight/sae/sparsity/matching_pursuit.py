@@ -1,4 +1,4 @@
-"""Latents one after another, each for what those before it left over."""
+"""Matching pursuit: latents one after another, each for the residual of those before it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sparsight.sae.code import SparseCode
 from sparsight.sae.sparsity.base import Dense, Sparsity, Weights, check_at_least
 
 TILE = 1024
-"""Vectors that are encoded at a time; the correlations of a tile are dense."""
+"""Number of vectors to encode at a time; the correlations of a tile are dense."""
 
 
 @dataclass(frozen=True)
 class MatchingPursuit(Sparsity):
-    """Choose k times the decoder row that agrees best with the residual, and subtract its part.
+    """Choose k times the decoder row that best matches the residual, and subtract its part.
 
     r ← z − centre; k times: i = argmax_j W_dec[j] · r, a = ReLU(W_dec[i] · r), f_i += a,
     r ← r − a W_dec[i] (Mallat & Zhang 1993; as an SAE: Costa et al. 2025, "From flat to
@@ -32,13 +32,13 @@ class MatchingPursuit(Sparsity):
     has_encoder: ClassVar[bool] = False
 
     k: int = 32
-    """Choices per vector, hence active latents at most."""
+    """Number of choices per vector, hence of active latents at most."""
 
     tolerance: float = 0.0
-    """A vector whose residual has a smaller norm is done."""
+    """Stop at a vector once the norm of its residual is below this."""
 
     stop_on_repeat: bool = False
-    """A vector that chooses a latent again is done, with that choice, as in SAELens."""
+    """Stop at a vector once it chooses a latent again, including that choice, as in SAELens."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
@@ -69,12 +69,14 @@ class MatchingPursuit(Sparsity):
         *,
         training: bool = False,
     ) -> Float[Tensor, "batch n_latents"]:
-        """Not to be had from scores alone.
+        """Raise an error: scores alone do not determine the code.
 
         Raises:
             UserError: always.
         """
-        raise UserError("MatchingPursuit has no code of another k, or of pre-activations alone.")
+        raise UserError(
+            "MatchingPursuit cannot compute a code with another k, or from pre-activations alone."
+        )
 
     def dense(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False

@@ -1,4 +1,4 @@
-"""Every positive latent, at a price."""
+"""ReLU: every positive latent, with a penalty."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class ReLU(Sparsity):
     """Keep what is positive; training adds l1 · Σ f_i.
 
     Bricken et al. 2023, "Towards monosemanticity", with the decoder's bias subtracted first and
-    decoder rows of norm 1. With `weighted` the penalty is l1 · Σ f_i ‖W_dec[i]‖, and the decoder's
+    decoder rows of norm 1. With `weighted`, the penalty is l1 · Σ f_i ‖W_dec[i]‖, and the decoder's
     norms are free (Conerly et al. 2024, "Update on how we train SAEs", Anthropic's circuits update
-    of April): then set `unit_norm_decoder` and `subtract_b_dec` to False, too.
+    of April); then also set `unit_norm_decoder` and `subtract_b_dec` to False.
     """
 
     of_training: ClassVar[frozenset[str]] = frozenset({"l1", "weighted"})
 
     l1: float = 2.0
-    """Price of activation, where ‖z − ẑ‖² is the error of a vector z in normalised space."""
+    """Weight of the activations' sum; the error of a vector z is ‖z − ẑ‖² in normalised space."""
 
     weighted: bool = False
-    """Weigh each latent by the norm of its decoder row."""
+    """Weight each latent by the norm of its decoder row."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")

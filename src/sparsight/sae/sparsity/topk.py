@@ -1,4 +1,4 @@
-"""The k strongest latents: of each vector, or on average over a batch."""
+"""TopK and BatchTopK: the k strongest latents of each vector, or on average over a batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsight.sae.sparsity.base import (
 
 @dataclass(frozen=True)
 class TopK(Sparsity):
-    """Keep the k largest pre-activations of a vector, and of those the positive ones.
+    """Keep the positive ones among the k largest pre-activations of a vector.
 
     Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
     """
@@ -31,10 +31,11 @@ class TopK(Sparsity):
     several_k: ClassVar[bool] = True
 
     k: int = 32
-    """Active latents per vector, at most."""
+    """Largest number of active latents per vector."""
 
     rectify: bool = True
-    """Drop what is negative; False keeps it, as Makhzani & Frey 2013, "k-sparse autoencoders"."""
+    """Drop negative values; False keeps them, as in Makhzani & Frey 2013, "k-sparse
+    autoencoders"."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
@@ -68,10 +69,10 @@ class TopK(Sparsity):
 
 @dataclass(frozen=True)
 class BatchTopK(Sparsity):
-    """Keep the k · batch largest pre-activations of a whole batch, and of those the positive ones.
+    """Keep the positive ones among the k · batch largest pre-activations of a whole batch.
 
-    Vectors may then use more or fewer latents than k. In use, where there is no batch to compare
-    with, a latent is active from a threshold on, which training estimates as the mean of the
+    A vector may then use more or fewer than k latents. Outside training, without a batch to compare
+    with, a latent is active if it reaches a threshold, which training estimates as the mean of the
     batches' smallest activations (Bussmann et al. 2024, "BatchTopK sparse autoencoders").
     """
 
@@ -79,7 +80,7 @@ class BatchTopK(Sparsity):
     per_batch: ClassVar[bool] = True
 
     k: int = 32
-    """Active latents per vector, on average."""
+    """Average number of active latents per vector."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
@@ -96,7 +97,7 @@ class BatchTopK(Sparsity):
         return False
 
     def start(self, n_latents: int) -> dict[str, Tensor]:
-        """The threshold: a number."""
+        """See `Sparsity.start`; returns the threshold, one number."""
         return {"threshold": torch.zeros(())}
 
     def encode(
@@ -105,10 +106,10 @@ class BatchTopK(Sparsity):
         """See `Sparsity.encode`."""
         parts = (weights.W_enc, weights.b_enc, weights.centre)
         if training:
-            found = backend().encode_batch_topk(z, *parts, self.k)
+            code = backend().encode_batch_topk(z, *parts, self.k)
         else:
-            found = backend().encode_above(z, *parts, float(weights.extra["threshold"]))
-        return SparseCode.from_ragged(*found, len(weights.W_enc))
+            code = backend().encode_above(z, *parts, float(weights.extra["threshold"]))
+        return SparseCode.from_ragged(*code, len(weights.W_enc))
 
     def activate(
         self,
