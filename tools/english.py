@@ -135,6 +135,9 @@ EXCEPTIONS = (
     ("src/sparsight/latents/cards.py", "picture*", "images scaled for a page; names of variables"),
     ("src/sparsight/finetuning/report.py", "picture", "a key of the page's template"),
     ("src/sparsight/latents/[hirs]*.py", "picture*", "public names, and those of cards.py"),
+    ("src/sparsight/cli/finetune.py", "pictures", "the name of an option"),
+    ("src/sparsight/cli/search.py", "picture", "the old name of an option"),
+    ("src/sparsight/attacks/salience.py", "pictures", "a key of salience.json"),
 )
 
 # Files that nobody has rewritten yet: nothing in them is reported. Delete each line once it is

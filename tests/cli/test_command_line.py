@@ -551,7 +551,9 @@ def test_nothing_is_written_over_what_belongs_to_something_else(
 ):
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     assert "which an index would overwrite" in fails("index", run, "--out", store)
-    assert "holds manifest.json of something other than a run" in fails("train", "--store", store, "--out", store)
+    assert "holds manifest.json of something other than a run" in fails(
+        "train", "--store", store, "--out", store
+    )
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "clip"}')

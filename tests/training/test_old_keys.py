@@ -59,7 +59,10 @@ def test_a_remedy_that_stood_beside_the_default_one_says_that_the_default_is_off
     ("values", "message"),
     [
         ({"auxk": {}, "ghost": {}}, "run.toml: auxk and ghost are two remedies .* keep one"),
-        ({"auxk": {}, "remedy": "ghost"}, "run.toml: auxk is the old name of remedy; give only one"),
+        (
+            {"auxk": {}, "remedy": "ghost"},
+            "run.toml: auxk is the old name of remedy; give only one",
+        ),
         ({"remedy": "prayer"}, "run.toml: remedy is 'prayer'"),
         ({"remedy": {"kind": "ax"}}, "remedy.kind is 'ax'; expected 'none' or 'auxk' or 'ghost'"),
     ],

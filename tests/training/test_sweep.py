@@ -236,7 +236,9 @@ def test_a_sweep_s_recipe_says_all_of_it(whole: Sweep) -> None:
 def test_a_member_that_diverges_is_dropped_and_the_others_go_on(tmp_path: Path) -> None:
     data = sparse_mixtures()
     config = SweepConfig(dataclasses.replace(BASE, warmup=0), {"lr": [3e-3, 1e30]})
-    with pytest.warns(UserWarning, match=r"lr1e\+30/here became infinite or NaN .* others continue"):
+    with pytest.warns(
+        UserWarning, match=r"lr1e\+30/here became infinite or NaN .* others continue"
+    ):
         found = sweep(data, config, tmp_path, quiet=True)
     good, bad = found.table()
     assert good["fvu"] < 1 and "became infinite or NaN" in bad["diverged"]
