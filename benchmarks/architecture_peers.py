@@ -1,6 +1,6 @@
-"""The architectures of the peers, each trained by its own trainer, or in the order of its trainer.
+"""The architectures of the peers, each trained by its own trainer or with its trainer's loop.
 
-Everybody gets the same vectors: centred, and scaled to the mean squared norm that the peer's own
+All get the same vectors: centred, and scaled to the mean squared norm that the peer's own
 normalisation gives (`UNIT` for dictionary_learning, d for the others), with one learning rate and
 one schedule. `train` gives functions that encode and reconstruct.
 """
@@ -31,7 +31,7 @@ class Plan:
     """What a peer trains on."""
 
     x: Tensor
-    """All vectors in the order of training, E|x|² = d."""
+    """All vectors with the loop of training, E|x|² = d."""
     n_latents: int
     k: int
     batch_size: int
@@ -157,7 +157,7 @@ def overcomplete(name: str, plan: Plan, *, penalty: float = 0.1, **settings: Any
 
     if "RA" in name:
         settings["points"] = plan.x[:1024]
-    if name == "BatchTopKSAE":  # its k is the whole batch's
+    if name == "BatchTopKSAE":  # its k is for the whole batch
         settings["top_k"] = plan.k * plan.batch_size
     elif name in ("TopKSAE", "RATopKSAE"):
         settings["top_k"] = plan.k
@@ -221,7 +221,7 @@ def sparsify(name: str, plan: Plan, **settings: Any) -> CODE:
 
 
 def saev(name: str, plan: Plan, **settings: Any) -> CODE:
-    """saev: its ReLU SAE in the order of `saev.training.train`."""
+    """saev: its ReLU SAE with the loop of `saev.training.train`."""
     from saev import config, nn
 
     exp = plan.n_latents // plan.d_in
@@ -255,7 +255,7 @@ PACKAGES = {
 
 @torch.no_grad()
 def measure(code: CODE, x: Tensor) -> dict[str, float]:
-    """FVU and L0 on other vectors, and the share of latents that none of them activates."""
+    """Measure FVU and L0 on other vectors, and the share of latents that are never active."""
     error = entries = 0.0
     active: Tensor | None = None
     for batch in x.split(2048):
@@ -271,7 +271,7 @@ def measure(code: CODE, x: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """One peer: a request of JSON as the only argument, the answer the last line on stdout."""
+    """Run one peer: the only argument is a JSON request, the last line on stdout is the answer."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     data = torch.load(Path(request["data"]))

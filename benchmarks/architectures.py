@@ -1,10 +1,10 @@
-"""Each architecture beside the peers that have it: the table `architectures` in QUALITY.md.
+"""Each architecture compared with the peers that have it: the table `architectures` in QUALITY.md.
 
 All train on the same vectors of the calibration CLIP, in the same order, with the same batches and
-schedule. A learning rate means something else in every parametrisation, so everybody has the best
-of several. FVU is measured with one and the same code on vectors of other scenes. Where a peer
-arrives at another L0 than was asked for, ours is trained for that L0. Where L0 follows from a
-price, ours is interpolated between prices (log FVU over log L0).
+schedule. A learning rate means something else in every parametrisation, so each gets the best of
+several. FVU is measured with the same code on vectors of other scenes. If a peer ends at another L0
+than requested, ours is trained for that L0. If L0 follows from a penalty, ours is interpolated
+between penalties (log FVU over log L0).
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ PRICES = {
     WEIGHTED: (0.7, 1.5, 3.0, 6.0),
     "Gated": (1.2, 2.5, 5.0, 10.0),
 }
-"""Where L0 follows from a price: those that ours is trained with."""
+"""The penalties that ours is trained with if L0 follows from a penalty."""
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-"""Prefixes of Matryoshka SAEs, for everybody."""
+"""Prefixes of all Matryoshka SAEs."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Options:
     """Vectors to train on."""
 
     n_latents: int = 768
-    """Of everybody."""
+    """Latents of every SAE."""
 
     k: int = 32
-    """Active latents a vector, where they can be chosen."""
+    """Active latents per vector, where this can be chosen."""
 
     batch_size: int = 256
-    """Vectors a step."""
+    """Vectors per step."""
 
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Learning rates; the best counts."""
@@ -106,7 +106,7 @@ class Peer:
 
 
 def peers(options: Options) -> list[Peer]:
-    """All of them; prices are such that L0 is not far from k."""
+    """Return all peers; their penalties are chosen so that L0 is near k."""
     k, n = options.k, options.n_latents
     widths = [round(share * n) for share in SHARES]
     groups = [a - b for a, b in zip(SHARES, (0.0, *SHARES), strict=False)]
@@ -177,7 +177,7 @@ def main(options: Options) -> None:
 
 
 def write(rows: list[dict[str, str]], chosen: list[Peer], options: Options) -> None:
-    """Keep the table as far as it goes: all of it takes half an hour, and may be cut."""
+    """Write the table so far: all of it takes half an hour and may be interrupted."""
     title = (
         f"Architectures beside their peers: calibration CLIP, {options.site}, "
         f"{options.n_latents:,} latents, {options.n_vectors:,} vectors, best of learning rates "
@@ -197,7 +197,7 @@ def write(rows: list[dict[str, str]], chosen: list[Peer], options: Options) -> N
 
 
 def vectors(options: Options, folder: Path) -> tuple[Tensor, Tensor]:
-    """To train on, in their order, and to measure on: centred, with a mean squared norm of d."""
+    """Return vectors to train on and to measure on: centred, with mean squared norm d."""
     model = sp.load_model("calibration")
     found = []
     for seed, n_images in enumerate((4000, 300)):
@@ -220,10 +220,10 @@ def vectors(options: Options, folder: Path) -> tuple[Tensor, Tensor]:
 def hardest(
     peer: Peer, points: list[dict[str, float]], ours: Ours
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The peer's point to be compared with, and ours at its L0.
+    """Return the peer's point to compare with, and ours at its L0.
 
-    Where L0 is chosen that is the one with the least FVU; where it follows from a price and the
-    learning rate, the one that ours is worst beside.
+    If L0 is chosen, it is the point with the lowest FVU; if L0 follows from penalty and learning
+    rate, it is the point where ours compares worst.
     """
     if peer.ours not in PRICES:
         best = min(points, key=lambda each: each["fvu"])
@@ -233,7 +233,7 @@ def hardest(
 
 
 def ask(peer: Peer, options: Options, data: Path) -> dict[str, Any]:
-    """What a peer arrives at with each learning rate, in a process of its own."""
+    """Run a peer with each learning rate, in a process of its own."""
     request = {
         "package": peer.package,
         "name": peer.name,
@@ -265,14 +265,14 @@ def ask(peer: Peer, options: Options, data: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Ours:
-    """Our architectures, each trained for the L0 that a peer arrived at."""
+    """Our architectures, each trained for the L0 of a peer."""
 
     options: Options
     train: Tensor
     test: Tensor
 
     def at(self, name: str, l0: float) -> dict[str, float]:
-        """Figures at this L0, or near it, with the best learning rate."""
+        """Return figures at or near this L0, with the best learning rate."""
         lrs = self.options.lrs
         if name in PRICES:
             found = [self._interpolated(name, l0, lr) for lr in lrs]

@@ -1,8 +1,8 @@
-"""What words on pictures cost the calibration CLIP, and what switching off what reads them wins
-back: the table `attack` in QUALITY.md.
+"""How much accuracy words on images cost the calibration CLIP, and how much ablating their latents
+wins back: the table `attack` in QUALITY.md.
 
-SAEs are trained on scenes of one seed, latents are found on scenes of a second, and all is measured
-on scenes of a third. Beside them stand random latents of equal density.
+SAEs are trained on scenes of one seed, latents are found on scenes of a second, and everything is
+measured on scenes of a third. Random latents of equal density are the comparison.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ CONFIG = TrainConfig(
 
 @dataclass(frozen=True)
 class Options:
-    """Train, find, switch off; write the table."""
+    """Train, find latents, ablate them; write the table."""
 
     blocks: tuple[int, ...] = (1, 2, 3)
-    """Whose outputs get an SAE, and whose MLP's neurons are tested."""
+    """Blocks whose outputs get an SAE and whose MLP neurons are tested."""
 
     n_images: int = 4000
     """Scenes to train on."""
@@ -55,7 +55,7 @@ class Options:
     """Scenes to find latents on."""
 
     measure: str = "calibration:400:990000:single"
-    """Scenes to measure on: of the world that the CLIP's own figures are of."""
+    """Scenes to measure on, from the world on which the CLIP itself was measured."""
 
     draws: int = 5
     """Sets of random latents."""
@@ -64,7 +64,7 @@ class Options:
     """Processes that draw scenes."""
 
     folder: Path | None = None
-    """Keeps store and SAEs, and continues with those that are there; default none are kept."""
+    """Folder that keeps store and SAEs, so that a second call continues; default: none are kept."""
 
     out: Path = QUALITY
     """File that keeps the table."""
@@ -72,7 +72,7 @@ class Options:
 
 @dataclass
 class Bench:
-    """A model, the scenes to find and to measure on, and what was found so far."""
+    """A model, the scenes to find latents and to measure on, and the results so far."""
 
     model: VisionModel
     find: AttackPairs
@@ -144,7 +144,7 @@ def add(
     sae: SparseAutoencoder,
     action: Any = None,
 ) -> None:
-    """Measure one choice, and keep the table as it grows."""
+    """Measure one choice, and write the table so far."""
     ((which, latents),) = chosen.items()
     if not latents:
         rows.append({**dict.fromkeys(rows[0], "–"), "": name, "off": f"{which}: none"})
@@ -156,7 +156,7 @@ def add(
 
 
 def row(name: str, which: str, targets: Sequence[Target], found: CausalReport) -> dict[str, Any]:
-    """One line of the table."""
+    """Make one row of the table."""
     n = sum(len(target.chosen or ()) for target in targets)
     assert found.random is not None
     before, after = found.original, found.found.accuracy

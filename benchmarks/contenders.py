@@ -1,9 +1,9 @@
 """Contenders, each in a process of its own: all stay in memory, and a driver asks them in turn.
 
 A contender does not share its allocator, threads or peak memory with another one, and slow minutes
-of the machine fall on all of them alike: rounds go A B C, then C B A. Requests and answers are
-lines of JSON on stdin and stdout; `serve` is the process's side. With VERBOSE=1 in the environment
-contenders show what they print.
+of the machine affect all of them alike: rounds go A B C, then C B A. Requests and answers are lines
+    of JSON on stdin and stdout; `serve` runs in the process. With VERBOSE=1 in the environment,
+    what contenders print is shown.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_TIME = "there was no time left"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a batch and an SAE."""
+    """The shape of a batch and an SAE."""
 
     d_in: int
     n_latents: int
@@ -61,21 +61,23 @@ class Task:
     data: str
     """File of the batches, `[batches, batch_size, d_in]` float32."""
     dictionary: str | None = None
-    """File of rows for encoder and decoder, `[n_latents, d_in]`; None: own initial weights."""
+    """File of rows for encoder and decoder, `[n_latents, d_in]`; None means each one's initial
+    weights.
+    """
     dead: float = 0.0
-    """Share of the latents that counts as dead in each step; above 0 turns AuxK on."""
+    """Share of the latents that count as dead in each step; above 0, AuxK is on."""
     precision: str = "auto"
-    """Of our selection in training."""
+    """Precision of our selection in training."""
     device: str = "cpu"
     threads: int = 1
 
     @property
     def k_aux(self) -> int:
-        """Dead latents that AuxK uses for a vector."""
+        """Dead latents that AuxK uses per vector."""
         return self.shape.d_in // 2
 
     def dead_latents(self) -> Tensor:
-        """The same random choice for everybody."""
+        """Return the same random choice for all contenders."""
         n = self.shape.n_latents
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(1))
         return chosen[: round(self.dead * n)].to(self.device)
@@ -93,53 +95,53 @@ class Contender:
     """
 
     note = ""
-    """What a reader of the times of training must know."""
+    """A note on the times of training."""
 
     encode_note = ""
-    """What a reader of the times of encoding must know."""
+    """A note on the times of encoding."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.shape = task.shape
 
     def load(self, rows: Tensor, b_dec: Tensor) -> None:
-        """Take these rows as encoder and decoder, no bias but that of the decoder."""
+        """Use these rows as encoder and decoder, with no bias but the decoder's."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Before each step, outside the clock: the dead are dead again."""
+        """Make the dead latents dead again, before each step and outside the timing."""
 
     def step(self, x: Tensor) -> None:
         """Train on one batch."""
         raise NotImplementedError
 
     def encode(self, x: Tensor) -> Any:
-        """The code of a batch as the implementation gives it, without gradients."""
+        """Encode a batch without gradients, in the implementation's own format."""
         raise NotImplementedError
 
     def chosen(self, code: Any) -> Tensor:
-        """The latents `[batch, k]` of what `encode` gave."""
+        """Return the latents `[batch, k]` of a result of `encode`."""
         found: Tensor = code.topk(self.shape.k, dim=1).indices
         return found
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The reconstruction of a batch."""
+        """Reconstruct a batch."""
         raise NotImplementedError
 
 
 class ContenderError(Exception):
-    """A contender does not import, does not run, or died; says why."""
+    """A contender cannot be imported, fails, or died; the message says why."""
 
 
 class Process:
     """A contender's process, as the driver sees it.
 
     Args:
-        name: of the contender.
-        module: where its class stands in `CONTENDERS`.
+        name: name of the contender.
+        module: module with its class in `CONTENDERS`.
         task: what to work on.
         path: folder that comes first on the process's import path.
-        deadline: when the process is ended at the latest, by `time.monotonic`.
+        deadline: latest time for the process to end, by `time.monotonic`.
     """
 
     def __init__(
@@ -175,12 +177,12 @@ class Process:
             raise
 
     def time(self, what: str, times: int) -> list[float]:
-        """Seconds of each of so many calls of "step" or "encode"."""
+        """Time `times` calls of "step" or "encode", in seconds each."""
         seconds: list[float] = self._ask({"do": what, "times": times})["seconds"]
         return seconds
 
     def finish(self) -> dict[str, Any]:
-        """Peak memory and what came out; ends the process."""
+        """Return peak memory and results, and end the process."""
         found = self._ask({"do": "finish"})
         self.close()
         return found
@@ -192,7 +194,7 @@ class Process:
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._child.stdin is not None and self._child.stdout is not None
-        with suppress(BrokenPipeError):  # of a dead process; there is no answer then
+        with suppress(BrokenPipeError):  # the process is dead and will not answer
             self._child.stdin.write(json.dumps(request) + "\n")
             self._child.stdin.flush()
         with self._ending_in_time():
@@ -208,7 +210,7 @@ class Process:
 
     @contextmanager
     def _ending_in_time(self) -> Iterator[None]:
-        """Kill the process at the deadline: a kernel that hangs answers nothing."""
+        """Kill the process at the deadline: a hanging kernel never answers."""
         if math.isinf(self._deadline):
             yield
             return
@@ -222,7 +224,7 @@ class Process:
 
 @dataclass
 class Result:
-    """What one contender did."""
+    """The results of one contender."""
 
     name: str
     rounds: list[float] = field(default_factory=list)
@@ -231,7 +233,7 @@ class Result:
     error: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """For a file of JSON: milliseconds of a call (median of the rounds, least, most)."""
+        """Return a row for JSON: milliseconds per call (median of the rounds, least, most)."""
         if self.error is not None:
             nothing = dict.fromkeys(("ms", "low", "high", "peak_gib", "loss"))
             return {"name": self.name, **nothing, "error": self.error}
@@ -266,7 +268,7 @@ def race(
         calls: how many calls each time; the median of their times is the round's.
         warm_up: calls before the first round.
         path: folder that comes first on the import path of contenders in the module `peers`.
-        deadline: by `time.monotonic`; whoever has not finished then is stopped, and says so.
+        deadline: by `time.monotonic`; unfinished contenders are stopped then, with a note.
 
     Returns:
         A result for each, in the order given; those that failed say how.
@@ -308,9 +310,10 @@ def race(
 
 
 def check_memory(task: Task, names: Sequence[str], dense: Sequence[str]) -> None:
-    """Stop where all contenders together would not fit into memory.
+    """Stop if all contenders together would not fit into memory.
 
-    A rough guess: parameters, gradients and Adam's two moments for each; for those that keep
+    This is a rough estimate: parameters, gradients and Adam's two moments for each; for those that
+        keep
     `[batch, n_latents]` tensors, six of them, for the others two.
 
     Args:
@@ -334,8 +337,8 @@ def check_memory(task: Task, names: Sequence[str], dense: Sequence[str]) -> None
 
 
 def serve() -> None:
-    """The process's side: build a contender, then do as asked until there are no requests."""
-    # Libraries print as they are imported; the pipe is for answers alone.
+    """Run in the process: build a contender, then answer requests until there are none."""
+    # Libraries print when they are imported; the pipe is only for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -406,9 +409,9 @@ def _outcome(contender: Contender, batches: Tensor) -> dict[str, Any]:
 
 
 def peak_gib(device: str) -> float:
-    """The most memory that the process has had: of the graphics card, or VmHWM.
+    """Return the peak memory of the process: on the GPU, or VmHWM.
 
-    `getrusage` will not do: its peak is inherited from the process that started this one.
+    `getrusage` is unsuitable: its peak is inherited from the parent process.
     """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / GIB

@@ -16,17 +16,17 @@ Data = Literal["mixture", "calibration"]
 
 N_BATCHES = 4
 N_DIRECTIONS = 4096
-"""Of the mixture's truth."""
+"""Seed of the mixture's directions."""
 
 N_ACTIVE = 24
-"""Directions in each vector of the mixture, about."""
+"""Mean number of directions per vector of the mixture."""
 
 NOISE = 0.05
-"""Norm of the noise, as a share of that of the rest."""
+"""Norm of the noise, relative to that of the rest."""
 
 
 def save_batches(data: Data, shape: Shape, folder: Path) -> str:
-    """Write batches to a file that contenders read; gives its path."""
+    """Write batches to a file for contenders; return its path."""
     batches = mixture(shape) if data == "mixture" else calibration(shape)
     path = folder / "batches.npy"
     np.save(path, batches.view(N_BATCHES, shape.batch_size, shape.d_in).numpy())
@@ -34,9 +34,9 @@ def save_batches(data: Data, shape: Shape, folder: Path) -> str:
 
 
 def save_dictionary(shape: Shape, folder: Path) -> str:
-    """Write the rows that a trained SAE of the mixture has: its directions, nearly.
+    """Write the rows of a trained SAE of the mixture: approximately its directions.
 
-    Where there are more latents than directions, several latents share one.
+    If there are more latents than directions, several latents share one.
     """
     generator = torch.Generator().manual_seed(2)
     rows = directions(shape.d_in)[torch.arange(shape.n_latents) % N_DIRECTIONS]
@@ -53,7 +53,7 @@ def directions(d_in: int) -> Tensor:
 
 
 def mixture(shape: Shape) -> Tensor:
-    """Vectors of a few directions each, some of which are far more common than others.
+    """Make vectors of a few directions each; some directions are far more common than others.
 
     x = Σ a_i v_i + mean + noise, with a_i exponential, and direction i as common as 1 / sqrt(i).
     """

@@ -1,7 +1,7 @@
 """Extraction, writing and streaming of activations: ours, other packages', and by hand.
 
-Each function does one job, gives the seconds that it took, without what it loads before, and a part
-of what came out, where others do the same. `turns` calls them.
+Each function does one job and returns its time in seconds, without loading, and a sample of the
+result if others compute the same. `turns` calls them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Photos:
     """Folder of a folder of JPEGs, all of which are read."""
     n_images: int
     model: Path
-    """A CLIP of `transformers`, which others build anew with weights of their own."""
+    """A CLIP for `transformers`; some packages build their own with other weights."""
     out: Path
     """Folder for what is written."""
     peers: Path
@@ -55,21 +55,21 @@ class Vectors:
     """What is written and streamed: activations in float32, made once."""
 
     batches: Path
-    """File of `[images, N_TOKENS, D_IN]`, which is written again and again."""
+    """File of `[images, N_TOKENS, D_IN]`, which is written repeatedly."""
     repeats: int
     n_read: int
-    """Batches that are read."""
+    """Number of batches to read."""
     out: Path
     peers: Path
     open_clip: Path
     batch_size: int = 4096
-    """Vectors of a batch that is read."""
+    """Vectors per batch."""
     workers: int = 2
 
 
 @contextmanager
 def _clean(folder: Path) -> Iterator[Path]:
-    """A folder for one job."""
+    """Make a folder for one job."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
@@ -86,7 +86,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def extract_ours(photos: Photos, dtype: str = "float32") -> dict[str, Any]:
-    """`sparsight.extract`; with another dtype the model and the store have it."""
+    """`sparsight.extract`; `dtype` is that of the model and the store."""
     from sparsight.activations import extract
     from sparsight.images import open_images
     from sparsight.vision import load_model
@@ -147,7 +147,7 @@ def _extract_by_loader(photos: Photos, activations: Callable[[Tensor], Tensor]) 
 
 
 def extract_by_hand(photos: Photos) -> dict[str, Any]:
-    """What one writes with `transformers`: hidden states into a memory map of numpy."""
+    """The obvious loop with `transformers`: hidden states into a numpy memory map."""
     from transformers import CLIPVisionModel
 
     model = CLIPVisionModel.from_pretrained(photos.model).eval()
@@ -159,7 +159,7 @@ def extract_by_hand(photos: Photos) -> dict[str, Any]:
 
 
 def extract_prisma(photos: Photos) -> dict[str, Any]:
-    """ViT-Prisma's `HookedViT.run_with_cache` in the same loop: it has none of its own."""
+    """ViT-Prisma's `HookedViT.run_with_cache` in the same loop: it has no loop of its own."""
     _prepare(photos)
     stub("plotly", "cv2", "timm", "wandb", "torchvision", "matplotlib", "kaleido", "circuitsvis")
     from vit_prisma.configs.HookedViTConfig import HookedViTConfig
@@ -232,7 +232,7 @@ def write_ours(vectors: Vectors) -> dict[str, Any]:
 def write_store(
     folder: Path, x: Float[Tensor, "images tokens d_in"], n_images: int, tokens: str = "all"
 ) -> None:
-    """Write a store as `extract` does, without a model: shards of x, again and again."""
+    """Write a store as `extract` does, without a model: shards that repeat x."""
     from sparsight.activations.manifest import Manifest
     from sparsight.activations.shard_buffer import image_row
     from sparsight.activations.writer import StoreWriter
@@ -276,7 +276,7 @@ def stream_ours(vectors: Vectors) -> dict[str, Any]:
 
 
 def _read(vectors: Vectors, next_batch: Callable[[], object]) -> float:
-    """Seconds that batches take, after some, so that workers and memory are there."""
+    """Time batches in seconds, after a warm-up for workers and memory."""
     for _ in range(WARM_UP):
         next_batch()
 
@@ -347,7 +347,7 @@ def _write_saev(activations: Any, settings: Any, x: Tensor, repeats: int) -> str
 
 
 def stream_by_hand(vectors: Vectors) -> dict[str, Any]:
-    """What one writes with numpy: random rows of a memory map."""
+    """The obvious way with numpy: random rows of a memory map."""
     x = np.load(vectors.batches).reshape(-1, D_IN)
     with _clean(vectors.out / "by-hand") as folder:
         shape = (len(x) * vectors.repeats, D_IN)

@@ -1,10 +1,10 @@
-"""Encoding: vectors a second from activation to the k strongest latents, ours beside the peers.
+"""Encoding: vectors per second from activation to the k strongest latents, ours and the peers'.
 
     python benchmarks/encode.py [--shape M] [--peers sparsify] [--ours torch native]
 
-All hold the same weights: encoder and decoder rows are the directions that the data are made of.
-The baseline is one line of torch. "Same latents" is the share of the baseline's choice that a
-contender makes, too, on 64 vectors. Method and memory are those of train_step.py.
+All have the same weights: encoder and decoder rows are the directions of the data.
+The baseline is one line of torch. "Same latents" is the share of the baseline's latents that a
+contender selects too, on 64 vectors. Method and memory are those of train_step.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options:
     """Time encoding, ours and the peers'."""
 
     shape: Literal["XS", "S", "M", "L"] = "S"
-    """Size of batch and SAE; XS is for trying it out."""
+    """Size of batch and SAE; XS is for a quick trial."""
 
     peers: tuple[str, ...] = tuple(
         name for name in peers.CONTENDERS if name != "sparsify-as-shipped"
@@ -47,10 +47,10 @@ class Options:
     """How many times each contender is asked."""
 
     calls: int = 4
-    """Batches each time."""
+    """Batches per round."""
 
     device: str = "cpu"
-    """Where all encode."""
+    """Device on which all encode."""
 
     peers_folder: Path = PEERS
     """Where the peers are installed."""
@@ -59,7 +59,7 @@ class Options:
     """File for the rows."""
 
     out: Path = RESULTS
-    """File for the table, which takes the place of the one of the same title."""
+    """File for the table, which replaces one of the same title."""
 
 
 def main(options: Options) -> None:
@@ -97,7 +97,7 @@ def main(options: Options) -> None:
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Put the share of the baseline's latents into each row, in place of the latents."""
+    """Replace the latents in each row by the share that the baseline selects too."""
     truth = rows[0].get("latents")
     for row in rows:
         latents = row.pop("latents", None)
@@ -109,7 +109,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def line(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
-    """A row for people."""
+    """Make a row of the table."""
     columns = ("vectors/s", "ms a batch", "of torch.topk", "peak GiB", "same latents")
     if "error" in row:
         note = row["error"].replace("|", "/").replace("\n", " ")

@@ -1,14 +1,13 @@
 """Where the time of an extraction goes, and what an early site saves.
 
-    make bench-peers                                   # installs the peers, runs this, too
-    python benchmarks/extract.py [--images FOLDER] [--n-images N] [--peers saev] [--out FILE]
+    make bench-peers                                   # installs the peers and runs this too python
+    benchmarks/extract.py [--images FOLDER] [--n-images N] [--peers saev] [--out FILE]
 
-A CLIP of the shapes of ViT-B/32 with random weights, saved and loaded as any other, reads JPEGs of
-500 × 375. Each site is extracted in a process of its own, so that peak memory is its own, too.
-
-Others extract one block's activations of all tokens, in float32, to disk, in batches as large and
-with as many workers; rounds go A B C, C B A. Loading the model is not counted. Ours must have what
-the same weights give by hand.
+A CLIP with the shapes of ViT-B/32 and random weights, saved and loaded like any other, reads JPEGs
+of 500 × 375. Each site is extracted in a separate process, so that it has its own peak memory.
+Other packages extract one block's activations of all tokens, in float32, to disk, with the same
+batch size and number of workers; rounds go A B C, C B A. Loading the model is not counted. Our
+result must equal that of the same weights in a plain loop.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ class Options:
     """Extract from early, middle and late sites; print rates, shares of time and memory."""
 
     images: Path | None = None
-    """A folder of pictures; default: JPEGs of 500 × 375 made on the spot."""
+    """A folder of images; default: JPEGs of 500 × 375 made for the benchmark."""
 
     n_images: int = 640
-    """How many pictures to read."""
+    """Number of images to read."""
 
     batch_size: int = 64
-    """Images in a forward pass."""
+    """Images per forward pass."""
 
     workers: int | None = None
     """Processes that decode."""
@@ -63,13 +62,13 @@ class Options:
     """Where the model runs."""
 
     peers: tuple[str, ...] = ("by hand", "vit-prisma", "saev")
-    """Others, or "none"."""
+    """Names of other packages, or "none"."""
 
     rounds: int = 3
-    """How many times each of them, and ours, extracts."""
+    """Number of rounds."""
 
     n_beside: int = 256
-    """How many pictures they read each time."""
+    """Number of images per round."""
 
     peers_folder: Path = PEERS
     """Where other packages are installed."""
@@ -109,16 +108,16 @@ def main(options: Options) -> None:
 JPEGS = (".jpg", ".jpeg")
 
 AGREE = 1e-4
-"""Largest distance of an activation from that by hand, as a share of the vectors' norm."""
+"""Largest distance of an activation from that of the plain loop, relative to the vectors' norm."""
 
 
 def beside_others(folder: Path, images: Path, options: Options) -> None:
-    some = folder / "some" / "all"  # not all packages can be told how many to read
+    some = folder / "some" / "all"  # not all packages have a limit on the number of images
     some.mkdir(parents=True)
     paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in JPEGS)
     if not paths:
         raise SystemExit(
-            f"{images} holds no JPEGs. Name a folder that does, or leave --images out."
+            f"{images} holds no JPEGs. Give a folder that does, or leave --images out."
         )
     for i, path in enumerate(paths[: options.n_beside]):
         (some / f"{i:05d}.jpg").symlink_to(path.absolute())
@@ -156,7 +155,7 @@ def beside_others(folder: Path, images: Path, options: Options) -> None:
 def measure(
     model_folder: Path, images: Path, sites: tuple[str, ...], out: Path, options: Options
 ) -> None:
-    # A spawned process would spawn its own workers, too: seconds that users do not wait for.
+    # A spawned process would spawn workers too, which costs seconds that users do not wait for.
     multiprocessing.set_start_method(None, force=True)
     model = load_model(str(model_folder), device=options.device)
     source = open_images(str(images))
@@ -193,7 +192,7 @@ def save_model(folder: Path) -> None:
 def save_photos(folder: Path, n: int) -> Path:
     """Smooth noise with grain, as JPEG: about as many bytes as a photo has."""
     random = np.random.default_rng(0)
-    inside = folder / "all"  # some packages want a folder for each class
+    inside = folder / "all"  # some packages expect one folder per class
     inside.mkdir(parents=True)
     for i in range(n):
         small = random.integers(0, 256, (16, 21, 3), dtype=np.uint8)

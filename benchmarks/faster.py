@@ -1,4 +1,4 @@
-"""What settings that make extraction faster gain, and what they change in the activations.
+"""How much time settings for faster extraction save, and how much they change activations.
 
     python benchmarks/faster.py [--compile]
 
@@ -39,22 +39,22 @@ class Options:
     """Time the settings in turns; compare their activations."""
 
     tables: tuple[Literal["forward", "bfloat16", "jpeg"], ...] = ("forward", "bfloat16", "jpeg")
-    """Which to measure."""
+    """Models to measure."""
 
     rounds: int = 5
-    """Times that each setting runs; the fastest counts."""
+    """Runs of each setting; the fastest counts."""
 
     batch_size: int = 8
-    """Images in a forward pass."""
+    """Images per forward pass."""
 
     n_images: int = 16
-    """JPEGs of each size."""
+    """Number of JPEGs per size."""
 
     photos: Path | None = None
-    """Folder of photos that are enlarged to JPEGs; default: rendered scenes."""
+    """Folder of photos to enlarge to JPEGs; default: rendered scenes."""
 
     compile: bool = False
-    """Time torch.compile too, which takes minutes to compile."""
+    """Time torch.compile too, which takes minutes."""
 
     out: Path = RESULTS
     """File that keeps the tables."""
@@ -189,7 +189,7 @@ def compare_jpegs(
 
 
 def large_jpegs(size: tuple[int, int], options: Options) -> Iterable[bytes]:
-    """Pictures enlarged, with the grain that a camera adds."""
+    """Enlarge images, with the grain of a camera."""
     source = open_images(options.photos or f"calibration:{options.n_images}:7")
     random = np.random.default_rng(0)
     for i in np.linspace(0, len(source) - 1, options.n_images, dtype=int):

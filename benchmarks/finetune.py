@@ -1,9 +1,9 @@
-"""What fine-tuning against words in pictures wins back, and costs: the table `finetune` in
+"""What fine-tuning against typographic attacks wins back, and costs: the table `finetune` in
 QUALITY.md.
 
-The calibration CLIP is tuned in several ways on scenes of some seeds, and measured on scenes of
-others: those that the CLIP's own figures are of. The last lines are of the exported folder, loaded
-by `transformers.CLIPModel.from_pretrained` alone.
+The calibration CLIP is fine-tuned in several ways and measured on scenes of other seeds, on which
+the CLIP itself was measured. The last rows are from the exported folder, loaded by
+`transformers.CLIPModel.from_pretrained` alone.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Options:
     """Fine-tune in each way; write the table."""
 
     data: str = "calibration:1200:41"
-    """Clean scenes; those with a word on them are left out."""
+    """Clean scenes; scenes with a word on them are left out."""
 
     attacked: str = "calibration:1000:42:single"
-    """Scenes that words are written on."""
+    """Scenes to write words on."""
 
     measure: str = "calibration:512:990000:single"
     """Scenes to measure on."""
@@ -46,13 +46,13 @@ class Options:
     """Scenes of all kinds for N-way zero-shot accuracy."""
 
     only: tuple[str, ...] = ()
-    """Names of the ways; default all."""
+    """Names of the variants; default: all."""
 
     workers: int = 0
     """Processes that draw scenes."""
 
     folder: Path | None = None
-    """Keeps the runs, and continues those that are there; default none are kept."""
+    """Folder that keeps the runs, so that a second call continues; default: none are kept."""
 
     out: Path = QUALITY
     """File that keeps the table."""
@@ -74,7 +74,7 @@ WAYS: dict[str, sp.FinetuneConfig] = {
 
 
 def row(name: str, found: Mapping[str, Any], minutes: float) -> dict[str, Any]:
-    """A line of the table."""
+    """Make a row of the table."""
     after = {kind: each["after"]["accuracy"] for kind, each in found["attack"].items()}
     return {
         "": name,
@@ -90,7 +90,7 @@ def row(name: str, found: Mapping[str, Any], minutes: float) -> dict[str, Any]:
 
 
 def before_row(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The model as it is."""
+    """Make the row of the unchanged model."""
     before = {kind: each["before"]["accuracy"] for kind, each in found["attack"].items()}
     return {
         "": "as it is",
@@ -114,7 +114,7 @@ def points(value: float) -> str:
 
 
 def plain_row(name: str, folder: Path) -> dict[str, Any]:
-    """By `transformers` alone, with the calibration CLIP's own protocol."""
+    """Make a row with `transformers` alone, by the calibration CLIP's own protocol."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     figures = zero_shot_figures(CLIPModel.from_pretrained(folder).eval(), tokenizer)
     return {

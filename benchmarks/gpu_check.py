@@ -1,12 +1,11 @@
-"""Whether everything works on a GPU, and how fast: tests, extraction, training steps, in 8 minutes.
+"""Check that everything works on a GPU, and how fast: tests, extraction, training, in 8 minutes.
 
     make gpu-check                      # on a machine with CUDA; installs what is missing
     python benchmarks/gpu_check.py [--budget 480] [--shapes S M] [--out FILE]
 
-Writes GPU.md, table by table as they are measured. What the time does not suffice for is named
-there, and so is what fails, while the rest goes on. Losses must agree with those of dense autograd,
-activations with those of the CPU. Exits with 1 where a test or a contender failed or something does
-not agree, with 2 where there is no CUDA.
+It writes GPU.md table by table. Measurements that fail or find no time are named there, and the
+rest continues. Losses must agree with those of dense autograd, activations with those of the CPU.
+The exit code is 1 if a test or a contender failed or something disagrees, 2 without CUDA.
 """
 
 from __future__ import annotations
@@ -44,20 +43,21 @@ ROOT = Path(__file__).parents[1]
 HEAD = "# On a GPU\n\nWritten by `make gpu-check`. Compare what stands in one table.\n"
 
 TRUTH, SECOND_TRUTH = "dense", "torch"
-"""The kernels whose losses the others must have; dense codes of a large batch may not fit."""
+"""The kernels whose losses the others must match; dense codes of a large batch may not fit."""
 
 AGREE = 1e-3
 """Largest relative difference of an FVU from the true one, after all steps."""
 
 AGREE_ACTIVATIONS = {"float32": 1e-2, "bfloat16": 1e-1}
-"""Largest distance of activations from the CPU's in float32, as a share of the vectors' norm.
+"""Largest distance of activations from the CPU's in float32, relative to the vectors' norm.
 
-PyTorch convolves in TF32 on GPUs, also in float32.
+PyTorch convolves in TF32 on GPUs even in float32.
 """
 
 TESTS = ("-m", "gpu", "tests", "tests/kernels/triton_step_cases.py")
 TESTS_SECONDS, POINT_SECONDS = 200.0, 100.0
-"""At most, for the tests and for each shape: what hangs leaves the rest some time."""
+"""Largest share of time for the tests and for each shape, so that a hang leaves time for the rest.
+"""
 
 SITE = "blocks.-3.resid_post"
 COMPARED = 8
@@ -74,31 +74,31 @@ class Options:
     """Seconds for everything."""
 
     shapes: tuple[str, ...] = ("S", "M", "L")
-    """Sizes of SAEs; `train_step.py` has the same."""
+    """Sizes of SAEs, as in `train_step.py`."""
 
     batch_sizes: tuple[int, ...] = (2048, 16384)
-    """Vectors in a training step."""
+    """Vectors per training step."""
 
     ours: tuple[str, ...] = ("triton", "torch", "dense")
-    """Kernels."""
+    """Names of the kernels."""
 
     rounds: int = 3
-    """How many times each of them is asked."""
+    """Number of rounds."""
 
     steps: int = 5
-    """Steps each time."""
+    """Steps per round."""
 
     n_images: int = 1024
-    """Images to extract from; few of them are decoded in the time that a GPU takes for many."""
+    """Number of images to extract from; decoding is slow compared with a GPU."""
 
     batch_size: int = 128
-    """Images in a forward pass."""
+    """Images per forward pass."""
 
     workers: int | None = None
     """Processes that decode."""
 
     device: str = "cuda"
-    """Where to measure; "cpu" is for trying this out."""
+    """Where to measure; "cpu" is for a quick trial."""
 
     tests: bool = True
     """Run the tests."""
@@ -109,7 +109,7 @@ class Options:
 
 @dataclass
 class Report:
-    """The file of tables, and what failed."""
+    """The file of tables, and the failures."""
 
     out: Path
     facts: Mapping[str, str]
@@ -142,7 +142,7 @@ def main(options: Options) -> int:
 
 
 def versions(device: str) -> dict[str, str]:
-    """The GPU's facts, and versions of what counts on it."""
+    """Return facts about the GPU, and the versions of relevant software."""
     found: dict[str, str] = {}
     if device.startswith("cuda"):
         card = torch.cuda.get_device_properties(device)
@@ -167,7 +167,7 @@ def driver_version() -> str:
 
 
 def run_tests(report: Report, deadline: float, arguments: Sequence[str] = TESTS) -> None:
-    """All tests that need a GPU, in a process that is stopped when its time is up."""
+    """Run all tests that need a GPU, in a process that is stopped when its time is up."""
     seconds = min(TESTS_SECONDS, deadline - time.monotonic())
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +190,7 @@ def run_tests(report: Report, deadline: float, arguments: Sequence[str] = TESTS)
 
 
 def counted(file: Path, status: int) -> tuple[dict[str, int], str]:
-    """How the tests of a JUnit file ended, and what is wrong with that."""
+    """Count the results of the tests in a JUnit file, and say what is wrong."""
     if not file.exists():
         return {}, f"pytest ended with status {status}"
     cases = list(ElementTree.parse(file).getroot().iter("testcase"))
@@ -289,7 +289,7 @@ def extraction_row(result: Result, n_images: int) -> dict[str, Any]:
 
 
 def measure_steps(report: Report, options: Options, deadline: float) -> None:
-    """Each shape and batch size in turn; the table always names all that there is to measure."""
+    """Measure each shape and batch size in turn; the table always lists every point."""
     points = list(points_of(options))
     rows = {point: nothing(point, options.ours) for point in points}
     for name, shape in points:
@@ -312,7 +312,7 @@ def keep_steps(report: Report, options: Options, rows: Sequence[dict[str, Any]])
 
 
 def points_of(options: Options) -> Iterator[tuple[str, Shape]]:
-    """Small batches first: should the time run out, every shape has been measured."""
+    """Yield small batches first, so that every shape is measured even if the time runs out."""
     for name in options.shapes:
         if name not in SHAPES:
             raise SystemExit(f"No shape is called {name!r}; there are: {', '.join(SHAPES)}.")
@@ -343,7 +343,7 @@ STEP_COLUMNS = ("ms a step", f"times {TRUTH}", "peak GiB", "FVU")
 
 
 def step_rows(name: str, shape: Shape, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Rows of one shape: times, how many times as fast as dense autograd, memory, agreement."""
+    """Make the rows of one shape: times, speed-up over dense autograd, memory, agreement."""
     found = [result.row() for result in results]
     measured = {row["name"].removeprefix("sparsight-"): row for row in found if row["ms"]}
     dense = measured.get(TRUTH)
@@ -367,7 +367,7 @@ def step_rows(name: str, shape: Shape, results: Sequence[Result]) -> list[dict[s
 
 
 def disagreement(row: Mapping[str, Any], truth: Mapping[str, Any] | None) -> str:
-    """How far an FVU is off the true one, where that is too far; "" where it is not."""
+    """Say how far an FVU is off the true one if it is too far; else ""."""
     if truth is None:
         return "" if math.isfinite(row["loss"]) else "the FVU is not finite"
     off = abs(row["loss"] / truth["loss"] - 1)
@@ -384,7 +384,7 @@ def row_start(point: tuple[str, Shape], kernels: str) -> dict[str, Any]:
 
 
 def out_of_memory(note: str) -> bool:
-    """Whether a contender failed only since the GPU is small."""
+    """Return whether a contender failed only because the GPU is too small."""
     return "OutOfMemoryError" in note
 
 

@@ -20,7 +20,7 @@ LONG_DEAD = 1 << 40
 
 
 class Ours(Contender):
-    """The trainer's own step, or `SparseAutoencoder.encode`, without clipping of the gradient."""
+    """The trainer's own step, without gradient clipping, or `SparseAutoencoder.encode`."""
 
     def __init__(self, task: Task, kernels: str) -> None:
         super().__init__(task)
@@ -29,7 +29,7 @@ class Ours(Contender):
             n_latents=self.shape.n_latents,
             sparsity=TopK(self.shape.k),
             normaliser="none",
-            b_dec_init="mean",  # most peers take a mean or median, too
+            b_dec_init="mean",  # most peers use a mean or median too
         )
         if task.dictionary is not None:
             with using(kernels):
@@ -57,7 +57,7 @@ class Ours(Contender):
         )
         self.sae = self.training.sae
         self.dead = task.dead_latents()
-        # With dead latents late enough for the trainer to look for them.
+        # With dead latents, late enough for the trainer to look for them.
         self.number = DEAD_AFTER // self.shape.batch_size + 1 if task.dead else 0
 
     def load(self, rows: Tensor, b_dec: Tensor) -> None:
@@ -87,7 +87,7 @@ class Ours(Contender):
 
 
 class Baseline(Contender):
-    """What encoding is, in one line of torch."""
+    """Encoding in one line of torch."""
 
     encode_note = "`torch.topk(x @ W.T + b, k)`"
 

@@ -1,11 +1,11 @@
 """The peers, as PyPI has them, each with the training step that its own trainer takes.
 
-A peer's trainer is called as it is where it takes activations. sparsify's wants a language model
-and saev's wants shards, so their modules are called in the order of their trainers' loops.
-`peers.txt` lists what is installed; the dead-latent counters are the peers' own.
+A peer's trainer is called directly if it takes activations. sparsify's needs a language model and
+saev's needs shards, so their modules are called with their trainers' loops. `peers.txt` lists what
+is installed; the dead-latent counters are the peers' own.
 
-Some packages import, on the way to their SAE, libraries for what is not run here (loading models,
-plotting, logging). Where such a library is absent an empty module stands in for it; see `stubs`.
+Some packages import libraries that are not needed here (for loading models, plotting, logging). An
+empty module replaces such a library if it is absent; see `stubs`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Sparsify(Contender):
         super().__init__(task)
         stub("accelerate")  # moves inputs of language models
         if not torch.cuda.is_available():
-            # Where Triton is installed it is taken for a GPU's, and fails for want of one.
+            # If Triton is installed, it is used, and fails without a GPU.
             sys.modules["triton"] = None  # type: ignore[assignment]
         from sparsify import SparseCoder, SparseCoderConfig
 
@@ -96,7 +96,7 @@ class SAELens(Contender):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        # Logging, downloads of corpora, plots; nothing of an SAE.
+        # For logging, downloads of corpora and plots, not for SAEs.
         stub("wandb", "babe", "nltk", "dotenv", "plotly", "plotly_express", "tenacity")
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.config import SAETrainerConfig
@@ -121,7 +121,7 @@ class SAELens(Contender):
         self.sae.W_enc.copy_(rows.T)
         self.sae.W_dec.copy_(rows)
         self.sae.b_dec.copy_(b_dec)
-        # It subtracts b_dec only where its config says so.
+        # It subtracts b_dec only if its config says so.
         if not self.sae.cfg.apply_b_dec_to_input:
             self.sae.b_enc.copy_(-rows @ b_dec)
 
@@ -192,7 +192,7 @@ class Overcomplete(Contender):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        # Its vision models and pictures; the latter do not import beside a new matplotlib.
+        # Its vision models and plots; the plots do not import with a recent matplotlib.
         stub("torchvision", "timm", "cv2", "skimage", replace=["overcomplete.visualization"])
         from overcomplete.sae import TopKSAE, train_sae
         from overcomplete.sae.losses import mse_l1, top_k_auxiliary_loss
@@ -213,7 +213,7 @@ class Overcomplete(Contender):
         return torch.optim.Adam(self.sae.parameters(), lr=lr)
 
     def load(self, rows: Tensor, b_dec: Tensor) -> None:
-        self.sae.eval()  # its batch norm, unfitted, then changes next to nothing
+        self.sae.eval()  # its unfitted batch norm then changes almost nothing
         linear = self.sae.encoder.final_block[0]
         linear.weight.copy_(rows)
         linear.bias.copy_(-rows @ b_dec)
@@ -276,7 +276,7 @@ class Saev(Contender):
         self.optimiser.zero_grad()
 
     def encode(self, x: Tensor) -> Tensor:
-        # It has no function for the encoder alone; these are the lines of its `forward`.
+        # It has no function for the encoder alone; these lines are from its `forward`.
         return torch.relu((x - self.sae.b_dec) @ self.sae.W_enc + self.sae.b_enc)
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ class Saev(Contender):
 
 
 class Prisma(Contender):
-    """ViT-Prisma, whose releases on PyPI (up to 0.1.4) are from before it had SAEs."""
+    """ViT-Prisma, whose releases on PyPI (up to 0.1.4) predate its SAEs."""
 
     def __init__(self, task: Task) -> None:
         raise ContenderError("its releases on PyPI, up to 0.1.4, have no SAE")
@@ -305,9 +305,9 @@ DISTRIBUTIONS = {
     "sparsify": "eai-sparsify",
     "sparsify-as-shipped": "eai-sparsify",
 }
-"""Where a package on PyPI has another name."""
+"""Names of packages on PyPI that differ."""
 
 
 def distributions(names: Sequence[str]) -> list[str]:
-    """Packages on PyPI of these peers."""
+    """Return the PyPI packages of these peers."""
     return list(dict.fromkeys(DISTRIBUTIONS.get(name, name) for name in names))

@@ -1,10 +1,10 @@
-"""How good an SAE of the calibration CLIP gets, and the sweep that chose the demo's k.
+"""How good an SAE of the calibration CLIP becomes, and the sweep that chose the demo's k.
 
     python benchmarks/quality.py [--k 16 32 48 64] [--out FILE]
 
-Trains on the last block, all tokens, with the demo's settings and every k; measures on scenes of
-another world. Baselines (untrained SAE, PCA and raw neurons at the same L0) stand below the k that
-the demo takes.
+It trains on the last block, all tokens, with the demo's settings and every k, and measures on
+scenes of another world. Baselines (untrained SAE, PCA and raw neurons at the same L0) follow the
+demo's k.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Options:
     """Sweep k; write the table."""
 
     k: tuple[int, ...] = (16, 32, 48, 64)
-    """Active latents a vector."""
+    """Active latents per vector."""
 
     site: str = "blocks.-1.resid_post"
     """Where to read the calibration CLIP."""
@@ -64,7 +64,7 @@ def main(options: Options) -> None:
 
 
 def row(name: str, figures: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table."""
+    """Make one row of the table."""
     shot = figures["zero_shot"]["reconstructed"]["top1"] - whole["zero_shot"]["original"]["top1"]
     symbols = figures["truth_summary"]["symbol"]
     return {

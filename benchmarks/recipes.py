@@ -3,7 +3,7 @@
     python benchmarks/recipes.py [--n-images N] [--n-vectors N] [--out FOLDER]
 
 Every row trains on the same scenes, for the same number of vectors, and is measured on scenes of
-another world. Beside each recipe stands Sparsight's default at the recipe's own site, tokens and
+another world. Each recipe is compared with Sparsight's default at the recipe's site, tokens and
 batch size.
 """
 
@@ -43,11 +43,11 @@ class Options:
     """Vectors that each run trains on."""
 
     out: Path | None = None
-    """Folder of stores and runs, so that a second call continues; default a temporary one."""
+    """Folder of stores and runs, so that a second call continues; default: a temporary folder."""
 
 
 def main(options: Options) -> None:
-    """Train what is not there yet, print the table and put it into the page."""
+    """Train the missing runs, print the table and put it into the page."""
     if options.out is None:
         with tempfile.TemporaryDirectory() as folder:
             return main(dataclasses.replace(options, out=Path(folder)))
@@ -66,13 +66,14 @@ def main(options: Options) -> None:
 
 
 def runs(options: Options) -> Iterator[tuple[str, TrainRecipe]]:
-    """Each recipe, and our default in its place."""
+    """Yield each recipe, and our default in its place."""
     for path in sorted((ROOT / "recipes").glob("imagenet-mini-*.toml")):
         recipe = load(TrainRecipe, path)
         number = path.stem.rpartition("-")[2]
         published = dataclasses.replace(recipe.train, n_vectors=options.n_vectors)
         yield f"run {number}", dataclasses.replace(recipe, train=published)
-        # As many steps, too: a short run with the default's 4,096 vectors a step has too few.
+        # The same number of steps too: a short run at the default's 4,096 vectors per step has too
+        # few.
         default = sp.TrainConfig(n_vectors=options.n_vectors, batch_size=recipe.train.batch_size)
         yield f"default, as {number}", dataclasses.replace(recipe, train=default)
 
@@ -105,7 +106,7 @@ def row(name: str, recipe: TrainRecipe, options: Options) -> tuple[str, ...]:
 
 
 def number(value: Any) -> str:
-    """Three digits."""
+    """Write a number with three digits."""
     return "–" if value is None else f"{value:.3g}"
 
 

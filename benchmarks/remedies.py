@@ -1,7 +1,7 @@
 """What remedies for dead latents do: the table `remedies` in QUALITY.md.
 
 Two runs on the calibration CLIP kill many latents without a remedy: TopK with a high learning rate,
-where latents lose their places, and ReLU with a high price, where they cease to be active at all.
+where latents lose their places, and ReLU with a high penalty, where they stop being active at all.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RUNS: dict[str, TrainConfig] = {
 
 
 def remedies(config: TrainConfig) -> dict[str, TrainConfig]:
-    """The run with each of them."""
+    """Return the run with each remedy."""
     change = dataclasses.replace
     return {
         "none": config,
@@ -94,7 +94,7 @@ def main(options: Options) -> None:
 
 
 def row(name: str, run: Run, x: torch.Tensor, rate: float) -> dict[str, Any]:
-    """One line of the table."""
+    """Make one row of the table."""
     fvu, l0, dead = measure(run.sae(), x.float())
     lines = run.metrics()
     return {
@@ -110,7 +110,7 @@ def row(name: str, run: Run, x: torch.Tensor, rate: float) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure(sae: SparseAutoencoder, x: torch.Tensor) -> tuple[float, float, float]:
-    """FVU, L0 and the share of latents that no vector activates."""
+    """Measure FVU, L0 and the share of latents that no vector activates."""
     active = torch.zeros(sae.n_latents, dtype=torch.bool)
     error = entries = 0.0
     for batch in x.split(4096):

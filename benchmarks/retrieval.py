@@ -1,8 +1,8 @@
-"""What is found with embeddings that an SAE reconstructs: the table `retrieval` in QUALITY.md.
+"""Search with embeddings that an SAE reconstructs: the table `retrieval` in QUALITY.md.
 
 Tied TopK autoencoders of several widths and k on the embedding of the calibration CLIP, after an
-observation of zer0int's: narrow ones find "only stop signs". One text, or one picture, of each of
-the 66 symbols is searched among scenes of single objects.
+observation of zer0int's: narrow ones find "only stop signs". Queries are one text or one image of
+each of the 66 symbols; they search scenes of single objects.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Options:
     """Active latents."""
 
     seeds: int = 2
-    """Autoencoders of each kind."""
+    """Seeds per kind of autoencoder."""
 
     n_images: int = 2000
     """Scenes to train on."""
 
     n_vectors: int = 200_000
-    """To train each of them with."""
+    """Vectors to train each autoencoder on."""
 
     n_search: int = 660
-    """Scenes to search: 10 of each symbol, about."""
+    """Scenes to search: about 10 per symbol."""
 
     top: int = 10
-    """Pictures that are looked at."""
+    """Number of top results to examine."""
 
     out: Path = QUALITY
     """File that keeps the table."""
@@ -60,16 +60,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of the pictures that one query found."""
+    """Figures about the results of one query."""
 
     precision: float
-    """Share that shows the symbol."""
+    """Share of results that show the symbol."""
 
     labels: float
-    """How many symbols they show: exp(entropy)."""
+    """Effective number of symbols in the results: exp(entropy)."""
 
     looks: float
-    """Mean of 1 − cosine between the plain embeddings of two of them."""
+    """Mean of 1 − cosine between the plain embeddings of two results."""
 
 
 def main(options: Options) -> None:
@@ -118,7 +118,7 @@ def main(options: Options) -> None:
 
 
 def pictures(collection: Collection, images: Any) -> dict[str, torch.Tensor]:
-    """The embedding of one picture of each symbol."""
+    """Return the embedding of one image per symbol."""
     found: dict[str, torch.Tensor] = {}
     for place, row in zip(collection.places, collection.embeddings, strict=True):
         found.setdefault(images.info(place).label, row)
@@ -126,7 +126,7 @@ def pictures(collection: Collection, images: Any) -> dict[str, torch.Tensor]:
 
 
 def plain_row(collection: Collection, queries: dict[str, torch.Tensor], top: int) -> dict[str, Any]:
-    """Without an autoencoder."""
+    """Make the row without an autoencoder."""
     texts = [figures(collection, collection.search(f"a photo of a {s}", top=top), s)
              for s in SYMBOLS]  # fmt: skip
     shown = [figures(collection, collection.search(queries[s], top=top), s) for s in queries]
@@ -139,7 +139,7 @@ def row(
     saes: Sequence[SparseAutoencoder],
     top: int,
 ) -> dict[str, Any]:
-    """Means over the autoencoders of one kind, for each symbol."""
+    """Average over the autoencoders of one kind, for each symbol."""
     texts, shown, alone = ([[] for _ in saes] for _ in range(3))
     for sae, *lists in zip(saes, texts, shown, alone, strict=True):
         for symbol in SYMBOLS:
@@ -158,7 +158,7 @@ def row(
 
 
 def means(by_seed: Sequence[Sequence[Figures]]) -> list[Figures]:
-    """Of each query, over seeds."""
+    """Average the figures of each query over seeds."""
     return [
         Figures(*(fmean(getattr(each, name) for each in found) for name in vars(found[0])))
         for found in zip(*by_seed, strict=True)
@@ -168,7 +168,7 @@ def means(by_seed: Sequence[Sequence[Figures]]) -> list[Figures]:
 def cells(
     texts: Sequence[Figures], shown: Sequence[Figures], alone: Sequence[Figures] | None
 ) -> dict[str, str]:
-    """Figures as they stand in the table, with bootstrap intervals over the symbols."""
+    """Format figures for the table, with bootstrap intervals over the symbols."""
     out = {}
     for name, found in (("text", texts), ("picture", shown), ("one latent", alone)):
         for title, field in (("precision", "precision"), ("symbols", "labels"), ("looks", "looks")):
@@ -181,7 +181,7 @@ def cells(
 
 
 def figures(collection: Collection, found: SearchResult, symbol: str) -> Figures:
-    """What one query found."""
+    """Measure the results of one query."""
     counts = Counter(hit.label for hit in found.hits)
     n = len(found.hits)
     entropy = -sum(c / n * math.log(c / n) for c in counts.values())
@@ -194,7 +194,7 @@ def figures(collection: Collection, found: SearchResult, symbol: str) -> Figures
 
 @torch.no_grad()
 def error(sae: SparseAutoencoder, x: torch.Tensor) -> float:
-    """FVU."""
+    """Return the FVU."""
     spread = (x.double() - x.double().mean(dim=0)).square().sum()
     return float((sae(x).x_hat - x).double().square().sum() / spread)
 

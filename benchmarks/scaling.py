@@ -1,10 +1,10 @@
-"""How a training step of ours grows with the SAE and with the batch: time and peak memory.
+"""How our training step scales with the SAE and with the batch: time and peak memory.
 
     python benchmarks/scaling.py [--ours torch native] [--largest-latents 65536]
 
 Latents 2¹³ … 2¹⁸ at a batch of 2,048, and batches of 256 … 16,384 at 24,576 latents; d 768, k 32.
-Every point has a process of its own, one at a time. Writes docs/plots/scaling.json, and .svg;
-a point that failed is left out of the plot, and the file says why.
+Every point runs in a separate process, one at a time. Writes docs/plots/scaling.json, and .svg; a
+point that failed is left out of the plot, and the file says why.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Options:
     """Leave out larger batches."""
 
     rounds: int = 3
-    """Rounds of each point."""
+    """Rounds per point."""
 
     steps: int = 3
-    """Steps each round."""
+    """Steps per round."""
 
     precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
-    """Of the selection."""
+    """Precision of the selection."""
 
     device: str = "cpu"
     """Where to train."""
@@ -92,7 +92,7 @@ def main(options: Options) -> None:
 
 
 def points(options: Options) -> Iterator[tuple[str, Shape]]:
-    """What is swept, and the shape."""
+    """Yield the name of the varied size, and the shape."""
     for n_latents in SWEEPS["n_latents"]:
         if n_latents <= options.largest_latents:
             yield "n_latents", Shape(D_IN, n_latents, BATCH)
@@ -102,7 +102,7 @@ def points(options: Options) -> Iterator[tuple[str, Shape]]:
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Time above, memory below; the SAE's width on the left, the batch on the right."""
+    """Plot time above and memory below; the SAE's width on the left, the batch on the right."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for column, swept in enumerate(SWEEPS):

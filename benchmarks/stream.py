@@ -1,15 +1,14 @@
 """How fast an activation store is written, streamed back and checked, from the page cache.
 
-    make bench-peers                                   # installs the peers, runs this, too
-    python benchmarks/stream.py [--gb 1] [--folder DIR] [--peers saev] [--out FILE]
+    make bench-peers                                   # installs the peers and runs this too python
+    benchmarks/stream.py [--gb 1] [--folder DIR] [--peers saev] [--out FILE]
 
-Rates are gigabytes of stored activations a second: of processor time (all threads of the process
-together, so of one core) and of wall time. Writing includes SHA-256, the exact statistics and
-fsync; streaming includes the shuffle, the check for NaN and the conversion to float32. A plain
-write of the same bytes, with fsync and nothing else, stands beside: no store can be faster.
-
-Beside others all have the same vectors in float32 and as many workers; each job has a process of
-its own, and rounds go A B C, C B A.
+Rates are gigabytes of stored activations per second: per second of processor time (all threads
+together, so per core) and of wall time. Writing includes SHA-256, the exact statistics and fsync;
+streaming includes the shuffle, the check for NaN and the conversion to float32. For comparison, the
+same bytes are written plainly, with only fsync: no store can be faster. In the comparison with
+other packages, all have the same vectors in float32 and the same number of workers; each job runs
+in a separate process, and rounds go A B C, C B A.
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ class Options:
     """Write stores of random numbers, stream them back, print the rates."""
 
     gb: float = 1.0
-    """Gigabytes of each store."""
+    """Gigabytes per store."""
 
     batch_size: int = 4096
-    """Vectors a batch."""
+    """Vectors per batch."""
 
     folder: Path | None = None
-    """Where the stores go, one at a time; default a temporary folder."""
+    """Folder for the stores, one at a time; default: a temporary folder."""
 
     peers: tuple[str, ...] = ("by hand", "saev")
-    """Others, or "none"."""
+    """Names of other packages, or "none"."""
 
     rounds: int = 3
-    """How many times each of them, and ours, does its job."""
+    """Number of rounds."""
 
     peers_folder: Path = PEERS
     """Where other packages are installed."""
@@ -66,7 +65,7 @@ class Options:
 
 @dataclass
 class Clock:
-    """Wall and processor seconds of what was timed."""
+    """Wall and processor seconds of the timed code."""
 
     wall: float = 0.0
     cpu: float = 0.0
@@ -149,7 +148,7 @@ def measure(
         for _ in store.ordered([SITE], max(1, 4096 // n_tokens)):
             pass
 
-    epoch()  # once before, so that pages and memory are there
+    epoch()  # a warm-up, so that pages and memory are allocated
     works = {"stream, shuffled": epoch, "read in order": ordered, "verify": store.verify}
     for name, work in works.items():
         clocks[name] = Clock()
@@ -168,7 +167,7 @@ def measure(
 
 
 def plain_write(path: Path, n_bytes: int) -> Clock:
-    """Write as many bytes as fast as files can be written, and remove them."""
+    """Write the same number of bytes as fast as possible, and remove them."""
     piece = memoryview(bytes(8 << 20))
     clock = Clock()
 

@@ -1,4 +1,4 @@
-"""Empty modules in the place of libraries that a package imports and what is run does not use."""
+"""Empty modules that replace libraries which a package imports but the benchmark does not use."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def stub(*names: str, replace: Sequence[str] = ()) -> None:
-    """Let `import NAME` succeed for those of the libraries that are absent, and do nothing.
+    """Make `import NAME` succeed, without effect, for libraries that are absent.
 
     Args:
         names: the libraries.
-        replace: modules to keep out even though they are there.
+        replace: modules to replace even if they are installed.
     """
     absent = {name for name in names if importlib.util.find_spec(name) is None}
     sys.meta_path.insert(0, _Stubs(absent | set(replace)))

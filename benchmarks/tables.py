@@ -1,7 +1,7 @@
-"""What benchmarks share: on what they ran, and a Markdown table that is printed and kept.
+"""Shared by benchmarks: facts about the machine, and a Markdown table that is printed and kept.
 
-Tables are kept in `RESULTS.md`, each between two marks with its name, so that pages of the
-documentation can take one over by it.
+Tables are kept in `RESULTS.md`, each between two marks with its name, by which pages of the
+documentation include it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparsight.files import write_text
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 QUALITY = Path(__file__).parent / "QUALITY.md"
-"""Of what architectures learn."""
+"""The file for the quality of architectures."""
 
 HEAD = """# Results
 
@@ -60,14 +60,14 @@ def keep(
     versions: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> None:
-    """Print the rows as a Markdown table under what they were measured on; keep it in `out`.
+    """Print the rows as a Markdown table, below facts about the machine; keep it in `out`.
 
     Args:
-        title: of the table.
-        rows: of the table.
+        title: title of the table.
+        rows: rows of the table.
         out: the file; a table of the same name there is replaced, others stay.
-        versions: of further packages.
-        name: of the table; the title's words by default.
+        versions: versions of further packages.
+        name: name of the table; by default the words of the title.
     """
     name = name or re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     facts = machine() | dict(versions or {})
@@ -85,7 +85,7 @@ def keep(
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table with the first row's keys as its head."""
+    """Make a table with the first row's keys as its head."""
     names = list(rows[0])
     lines = [names, ["---"] * len(names), *([_text(row[name]) for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,12 +1,13 @@
-"""One training step: ours beside those of the peers, as PyPI has them.
+"""One training step: ours compared with the peers', in their PyPI releases.
 
     make bench-peers                                   # installs the peers, runs this at shape S
     python benchmarks/train_step.py [--shape M] [--peers sparsify saev] [--ours torch native]
 
-One process a contender, all in memory; rounds go A B C, C B A. A time is the median of the rounds'
-medians, with the least and the most. Peak memory is that of the process, with all that the package
-imports. FVU is that of the first batch after as many steps for everybody; peers start and step in
-their own ways, so theirs tells that they train, and no more. Ours must agree with one another.
+Each contender has a process, and all stay in memory; rounds go A B C, C B A. A time is the median
+of the rounds' medians, with the least and the most. Peak memory is that of the process, including
+everything that the package imports. FVU is that of the first batch after the same number of steps;
+peers initialise and step in their own ways, so theirs only shows that they train. Ours must agree
+with each other.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Options:
     """Time a training step of ours and of the peers."""
 
     shape: Literal["XS", "S", "M", "L"] = "S"
-    """Size of batch and SAE; XS is for trying it out."""
+    """Size of batch and SAE; XS is for a quick trial."""
 
     peers: tuple[str, ...] = tuple(peers.CONTENDERS)
     """Names of peers, or "none"."""
@@ -52,22 +53,22 @@ class Options:
     """Our kernels, or "none"."""
 
     dead: float = 0.0
-    """Share of the latents that is dead in every step; above 0 turns AuxK on, with k = d / 2."""
+    """Share of the latents that are dead in every step; above 0, AuxK is on, with k = d / 2."""
 
     data: Data = "mixture"
     """A synthetic mixture, or activations of the calibration CLIP."""
 
     precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
-    """Of our selection."""
+    """Precision of our selection."""
 
     rounds: int = 5
     """How many times each contender is asked."""
 
     steps: int = 4
-    """Steps each time."""
+    """Steps per round."""
 
     device: str = "cpu"
-    """Where all train."""
+    """Device on which all train."""
 
     peers_folder: Path = PEERS
     """Where the peers are installed."""
@@ -76,7 +77,7 @@ class Options:
     """File for the rows."""
 
     out: Path = RESULTS
-    """File for the table, which takes the place of the one of the same title."""
+    """File for the table, which replaces one of the same title."""
 
 
 def main(options: Options) -> None:
@@ -117,7 +118,7 @@ def main(options: Options) -> None:
 
 
 def chosen(kernels: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and module of each contender.
+    """Return name and module of each contender.
 
     Raises:
         SystemExit: one of them is unknown.
@@ -134,7 +135,7 @@ def chosen(kernels: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]
 
 
 def finished(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Rows with the time relative to the best peer."""
+    """Return rows with the time relative to the best peer."""
     rows = [result.row() for result in results]
     times = [row["ms"] for row in rows if row["name"] in peers.CONTENDERS and row["ms"]]
     for row in rows:
@@ -143,7 +144,7 @@ def finished(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def agree(rows: Sequence[dict[str, Any]]) -> None:
-    """Say in a row where its FVU is not that of the first of ours."""
+    """Add a note to each row whose FVU differs from that of our first contender."""
     same = [row for row in rows if row["name"].startswith("sparsight-") and row["loss"] is not None]
     for row in same[1:]:
         difference = abs(row["loss"] / same[0]["loss"] - 1)
@@ -152,7 +153,7 @@ def agree(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def line(row: dict[str, Any], fvu: str) -> dict[str, Any]:
-    """A row for people."""
+    """Make a row of the table."""
     if "error" in row:
         columns = ("ms", "of the best peer", "peak GiB", fvu)
         note = row["error"].replace("|", "/").replace("\n", " ")
@@ -169,7 +170,7 @@ def line(row: dict[str, Any], fvu: str) -> dict[str, Any]:
 
 
 def versions(names: Sequence[str], folder: Path) -> dict[str, str]:
-    """The installed version of each peer."""
+    """Return the installed version of each peer."""
     found = importlib.metadata.distributions(path=[str(folder)])
     installed = {each.metadata["Name"].lower().replace("_", "-"): each.version for each in found}
     wanted = peers.distributions([name for name in names if name != "none"])

@@ -1,8 +1,8 @@
-"""Contenders that do a whole job at a time, each time in a process of its own, one after the other.
+"""Run contenders that do a whole job at a time, each time in a new process, one after another.
 
-Rounds go A B C, then C B A. A job is a function of what it works on; it gives the seconds that it
-took, and whatever else it found. Peak memory is that of its process, with all that it imported, and
-without the workers that it started.
+Rounds go A B C, then C B A. A job is a function of its input; it returns the seconds that it took,
+and other facts. Peak memory is that of its process, including imports but not the workers that it
+started.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Job = Callable[[Any], dict[str, Any]]
 def take_turns(
     jobs: Mapping[str, Job], work: Any, rounds: int, deadline: float = math.inf
 ) -> list[Result]:
-    """Let all do the work in turn, so many times.
+    """Let all contenders do the work in turn, `rounds` times.
 
     Args:
-        jobs: of the contenders.
+        jobs: jobs of the contenders.
         work: what they work on.
-        rounds: how many times each does it.
-        deadline: by `time.monotonic`; whoever has not finished then is stopped, and says so.
+        rounds: number of rounds.
+        deadline: by `time.monotonic`; unfinished contenders are stopped then, with a note.
 
     Returns:
         A result for each, in the order given; those that failed say how.
@@ -54,7 +54,7 @@ def take_turns(
 
 
 def chosen(jobs: Mapping[str, Job], names: Sequence[str], ours: str) -> dict[str, Job]:
-    """Ours and the named.
+    """Return our jobs and those of the named contenders.
 
     Raises:
         SystemExit: one of them is unknown.
@@ -69,14 +69,14 @@ def chosen(jobs: Mapping[str, Job], names: Sequence[str], ours: str) -> dict[str
 def told(
     results: Sequence[Result], what: str, amount: float, ours: str, *, memory: bool
 ) -> list[dict[str, Any]]:
-    """Rows for people: rates, the time relative to the quickest that is not ours, peak memory.
+    """Make rows: rates, time relative to the quickest contender that is not ours, peak memory.
 
     Args:
-        results: of the contenders.
-        what: the amount is counted in, e.g. "images".
-        amount: done in one go.
-        ours: how the names of our own contenders begin.
-        memory: tell it; of no use where pages of mapped files count, too.
+        results: results of the contenders.
+        what: unit of the amount, e.g. "images".
+        amount: amount of work per round.
+        ours: prefix of the names of our own contenders.
+        memory: whether to show peak memory; it is misleading if pages of mapped files count too.
     """
     rows = [result.row() for result in results]
     others = [row["ms"] for row in rows if row["ms"] and not row["name"].startswith(ours)]
@@ -121,7 +121,7 @@ def _do(job: Job, work: Any, deadline: float) -> dict[str, Any]:
 
 
 def _answer(pipe: Connection, job: Job, work: Any) -> None:
-    # A spawned process would spawn its own workers, too: seconds that users do not wait for.
+    # A spawned process would spawn workers too, which costs seconds that users do not wait for.
     multiprocessing.set_start_method(None, force=True)
     try:
         pipe.send({"note": ""} | job(work) | {"peak_gib": peak_gib("cpu")})

@@ -2,7 +2,7 @@
 
     python benchmarks/world.py [--n-scenes N] [--out FILE]
 
-Processor time of one thread; every scene is new, glyphs are cached as they are in use.
+It measures processor time of one thread; every scene is new, glyphs are cached as usual.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(options: Options) -> None:
 
 
 def rate(config: WorldConfig, n_scenes: int) -> float:
-    """Scenes a second of processor time."""
+    """Return scenes per second of processor time."""
     world = CalibrationWorld(2 * n_scenes, 0, config)
     for index in range(n_scenes):
         world.render(index)

@@ -38,7 +38,7 @@ def test_a_contender_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatc
         main(Options(shape="XS", peers=("nobody",), ours=("none",)))
 
 
-def test_a_table_takes_the_place_of_the_one_of_its_name(
+def test_a_table_replaces_one_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)

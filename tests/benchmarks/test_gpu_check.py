@@ -1,4 +1,4 @@
-"""The check of a GPU: what it measures and says, on the CPU."""
+"""The GPU check, run on the CPU: what it measures and reports."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def results(**facts: dict[str, Any]) -> list[Result]:
     return [Result(f"sparsight-{name}", [seconds[name]], each) for name, each in found.items()]
 
 
-def test_steps_stand_beside_those_of_dense_autograd_and_must_have_their_losses() -> None:
+def test_steps_are_compared_with_dense_autograd_and_must_have_its_losses() -> None:
     rows = gpu_check.step_rows("XS", SHAPES["XS"], results(triton=FACTS | {"loss": 0.2501}))
     assert [row["times dense"] for row in rows] == ["5.00", "2.50", "1.00"]
     assert [row["note"] for row in rows] == ["", "", ""]
@@ -57,7 +57,7 @@ def test_without_dense_autograd_losses_are_compared_with_plain_torch() -> None:
     assert rows[2]["note"] == "not measured: OutOfMemoryError: CUDA out of memory / 4 GiB"
 
 
-def test_what_fails_counts_and_what_finds_no_time_or_memory_does_not(report: Report) -> None:
+def test_failures_count_but_missing_time_or_memory_does_not(report: Report) -> None:
     for note in (NO_TIME, "OutOfMemoryError: CUDA out of memory"):
         report.fail("dense", gpu_check.MISSING + note)
     assert not report.failed
@@ -65,7 +65,7 @@ def test_what_fails_counts_and_what_finds_no_time_or_memory_does_not(report: Rep
     assert len(report.failed) == 1
 
 
-def test_points_for_which_no_time_is_left_are_named(report: Report) -> None:
+def test_points_without_time_left_are_named(report: Report) -> None:
     gpu_check.measure_steps(report, options(report), time.monotonic() - 1)
     text = report.out.read_text()
     for kernels in ("torch", "dense"):
@@ -78,7 +78,7 @@ def hang(work: None) -> dict[str, Any]:
     return {}
 
 
-def test_what_hangs_is_stopped_at_the_deadline(tmp_path: Path) -> None:
+def test_a_hanging_process_is_stopped_at_the_deadline(tmp_path: Path) -> None:
     started = time.monotonic()
     (result,) = take_turns({"hangs": hang}, None, 1, deadline=started + 0.5)
     task = Task(SHAPES["XS"], data=str(tmp_path / "none.npy"))
@@ -115,7 +115,7 @@ def test_tests_that_fail_are_counted_and_named(report: Report, tmp_path: Path) -
     assert report.failed == ["tests: failed: test_bad"]
 
 
-def test_tests_that_do_not_end_are_stopped(report: Report, tmp_path: Path) -> None:
+def test_endless_tests_are_stopped(report: Report, tmp_path: Path) -> None:
     file = tmp_path / "test_endless.py"
     file.write_text("import time\n\ndef test_endless(): time.sleep(600)\n")
     gpu_check.run_tests(report, time.monotonic() + 0.5, [str(file)])
@@ -130,7 +130,7 @@ def test_without_cuda_it_says_so_and_writes_nothing(report: Report, capsys) -> N
 
 
 @pytest.mark.slow
-def test_all_of_it_on_a_cpu(report: Report) -> None:
+def test_the_whole_check_on_a_cpu(report: Report) -> None:
     assert gpu_check.main(options(report)) == 0
     text = report.out.read_text()
     for cells in ("| float32 |", "| bfloat16 |", "| XS | 64 | torch |", "| XS | 64 | dense |"):

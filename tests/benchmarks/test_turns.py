@@ -1,4 +1,4 @@
-"""Whole jobs in turn, in processes of their own."""
+"""Whole jobs in turn, each in a new process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def broken(folder: Path) -> dict[str, Any]:
     raise ValueError(f"no | {folder.name}")
 
 
-def test_jobs_go_to_and_fro_each_in_a_process_and_one_that_fails_says_how(tmp_path: Path) -> None:
+def test_jobs_run_in_alternating_order_in_their_own_processes_and_report_failures(
+    tmp_path: Path,
+) -> None:
     jobs = {"ours": quick, "theirs": slow, "none": broken}
     results = take_turns(jobs, tmp_path, rounds=2)
     assert (tmp_path / "order").read_text() == "abba"
@@ -44,7 +46,7 @@ def test_jobs_go_to_and_fro_each_in_a_process_and_one_that_fails_says_how(tmp_pa
     assert all("peak GiB" in row for row in told(results, "images", 10, "ours", memory=True))
 
 
-def test_others_that_are_not_known_are_named() -> None:
+def test_unknown_contenders_are_named() -> None:
     assert list(chosen(READERS, ["saev"], "sparsight")) == ["sparsight", "saev"]
     with pytest.raises(SystemExit, match="No contender is called 'me'; there are: by hand, saev"):
         chosen(READERS, ["me"], "sparsight")

@@ -1,4 +1,4 @@
-"""Read the code blocks of a page, with the marks that say why one is not run."""
+"""Read the code blocks of a page, and the marks that say why a block is not run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Block:
     """One fenced block of a page."""
 
     line: int
-    """Where its code begins, counted from 1."""
+    """The line on which its code begins, counted from 1."""
 
     language: str
     title: str
     text: str
     reason: str | None
-    """Why the test does not run it, where the page says so."""
+    """Why the test does not run it, if the page has a mark."""
 
 
 def name_of(page: Path) -> str:
@@ -62,4 +62,4 @@ MADE_THERE = {
     "docs/guide/train.md": ("runs",),
     "docs/tutorials/clip-with-text.md": ("acts", "runs"),
 }
-"""Folders of the quick start that a page makes itself, and so does not find."""
+"""Folders of the quick start that a page makes itself, so that they must not exist before."""

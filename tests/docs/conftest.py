@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos, models and a run, made once for all processes that test."""
+    """Photos, models and a run, made once for all test processes."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     folder = root / "pages"
@@ -38,7 +38,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workshop(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of one page: with photos, models on the Hub, and what the quick start leaves."""
+    """A folder for one page, with photos, models on the Hub, and the results of the quick start."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(shared / "hub"))
     monkeypatch.setattr(training_config, "SHORTEST", 4096)
     monkeypatch.setattr(training_config, "LONGEST", 4096)

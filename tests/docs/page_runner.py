@@ -1,4 +1,4 @@
-"""Run the code blocks of a page, one after another, in a folder that has what the pages start from.
+"""Run the code blocks of a page, one after another, in a folder with everything that pages need.
 
 Python runs in one namespace per page. `sparsight …` in a shell block runs in this process, which
 saves importing torch for each command; any other command runs in a shell.
@@ -43,10 +43,10 @@ SMALLER = {
     "n=500": "n=36",
     "FinetuneConfig(epochs=2)": "FinetuneConfig(steps=2, batch_size=8)",
     "--batch-size 44": "--batch-size 8",
-    # So small an autoencoder has no latents that are silent where there are no words.
+    # Such a small autoencoder has no latents that are active only on words.
     'contrast="attack")': 'contrast="attack", selectivity=0.3)',
 }
-"""Sizes in the pages, and the smaller ones that this test takes in their place."""
+"""Sizes in the pages, and the smaller ones that this test uses instead."""
 
 FEWER_SCENES = (
     "--data calibration:32:41 --attack-on calibration:24:42:single --test calibration:12:43:single"
@@ -65,11 +65,13 @@ APPENDED = {
     r"sparsight finetune openai": "--batch-size 8",
     r"sparsight finetune calibration": FEWER_SCENES,
 }
-"""Options that make commands small which say nothing of their size."""
+"""Options that make commands without sizes small."""
 
 
 def smaller(text: str) -> str:
-    """A block of seconds instead of minutes or hours; all but sizes is as it stands in the page."""
+    """Return a block that takes seconds instead of minutes or hours; only sizes differ from the
+    page.
+    """
     for size, small in SMALLER.items():
         text = text.replace(size, small)
     return text
@@ -79,7 +81,7 @@ def run_page(page: Path, names: dict[str, Any]) -> None:
     """Run every block of a page that is not marked.
 
     Args:
-        names: what Python blocks find from the start; gets what they leave.
+        names: namespace of the Python blocks; it keeps what they define.
     """
     for block in blocks_of(page):
         if block.reason is not None:

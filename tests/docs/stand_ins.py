@@ -1,8 +1,8 @@
-"""What the pages' examples read: photos, models of the Hub, an SAE that others published.
+"""The inputs of the pages' examples: photos, models from the Hub, a published SAE.
 
-The photos are scenes of the calibration world. The models are the calibration CLIP with blocks
-between its own that pass on what they get, so that it is as deep as the model it stands in for and
-sees as it did; they lie in a cache of the Hub, where `load_model` finds them by their true names.
+The photos are scenes of the calibration world. The models are the calibration CLIP with identity
+blocks between its own, so that it is as deep as the model that it replaces and computes the same as
+before. They are in a cache of the Hub, where `load_model` finds them by their real names.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def save_photos(folder: Path, n: int, seed: int) -> Path:
 
 
 def save_captions(folder: Path, pairs: Path) -> None:
-    """Write a file that says each image's caption, as programs for fine-tuning read it."""
+    """Write a pair file with each image's caption, as programs for fine-tuning read it."""
     captions = {
         str(path.relative_to(folder)): [f"a photo of the {path.parent.name}"]
         for path in sorted(folder.rglob("*.png"))
@@ -48,7 +48,7 @@ def save_captions(folder: Path, pairs: Path) -> None:
 
 
 def fill_cache(cache: Path) -> None:
-    """Put every model that the pages name into a cache of the Hub."""
+    """Put every model that the pages name into a Hub cache."""
     for name, places, positions in (
         ("openai/clip-vit-base-patch32", {3: 0, 6: 1, 9: 2, 11: 3}, 32),
         ("openai/clip-vit-large-patch14", {5: 0, 11: 1, 17: 2, 22: 3}, 77),
@@ -71,7 +71,7 @@ def fill_cache(cache: Path) -> None:
 
 
 def deepened(n_blocks: int, places: dict[int, int], positions: int) -> CLIPModel:
-    """The calibration CLIP with its blocks at some places, and idle ones at the others."""
+    """Make the calibration CLIP with its blocks at some places, and identity blocks elsewhere."""
     shallow = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32)
     config = CLIPConfig(**shallow.config.to_dict())
     config.vision_config.num_hidden_layers = n_blocks
@@ -119,7 +119,7 @@ def _save(cache: Path, name: str, *save: Callable[[Path], object]) -> None:
 
 
 def save_published_sae(cache: Path) -> None:
-    """A checkpoint in CLIP-Scope's layout, under its true name."""
+    """Save a checkpoint in CLIP-Scope's layout, under its real name."""
     numbers = torch.Generator().manual_seed(0)
     width, latents = 192, 256
     enc = torch.randn(width, latents, generator=numbers) / width**0.5
@@ -134,10 +134,10 @@ def save_published_sae(cache: Path) -> None:
 
 
 def make(folder: Path, run: Callable[[str], None]) -> None:
-    """Fill a folder with what every page starts from, `start/`, and a cache of the Hub, `hub/`.
+    """Fill a folder with `start/`, the inputs of every page, and `hub/`, a Hub cache.
 
     Args:
-        run: runs a command of the shell in `start/`, with the Hub's cache in `hub/`.
+        run: function that runs a shell command in `start/`, with the Hub cache in `hub/`.
     """
     fill_cache(folder / "hub")
     save_published_sae(folder / "hub")
@@ -169,7 +169,7 @@ def make(folder: Path, run: Callable[[str], None]) -> None:
 
 
 def put_busy_latents_first(run: Path, start: Path) -> None:
-    """Renumber the latents of a run, so that those which the pages name are active on images."""
+    """Renumber the latents of a run, so that the latents named in the pages are active on images."""
     sae = SparseAutoencoder.from_pretrained(run)
     model = load_model(sae.metadata["model"]["id"])
     source = open_images(start / "photos")
@@ -212,4 +212,4 @@ MEASURING = """
 sparsight evaluate runs/b32-l9
 sparsight index runs/b32-l9
 """
-"""The quick start, smaller, and what else the pages take as given."""
+"""The quick start, smaller, and other results that pages assume."""

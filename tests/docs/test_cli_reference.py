@@ -11,7 +11,7 @@ from tools.cli_reference import all_verbs, page
 
 @pytest.fixture(scope="module")
 def sections() -> dict[str, str]:
-    """What the reference says of each verb."""
+    """The reference's text about each verb."""
     parts = re.split(r"^## `sparsight ([^`]+)`.*$", page(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -42,7 +42,7 @@ def test_the_reference_has_the_flags_of_each_kind(kind: str, sections: dict[str,
     assert f"**`--sparsity {kind}`**" in sections["train"]
 
 
-def test_no_row_of_the_reference_is_broken_by_what_a_help_says(sections: dict[str, str]) -> None:
+def test_no_row_of_the_reference_is_broken_by_a_help_text(sections: dict[str, str]) -> None:
     for text in sections.values():
         for row in re.findall(r"^\|.*$", text, flags=re.MULTILINE):
             assert len(re.findall(r"(?<!\\)\|", row)) == 4, row

@@ -10,7 +10,7 @@ from page_runner import run_page
 WITH_CODE = [page for page in PAGES if any(b.reason is None for b in blocks_of(page))]
 
 ON_THE_HUB = ("docs/guide/push.md",)
-"""Pages that write to the Hub: a stand-in that speaks its protocol takes its place."""
+"""Pages that write to the Hub: they get a stand-in that speaks its protocol."""
 
 MOST_NOT_RUN = 9
 """How many blocks may be marked as not run: the Hub, a GPU, hours, or another package."""
@@ -33,6 +33,6 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_mark_stands_just_above_a_block(page: Path) -> None:
+def test_every_mark_is_just_above_a_block(page: Path) -> None:
     marks = page.read_text().count("<!-- not run")
     assert marks == sum(block.reason is not None for block in blocks_of(page))

@@ -13,7 +13,7 @@ NAMES = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "design.md").read_text
 
 
 def look_up(name: str) -> Any:
-    """What a dotted name below `sparsight` means."""
+    """Return the object that a dotted name below `sparsight` means."""
     found: Any = importlib.import_module("sparsight")
     path = "sparsight"
     for part in name.split("."):
@@ -39,5 +39,5 @@ def test_the_design_names_what_matters() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_of_the_design_is_there(name: str) -> None:
+def test_names_in_the_design_exist(name: str) -> None:
     assert look_up(name) is not None

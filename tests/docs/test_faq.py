@@ -22,7 +22,7 @@ def test_the_page_has_the_ten_errors_that_people_meet() -> None:
 
 
 @pytest.mark.parametrize(("command", "told"), ERRORS, ids=lambda text: text[:60])
-def test_a_command_ends_in_the_message_that_the_page_shows(
+def test_a_command_ends_with_the_message_on_the_page(
     command: str, told: str, workshop: Path, shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "open_clip:" in command and importlib.util.find_spec("open_clip"):
