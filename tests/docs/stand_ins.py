@@ -169,7 +169,7 @@ def make(folder: Path, run: Callable[[str], None]) -> None:
 
 
 def put_busy_latents_first(run: Path, start: Path) -> None:
-    """Renumber the latents of a run, so that the latents named in the pages are active on images."""
+    """Renumber the latents of a run, so that those named in the pages are active on images."""
     sae = SparseAutoencoder.from_pretrained(run)
     model = load_model(sae.metadata["model"]["id"])
     source = open_images(start / "photos")
