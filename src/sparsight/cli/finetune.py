@@ -25,8 +25,9 @@ from sparsight.finetuning import (
     finetune,
     open_pairs,
 )
-from sparsight.finetuning.report import PAGE, lead, report_finetuning, table_rows
+from sparsight.finetuning.report import PAGE, lead, report_finetuning
 from sparsight.finetuning.subjects import Subjects
+from sparsight.finetuning.tables import table_rows
 from sparsight.images import CalibrationImages, ImageSource, open_images
 from sparsight.interruption import STOPS
 from sparsight.pace import SECONDS
