@@ -45,7 +45,7 @@ def test_names_of_tests_are_read_as_sentences_and_past_releases_are_not_read(
         "def test_images_are_drawn_by_lot() -> None: ..."
     )
     (tmp_path / "CHANGELOG.md").write_text("# Changes\n\n## Unreleased\n\n## 0.1.0\n\nMade anew.\n")
-    assert [(found.file, found.text) for found in phrases_in_tree(tmp_path, to_do=())] == [
+    assert [(found.file, found.text) for found in phrases_in_tree(tmp_path)] == [
         ("tests/test_it.py", "by lot")
     ]
 

@@ -1,4 +1,4 @@
-"""`sparsight attack`: from words on scenes to a set on disk, and one message for each mistake."""
+"""`sparsight attack`: from words on scenes to a set on disk, and one message per mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "blocks.2.mlp_post-neurons"
 
 
-def test_help_lists_what_an_attack_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_verbs_of_attack(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     said = capsys.readouterr().out
     assert all(f"\n  {verb} " in said for verb in ("measure", "find", "curate"))
@@ -48,14 +48,14 @@ def test_an_attack_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert figures["n"] == 6 and figures["pairs"]["style"]["kind"] == "WorldBand"
 
 
-def test_a_style_takes_the_place_of_the_worlds_band(tmp_path: Path) -> None:
+def test_a_style_replaces_the_worlds_band(tmp_path: Path) -> None:
     out = tmp_path / "attack.json"
     flags = ["--model", "calibration", "--images", SCENES, "--n", "4", "--workers", "0"]
     assert run("measure", *flags, "--style.size", "0.2", "--out", str(out)) == 0
     assert json.loads(out.read_text())["pairs"]["style"]["size"] == 0.2
 
 
-def test_what_is_found_is_kept_with_its_causal_check(found: Path) -> None:
+def test_findings_are_saved_with_their_causal_check(found: Path) -> None:
     about = json.loads((found / "salience.json").read_text())
     assert about["n_pairs"] == 8 and about["contrast"] == "attack"
     assert about["n_found"] >= about["n_selective"] > 0
@@ -63,23 +63,23 @@ def test_what_is_found_is_kept_with_its_causal_check(found: Path) -> None:
     assert causal["n"] == 8 and len(causal["random"]["draws"]) == 2
 
 
-def test_what_was_found_is_switched_off_on_other_pictures(
+def test_found_latents_are_switched_off_on_other_images(
     found: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--images", "calibration:6:3:single", "--off", str(found), "--workers", "0"]
     assert run("measure", *flags, "--draws", "1") == 0
     told = capsys.readouterr()
     assert "random ×1" in told.out
-    assert "they were found" not in told.err
+    assert "were used to find" not in told.err
     assert run("measure", "--images", SCENES, *flags[2:], "--draws", "0") == 0
-    assert "on 8 of these 16 pictures they were found" in capsys.readouterr().err
+    assert "8 of these 16 images were used to find" in capsys.readouterr().err
 
 
 def test_a_set_is_curated(found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "set"
     flags = [str(found), "--images", "calibration:20:7", "--n", "4", "--workers", "0"]
     assert run("curate", *flags, "--out", str(out)) == 0
-    assert "4 of 20 pictures" in capsys.readouterr().out
+    assert "4 of 20 images" in capsys.readouterr().out
     assert len(open_images(out)) == 4
     assert run("curate", *flags, "--out", str(out)) == 2
     assert "is there already" in capsys.readouterr().err
@@ -88,7 +88,10 @@ def test_a_set_is_curated(found: Path, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mesure"], "no 'mesure'; it has measure, find, curate. Did you mean 'measure'?"),
+        (
+            ["mesure"],
+            "unknown verb 'mesure'; choose measure, find, curate. Did you mean 'measure'?",
+        ),
         (["measure", "--images", SCENES], "The model is not known; name it with --model."),
         (["measure", "--model", "calibration", "--images", "nowhere/x"], "no such folder"),
         (
@@ -105,7 +108,7 @@ def test_a_set_is_curated(found: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["curate", "nowhere", "--images", SCENES], "no such file"),
     ],
 )
-def test_a_mistake_is_one_message(
+def test_each_mistake_gives_one_message(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*arguments) == 2

@@ -31,7 +31,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 
 
 def sparsight(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A real process, as a shell would start it."""
+    """Run a real process, as a shell would start it."""
     return subprocess.run(
         [sys.executable, "-m", "sparsight", *arguments],
         capture_output=True,
@@ -44,7 +44,7 @@ def sparsight(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedP
 
 @pytest.fixture
 def fails(capsys):
-    """Run a command that must end with a code; gives its message, which must be one and plain."""
+    """Run a command that must exit with a code; return its message, which must be a single one."""
 
     def check(*arguments: str, code: int = 2) -> str:
         assert main(list(map(str, arguments))) == code
@@ -58,7 +58,7 @@ def fails(capsys):
 
 @pytest.fixture
 def store(tmp_path):
-    """A small store of the calibration model that a test may harm."""
+    """Return a small store of the calibration model that a test may damage."""
     model, images = load_model("calibration"), open_images("calibration:48:5")
     return extract(model, images, sites=[SITE], out=tmp_path / "kept", workers=0, quiet=True).path
 
@@ -89,7 +89,7 @@ def test_the_help_of_a_verb_is_one_screen_that_begins_with_examples(verb, capsys
 
 
 @pytest.mark.parametrize("verb", EVERY_VERB)
-def test_every_option_is_in_the_whole_help(verb, capsys):
+def test_help_all_lists_every_option(verb, capsys):
     assert main(["help", *verb.split(), "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert "--config" in shown and "--help-all` shows" not in shown
@@ -100,7 +100,7 @@ def test_the_examples_of_the_help_are_understood(verb, monkeypatch):
     module = importlib.import_module(f"sparsight.cli.{verb.replace(' ', '.')}")
 
     class Understood(Exception):
-        """In place of the work."""
+        """Raised instead of doing the work."""
 
     def understood(*arguments, **options):
         assert options["helped"].examples
@@ -124,7 +124,7 @@ def test_the_examples_of_the_help_are_understood(verb, monkeypatch):
         ("train --lr x", "expected a number, not ['x']"),
         ("extract --model m --images i --out=", "--out is empty"),
         (f"extract --model m --images calibration:{'9' * 5000} --out o", "expected"),
-        (f"extract --model m --images calibration:9[{'9' * 5000}] --out o", "no selection"),
+        (f"extract --model m --images calibration:9[{'9' * 5000}] --out o", "not a selection"),
         ("train --bach-size 3", "unknown option --bach-size; did you mean --batch-size?"),
         ("train more words", "train: unknown arguments more and words."),
     ],
@@ -175,11 +175,11 @@ def test_a_wrong_value_in_a_config_file_is_named_with_its_file(tmp_path, fails):
     assert "mine.toml" in message and "latents" in message and "'many'" in message
 
 
-def test_a_config_file_that_is_not_there_exits_with_2(tmp_path, fails):
+def test_a_missing_config_file_exits_with_2(tmp_path, fails):
     assert "gone.toml" in fails("train", "--config", tmp_path / "gone.toml")
 
 
-def test_the_command_line_wins_over_the_config_file(tmp_path):
+def test_the_command_line_takes_precedence_over_the_config_file(tmp_path):
     from sparsight.cli.options import parse
     from sparsight.cli.report import ReportOptions
 
@@ -190,11 +190,11 @@ def test_the_command_line_wins_over_the_config_file(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["report", "evaluate", "encode", "index"])
-def test_a_run_folder_that_is_not_there_exits_with_2(verb, tmp_path, fails):
+def test_a_missing_run_folder_exits_with_2(verb, tmp_path, fails):
     assert "no-such-run" in fails(verb, tmp_path / "no-such-run")
 
 
-def test_a_demo_of_a_negative_seed_leaves_nothing_that_stands_in_the_way(tmp_path, capsys):
+def test_a_demo_with_a_negative_seed_leaves_nothing_behind(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo"), "--seed", "-1"]) == 2
     assert "seed is -1" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
@@ -204,7 +204,7 @@ def test_a_demo_of_a_negative_seed_leaves_nothing_that_stands_in_the_way(tmp_pat
     "flags",
     [("--seed", "-1"), ("--betas", "2", "0.9"), ("--eps", "0"), ("--warmup", "nan")],
 )
-def test_a_setting_of_training_out_of_range_exits_with_2(flags, tmp_path, capsys):
+def test_a_training_setting_out_of_range_exits_with_2(flags, tmp_path, capsys):
     name, *values = flags
     assert main(["train", "--store", str(tmp_path / "gone"), *flags]) == 2
     message = capsys.readouterr().err
@@ -212,20 +212,20 @@ def test_a_setting_of_training_out_of_range_exits_with_2(flags, tmp_path, capsys
     assert name.removeprefix("--") in message and values[0] in message
 
 
-def test_a_store_that_is_not_there_exits_with_2(tmp_path, fails):
+def test_a_missing_store_exits_with_2(tmp_path, fails):
     message = fails("train", "--store", tmp_path / "no-store", "--out", tmp_path / "run")
     assert "no-store" in message
     assert not (tmp_path / "run" / "sae.safetensors").exists()
 
 
-def test_a_folder_of_images_that_is_not_there_exits_with_2(tmp_path, fails):
+def test_a_missing_folder_of_images_exits_with_2(tmp_path, fails):
     message = fails(
         "extract", "--model", "calibration", "--images", tmp_path / "gone", "--out", tmp_path / "a"
     )
     assert "gone" in message
 
 
-def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
+def test_ctrl_c_exits_with_130_and_says_how_to_continue(monkeypatch, capsys):
     import sparsight.cli.report as verb
 
     def interrupted(arguments):
@@ -236,7 +236,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
     assert "same command" in capsys.readouterr().err
 
 
-def test_a_stop_that_a_library_made_an_error_of_is_told_as_a_stop(monkeypatch, capsys):
+def test_a_stop_that_a_library_turned_into_an_error_is_reported_as_a_stop(monkeypatch, capsys):
     import sparsight.cli.report as verb
 
     def swallowed(arguments):
@@ -251,8 +251,8 @@ def test_a_stop_that_a_library_made_an_error_of_is_told_as_a_stop(monkeypatch, c
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_after_a_stop_was_told_ends_the_process_without_a_traceback(number):
-    """As of someone who presses Ctrl-C again while the process ends."""
+def test_a_signal_after_a_reported_stop_ends_the_process_without_a_traceback(number):
+    """A user may press Ctrl-C again while the process ends."""
     code = (
         "import atexit, os, sys, sparsight.cli.report as verb\n"
         "from sparsight.cli import main\n"
@@ -304,7 +304,7 @@ def test_short_memory_is_one_message_and_exit_code_1(error, monkeypatch, fails):
     assert "Memory ran out" in message and message.count("\n") == 1
 
 
-def test_a_developer_may_ask_for_the_traceback(tmp_path):
+def test_a_developer_can_request_the_traceback(tmp_path):
     done = sparsight("report", str(tmp_path / "gone"), "--traceback")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "gone" in done.stderr
@@ -320,7 +320,7 @@ def test_an_altered_shard_is_named_before_training_begins(store, fails, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_store_of_all_positions_serves_runs_on_some_of_them(store, capsys, tmp_path):
+def test_a_store_of_all_positions_works_for_runs_on_some_of_them(store, capsys, tmp_path):
     run = tmp_path / "run"
     command = ["train", "--store", store, "--tokens", "cls", "--out", run, *SHORT]
     assert main(list(map(str, command))) == 0
@@ -329,9 +329,7 @@ def test_a_store_of_all_positions_serves_runs_on_some_of_them(store, capsys, tmp
     assert '"tokens": "cls"' in (run / "metrics.json").read_text()
 
 
-def test_a_store_is_trained_on_with_what_it_holds_and_says_what_it_leaves_out(
-    store, capsys, tmp_path
-):
+def test_training_on_a_store_uses_what_it_holds_and_says_what_is_ignored(store, capsys, tmp_path):
     command = ["train", "--store", store, "--model", "other/clip", "--out", tmp_path / "run"]
     command += ["--sites", "blocks.-1.resid_post", *SHORT]
     assert main(list(map(str, command))) == 0
@@ -340,7 +338,7 @@ def test_a_store_is_trained_on_with_what_it_holds_and_says_what_it_leaves_out(
     assert f'store = "{store.resolve()}"' in config.read_text()
 
 
-def test_a_sweep_from_a_file_leaves_runs_that_the_other_verbs_take(
+def test_a_sweep_from_a_file_leaves_runs_that_other_verbs_accept(
     store, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -364,7 +362,7 @@ def test_a_sweep_from_a_file_leaves_runs_that_the_other_verbs_take(
     assert "unknown key 'n-latents'. Did you mean 'n_latents'" in capsys.readouterr().err
     assert main([*command, "--vary", "seed=0,1,2", "--no-evaluate"]) == 0
     done = capsys.readouterr()
-    assert "of 6 autoencoders 4 are done, 2 are missing." in done.err
+    assert "4 of 6 autoencoders are done, 2 are missing." in done.err
     assert "k8-seed2" in done.out
     assert main(["evaluate", "swept", "--no-baselines", "--no-downstream"]) == 0
     assert main(["index", "swept/k4-seed1"]) == 0
@@ -384,14 +382,14 @@ def test_a_sweep_from_a_file_leaves_runs_that_the_other_verbs_take(
         (("k=four",), "sae.sparsity.k is 'four'; expected an int"),
     ],
 )
-def test_a_grid_that_cannot_be_exits_with_2(vary, message, fails, tmp_path):
+def test_an_invalid_grid_exits_with_2(vary, message, fails, tmp_path):
     given = ("--vary", *vary) if vary else ()
     out = tmp_path / "out"
     assert message in fails("sweep", "--store", tmp_path / "gone", "--out", out, *given)
     assert not out.exists()
 
 
-def test_a_model_in_bfloat16_goes_through_all_verbs(tmp_path, capsys, fails, monkeypatch):
+def test_a_model_in_bfloat16_works_with_all_verbs(tmp_path, capsys, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = ("--images", "calibration:48:5")
     model = ("--model", "calibration", "--model-dtype", "bfloat16")
@@ -419,7 +417,7 @@ def test_a_run_is_evaluated_on_its_store_from_any_folder(store, tmp_path, monkey
     assert "is gone" not in capsys.readouterr().err
 
 
-def test_codes_are_made_once_and_indexed_alone(store, tmp_path, capsys, fails):
+def test_codes_are_computed_once_and_indexed_without_the_model(store, tmp_path, capsys, fails):
     run, codes = tmp_path / "run", tmp_path / "codes"
     assert main(["train", "--store", str(store), "--out", str(run), *SHORT]) == 0
     capsys.readouterr()
@@ -427,14 +425,14 @@ def test_codes_are_made_once_and_indexed_alone(store, tmp_path, capsys, fails):
         assert main(["encode", str(run), "--out", str(codes), "--dtype", "float16"]) == 0
         assert f"{codes} · " in capsys.readouterr().out
     assert "dtype differs" in fails("encode", run, "--out", codes)
-    assert "already know" in fails("index", run, "--codes", codes, "--store", store)
+    assert "already names" in fails("index", run, "--codes", codes, "--store", store)
     assert main(["index", str(run), "--codes", str(codes)]) == 0
     shard = codes / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "shard-00000" in fails("index", run, "--codes", codes, code=1)
 
 
-def test_what_the_system_refuses_is_one_message_and_exit_code_1(monkeypatch, fails):
+def test_a_system_error_gives_one_message_and_exit_code_1(monkeypatch, fails):
     import sparsight.cli.report as verb
 
     def refused(arguments):
@@ -447,7 +445,7 @@ def test_what_the_system_refuses_is_one_message_and_exit_code_1(monkeypatch, fai
         main(["report", "runs/", "--traceback"])
 
 
-def test_broken_photos_beyond_max_failed_stop_a_live_run_and_the_option_lets_it_go_on(
+def test_broken_photos_beyond_max_failed_stop_a_live_run_and_the_option_lets_it_continue(
     tmp_path, fails, capsys
 ):
     photos = tmp_path / "photos"
@@ -465,7 +463,7 @@ def test_broken_photos_beyond_max_failed_stop_a_live_run_and_the_option_lets_it_
     assert main(["evaluate", str(tmp_path / "run"), "--workers", "0", "--max-failed", "0.1"]) == 0
 
 
-def test_kinds_of_parts_are_chosen_by_name_and_bring_their_own_flags(capsys) -> None:
+def test_kinds_of_parts_are_chosen_by_name_and_have_their_own_flags(capsys) -> None:
     assert main(["train", "--sparsity", "jumprelu", "--remedy", "resampling", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert "--sae.sparsity.bandwidth" in shown and "--remedy.times" in shown
@@ -480,7 +478,7 @@ def test_kinds_of_parts_are_chosen_by_name_and_bring_their_own_flags(capsys) -> 
         (["--remedy", "prayer"], "choose one of auxk, ghost"),
     ],
 )
-def test_an_unknown_kind_of_part_is_told_with_those_there_are(
+def test_the_message_about_an_unknown_kind_lists_the_known_ones(
     arguments: list[str], message: str, capsys
 ) -> None:
     assert main(["train", *arguments]) == 2
@@ -499,7 +497,7 @@ def test_convert_writes_another_projects_format_and_reads_it_back(tmp_path: Path
     assert main(["convert", str(tmp_path / "nothing"), "--out", str(tmp_path / "x")]) == 2
 
 
-def test_every_whole_number_may_be_written_with_an_exponent_or_a_letter(tmp_path: Path) -> None:
+def test_whole_numbers_may_be_written_with_an_exponent_or_a_letter(tmp_path: Path) -> None:
     options = parse(TrainOptions, "train", ["--n-vectors", "1e6", "--batch-size", "4k"])
     assert (options.train.n_vectors, options.train.batch_size) == (1_000_000, 4000)
     assert parse(TrainOptions, "train", ["--n-vectors", "None"]).train.n_vectors is None
@@ -508,7 +506,7 @@ def test_every_whole_number_may_be_written_with_an_exponent_or_a_letter(tmp_path
             parse(TrainOptions, "train", wrong)
 
 
-def test_held_out_images_are_measured_on_and_a_sweep_takes_a_share_or_a_store(
+def test_evaluate_uses_held_out_images_and_a_sweep_accepts_a_share_or_a_store(
     store, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -516,7 +514,7 @@ def test_held_out_images_are_measured_on_and_a_sweep_takes_a_share_or_a_store(
     assert main(["evaluate", "run", "--no-downstream", "--no-baselines"]) == 0
     told = capsys.readouterr().err
     n = ActivationStore(store).n_images
-    assert f"measured on {round(n / 4)} images that were held out of training" in told
+    assert f"measured on the {round(n / 4)} images that were held out of training" in told
     assert json.loads(Path("run/metrics.json").read_text())["n_images"] == round(n / 4)
     for given in ("0.25", str(store)):
         swept = ["sweep", "--store", str(store), "--out", f"sweep{len(given)}", "--vary", "seed=0",
@@ -530,7 +528,7 @@ def test_held_out_images_are_measured_on_and_a_sweep_takes_a_share_or_a_store(
     assert counts[0] * n == counts[1] * round(n / 4)
 
 
-def test_an_empty_path_is_no_name_of_the_working_folder(fails):
+def test_an_empty_path_does_not_mean_the_working_folder(fails):
     assert "--out is empty" in fails("report", "run", "--out", "")
     assert "is empty" in fails("evaluate", "")
     assert "No model named" in fails(
@@ -540,15 +538,13 @@ def test_an_empty_path_is_no_name_of_the_working_folder(fails):
 
 @pytest.fixture
 def run(store, tmp_path):
-    """A small run on the store."""
+    """Train a small run on the store."""
     folder = tmp_path / "run"
     assert main(["train", "--store", str(store), "--out", str(folder), *SHORT]) == 0
     return folder
 
 
-def test_nothing_is_written_over_what_belongs_to_something_else(
-    store, run, tmp_path, fails, monkeypatch
-):
+def test_foreign_files_are_never_overwritten(store, run, tmp_path, fails, monkeypatch):
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     assert "which an index would overwrite" in fails("index", run, "--out", store)
     assert "holds manifest.json of something other than a run" in fails(
@@ -564,13 +560,13 @@ def test_nothing_is_written_over_what_belongs_to_something_else(
     assert (model / "config.json").read_text() == '{"model_type": "clip"}'
 
 
-def test_what_cannot_be_done_is_told_before_the_work(run, tmp_path, fails):
+def test_an_impossible_task_is_refused_before_any_work(run, tmp_path, fails):
     (tmp_path / "file").touch()
     missing = f"{tmp_path}/nowhere"
     told = fails("evaluate", run, "--out", tmp_path / "file" / "x.json")
     assert "is a file" in told and "images" not in told
     asked = ("--images", missing, "--store", run)
-    assert "not both" in fails("evaluate", run, *asked)
+    assert "either --store or --images" in fails("evaluate", run, *asked)
     search = ("search", "x", "--model", "calibration", "--images", missing)
     assert "top is 0" in fails(*search, "--top", "0")
     assert "must be a finite number" in fails(*search, "--activation", "nan")
@@ -582,7 +578,7 @@ def test_what_cannot_be_done_is_told_before_the_work(run, tmp_path, fails):
     "text",
     [f"batch_size = {'9' * 5000}", f"max_failed = {'9' * 400}", 'out = ""', 'out = "a\\u0000b"'],
 )
-def test_numbers_and_paths_that_no_machine_takes_are_told_with_their_file(text, tmp_path, fails):
+def test_impossible_numbers_and_paths_are_reported_with_their_file(text, tmp_path, fails):
     (tmp_path / "c.toml").write_text(text)
     arguments = ("extract", "--model", "m", "--images", "i", "--config", tmp_path / "c.toml")
     assert "c.toml: " in fails(*arguments)

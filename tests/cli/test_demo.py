@@ -1,4 +1,4 @@
-"""The whole chain through the command line, small: demo, then every verb on what it left."""
+"""The whole chain on the command line, small: demo, then every verb on its output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL += ["--n-vectors", "8192", "--latents", "2"]
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A demo's folder, made by `sparsight demo`."""
+    """Return the folder of a demo, made by `sparsight demo`."""
     out = tmp_path_factory.mktemp("chain") / "demo"
     assert main(["demo", "--out", str(out), *SMALL]) == 0
     return out
@@ -24,13 +24,13 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def run(demo):
-    """The folder of one of its autoencoders."""
+    """Return the folder of one of the demo's autoencoders."""
     return sorted(path.parent for path in (demo / "runs").glob("*/sae.safetensors"))[-1]
 
 
 @pytest.fixture
 def fails(capsys):
-    """Run a command that must end with an exit code; gives its message."""
+    """Run a command that must end with an exit code; return its message."""
 
     def check(*arguments: object, code: int = 2) -> str:
         assert main(list(map(str, arguments))) == code
@@ -56,7 +56,7 @@ def test_the_demo_leaves_a_store_runs_indices_and_a_report(demo, run):
     assert (run / "index" / "latents.parquet").exists()
 
 
-def test_metrics_hold_every_figure_beside_its_baselines(run):
+def test_metrics_hold_every_figure_and_its_baselines(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 < metrics["fvu"] < 1.5
     assert 0 < metrics["l0"] <= 8
@@ -80,7 +80,7 @@ def test_a_second_demo_prints_the_table_and_changes_nothing(demo, capsys):
     assert "FVU" in shown and str(demo / "report.html") in shown.replace("\n", "")
 
 
-def test_a_demo_that_lost_its_last_steps_makes_them_again(demo, tmp_path, capsys):
+def test_a_demo_that_lost_its_last_steps_repeats_them(demo, tmp_path, capsys):
     copy = tmp_path / "demo"
     shutil.copytree(demo, copy)
     (copy / "report.html").unlink()
@@ -96,7 +96,7 @@ def test_a_demo_of_another_size_is_refused(demo, fails):
     assert "another k" in message
 
 
-def test_evaluate_finds_model_site_and_images_by_itself(run, tmp_path, capsys):
+def test_evaluate_finds_model_site_and_images_without_options(run, tmp_path, capsys):
     copy = tmp_path / "sae"
     shutil.copytree(run, copy)
     (copy / "metrics.json").unlink()
@@ -105,7 +105,7 @@ def test_evaluate_finds_model_site_and_images_by_itself(run, tmp_path, capsys):
     assert 0 < json.loads((copy / "metrics.json").read_text())["fvu"] < 1.5
 
 
-def test_index_and_report_take_what_train_left(run, tmp_path, capsys):
+def test_index_and_report_accept_the_output_of_train(run, tmp_path, capsys):
     copy = tmp_path / "sae"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "index")
@@ -136,7 +136,7 @@ def test_k_above_the_number_of_latents_is_refused(demo, tmp_path, fails):
     assert "300" in message and "256" in message
 
 
-def test_a_site_that_the_model_lacks_is_refused(tmp_path, fails):
+def test_a_site_that_the_model_does_not_have_is_refused(tmp_path, fails):
     message = fails(
         *("extract", "--model", "calibration", "--images", "calibration:10"),
         *("--sites", "blocks.99.resid_post", "--out", tmp_path / "acts"),
@@ -152,7 +152,7 @@ def test_a_store_of_another_width_is_refused(run, tmp_path, fails):
     assert "embedding" in fails("evaluate", run, "--store", acts)
 
 
-def test_a_shard_that_was_cut_off_is_a_fault_and_exits_with_1(demo, tmp_path, fails):
+def test_a_truncated_shard_is_a_fault_and_exits_with_1(demo, tmp_path, fails):
     store = tmp_path / "store"
     shutil.copytree(demo / "store", store)
     shard = next(store.glob("*/shard-00000.safetensors"))
@@ -162,7 +162,7 @@ def test_a_shard_that_was_cut_off_is_a_fault_and_exits_with_1(demo, tmp_path, fa
     assert str(shard) in message and "cut off" in message
 
 
-def test_a_place_that_cannot_be_written_is_named_before_any_work(demo, run, tmp_path, fails):
+def test_an_unwritable_folder_is_named_before_any_work(demo, run, tmp_path, fails):
     (tmp_path / "file").write_text("no folder")
     out = tmp_path / "file" / "run"
     store = ["--store", demo / "store", "--sae.n-latents", "256"]

@@ -7,7 +7,7 @@ from sparsight.cli.main import main
 from sparsight.vision import load_model
 
 
-def test_a_clip_goes_out_and_comes_back_the_same(tmp_path, capsys):
+def test_an_exported_clip_loads_back_unchanged(tmp_path, capsys):
     assert main(["export", "calibration", "--out", str(tmp_path / "hf")]) == 0
     told = capsys.readouterr().out
     assert "calibration → huggingface" in told
@@ -47,7 +47,7 @@ def test_longer_texts_are_an_option(tmp_path, capsys):
         (["calibration", "--out", "{}", "--kept", "10"], "--kept is for more --positions"),
     ],
 )
-def test_mistakes_are_one_message_and_exit_code_2(arguments, message, tmp_path, capsys):
+def test_mistakes_give_one_message_and_exit_code_2(arguments, message, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["export", *(each.format(out) for each in arguments)]) == 2
     assert message in capsys.readouterr().err

@@ -17,7 +17,7 @@ def rows(capsys, *filters: str) -> list[dict]:
     return json.loads(capsys.readouterr().out)
 
 
-def test_every_row_says_where_it_is_from_and_has_a_format_that_is_known():
+def test_every_row_names_its_source_and_a_known_format():
     known = {each.name for each in FORMATS} | {OTHER}
     ids = [row.id for row in published()]
     assert len(ids) == len(set(ids)) > 60
@@ -60,6 +60,6 @@ def test_the_table_is_printed_by_model_with_ids_that_can_be_copied(capsys, monke
         (("--model", "laion", "--site", "embedding"), "the site 'embedding'; there is blocks.2."),
     ],
 )
-def test_a_filter_that_nothing_passes_is_told_with_what_there_is(filters, message, capsys):
+def test_the_message_about_a_filter_without_matches_lists_what_exists(filters, message, capsys):
     assert main(["pretrained", *filters]) == 2
     assert message in capsys.readouterr().err

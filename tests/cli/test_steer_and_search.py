@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """SAEs of two sites, untrained, with what training writes about them."""
+    """Untrained SAEs of two sites, with the metadata that training writes."""
     folder = tmp_path_factory.mktemp("runs")
     model = sp.load_model("calibration", device="cpu")
     images = sp.open_images("calibration:6")
@@ -61,7 +61,7 @@ def test_steer_writes_figures_and_plots(runs, tmp_path, capsys):
     assert "latent 3" in out and "unsteered: top-1" in out
 
 
-def test_search_writes_a_page_of_pictures(runs, tmp_path, capsys):
+def test_search_writes_a_page_of_images(runs, tmp_path, capsys):
     code, out, err = run(
         capsys, "search", "a photo of a sun", "--sae", runs / "embedding", "--modes", "plain",
         "reconstructed", "query", "steered", "--latents", 5, "--activation", 3, "--top", 3,
@@ -75,7 +75,7 @@ def test_search_writes_a_page_of_pictures(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["--image", "--picture"])
-def test_search_by_an_image_takes_both_names_of_the_option(option, tmp_path, capsys):
+def test_search_by_an_image_accepts_both_names_of_the_option(option, tmp_path, capsys):
     sp.open_images("calibration:6").load(3).save(tmp_path / "mine.png")
     code, _, err = run(
         capsys, "search", option, tmp_path / "mine.png", "--model", "calibration", "--images",
@@ -87,7 +87,7 @@ def test_search_by_an_image_takes_both_names_of_the_option(option, tmp_path, cap
 
 
 @pytest.mark.parametrize("given", ["the option", "the SAE"])
-def test_a_large_jpeg_as_query_is_decoded_as_the_images_are(given, runs, tmp_path, capsys):
+def test_a_large_jpeg_query_is_decoded_like_the_images(given, runs, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
     for i in range(2):
@@ -136,16 +136,14 @@ def test_a_large_jpeg_as_query_is_decoded_as_the_images_are(given, runs, tmp_pat
         (["search", "sun", "--sae", "embedding", "--out", __file__], "cannot create the folder"),
     ],
 )
-def test_mistakes_are_answered_with_one_message(
-    runs, arguments, message, capsys, tmp_path, monkeypatch
-):
+def test_mistakes_give_one_message(runs, arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = [runs / each if each in ("stream", "embedding") else each for each in arguments]
     code, _, err = run(capsys, *given)
     assert code == 2 and message in err and "Traceback" not in err
 
 
-def test_an_sae_of_other_weights_is_refused_and_taken_when_told(runs, tmp_path, capsys):
+def test_an_sae_of_other_weights_is_refused_unless_the_check_is_off(runs, tmp_path, capsys):
     sae = SparseAutoencoder.from_pretrained(runs / "embedding")
     sae.metadata["model"]["weights_hash"] = "0" * 64
     sae.save_pretrained(tmp_path / "other")
@@ -155,7 +153,7 @@ def test_an_sae_of_other_weights_is_refused_and_taken_when_told(runs, tmp_path, 
     assert run(capsys, *search, "--no-check")[0] == 0
 
 
-def test_a_latent_that_no_picture_activates_is_not_steered_to_nothing(runs, tmp_path, capsys):
+def test_steering_by_a_latent_that_is_never_active_is_refused(runs, tmp_path, capsys):
     sae = SparseAutoencoder.from_pretrained(runs / "embedding")
     with torch.no_grad():
         sae.b_enc[5] = -1e6

@@ -125,7 +125,7 @@ class Ours:
 
 
 class Reference:
-    """The same in autograd."""
+    """Take the same step in autograd."""
 
     def __init__(self, plan: SAEPlan, problem: Problem, clip: float | None = None) -> None:
         self.parameters = {name: each.requires_grad_() for name, each in problem.parameters.items()}
@@ -154,7 +154,7 @@ class Reference:
 def assert_same_steps(
     ours: Ours, truth: Reference, batches: list[Tensor], dead: Tensor | None
 ) -> None:
-    """Figures, gradients and parameters of both, in float64, step by step."""
+    """Compare figures, gradients and parameters of both, in float64, step by step."""
     for number, z in enumerate(batches, start=1):
         mine = ours.fused.step(z, lr=LR, number=number, dead=dead)
         found = truth.step(z, dead)

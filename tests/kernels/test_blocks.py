@@ -13,7 +13,7 @@ from sparsight.kernels.native import blocks, build
     ("n", "n_latents", "k", "d"),
     [(1, 1, 1, 1), (200, 300, 40, 70), (95, 97, 97, 64), (2100, 12, 5, 129)],
 )
-def test_sums_and_products_in_blocks_are_those_of_the_dense_matrix(
+def test_sums_and_products_in_blocks_match_the_dense_matrix(
     n: int,
     n_latents: int,
     k: int,

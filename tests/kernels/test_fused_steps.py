@@ -47,7 +47,7 @@ DEAD = dead_latents()
 @pytest.mark.parametrize("n_dead", [0, 12, len(DEAD)], ids=["plain", "auxk-few", "auxk-many"])
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
-def test_gradients_and_ten_steps_are_those_of_dense_autograd(
+def test_gradients_and_ten_steps_match_dense_autograd(
     kernels: str, precision: str, name: str, n_dead: int, massive: bool
 ) -> None:
     plan = with_aux(PLANS[name]) if n_dead else PLANS[name]
@@ -60,11 +60,9 @@ def test_gradients_and_ten_steps_are_those_of_dense_autograd(
 
 @pytest.mark.parametrize("with_dead", [False, True], ids=["plain", "auxk"])
 @pytest.mark.parametrize("name", ["topk", "batch-topk", "multi-topk", "matryoshka"])
-def test_vectors_that_are_scored_in_full_are_trained_on_as_others(
-    name: str, with_dead: bool
-) -> None:
+def test_fully_scored_vectors_train_like_the_others(name: str, with_dead: bool) -> None:
     problems = [make_problem(torch.float64, n_latents=1200) for _ in "ab"]
-    for problem in problems:  # latents so alike that int8 tells none of them apart
+    for problem in problems:  # latents so similar that int8 cannot distinguish them
         W_enc = problem.parameters["W_enc"]
         W_enc.copy_(W_enc[0] + 1e-3 * W_enc)
         problem.parameters["b_enc"].mul_(1e-3)
@@ -84,7 +82,7 @@ def test_vectors_that_are_scored_in_full_are_trained_on_as_others(
 @pytest.mark.parametrize("with_dead", [False, True], ids=["plain", "auxk"])
 @pytest.mark.parametrize("name", ["topk", "multi-topk"])
 @pytest.mark.parametrize(("kernels", "precision"), [("torch", "float32"), ("native", "int8")])
-def test_latents_with_many_entries_are_summed_as_others(
+def test_latents_with_many_entries_are_summed_like_the_others(
     kernels: str, precision: str, name: str, with_dead: bool
 ) -> None:
     problems = [make_problem(torch.float64, n_latents=700, d_in=300, batch=200) for _ in "ab"]
@@ -98,9 +96,7 @@ def test_latents_with_many_entries_are_summed_as_others(
 
 
 @pytest.mark.parametrize(("kernels", "precision"), [*BACK_ENDS, ("torch", "bfloat16"), TORCH_INT8])
-def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
-    kernels: str, precision: str
-) -> None:
+def test_losses_of_ten_steps_in_float32_match_dense_autograd(kernels: str, precision: str) -> None:
     plan = with_aux(PLANS["topk"])
     ours = Ours(kernels, precision, plan, make_problem(torch.float32))
     problem = make_problem(torch.float32)
@@ -112,7 +108,7 @@ def test_ten_steps_in_float32_have_the_losses_of_dense_autograd(
 
 @pytest.mark.parametrize(("kernels", "precision"), BACK_ENDS)
 @pytest.mark.parametrize("clip", [1e-3, 0.05, 10.0])
-def test_clipping_is_that_of_the_whole_gradient(kernels: str, precision: str, clip: float) -> None:
+def test_clipping_uses_the_whole_gradient(kernels: str, precision: str, clip: float) -> None:
     plan = with_aux(PLANS["topk"])
     ours = Ours(kernels, precision, plan, make_problem(torch.float64), clip)
     problem = make_problem(torch.float64)
@@ -172,7 +168,7 @@ def test_a_step_counts_how_long_latents_have_been_silent(kernels: str, precision
 
 
 @pytest.mark.parametrize(("kernels", "precision"), [("native", "int8"), ("torch", "bfloat16")])
-def test_a_step_notices_that_the_encoder_was_changed(kernels: str, precision: str) -> None:
+def test_a_step_detects_that_the_encoder_was_changed(kernels: str, precision: str) -> None:
     problem = make_problem(torch.float32)
     ours = Ours(kernels, precision, PLANS["topk"], problem)
     ours.fused.step(problem.batches[0], lr=LR, number=1)
@@ -203,7 +199,7 @@ def test_threads_do_not_change_the_bits_of_a_native_step() -> None:
 @pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
 @pytest.mark.parametrize("precision", ["int8", "bfloat16"])
 @pytest.mark.parametrize(("n", "d_in", "k"), [(1000, 64, 32), (777, 101, 7), (70, 5, 70)])
-def test_native_selection_is_the_exact_one(
+def test_native_selection_is_exact(
     n: int, d_in: int, k: int, precision: str, massive: bool
 ) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -217,7 +213,7 @@ def test_native_selection_is_the_exact_one(
     dictionary.topk(x, W, b, k, out=(values, latents))
     truth = torch.addmm(b.double(), x.double(), W.double().T).topk(k, dim=1)
     same = (latents.long().sort(dim=1).values == truth.indices.sort(dim=1).values).all(dim=1)
-    assert same.double().mean() >= 0.999  # but for ties in float32
+    assert same.double().mean() >= 0.999  # except for ties in float32
     torch.testing.assert_close(
         values.sort(dim=1, descending=True).values.double(), truth.values, rtol=1e-5, atol=1e-4
     )
@@ -237,7 +233,7 @@ def test_native_selection_from_no_vectors_finds_nothing() -> None:
     assert all(len(each) == 0 for each in dictionary.above(x, W, b, 0.5))
 
 
-def test_vectors_that_are_not_finite_do_not_break_native_selection() -> None:
+def test_vectors_with_infinity_or_nan_do_not_break_native_selection() -> None:
     problem = make_problem(torch.float32)
     z = problem.batches[0]
     z[3, 1], z[5, 2] = math.nan, math.inf
@@ -253,10 +249,10 @@ def test_each_compiled_variant_gives_the_same_step(
     use_variant(variant, monkeypatch)
     for name in ("topk", "batch-topk"):
         for precision in ("int8", "bfloat16"):
-            test_gradients_and_ten_steps_are_those_of_dense_autograd(
+            test_gradients_and_ten_steps_match_dense_autograd(
                 "native", precision, name, len(DEAD), False
             )
-    test_latents_with_many_entries_are_summed_as_others("native", "int8", "topk", True)
+    test_latents_with_many_entries_are_summed_like_the_others("native", "int8", "topk", True)
 
 
 HOLDING = r"""
@@ -346,11 +342,11 @@ def test_one_vector_leaves_nothing_for_the_auxiliary_loss(kernels: str, precisio
     assert all(each.aux_loss == 0 for each in figures)
 
 
-def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_do_not_run_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="run on the CPU, not on cuda"):
         choose("native", "auto", torch.device("cuda"))
-    with pytest.raises(UserError, match=r"'int8' needs the native kernels.* 'torch' on cuda"):
+    with pytest.raises(UserError, match=r"'int8' needs the kernels 'native'.* 'torch' on cuda"):
         choose("torch", "int8", torch.device("cuda"))
     with pytest.raises(UserError, match="'dense' select exactly"):
         choose("dense", "int8", cpu)
@@ -361,12 +357,12 @@ def test_what_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match="no C compiler"):
         choose("native", "auto", cpu)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(UserError, match=r"'int8' needs .* VNNI; these are 'torch' on cpu"):
+    with pytest.raises(UserError, match=r"'int8' needs .* VNNI, but these are 'torch' on cpu"):
         choose("auto", "int8", cpu)
 
 
 @pytest.mark.parametrize("variant", build.VARIANTS)
-def test_int8_is_taken_where_the_processor_is_quick_at_it(
+def test_int8_is_chosen_if_the_processor_is_fast_at_it(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_variant(variant, monkeypatch)
@@ -384,7 +380,7 @@ def test_int8_is_taken_where_the_processor_is_quick_at_it(
         (True, False, True, "int8"),
     ],
 )
-def test_plain_torch_selects_in_what_the_processor_is_quick_at(
+def test_plain_torch_selects_in_the_fastest_precision(
     has_int8: bool,
     has_bfloat16: bool,
     has_tiles: bool,
@@ -413,7 +409,7 @@ def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
     for like in (None, x):
         _, given_up = library.Dictionary(W, b, "int8", like).topk(x, W, b, k, out=out)
         assert torch.equal(out[1].long().sort(dim=1).values, truth)
-    assert given_up == 0  # where the dictionary fits the vectors
+    assert given_up == 0  # because the dictionary fits the vectors
 
 
 @pytest.mark.parametrize(
@@ -424,13 +420,13 @@ def test_a_huge_dimension_loses_no_latent(ratio: int) -> None:
         pytest.param("torch", False, "float32", marks=NEEDS_INT8),
     ],
 )
-def test_int8_is_left_where_it_does_not_fit(
+def test_int8_is_dropped_if_it_does_not_fit(
     kernels: str, has_bfloat16: bool, next_best: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     problem = make_problem(torch.float32, n_latents=3000)
     W_enc = problem.parameters["W_enc"]
-    W_enc.copy_(W_enc[0] + 1e-3 * W_enc)  # so alike that int8 tells none of them apart
+    W_enc.copy_(W_enc[0] + 1e-3 * W_enc)  # so similar that int8 cannot distinguish them
     problem.parameters["b_enc"].zero_()
     ours = Ours(kernels, "int8", PLANS["topk"], problem)
     assert ours.fused.name.startswith(f"{kernels}-int8")
@@ -439,7 +435,7 @@ def test_int8_is_left_where_it_does_not_fit(
         assert ours.fused.name.startswith(f"{kernels}-{next_best}")
 
 
-def test_int8_is_fitted_again_to_vectors_that_have_moved() -> None:
+def test_int8_is_refitted_to_vectors_that_have_moved() -> None:
     problem = make_problem(torch.float32, n_latents=3000)
     ours = Ours("native", "int8", PLANS["topk"], problem)
     given_up = []
@@ -453,7 +449,7 @@ def test_int8_is_fitted_again_to_vectors_that_have_moved() -> None:
     assert ours.fused.name.startswith("native-int8")
 
 
-def test_a_library_of_other_sources_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_built_from_other_sources_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     library.load.cache_clear()
     monkeypatch.setattr(build, "fingerprint", lambda: "0" * 16)
     try:

@@ -31,7 +31,7 @@ def _gradients(encode, decode, inputs: list[torch.Tensor]) -> list[torch.Tensor]
 
 
 @pytest.mark.parametrize("massive", [False, True])
-def test_the_sparse_step_has_the_gradients_of_plain_autograd(massive: bool) -> None:
+def test_gradients_of_the_sparse_step_match_plain_autograd(massive: bool) -> None:
     ours = _gradients(encode_topk, decode_topk, _inputs(massive=massive))
     truth = _gradients(dense.encode_topk, dense.decode_topk, _inputs(massive=massive))
     for mine, true in zip(ours, truth, strict=True):
@@ -59,7 +59,7 @@ def test_tiles_of_rows_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("massive", [False, True])
-def test_selection_in_bfloat16_chooses_what_exact_selection_does(massive: bool) -> None:
+def test_selection_in_bfloat16_chooses_the_same_as_exact_selection(massive: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(500, 64, generator=generator)
     if massive:
@@ -101,7 +101,7 @@ def _inputs_of(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         W += 0.3 * normal(n_latents, 1)
         W[:, 0] *= 0.01
     W = torch.nn.functional.normalize(W, dim=1)
-    if kind == "alike":  # 200 latents for each of some directions
+    if kind == "alike":  # 200 latents per direction
         W = W[torch.arange(n_latents) % 5] + 1e-4 * W
     if kind in ("bias", "huge bias", "lengths"):
         b = normal(n_latents)
@@ -148,7 +148,7 @@ def _inputs_of(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ],
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_selection_with_bounds_is_the_exact_one(
+def test_selection_with_bounds_is_exact(
     precision: str, kind: str, pays: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, W, b = _inputs_of(kind)
@@ -161,7 +161,7 @@ def test_selection_with_bounds_is_the_exact_one(
     torch.testing.assert_close(values[finite], exact[0][finite])
     if pays is not None:
         assert (candidates < len(W)) == pays
-    if kind == "alike":  # else this would be a test of nothing
+    if kind == "alike":  # otherwise the test would prove nothing
         assert not torch.equal(selection.select_topk(x, W, b, 16, "bfloat16")[1], exact[1])
 
 
@@ -169,7 +169,7 @@ def test_selection_with_bounds_is_the_exact_one(
 def test_selection_with_bounds_takes_the_first_of_equal_scores(precision: str) -> None:
     generator = torch.Generator().manual_seed(1)
     x, W = (torch.randn(n, 64, generator=generator) for n in (300, 1024))
-    W[512:] = W[:512].flip(0)  # each latent has a twin
+    W[512:] = W[:512].flip(0)  # each latent has a duplicate
     b = torch.zeros(1024)
     latents = bounds.select_surely(x, W, b, 15, _bounds(precision, x, W, b))[1]
     assert torch.equal(latents, selection.select_topk(x, W, b, 15)[1])
@@ -177,7 +177,7 @@ def test_selection_with_bounds_takes_the_first_of_equal_scores(precision: str) -
 
 
 @NEEDS_INT8
-def test_bounds_in_int8_hold_and_are_near() -> None:
+def test_bounds_in_int8_hold_and_are_tight() -> None:
     generator = torch.Generator().manual_seed(1)
     x, W = (torch.randn(n, 256, generator=generator) for n in (200, 2048))
     W *= torch.rand(2048, 1, generator=generator) + 0.2

@@ -34,7 +34,7 @@ LOW_PRECISION = [
 
 @lru_cache(maxsize=1)
 def mixture(n: int, d_in: int, massive: bool) -> Tensor:
-    """Vectors of 20 directions each, with some noise, as an encoder meets them."""
+    """Return realistic vectors: mixtures of 20 directions each, with some noise."""
     generator = torch.Generator().manual_seed(0)
     directions = normalize(torch.randn(4096, d_in, generator=generator), dim=1)
     chosen = torch.randint(0, 4096, (n, 20), generator=generator)
@@ -57,7 +57,7 @@ def problem(d_in: int, n_latents: int, batches: list[Tensor]) -> Problem:
 def dense_steps(
     aux_k: int, d_in: int, n_latents: int, batch: int, massive: bool
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of two steps of dense autograd, and the gradients of the first."""
+    """Return the losses of two steps of dense autograd, and the gradients of the first."""
     batches = mixture(2 * batch, d_in, massive).split(batch)
     plan, dead = plan_of(aux_k, n_latents)
     truth = Reference(plan, problem(d_in, n_latents, list(batches)))
@@ -75,12 +75,12 @@ def plan_of(aux_k: int, n_latents: int) -> tuple[SAEPlan, Tensor | None]:
     return Plan(TopK(K), remedy=AuxK(alpha=1 / 32, k=aux_k) if aux_k else None), dead
 
 
-# Kernels vary the fastest, so that what is true is worked out once for all of them.
+# Kernels vary fastest, so that the reference is computed once for all of them.
 @pytest.mark.parametrize(("kernels", "precision"), LOW_PRECISION)
 @pytest.mark.parametrize("massive", [False, True], ids=["even", "massive"])
 @pytest.mark.parametrize(("d_in", "n_latents", "batch"), SHAPES)
 @pytest.mark.parametrize("aux_k", [0, 384], ids=["plain", "auxk"])
-def test_gradients_and_losses_in_float32_are_the_dense_ones(
+def test_gradients_and_losses_in_float32_match_the_dense_ones(
     kernels: str,
     precision: str,
     aux_k: int,
@@ -105,7 +105,7 @@ def test_gradients_and_losses_in_float32_are_the_dense_ones(
 
 @lru_cache(maxsize=1)
 def dense_selection(d_in: int, n_latents: int, massive: bool) -> Tensor:
-    """The latents of N vectors, in order of their numbers."""
+    """Return the latents of N vectors, in ascending order."""
     W = problem(d_in, n_latents, []).parameters["W_enc"]
     parts = mixture(N, d_in, massive).split(1000)
     return torch.cat([(x @ W.T).topk(K, dim=1).indices.sort(dim=1).values for x in parts])
@@ -120,10 +120,10 @@ def dense_selection(d_in: int, n_latents: int, massive: bool) -> Tensor:
         pytest.param(*MEDIUM[:2], id="medium", marks=pytest.mark.slow),
     ],
 )
-def test_selected_sets_are_those_of_dense_scores(
+def test_selected_sets_match_dense_scores(
     kernels: str, precision: str, d_in: int, n_latents: int, massive: bool
 ) -> None:
-    """But for scores that float32 itself cannot tell apart, whose order is that of their sums."""
+    """Scores that float32 cannot distinguish are excepted: their order depends on their sums."""
     parameters = problem(d_in, n_latents, []).parameters
     W, b, x = parameters["W_enc"], parameters["b_enc"], mixture(N, d_in, massive)
     if kernels == "native":

@@ -42,7 +42,7 @@ K = 8
 
 
 def vectors(family: str, W: Tensor, generator: torch.Generator) -> Tensor:
-    """Vectors of a family, `[ROWS, d_in]`."""
+    """Return vectors of a family, `[ROWS, d_in]`."""
     d = W.shape[1]
 
     def uniform(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def vectors(family: str, W: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def dictionary(like: str, n: int, d: int, generator: torch.Generator) -> Tensor:
-    """Encoder rows of norm 1, `[n, d]`."""
+    """Return encoder rows of norm 1, `[n, d]`."""
     W = torch.randn(n, d, generator=generator)
     if like == "positive":
         W = W.abs()
@@ -106,7 +106,7 @@ class Case:
         x = scale * vectors(family, W, generator)
         scores = x.double() @ W.double().T
         cut = float(scores.flatten().kthvalue(int(scores.numel() * 0.97)).values.float().relu())
-        # The bias comes in, too.
+        # The bias matters, too.
         off = (d + 64) * 2.0**-23 * (x.double().norm(dim=1, keepdim=True) + abs(cut))
         return cls(x, W, scores, cut, off)
 
@@ -127,7 +127,7 @@ class Case:
         return sae
 
     def missed(self, kind: str, active: Tensor) -> int:
-        """How many latents are not active that clearly are."""
+        """Return how many latents were missed that are clearly active."""
         least: Tensor | float = self.cut
         if kind == "topk":
             least = self.scores.topk(K + 1, dim=1).values[:, -1:].clamp(min=0)
@@ -208,7 +208,7 @@ THRESHOLDS = (0.0, -0.0, 1e-42, -1e-42, math.inf, -math.inf, 1e30, -1e30)
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_any_threshold_and_any_vector_leave_the_others_alone(
+def test_thresholds_and_other_vectors_do_not_affect_a_vector(
     threshold: float, compiled: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -240,7 +240,7 @@ def test_any_threshold_and_any_vector_leave_the_others_alone(
     assert not ((scores < threshold - off) & active[fine]).any()
 
 
-def test_scores_of_a_vector_have_the_same_bits_in_any_company() -> None:
+def test_scores_of_a_vector_have_the_same_bits_in_any_batch() -> None:
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(n, 77, generator=generator) for n in (50, 60))
     b = torch.randn(60, generator=generator)
@@ -290,4 +290,4 @@ def test_a_search_finds_no_vector_whose_active_latents_are_missed(
 
 
 EXAMPLES = 1_000
-"""Batches in which the search finds nothing, for each kind."""
+"""Number of batches in which the search must find nothing, per kind."""

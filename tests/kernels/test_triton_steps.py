@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def _run(arguments: list[str], interpreted: bool) -> None:
-    """Run Python with Triton's interpreter on or off, and show what it said if it fails."""
+    """Run Python with Triton's interpreter on or off, and show its output if it fails."""
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
     ended = subprocess.run(
         [sys.executable, *arguments], cwd=HERE.parents[1], env=environment,
@@ -27,7 +27,7 @@ def _run(arguments: list[str], interpreted: bool) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def test_steps_are_those_of_dense_autograd() -> None:
+def test_steps_match_dense_autograd() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     cases = HERE / "triton_step_cases.py"
     options = ["-m", "pytest", "-p", "no:cacheprovider", str(cases)]
@@ -39,7 +39,7 @@ def test_kernels_compile_for_gpus() -> None:
     _run([str(HERE / "compile_triton_kernels.py")], interpreted=False)
 
 
-def test_where_triton_does_not_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_step = pytest.importorskip("sparsight.kernels.triton_step")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(triton_step, "INTERPRETED", True)
@@ -57,7 +57,7 @@ def test_where_triton_does_not_run_it_is_refused(monkeypatch: pytest.MonkeyPatch
     assert choose("triton", "float32", cuda) == ("triton", "float32")
     assert choose("triton", "float8", cuda) == ("triton", "float8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(UserError, match=r"'float8' needs .* 8\.9 or more; these are 'triton'"):
+    with pytest.raises(UserError, match=r"'float8' needs .* 8\.9 or more, but these are 'triton'"):
         choose("triton", "float8", cuda)
     with pytest.raises(UserError, match=r"'float8' needs .* these are 'torch' on cpu"):
         choose("torch", "float8", cpu)

@@ -37,7 +37,7 @@ def _problem(dtype: torch.dtype, massive: bool = False, n_latents: int = N_LATEN
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_gradients_and_steps_are_those_of_dense_autograd(name: str) -> None:
+def test_gradients_and_steps_match_dense_autograd(name: str) -> None:
     ours = Ours("triton", "bfloat16", PLANS[name], _problem(torch.float64))
     problem = _problem(torch.float64)
     truth = Reference(PLANS[name], problem)
@@ -45,7 +45,7 @@ def test_gradients_and_steps_are_those_of_dense_autograd(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["topk", "batch-matryoshka"])
-def test_auxk_and_selection_in_full_precision_are_those_of_dense_autograd(name: str) -> None:
+def test_auxk_and_selection_in_full_precision_match_dense_autograd(name: str) -> None:
     plan = with_aux(PLANS[name])
     ours = Ours("triton", "float32", plan, _problem(torch.float64, massive=True))
     problem = _problem(torch.float64, massive=True)
@@ -53,7 +53,7 @@ def test_auxk_and_selection_in_full_precision_are_those_of_dense_autograd(name: 
 
 
 @pytest.mark.parametrize("clip", [1e-3, 10.0])
-def test_clipping_is_that_of_the_whole_gradient(clip: float) -> None:
+def test_clipping_uses_the_whole_gradient(clip: float) -> None:
     plan = with_aux(PLANS["multi-topk"])
     ours = Ours("triton", "bfloat16", plan, _problem(torch.float64), clip)
     problem = _problem(torch.float64)
@@ -65,7 +65,7 @@ def test_clipping_is_that_of_the_whole_gradient(clip: float) -> None:
     assert_same_gradients(ours, truth)
 
 
-def test_steps_in_float32_have_the_losses_of_dense_autograd() -> None:
+def test_losses_of_steps_in_float32_match_dense_autograd() -> None:
     plan = with_aux(PLANS["matryoshka"])
     ours = Ours("triton", "bfloat16", plan, _problem(torch.float32))
     problem = _problem(torch.float32)
@@ -74,7 +74,7 @@ def test_steps_in_float32_have_the_losses_of_dense_autograd() -> None:
         mine = ours.fused.step(z, lr=LR, number=number, dead=DEAD)
         assert float(mine.loss) == pytest.approx(truth.step(z, DEAD).loss.item(), abs=1e-6)
     assert isinstance(ours.fused, TritonStep)
-    # The interpreter cuts digits off where a GPU rounds.
+    # The interpreter truncates digits where a GPU rounds.
     assert ours.fused.low is not None
     low = ours.fused.low.rows.float()
     torch.testing.assert_close(low, ours.parameters["W_enc"], rtol=2**-7, atol=0)
@@ -92,7 +92,7 @@ def test_a_step_counts_how_long_latents_have_been_silent() -> None:
 
 
 @pytest.mark.parametrize("name", ["topk", "batch-matryoshka"])
-def test_steps_with_selection_in_float8_are_those_of_dense_autograd(name: str) -> None:
+def test_steps_with_selection_in_float8_match_dense_autograd(name: str) -> None:
     ours = Ours("triton", "float8", PLANS[name], _problem(torch.float64, massive=True))
     problem = _problem(torch.float64, massive=True)
     assert_same_steps(ours, Reference(PLANS[name], problem), problem.batches[:2], None)
@@ -113,7 +113,7 @@ def test_steps_with_selection_in_float8_are_those_of_dense_autograd(name: str) -
     ("precision", "massive"), [("bfloat16", False), ("float8", False), ("float8", True)]
 )
 @pytest.mark.parametrize(("n_latents", "d_in", "k"), [(1500, 70, 24), (1029, 26, 7), (30, 26, 30)])
-def test_selection_is_the_exact_one(
+def test_selection_is_exact(
     n_latents: int, d_in: int, k: int, precision: str, massive: bool
 ) -> None:
     problem = make_problem(torch.float32, massive, n_latents, d_in, BATCH).to(DEVICE)
@@ -128,7 +128,9 @@ def test_selection_is_the_exact_one(
     torch.testing.assert_close(values.double(), scores.gather(1, latents), rtol=1e-5, atol=1e-5)
 
 
-def test_selection_in_several_tiles_is_that_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selection_in_several_tiles_matches_selection_in_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     problem = _problem(torch.float32, n_latents=600)
     fused = Ours("triton", "bfloat16", PLANS["topk"], problem).fused
     assert isinstance(fused, TritonStep)
@@ -141,7 +143,7 @@ def test_selection_in_several_tiles_is_that_in_one(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_vectors_that_are_not_finite_do_not_break_selection() -> None:
+def test_vectors_with_infinity_or_nan_do_not_break_selection() -> None:
     problem = _problem(torch.float32)
     z = problem.batches[0]
     z[3, 1], z[5, 2] = float("nan"), float("inf")

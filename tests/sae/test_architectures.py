@@ -31,12 +31,12 @@ NORMALISERS = ("scale", "standardise", "none", "layer_norm", "constant_norm")
 
 def _vectors(n: int = 300, seed: int = 0) -> torch.Tensor:
     x = torch.randn(n, D, generator=torch.Generator().manual_seed(seed)) * 2 + 1
-    x[:, 3] *= 100  # a massive dimension, as the residual stream has them
+    x[:, 3] *= 100  # a massive dimension, as residual streams have
     return x
 
 
 def _fitted(config: SAEConfig, *, seed: int = 1, dtype: torch.dtype = torch.float32):
-    """An SAE whose every parameter differs from where it began."""
+    """Return an SAE whose parameters all differ from their initial values."""
     x = _vectors().double()
     normaliser = Normaliser.fit(config.normaliser, x.mean(0), x.square().mean(0))
     sample = normaliser(x.float())
@@ -52,7 +52,7 @@ def _fitted(config: SAEConfig, *, seed: int = 1, dtype: torch.dtype = torch.floa
 
 
 def _by_hand(sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
-    """The dense code from the formulas, one vector at a time."""
+    """Return the dense code from the formulas, one vector at a time."""
     sparsity, z = sae.config.sparsity, sae.normaliser(x)
     centre = sae.b_dec if sae.config.subtract_b_dec else torch.zeros_like(sae.b_dec)
     rows = []
@@ -93,9 +93,7 @@ def _by_hand(sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_code_and_the_reconstruction_are_those_of_the_formulas(
-    name: str, normaliser: str
-) -> None:
+def test_the_code_and_the_reconstruction_match_the_formulas(name: str, normaliser: str) -> None:
     config = dataclasses.replace(ARCHITECTURES[name], normaliser=normaliser)
     sae = _fitted(config, dtype=torch.float64)
     x = _vectors().double()
@@ -157,7 +155,7 @@ def test_every_architecture_comes_back_from_disk_with_the_same_bits(
 
 @pytest.mark.parametrize("normaliser", ("scale", "standardise", "none"))
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_folded_normaliser_leaves_codes_and_reconstructions(name: str, normaliser: str) -> None:
+def test_folding_a_normaliser_keeps_codes_and_reconstructions(name: str, normaliser: str) -> None:
     sae = _fitted(dataclasses.replace(ARCHITECTURES[name], normaliser=normaliser)).double()
     x = _vectors().double()
     if name == "matching pursuit" and normaliser != "none":
@@ -171,13 +169,13 @@ def test_a_folded_normaliser_leaves_codes_and_reconstructions(name: str, normali
 
 
 @pytest.mark.parametrize("normaliser", ("layer_norm", "constant_norm"))
-def test_a_normaliser_of_each_vector_cannot_be_folded_and_says_so(normaliser: str) -> None:
+def test_a_normaliser_that_measures_each_vector_cannot_be_folded(normaliser: str) -> None:
     sae = _fitted(SAEConfig(WIDTH, normaliser=normaliser))
     with pytest.raises(UserError, match="depends on each vector"):
         sae.fold()
 
 
-def test_a_code_without_its_frame_is_refused_where_the_normaliser_needs_one() -> None:
+def test_a_code_without_its_frame_is_refused_if_the_normaliser_needs_one() -> None:
     sae = _fitted(SAEConfig(WIDTH, normaliser="layer_norm"))
     code = dataclasses.replace(sae.encode(_vectors(4)), frame=None)
     with pytest.raises(UserError, match="frame"):
@@ -279,7 +277,7 @@ def test_jumprelu_thresholds_get_the_papers_estimate_of_a_gradient() -> None:
     code = sae.config.sparsity.activate(weights, scores)
     assert code.tolist() == [[0.52, 0.9, 0.0]]
     code.sum().backward()
-    # −θ / ε for scores within half a bandwidth of θ, else 0; scores get 1 above θ.
+    # −θ / ε for scores within half a bandwidth of θ, otherwise 0; scores above θ get 1.
     assert threshold.grad.tolist() == pytest.approx([-5.0, 0.0, -5.0])
     assert scores.grad.tolist() == [[1.0, 1.0, 0.0]]
 
@@ -324,7 +322,7 @@ def test_a_target_that_the_penalty_does_not_know_is_refused() -> None:
 @pytest.mark.parametrize(
     "sparsity", [TopK(8), ReLU(), JumpReLU(initial_threshold=0.1), Gated(), AbsTopK(8)]
 )
-def test_reconstructions_begin_as_long_as_their_vectors(sparsity) -> None:
+def test_initial_reconstructions_are_as_long_as_their_vectors(sparsity) -> None:
     z = torch.randn(500, D, generator=torch.Generator().manual_seed(2))
     sae = SparseAutoencoder(D, SAEConfig(256, sparsity=sparsity, normaliser="none"), sample=z)
     ratio = sae(z).x_hat.detach().square().sum() / z.square().sum()
@@ -345,7 +343,7 @@ def test_the_prefixes_of_a_step_follow_from_seed_and_step_alone() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_no_vectors_have_an_empty_code(name: str, training: bool) -> None:
+def test_an_empty_batch_has_an_empty_code(name: str, training: bool) -> None:
     sae = _fitted(ARCHITECTURES[name]).train(training)
     found = sae(torch.zeros(0, D))
     assert found.x_hat.shape == (0, D) and found.code.dense().shape == (0, WIDTH)

@@ -48,7 +48,7 @@ def test_encode_and_decode_follow_the_formula() -> None:
     assert (out.code.values > 0).all()
 
 
-def test_a_latent_picked_with_nothing_is_not_active() -> None:
+def test_a_selected_latent_with_the_value_0_is_not_active() -> None:
     sae = _sae()
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)
@@ -122,7 +122,7 @@ def test_the_geometric_median_has_no_better_neighbour() -> None:
 
 
 @pytest.mark.parametrize("start", ["mean", "geometric_median"])
-def test_the_decoder_bias_starts_amid_the_sample(start: BiasInit) -> None:
+def test_the_decoder_bias_starts_in_the_middle_of_the_sample(start: BiasInit) -> None:
     x = _data()
     config = SAEConfig(n_latents=64, sparsity=TopK(k=4), normaliser="none", b_dec_init=start)
     middle = x.mean(dim=0) if start == "mean" else geometric_median(x)
@@ -136,7 +136,7 @@ def test_gradients_flow_through_the_public_module() -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
 
 
-def test_auxk_is_nothing_when_nothing_is_left_over_and_one_when_nothing_is_modelled() -> None:
+def test_auxk_is_zero_without_a_residual_and_one_if_nothing_is_modelled() -> None:
     scores, W_dec = torch.randn(9, 20), torch.randn(20, 4)
     dead = torch.arange(5, 15)
     assert auxk_loss(scores, torch.ones(9, 4), W_dec, dead, 3) == 0
@@ -192,7 +192,7 @@ def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
         ({"metadata": 3}, "metadata is 3; expected an object"),
     ],
 )
-def test_a_strange_configuration_is_named(tmp_path: Path, change: dict, message: str) -> None:
+def test_an_invalid_configuration_is_named(tmp_path: Path, change: dict, message: str) -> None:
     _sae().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -207,7 +207,7 @@ def test_a_folder_without_an_sae_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sae.pt", "sae.safetensors"])
 @pytest.mark.parametrize("with_config", [False, True])
-def test_pickles_are_not_opened(name: str, with_config: bool, tmp_path: Path) -> None:
+def test_pickles_are_never_opened(name: str, with_config: bool, tmp_path: Path) -> None:
     made = tmp_path / "made"
     if with_config:
         _sae().save_pretrained(tmp_path)
@@ -220,8 +220,8 @@ def test_pickles_are_not_opened(name: str, with_config: bool, tmp_path: Path) ->
     assert not made.exists()
 
 
-def test_more_active_latents_than_latents_are_refused() -> None:
-    with pytest.raises(UserError, match="more than the 8 latents"):
+def test_a_k_above_the_number_of_latents_is_refused() -> None:
+    with pytest.raises(UserError, match="only 8 latents"):
         SAEConfig(n_latents=8, sparsity=TopK(k=9))
     with pytest.raises(UserError, match="more than the 32 latents"):
         SparseAutoencoder(2, SAEConfig(sparsity=TopK(k=33)))
@@ -237,7 +237,7 @@ def test_configurations_are_frozen() -> None:
         SAEConfig().expansion = 3  # type: ignore[misc]
 
 
-def test_an_sae_and_a_code_show_what_they_are_in_one_line() -> None:
+def test_an_sae_and_a_code_describe_themselves_in_one_line() -> None:
     sae = _sae()
     assert repr(sae) == (
         "SparseAutoencoder(width: 16, latents: 64, sparsity: TopK, k = 4, rectify = True, "
@@ -252,7 +252,7 @@ def _checksummed(folder: Path) -> tuple[Path, bytes]:
     return file, file.read_bytes()
 
 
-def test_a_byte_that_was_altered_anywhere_is_noticed(tmp_path: Path) -> None:
+def test_a_byte_altered_anywhere_is_detected(tmp_path: Path) -> None:
     file, data = _checksummed(tmp_path)
     header = 8 + int.from_bytes(data[:8], "little")
     for place in (*range(0, header, 7), *range(header, len(data), 211), len(data) - 1):

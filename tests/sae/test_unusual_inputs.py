@@ -1,4 +1,4 @@
-"""Vectors and parameters of any float type, vectors that are not finite, widths that are none."""
+"""Vectors and parameters of any float type, vectors with infinity or NaN, invalid widths."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _vectors(rows: int = 5, seed: int = 0) -> torch.Tensor:
 @pytest.mark.unchecked
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64, torch.int64])
-def test_vectors_of_any_type_give_what_their_float32_copies_give(
+def test_vectors_of_any_type_give_the_same_result_as_their_float32_copies(
     dtype: torch.dtype, normaliser: str
 ) -> None:
     sae, x = _sae(normaliser=normaliser), _vectors().to(dtype)
@@ -59,7 +59,7 @@ def test_vectors_of_any_type_give_what_their_float32_copies_give(
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_sae_in_half_precision_computes_as_its_float32_copy(
+def test_an_sae_in_half_precision_computes_like_its_float32_copy(
     name: str, dtype: torch.dtype
 ) -> None:
     half = _sae(ARCHITECTURES[name], "none" if name == "matching pursuit" else "scale").to(dtype)
@@ -122,7 +122,7 @@ def test_folding_beyond_the_range_of_half_precision_names_the_remedy() -> None:
 @pytest.mark.parametrize("kernels", ["auto", "torch", "dense"])
 @pytest.mark.parametrize("rows", [2, 300])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_vector_that_is_not_finite_has_a_code_and_a_reconstruction_of_nan(
+def test_a_vector_with_infinity_or_nan_has_a_code_and_a_reconstruction_of_nan(
     name: str, rows: int, kernels: str, bad: float
 ) -> None:
     sae, x = _sae(ARCHITECTURES[name], "none"), _vectors(rows)
@@ -145,7 +145,7 @@ def test_nan_passes_through_every_normaliser_and_a_transcoder(normaliser: str) -
         assert sae(x).x_hat.isnan().any(dim=1).tolist() == [False, False, True, False, False]
 
 
-def test_a_vector_that_is_not_finite_takes_no_place_in_a_batch() -> None:
+def test_a_vector_with_infinity_or_nan_takes_no_places_in_a_batch() -> None:
     sae, x = _sae(SAEConfig(64, sparsity=BatchTopK(4))).train(), _vectors(3)
     x[0] = math.nan
     code = sae.encode(x)
@@ -199,7 +199,7 @@ def test_parts_of_another_width_are_named() -> None:
         (_vectors()[:, :3], r"got a tensor of shape \[5, 3\]"),
     ],
 )
-def test_anything_but_a_batch_of_vectors_is_named(x: Any, told: str) -> None:
+def test_anything_but_a_batch_of_vectors_is_refused(x: Any, told: str) -> None:
     with pytest.raises(UserError, match=told):
         _sae()(x)
 
@@ -212,7 +212,7 @@ def test_a_code_of_another_dictionary_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["topk", "tied topk", "gated", "archetypal"])
 @pytest.mark.parametrize("normaliser", ["scale", "none"])
-def test_folding_keeps_what_is_frozen_and_what_learns(name: str, normaliser: str) -> None:
+def test_folding_keeps_frozen_parameters_frozen(name: str, normaliser: str) -> None:
     frozen = _sae(ARCHITECTURES[name], normaliser).fold()
     assert not any(each.requires_grad for each in frozen.parameters()) and not frozen.training
     frozen(_vectors()).x_hat.numpy()

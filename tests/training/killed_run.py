@@ -1,4 +1,4 @@
-"""Trains as `test_resume.py` does, and is killed (SIGKILL) on the way: OUT, and where.
+"""Train as `test_resume.py` does, and be killed (SIGKILL) on the way: OUT, and where.
 
 With "sweep" behind these it trains as `test_sweep.py` does.
 

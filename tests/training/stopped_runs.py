@@ -1,10 +1,10 @@
-"""Stops real runs of the command line at random moments, and goes on with them: WHAT N SEED FOLDER.
+"""Stop real command-line runs at random moments, and continue them: WHAT N SEED FOLDER.
 
 `train`: N runs get SIGINT and N get SIGTERM. `sweep` and `finetune`: N processes get SIGKILL. Each
 command is then repeated until it succeeds. In the end the result has the bits of a run that nothing
 stopped, and the folder holds the same files. What differs is an `AssertionError`.
 
-Every command runs in a fork of this process, which has imported all that they need.
+Every command runs in a fork of this process, which has already imported the modules.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ KEPT = re.compile(r"Kept ([\d,]+) of ([\d,]+) (vectors|steps); the same command 
 
 @dataclass
 class Ended:
-    """How a command ended, what it said, and how long it took."""
+    """How a command ended, what it printed, and how long it took."""
 
     code: int
     told: str
@@ -57,7 +57,7 @@ class Ended:
 
 
 def run(arguments: list[str], log: Path, number: int | None = None, after: float = 0.0) -> Ended:
-    """Run a command in a fork; send it a signal after so many seconds, if it still runs."""
+    """Run a command in a fork; send it a signal after `after` seconds if it still runs."""
     begun = time.monotonic()
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     pid = os.fork()
@@ -81,7 +81,7 @@ def run(arguments: list[str], log: Path, number: int | None = None, after: float
 
 
 def _be(arguments: list[str], log: Path) -> None:
-    """In the fork: become the command. Signals come through where it has its handlers."""
+    """Become the command, in the fork; signals arrive once its handlers are installed."""
     code = 1
     try:
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -107,19 +107,19 @@ def _be(arguments: list[str], log: Path) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """All that lies in a folder, but for which checkpoints there are."""
+    """Return everything in a folder, except for which checkpoints exist."""
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     return [name for name in found if "checkpoints/" not in name]
 
 
 def told(path: Path) -> list[dict]:
-    """A log without what a clock measured."""
+    """Return a log without measured times."""
     lines = map(json.loads, path.read_text().splitlines())
     return [{key: x for key, x in line.items() if key not in WALL_CLOCK} for line in lines]
 
 
 def assert_same(found: Path, wanted: Path) -> None:
-    """The same files, weights and logs."""
+    """Check that files, weights and logs are the same."""
     assert files(found) == files(wanted), (files(found), files(wanted))
     for path in wanted.rglob("*"):
         inside = path.relative_to(wanted)
@@ -132,13 +132,13 @@ def assert_same(found: Path, wanted: Path) -> None:
 
 
 def assert_tidy(folder: Path) -> None:
-    """No temporary file or folder, nor a lock."""
+    """Check that there are no temporary files, folders or locks."""
     left = [path for path in folder.rglob(".*") if path.name.endswith((".tmp", ".lock"))]
     assert not left, left
 
 
 def stop_training(store: Path, folder: Path, n: int, rng: random.Random) -> None:
-    """Ctrl-C and SIGTERM at random moments of `train`, until each of its runs is finished."""
+    """Send Ctrl-C and SIGTERM at random moments of `train`, until all runs are finished."""
     arguments = ["train", "--store", str(store), *SMALL]
     whole = folder / "whole"
     first = run([*arguments, "--out", str(whole)], folder / "log")
@@ -164,7 +164,7 @@ def stop_training(store: Path, folder: Path, n: int, rng: random.Random) -> None
 
 
 def _kept(ended: Ended, sent: signal.Signals | None, out: Path, before: int) -> int:
-    """Vectors that a stopped run kept, which are those that it says, and no fewer than before."""
+    """Return how many vectors a stopped run kept: as many as it says, and no fewer than before."""
     assert ended.code == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(sent), ended
     assert "Traceback" not in ended.told, ended.told
     run = Run(out, SITES)
@@ -187,7 +187,7 @@ def _kept(ended: Ended, sent: signal.Signals | None, out: Path, before: int) -> 
 
 
 def kill(what: str, arguments: list[str], folder: Path, n: int, rng: random.Random) -> None:
-    """SIGKILL at random moments; between them, what is there is whole."""
+    """Send SIGKILL at random moments; in between, check that everything there is intact."""
     whole = folder / "whole"
     first = run([*arguments, "--out", str(whole)], folder / "log")
     assert first.code == 0, first.told
@@ -215,7 +215,7 @@ def kill(what: str, arguments: list[str], folder: Path, n: int, rng: random.Rand
 
 
 def assert_whole(out: Path) -> None:
-    """Every SAE, model and checkpoint under its own name can be read."""
+    """Check that every SAE, model and checkpoint under its own name can be read."""
     for path in out.rglob("sae.safetensors"):
         if not any(part.endswith(".tmp") for part in path.parts):
             Run(path.parent, ("any",)).sae()
@@ -227,7 +227,7 @@ def assert_whole(out: Path) -> None:
 
 
 def start(what: str, n: str, seed: str, folder: str) -> None:
-    """Make the store, stop the runs."""
+    """Create the store, stop the runs."""
     torch.set_num_threads(1)
     place, rng = Path(folder), random.Random(int(seed))
     store = place / "store"

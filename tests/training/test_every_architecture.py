@@ -1,4 +1,4 @@
-"""What training makes of every architecture: it learns, resumes exactly, and serves every verb."""
+"""Training every architecture: it learns, resumes exactly, and works with every verb."""
 
 from __future__ import annotations
 
@@ -81,18 +81,18 @@ PAIRS = [
     for place, normaliser in enumerate(NORMALISERS)
     if _fits(config, normaliser)
 ]
-"""All of them; the quick tests take one normaliser for each architecture."""
+"""All combinations; the quick tests use one normaliser per architecture."""
 
 
 def _with(config: TrainConfig, normaliser: str) -> TrainConfig:
-    # From the mean on: where nothing is subtracted, these vectors are mostly their mean.
+    # Start at the mean: if nothing is subtracted, these vectors are mostly their mean.
     start = "zero" if config.target_site else "mean"
     sae = dataclasses.replace(config.sae, normaliser=normaliser, b_dec_init=start)  # type: ignore[arg-type]
     return dataclasses.replace(config, sae=sae)
 
 
 @pytest.mark.parametrize(("name", "normaliser"), PAIRS)
-def test_a_cut_run_ends_with_the_bits_of_one_that_was_not_and_has_learnt(
+def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one_and_has_learnt(
     name: str, normaliser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparsight.training import trainer
@@ -115,14 +115,14 @@ def test_a_cut_run_ends_with_the_bits_of_one_that_was_not_and_has_learnt(
         mine, other = (run.folder("here") / file for run in (whole, again))
         assert mine.read_bytes() == other.read_bytes()
     lines = whole.metrics()
-    # A price rises for a while, and costs more than there is to learn in so few steps.
+    # A penalty rises for a while, and costs more than so few steps can learn.
     worst = 0.95 if lines[0]["penalty"] == 0 else 2
     assert lines[-1]["fvu"] < worst * lines[0]["fvu"]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    """A small store of two sites of the calibration model."""
+    """Return a small store of two sites of the calibration model."""
     folder = tmp_path_factory.mktemp("store") / "kept"
     images, model = open_images("calibration:24:5"), load_model("calibration")
     return extract(model, images, sites=[SITE, TARGET], out=folder, workers=0, quiet=True)
@@ -132,14 +132,14 @@ RELATIVES = (
     "signed topk", "tied topk", "topk without b_dec", "weighted relu", "jumprelu with tanh",
     "gated without b_dec", "random prefixes", "several k",
 )  # fmt: skip
-"""To the verbs these are much like another one, hence not among the quick tests."""
+"""Verbs treat these like similar ones, so they are not among the quick tests."""
 
 
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name in RELATIVES else ()) for name in TRAINED],
 )
-def test_every_verb_takes_every_architecture(
+def test_every_verb_accepts_every_architecture(
     name: str, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)

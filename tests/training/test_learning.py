@@ -1,4 +1,4 @@
-"""Every architecture finds the directions that vectors were made of."""
+"""Every architecture finds the directions of which vectors are mixtures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RELATIVES = (
     "tied topk", "weighted relu", "signed topk", "jumprelu with tanh", "jumprelu with target",
     "matryoshka with random prefixes", "matryoshka by k",
 )  # fmt: skip
-"""Much like another one, hence not among the quick tests."""
+"""Similar to others, so they are not among the quick tests."""
 
 FREE = {"unit_norm_decoder": False, "subtract_b_dec": False}
 
@@ -89,7 +89,7 @@ def directions(d: int) -> Tensor:
 
 @cache
 def mixtures(n: int, seed: int, signed: bool = False) -> tuple[Tensor, Tensor]:
-    """Vectors made of three directions or so, off centre, and what a transcoder is to predict."""
+    """Return vectors made of about three directions, off centre, and a transcoder's target."""
     generator = torch.Generator().manual_seed(seed)
     active = torch.rand(n, N_TRUE, generator=generator) < ACTIVE / N_TRUE
     strength = active * (0.5 + torch.rand(n, N_TRUE, generator=generator))
@@ -118,7 +118,7 @@ def learn(
 
 
 def found(sae: SparseAutoencoder, truth: Tensor, signed: bool = False) -> float:
-    """Share of the true directions that a decoder row agrees with, at a cosine of 0.9."""
+    """Return the share of true directions that a decoder row matches, at a cosine of 0.9."""
     normaliser = sae.target_normaliser or sae.normaliser
     rows = sae.W_dec * normaliser.scale
     cosines = truth @ (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)).T
@@ -165,7 +165,7 @@ def test_a_batch_topk_uses_as_many_latents_alone_as_in_a_batch(tmp_path: Path) -
     )
 
 
-def test_a_price_makes_codes_as_sparse_as_it_is_high() -> None:
+def test_a_higher_price_makes_codes_sparser() -> None:
     x, _ = mixtures(STEPS * BATCH, 1)
     for kind in (ReLU, Gated, JumpReLU):
         prices = (1.0, 4.0)
@@ -176,14 +176,14 @@ def test_a_price_makes_codes_as_sparse_as_it_is_high() -> None:
         assert l0[1] < 0.8 * l0[0], (kind, l0)
 
 
-def test_a_jumprelu_reaches_the_number_of_latents_that_it_aims_at() -> None:
+def test_a_jumprelu_reaches_its_target_number_of_latents() -> None:
     x, _ = mixtures(STEPS * BATCH, 1)
     for target in (3.0, 6.0):
         sae = learn(TrainConfig(SAEConfig(WIDTH, sparsity=JumpReLU(target_l0=target))), x)
         assert len(sae.encode(x[:4096]).values) / 4096 == pytest.approx(target, rel=0.1)
 
 
-def test_a_skip_connection_takes_over_what_is_linear() -> None:
+def test_a_skip_connection_learns_the_linear_part() -> None:
     x, y = mixtures(STEPS * BATCH, 1)
     errors = []
     for skip in (False, True):

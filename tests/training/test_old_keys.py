@@ -1,4 +1,4 @@
-"""Configurations of earlier versions, which had one key per remedy, are read for one version."""
+"""Configurations of the previous version, which had one key per remedy, are still read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsight.training import SweepConfig, TrainConfig, train
 from sparsight.training.old_keys import OLD_REMEDIES, remedies_in
 
 VERSIONS = ("format_version", "checksum")
-"""What the checksum of a checkpoint does not cover."""
+"""Keys that the checksum of a checkpoint does not cover."""
 
 BASE = TrainConfig(
     sae=SAEConfig(48, sparsity=TopK(8)),
@@ -43,14 +43,14 @@ BASE = TrainConfig(
         ({"ghost": "none"}, AuxK()),
     ],
 )
-def test_the_keys_of_before_are_read_with_a_warning_that_names_the_new_one(
+def test_old_keys_are_read_with_a_warning_that_names_the_new_key(
     old: dict[str, Any], remedy: Any
 ) -> None:
     with pytest.warns(FutureWarning, match="run.toml: .*now write remedy = "):
         assert from_dict(TrainConfig, old, "run.toml").remedy == remedy
 
 
-def test_a_remedy_that_stood_beside_the_default_one_says_that_the_default_is_off() -> None:
+def test_an_old_remedy_key_warns_that_the_default_remedy_is_off() -> None:
     with pytest.warns(FutureWarning, match="AuxK, formerly on by default, is now off"):
         assert from_dict(TrainConfig, {"ghost": {}}).remedy == GhostGradients()
 
@@ -72,13 +72,13 @@ def test_two_remedies_and_unknown_ones_are_refused(values: dict[str, Any], messa
         from_dict(TrainConfig, values, "run.toml")
 
 
-def test_a_word_a_kind_and_a_table_name_a_remedy() -> None:
+def test_a_remedy_may_be_given_by_word_or_kind_or_table() -> None:
     tables = ("ghost", "ghostgradients", {"kind": "ghost"}, {"kind": "ghostgradients"})
     made = [from_dict(TrainConfig, {"remedy": each}).remedy for each in tables]
     assert made == [GhostGradients()] * 4
 
 
-def test_the_keywords_of_before_are_read_with_a_warning() -> None:
+def test_old_keywords_are_read_with_a_warning() -> None:
     with pytest.warns(FutureWarning, match=r"auxk: now write remedy = AuxK\(alpha=0.5"):
         assert TrainConfig(auxk=AuxK(alpha=0.5)) == TrainConfig(remedy=AuxK(alpha=0.5))  # type: ignore[call-arg]
     with pytest.warns(FutureWarning):
@@ -90,7 +90,7 @@ def test_the_keywords_of_before_are_read_with_a_warning() -> None:
         TrainConfig(auxk=AuxK(), ghost=GhostGradients())  # type: ignore[call-arg]
 
 
-def test_the_grid_of_before_gives_the_members_of_today() -> None:
+def test_an_old_grid_gives_the_same_members_as_a_new_one() -> None:
     grid = {"auxk": ["none", {}], "auxk.alpha": [0.1, 0.2]}
     with pytest.warns(FutureWarning, match="auxk is now called remedy"):
         members = SweepConfig(BASE, grid).members
@@ -105,7 +105,7 @@ def test_the_report_knows_the_remedies_of_every_version() -> None:
 
 
 def _as_before(train_table: dict[str, Any]) -> dict[str, Any]:
-    """A table of training as the version before wrote it."""
+    """Return a training table as the previous version wrote it."""
     remedy = train_table.pop("remedy")
     found = {**train_table, "auxk": "none"}
     if remedy != "none":
@@ -119,7 +119,7 @@ def _as_before(train_table: dict[str, Any]) -> dict[str, Any]:
     [AuxK(dead_after=96), GhostGradients(dead_after=96), Resampling(every=32 * 8, times=2), None],
     ids=["auxk", "ghost", "resampling", "none"],
 )
-def test_a_run_folder_written_before_goes_on_with_the_same_bits(
+def test_a_run_folder_of_an_earlier_version_continues_with_the_same_bits(
     remedy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparsight.training import trainer
@@ -154,7 +154,7 @@ def test_a_run_folder_written_before_goes_on_with_the_same_bits(
     assert "remedy" in (tmp_path / "cut" / "config.toml").read_text()
 
 
-def test_flags_of_before_are_read_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_flags_are_read_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(FutureWarning, match="--auxk.alpha is now called --remedy.alpha"):
         assert main(["train", "--auxk.alpha", "0.5", "--store", "/nowhere"]) != 0
     assert "/nowhere" in capsys.readouterr().err

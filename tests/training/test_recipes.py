@@ -50,7 +50,7 @@ def _recipe(number: int) -> TrainRecipe:
 
 
 @pytest.mark.parametrize("number", PUBLISHED)
-def test_a_recipe_says_what_the_study_did(number: int) -> None:
+def test_a_recipe_matches_its_study(number: int) -> None:
     recipe = _recipe(number)
     config = recipe.train
     found = (
@@ -91,12 +91,12 @@ def test_a_recipe_trains_on_another_model_and_other_images(
 
 
 def _read(path: Path) -> SweepRecipe:
-    """A recipe of either kind."""
+    """Load a recipe of either kind."""
     return load(SweepRecipe, path)
 
 
 def _small(recipe: SweepRecipe, model: VisionModel) -> SweepRecipe:
-    """The same for a few vectors, at the sites that the model has."""
+    """Return the same recipe for a few vectors, at sites that the model has."""
     sites = [
         site
         for site in recipe.sites
@@ -168,7 +168,7 @@ def test_a_store_and_live_activations_train_alike(model: VisionModel, tmp_path: 
     stored = train(store, config, out=tmp_path / "stored", quiet=True)
     live = train((model, images), config, out=tmp_path / "live", sites=[site], quiet=True)
     assert stored.sites == live.sites == ("blocks.3.resid_post",)
-    # The order of the vectors differs, what is learnt does not.
+    # The order of the vectors differs, but the result does not.
     assert stored.metrics()[-1]["fvu"] == pytest.approx(live.metrics()[-1]["fvu"], rel=0.1)
     assert stored.sae().metadata["model"]["weights_hash"] == model.weights_hash
 
@@ -181,7 +181,9 @@ def test_a_store_and_live_activations_train_alike(model: VisionModel, tmp_path: 
         TrainConfig(remedy=AuxK(k=3, dead_after=7), lr=1e-4, precision="bfloat16"),
     ],
 )
-def test_a_training_configuration_survives_toml(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_training_configuration_survives_a_round_trip_through_toml(
+    config: TrainConfig, tmp_path: Path
+) -> None:
     recipe = TrainRecipe(sites=("a", "b"), train=config)
     write_toml(tmp_path / "run.toml", recipe)
     assert load(TrainRecipe, tmp_path / "run.toml") == recipe
@@ -193,7 +195,7 @@ def test_a_training_configuration_survives_toml(config: TrainConfig, tmp_path: P
         ({"batch_size": 0}, "batch_size is 0"),
         ({"n_vectors": 10}, "less than batch_size"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"warmup": 0.6, "decay": 0.6}, "at most 1 together"),
+        ({"warmup": 0.6, "decay": 0.6}, "together they may be at most 1"),
         ({"ema": 1.0}, "between 0 and 1"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is a number of more than 64 bits"),
@@ -243,16 +245,14 @@ def test_values_out_of_range_are_named(changes: dict, message: str) -> None:
         (TrainRecipe, {"sites": "embedding"}, "sites is 'embedding'; expected a list"),
     ],
 )
-def test_parts_of_a_recipe_refuse_what_they_do_not_know(
-    cls: type, changes: dict, message: str
-) -> None:
-    """In Python as in TOML: a misspelt choice must not pass for a default."""
+def test_parts_of_a_recipe_refuse_unknown_values(cls: type, changes: dict, message: str) -> None:
+    """In Python as in TOML, a misspelt choice must not be taken for a default."""
     with pytest.raises(UserError, match=message):
         cls(**changes)
 
 
 @pytest.mark.unchecked
-def test_values_of_a_kindred_type_are_brought_to_the_type_of_the_field() -> None:
+def test_values_of_a_related_type_are_converted_to_the_type_of_the_field() -> None:
     config = TrainConfig(warmup=0, betas=[0, 0.5], loggers=["wandb"])  # type: ignore[arg-type]
     assert config == TrainConfig(warmup=0.0, betas=(0.0, 0.5), loggers=("wandb",))
     assert hash(config.betas) and isinstance(config.warmup, float)
@@ -274,12 +274,12 @@ def test_defaults_follow_from_the_width_and_the_length_of_the_run() -> None:
     assert to_dict(TrainConfig(remedy=None))["remedy"] == "none"
 
 
-def test_a_run_without_a_length_gets_one_that_suits_its_data(tmp_path: Path) -> None:
+def test_a_run_without_a_length_gets_one_that_fits_its_data(tmp_path: Path) -> None:
     lengths = {n: TrainConfig().with_length(n).n_vectors for n in (100, 129_785, 10**7)}
     assert lengths == {100: 1_000_000, 129_785: 2_595_700, 10**7: 10_000_000}
     assert TrainConfig(n_vectors=5000).with_length(100).n_vectors == 5000
     data, there = sparse_mixtures(), tmp_path / "config.toml"
     assert with_length(TrainConfig(), [data], data.sites, there).n_vectors == 1_000_000
-    # A run that is there keeps its own, e.g. the one that an earlier version gave it.
+    # An existing run keeps its own length, e.g. the default of an earlier version.
     write_toml(there, TrainRecipe(train=TrainConfig(n_vectors=10_000_000)))
     assert with_length(TrainConfig(), [data], data.sites, there).n_vectors == 10_000_000

@@ -1,4 +1,4 @@
-"""What revives dead latents does what its formula says."""
+"""Remedies for dead latents follow their formulas."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def _vectors(n: int = 64) -> torch.Tensor:
     return (x - x.mean(dim=0)).double() / 3
 
 
-def test_the_gradient_of_ghosts_is_that_of_their_formula() -> None:
-    """By hand, vector after vector: half the residual's norm, and the reconstruction's loss."""
+def test_the_gradient_of_ghosts_matches_the_formula() -> None:
+    """Compute by hand, per vector: half the residual's norm, and the reconstruction's loss."""
     sae, z, variance = _sae(), _vectors(), 7.0
     weights = sae.weights()
     plans = [Plan(TopK(4), remedy=remedy) for remedy in (GhostGradients(), None)]
@@ -85,7 +85,7 @@ def test_the_gradient_of_ghosts_is_that_of_their_formula() -> None:
 @pytest.mark.parametrize(
     "sparsity", [TopK(4), ReLU(), JumpReLU(0.04), Gated()], ids=lambda each: type(each).__name__
 )
-def test_resampled_latents_get_directions_of_vectors_and_begin_anew(sparsity) -> None:
+def test_resampled_latents_get_directions_of_vectors_and_are_reset(sparsity) -> None:
     sae, z = _sae(SAEConfig(N, sparsity=sparsity)), _vectors()
     moments = {
         name: (torch.ones_like(each), torch.full_like(each, 2.0))
@@ -140,10 +140,10 @@ def test_resampled_rows_of_an_archetypal_dictionary_are_anchors() -> None:
 @pytest.mark.parametrize("batch_topk", [True, False])
 @pytest.mark.parametrize("dead", [DEAD, torch.tensor([], dtype=torch.int64)])
 @pytest.mark.parametrize("remedy", [AuxK(alpha=0.5, k=3), GhostGradients()], ids=["auxk", "ghost"])
-def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(
+def test_a_batch_in_parts_has_the_same_loss_and_gradients_as_the_whole(
     remedy, batch_topk, k, dead
 ) -> None:
-    """Scores below 0 are no activations: with many places BatchTopK does not fill them."""
+    """Scores below 0 are not activations: with a large k, BatchTopK has fewer active latents."""
     kind = BatchTopK(min(k, N)) if batch_topk else TopK(min(k, N))
     sae, z = _sae(SAEConfig(N, sparsity=kind)), _vectors(60)
     stages = (Stage(0.5, width=16), Stage(0.5, width=N))
@@ -166,7 +166,7 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(
 
 
 @pytest.mark.parametrize("remedy", ["auxk", "ghost"])
-def test_large_batches_are_trained_on_in_parts_with_the_same_result(
+def test_training_on_large_batches_in_parts_gives_the_same_result(
     remedy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remedies = {
@@ -185,7 +185,7 @@ def test_large_batches_are_trained_on_in_parts_with_the_same_result(
     assert fvus[1] == pytest.approx(fvus[0], rel=1e-3)
 
 
-def test_what_cannot_begin_weak_or_has_no_middle_is_refused() -> None:
+def test_resampling_with_tied_weights_and_a_biased_transcoder_are_refused() -> None:
     with pytest.raises(UserError, match="tied"):
         TrainConfig(sae=SAEConfig(N, tied=True), remedy=Resampling())
     with pytest.raises(UserError, match="b_dec_init"):
@@ -246,7 +246,7 @@ def dead_without_remedy(tmp_path_factory: pytest.TempPathFactory) -> float:
     ],
     ids=["ghosts", "resampling", "rows from data"],
 )
-def test_remedies_leave_fewer_dead_where_a_price_kills_latents(
+def test_remedies_leave_fewer_dead_latents_under_a_penalty(
     remedy: dict, tmp_path: Path, dead_without_remedy: float
 ) -> None:
     dead = _share_of_dead(dataclasses.replace(PRICED, **remedy), tmp_path / "with")

@@ -32,19 +32,19 @@ WALL_CLOCK = {"vectors_per_second"}
 
 
 class Stopped(Exception):
-    """What a test interrupts training with."""
+    """Raised by a test to interrupt training."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run that nothing interrupted."""
+    """Return the uninterrupted run."""
     return train(sparse_mixtures(SITES), CONFIG, out=tmp_path_factory.mktemp("whole"), quiet=True)
 
 
 def _interrupt(
     out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 21, config: TrainConfig = CONFIG
 ) -> None:
-    """Train up to step `at`: two checkpoints are there then, of steps 8 and 16."""
+    """Train up to step `at`; there are then two checkpoints, of steps 8 and 16."""
     from sparsight.training import trainer
 
     step = trainer.SiteTraining.step
@@ -77,7 +77,7 @@ def _assert_same(run: Run, other: Run) -> None:
 
 
 @pytest.mark.parametrize("where", ["in a step", "in a checkpoint", "while it finishes"])
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
+def test_a_killed_run_ends_with_the_same_bits_as_an_uninterrupted_one(
     where: str, tmp_path: Path, whole: Run
 ) -> None:
     script = Path(__file__).with_name("killed_run.py")
@@ -88,12 +88,12 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_the_dead_are_revived_on_the_way(whole: Run) -> None:
-    """So that what is resumed above includes AuxK."""
+def test_dead_latents_are_revived_during_the_run(whole: Run) -> None:
+    """Otherwise the runs resumed above would not include AuxK."""
     assert max(line["aux_loss"] for line in whole.metrics("here")) > 0
 
 
-def test_the_last_two_checkpoints_stay_and_are_loadable_saes(whole: Run) -> None:
+def test_the_last_two_checkpoints_are_kept_and_load_as_saes(whole: Run) -> None:
     kept = sorted(path.name for path in whole.checkpoints.iterdir())
     assert kept == ["000000024", "000000032"]
     sae = SparseAutoencoder.from_pretrained(whole.checkpoints / kept[-1] / "there")
@@ -124,7 +124,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
     file: str, damage, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _interrupt(tmp_path, monkeypatch)
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     _assert_same(run, whole)
 
 
-def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(
+def test_without_an_intact_checkpoint_an_error_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _interrupt(tmp_path, monkeypatch)
@@ -144,10 +144,10 @@ def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(
         _resume(tmp_path)
 
 
-def test_a_checkpoint_of_another_version_is_refused_and_nothing_is_changed(
+def test_a_checkpoint_of_another_version_is_refused_and_left_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Going on from the one before would lose work that a newer Sparsight did."""
+    """Continuing from the previous one would lose work that a newer Sparsight did."""
     _interrupt(tmp_path, monkeypatch)
     state = tmp_path / "checkpoints" / "000000016" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format_version": 2}))
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_nothing_is_changed(
     assert kept == ["000000008", "000000016"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not have these locks")
 def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, whole: Run) -> None:
     script = Path(__file__).with_name("killed_run.py")
     command = [sys.executable, script, tmp_path, "waits in a step"]
@@ -205,7 +205,7 @@ def test_a_finished_run_is_returned_as_it_is(whole: Run) -> None:
         ({"sae": SAEConfig(n_latents=64, sparsity=TopK(k=5))}, "train.sae.sparsity.k"),
     ],
 )
-def test_a_folder_with_another_run_is_refused_and_the_difference_named(
+def test_a_folder_with_another_run_is_refused_and_the_difference_is_named(
     changes: dict, field: str, whole: Run
 ) -> None:
     with pytest.raises(UserError, match=f"differs in '{field}'"):
@@ -233,14 +233,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path: Path, 
     assert not torch.equal(other.sae("here").W_dec, whole.sae("here").W_dec)
 
 
-def test_a_site_trains_the_same_alone_and_beside_another(tmp_path: Path, whole: Run) -> None:
+def test_a_site_trains_the_same_alone_and_together_with_another(tmp_path: Path, whole: Run) -> None:
     alone = train(sparse_mixtures(SITES), CONFIG, out=tmp_path, sites=["there"], quiet=True)
     for name, tensor in alone.sae().state_dict().items():
         assert torch.equal(tensor, whole.sae("there").state_dict()[name]), name
 
 
 class _Service:
-    """Stands in for the module `wandb`: keeps what each run of an id was told."""
+    """A replacement for the module `wandb` that records what each run id logs."""
 
     def __init__(self) -> None:
         self.settings: list[dict] = []
@@ -252,7 +252,7 @@ class _Service:
         return SimpleNamespace(log=lambda _, step: steps.append(step), finish=lambda: None)
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(
+def test_a_resumed_run_continues_the_same_weights_and_biases_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = _Service()
@@ -262,12 +262,12 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(
     train(sparse_mixtures(SITES), config, out=tmp_path, quiet=True)
     train(sparse_mixtures(), config, out=tmp_path / "another", quiet=True)
     ids = [each["id"] for each in service.settings]
-    assert ids[:2] == ids[2:4] and len(set(ids)) == 3  # a run a site
+    assert ids[:2] == ids[2:4] and len(set(ids)) == 3  # one run per site
     assert {each["resume"] for each in service.settings} == {"allow"}
     assert all(steps[-1] == config.n_vectors for steps in service.steps.values())
 
 
-def test_a_last_line_of_metrics_that_was_cut_off_is_dropped(
+def test_a_truncated_last_line_of_metrics_is_dropped(
     tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _interrupt(tmp_path, monkeypatch)
@@ -278,7 +278,7 @@ def test_a_last_line_of_metrics_that_was_cut_off_is_dropped(
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
 
 
-def test_a_run_is_not_continued_nor_handed_back_on_other_activations(
+def test_a_run_on_other_activations_is_neither_continued_nor_returned(
     whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = sparse_mixtures(SITES)
@@ -300,7 +300,7 @@ def test_a_folder_that_holds_a_run_of_other_sites_is_refused(
         train(sparse_mixtures(SITES), CONFIG, out=tmp_path, sites=second, quiet=True)
 
 
-def test_runs_of_single_sites_may_lie_in_a_run_folder_s_parent(tmp_path: Path) -> None:
+def test_a_run_folder_s_parent_may_hold_runs_of_single_sites(tmp_path: Path) -> None:
     data = sparse_mixtures(SITES)
     train(data, CONFIG, out=tmp_path / "a", sites=["here"], quiet=True)
     train(data, CONFIG, out=tmp_path, sites=["there"], quiet=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, checkpoints by time, damaged files: what is kept, and what is said of it."""
+"""Ctrl-C, SIGTERM, checkpoints by time, damaged files: what is kept, and what messages say."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOTAL = f"{CONFIG.n_steps * CONFIG.batch_size:,}"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run that nothing stopped."""
+    """Return the run that was never stopped."""
     return _resume(tmp_path_factory.mktemp("whole"))
 
 
@@ -39,7 +39,7 @@ def _send(number: int = signal.SIGINT) -> None:
 
 @pytest.fixture
 def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """Signals by step; each arrives as the first site has made half of the step."""
+    """Send signals by step; each arrives after the first site has taken half of the step."""
     wanted: list[tuple[int, int]] = []
     step = SiteTraining.step
 
@@ -98,10 +98,10 @@ def test_a_second_signal_stops_the_writing_and_leaves_a_whole_run(
     _assert_same(_resume(tmp_path), whole)
 
 
-def test_who_waits_for_data_stops_at_once_and_keeps_what_was_trained(
+def test_a_run_that_waits_for_data_stops_at_once_and_keeps_its_work(
     tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch may take a minute where a model makes it."""
+    """A batch may take a minute if a model computes it."""
     draw = MemoryStream.__next__
 
     def draw_slowly(self):
@@ -130,7 +130,7 @@ def test_a_run_that_is_stopped_before_its_first_step_says_that_nothing_is_kept(
     assert stopped.value.__notes__ == ["Nothing is kept yet; the same command begins again."]
 
 
-def test_checkpoints_by_time_change_no_bit_and_are_no_part_of_what_a_run_is(
+def test_checkpoints_by_time_change_no_bits_and_may_differ_between_resumes(
     tmp_path: Path, whole: Run, stop_in_step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pace, "LARGEST_SHARE", 1e9)
@@ -147,7 +147,7 @@ def test_checkpoints_by_time_change_no_bit_and_are_no_part_of_what_a_run_is(
     _assert_same(run, whole)
 
 
-def test_checkpoints_that_take_long_are_written_less_often_and_it_is_said() -> None:
+def test_slow_checkpoints_are_written_less_often_with_a_message() -> None:
     found = Pace(0.01)
     assert not found.due() and found.affordable() and found.stretched() is None
     with found.writing():
@@ -161,7 +161,7 @@ def test_checkpoints_that_take_long_are_written_less_often_and_it_is_said() -> N
         Pace(0)
 
 
-def test_a_held_back_signal_is_raised_at_once_where_nothing_is_under_way() -> None:
+def test_a_postponed_signal_is_raised_at_once_if_nothing_is_under_way() -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt), postponed() as stop:
         _send()
@@ -175,7 +175,7 @@ def test_a_held_back_signal_is_raised_at_once_where_nothing_is_under_way() -> No
 
 
 def _flip(path: Path, after: bytes) -> None:
-    """Change one digit behind some text."""
+    """Change one digit after some text."""
     data = bytearray(path.read_bytes())
     place = data.index(after) + len(after)
     place = next(at for at in range(place, len(data)) if chr(data[at]).isdigit())
@@ -194,7 +194,7 @@ def _flip(path: Path, after: bytes) -> None:
         ("here/config.toml", b"activations", r"other activations.*counts as damaged"),
     ],
 )
-def test_a_changed_byte_is_noticed_and_does_no_harm(
+def test_a_changed_byte_is_detected_and_does_no_harm(
     file: str, after: bytes, told: str, tmp_path: Path, whole: Run, monkeypatch
 ) -> None:
     _interrupt(tmp_path, monkeypatch)
@@ -208,7 +208,7 @@ def test_a_changed_byte_is_noticed_and_does_no_harm(
 def test_a_checkpoint_that_was_skipped_does_not_come_back(
     tmp_path: Path, stop_in_step, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is behind it: what is said to be kept must be what is found again."""
+    """What is reported as kept must be what the run finds again."""
     _interrupt(tmp_path, monkeypatch)
     _flip(tmp_path / "checkpoints/000000016/state.json", b'"position":')
     stop_in_step.append((9, signal.SIGINT))
@@ -221,7 +221,7 @@ def test_a_checkpoint_that_was_skipped_does_not_come_back(
         _assert_same(_resume(tmp_path), whole)
 
 
-def test_checkpoints_of_another_run_are_refused_though_its_configuration_is_gone(
+def test_checkpoints_of_another_run_are_refused_even_without_its_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _interrupt(tmp_path, monkeypatch)
@@ -232,7 +232,7 @@ def test_checkpoints_of_another_run_are_refused_though_its_configuration_is_gone
         train(sparse_mixtures(SITES), other, out=tmp_path, quiet=True)
 
 
-def test_what_a_killed_process_left_is_cleared_by_the_next_run_of_the_same(
+def test_the_next_run_removes_what_a_killed_process_left(
     tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leave() -> None:
@@ -249,7 +249,7 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_run_of_the_same(
         assert list(tmp_path.rglob(".*")) == [others]
 
 
-def test_no_run_begins_among_other_files(tmp_path: Path) -> None:
+def test_no_run_begins_in_a_folder_with_other_files(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_text("mine")
     (tmp_path / ".hidden").write_text("of no account")
     (tmp_path / "begun").mkdir()
@@ -261,7 +261,7 @@ def test_no_run_begins_among_other_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "begun", "photo.jpg"]
 
 
-def test_an_unfinished_run_is_told_with_the_command_that_goes_on(
+def test_an_unfinished_run_is_reported_with_the_command_to_continue_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _interrupt(tmp_path / "cut", monkeypatch)

@@ -36,7 +36,7 @@ def _sweep(out: Path, grid: dict[str, Any] = GRID, **options: Any) -> Sweep:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """The sweep that nothing interrupted."""
+    """Return the uninterrupted sweep."""
     return _sweep(tmp_path_factory.mktemp("whole") / "sweep")
 
 
@@ -71,7 +71,7 @@ def test_the_members_are_the_product_of_the_grid_and_the_sites(whole: Sweep) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_member_has_the_bits_of_the_same_configuration_trained_alone(
+def test_a_member_has_the_same_bits_as_the_configuration_trained_alone(
     name: str, whole: Sweep, tmp_path: Path
 ) -> None:
     member = whole.runs[name]
@@ -79,11 +79,11 @@ def test_a_member_has_the_bits_of_the_same_configuration_trained_alone(
     _assert_same(member, alone)
 
 
-def test_members_of_other_seeds_start_apart_and_see_the_same_order(whole: Sweep) -> None:
+def test_members_with_other_seeds_start_differently_and_see_the_same_order(whole: Sweep) -> None:
     configs = [whole.runs[name].config for name in NAMES]
     assert [each.order_seed for each in configs] == [0] * 4
     assert [each.seed for each in configs] == [0, 1, 0, 1]
-    # The configuration of the base's own seed is the one that a run alone would have.
+    # With the base's own seed, the configuration is the same as that of a single run.
     sae = dataclasses.replace(BASE.sae, sparsity=TopK(k=2))
     assert configs[0] == dataclasses.replace(BASE, sae=sae)
     one, other = (whole.runs[name].sae("here").W_dec for name in NAMES[:2])
@@ -108,7 +108,7 @@ def test_a_finished_sweep_is_returned_as_it_is(whole: Sweep) -> None:
 
 
 @pytest.mark.parametrize("where", ["in a step", "in a checkpoint", "while it finishes"])
-def test_a_killed_sweep_ends_with_the_bits_of_one_that_was_not(
+def test_a_killed_sweep_ends_with_the_same_bits_as_an_uninterrupted_one(
     where: str, tmp_path: Path, whole: Sweep
 ) -> None:
     script = Path(__file__).with_name("killed_run.py")
@@ -140,19 +140,19 @@ def _interrupt(out: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, Any] 
             _sweep(out, grid)
 
 
-def test_what_a_larger_grid_brings_trains_in_one_new_pass_beside_what_was_cut(
+def test_new_members_of_a_larger_grid_train_in_one_new_pass(
     tmp_path: Path, whole: Sweep, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     _interrupt(tmp_path, monkeypatch, {"k": [4], "seed": [0]})
     again = _sweep(tmp_path, quiet=False)
     told = capsys.readouterr().err
     assert "0 of 8 autoencoders are done, 8 are missing; 2 continue from a" in told
-    assert "of 8 autoencoders 2 are done, 6 are missing." in told
+    assert "2 of 8 autoencoders are done, 6 are missing." in told
     for name in NAMES:
         _assert_same(again.runs[name], whole.runs[name])
 
 
-def test_a_sweep_that_is_cut_while_it_finishes_trains_the_missing_alone(
+def test_a_sweep_that_is_killed_while_it_finishes_trains_only_missing_members(
     tmp_path: Path, whole: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _interrupt(tmp_path, monkeypatch)
@@ -178,12 +178,14 @@ def test_a_sweep_that_is_cut_while_it_finishes_trains_the_missing_alone(
 
 
 @pytest.mark.parametrize("other", [{"k": [8]}, {"k": [4], "seed": [0, 1]}])
-def test_what_was_cut_does_not_lose_its_checkpoint_to_another_grid(
+def test_an_interrupted_sweep_does_not_lose_its_checkpoint_to_another_grid(
     other: dict[str, Any], tmp_path: Path, whole: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _interrupt(tmp_path, monkeypatch)
     before = _written(tmp_path)
-    with pytest.raises(UserError, match=r"was cut, with k2-seed0/here, .*Finish it first"):
+    with pytest.raises(
+        UserError, match=r"interrupted sweep, with k2-seed0/here, .*Finish it first"
+    ):
         _sweep(tmp_path, other)
     assert _written(tmp_path).keys() == before.keys()
     again = _sweep(tmp_path)
@@ -191,7 +193,7 @@ def test_what_was_cut_does_not_lose_its_checkpoint_to_another_grid(
         _assert_same(again.runs[name], whole.runs[name])
 
 
-def test_checkpoints_of_what_is_finished_are_cleared_away(
+def test_checkpoints_of_finished_members_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparsight.training import sweeping
@@ -206,7 +208,7 @@ def test_checkpoints_of_what_is_finished_are_cleared_away(
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_member_keeps_its_folder_where_the_grid_gets_another_key(tmp_path: Path) -> None:
+def test_a_member_keeps_its_folder_if_the_grid_gets_another_key(tmp_path: Path) -> None:
     first = _sweep(tmp_path, {"k": [2, 4]}, sites=["here"])
     before = {run.folder() / "sae.safetensors" for run in first.runs.values()}
     stamps = {path: path.stat().st_mtime_ns for path in before}
@@ -218,7 +220,7 @@ def test_a_member_keeps_its_folder_where_the_grid_gets_another_key(tmp_path: Pat
     assert row["settings"] == {"sae.sparsity.k": 2, "lr": 0.001} and row["folder"] == "k2-lr0.001"
 
 
-def test_the_table_holds_the_last_figures_of_every_member(whole: Sweep) -> None:
+def test_the_table_holds_the_last_metrics_of_every_member(whole: Sweep) -> None:
     rows = json.loads((whole.out / "sweep.json").read_text())["members"]
     assert rows == whole.table() and len(rows) == 8
     for row in rows:
@@ -227,13 +229,13 @@ def test_the_table_holds_the_last_figures_of_every_member(whole: Sweep) -> None:
         assert row["folder"] == f"{row['name']}/{row['site']}"
 
 
-def test_a_sweep_s_recipe_says_all_of_it(whole: Sweep) -> None:
+def test_a_sweep_s_recipe_is_complete(whole: Sweep) -> None:
     recipe = load(SweepRecipe, whole.out / "sweep.toml")
     assert SweepConfig(recipe.train, recipe.grid) == SweepConfig(BASE, GRID)
     assert recipe.sites == SITES
 
 
-def test_a_member_that_diverges_is_dropped_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_member_that_diverges_is_dropped_and_the_others_continue(tmp_path: Path) -> None:
     data = sparse_mixtures()
     config = SweepConfig(dataclasses.replace(BASE, warmup=0), {"lr": [3e-3, 1e30]})
     with pytest.warns(
@@ -249,14 +251,14 @@ def test_a_member_that_diverges_is_dropped_and_the_others_go_on(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:.*became infinite or NaN")
-def test_a_sweep_of_nothing_but_divergence_is_a_fault(tmp_path: Path) -> None:
+def test_a_sweep_in_which_every_member_diverges_is_a_fault(tmp_path: Path) -> None:
     config = SweepConfig(dataclasses.replace(BASE, warmup=0), {"lr": [1e29, 1e30]})
     for _ in range(2):
         with pytest.raises(SparsightError, match="every autoencoder of the sweep diverged"):
             sweep(sparse_mixtures(), config, tmp_path, quiet=True)
 
 
-def test_activations_that_are_not_finite_stop_the_sweep(tmp_path: Path) -> None:
+def test_infinite_or_nan_activations_stop_the_sweep(tmp_path: Path) -> None:
     data = sparse_mixtures()
     data.activations["here"][3, 3, 3] = torch.nan
     with pytest.raises(SparsightError, match="activations at k2-seed0/here became infinite or NaN"):
@@ -272,7 +274,7 @@ def test_schedules_and_remedies_may_vary(tmp_path: Path) -> None:
         _assert_same(run, alone)
 
 
-def test_whole_parts_may_vary_and_name_the_members() -> None:
+def test_whole_parts_may_vary_and_appear_in_the_names_of_members() -> None:
     grid = {
         "architecture": ["topk", {"kind": "batchtopk", "k": 4}, TopK(k=3)],
         "remedy": ["none", {"alpha": 0.1}, AuxK(alpha=0.5, k=7)],
@@ -289,7 +291,7 @@ def test_whole_parts_may_vary_and_name_the_members() -> None:
     assert config.members["topk_k3-remedy_none"][1].remedy is None
 
 
-def test_a_key_inside_of_a_part_counts_for_the_members_that_have_it() -> None:
+def test_a_key_inside_a_part_applies_to_the_members_that_have_it() -> None:
     grid = {"remedy": ["none", {}], "remedy.alpha": [0.1, 0.2], "k": [2, 4]}
     names = list(SweepConfig(BASE, grid).members)
     assert names == [
@@ -303,14 +305,14 @@ def test_a_key_inside_of_a_part_counts_for_the_members_that_have_it() -> None:
 
 def test_a_member_has_one_remedy_at_most() -> None:
     config = SweepConfig(BASE, {"remedy": ["none", "auxk", {"kind": "auxk", "alpha": 0.1}]})
-    # A name alone is the remedy as the base has it, a table all that it says.
+    # A plain name means the base's own remedy; a table means exactly what it says.
     assert list(config.members) == ["remedy_none", "auxk_dead_after96", "auxk_alpha0.1"]
     assert [each.remedy for _, each in config.members.values()] == [
         None, BASE.remedy, AuxK(alpha=0.1),
     ]  # fmt: skip
 
 
-def test_k_varies_with_the_architectures_that_have_one() -> None:
+def test_k_varies_only_for_the_architectures_that_have_it() -> None:
     grid = {"architecture": ["topk", {"kind": "relu", "l1": 1e-3}], "k": [2, 4]}
     members = SweepConfig(BASE, grid).members
     assert list(members) == ["topk-k2", "topk-k4", "relu_l1_0.001"]
@@ -342,7 +344,7 @@ def test_transcoders_may_be_swept(tmp_path: Path) -> None:
         SweepConfig(base, {"target_site": ["here", "there"]})
 
 
-def test_members_that_are_parts_survive_toml_and_train_to_the_bits_of_each_alone(
+def test_members_with_varying_parts_survive_toml_and_train_to_the_same_bits_as_alone(
     tmp_path: Path,
 ) -> None:
     grid = {"architecture": [{"kind": "topk", "k": 2}, BatchTopK(k=4)], "remedy": ["none", "auxk"]}
@@ -355,7 +357,7 @@ def test_members_that_are_parts_survive_toml_and_train_to_the_bits_of_each_alone
 
 
 class Positions(MemoryActivations):
-    """Activations that give views of some of their positions."""
+    """Activations that return views of some of their positions."""
 
     def with_tokens(self, tokens: str) -> MemoryActivations:
         chosen = {"cls": slice(0, 1), "patches": slice(1, None)}[tokens]
@@ -364,7 +366,7 @@ class Positions(MemoryActivations):
         return view
 
 
-def test_positions_and_batch_sizes_vary_in_a_pass_each(
+def test_each_choice_of_positions_and_each_batch_size_has_its_own_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     data = Positions(sparse_mixtures().activations)
@@ -388,7 +390,7 @@ def test_positions_and_batch_sizes_vary_in_a_pass_each(
             sweep(data, config, tmp_path, quiet=True)
     capsys.readouterr()
     found = sweep(data, config, tmp_path)
-    assert "of 8 autoencoders 2 are done, 6 are missing" in capsys.readouterr().err
+    assert "2 of 8 autoencoders are done, 6 are missing" in capsys.readouterr().err
     for number, (name, run) in enumerate(found.runs.items()):
         view = data.with_tokens(name.partition("-")[0])
         alone = train(view, run.config, out=tmp_path / f"alone{number}", quiet=True)
@@ -432,23 +434,21 @@ def test_positions_that_the_activations_do_not_have_are_refused(tmp_path: Path) 
         ({"checkpoint_every": [64]}, "checkpoint_every cannot vary"),
         ({"sae.expansion": [2, 4]}, "no effect if n_latents is given"),
         ({"k": ["many"]}, r"grid, k_many: sae\.sparsity\.k is 'many'; expected an int"),
-        ({"k": [65]}, "grid, k65: sparsity.k is 65, more than the 64 latents"),
+        ({"k": [65]}, "grid, k65: sparsity.k is 65, but there are only 64 latents"),
         ({"seed": [-1]}, "grid, seed-1: seed is -1"),
     ],
 )
-def test_a_grid_that_cannot_be_is_refused_with_the_reason(
-    grid: dict[str, Any], message: str
-) -> None:
+def test_an_invalid_grid_is_refused_with_the_reason(grid: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SweepConfig(BASE, grid)
 
 
-def test_a_key_of_what_is_switched_off_says_so() -> None:
-    with pytest.raises(UserError, match=r"remedy\.alpha cannot vary where remedy is none"):
+def test_a_key_of_a_part_that_is_switched_off_is_refused() -> None:
+    with pytest.raises(UserError, match=r"remedy\.alpha cannot vary while remedy is none"):
         SweepConfig(dataclasses.replace(BASE, remedy=None), {"remedy.alpha": [0.1]})
 
 
-def test_a_combination_fits_where_its_parts_alone_would_not() -> None:
+def test_values_may_fit_together_that_do_not_fit_alone() -> None:
     config = SweepConfig(TrainConfig(sae=SAEConfig(n_latents=16, sparsity=TopK(k=8))),
                          {"k": [64], "n_latents": [64, 128]})  # fmt: skip
     assert list(config.members) == ["k64-n64", "k64-n128"]
@@ -472,9 +472,9 @@ def test_other_configurations_and_single_runs_in_the_folder_are_refused(
         _sweep(tmp_path)
 
 
-def test_a_width_that_does_not_fit_is_told_of_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_width_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     base = dataclasses.replace(BASE, sae=SAEConfig(expansion=2))
-    with pytest.raises(UserError, match=r"sparsity\.k is 33, more than the 32 latents"):
+    with pytest.raises(UserError, match=r"sparsity\.k is 33, but there are only 32 latents"):
         sweep(sparse_mixtures(), SweepConfig(base, {"k": [4, 33]}), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
 
@@ -493,7 +493,7 @@ def test_a_recipe_with_a_grid_is_read_from_toml(tmp_path: Path) -> None:
     assert SweepConfig(again.train, again.grid) == config
 
 
-def test_the_recipe_that_is_shipped_is_a_sweep() -> None:
+def test_the_shipped_recipe_is_a_sweep() -> None:
     recipe = load(SweepRecipe, Path(__file__).parents[2] / "recipes" / "sweep.toml")
     config = SweepConfig(recipe.train, recipe.grid)
     assert len(config.members) > 1
@@ -525,7 +525,7 @@ def test_a_stopped_sweep_says_what_is_kept_and_ends_with_the_same_bits(
         _assert_same(again.runs[name], whole.runs[name])
 
 
-def test_leftovers_and_damaged_files_of_a_sweep_are_put_right(whole: Sweep, tmp_path: Path) -> None:
+def test_leftovers_and_damaged_files_of_a_sweep_are_repaired(whole: Sweep, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     shutil.copytree(whole.out, out)
     table = (out / "sweep.json").read_bytes()

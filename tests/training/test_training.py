@@ -54,7 +54,7 @@ def test_training_explains_sparse_mixtures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["auto", "torch"])
-def test_a_slower_back_end_that_was_not_asked_for_is_told(
+def test_an_unrequested_slower_back_end_is_reported(
     asked: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setattr("sparsight.kernels.load_native", lambda: None)
@@ -68,9 +68,9 @@ def test_a_slower_back_end_that_was_not_asked_for_is_told(
     assert ("native kernels are faster, but are not built" in told) == (asked == "auto")
 
 
-def test_figures_of_a_window_are_those_of_float64_over_its_vectors(tmp_path: Path) -> None:
+def test_metrics_of_a_window_match_float64_over_its_vectors(tmp_path: Path) -> None:
     data = sparse_mixtures(n_images=16)
-    # With no learning to speak of, one epoch is one pass of the first weights over all vectors.
+    # With almost no learning, one epoch is one pass of the first weights over all vectors.
     config = TrainConfig(
         sae=SAE, n_vectors=256, batch_size=32, lr=1e-30, log_every=256, remedy=AuxK(dead_after=256)
     )
@@ -86,9 +86,7 @@ def test_figures_of_a_window_are_those_of_float64_over_its_vectors(tmp_path: Pat
 
 @pytest.mark.parametrize("auxk", [None, AuxK(alpha=0.5, k=8, dead_after=32)])
 @pytest.mark.parametrize("unit_norm", [True, False])
-def test_a_few_steps_are_those_of_plain_autograd_and_adam(
-    auxk: AuxK | None, unit_norm: bool
-) -> None:
+def test_a_few_steps_match_plain_autograd_and_adam(auxk: AuxK | None, unit_norm: bool) -> None:
     data = sparse_mixtures()
     sae_config = dataclasses.replace(SAE, unit_norm_decoder=unit_norm)
     config = dataclasses.replace(CONFIG, sae=sae_config, remedy=auxk, grad_clip=0.05, ema=0.5)
@@ -140,12 +138,12 @@ def test_a_few_steps_are_those_of_plain_autograd_and_adam(
         torch.testing.assert_close(finished["W_dec"].norm(dim=1), torch.ones(64))
 
 
-def test_auxk_trains_dead_latents_towards_what_the_living_ones_leave_over() -> None:
+def test_auxk_trains_dead_latents_towards_the_residual_of_the_live_ones() -> None:
     data = sparse_mixtures()
     batches = data.activations["here"].flatten(0, 1).split(32)
     loss = {}
     for alpha in (1e-9, 1.0):
-        # All latents below 56 are asleep: eight living ones cannot explain 32 directions.
+        # All latents below 56 are dead: eight live ones cannot explain 32 directions.
         site = _site(dataclasses.replace(CONFIG, remedy=AuxK(alpha=alpha, dead_after=32)), data)
         with torch.no_grad():
             site.sae.b_enc[:56] -= 1.0
@@ -157,7 +155,7 @@ def test_auxk_trains_dead_latents_towards_what_the_living_ones_leave_over() -> N
     assert loss[1.0]["aux_loss"] < 0.9 * loss[1e-9]["aux_loss"]
 
 
-def test_all_kernels_train_to_the_same_place(tmp_path: Path) -> None:
+def test_all_kernels_train_to_the_same_result(tmp_path: Path) -> None:
     data = sparse_mixtures()
     fvus = {}
     tried = [
@@ -191,7 +189,7 @@ def test_a_batchtopk_sae_is_as_sparse_in_use_as_in_training(tmp_path: Path) -> N
 
 
 class _Fetches(TorchDispatchMode):
-    """Counts the operations for which a GPU would have to be waited for, in this thread."""
+    """Counts the operations in this thread that would wait for a GPU."""
 
     OPERATIONS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
 
@@ -208,7 +206,7 @@ class _Fetches(TorchDispatchMode):
 def test_nothing_is_fetched_from_the_device_between_lines_of_the_log(
     precision: Literal["float32", "bfloat16"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The rule for equal scores, which has to wait, holds on a CPU alone.
+    # The rule for equal scores, which has to wait, applies only on a CPU.
     monkeypatch.setattr(selection, "_first_of_equal", lambda scores, chosen: chosen)
     counts = []
     for n_steps in (10, 40):
@@ -231,7 +229,7 @@ def test_nothing_is_fetched_from_the_device_between_lines_of_the_log(
 
 @pytest.mark.parametrize("place", [0, 700])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_activations_that_are_not_finite_stop_the_run_and_leave_no_broken_sae(
+def test_infinite_or_nan_activations_stop_the_run_and_leave_no_broken_sae(
     place: int, value: float, tmp_path: Path
 ) -> None:
     data = sparse_mixtures()
@@ -251,7 +249,7 @@ def test_activations_that_are_not_finite_stop_the_run_and_leave_no_broken_sae(
         assert torch.isfinite(SparseAutoencoder.from_pretrained(path / "here").W_dec).all()
 
 
-def test_one_message_names_the_shard_and_the_step_of_activations_that_are_not_finite(
+def test_one_message_names_the_shard_and_the_step_of_infinite_or_nan_activations(
     tmp_path: Path,
 ) -> None:
     model = load_model(str(save_clip(tmp_path / "clip")), device="cpu")
@@ -274,7 +272,7 @@ def test_one_message_names_the_shard_and_the_step_of_activations_that_are_not_fi
 
 
 def _spoil(store: Path, shard: Path) -> None:
-    """Put a NaN among the numbers of a shard, as its extraction might have written it."""
+    """Put a NaN into a shard, as an extraction might have written it."""
     before, data = sha256_file(shard), bytearray(shard.read_bytes())
     data[-400:-396] = struct.pack("<f", math.nan)
     shard.write_bytes(data)
@@ -295,7 +293,7 @@ def test_a_loss_that_blows_up_names_the_step(
     assert not (tmp_path / "sae.safetensors").exists()
 
 
-def test_a_k_above_n_latents_and_an_unknown_site_are_refused_before_anything_is_written(
+def test_too_large_a_k_and_an_unknown_site_are_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
     wide = dataclasses.replace(CONFIG, sae=SAEConfig(expansion=2, sparsity=TopK(k=33)))
@@ -306,7 +304,7 @@ def test_a_k_above_n_latents_and_an_unknown_site_are_refused_before_anything_is_
     assert not (tmp_path / "a").exists()
 
 
-def test_the_saved_sae_says_where_it_belongs(tmp_path: Path) -> None:
+def test_the_saved_sae_records_its_origin(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, n_vectors=100)
     run = train(sparse_mixtures(), config, out=tmp_path, quiet=True)
     about = run.sae().metadata
@@ -382,7 +380,7 @@ def _refused(data: torch.Tensor, config: TrainConfig, out: Path) -> str:
 @pytest.mark.parametrize("rounded", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kernels", ["auto", "dense"])
 @pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_activations_that_never_vary_are_told_of(
+def test_activations_that_never_vary_are_reported(
     normaliser: str, kernels: Kernels, rounded: torch.dtype, tmp_path: Path
 ) -> None:
     own = torch.randn(16, generator=torch.Generator().manual_seed(0)).to(rounded).float()
@@ -395,7 +393,7 @@ def test_activations_that_never_vary_are_told_of(
 
 @pytest.mark.parametrize("rounded", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("normaliser", ["layer_norm", "constant_norm"])
-def test_vectors_that_are_multiples_of_one_another_are_told_of(
+def test_vectors_that_are_multiples_of_one_another_are_reported(
     normaliser: str, rounded: torch.dtype, tmp_path: Path
 ) -> None:
     generator = torch.Generator().manual_seed(1)

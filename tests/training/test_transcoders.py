@@ -23,7 +23,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(scope="module")
 def activations() -> MemoryActivations:
-    """The site there is a map of the one here that no linear map can copy, and wider."""
+    """The site "there" is a wider, nonlinear map of the site "here"."""
     here = sparse_mixtures(("here",)).activations["here"]
     W = torch.randn(here.shape[-1], 24, generator=torch.Generator().manual_seed(4))
     there = (here @ W).relu() * 3 + 5
@@ -51,7 +51,7 @@ def test_a_transcoder_learns_to_predict_another_site(
 def test_a_transcoder_learns_its_target_in_the_units_of_each_input(
     tmp_path: Path, normaliser: str
 ) -> None:
-    """A louder input has a louder target: in the input's own units they are the same."""
+    """A larger input has a larger target: in the input's own units they are the same."""
     here = sparse_mixtures(("here",)).activations["here"]
     here *= torch.rand(*here.shape[:-1], 1, generator=torch.Generator().manual_seed(5)) * 9 + 1
     W = torch.randn(here.shape[-1], 24, generator=torch.Generator().manual_seed(4))
@@ -70,7 +70,7 @@ def test_a_transcoder_learns_its_target_in_the_units_of_each_input(
     fvu = (y - y_hat).square().sum() / (y - y.mean(dim=0)).square().sum()
     assert report["fvu"] == pytest.approx(float(fvu), rel=1e-5)
     assert report["fvu"] < 0.5 < report["baselines"]["untrained"]["fvu"]
-    # What training minimised is what is measured, in the space of the input's units.
+    # The measurement is the same as what training minimised, in the input's units.
     assert run.metrics()[-1]["fvu"] == pytest.approx(report["normalised"]["fvu"], rel=0.3)
 
 
@@ -85,7 +85,7 @@ def test_the_skip_connection_alone_is_a_linear_map_and_helps(
     assert fvus[0] < fvus[1]
 
 
-def test_a_cut_transcoder_goes_on_with_the_same_bits(
+def test_an_interrupted_transcoder_continues_with_the_same_bits(
     activations: MemoryActivations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparsight.training import trainer

@@ -177,7 +177,7 @@ def _option(action: Any, group: str) -> Option:
         *above, last = name.split(".")
         flag = "--" + ".".join([*above, f"[no-]{last}"]) if value == "True" else flag
         value, takes = "on" if value == "True" else "", ""
-    value = "" if value in ("None", "False") else value
+    value = "" if value in ("None", "False", "''") else value
     return Option(
         name=name,
         shown=f"{flag} {takes}".strip(),

@@ -42,8 +42,8 @@ class ModelOptions(CommandOptions):
     """cpu, cuda, cuda:1, xpu or mps; default: a CUDA or Intel GPU if available, otherwise cpu."""
 
     model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
-    """Type of the model's numbers; default: that with which an autoencoder was trained, or float32.
-    auto: bfloat16 if the device multiplies in it, otherwise float32."""
+    """Type of the model's numbers; default: the type with which an autoencoder was trained, or
+    float32. auto: bfloat16 if the device multiplies in it, otherwise float32."""
 
     scale_jpegs: bool = False
     """Decode JPEGs that are much larger than the model's input at reduced size. On by default if

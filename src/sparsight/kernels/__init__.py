@@ -1,9 +1,9 @@
-"""The few operations that an SAE is made of, in several back ends.
+"""The basic operations of an SAE, in several back ends.
 
-`encode_topk` and `decode_topk` are differentiable functions of tensors: `sparse` touches k rows per
-vector wherever it can, `dense` is plain autograd, the truth that tests compare with; `using`
-changes between them. `training_step` is what a trainer takes: a whole step with its own Adam,
-without autograd in plain torch, in compiled code or in Triton, or in plain autograd.
+`encode_topk` and `decode_topk` are differentiable functions of tensors: `sparse` touches only k
+rows per vector wherever it can, `dense` is plain autograd, the reference for tests; `using` changes
+between them. `training_step` returns a whole step for a trainer, with its own Adam: without
+autograd in plain torch, compiled code or Triton, or in plain autograd.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 Kernels = Literal["auto", "dense", "torch", "native", "triton"]
-"""Who computes a training step; "auto" is the quickest that runs here."""
+"""Kernels that compute a training step; "auto" is the fastest that runs here."""
 
 BACKENDS: dict[str, Backend] = {
     "auto": sparse,
@@ -65,7 +65,7 @@ BACKENDS: dict[str, Backend] = {
     "native": sparse,
     "dense": dense,
 }
-"""Of the differentiable functions; "auto" selects latents with compiled code where it pays."""
+"""Back ends of the differentiable functions; "auto" selects with compiled code where faster."""
 
 _current = "auto"
 
@@ -75,11 +75,11 @@ def using(name: str) -> Iterator[None]:
     """Compute `encode_topk` and `decode_topk` with another back end inside a `with`.
 
     Raises:
-        UserError: there is no such back end.
+        UserError: the back end is unknown.
     """
     global _current
     if name not in BACKENDS:
-        raise UserError(f"No kernels are called {name!r}; there are: {', '.join(BACKENDS)}.")
+        raise UserError(f"Unknown kernels {name!r}; choose one of {', '.join(BACKENDS)}.")
     if name == "native":
         choose("native", "auto", torch.device("cpu"))
     before, _current = _current, name
@@ -94,24 +94,26 @@ def using(name: str) -> Iterator[None]:
 def choose(
     kernels: Kernels, precision: Precision | Literal["auto"], device: torch.device
 ) -> tuple[Kernels, Precision]:
-    """Which back end and which precision of the selection a training run takes.
+    """Choose the back end and the precision of the selection for a training run.
 
     Args:
-        kernels: what was asked for.
-        precision: likewise.
-        device: where the parameters are.
+        kernels: the requested kernels.
+        precision: the requested precision.
+        device: the device of the parameters.
 
     Raises:
-        UserError: what was asked for does not run here.
+        UserError: the request does not run here.
     """
     if kernels == "auto":
         kernels = _quickest(device)
     if kernels == "native" and device.type != "cpu":
-        raise UserError(f"kernels 'native' run on the CPU, not on {device.type}.")
+        raise UserError(
+            f"kernels 'native' run on the CPU, not on {device.type}. Choose 'auto' or 'torch'."
+        )
     if kernels == "native" and load_native() is None:
         raise UserError(
-            "kernels 'native' are not built: no C compiler was there when Sparsight was installed. "
-            "Install one and run `python -m sparsight.kernels.native.build`, or take 'torch'."
+            "kernels 'native' are not built, because Sparsight was installed without a C compiler. "
+            "Install one and run `python -m sparsight.kernels.native.build`, or choose 'torch'."
         )
     if kernels == "triton":
         _check_triton(device)
@@ -120,13 +122,13 @@ def choose(
     in_torch = kernels == "torch" and supports_int8(device)
     if precision == "int8" and kernels != "native" and not in_torch:
         raise UserError(
-            "precision 'int8' needs the native kernels, or 'torch' on a processor with VNNI; these "
-            f"are {kernels!r} on {device.type}. Leave precision out."
+            "precision 'int8' needs the kernels 'native', or 'torch' on a processor with VNNI, but "
+            f"these are {kernels!r} on {device.type}. Leave precision out."
         )
     if precision == "float8" and (kernels != "triton" or not _multiplies_float8(device)):
         raise UserError(
-            "precision 'float8' needs kernels 'triton', asked for by name, on an NVIDIA GPU of "
-            f"compute capability 8.9 or more; these are {kernels!r} on {device.type}. "
+            "precision 'float8' needs kernels 'triton', named explicitly, on an NVIDIA GPU of "
+            f"compute capability 8.9 or more, but these are {kernels!r} on {device.type}. "
             "Leave precision out."
         )
     if precision == "auto":
@@ -142,17 +144,17 @@ def choose(
 def _quickest(device: torch.device) -> Kernels:
     if device.type == "cpu" and load_native() is not None:
         return "native"
-    # Not Triton, whose kernels no GPU has run yet.
+    # Not Triton: its kernels have not yet run on any GPU.
     return "torch"
 
 
 def native_is_absent(device: torch.device) -> bool:
-    """Whether the native kernels would be the quickest, were they built."""
+    """Return whether the native kernels would be the fastest, but are not built."""
     return device.type == "cpu" and load_native() is None
 
 
 def _new_enough(device: torch.device) -> bool:
-    """Whether Triton supports this GPU, and the GPU multiplies in bfloat16."""
+    """Return whether Triton supports this GPU, and the GPU multiplies in bfloat16."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -163,7 +165,7 @@ def _multiplies_float8(device: torch.device) -> bool:
 
 
 def _load_triton() -> ModuleType | None:
-    """The module of the step in Triton, where Triton is installed."""
+    """Return the module of the step in Triton; None if Triton is not installed."""
     try:
         return importlib.import_module("sparsight.kernels.triton_step")
     except ModuleNotFoundError as error:
@@ -178,17 +180,17 @@ def _check_triton(device: torch.device) -> None:
     if loaded is None:
         raise UserError(
             "kernels 'triton' need Triton, which is not installed. Run "
-            "`pip install 'sparsight[triton]'`, or take 'torch'."
+            "`pip install 'sparsight[triton]'`, or choose 'torch'."
         )
     if device.type != "cuda" and not loaded.INTERPRETED:
         raise UserError(
-            f"kernels 'triton' run on CUDA, not on {device.type}. Take 'auto'; or, to try them "
+            f"kernels 'triton' run on CUDA, not on {device.type}. Choose 'auto'; or, to try them "
             "slowly, set TRITON_INTERPRET=1 in the environment."
         )
     if device.type == "cuda" and not loaded.INTERPRETED and not _new_enough(device):
         raise UserError(
-            "kernels 'triton' need a GPU of compute capability 8.0 or more; "
-            f"{torch.cuda.get_device_name(device)} has less. Take 'torch'."
+            "kernels 'triton' need a GPU of compute capability 8.0 or more, but "
+            f"{torch.cuda.get_device_name(device)} has less. Choose 'torch'."
         )
 
 
@@ -204,14 +206,14 @@ def training_step(
     lr_factors: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> TrainingStep:
-    """The training step of a back end.
+    """Return the training step of a back end.
 
     Args:
-        kernels: which back end; not "auto".
+        kernels: the back end; not "auto".
         parameters, moments, since_fired, adam: see `FusedStep`.
-        plan: what is minimised.
-        loss: the same, differentiable; "dense" alone needs it.
-        lr_factors: parameters that learn at a multiple of the learning rate; with "dense" alone.
+        plan: what to minimise.
+        loss: the same, differentiable; only for "dense".
+        lr_factors: multiples of the learning rate for parameters; only with "dense".
         settings: `variance`, `unit_norm` and `precision`, see `FusedStep`.
     """
     if kernels == "dense":
@@ -230,7 +232,7 @@ def training_step(
 
 
 def backend() -> Backend:
-    """The back end of the differentiable functions at present."""
+    """Return the current back end of the differentiable functions."""
     return BACKENDS[_current]
 
 
@@ -244,7 +246,7 @@ def encode_topk(
     *,
     rectify: bool = True,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k strongest latents of each vector; see `Backend.encode_topk`."""
+    """Return the k strongest latents of each vector; see `Backend.encode_topk`."""
     return backend().encode_topk(x, W_enc, b_enc, b_dec, k, precision, rectify=rectify)
 
 
@@ -254,5 +256,5 @@ def decode_topk(
     W_dec: Float[Tensor, "n_latents d_in"],
     b_dec: Float[Tensor, " d_in"],
 ) -> Float[Tensor, "batch d_in"]:
-    """The reconstruction of a code; see `Backend.decode_topk`."""
+    """Return the reconstruction of a code; see `Backend.decode_topk`."""
     return backend().decode_topk(values, indices, W_dec, b_dec)

@@ -1,4 +1,4 @@
-"""The auxiliary loss over dead latents by dense products, where a good part of them is in use."""
+"""The auxiliary loss over dead latents in dense products, for when many of them are used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsight.kernels.interface import FusedStep
 
 
 class Auxiliary(NamedTuple):
-    """Gradients of the auxiliary loss, at the dead latents alone."""
+    """Gradients of the auxiliary loss, only at the dead latents."""
 
     latents: Int[Tensor, " dead"]
     W_enc: Float[Tensor, "dead d_in"]
@@ -26,11 +26,11 @@ def dense_auxiliary(
     target: Float[Tensor, "batch d_in"],
     dead: Int[Tensor, " dead"],
 ) -> tuple[Auxiliary, Float[Tensor, ""]]:
-    """The gradients, weighted, and the loss, not weighted; see `AuxK`.
+    """Return the weighted gradients and the unweighted loss; see `AuxK`.
 
     Args:
-        step: whose parameters and plan they are.
-        x: normalised activations, the decoder's bias subtracted.
+        step: the step, with its parameters and plan.
+        x: normalised activations minus the decoder's bias.
         target: z − ẑ.
         dead: the dead latents.
     """
@@ -41,7 +41,7 @@ def dense_auxiliary(
     code = scores.zero_().scatter_(1, chosen, values.relu_())
     error = torch.addmm(target, code, W_dec, beta=-1)
     spread = _square(target - target.mean(dim=0))
-    # Nothing is left over where the spread is 0: then the loss and its gradient are 0.
+    # If the spread is 0 there is no residual, so the loss and its gradient are 0.
     factor = torch.where(spread > 0, 1 / spread, 0.0)
     loss = _square(error) * factor
     error *= (2 * step.plan.aux_alpha * factor).to(error.dtype)
@@ -50,6 +50,6 @@ def dense_auxiliary(
 
 
 def _square(x: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:
-    """The sum of squares, of rows in their own precision, of all in float64."""
+    """Return the sum of squares: per row in its own precision, over rows in float64."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=1)
     return norms.double().square().sum()

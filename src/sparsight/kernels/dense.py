@@ -1,4 +1,4 @@
-"""The operations in plain autograd: slow, and right by inspection."""
+"""The operations in plain autograd: slow, but verifiable by reading."""
 
 from __future__ import annotations
 

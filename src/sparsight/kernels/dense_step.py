@@ -19,77 +19,77 @@ from sparsight.kernels.interface import (
 )
 
 DENSE_ENTRIES = 2**27
-"""Of a code that plain autograd holds at a time, where a batch can be taken in parts."""
+"""Entries of a code that plain autograd holds at a time, if a batch can be split."""
 
 Part = tuple[Float[Tensor, "_ d_in"], Float[Tensor, "_ d_out"]]
-"""Vectors of a batch, and what they are to be reconstructed as."""
+"""Vectors of a batch, and the targets of their reconstruction."""
 
 
 class LossParts(NamedTuple):
-    """The loss of a batch and what it is made of."""
+    """The loss of a batch and its parts."""
 
     loss: Float[Tensor, ""]
-    """All of it; what is differentiated."""
+    """The total loss, which is differentiated."""
 
     squared_error: Float[Tensor, ""]
     """Σ ‖z − ẑ‖² of the SAE's own reconstruction."""
 
     aux_loss: Float[Tensor, ""]
-    """What is for the dead latents, before its weight; 0 where none is dead or nothing is left."""
+    """The loss of the dead latents, before its weight; 0 if none are dead or nothing is left."""
 
     code: Float[Tensor, "batch n_latents"]
     """The SAE's own code, before a soft cap: thresholds are compared with scores."""
 
     penalty: Float[Tensor, ""]
-    """The sparsity's, as it is in the loss."""
+    """The sparsity's penalty, as it is in the loss."""
 
 
 @runtime_checkable
 class Loss(Protocol):
-    """What a `DenseStep` differentiates."""
+    """The interface of a loss for `DenseStep`."""
 
     @property
     def splits(self) -> bool:
-        """Whether the loss of a batch can be put together from those of its parts."""
+        """Whether the loss of a batch can be computed from those of its parts."""
 
     @property
     def decoder(self) -> Tensor:
-        """The rows of which a step takes the gradient's part along them out."""
+        """The decoder; a step removes the gradient's components along its rows."""
 
     def of_batch(
         self, parts: Sequence[Part], number: int, dead: Tensor | None, variance: float
     ) -> Callable[[Tensor, Tensor], LossParts]:
-        """The loss of one of some parts of a batch, as a function of its vectors and its target.
+        """Return the loss of one part of a batch, as a function of its vectors and its target.
 
-        The mean of the parts' losses, by their numbers of vectors, is the batch's.
+        The mean of the parts' losses, weighted by their numbers of vectors, is the batch's loss.
 
         Args:
-            parts: all of the batch.
-            number: of the step, from 1.
+            parts: all parts of the batch.
+            number: number of the step, from 1.
             dead: latents that may learn from the residual.
-            variance: of the target: Σ over dimensions.
+            variance: variance of the target: Σ over dimensions.
         """
 
     def constrain(self) -> None:
-        """Bring the parameters back to where they may be, after an update."""
+        """Restore the parameters' constraints after an update."""
 
 
 class DenseStep(TrainingStep):
-    """See `TrainingStep`; a large batch is taken in parts, of whose losses its own is the mean.
+    """See `TrainingStep`; a large batch is split, and its loss is the mean of its parts' losses.
 
     Args:
         parameters: everything that learns; it gets gradients.
-        moments: for each its first and second moment; changed in place.
-        since_fired: vectors since a latent was last active; changed in place.
-        loss: what is minimised.
+        moments: first and second moment of each parameter; changed in place.
+        since_fired: number of vectors since a latent was last active; changed in place.
+        loss: what to minimise.
         adam: the optimiser.
-        variance: of the target: Σ over dimensions; the unit of the loss.
-        unit_norm: take the gradient's part along the decoder's rows out.
-        precision: of the selection: "float32".
-        lr_factors: parameters that learn at a multiple of the learning rate.
+        variance: variance of the target: Σ over dimensions; the unit of the loss.
+        unit_norm: remove the gradient's components along the decoder's rows.
+        precision: precision of the selection: "float32".
+        lr_factors: multiples of the learning rate for parameters.
 
     Raises:
-        ValueError: another precision is asked for.
+        ValueError: another precision is requested.
     """
 
     precisions = ("float32",)
@@ -166,7 +166,7 @@ class DenseStep(TrainingStep):
         number: int,
         dead: Int[Tensor, " dead"] | None,
     ) -> tuple[StepFigures, Tensor]:
-        """Fill the gradients; what was measured, and which latents fired."""
+        """Compute the gradients; return the measurements, and which latents fired."""
         n_latents = len(self.since_fired)
         size = max(1, DENSE_ENTRIES // n_latents) if self.loss.splits else len(z)
         batch = list(zip(z.split(size), y.split(size), strict=True))
@@ -177,14 +177,14 @@ class DenseStep(TrainingStep):
         for inputs, target in batch:
             share = len(inputs) / len(z)
             with torch.enable_grad():
-                found = loss_of(inputs, target)
-                (share * found.loss).backward()
-            active = found.code != 0
+                part = loss_of(inputs, target)
+                (share * part.loss).backward()
+            active = part.code != 0
             fired |= active.any(dim=0)
-            least = torch.minimum(least, least_positive(found.code))
+            least = torch.minimum(least, least_positive(part.code))
             parts = (
-                found.squared_error, share * found.loss.detach(), share * found.aux_loss,
-                active.sum(), share * found.penalty,
+                part.squared_error, share * part.loss.detach(), share * part.aux_loss,
+                active.sum(), share * part.penalty,
             )  # fmt: skip
             sums += torch.stack([each.double() for each in parts])
         squared_error, loss, aux_loss, n_active, penalty = sums

@@ -1,4 +1,4 @@
-"""What a back end of the kernels offers: functions with gradients, and a fused training step."""
+"""The interface of back ends: differentiable functions, and a fused training step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsight.kernels.plan import AnyPlan
 
 Precision = Literal["float32", "bfloat16", "int8", "float8"]
-"""Of the product that selects latents; what was selected is scored in the precision of x."""
+"""Precision of the product that selects latents; they are then scored in the precision of x."""
 
 MATRICES = ("W_enc", "W_dec")
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -23,7 +23,7 @@ PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 @runtime_checkable
 class Backend(Protocol):
-    """Differentiable functions; a module that has them is a back end."""
+    """Differentiable functions; any module that defines them is a back end."""
 
     def encode_topk(
         self,
@@ -36,20 +36,20 @@ class Backend(Protocol):
         *,
         rectify: bool = True,
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-        """The k largest of `W_enc (x - b_dec) + b_enc`, at least 0, with gradients to all four.
+        """Return the k largest of `W_enc (x - b_dec) + b_enc`, at least 0, with all gradients.
 
         Args:
             x: the vectors.
             W_enc: encoder rows.
             b_enc: encoder bias.
             b_dec: decoder bias, subtracted first.
-            k: how many.
-            precision: of the selection; below "float32" some more than k are chosen and then
+            k: number of latents per vector.
+            precision: precision of the selection; below "float32", more than k are chosen and then
                 scored again in the precision of `x`. None leaves it to the back end.
-            rectify: False leaves negative ones as they are.
+            rectify: False leaves negative values as they are.
 
         Returns:
-            Values, and the latents they belong to, in an order that the back end chooses.
+            Values and their latents, in an order that the back end chooses.
         """
 
     def decode_topk(
@@ -59,7 +59,7 @@ class Backend(Protocol):
         W_dec: Float[Tensor, "n_latents d_in"],
         b_dec: Float[Tensor, " d_in"],
     ) -> Float[Tensor, "batch d_in"]:
-        """The sum of the chosen decoder rows, weighted by `values`, and the bias."""
+        """Return the sum of the chosen decoder rows, weighted by `values`, plus the bias."""
 
     def encode_batch_topk(
         self,
@@ -69,10 +69,10 @@ class Backend(Protocol):
         b_dec: Float[Tensor, " d_in"],
         k: int,
     ) -> tuple[Float[Tensor, " active"], Int[Tensor, " active"], Int[Tensor, " batch_plus_one"]]:
-        """The k · batch largest of all, at least 0, with gradients.
+        """Return the k · batch largest scores of all, at least 0, with gradients.
 
         Returns:
-            Values and latents, vector after vector, and where each vector's begin.
+            Values and latents, vector after vector, and the start of each vector's entries.
         """
 
     def encode_above(
@@ -83,7 +83,7 @@ class Backend(Protocol):
         b_dec: Float[Tensor, " d_in"],
         threshold: float,
     ) -> tuple[Float[Tensor, " active"], Int[Tensor, " active"], Int[Tensor, " batch_plus_one"]]:
-        """All that reach a threshold, with gradients; the rest as `encode_batch_topk`."""
+        """Return all scores that reach a threshold, with gradients, as `encode_batch_topk` does."""
 
     def decode(
         self,
@@ -93,36 +93,36 @@ class Backend(Protocol):
         W_dec: Float[Tensor, "n_latents d_in"],
         b_dec: Float[Tensor, " d_in"],
     ) -> Float[Tensor, "batch d_in"]:
-        """As `decode_topk`, of a code whose rows differ in length."""
+        """Decode as `decode_topk` does, for a code whose rows differ in length."""
 
 
 class StepFigures(NamedTuple):
-    """What a step measures, as tensors that stay on the device."""
+    """The measurements of a step, as tensors that stay on the device."""
 
     squared_error: Float[Tensor, ""]
     """Σ ‖z − ẑ‖² of the SAE's own reconstruction."""
 
     loss: Float[Tensor, ""]
-    """All of it."""
+    """The total loss."""
 
     aux_loss: Float[Tensor, ""]
     """The auxiliary loss, before its weight; 0 without one."""
 
     active: Int[Tensor, ""]
-    """Entries of the code with a positive value."""
+    """Number of entries of the code with a positive value."""
 
     grad_norm: Float[Tensor, ""]
-    """Norm of the gradient, before it was clipped."""
+    """Norm of the gradient before clipping."""
 
     least: Float[Tensor, ""]
-    """The smallest positive value in the code; infinity where all are 0."""
+    """The smallest positive value in the code; infinity if all are 0."""
 
     penalty: Float[Tensor, ""] | None = None
-    """The sparsity's, as it is in the loss; None where the step computes none."""
+    """The sparsity's penalty, as it is in the loss; None if the step computes none."""
 
 
 def least_positive(values: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """The smallest positive one; infinity if there is none."""
+    """Return the smallest positive value; infinity if there is none."""
     return torch.where(values > 0, values, math.inf).amin()
 
 
@@ -133,20 +133,20 @@ class Adam:
     betas: tuple[float, float]
     eps: float
     max_norm: float | None
-    """The gradient is scaled down to this norm; None leaves it."""
+    """The gradient is scaled down to this norm; None leaves it as it is."""
 
 
 class TrainingStep(ABC):
     """A whole training step: select, differentiate, update. The back ends implement it."""
 
     name: str
-    """Of the back end."""
+    """Name of the back end."""
 
     precisions: ClassVar[tuple[Precision, ...]]
-    """The precisions that its selection may have."""
+    """The precisions that its selection supports."""
 
     variance: float
-    """Of the target: Σ over dimensions; the unit of the loss."""
+    """Variance of the target: Σ over dimensions; the unit of the loss."""
 
     @abstractmethod
     def step(
@@ -163,17 +163,17 @@ class TrainingStep(ABC):
         Args:
             z: normalised activations.
             lr: learning rate.
-            number: of the step, from 1, for Adam's bias correction.
-            dead: latents that the auxiliary loss may use, rising.
-            target: of a transcoder, what is predicted; None is `z`.
+            number: number of the step, from 1, for Adam's bias correction.
+            dead: latents that the auxiliary loss may use, ascending.
+            target: for a transcoder, the target of the prediction; None is `z`.
         """
 
     @classmethod
     def check_precision(cls, precision: Precision) -> None:
-        """Make sure that the selection may have a precision.
+        """Check that the selection supports a precision.
 
         Raises:
-            ValueError: it may not.
+            ValueError: it does not.
         """
         if precision not in cls.precisions:
             known = ", ".join(cls.precisions)
@@ -183,21 +183,21 @@ class TrainingStep(ABC):
 class FusedStep(TrainingStep):
     """A training step without autograd: select, differentiate by hand, update latent by latent.
 
-    The gradient of a weight matrix is never held as a whole. Parameters, moments and
-    `since_fired` are changed in place. Same numbers as autograd and `torch.optim.Adam`.
+    The gradient of a weight matrix is never held as a whole. Parameters, moments and `since_fired`
+    are changed in place. The numbers are the same as with autograd and `torch.optim.Adam`.
 
     Args:
         parameters: `W_enc`, `b_enc`, `W_dec`, `b_dec`.
-        moments: for each its first and second moment.
-        since_fired: vectors since a latent was last active.
-        plan: what is minimised.
+        moments: first and second moment of each parameter.
+        since_fired: number of vectors since a latent was last active.
+        plan: what to minimise.
         adam: the optimiser.
-        variance: of the activations: Σ over dimensions; the unit of the loss.
-        unit_norm: keep decoder rows at norm 1, and take the gradient's part along them out.
-        precision: of the selection.
+        variance: variance of the activations: Σ over dimensions; the unit of the loss.
+        unit_norm: keep decoder rows at norm 1, and remove the gradient's components along them.
+        precision: precision of the selection.
 
     Raises:
-        ValueError: the back end has no selection in that precision.
+        ValueError: the back end does not support that precision.
     """
 
     def __init__(
@@ -239,12 +239,12 @@ class FusedStep(TrainingStep):
         """See `TrainingStep.step`.
 
         Raises:
-            ValueError: there is a `target`: fused steps train no transcoders.
+            ValueError: there is a `target`; fused steps do not train transcoders.
         """
         if target is not None:
-            raise ValueError(f"{type(self).__name__} trains no transcoders.")
+            raise ValueError(f"{type(self).__name__} does not train transcoders.")
         if self._versions != self._versions_now():
-            self._copy_encoder()  # somebody else changed it
+            self._copy_encoder()  # the encoder was changed elsewhere
         figures = self._step(z, lr, number, dead)
         self._versions = self._versions_now()
         return figures
@@ -257,33 +257,33 @@ class FusedStep(TrainingStep):
         number: int,
         dead: Int[Tensor, " dead"] | None,
     ) -> StepFigures:
-        """The back end's own part of `step`."""
+        """Perform the back end's own part of `step`."""
 
     @abstractmethod
     def _copy_encoder(self) -> None:
-        """Make the copy of the encoder in low precision anew; a step keeps it up to date."""
+        """Renew the copy of the encoder in low precision; a step keeps it up to date."""
 
     def _versions_now(self) -> tuple[int, ...]:
         return (self.W_enc._version, self.b_enc._version)
 
     def own_values(self, values: Float[Tensor, " entries"], n: int) -> Float[Tensor, " own"]:
-        """The values of the SAE's own code, without those that a larger k adds."""
+        """Return the values of the SAE's own code, without those that a larger k adds."""
         if self.plan.larger_k:
             return values.view(n, -1)[:, : self.plan.k].flatten()
         return values
 
     def stage_weights(self, n_vectors: int) -> list[float]:
-        """Factors of x̂ − x in the gradient of the loss, stage by stage."""
-        return [2 * each / (n_vectors * self.variance) for each in self.plan.weights]
+        """Return the factors of x̂ − x in the gradient of the loss, stage by stage."""
+        return [2 * weight / (n_vectors * self.variance) for weight in self.plan.weights]
 
     def stage_ends(
         self, starts: Int[Tensor, " batch_plus_one"], latents: Int[Tensor, " entries"]
     ) -> Int[Tensor, "batch stages"]:
-        """Where each stage of each vector's entries ends.
+        """Return the end of each stage of each vector's entries.
 
         Args:
-            starts: where a vector's entries begin.
-            latents: of the entries: rising in each vector, or the k strongest first.
+            starts: the start of each vector's entries.
+            latents: latents of the entries: ascending in each vector, or the k strongest first.
         """
         plan = self.plan
         if plan.larger_k:
@@ -299,8 +299,10 @@ class FusedStep(TrainingStep):
     def residual(
         self, errors: Float[Tensor, "stages batch d_in"], weights: list[float]
     ) -> Float[Tensor, "batch d_in"]:
-        """z − ẑ of the SAE's own reconstruction, from weighted errors with those of later stages
-        added."""
+        """Return z − ẑ of the SAE's own reconstruction.
+
+        `errors` are weighted, and each includes those of later stages.
+        """
         stage = self.plan.main
         own = errors[stage]
         if stage + 1 < len(weights):

@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""The plan: what training minimises."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Between the seeds of the draws of two runs: odd and large, so that theirs do not coincide."""
+"""Distance between the random seeds of two runs: odd and large, so that their draws differ."""
 
 
 @runtime_checkable
 class Choice(Protocol):
-    """What the kernels ask of a sparsity."""
+    """What the kernels need to know about a sparsity."""
 
     @property
     def places(self) -> int:
-        """Active latents per vector; 0 where there is no such number."""
+        """The number of active latents per vector; 0 if there is no fixed number."""
 
     @property
     def per_batch(self) -> bool:
@@ -28,15 +28,15 @@ class Choice(Protocol):
 
 @runtime_checkable
 class DeadLoss(Protocol):
-    """What the kernels ask of a loss for the dead latents."""
+    """What the kernels need to know about a loss for the dead latents."""
 
     @property
     def weight(self) -> float:
-        """Of that loss."""
+        """The weight of that loss."""
 
     @property
     def aux_k(self) -> int:
-        """Dead latents per vector that model the residual."""
+        """The number of dead latents per vector that model the residual."""
 
 
 S = TypeVar("S", bound=Choice, covariant=True)
@@ -48,13 +48,13 @@ class Stage:
     """One of several reconstructions from a code."""
 
     weight: float = 1.0
-    """Of its error."""
+    """Weight of its error."""
 
     width: int | None = None
-    """Latents of the dictionary that it may use, from the first on; None is all."""
+    """Number of latents that it may use, from the first of the dictionary; None is all."""
 
     k: int | None = None
-    """Of a code that has another k than the SAE's own."""
+    """The k of its code, if it is not the SAE's own."""
 
 
 @dataclass(frozen=True)
@@ -67,76 +67,76 @@ class Plan(Generic[S, R]):
     """
 
     sparsity: S
-    """Of the SAE."""
+    """Sparsity of the SAE."""
 
     stages: tuple[Stage, ...] = (Stage(),)
     """Its reconstructions."""
 
     main: int = 0
-    """Which of them is the SAE's own."""
+    """Index of the SAE's own reconstruction."""
 
     random_widths: int | None = None
-    """Prefixes that are drawn for each step, instead of `stages`."""
+    """Number of prefixes to draw for each step, instead of `stages`."""
 
     soft_cap: float | None = None
-    """As in `SAEConfig`."""
+    """Soft cap of activations, as in `SAEConfig`."""
 
     remedy: R | None = None
-    """For dead latents, if it has a loss."""
+    """Remedy for dead latents, if it has a loss."""
 
     @property
     def k(self) -> int:
-        """Active latents per vector, of the SAE's own code."""
+        """The number of active latents per vector in the SAE's own code."""
         return self.sparsity.places
 
     @property
     def per_batch(self) -> bool:
-        """The k · batch largest of the whole batch, instead of k of each vector."""
+        """Whether to select the k · batch largest of the whole batch, instead of k per vector."""
         return self.sparsity.per_batch
 
     @property
     def larger_k(self) -> int | None:
-        """Of a second code, with the same latents and more (Multi-TopK)."""
+        """The k of a second code, which adds latents to the first (Multi-TopK)."""
         return self.stages[-1].k
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """A reconstruction from the first so many latents each, rising; the last is all of them."""
+        """The widths of reconstructions from prefixes, ascending; the last is all latents."""
         return tuple(stage.width for stage in self.stages if stage.width is not None)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the reconstructions."""
+        """The weights of the reconstructions."""
         return tuple(stage.weight for stage in self.stages)
 
     @property
     def n_stages(self) -> int:
-        """Number of reconstructions."""
+        """The number of reconstructions."""
         return len(self.stages)
 
     @property
     def selected(self) -> int:
-        """Latents per vector that take part."""
+        """The number of latents to select per vector."""
         return self.larger_k or self.k
 
     @property
     def aux_k(self) -> int:
-        """Dead latents per vector that model the residual; 0 is none."""
+        """The number of dead latents per vector that model the residual; 0 is none."""
         return 0 if self.remedy is None else self.remedy.aux_k
 
     @property
     def aux_alpha(self) -> float:
-        """Weight of their loss."""
+        """The weight of the dead latents' loss."""
         return 0.0 if self.remedy is None else self.remedy.weight
 
     def at(self, step: int, n_latents: int, seed: int) -> Plan[S, R]:
-        """The plan of a step: with prefixes drawn, where they are drawn.
+        """Return the plan of a step, in which random prefixes are drawn.
 
-        Widths w < n have probabilities in proportion to 1 / w.
+        Widths w < n have probabilities proportional to 1 / w.
         """
         if self.random_widths is None:
             return self
-        # One stream of draws for a run; no built-in hash, which may differ between Pythons.
+        # One stream of draws per run; not the built-in hash, which may differ between Pythons.
         generator = torch.Generator().manual_seed((seed * SEED_STRIDE + step) % 2**63)
         drawn = torch.rand(self.random_widths - 1, generator=generator, dtype=torch.float64)
         widths = sorted({*(drawn * math.log(n_latents)).exp().long().tolist(), n_latents})
@@ -145,4 +145,4 @@ class Plan(Generic[S, R]):
 
 
 AnyPlan = Plan[Any, Any]
-"""A plan of any sparsity, for the kernels."""
+"""A plan with any sparsity, for the kernels."""

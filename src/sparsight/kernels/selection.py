@@ -1,7 +1,7 @@
-"""Which latents are strongest, without gradients, in plain torch and in tiles of vectors.
+"""Selecting the strongest latents, without gradients, in plain torch and in tiles of vectors.
 
-In low precision some more than k are chosen and scored again exactly. Tiles bound the memory: never
-all pre-activations of a large batch at once.
+In low precision, more than k are chosen and then scored exactly. Tiles bound the memory: the
+pre-activations of a large batch never exist all at once.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch.nn import functional
 from sparsight.kernels.interface import Precision
 from sparsight.kernels.plan import AnyPlan
 
-# Torch says once a process that its sparse tensors are "in beta state"; what is used is tested.
+# Torch warns once per process that sparse tensors are "in beta state"; what we use is tested.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 1), check_invariants=False)
 
 TILE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""Entries of the widest temporary: pre-activations of a tile, or gathered rows."""
+"""Entries of the largest temporary: pre-activations of a tile, or gathered rows."""
 
 GROUPS = (16, 4)
-"""Latents of which the strongest stands for all, round after round."""
+"""Sizes of groups of latents that are ranked by their strongest member, round after round."""
 
 DECIDED = 1 << 22
-"""Scores of vectors that are looked at together where several latents tie, or nearly so."""
+"""Number of scores to examine at a time for vectors with ties or near ties."""
 
 Decide = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Scores each vector's own latents, as `ragged_scores`; the bits of a score depend on nothing else.
 
-In a product of matrices they depend on its size. Where rounding could decide who is chosen, these
-scores do, so that a vector's latents do not depend on its company.
+In a matrix product they depend on its size. Where rounding could affect the choice, these scores
+decide, so that a vector's latents do not depend on the rest of its batch.
 """
 
 
 def tile_rows(x: Tensor, width: int) -> int:
-    """Vectors of a tile in which each has `width` entries; tiles are about equally large."""
+    """Return the number of vectors per tile, each with `width` entries; tiles are about equal."""
     most = max(1, TILE_ELEMENTS.get(x.device.type, 1 << 25) // width)
     return max(1, -(-len(x) // max(1, -(-len(x) // most))))
 
@@ -55,25 +55,25 @@ def select_topk(
     low: tuple[Tensor, Tensor] | None = None,
     buffer: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest of `W x + b` for each vector, scored in the precision of x.
+    """Return the k largest of `W x + b` for each vector, scored in the precision of x.
 
     Args:
-        x: vectors, the decoder's bias subtracted.
+        x: vectors minus the decoder's bias.
         W: encoder rows.
         b: encoder bias.
-        k: how many.
-        precision: of the selection; "int8" counts as "bfloat16", see `bounds` for more.
+        k: number of latents per vector.
+        precision: precision of the selection; "int8" counts as "bfloat16", see `bounds`.
         low: copies of W and b in bfloat16, if there are any.
-        buffer: room for the pre-activations of a tile.
+        buffer: memory for the pre-activations of a tile.
 
     Returns:
-        Scores, and latents in rising order.
+        Scores, and latents in ascending order.
 
     Raises:
-        ValueError: precision is "float8", in which only Triton's steps select.
+        ValueError: precision is "float8", which only Triton's steps support.
     """
     if precision == "float8":
-        raise ValueError("precision 'float8' is for training steps in Triton; leave it out here.")
+        raise ValueError("precision 'float8' works only in Triton's training steps; leave it out.")
     if precision == "float32" or x.dtype != torch.float32:
         return select_exactly(x, W, b, k, buffer)
     weights, bias = low or (W.bfloat16(), b.bfloat16())
@@ -96,17 +96,17 @@ def strongest_in_low_precision(
     k: int,
     buffer: Tensor | None = None,
 ) -> tuple[Float[Tensor, "rows n_latents"], Int[Tensor, "rows k"]]:
-    """Scores in the precision of W, and the latents of the k largest, in any order.
+    """Return scores in the precision of W, and the latents of the k largest, in any order.
 
-    On a CPU scores lie latent after latent: then it is x that the library of products rearranges
-    for each tile, and not the encoder, which is far larger.
+    On a CPU, scores are stored latent after latent: the matrix library then rearranges x for each
+    tile, and not the encoder, which is far larger.
 
     Args:
         x: vectors, in any precision.
         W: encoder rows.
         b: encoder bias.
-        k: how many.
-        buffer: room for the scores.
+        k: number of latents per vector.
+        buffer: memory for the scores.
     """
     x = x.to(W.dtype)
     if x.device.type != "cpu":
@@ -128,7 +128,7 @@ def strongest_of(
     chosen: Int[Tensor, "rows candidates"],
     k: int,
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """The k largest scores among candidates, exactly, and their latents in rising order."""
+    """Return the exact k largest scores among candidates, and their latents in ascending order."""
     chosen = chosen.sort(dim=1).values
     exact = chosen_products(x, W, chosen) + b[chosen]
     kept = _first_of_equal(exact, exact.topk(k, dim=1, sorted=False).indices).sort(dim=1).values
@@ -136,7 +136,7 @@ def strongest_of(
 
 
 def enough_candidates(k: int, n_latents: int) -> int:
-    """How many of the largest scores in low precision hold the true k: rounding moves few ranks."""
+    """Return how many top scores in low precision contain the true k: rounding moves few ranks."""
     return min(n_latents, k + max(k // 2, 8))
 
 
@@ -147,16 +147,16 @@ def select_code(
     plan: AnyPlan,
     select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " batch_plus_one"]]:
-    """The code that a plan takes: activations, latents, and where each vector's begin.
+    """Return the code for a plan: activations, latents, and the start of each vector's entries.
 
-    Entries come vector after vector; with Multi-TopK a vector's strongest come first.
+    Entries come vector after vector; with Multi-TopK, a vector's strongest come first.
 
     Args:
-        x: vectors, the decoder's bias subtracted.
+        x: vectors minus the decoder's bias.
         W: encoder rows.
         b: encoder bias.
-        plan: says how many are chosen, of each vector or of all.
-        select: gives so many strongest scores of each vector and their latents.
+        plan: says how many to select, per vector or from the whole batch.
+        select: returns a given number of strongest scores per vector, and their latents.
     """
     if plan.per_batch:
         values, latents, counts = batch_topk(x, W, b, plan.k, select)
@@ -177,7 +177,7 @@ def select_exactly(
     buffer: Tensor | None = None,
     decide: Decide | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """`select_topk` with scores in the precision of x, of which `decide` decides near ones."""
+    """Select as `select_topk` does, in the precision of x; `decide` decides between near scores."""
     values = x.new_empty(len(x), k)
     latents = x.new_empty(len(x), k, dtype=torch.int64)
     rows = tile_rows(x, len(W))
@@ -200,7 +200,7 @@ def _decided(
     k: int,
     decide: Decide,
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """`select_exactly` for vectors whose scores have room."""
+    """Select as `select_exactly` does, for vectors whose scores fit into memory."""
     of_bias, of_product = _of_bias(x, b), _of_product(x, W)
     scores = torch.addmm(b + of_bias, x, W.T)  # no less than any sum
     latents = strongest(scores, k)
@@ -223,32 +223,32 @@ def _decided(
 def _of_product(
     x: Float[Tensor, "rows d_in"], W: Float[Tensor, "n_latents d_in"]
 ) -> Float[Tensor, " rows"]:
-    """By how much two sums of the same products may differ, for each vector.
+    """Return by how much two sums of the same products can differ, for each vector.
 
-    The lengths of all encoder rows are looked at, which costs as much as encoding a single vector:
-    one row that is far longer than the others would make a bound from a sample too small.
+    This measures all encoder rows, which costs as much as encoding a single vector: if one row is
+    far longer than the others, a bound from a sample would be too small.
     """
     longest = W.norm(dim=1).amax()
     share = (W.shape[1] + 64) * torch.finfo(x.dtype).eps
-    found: Tensor = share * longest * x.norm(dim=1)
-    return found.nan_to_num(0, 0)
+    bound: Tensor = share * longest * x.norm(dim=1)
+    return bound.nan_to_num(0, 0)
 
 
 def _of_bias(
     x: Float[Tensor, "rows d_in"], b: Float[Tensor, " n_latents"]
 ) -> Float[Tensor, " n_latents"]:
-    """By how much two sums of products and bias may differ because of the bias."""
-    found: Tensor = (x.shape[1] + 64) * torch.finfo(x.dtype).eps * b.abs()
-    return found.nan_to_num(0, 0, 0)
+    """Return by how much two sums of products and bias can differ because of the bias."""
+    bound: Tensor = (x.shape[1] + 64) * torch.finfo(x.dtype).eps * b.abs()
+    return bound.nan_to_num(0, 0, 0)
 
 
 def _first_of_equal(
     scores: Float[Tensor, "rows n"], chosen: Int[Tensor, "rows k"], *, anywhere: bool = False
 ) -> Int[Tensor, "rows k"]:
-    """The same choice, with the first latents among those that equal the k-th score.
+    """Return the same choice, but with the first latents among those that equal the k-th score.
 
-    On a CPU only, where compiled kernels have that rule: what is chosen must not depend on who does
-    it. Elsewhere it would cost a wait for the device, for which `anywhere` asks.
+    Only on a CPU, where compiled kernels follow that rule, and the choice must not depend on the
+    kernels. Elsewhere this would have to wait for the device; `anywhere` does it nevertheless.
     """
     if scores.device.type != "cpu" and not anywhere:
         return chosen
@@ -265,7 +265,7 @@ def _first_of_equal(
 def room_of(
     buffer: Tensor | None, rows: int, width: int, dtype: torch.dtype
 ) -> Shaped[Tensor, "rows width"] | None:
-    """A part of a buffer, if there is one of that dtype that is large enough."""
+    """Return a part of a buffer, if it has that dtype and is large enough."""
     if buffer is None or buffer.dtype != dtype or buffer.numel() < rows * width:
         return None
     return buffer[: rows * width].view(rows, width)
@@ -278,26 +278,26 @@ def exact_above(
     threshold: float,
     decide: Decide | None = None,
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
-    """All scores that reach a threshold, their latents, and how many each vector has.
+    """Return all scores that reach a threshold, their latents, and how many each vector has.
 
     Args:
-        x: vectors, the decoder's bias subtracted.
+        x: vectors minus the decoder's bias.
         W: encoder rows.
         b: encoder bias.
-        threshold: the least score that is wanted.
-        decide: says which scores near the threshold reach it.
+        threshold: the smallest score to include.
+        decide: decides which scores near the threshold reach it.
     """
-    found = []
+    parts = []
     rows = tile_rows(x, len(W))
     for first in range(0, max(len(x), 1), rows):
         tile = x[first : first + rows]
         if decide is not None:
-            found.append(_decided_above(tile, W, b, threshold, decide))
+            parts.append(_decided_above(tile, W, b, threshold, decide))
             continue
         scores = torch.addmm(b, tile, W.T)
         reached = scores >= threshold
-        found.append((scores[reached], reached.nonzero()[:, 1], reached.sum(dim=1)))
-    values, latents, counts = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts.append((scores[reached], reached.nonzero()[:, 1], reached.sum(dim=1)))
+    values, latents, counts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return values, latents, counts
 
 
@@ -308,7 +308,7 @@ def _decided_above(
     threshold: float,
     decide: Decide,
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " rows"]]:
-    """`exact_above` for vectors whose scores have room."""
+    """Select as `exact_above` does, for vectors whose scores fit into memory."""
     of_bias, of_product = _of_bias(x, b), _of_product(x, W)
     scores = torch.addmm(b + of_bias, x, W.T)  # no less than any sum
     near = scores >= (threshold - of_product)[:, None]
@@ -329,17 +329,17 @@ def batch_topk(
     k: int,
     select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
-    """The k · batch largest scores of all, their latents, and how many each vector has.
+    """Return the k · batch largest scores of all, their latents, and how many each vector has.
 
-    They are looked for among the strongest of each vector. Where all of a vector's are among the
-    largest, more may be: such vectors are looked at again. No sort of all pre-activations.
+    The search covers the strongest scores of each vector. If all of these are among the largest,
+    the vector may have more, so it is searched again. This avoids sorting all pre-activations.
 
     Args:
-        x: vectors, the decoder's bias subtracted.
+        x: vectors minus the decoder's bias.
         W: encoder rows.
         b: encoder bias.
-        k: how many for each vector, on average.
-        select: gives some strongest scores of each vector and their latents, rising.
+        k: average number of latents per vector.
+        select: returns a given number of strongest scores per vector, and their latents, ascending.
     """
     wanted, width = len(x) * k, min(len(W), 4 * k)
     values, latents = select(x, width)
@@ -361,15 +361,15 @@ def batch_topk(
 def strongest(
     scores: Real[Tensor, "rows n"], k: int, groups: tuple[int, ...] = GROUPS
 ) -> Int[Tensor, "rows k"]:
-    """Places of the k largest of each row, in any order.
+    """Return the indices of the k largest of each row, in any order.
 
-    The k largest lie in the k groups with the largest maxima, so that only the maxima, and in the
-    next round the members of those groups, are ranked.
+    The k largest are in the k groups with the largest maxima, so only the maxima are ranked and, in
+    the next round, the members of those groups.
 
     Args:
-        scores: what is ranked.
-        k: how many.
-        groups: sizes of the groups of the rounds; a round that would not pay is left out.
+        scores: the scores to rank.
+        k: number of scores per row.
+        groups: size of the groups in each round; a round that would not pay off is skipped.
     """
     if not groups:
         return scores.topk(k, dim=1, sorted=False).indices
@@ -390,7 +390,7 @@ def _strongest_of_groups(
     k: int,
     groups: tuple[int, ...],
 ) -> Int[Tensor, "rows k"]:
-    """As `strongest`, from the maxima of groups whose members are `n_groups` apart."""
+    """Rank as `strongest` does, from the maxima of groups whose members are `n_groups` apart."""
     chosen = maxima.topk(k, dim=1, sorted=False).indices
     places = torch.arange(0, scores.shape[1], maxima.shape[1], device=scores.device)
     members = (chosen[:, None] + places[:, None]).flatten(1)
@@ -400,7 +400,7 @@ def _strongest_of_groups(
 def chosen_products(
     x: Float[Tensor, "batch d_in"], W: Float[Tensor, "n d_in"], indices: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k"]:
-    """Dot products of each vector with its own k rows."""
+    """Return the dot products of each vector with its own k rows."""
     if x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.float64):
         k = indices.shape[1]
         starts = torch.arange(0, indices.numel() + 1, k, device=x.device)
@@ -420,7 +420,7 @@ def ragged_scores(
     starts: Int[Tensor, " batch_plus_one"],
     indices: Int[Tensor, " entries"],
 ) -> Float[Tensor, " entries"]:
-    """Scores of each vector's own latents, of which it may have any number."""
+    """Return the scores of each vector's own latents, of which it may have any number."""
     return ragged_products(x, W, starts, indices) + b[indices]
 
 
@@ -430,7 +430,7 @@ def ragged_products(
     starts: Int[Tensor, " batch_plus_one"],
     indices: Int[Tensor, " entries"],
 ) -> Float[Tensor, " entries"]:
-    """Dot products of each vector with its own rows, of which it may have any number."""
+    """Return the dot products of each vector with its own rows, of which it may have any number."""
     places = torch.sparse_csr_tensor(
         starts, indices, x.new_zeros(len(indices)), (len(x), len(W)), check_invariants=False
     )

@@ -1,4 +1,4 @@
-"""The training step in plain torch operations: on any device, without a compiler."""
+"""The training step in plain torch operations, for any device and without a compiler."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from sparsight.kernels.selection import (
 )
 
 CHUNK = 1024
-"""Latents whose gradients exist at one time, on a CPU."""
+"""Number of latents whose gradients exist at the same time, on a CPU."""
 
 
 class _Code(NamedTuple):
-    """Entries of all vectors, vector after vector, and where each vector's and stage's end."""
+    """Entries, vector after vector, with the starts of vectors and the ends of their stages."""
 
     values: Float[Tensor, " entries"]
     latents: Int[Tensor, " entries"]
@@ -49,7 +49,7 @@ class TorchStep(FusedStep):
         if self.W_enc.dtype != torch.float32:
             self.precision = "float32"
         self.name = f"torch-{self.precision}"
-        # A GPU has room for all gradients; then their norm costs nothing.
+        # A GPU can hold all gradients; their norm then costs nothing.
         size = CHUNK if self.W_enc.device.type == "cpu" else self.n_latents
         self.chunks = [
             _Chunk(self, first, min(first + size, self.n_latents))
@@ -59,7 +59,7 @@ class TorchStep(FusedStep):
         self.low: Int8Encoder | tuple[Tensor, Tensor] | None = None
         self.candidates: int | None = None
         self.scores = torch.empty(0)
-        # Gradients of a chunk: fresh memory costs page faults.
+        # Gradients of a chunk, kept because fresh memory causes page faults.
         self.sums = self.W_enc.new_empty(2, min(size, self.n_latents), self.d_in)
         use_large_pages(
             *(getattr(self, name) for name in MATRICES),
@@ -129,7 +129,7 @@ class TorchStep(FusedStep):
         return select_topk(x, W, b, k, self.precision, low, room)
 
     def _room(self, x: Float[Tensor, "batch d_in"], dtype: torch.dtype) -> Tensor:
-        """For the pre-activations of a tile."""
+        """Return memory for the pre-activations of a tile."""
         wanted = tile_rows(x, self.n_latents) * self.n_latents
         if self.scores.numel() < wanted or self.scores.dtype != dtype:
             self.scores = torch.empty(wanted, dtype=dtype, device=x.device)
@@ -137,7 +137,7 @@ class TorchStep(FusedStep):
         return self.scores
 
     def _leave_int8(self) -> None:
-        """It does not fit: dimensions are huge, or too many scores are close."""
+        """Stop using int8, which does not fit: dimensions are huge, or many scores are close."""
         self.precision = "bfloat16" if fast_bfloat16(self.W_enc.device) else "float32"
         self.low = None
         self.name = f"torch-{self.precision}"
@@ -146,7 +146,7 @@ class TorchStep(FusedStep):
     def _errors(
         self, x: Float[Tensor, "batch d_in"], code: _Code, weights: list[float]
     ) -> tuple[Float[Tensor, "stages batch d_in"], list[Float[Tensor, ""]]]:
-        """Weighted errors of the stages, those of later ones added, and their squared sums."""
+        """Return the stages' weighted errors, with later stages added, and their squared sums."""
         n, stages = len(x), len(weights)
         errors = x.new_empty(stages, n, self.d_in)
         squared = []
@@ -158,7 +158,7 @@ class TorchStep(FusedStep):
             squared.append(_square(error))
             torch.mul(error, weights[0], out=errors[0])
             return errors, squared
-        # One bag a vector and stage: between the ends of two stages.
+        # One bag per vector and stage: between the ends of two stages.
         bags = torch.cat([code.starts[:-1, None], code.ends[:, :-1]], dim=1).flatten()
         parts = _weighted_sums(code.latents, code.values, bags, self.W_dec).view(n, stages, -1)
         for stage, weight in enumerate(weights):
@@ -172,7 +172,7 @@ class TorchStep(FusedStep):
     def _code_gradients(
         self, code: _Code, errors: Float[Tensor, "stages batch d_in"]
     ) -> tuple[Int[Tensor, " entries"], Float[Tensor, " entries"]]:
-        """For each entry the row of errors that it answers to, and its gradient."""
+        """Return the row of errors to which each entry belongs, and its gradient."""
         stages, n, _ = errors.shape
         device = errors.device
         if stages == 1:
@@ -238,7 +238,7 @@ class TorchStep(FusedStep):
         return norm
 
     def _along(self, entries: _Ordered, aux: Auxiliary | None) -> Float[Tensor, " n_latents"]:
-        """Products of the decoder's rows with their gradients, from those of the code.
+        """Return the products of the decoder's rows with their gradients, from those of the code.
 
         An entry adds `value · error` to the gradient of its row, and `error · row` is the gradient
         of its pre-activation.
@@ -261,7 +261,7 @@ class TorchStep(FusedStep):
         aux: Auxiliary | None,
         small: Float[Tensor, ""],
     ) -> bool:
-        """Whether sums of norms, which norms of sums cannot exceed, reach the limit."""
+        """Return whether sums of norms, which norms of sums cannot exceed, reach the limit."""
         if self.adam.max_norm is None:
             return False
         of_x = entries.grads.abs() * x.norm(dim=1)[entries.vectors]
@@ -275,7 +275,7 @@ class TorchStep(FusedStep):
 
 
 class _Ordered(NamedTuple):
-    """Entries in the order of their latents, and where each latent's end."""
+    """Entries in the order of their latents, and the end of each latent's entries."""
 
     vectors: Int[Tensor, " entries"]
     error_rows: Int[Tensor, " entries"]
@@ -285,7 +285,7 @@ class _Ordered(NamedTuple):
 
 
 class _Adam:
-    """`torch.optim.Adam` over parts of the parameters, with moments that lie elsewhere."""
+    """`torch.optim.Adam` over parts of the parameters, with moments that are stored elsewhere."""
 
     def __init__(self, step: FusedStep, names: list[str], part: slice) -> None:
         self.parts = {name: getattr(step, name)[part] for name in names}
@@ -301,7 +301,7 @@ class _Adam:
             }
 
     def step(self, gradients: dict[str, Tensor], lr: float, number: int) -> None:
-        """One step with these gradients."""
+        """Take one step with these gradients."""
         self.optimiser.param_groups[0]["lr"] = lr
         for name, each in self.parts.items():
             each.grad = gradients[name]
@@ -310,7 +310,7 @@ class _Adam:
 
 
 class _Chunk:
-    """Some latents: their gradients, and their share of the update."""
+    """A chunk of latents: their gradients, and their share of the update."""
 
     def __init__(self, step: TorchStep, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -330,7 +330,7 @@ class _Chunk:
     ) -> None:
         """Sum the gradients of these latents' rows, whose entries are `begin` to `end`.
 
-        The parts `along` the decoder's rows are taken out.
+        The components `along` the decoder's rows are removed.
         """
         part = slice(begin, end)
         starts = functional.pad(entries.ends[self.first : self.last], (1, 0), value=begin) - begin
@@ -347,7 +347,7 @@ class _Chunk:
             of_dec.addcmul_(along[self.first : self.last, None], W_dec, value=-1)
 
     def square(self) -> Float[Tensor, ""]:
-        """The squared norm of the gradients."""
+        """Return the squared norm of the gradients."""
         return _square(self.sums)
 
     def update(
@@ -357,7 +357,7 @@ class _Chunk:
         lr: float,
         number: int,
     ) -> None:
-        """Adam, norms, and the copy in low precision."""
+        """Apply Adam, and update norms and the copy in low precision."""
         part = slice(self.first, self.last)
         of_enc, of_dec = self.sums
         gradients = {"W_enc": of_enc, "W_dec": of_dec, "b_enc": of_bias[part]}
@@ -388,7 +388,7 @@ def _weighted_sums(
     starts: Int[Tensor, " bags"],
     rows: Float[Tensor, "n d_in"],
 ) -> Float[Tensor, "bags d_in"]:
-    """For each bag of entries the sum of the rows they name, weighted."""
+    """Return the weighted sum of the rows that each bag of entries names."""
     return functional.embedding_bag(indices, rows, starts, per_sample_weights=weights, mode="sum")
 
 
@@ -399,7 +399,7 @@ def _sum_rows(
     rows: Float[Tensor, "n d_in"],
     out: Float[Tensor, "bags d_in"],
 ) -> None:
-    """As `_weighted_sums`, into memory that is there."""
+    """Sum as `_weighted_sums` does, into existing memory."""
     if rows.device.type == "cpu" and torch.backends.mkl.is_available():
         size = (len(out), len(rows))
         bags = torch.sparse_csr_tensor(starts, indices, weights, size, check_invariants=False)
@@ -409,7 +409,7 @@ def _sum_rows(
 
 
 def _square(x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, ""]:
-    """The sum of squares, of rows in their own precision, of all in float64."""
+    """Return the sum of squares: per row in its own precision, over rows in float64."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return norms.double().square().sum()
 

@@ -1,9 +1,9 @@
 """The training step in Triton's kernels: on a GPU, or slowly in Triton's interpreter.
 
-Latents are selected in a product of bfloat16 or float8 that leaves the largest score of each
-group of latents beside the scores, so that a top-k reads a small part of them. One kernel
-decodes a vector and differentiates, another updates a latent. Nothing is fetched from the
-device, except for the size of a batch's code with `per_batch`.
+A product in bfloat16 or float8 selects latents; it also returns the largest score of each group of
+latents, so that a top-k reads only a small part of the scores. One kernel decodes a vector and
+differentiates, another updates a latent. Nothing is fetched from the device, except for the size of
+a batch's code with `per_batch`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TILE = Tile()
 
 
 class _Entries(NamedTuple):
-    """Entries of the code, vector after vector, and what the step needs of them."""
+    """Entries of the code, vector after vector, with what the step needs about them."""
 
     latents: Int[Tensor, " entries"]
     vectors: Int[Tensor, " entries"]
@@ -47,7 +47,7 @@ class _Entries(NamedTuple):
 
 
 class _Low(NamedTuple):
-    """Rows in low precision, and what they are to be multiplied by, if it is float8."""
+    """Rows in low precision, and their scales if that is float8."""
 
     rows: Float[Tensor, "n d_in"]
     scales: Float[Tensor, " n"] | Float[Tensor, ""]
@@ -89,7 +89,7 @@ class TritonStep(FusedStep):
         self.encoder_squares = self.W_enc.square().sum(dim=1)
 
     def _coded(self, rows: Float[Tensor, "n d_in"]) -> _Low | None:
-        """Rows in the precision of the selection; None if that is their own."""
+        """Return rows in the precision of the selection; None if that is their own."""
         if self.precision == "bfloat16":
             return _Low(rows.bfloat16(), self.whole)
         if self.precision == "float8":
@@ -99,7 +99,7 @@ class TritonStep(FusedStep):
         return None
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        """Triton starts kernels on the current device."""
+        """Make the step's device current, because Triton starts kernels there."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _step(
@@ -155,7 +155,7 @@ class TritonStep(FusedStep):
     def _select(
         self, x: Float[Tensor, "batch d_in"], k: int
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-        """The k largest scores of each vector, and their latents: rising, where that is of use."""
+        """Return the k largest scores of each vector, and their latents, ascending if needed."""
         if self.low is None:
             return select_topk(x, self.W_enc, self.b_enc, k, "float32")
         n_groups = triton.cdiv(self.n_latents, GROUP)
@@ -173,10 +173,10 @@ class TritonStep(FusedStep):
         return torch.cat(values), torch.cat(latents)
 
     def _enough_candidates(self, k: int) -> int:
-        """How many of the largest scores in low precision hold the true k.
+        """Return how many of the largest scores in low precision contain the true k.
 
-        In float8, whose errors are 16 times those of bfloat16, the true k were among the largest
-        1.9 k of mixtures of directions, also with a few huge dimensions.
+        In float8, whose errors are 16 times those of bfloat16, the true k were among the 1.9 k
+        largest in tests with mixtures of directions, even with a few huge dimensions.
         """
         if self.precision == "float8":
             return min(self.n_latents, k + max(2 * k, 32))
@@ -185,7 +185,7 @@ class TritonStep(FusedStep):
     def _choose(
         self, x: Float[Tensor, "rows d_in"], k: int, wanted: int, n_groups: int
     ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-        """`_select` for so many vectors that their scores have room."""
+        """Select as `_select` does, for vectors whose scores fit into memory."""
         n, width, tile = len(x), n_groups * GROUP, TILE
         scores, maxima = self.scores[:n], self._new(n, n_groups, dtype=torch.bfloat16)
         tiles = triton.cdiv(n, tile.vectors) * triton.cdiv(width, tile.latents)
@@ -199,14 +199,14 @@ class TritonStep(FusedStep):
             num_warps=tile.warps, num_stages=tile.stages, **FP_FUSION,
         )  # fmt: skip
         if n_groups > wanted:
-            # The largest scores lie in the groups with the largest maxima.
+            # The largest scores are in the groups with the largest maxima.
             groups = maxima.topk(wanted, dim=1, sorted=False).indices
             members = (groups[:, :, None] * GROUP + self.members).flatten(1)
             best = scores.gather(1, members).topk(wanted, dim=1, sorted=False).indices
             candidates = members.gather(1, best)
         else:
             candidates = scores.topk(wanted, dim=1, sorted=False).indices
-        if width > self.n_latents:  # where no score is finite, the padding may have won
+        if width > self.n_latents:  # if no score is finite, padding may have been chosen
             candidates = candidates.clamp_(max=self.n_latents - 1)
         exact = self._new(n, wanted)
         triton_kernels.score_candidates[(n,)](
@@ -243,7 +243,7 @@ class TritonStep(FusedStep):
         of_main = errors[:n].sum(dim=0)
         clip = self.whole
         if self.adam.max_norm is not None:
-            # A pass that finds the norm: its programs end at once where no clipping can be due.
+            # A pass that computes the norm; its programs end at once if clipping cannot be needed.
             needed = self._may_need_clipping(entries, starts, norms, of_main, aux)
             self._launch(x, errors, entries, starts, aux, clip, needed, apply=False)
             scale = (self.adam.max_norm / (self._norm(of_main)[0] + 1e-6)).clamp(max=1.0)
@@ -257,7 +257,7 @@ class TritonStep(FusedStep):
         divisor = square.sqrt().div_(root).add_(self.adam.eps)
         self.b_dec.addcdiv_(mean, divisor, value=-step_size)
         for each in (self.W_enc, self.b_enc, self.W_dec):
-            increment_version(each)  # so that autograd notices what it did not see
+            increment_version(each)  # so that autograd notices changes made outside it
         return norm
 
     def _launch(
@@ -272,9 +272,9 @@ class TritonStep(FusedStep):
         *,
         apply: bool,
     ) -> None:
-        """Update every latent, or only sum."""
+        """Update every latent, or only compute the sums."""
         n = len(x)
-        # What a kernel does not read stands for a tensor that is not there.
+        # Kernels need some tensor for absent ones, but do not read it.
         of_aux = (starts, x, x, x)
         if aux is not None:
             rows = torch.full((self.n_latents,), -1, dtype=torch.int32, device=self.device)
@@ -295,7 +295,7 @@ class TritonStep(FusedStep):
     def _norm(
         self, of_main: Float[Tensor, " d_in"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " d_in"]]:
-        """Norm of the gradient, and its part at b_dec, from the sums that a pass leaves."""
+        """Return the norm of the gradient, and its part at b_dec, from the sums of a pass."""
         of_b_dec = of_main - self.partial_b_dec.sum(dim=0)
         square = self.partial_squares.sum() + of_b_dec.double().square().sum()
         return square.sqrt(), of_b_dec
@@ -308,7 +308,7 @@ class TritonStep(FusedStep):
         of_main: Float[Tensor, " d_in"],
         aux: Auxiliary | None,
     ) -> Bool[Tensor, ""]:
-        """Whether sums of norms, which norms of sums cannot exceed, reach the limit."""
+        """Return whether sums of norms, which norms of sums cannot exceed, reach the limit."""
         x_norms, error_norms = norms
         sizes = entries.grads.abs()
         of_enc, of_dec, of_bias = (
@@ -325,5 +325,5 @@ class TritonStep(FusedStep):
             of_bias = of_bias.index_add(0, aux.latents, aux.b_enc.abs())
         of_b_dec = of_main.norm() + of_bias.sum() * self.encoder_squares.max().sqrt()
         squares = [each.double().square().sum() for each in (of_enc, of_dec, of_bias, of_b_dec)]
-        # A little more, for what sums in another order may round up.
+        # A small margin, because sums in another order may round up.
         return torch.stack(squares).sum() * 1.001 > (self.adam.max_norm or math.inf) ** 2

@@ -68,7 +68,7 @@ class TrainConfig:
     """Share of the run in which the sparsity's penalty, if it has one, rises from 0."""
 
     target_site: str | None = None
-    """Train a transcoder, which predicts the activations of this site from those of its own."""
+    """Train a transcoder, which predicts this site's activations from those of its input."""
 
     ema: float | None = None
     """Decay of an exponential moving average of the weights, e.g. 0.999; the resulting SAE is then
@@ -83,7 +83,7 @@ class TrainConfig:
     kernels: Kernels = "auto"
     """Kernels that compute a step: "native" (compiled, CPU), "triton" (CUDA), "torch" (anywhere) or
     "dense" (plain autograd, the slow reference); "auto" is the fastest that runs here. Their
-    results differ only by rounding. Only "dense" trains more than ordinary TopK and BatchTopK."""
+    results differ only by rounding. Architectures other than TopK and BatchTopK need "dense"."""
 
     precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
     """Precision of the product that selects latents; the selected ones are always scored in
@@ -258,10 +258,10 @@ class TrainRecipe:
     """Folder of an activation store; without one, activations are extracted on the fly."""
 
     model: str | None = None
-    """Vision model, as `load_model` takes it."""
+    """Vision model: Hub id, local folder, "open_clip:NAME/PRETRAINED", or "calibration"."""
 
     images: str | None = None
-    """Images, as `open_images` takes them."""
+    """Images, in any form that `extract` takes."""
 
     sites: tuple[str, ...] = ()
     """Sites to train on; `*` stands for every block. Default: all sites of the store."""

@@ -11,7 +11,7 @@ from sparsight.cli.verbs import HELP, guess, listed, run
 from sparsight.errors import UserError
 
 VERBS = {
-    "measure": "how far words in images mislead a model, with some latents off if you like",
+    "measure": "how far words in images mislead a model, also with latents switched off",
     "find": "which latents or neurons respond to words, and what switching them off restores",
     "curate": "write the images that activate them most, with captions and scores",
 }

@@ -18,7 +18,7 @@ from sparsight.kernels.native.blocks import LatentsByVectors, VectorsByLatents
 from sparsight.kernels.selection import batch_topk, exact_above, select_topk
 
 MOST_GIVEN_UP = 0.01
-"""Share of vectors that int8 selection may leave to be scored in full; beyond it is left."""
+"""Largest share of vectors that int8 selection may leave to full scoring; beyond it, int8 ends."""
 
 
 class NativeStep(FusedStep):
@@ -46,10 +46,10 @@ class NativeStep(FusedStep):
         self.name = f"native-{self.precision}" + (f" ({loaded[1]})" if loaded else "")
 
     def _copy_encoder(self) -> None:
-        self.dictionary = None  # until there are vectors for it to fit
+        self.dictionary = None  # until there are vectors to which it can be fitted
 
     def _copy_encoder_for(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Make the copy of the encoder again, so that it fits some vectors."""
+        """Renew the copy of the encoder, fitted to these vectors."""
         if self.precision == "int8" or self.precision == "bfloat16":
             self.dictionary = library.Dictionary(self.W_enc, self.b_enc, self.precision, x)
         self.fits = False
@@ -108,7 +108,7 @@ class NativeStep(FusedStep):
         return StepFigures(sums[plan.main], loss, aux_loss, active, norm, least)
 
     def _fit_again(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Fit the copy to vectors that have changed; where that was of no use, leave int8."""
+        """Fit the copy to changed vectors; if the last fit did not help, stop using int8."""
         if not self.fits:
             self.precision = "bfloat16"
             self.name = self.name.replace("int8", "bfloat16")
@@ -135,13 +135,13 @@ class NativeStep(FusedStep):
     def _select_of_batch(
         self, x: Float[Tensor, "batch d_in"], values: Tensor, latents: Tensor
     ) -> Int[Tensor, " batch_plus_one"]:
-        """The k · batch largest of all; fills the entries and gives where each vector's begin."""
+        """Fill in the k · batch largest entries of all; return the start of each vector's."""
         n, wanted = len(x), len(x) * self.plan.k
-        found, of, counts = self._from_threshold(x, wanted)
-        keep = torch.zeros_like(found, dtype=torch.bool)
-        keep[found.topk(wanted, sorted=False).indices] = True
-        values[:wanted], latents[:wanted] = found[keep], of[keep]
-        rows = torch.repeat_interleave(torch.arange(n), counts, output_size=len(found))[keep]
+        scores, of, counts = self._from_threshold(x, wanted)
+        keep = torch.zeros_like(scores, dtype=torch.bool)
+        keep[scores.topk(wanted, sorted=False).indices] = True
+        values[:wanted], latents[:wanted] = scores[keep], of[keep]
+        rows = torch.repeat_interleave(torch.arange(n), counts, output_size=len(scores))[keep]
         starts = torch.zeros(n + 1, dtype=torch.int64)
         torch.cumsum(torch.bincount(rows, minlength=n), dim=0, out=starts[1:])
         return starts
@@ -149,22 +149,22 @@ class NativeStep(FusedStep):
     def _from_threshold(
         self, x: Float[Tensor, "batch d_in"], wanted: int
     ) -> tuple[Float[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " batch"]]:
-        """At least the `wanted` largest scores, by a threshold that some vectors suggest."""
+        """Return at least the `wanted` largest scores, by a threshold from a sample of vectors."""
         n = len(x)
-        some = x[:: max(1, n // 128)].contiguous()
+        sample = x[:: max(1, n // 128)].contiguous()
         k = min(self.n_latents, 4 * self.plan.k)
-        sample = (some.new_empty(len(some), k), library.int32(len(some), k))
-        self._select(some, k, 0, sample)
-        ordered = sample[0].flatten().sort(descending=True).values
+        selected = (sample.new_empty(len(sample), k), library.int32(len(sample), k))
+        self._select(sample, k, 0, selected)
+        ordered = selected[0].flatten().sort(descending=True).values
         excess = 1.2
         while True:
-            rank = math.ceil(excess * wanted * len(some) / n)
+            rank = math.ceil(excess * wanted * len(sample) / n)
             threshold = ordered[rank - 1].item() if rank <= len(ordered) else -math.inf
             if not math.isfinite(threshold):
                 return batch_topk(x, self.W_enc, self.b_enc, self.plan.k, self._strongest)
-            found, of, counts = self._all_from(x, threshold)
-            if len(found) >= wanted:
-                return found, of, counts
+            scores, of, counts = self._all_from(x, threshold)
+            if len(scores) >= wanted:
+                return scores, of, counts
             excess *= 1.5
 
     def _strongest(self, x: Float[Tensor, "batch d_in"], k: int) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ class NativeStep(FusedStep):
         weights: list[float],
         squared: Float[Tensor, " stages"],
     ) -> tuple[Float[Tensor, "batch d_in"], float]:
-        """ẑ − z, and its squared distance from its mean."""
+        """Return ẑ − z, and its squared distance from its mean."""
         if len(weights) > 1:
             error = -self.residual(errors.view(len(weights), -1, self.d_in), weights)
             return error, (error - error.mean(dim=0)).double().square().sum().item()
@@ -203,7 +203,7 @@ class NativeStep(FusedStep):
         dead: Int[Tensor, " dead"],
         spread: float,
     ) -> tuple[Auxiliary, Float[Tensor, ""]]:
-        """As `dense_auxiliary`, of the latents alone that a vector activates; changes `error`."""
+        """Compute `dense_auxiliary` with only the latents that are active; changes `error`."""
         n, k = len(x), min(self.plan.aux_k, len(dead))
         W_enc, W_dec, of_enc, of_dec = (
             self._buffer(name, len(dead), self.d_in)
@@ -217,7 +217,7 @@ class NativeStep(FusedStep):
         low: Literal["bfloat16", "int8"] = "bfloat16" if self.precision == "bfloat16" else "int8"
         dictionary = library.Dictionary(W_enc, b_enc, low, x)
         dictionary.topk(x, W_enc, b_enc, k, threshold=0.0, out=(values, latents))
-        values.relu_()  # those that were scored in full may be negative
+        values.relu_()  # fully scored ones may be negative
         matrix = VectorsByLatents(latents, len(dead))
         matrix.sums(values.flatten(), W_dec, error, add=True)
         norms = torch.linalg.vector_norm(error, dim=1)
@@ -284,8 +284,8 @@ class NativeStep(FusedStep):
             "unit_norm": int(self.unit_norm), "apply": 1,
         }  # fmt: skip
         of_main = self.buffers["error_sums"].sum(dim=0)
-        # The norm is known when the update is done. Where it cannot reach the limit, which is so
-        # in all steps but the first few, that is no matter; elsewhere a pass finds it out first.
+        # The norm is known only after the update. If it cannot reach the limit, as in all but the
+        # first few steps, that does not matter; otherwise an extra pass computes it first.
         at_b_dec = float(of_main.norm()) + grad_sum * self._largest_encoder_norm()
         if adam.max_norm is not None and bound + at_b_dec**2 > adam.max_norm**2:
             library.update(self.dtype, tensors, numbers | {"apply": 0}, None)
@@ -299,11 +299,11 @@ class NativeStep(FusedStep):
         divisor = square.sqrt().div_(numbers["root_correction2"]).add_(adam.eps)
         self.b_dec.addcdiv_(mean, divisor, value=-numbers["step_size"])
         for each in (self.W_enc, self.b_enc, self.W_dec):
-            increment_version(each)  # so that autograd notices what it did not see
+            increment_version(each)  # so that autograd notices changes made outside it
         return norm
 
     def _norm(self, of_main: Float[Tensor, " d_in"]) -> tuple[Tensor, Tensor]:
-        """Norm of the gradient, and its part at b_dec, from the sums that an update leaves."""
+        """Return the norm of the gradient, and its part at b_dec, from the sums of an update."""
         of_b_dec = of_main - self.partial_b_dec.sum(dim=0)
         square = self.partial_square.sum() + of_b_dec.double().square().sum()
         return square.sqrt(), of_b_dec
@@ -314,7 +314,7 @@ class NativeStep(FusedStep):
         return float(torch.linalg.matrix_norm(self.W_enc))
 
     def _buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor whose memory is kept from step to step while it is large enough."""
+        """Return a tensor whose memory is kept from step to step while it is large enough."""
         n = math.prod(shape)
         kept = self.memory.get(name)
         if kept is None or len(kept) < n:

@@ -52,11 +52,11 @@ class JumpReLU(Sparsity):
     """Number of active latents per vector at which training aims; only with "l0"."""
 
     bandwidth: float = 0.1
-    """ε, in the unit of the pre-activations."""
+    """Width ε of the kernel that estimates gradients, in units of the pre-activations."""
 
     initial_threshold: float | None = None
-    """Initial θ, in the same unit. Default: √price, above which a latent that is orthogonal to the
-    others is worth its price; or 0.1 with "tanh", which is flat there."""
+    """Initial threshold θ, in units of the pre-activations. Default: √price, above which a latent
+    that is orthogonal to the others is worth its price; or 0.1 with "tanh", which is flat there."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
