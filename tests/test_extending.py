@@ -71,7 +71,7 @@ def test_the_examples_of_the_recipes_exist():
 
 
 def test_the_example_package_is_the_one_that_the_page_shows():
-    shown = re.search(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    shown = re.search(r"```toml[^\n]*\n(.*?)```", PAGE, re.DOTALL)
     assert shown is not None
     project = (ROOT / "tests/outside_package/pyproject.toml").read_text()
     for line in shown[1].splitlines():
