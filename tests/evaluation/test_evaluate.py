@@ -275,7 +275,7 @@ def test_a_wrong_template_fails_before_anything_is_measured(clip, monkeypatch):
 
 def test_missing_images_leave_the_figures_of_the_activations():
     metrics = evaluate(make_sae(), TensorActivations(noise()), quiet=True).metrics
-    assert metrics["fvu"] > 0 and metrics["omitted"]["truth"] == "the images are gone"
+    assert metrics["fvu"] > 0 and metrics["omitted"]["truth"] == "the pictures are gone"
 
 
 def test_too_few_scenes_leave_out_only_the_truth_table(calibration):
@@ -300,7 +300,7 @@ def test_mismatched_inputs_are_refused(clip, siglip):
         "32 dimensions, but the SAE takes 16": (make_sae(16), source, {}),
         "blocks.7.resid_post": (make_sae(site="blocks.7.resid_post"), source, {}),
         "tokens='cls'": (make_sae(tokens="cls"), source, {}),
-        "other weights": (make_sae(model={"id": "b", "weights_hash": "xyz"}), source, {}),
+        "weights differ": (make_sae(model={"id": "b", "weights_hash": "xyz"}), source, {}),
         "but the model is": (make_sae(), source, {"model": clip}),
         "max_images is 0": (make_sae(), source, {"max_images": 0}),
         "batch_images is 0": (make_sae(), source, {"batch_images": 0}),

@@ -316,7 +316,7 @@ def test_codes_of_another_encoding_are_never_overwritten(
         encode(sae, store, out=tmp_path / "note.txt")
     with pytest.raises(UserError, match="another SAE"):
         build_index(other, codes, out=tmp_path / "index")
-    with pytest.raises(UserError, match=r"codes are of blocks\.1\.resid_post"):
+    with pytest.raises(UserError, match=r"codes are from blocks\.1\.resid_post"):
         build_index(sae, codes, out=tmp_path / "index", site="blocks.0.resid_post")
     assert build_index(sae, codes, out=tmp_path / "i", site="blocks.-2.resid_post", quiet=True)
 

@@ -318,7 +318,7 @@ def test_mismatched_inputs_are_refused(
         build_index(make_sae(d_in=16), activations, out=out)
     with pytest.raises(UserError, match="tokens='cls'"):
         build_index(make_sae(tokens="cls"), activations, out=out)
-    with pytest.raises(UserError, match="other weights"):
+    with pytest.raises(UserError, match="weights differ"):
         other = make_sae(model={"id": "x", "weights_hash": "0"})
         build_index(other, activations, out=out)
     with pytest.raises(UserError, match="top_n is 0"):
