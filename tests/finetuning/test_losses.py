@@ -124,7 +124,7 @@ def test_a_logit_scale_moves_info_nce_and_cancels_in_similarity_of_similarities(
 
 
 def test_similarity_of_similarities_needs_two_images(pairs):
-    with pytest.raises(UserError, match="two pictures"):
+    with pytest.raises(UserError, match="two images"):
         similarity_of_similarities(pairs[0][:1], pairs[1][:1])
 
 

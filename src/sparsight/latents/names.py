@@ -130,7 +130,7 @@ def names_from_truth(
     width = metrics.get("n_latents", n_latents)
     if width != n_latents:
         raise UserError(
-            f"{folder}: has {n_latents} latents, but the metrics are of an SAE with {width} latents."
+            f"{folder}: has {n_latents} latents, but the metrics are of one with {width} latents."
         )
     return {
         int(latent): LatentName(wording(about["attribute"]), float(about["f1"]), TRUTH_SOURCE)
