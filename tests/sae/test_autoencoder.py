@@ -223,7 +223,7 @@ def test_pickles_are_never_opened(name: str, with_config: bool, tmp_path: Path) 
 def test_a_k_above_the_number_of_latents_is_refused() -> None:
     with pytest.raises(UserError, match="only 8 latents"):
         SAEConfig(n_latents=8, sparsity=TopK(k=9))
-    with pytest.raises(UserError, match="more than the 32 latents"):
+    with pytest.raises(UserError, match="only 32 latents"):
         SparseAutoencoder(2, SAEConfig(sparsity=TopK(k=33)))
 
 

@@ -178,7 +178,7 @@ def test_an_invalid_width_is_named(width: Any) -> None:
 
 
 def test_parts_of_another_width_are_named() -> None:
-    with pytest.raises(UserError, match=r"k is 9, more than the 8 latents"):
+    with pytest.raises(UserError, match=r"k is 9, but there are only 8 latents"):
         SparseAutoencoder(4, SAEConfig(expansion=2, sparsity=TopK(9)))
     with pytest.raises(UserError, match=r"normaliser has width 3; expected 4"):
         SparseAutoencoder(4, normaliser=Normaliser.identity(3))

@@ -416,7 +416,7 @@ def test_positions_that_the_activations_do_not_have_are_refused(tmp_path: Path) 
         ({"k": [2], "sae": {"sparsity": {"k": [4]}}}, r"sae\.sparsity\.k is named twice"),
         (
             {"sparsity": [2]},
-            r"unknown key .sparsity.\. .*What may vary: architecture, .*, kernels,",
+            r"unknown key .sparsity.\. .*These keys can vary: architecture, .*, kernels,",
         ),
         ({"n_latent": [2]}, "unknown key 'n_latent'. Did you mean 'n_latents'"),
         ({"sae": [{}]}, "unknown key 'sae'"),

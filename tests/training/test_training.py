@@ -297,7 +297,7 @@ def test_too_large_a_k_and_an_unknown_site_are_refused_before_anything_is_writte
     tmp_path: Path,
 ) -> None:
     wide = dataclasses.replace(CONFIG, sae=SAEConfig(expansion=2, sparsity=TopK(k=33)))
-    with pytest.raises(UserError, match="more than the 32 latents"):
+    with pytest.raises(UserError, match="only 32 latents"):
         train(sparse_mixtures(), wide, out=tmp_path / "a", quiet=True)
     with pytest.raises(UserError, match="no site 'nowhere', only: here"):
         train(sparse_mixtures(), CONFIG, out=tmp_path / "a", sites=["nowhere"], quiet=True)
