@@ -553,7 +553,7 @@ def test_foreign_files_are_never_overwritten(store, run, tmp_path, fails, monkey
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "clip"}')
-    assert "but a config.json" in fails("train", "--store", store, "--out", model)
+    assert "holds config.json of something" in fails("train", "--store", store, "--out", model)
     os.mkfifo(tmp_path / "pipe")
     assert "is a device or pipe" in fails("evaluate", run, "--out", tmp_path / "pipe")
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
@@ -570,7 +570,7 @@ def test_an_impossible_task_is_refused_before_any_work(run, tmp_path, fails):
     search = ("search", "x", "--model", "calibration", "--images", missing)
     assert "top is 0" in fails(*search, "--top", "0")
     assert "must be a finite number" in fails(*search, "--activation", "nan")
-    assert "tokens, and 32 fit" in fails("search", "x" * 99, *search[2:])
+    assert "tokens, but calibration only takes 32" in fails("search", "x" * 99, *search[2:])
     assert "latents is -1" in fails("demo", "--latents", "-1", "--out", tmp_path / "demo")
 
 

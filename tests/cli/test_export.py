@@ -42,9 +42,9 @@ def test_longer_texts_are_an_option(tmp_path, capsys):
         (["calibration", "--out", "{}", "--gmp"], "only the openai layout"),
         (["calibration", "--out", "{}", "--dtype", "int8"], "int8"),
         (["calibration", "--out", "{}.pt", "--layout", "openai"], "Write .safetensors"),
-        (["calibration", "--out", "{}.pt"], "only openai has single files"),
-        (["missing.pt", "--out", "{}"], "no such file"),
-        (["calibration", "--out", "{}", "--kept", "10"], "--kept is for more --positions"),
+        (["calibration", "--out", "{}.pt"], "only the openai layout can be a single file"),
+        (["missing.pt", "--out", "{}"], "this file does not exist"),
+        (["calibration", "--out", "{}", "--kept", "10"], "--kept needs --positions"),
     ],
 )
 def test_mistakes_give_one_message_and_exit_code_2(arguments, message, tmp_path, capsys):

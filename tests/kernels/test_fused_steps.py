@@ -354,7 +354,7 @@ def test_kernels_that_do_not_run_here_are_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(kernels, "load_native", lambda: None)
     assert choose("auto", "float32", cpu) == ("torch", "float32")
-    with pytest.raises(UserError, match="no C compiler"):
+    with pytest.raises(UserError, match="without a C compiler"):
         choose("native", "auto", cpu)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(UserError, match=r"'int8' needs .* VNNI, but these are 'torch' on cpu"):

@@ -29,13 +29,13 @@ class ArchitectureOptions:
 
     sparsity: str | None = None
     """Kind of sparsity: topk, batchtopk, abstopk, groupmax, relu, jumprelu, gated or
-    matchingpursuit. Its own flags begin with --sae.sparsity and are listed by --help-all."""
+    matchingpursuit. Its own flags are --sae.sparsity.…; see --help-all."""
 
     remedy: Annotated[
         str | None,
         tyro.conf.arg(
             help=f"Remedy for dead latents: {', '.join(REMEDIES)} or none; default: auxk. Its own "
-            "flags begin with --remedy and are listed by --help-all."
+            "flags are --remedy.…; see --help-all."
         ),
     ] = None
 
