@@ -12,7 +12,8 @@ from sparsight.attacks.curating import CuratedSet, curate
 from sparsight.attacks.measuring import AttackReport, measure_attack
 from sparsight.attacks.opinion import Opinion, clip_opinion
 from sparsight.attacks.pairs import AttackPairs, make_pairs
-from sparsight.attacks.salience import SalienceTable, find_text_salient
+from sparsight.attacks.salience import find_text_salient
+from sparsight.attacks.salience_table import SalienceTable
 from sparsight.attacks.significance import benjamini_hochberg, sign_flip_p
 from sparsight.images import TextStyle, WorldBand
 

@@ -20,7 +20,7 @@ from sparsight.attacks.measuring import (
 )
 from sparsight.attacks.outcomes import ORIGINAL, Outcome, outcomes
 from sparsight.attacks.pairs import AttackPairs
-from sparsight.attacks.salience import SalienceTable, picture_marks
+from sparsight.attacks.salience_table import SalienceTable, picture_marks
 from sparsight.config import check_seed
 from sparsight.editing.actions import Action, Off
 from sparsight.editing.edits import Edit, LatentEdit, NeuronEdit, Positions

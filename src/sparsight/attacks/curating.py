@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor
 
 from sparsight.attacks.causal import Target
+from sparsight.attacks.latent_reading import latent_reducer
 from sparsight.attacks.opinion import clip_opinion
-from sparsight.attacks.salience import latent_reducer
 from sparsight.config import check_positive
 from sparsight.editing.interventions import check_belongs
 from sparsight.errors import SparsightError, UserError
@@ -142,26 +142,18 @@ def curate(
                 f"{source.spec}: none of {len(source):,} images activates any of the "
                 f"{sum(len(t.chosen or ()) for t in given):,} latents. Use other images."
             )
-        infos = [source.known(i) for i in kept]
         if captions in ("own", "labels"):
-            said = _own_captions(source, infos, captions, sentence)
+            texts = _own_captions(source, kept, captions, sentence)
         else:
             embedded = _embedded(model, source, kept, settings)
             if captions == "opinion":
                 opinions = clip_opinion(model, embedded, words=words, seed=seed)
-                said = [[opinion.text] for opinion in opinions]
+                texts = [[opinion.text] for opinion in opinions]
             else:
-                said = _zero_shot_captions(model, source, embedded, sentence, class_names)
+                texts = _zero_shot_captions(model, source, embedded, sentence, class_names)
         about = _about(model, source, given, captions, len(kept), scores.failed)
-        _write(staged, source, kept, scores, said, about)
-    return CuratedSet(
-        folder=out,
-        n=len(kept),
-        n_seen=int(scores.loaded.sum()),
-        failed=scores.failed,
-        lowest=float(scores.values[kept[-1]]),
-        highest=float(scores.values[kept[0]]),
-    )
+        _write(staged, source, kept, scores, texts, about)
+    return scores.summary(out, kept)
 
 
 def _check(
@@ -191,6 +183,17 @@ class _Scores:
         """Return the places of at most `n` strongest images, none of them with score 0."""
         order = np.argsort(-self.values, kind="stable")
         return [int(i) for i in order if self.values[i] != 0][:n]
+
+    def summary(self, folder: Path, kept: Sequence[int]) -> CuratedSet:
+        """Describe the set of the images that were kept, the strongest first."""
+        return CuratedSet(
+            folder=folder,
+            n=len(kept),
+            n_seen=int(self.loaded.sum()),
+            failed=self.failed,
+            lowest=float(self.values[kept[-1]]),
+            highest=float(self.values[kept[0]]),
+        )
 
 
 def _scores(
@@ -232,13 +235,14 @@ def _reader(model: VisionModel, target: Target) -> Callable[[Tensor], Float[Tens
 
 
 def _own_captions(
-    source: ImageSource, infos: Sequence[ImageInfo], captions: Captions, sentence: str
+    source: ImageSource, kept: Sequence[int], captions: Captions, sentence: str
 ) -> list[list[str]]:
     """Return the captions of each image, or its label in a sentence.
 
     Raises:
         UserError: an image has none.
     """
+    infos = [source.known(i) for i in kept]
     without = sum(not (info.captions if captions == "own" else info.label) for info in infos)
     if without:
         lacks = "captions" if captions == "own" else "labels"

@@ -18,24 +18,15 @@ Hochberg (1995) controls the false discovery rate over latents.
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from sparsight.attacks.latent_reading import Seen, Statistic, activations_on_pairs
 from sparsight.attacks.pairs import AttackPairs
-from sparsight.attacks.passes import PairPass
+from sparsight.attacks.salience_table import SalienceTable, picture_marks
 from sparsight.attacks.significance import (
     PERMUTATIONS,
     Alternative,
@@ -44,21 +35,12 @@ from sparsight.attacks.significance import (
 )
 from sparsight.config import check_seed
 from sparsight.editing.interventions import check_belongs
-from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, write_json
-from sparsight.folders import replaced, settled
-from sparsight.notebooks import need_pandas
+from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import PassSettings, VisionModel
 
-if TYPE_CHECKING:
-    import pandas
-
 Contrast = Literal["word", "writing", "attack"]
 """attacked − control, control − clean, attacked − clean."""
-
-Statistic = Literal["mean", "max"]
-"""The statistic over an image's positions."""
 
 Read = Literal["all", "patches", "cls"]
 
@@ -67,201 +49,8 @@ CONTRASTS: dict[Contrast, tuple[str, str]] = {
     "writing": ("control", "clean"),
     "attack": ("attacked", "clean"),
 }
-KINDS = ("clean", "control", "attacked")
 FDR = 0.05
 SELECTIVE = 0.9
-TABLE, CSV, ABOUT = "salience.parquet", "salience.csv", "salience.json"
-CAUSAL = "causal.json"
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class SalienceTable:
-    """How each latent, or neuron, responds to words on images.
-
-    Attributes:
-        mean: by kind (`clean`, `control`, `attacked`), the mean over images of each latent's
-            activation (see `statistic`).
-        effect: for each latent, the mean paired difference of the contrast.
-        effect_size: the effect in standard deviations of the difference (Cohen's d for pairs); 0
-            if nothing differs.
-        selectivity: (a − b) / (a + b) for the means on the two sides: 1 if the latent is active
-            only on the first, 0 if it is equally active on both; for neurons, with absolute values.
-        p: p of the permutation test; 1 if the latent was active on no image.
-        q: the smallest false discovery rate at which the latent counts as found.
-        density: share of vectors on which it is active (not 0; a neuron: above 0), over all three
-            kinds.
-        tested: whether it was active on any image of the contrast; the correction for multiple
-            tests leaves out the others.
-        about: site, tokens, contrast, statistic, counts, and what was read.
-    """
-
-    mean: dict[str, npt.NDArray[np.float64]]
-    effect: npt.NDArray[np.float64]
-    effect_size: npt.NDArray[np.float64]
-    selectivity: npt.NDArray[np.float64]
-    p: npt.NDArray[np.float64]
-    q: npt.NDArray[np.float64]
-    density: npt.NDArray[np.float64]
-    tested: npt.NDArray[np.bool_]
-    about: dict[str, Any] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.p)
-
-    @property
-    def site(self) -> str:
-        """The site that was read."""
-        return str(self.about["site"])
-
-    @property
-    def found(self) -> list[int]:
-        """The latents with q at most the requested rate, the largest effect size first."""
-        return self.select(selectivity=-1.0)
-
-    @property
-    def selective(self) -> list[int]:
-        """The latents found that are nearly silent on the other image of a pair; see `select`."""
-        return self.select()
-
-    def select(
-        self, n: int | None = None, *, fdr: float | None = None, selectivity: float | None = None
-    ) -> list[int]:
-        """Return the latents found, the largest effect size first.
-
-        Args:
-            n: largest number of latents.
-            fdr: false discovery rate; default: the requested one.
-            selectivity: least selectivity; default: the requested one. A latent that is also active
-                without words does something there, which is lost when it is switched off.
-        """
-        rate = self.about["fdr"] if fdr is None else fdr
-        least = self.about["selectivity"] if selectivity is None else selectivity
-        hits = np.flatnonzero((self.q <= rate) & self.tested & (self.selectivity >= least))
-        order = np.argsort(-np.abs(self.effect_size[hits]), kind="stable")
-        chosen: list[int] = hits[order][:n].tolist()
-        return chosen
-
-    def chosen(self, latents: Sequence[int] | None = None) -> list[int]:
-        """Return the given latents, or else the selective ones.
-
-        Raises:
-            UserError: there are none, or a number is out of range.
-        """
-        chosen = self.selective if latents is None else [int(latent) for latent in latents]
-        if not chosen:
-            raise UserError(
-                f"{self.site}: {len(self.found)} {self.about['unit']}s respond to "
-                f"{self.about['compares']} (false discovery rate {self.about['fdr']}, "
-                f"{self.about['n_pairs']} pairs), none with a selectivity of at least "
-                f"{self.about['selectivity']}. Choose another contrast or site, or lower the "
-                "selectivity."
-            )
-        beyond = [latent for latent in chosen if not 0 <= latent < len(self)]
-        if beyond:
-            raise UserError(
-                f"{self.site} has no {self.about['unit']} {beyond[0]}, only 0 to {len(self) - 1}."
-            )
-        return chosen
-
-    def table(self) -> pa.Table:
-        """Return one row per latent, the strongest first."""
-        found = np.zeros(len(self), bool)
-        found[self.found] = True
-        selective = np.zeros(len(self), bool)
-        selective[self.selective] = True
-        order = np.lexsort((-np.abs(self.effect_size), self.q))
-        columns: dict[str, npt.NDArray[Any]] = {
-            self.about["unit"]: np.arange(len(self)),
-            "effect": self.effect,
-            "effect_size": self.effect_size,
-            "selectivity": self.selectivity,
-            "p": self.p,
-            "q": self.q,
-            "density": self.density,
-            **{f"mean_{kind}": values for kind, values in self.mean.items()},
-            "tested": self.tested,
-            "found": found,
-            "selective": selective,
-        }
-        return pa.table({name: values[order] for name, values in columns.items()})
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return the rows of `table` as a pandas data frame.
-
-        Raises:
-            MissingExtra: pandas is not installed.
-        """
-        need_pandas()
-        return self.table().to_pandas()
-
-    @property
-    def marks(self) -> list[str]:
-        """Hashes of the images that were searched; see `picture_marks`."""
-        return list(self.about["pictures"])
-
-    @property
-    def fewest(self) -> int:
-        """The least number that can be found together, since p is at least 1 / (1 + flips)."""
-        least = 1 / (1 + int(self.about["permutations"]))
-        share = float(self.about["n_tested"] * least / self.about["fdr"])
-        return max(1, math.ceil(share - 1e-9))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what was done and which latents were found, as JSON-able values."""
-        found, selective = self.found, self.selective
-        counts = {"n_found": len(found), "n_selective": len(selective)}
-        return {**self.about, **counts, "found": found, "selective": selective}
-
-    def save(self, folder: str | Path, causal: Mapping[str, Any] | None = None) -> Path:
-        """Write `salience.parquet`, `.csv` and `.json` into a folder, all at once.
-
-        Args:
-            folder: created if necessary; files of an earlier search in it are replaced.
-            causal: figures of `causal_check` on the latents found, for `causal.json`.
-        """
-        folder = Path(folder)
-        table = self.table()
-        with replaced(folder, (TABLE, CSV, ABOUT, CAUSAL)) as staged:
-            pq.write_table(table, staged / TABLE)
-            pyarrow.csv.write_csv(table, staged / CSV)
-            write_json(staged / ABOUT, {"format_version": VERSION, **self.to_dict()})
-            if causal is not None:
-                write_json(staged / CAUSAL, causal)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> SalienceTable:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: the table does not exist, or has another version.
-            SparsightError: the table is damaged.
-        """
-        folder = settled(Path(folder))
-        about = read_json(folder / ABOUT)
-        if about.pop("format_version", None) != VERSION:
-            raise UserError(
-                f"{folder / ABOUT}: was written by another version; search for the latents again."
-            )
-        try:
-            table = pq.read_table(folder / TABLE).sort_by(about["unit"])
-            columns = {name: table[name].to_numpy() for name in table.column_names}
-            for name in ("n_found", "n_selective", "found", "selective"):
-                del about[name]
-            return cls(
-                mean={kind: columns[f"mean_{kind}"] for kind in KINDS},
-                **{
-                    name: columns[name]
-                    for name in ("effect", "effect_size", "selectivity", "p", "q", "density")
-                },
-                tested=columns["tested"],
-                about=about,
-            )
-        except FileNotFoundError:
-            raise UserError(f"{folder / TABLE}: this file does not exist.") from None
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise SparsightError(f"{folder / TABLE}: is damaged ({error}).") from error
 
 
 def find_text_salient(
@@ -312,16 +101,28 @@ def find_text_salient(
     test = _Test(contrast, statistic, alternative, fdr, selectivity, permutations, seed)
     place, where = _read_at(model, sae, site, tokens, check)
     settings = PassSettings(batch_size, workers, quiet)
-    seen = _activations(model, pairs, sae, place, where, statistic, settings)
+    seen = activations_on_pairs(model, pairs, sae, place, where, statistic, settings)
+    return _table(model, pairs, sae, (place, where), test, seen)
+
+
+def _table(
+    model: VisionModel,
+    pairs: AttackPairs,
+    sae: SparseAutoencoder | None,
+    read_at: tuple[str, Read],
+    test: _Test,
+    seen: Seen,
+) -> SalienceTable:
+    """Test what was read at a site and positions, and record how."""
     effects = test.effects(seen)
     n, tested = len(seen.values["clean"]), effects["tested"]
     about = {
         "model": model.id,
         "weights_hash": model.weights_hash,
         "unit": "neuron" if sae is None else "latent",
-        "site": place,
+        "site": read_at[0],
         "sae": None if sae is None else sae.fingerprint(),
-        "tokens": where,
+        "tokens": read_at[1],
         **test.about(n),
         "n_pairs": n,
         "n_tested": int(tested.sum()),
@@ -363,7 +164,7 @@ class _Test:
             )
         check_seed(self.seed)
 
-    def effects(self, seen: _Seen) -> dict[str, npt.NDArray[Any]]:
+    def effects(self, seen: Seen) -> dict[str, npt.NDArray[Any]]:
         """Return the columns of a `SalienceTable` that come from the comparison."""
         first, second = CONTRASTS[self.contrast]
         a, b = seen.values[first], seen.values[second]
@@ -427,96 +228,6 @@ def _read_at(
     _check_choice("tokens", where, Read)
     model.token_count(place, where)
     return place, where
-
-
-def picture_marks(pairs: AttackPairs) -> list[str]:
-    """Return a short hash of each image's address, to recognise images that are used again."""
-    addresses = (pairs.clean.known(i).uri for i in range(len(pairs)))
-    return [hashlib.sha256(address.encode()).hexdigest()[:12] for address in addresses]
-
-
-@dataclass
-class _Seen:
-    """Activations on the images that loaded in every kind: one row per image."""
-
-    values: dict[str, npt.NDArray[np.float64]]
-    active: dict[str, npt.NDArray[np.float64]]
-    """Number of vectors on which each latent is active, by kind."""
-    vectors: int
-    failed: dict[str, int]
-
-
-@torch.no_grad()
-def _activations(
-    model: VisionModel,
-    pairs: AttackPairs,
-    sae: SparseAutoencoder | None,
-    site: str,
-    tokens: str,
-    statistic: Statistic,
-    settings: PassSettings,
-) -> _Seen:
-    reduce = latent_reducer(model, sae, site, tokens, statistic)
-    width = model.d_in(site) if sae is None else sae.n_latents
-    n = len(pairs)
-    values = {kind: np.zeros((n, width), np.float32) for kind in KINDS}
-    counts = {kind: np.zeros((n, width), np.int32) for kind in KINDS}
-    with PairPass(model, pairs, KINDS, "text salience", settings) as seen:
-        for kind, batch in seen:
-            value, count = reduce(batch.pixels)
-            if not bool(value.isfinite().all()):
-                raise SparsightError(
-                    f"{model.id}, {site}: activations on {kind} images are not finite."
-                )
-            values[kind][batch.indices] = value.cpu().numpy()
-            counts[kind][batch.indices] = count.cpu().numpy()
-    loaded = seen.loaded
-    if loaded.sum() < 2:
-        raise UserError(
-            f"{pairs.clean.spec}: {int(loaded.sum())} of {n:,} images load in every kind; at least "
-            "two are needed."
-        )
-    return _Seen(
-        values={kind: rows[loaded].astype(np.float64) for kind, rows in values.items()},
-        active={kind: rows[loaded].sum(axis=0, dtype=np.float64) for kind, rows in counts.items()},
-        vectors=int(loaded.sum()) * len(KINDS) * model.token_count(site, tokens),  # type: ignore[arg-type]
-        failed=seen.failed,
-    )
-
-
-def latent_reducer(
-    model: VisionModel,
-    sae: SparseAutoencoder | None,
-    site: str,
-    tokens: str,
-    statistic: Statistic,
-) -> Callable[[Tensor], tuple[Float[Tensor, "batch width"], Tensor]]:
-    """Return a function that reduces each latent's activations over an image's positions.
-
-    It maps preprocessed images to the mean or maximum, and to the number of positions on which the
-    latent is active. Without an SAE, it reduces the site's own coordinates.
-    """
-
-    def reduce(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        x = model.read(pixels, [site], tokens)[site].float()  # type: ignore[arg-type]
-        batch, positions = x.shape[:2]
-        if sae is None:
-            value = x.mean(dim=1) if statistic == "mean" else x.amax(dim=1)
-            return value, (x > 0).sum(dim=1)
-        code = sae.encode(x.flatten(0, 1).to(sae.W_dec.device))
-        image = code.rows // positions
-        value = torch.zeros(batch, sae.n_latents, device=code.values.device)
-        count = torch.zeros_like(value)
-        where = (image, code.indices)
-        count.index_put_(where, (code.values != 0).float(), accumulate=True)
-        if statistic == "mean":
-            value.index_put_(where, code.values.float(), accumulate=True)
-            return value / positions, count
-        flat = image * sae.n_latents + code.indices
-        value.view(-1).scatter_reduce_(0, flat, code.values.float(), "amax", include_self=True)
-        return value, count
-
-    return reduce
 
 
 def _check_choice(name: str, value: object, choices: Any) -> None:

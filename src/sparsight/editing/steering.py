@@ -153,35 +153,37 @@ def steer(
 
     edits = _Edits(sae, where, plan.tokens, strengths, unit, _units(codes, latents, unit), check)
     tallies = bench.run(edits.made(model), "steering", settings=settings)
-    rows = [
-        {
-            "latent": int(latent),
-            "name": (names or {}).get(int(latent)),
-            "unit": edits.units[latent],
-            "density": float(codes.density[latent]),
-            "strengths": edits.figures(latent, tallies),
-        }
-        for latent in latents
-    ]
-    shown = []
+    rows = edits.rows(latents, names or {}, codes, tallies)
+    points = []
     if curves:
-        shown = class_curves(bench, sae, where, plan.tokens, codes, asked_ks, seed, settings)
-    measured = sum(map(len, said.halves.measure.values())) - bench.failed
-    about = {
-        "model": {"id": model.id, "weights_hash": model.weights_hash},
-        "sae": sae.fingerprint(),
-        "site": where,
-        "tokens": plan.tokens,
-        "images": images.spec,
+        points = class_curves(bench, sae, where, plan.tokens, codes, asked_ks, seed, settings)
+    about = _about(edits, bench, said, codes, templates, seed)
+    return SteerReport(about, tallies["original"].result(), rows, points, omitted)
+
+
+def _about(
+    edits: _Edits,
+    bench: Bench,
+    said: _Said,
+    codes: ClassCodes,
+    templates: str | Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """Record what was steered, and on how many images."""
+    return {
+        "model": {"id": bench.model.id, "weights_hash": bench.model.weights_hash},
+        "sae": edits.sae.fingerprint(),
+        "site": edits.site,
+        "tokens": edits.tokens,
+        "images": bench.images.spec,
         "templates": templates if isinstance(templates, str) else list(templates),
         "n_classes": len(said.by_label),
         "n_choose": int(codes.n_images.sum()),
-        "n_measure": measured,
+        "n_measure": sum(map(len, said.halves.measure.values())) - bench.failed,
         "failed": codes.failed + bench.failed,
-        "strength": unit,
+        "strength": edits.unit,
         "seed": seed,
     }
-    return SteerReport(about, tallies["original"].result(), rows, shown, omitted)
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,25 @@ class _Edits:
             found = tallies[_key(latent, strength)].result()
             figures.append({"strength": strength, "activation": value, **found})
         return figures
+
+    def rows(
+        self,
+        latents: Sequence[int],
+        names: Mapping[int, str],
+        codes: ClassCodes,
+        tallies: Mapping[str, Tally],
+    ) -> list[dict[str, Any]]:
+        """Return for each latent its name, unit, density and figures."""
+        return [
+            {
+                "latent": int(latent),
+                "name": names.get(int(latent)),
+                "unit": self.units[latent],
+                "density": float(codes.density[latent]),
+                "strengths": self.figures(latent, tallies),
+            }
+            for latent in latents
+        ]
 
     def _edit(self, latent: int, strength: float) -> LatentEdit:
         factor = self.unit == "factor"

@@ -16,13 +16,8 @@ from sparsight.attacks import (
     causal_check,
     find_text_salient,
 )
-from sparsight.attacks.salience import (
-    FDR,
-    SELECTIVE,
-    Contrast,
-    Read,
-    Statistic,
-)
+from sparsight.attacks.latent_reading import Statistic
+from sparsight.attacks.salience import FDR, SELECTIVE, Contrast, Read
 from sparsight.attacks.significance import PERMUTATIONS, Alternative
 from sparsight.cli.attack.shared import PairOptions, check_failed, pairs_of
 from sparsight.cli.help import Help
