@@ -137,7 +137,7 @@ EXCEPTIONS = (
     ("src/sparsight/latents/[hirs]*.py", "picture*", "public names, and those of cards.py"),
     ("src/sparsight/cli/finetune.py", "pictures", "the name of an option"),
     ("src/sparsight/cli/search.py", "picture", "the old name of an option"),
-    ("src/sparsight/attacks/salience.py", "pictures", "a key of salience.json"),
+    ("src/sparsight/attacks/salience*.py", "pictures", "a key of salience.json"),
 )
 
 

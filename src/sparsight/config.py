@@ -367,7 +367,7 @@ def _convert_union(choices: tuple[Any, ...], value: Any, where: str, path: str) 
         kind = value.get("kind")
         if isinstance(kind, str):
             kind = words.get(kind, kind)
-        if kind not in classes:
+        if not isinstance(kind, str) or kind not in classes:
             raise _wrong(where, f"{path}.kind", kind, " or ".join(map(repr, (*nothing, *words))))
         return _build(classes[kind], value, where, f"{path}.")
     errors = []

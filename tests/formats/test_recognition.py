@@ -182,7 +182,7 @@ def test_weights_that_are_not_real_numbers_are_refused(
         save_file(tensors, folder / file)
     else:
         torch.save(tensors, folder / file)
-    with pytest.raises(SparsightError, match=r"expected real numbers|are not read"):
+    with pytest.raises(SparsightError, match=r"expected real numbers|are not supported"):
         read(folder)
 
 
