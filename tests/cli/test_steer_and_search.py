@@ -124,7 +124,7 @@ def test_a_large_jpeg_query_is_decoded_like_the_images(given, runs, tmp_path, ca
         (["search", "sun", "--sae", "stream"], "width 192"),
         (["search", "sun"], "--model and --images"),
         (["search", "sun", "--sae", "embedding", "--modes", "steered"], "needs --latents"),
-        (["search", "sun", "--modes", "query"], "needs --sae"),
+        (["search", "sun", "--modes", "query"], "give --sae"),
         (
             ["search", "--picture", "gone.png", "--sae", "embedding"],
             "this image file does not exist",
@@ -162,5 +162,5 @@ def test_steering_by_a_latent_that_is_never_active_is_refused(runs, tmp_path, ca
         capsys, "search", "sun", "--sae", tmp_path / "never", "--modes", "steered", "--latents",
         5, "--workers", 0, "--out", tmp_path / "out",
     )  # fmt: skip
-    assert code == 2 and "Latent 5 is not active on any picture" in err
+    assert code == 2 and "Latent 5 is not active on any image" in err
     assert not (tmp_path / "out").exists()

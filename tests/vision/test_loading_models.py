@@ -341,7 +341,9 @@ def test_jpegs_may_be_scaled_to_twice_the_size_that_preprocessing_resizes_to() -
 
 def test_an_image_too_thin_to_be_resized_is_refused_and_a_thin_one_is_not() -> None:
     transform = ProcessorTransform(CLIPImageProcessorPil())
-    with pytest.raises(ImageError, match=r"20000 × 1 pixels are too thin.*224, 1,003,520,000 pix"):
+    with pytest.raises(
+        ImageError, match=r"20000 × 1 pixels are too thin.*become 1,003,520,000 pix"
+    ):
         transform(Image.new("RGB", (20_000, 1)))
     assert transform(Image.new("RGB", (1, 30), (9, 9, 9))).shape == (3, 224, 224)
     squashed = ProcessorTransform(SiglipImageProcessorPil())

@@ -73,17 +73,17 @@ SWAPPED = torch.arange(N).index_put((torch.tensor([5, 6]),), torch.tensor([6, 5]
     ("stem", "message"),
     [
         (Stem(behind=3), r"its 17 positions include 3 after the patches"),
-        (Stem(SWAPPED), r"another order .*position 5 of them shows patch 6"),
-        (Stem(WINDOWS), r"another order .*position 2 of them shows patch 4.*windows"),
-        (Stem(torch.arange(0, N, 2)), r"only 6 of its 3 × 4 patches come to the first block"),
-        (Stem(torch.arange(N) // 2), r"shown by several positions"),
+        (Stem(SWAPPED), r"not in reading order .*position 5 among them shows patch 6"),
+        (Stem(WINDOWS), r"not in reading order .*position 2 among them shows patch 4.*windows"),
+        (Stem(torch.arange(0, N, 2)), r"only 6 of its 3 × 4 patches reach the first block"),
+        (Stem(torch.arange(N) // 2), r"several positions show the same one"),
         (
             lambda pixels: Stem()(pixels)[:, 2:].unflatten(1, (6, 2)).mean(dim=2),
             r"merges or mixes",
         ),
         (
             lambda pixels, stem=Stem(): stem(pixels)[:, torch.randperm(N + 2)],  # noqa: B008
-            r"in another pass: the model draws at random",
+            r"in another pass: the model chooses at random",
         ),
     ],
 )

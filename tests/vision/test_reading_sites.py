@@ -211,7 +211,7 @@ def test_tokens_are_the_slices_they_are_named_for(family, model, pixels):
 
 
 def test_clip_final_norm_has_no_patches_and_says_where_they_are(model, pixels):
-    with pytest.raises(UserError, match=r"CLS position alone.*blocks\.2\.resid_post"):
+    with pytest.raises(UserError, match=r"only its CLS position.*blocks\.2\.resid_post"):
         model("clip").read(pixels, "final_norm", tokens="patches")
     assert model("clip").token_count("final_norm", "cls") == 1
 

@@ -90,7 +90,7 @@ def test_a_pt_file_holds_only_tensors_and_only_of_standard_clips(standard, calib
     again = load_model(str(path), device="cpu")
     assert again.weights_hash == standard.weights_hash
     assert torch.equal(again.embed_texts(TEXTS), standard.embed_texts(TEXTS))
-    with pytest.raises(UserError, match=r"cannot say .*4 heads.*Write \.safetensors"):
+    with pytest.raises(UserError, match=r"cannot record.*4 heads.*Write \.safetensors"):
         save_model(calibration, tmp_path / "other.pt", "openai")
     assert not (tmp_path / "other.pt").exists()
 
@@ -287,7 +287,7 @@ def test_existing_files_are_not_overwritten(calibration, tmp_path):
 
 @pytest.mark.unchecked
 def test_an_unknown_layout_is_answered_with_the_known_ones(calibration, tmp_path):
-    with pytest.raises(UserError, match=r"layout='keras' .*huggingface, openai, open_clip"):
+    with pytest.raises(UserError, match=r"layout='keras'.*huggingface, openai, open_clip"):
         save_model(calibration, tmp_path / "x", "keras")
     with pytest.raises(UserError, match="only the openai layout can be a single file"):
         save_model(calibration, tmp_path / "x.pt")

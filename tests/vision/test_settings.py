@@ -86,7 +86,10 @@ def test_switches_in_a_config_change_nothing(switches, family, edited, model, pi
         ({"quantization_config": {"quant_method": "awq"}}, r"weights are quantised"),
         ("[1, 2]", r"config\.json: .*holds a list"),
         (DEEP, r"config\.json: is missing, damaged or cut off"),
-        ({"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}, r"a is nested"),
+        (
+            {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]},
+            r"a has more than 32 nested",
+        ),
     ],
 )
 def test_an_impossible_value_is_named_with_its_field_and_file(values, message, edited):
