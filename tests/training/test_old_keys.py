@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import tomli_w
 from test_resume import Stopped
 
+import sparsight
 from memory_activations import sparse_mixtures
 from sparsight.cli import main
 from sparsight.config import from_dict
@@ -19,6 +21,7 @@ from sparsight.errors import UserError
 from sparsight.files import sha256_json
 from sparsight.sae import AuxK, GhostGradients, Resampling, SAEConfig, TopK
 from sparsight.training import SweepConfig, TrainConfig, train
+from sparsight.training.config import stored_recipe
 from sparsight.training.old_keys import OLD_REMEDIES, remedies_in
 
 VERSIONS = ("format_version", "checksum")
@@ -147,8 +150,7 @@ def test_a_run_folder_of_an_earlier_version_continues_with_the_same_bits(
         plain = {key: each for key, each in state.items() if key not in VERSIONS}
         path.write_text(json.dumps({**state, "checksum": sha256_json(plain)}))
     begun = trainer.checkpoint.newest_step(tmp_path / "cut" / "checkpoints")
-    with pytest.warns(FutureWarning, match=r"now write train\.remedy = "):
-        again = train(data, config, tmp_path / "cut", quiet=True)
+    again = train(data, config, tmp_path / "cut", quiet=True)
     assert begun == 16
     assert again.sae().fingerprint() == whole.sae().fingerprint()
     assert "remedy" in (tmp_path / "cut" / "config.toml").read_text()
@@ -160,3 +162,34 @@ def test_old_flags_are_read_with_a_warning(capsys: pytest.CaptureFixture[str]) -
     assert "/nowhere" in capsys.readouterr().err
     assert main(["train", "--ghost.dead-after=5", "--store", "/nowhere"]) == 2
     assert "write --remedy ghost --remedy.dead-after" in capsys.readouterr().err
+
+
+def test_an_old_flag_beside_the_new_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--auxk.alpha", "0.5", "--remedy.alpha", "0.25"]
+    assert main(["train", *flags, "--store", "/nowhere"]) == 2
+    assert (
+        "--auxk.alpha is the old name of --remedy.alpha; give only one" in capsys.readouterr().err
+    )
+
+
+def test_a_warning_about_an_old_keyword_points_at_code_outside_the_package() -> None:
+    with pytest.warns(FutureWarning) as warned:
+        TrainConfig(ghost=GhostGradients())  # type: ignore[call-arg]
+    assert Path(sparsight.__path__[0]) not in Path(warned[0].filename).parents
+
+
+def test_the_former_fields_can_still_be_read_and_others_are_unknown() -> None:
+    config = TrainConfig(remedy=GhostGradients(5))
+    with pytest.warns(FutureWarning, match="TrainConfig.ghost is now TrainConfig.remedy"):
+        assert config.ghost == GhostGradients(5)  # type: ignore[attr-defined]
+    with pytest.warns(FutureWarning):
+        assert config.auxk is None  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        config.nonsense  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_run_folder_with_old_keys_is_read_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('sites = ["a"]\n[train.auxk]\nalpha = 0.5\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stored_recipe(tmp_path / "config.toml").train.remedy == AuxK(alpha=0.5)

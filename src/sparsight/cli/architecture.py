@@ -78,6 +78,7 @@ def with_new_names(config: TrainConfig, arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: one of these is given together with another remedy.
     """
+    new = {argument.partition("=")[0] for argument in arguments}
     renamed = []
     for argument in arguments:
         old, dot, rest = argument.removeprefix("--").partition(".")
@@ -85,6 +86,8 @@ def with_new_names(config: TrainConfig, arguments: Sequence[str]) -> list[str]:
             renamed.append(argument)
             continue
         word, name = OLD_REMEDIES[old].word, rest.partition("=")[0]
+        if f"--remedy.{name}" in new:
+            raise UserError(f"--{old}.{name} is the old name of --remedy.{name}; give only one.")
         if config.remedy is None or config.remedy.word != word:
             current = NONE if config.remedy is None else config.remedy.word
             raise UserError(

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 
 import sparsight
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sparsight {sparsight.__version__}")
         return 0
     verb, *rest = given
+    if arguments is None:
+        warnings.formatwarning = _warning_line
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, raise_terminated)
     try:
@@ -84,6 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _reported(error)
     return 0
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    line: str | None = None,
+) -> str:  # fmt: skip
+    """Return a warning as one line; only other packages' warnings name their place in the code."""
+    if filename == sys.argv[0] or filename.startswith((sparsight.__path__[0], "<")):
+        return f"sparsight: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _run(verb: str, arguments: Sequence[str]) -> None:

@@ -9,11 +9,10 @@ from sparsight.activations import ActivationSource, ActivationStore, LiveActivat
 from sparsight.cli.opening import as_trained, open_model
 from sparsight.cli.options import ModelOptions
 from sparsight.cli.printing import print_notes
-from sparsight.config import load
+from sparsight.config import read_toml
 from sparsight.errors import UserError
 from sparsight.images import ImageSource, open_images
 from sparsight.sae import SparseAutoencoder
-from sparsight.training import TrainRecipe
 from sparsight.vision import VisionModel
 
 
@@ -105,7 +104,7 @@ class Subjects:
         path = folder / "config.toml"
         if self.options.images or self.options.model or not path.exists():
             return None
-        store = load(TrainRecipe, path).store
+        store = read_toml(path).get("store")
         if store is not None and not Path(store).is_dir():
             print_notes(
                 [

@@ -5,18 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from sparsight.config import check_seed, check_types
+from sparsight.config import check_seed, check_types, load
 from sparsight.errors import UserError
 from sparsight.kernels import Kernels, Plan, Stage
 from sparsight.sae import AuxK, Matryoshka, MatryoshkaK, MultiTopK, SAEConfig
 from sparsight.sae.objectives import SAEPlan
 from sparsight.sae.remedies import AnyRemedy
-from sparsight.training.old_keys import with_remedy, with_remedy_of
+from sparsight.training.old_keys import (
+    OLD_REMEDIES,
+    remedy_of_old_name,
+    with_remedy,
+    with_remedy_of,
+)
 from sparsight.vision import Tokens
 
 LARGEST_DEAD_WINDOW = 10_000_000
@@ -230,10 +236,27 @@ class TrainConfig:
             remedy=None if with_loss is None else with_loss.for_width(d_in),
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """Let programs read the remedies' former fields for one version."""
+        if name in OLD_REMEDIES:
+            return remedy_of_old_name(self.remedy, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def steps_every(self, n_vectors: int | None, share: int) -> int:
         """Return the steps in `n_vectors`, or in one of `share` equal parts of the run."""
         vectors = n_vectors or self.length / share
         return max(1, round(vectors / self.batch_size))
+
+
+def stored_recipe(path: Path) -> TrainRecipe:
+    """Return the recipe in a run's own folder; keys that an earlier version wrote need no warning.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another kind.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return load(TrainRecipe, path)
 
 
 def _read_old_keywords() -> None:

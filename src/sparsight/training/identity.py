@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sparsight.config import first_difference, load, to_dict
+from sparsight.config import first_difference, to_dict
 from sparsight.errors import UserError
 from sparsight.runs.same_run import damaged_if, refuse_difference
 from sparsight.sae.files import FILES
-from sparsight.training.config import TrainRecipe
+from sparsight.training.config import TrainRecipe, stored_recipe
 from sparsight.training.run import CONFIG, Run
 
 HELD_OUT = ("held_out", "held_out_seed")
@@ -50,7 +50,7 @@ def _refuse_other_sites(run: Run) -> None:
     for path in (run.out / CONFIG, *run.out.glob(f"*/{CONFIG}")):
         if not path.exists():
             continue
-        sites = load(TrainRecipe, path).sites
+        sites = stored_recipe(path).sites
         places = [run.out] if len(sites) == 1 else [run.out / site for site in sites]
         if path.parent in places and set(sites) != set(run.sites):
             raise UserError(
@@ -60,7 +60,7 @@ def _refuse_other_sites(run: Run) -> None:
 
 
 def _refuse_other_run(path: Path, recipe: TrainRecipe) -> None:
-    there, own = identity(load(TrainRecipe, path)), identity(recipe)
+    there, own = identity(stored_recipe(path)), identity(recipe)
     if any(there.get(key) != own.get(key) for key in HELD_OUT):  # so the activations differ, too
         there, own = ({key: each.get(key) for key in HELD_OUT} for each in (there, own))
     field = first_difference(there, own)

@@ -6,8 +6,10 @@ has one `remedy`, tagged by its kind.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from sparsight.config import NONE, kind_of
@@ -15,6 +17,7 @@ from sparsight.errors import UserError
 from sparsight.sae.remedies import AnyRemedy, AuxK, GhostGradients, Resampling
 
 REMEDY = "remedy"
+_PACKAGE = str(Path(__file__).parents[1])
 
 OLD_REMEDIES: dict[str, type[AnyRemedy]] = {
     "auxk": AuxK,
@@ -50,7 +53,8 @@ def with_remedy(
     if len(named) > 1:
         raise UserError(
             f"{place}{' and '.join(path + key for key in named)} are two remedies for dead latents,"
-            f" but training uses one; keep one of them, as {path}{REMEDY}."
+            f" but training uses one; keep one of them, as {path}{REMEDY}. A run that earlier "
+            "versions began with both needs Sparsight 0.1 to continue."
         )
     found = {key: value for key, value in values.items() if key not in OLD_REMEDIES}
     if named:
@@ -103,10 +107,8 @@ def pairs_with_remedy(grid: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
             f"grid: {' and '.join(names)} cannot vary together: an autoencoder has at most one "
             f"remedy for dead latents. List the remedies as {REMEDY}."
         )
-    warnings.warn(
+    _warn_caller(
         f"grid: {old[0]} is now called {REMEDY}; the next version drops the old key.",
-        FutureWarning,
-        stacklevel=3,
     )
     found = []
     for key, value in grid:
@@ -137,6 +139,25 @@ def _tagged(key: str, value: Any) -> Any:
     return value
 
 
+def remedy_of_old_name(remedy: AnyRemedy | None, name: str) -> AnyRemedy | None:
+    """Return what the former field `name` of `TrainConfig` held, and warn that it is gone."""
+    _warn_caller(
+        f"TrainConfig.{name} is now TrainConfig.{REMEDY}; the next version drops the old name.",
+    )
+    return remedy if type(remedy) is OLD_REMEDIES[name] else None
+
+
+def _warn_caller(message: str) -> None:
+    """Warn, and name the nearest line outside Sparsight as the place."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, "<")):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message, FutureWarning, frame.f_code.co_filename, frame.f_lineno,
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )  # fmt: skip
+
+
 def _warn(place: str, path: str, old: Mapping[str, Any], remedy: Any) -> None:
     shown = repr(remedy)
     if remedy == NONE:
@@ -146,9 +167,7 @@ def _warn(place: str, path: str, old: Mapping[str, Any], remedy: Any) -> None:
     beside = ""
     if "auxk" not in old and not _is_none(remedy):
         beside = " Training uses one remedy, so AuxK, formerly on by default, is now off."
-    warnings.warn(
+    _warn_caller(
         f"{place}{', '.join(path + key for key in old)}: now write {path}{REMEDY} = {shown}; the "
         f"next version drops the old key.{beside}",
-        FutureWarning,
-        stacklevel=3,
     )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsight.config import load
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json
 from sparsight.notebooks import data_frame
@@ -17,7 +16,7 @@ from sparsight.runs import checkpoint_files
 from sparsight.runs.folder import RunFolder
 from sparsight.sae import SparseAutoencoder
 from sparsight.sae.files import WEIGHTS
-from sparsight.training.config import TrainConfig, TrainRecipe
+from sparsight.training.config import TrainConfig, TrainRecipe, stored_recipe
 
 if TYPE_CHECKING:
     import pandas
@@ -71,7 +70,7 @@ class Run(RunFolder):
     @property
     def recipe(self) -> TrainRecipe:
         """Everything needed to repeat the run."""
-        return load(TrainRecipe, self.folder(self.sites[0]) / CONFIG)
+        return stored_recipe(self.folder(self.sites[0]) / CONFIG)
 
     @property
     def config(self) -> TrainConfig:
@@ -165,7 +164,7 @@ def unfinished(folder: Path) -> list[str]:
         if (own / WEIGHTS).exists() or diverged(own) is not None:
             continue
         try:
-            recipe = load(TrainRecipe, path)
+            recipe = stored_recipe(path)
         except UserError:
             continue  # belongs to something else
         roots = (own, own.parent, own.parent.parent)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsight.activations import ActivationSource, HeldOut
-from sparsight.config import load, write_toml
+from sparsight.config import write_toml
 from sparsight.devices import choose_device
 from sparsight.errors import SparsightError, UserError
 from sparsight.figures import shown_in
@@ -32,7 +32,7 @@ from sparsight.runs import checkpoint_files
 from sparsight.runs.folder import RunFolder
 from sparsight.sae.files import WEIGHTS
 from sparsight.training import checkpoint
-from sparsight.training.config import TrainConfig, TrainRecipe
+from sparsight.training.config import TrainConfig, TrainRecipe, stored_recipe
 from sparsight.training.grid import TOKENS, Setting, checked, combinations, configuration
 from sparsight.training.identity import holds_part, identity
 from sparsight.training.planning import Activations, recipe_of, resolve, with_length, with_target
@@ -321,7 +321,7 @@ def _recipes(
     for path in (*out.glob(f"*/{CONFIG}"), *out.glob(f"*/*/{CONFIG}")):
         name = path.relative_to(out).parts[0]
         with suppress(UserError):  # `holds_part` reports damaged ones
-            there[json.dumps(identity(load(TrainRecipe, path)), sort_keys=True)] = name
+            there[json.dumps(identity(stored_recipe(path)), sort_keys=True)] = name
     recipes = {}
     for name, (setting, train) in config.members.items():
         source = sources[setting[TOKENS]] if TOKENS in setting else next(iter(sources.values()))
