@@ -217,7 +217,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "dead", "dead latents",
-        "Share of latents that were not active once in the last N vectors; N is shown next to it.",
+        "Share of latents that were never active in the last N vectors; N is shown next to it.",
         percent, "lower", _SHARE, short="dead", term="dead",
         places=("log", "card", "headline", "table", "sweep"),
     ),

@@ -351,7 +351,9 @@ def read_legacy(
             dtype = storage_dtype(kind)
             total += elements * dtype.itemsize
             if elements < 0 or total > size:
-                raise PickleError(f"its tensors take {total:,} bytes, the file {size:,}")
+                raise PickleError(
+                    f"its tensors take {total:,} bytes, but the file has only {size:,}"
+                )
             storages[key] = Storage(torch.zeros(elements, dtype=dtype))
         view = identity[5] if len(identity) == 6 else None
         if view is None:

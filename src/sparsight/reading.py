@@ -170,7 +170,7 @@ def _read_zip(file: io.BufferedIOBase, size: int) -> Any:
             raise PickleError("its entries are compressed, which torch.save does not do")
         total = sum(entry.file_size for entry in entries.values())
         if total > size:
-            raise PickleError(f"its entries take {total:,} bytes, the file {size:,}")
+            raise PickleError(f"its entries take {total:,} bytes, but the file has only {size:,}")
         roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
         if len(roots) != 1 or roots[0].count("/") != 1:
             raise PickleError("it is not an archive of torch.save: it has no data.pkl")

@@ -87,7 +87,7 @@ def check_header(path: Path) -> None:
     except OSError as error:
         raise damaged(path, error) from error
     if size < 8 or length > min(LONGEST_HEADER, size - 8):
-        raise damaged(path, f"its header says {length:,} bytes, the file has {size:,}")
+        raise damaged(path, f"its header says {length:,} bytes, but the file has {size:,}")
 
 
 def write_safetensors(

@@ -124,7 +124,7 @@ def test_too_many_broken_images_stop(model: VisionModel, tmp_path: Path) -> None
         path.write_bytes(b"no picture")
     images = open_images(str(tmp_path / "photos"))
     live = LiveActivations(model, images, SITES, workers=0, max_failed=1)
-    with pytest.raises(SparsightError, match="No image of a whole epoch"):
+    with pytest.raises(SparsightError, match="Not a single image could be read"):
         next(live.stream(SITES, 10))
 
 

@@ -95,9 +95,9 @@ def test_a_batch_mixes_images_beyond_its_blocks(windowed: ActivationStore) -> No
 def test_a_foreign_or_damaged_cursor_is_refused(windowed: ActivationStore) -> None:
     stream = windowed.stream([BLOCK_0], 4)
     state = stream.state_dict()
-    with pytest.raises(UserError, match="seed is 1, here 0"):
+    with pytest.raises(UserError, match="seed is 1, but here it is 0"):
         stream.load_state_dict(windowed.stream([BLOCK_0], 4, seed=1).state_dict())
-    with pytest.raises(UserError, match="n_images is 5, here 23"):
+    with pytest.raises(UserError, match="n_images is 5, but here it is 23"):
         stream.load_state_dict(windowed.select(range(5)).stream([BLOCK_0], 4).state_dict())
     for damage in ({"epoch": None}, {"window": "2"}, {"window": 10_000}, {"offset": -1}):
         with pytest.raises(UserError, match="damaged"):

@@ -341,7 +341,7 @@ def _described(images: ImageSource, batch: ImageBatch) -> tuple[dict[int, ImageI
 
 
 def _outcomes(batch: ImageBatch) -> list[tuple[int, tuple[int, int] | None, str | None]]:
-    """Return index, size and reason of failure of each image of a batch, in order."""
+    """Return index, size and reason for the failure of each image of a batch, in order."""
     read = [(index, size, None) for index, size in zip(batch.indices, batch.sizes, strict=True)]
     failed = [(index, None, reason) for index, reason in batch.failures]
     return sorted([*read, *failed], key=lambda outcome: outcome[0])

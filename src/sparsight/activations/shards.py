@@ -76,7 +76,9 @@ def write_tensors(
         for part in parts:
             for at in range(0, len(part), _PIECE):
                 if cancelled is not None and cancelled.is_set():
-                    raise SparsightError(f"{path}: was given up while it was written.")
+                    raise SparsightError(
+                        f"{path}: writing was cancelled before the file was complete."
+                    )
                 piece = part[at : at + _PIECE]
                 digest.update(piece)
                 while piece:  # an unbuffered file may accept only a part of it

@@ -170,7 +170,7 @@ class ActivationStore:
         indices = table.filter(pc.equal(table["status"], "ok"))["index"].to_numpy()
         if len(indices) != self._starts[-1]:
             raise SparsightError(
-                f"{self.path / IMAGES}: lists {len(indices):,} images, the shards hold "
+                f"{self.path / IMAGES}: lists {len(indices):,} images, but the shards hold "
                 f"{self._starts[-1]:,}. Extract again."
             )
         chosen: Rows = indices[self._rows]

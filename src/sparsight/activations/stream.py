@@ -170,7 +170,7 @@ class VectorStream(Iterator[dict[str, Tensor]]):
             if state[key] != own[key]:
                 raise UserError(
                     f"The saved position belongs to other activations: {key} is {state[key]}, "
-                    f"here {own[key]}."
+                    f"but here it is {own[key]}."
                 )
         at = Position(state["epoch"], state["window"])
         if at.epoch < 0 or not 0 <= at.window < self.plan.n_windows or state["offset"] < 0:
@@ -203,7 +203,7 @@ class VectorStream(Iterator[dict[str, Tensor]]):
                 break
             self._go_to(self._after(self._at), 0)
         else:
-            raise SparsightError("No image of a whole epoch could be read.")
+            raise SparsightError("Not a single image could be read in a whole epoch.")
         self._window, self._ready = window, True
         shuffle = np.random.default_rng([self.seed, *self._at, 1])
         self._order = torch.from_numpy(shuffle.permutation(n))

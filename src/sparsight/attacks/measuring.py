@@ -59,7 +59,7 @@ class AttackReport:
         margin: mean logit of an image's own class minus that of the attacking word's, by kind.
         margin_shift: mean of the margin's paired change between kinds.
         failed: number of images that did not load, by kind; they are left out of every kind.
-        reasons: reasons of the first failures.
+        reasons: reasons for the first failures.
         templates: sentences for the class names.
         edits: descriptions of the edits of the model.
         pairs: how the words were made.

@@ -49,7 +49,7 @@ class Outcomes:
         by_variant: outcomes by variant (`original` first) and kind.
         n: number of images scored.
         failed: number of images that did not load, by kind; they are left out of every kind.
-        reasons: reasons of the first failures.
+        reasons: reasons for the first failures.
     """
 
     by_variant: dict[str, dict[str, Outcome]]

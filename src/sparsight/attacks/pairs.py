@@ -103,7 +103,7 @@ def make_pairs(
             world, all of its symbols.
         style: how words look; default: the world's own band on its scenes, otherwise `TextStyle()`.
         n: number of images, chosen at random; default: all.
-        seed: seed of words, places and choice.
+        seed: seed of the words and their places, and of the choice.
         nonsense: what `control` shows: letters drawn with their frequencies in class names, or the
             attacking word's own letters in another order. (A model that reads letters rather than
             words mistakes an anagram for the word.)

@@ -35,7 +35,7 @@ class PairPass:
     Attributes:
         loaded: by place in the pairs, whether an image has loaded in every kind so far.
         failed: number of images that did not load, by kind; kinds without failures are left out.
-        reasons: reasons of the first three failures.
+        reasons: reasons for the first three failures.
     """
 
     def __init__(

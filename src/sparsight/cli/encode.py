@@ -39,7 +39,7 @@ class EncodeOptions(SubjectOptions):
     """Images at a time; default: 64, or with a store, as many as hold about 16,000 vectors."""
 
     flush_seconds: float = 60.0
-    """Seconds between writes to disk, at most: a killed process loses no more than that."""
+    """Longest time between writes to disk, in seconds; a killed process loses no more than that."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ class ExtractOptions(ModelOptions):
     """Images per forward pass."""
 
     flush_seconds: float = 60.0
-    """Seconds between writes to disk, at most: a killed process loses no more than that."""
+    """Longest time between writes to disk, in seconds; a killed process loses no more than that."""
 
 
 def main(arguments: Sequence[str]) -> None:

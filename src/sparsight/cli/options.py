@@ -43,10 +43,10 @@ class ModelOptions(CommandOptions):
 
     model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     """Type of the model's numbers; default: the type with which an autoencoder was trained, or
-    float32. auto: bfloat16 if the device multiplies in it, otherwise float32."""
+    float32. auto: bfloat16 if the device can multiply in it, otherwise float32."""
 
     scale_jpegs: bool = False
-    """Decode JPEGs that are much larger than the model's input at reduced size. On by default if
+    """Decode JPEGs at reduced size if they are much larger than the model's input. On by default if
     an autoencoder was trained that way."""
 
     revision: str | None = None

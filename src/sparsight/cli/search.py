@@ -64,7 +64,8 @@ class SearchOptions(ModelOptions):
 
     image: Annotated[Path | None, tyro.conf.arg(aliases=("--picture",))] = None
     """Image to search by. This also works with models without a joint space of images and texts:
-    they compare CLS after the final norm, or the mean over positions if there is no CLS."""
+    for these, CLS after the final norm is compared, or the mean over positions if there is no
+    CLS."""
 
     images: str | None = None
     """Images to search, in any form that `extract` takes; default: those on which the SAE was

@@ -49,7 +49,8 @@ class FinetuneConfig:
     """Share of each batch that comes from the attack set."""
 
     captions: CaptionUse = "both"
-    """Texts of the data: its own captions, its labels in a sentence, or a random choice of both."""
+    """Texts of the data: its own captions, its labels in a sentence, or a random
+    choice between the two."""
 
     attack_captions: CaptionUse = "both"
     """Texts of the attack set, with the same choices."""
@@ -73,7 +74,8 @@ class FinetuneConfig:
     """Temperature of similarity_of_similarities; InfoNCE uses the learned logit scale."""
 
     entropy: float = 0.0
-    """Weight of the predictions' mean entropy, which is subtracted; 0.02 in one of his scripts."""
+    """Weight of the predictions' mean entropy, which is subtracted from the loss; 0.02 in one of
+    zer0int's scripts."""
 
     distillation: float = 10.0
     """Weight of the distance, 1 − cosine, from the original's embeddings of clean images and
@@ -81,8 +83,8 @@ class FinetuneConfig:
     """
 
     pull: float = 10.0
-    """Weight of the same distance between an attacked image and the original's embedding of that
-    image without words, if the attack set has it.
+    """Weight of the distance, 1 − cosine, between the embedding of an attacked image and the
+    original's embedding of the same image without words, if the attack set has both.
     """
 
     penalty: float = 0.0
@@ -139,7 +141,7 @@ class FinetuneConfig:
 
     checkpoint_every: int | None = None
     """Steps between checkpoints; None means a tenth of the run, less often if writing is slow.
-    Others are written by time; see `finetune`.
+    `checkpoint_seconds` of `finetune` adds checkpoints by time.
     """
 
     def __post_init__(self) -> None:

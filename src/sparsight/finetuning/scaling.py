@@ -27,8 +27,8 @@ class NeuronScaling:
     """Which neurons of the vision tower's MLPs are scaled, by how much and how long."""
 
     factor: float = 1.0
-    """Factor on their values before the activation function, on attacked images; 1 has no effect.
-    100 in zer0int's script.
+    """Factor by which the neurons' values before the activation function are multiplied, on
+    attacked images; 1 has no effect. 100 in zer0int's script.
     """
 
     blocks: tuple[int, ...] = ()

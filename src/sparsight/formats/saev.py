@@ -85,7 +85,8 @@ class Saev(Format):
             wanted = wanted if key == "W_enc" else wanted[::-1]
             if tuple(tensors[key].shape) != wanted:
                 raise SparsightError(
-                    f"{path}: {key} is {list(tensors[key].shape)}, its header says {list(wanted)}."
+                    f"{path}: {key} is {list(tensors[key].shape)}, but its header says "
+                    f"{list(wanted)}."
                 )
         tensors["W_enc"] = tensors["W_enc"].T
         sparsity, notes = _sparsity(header, state, path)

@@ -200,7 +200,8 @@ def _check_memory(opened: Image.Image, data: bytes, whole: tuple[int, int]) -> N
     if needed > allowed:
         raise ImageError(
             f"{width} × {height} pixels in {len(data):,} bytes: decoding would take "
-            f"{needed / 2**20:,.0f} MiB, the limit for such a file is {allowed / 2**20:,.0f}"
+            f"{needed / 2**20:,.0f} MiB, but the limit for such a file is "
+            f"{allowed / 2**20:,.0f} MiB"
         )
 
 

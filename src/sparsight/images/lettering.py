@@ -73,10 +73,11 @@ class TextStyle:
     """Largest random deviation from the rotation, in degrees, in either direction."""
 
     band: str = "none"
-    """none; auto: a band in black or white, in contrast to the letters; or its colour."""
+    """none; auto: a band in black or white, in contrast to the letters; or the band's colour."""
 
     outline: str = "none"
-    """none; auto: an outline in black or white, in contrast to the letters; or its colour."""
+    """none; auto: an outline in black or white, in contrast to the letters; or the
+    outline's colour."""
 
     fit: Literal["shrink", "refuse"] = "shrink"
     """What to do if the image has no room for the word: write it smaller, or refuse the image."""

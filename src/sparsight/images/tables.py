@@ -262,7 +262,9 @@ def _records(names: list[str], delimiter: str, reader: Iterator[list[str]]) -> l
         if not cells:
             continue
         if len(cells) < len(names):
-            raise ValueError(f"row {number} has {len(cells)} cells, the header {len(names)}")
+            raise ValueError(
+                f"row {number} has {len(cells)} cells, but the header has {len(names)}"
+            )
         if any(cells[len(names) :]):
             raise ValueError(
                 f"row {number} has {len(cells)} cells, the header {len(names)}: text that holds "

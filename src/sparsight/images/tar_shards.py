@@ -211,7 +211,9 @@ def expand_braces(pattern: str) -> list[str]:
     if bounds:
         first, last = int(bounds[1]), int(bounds[2])
         if last < first or last - first >= MAX_SHARDS:
-            raise UserError(f"{pattern}: {{{match[1]}}} is not a rising range of at most 100,000.")
+            raise UserError(
+                f"{pattern}: {{{match[1]}}} is not an ascending range of at most 100,000 numbers."
+            )
         choices = [f"{n:0{len(bounds[1])}d}" for n in range(first, last + 1)]
     else:
         choices = match[1].split(",")

@@ -160,7 +160,7 @@ class CodeStore:
             raise SparsightError(f"{path}: is damaged ({error}). {AGAIN}") from error
         if table.num_rows != self.manifest.images["n_images"]:
             raise SparsightError(
-                f"{path}: lists {table.num_rows:,} images, but the codes are of "
+                f"{path}: lists {table.num_rows:,} images, but the codes cover "
                 f"{self.manifest.images['n_images']:,}. {AGAIN}"
             )
         return table

@@ -178,7 +178,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
         if (table_of_scores := make(metrics)) is not None:
             parts.append(_score_table(table_of_scores))
     if window := metrics.get("dead_window"):
-        parts.append(f"Dead: not active once in the last {count(window)} vectors.")
+        parts.append(f"Dead: never active in the last {count(window)} vectors.")
     gaps = scores.not_measured(metrics)
     parts += ["\n".join(f"- {escape(without_folders(gap))}" for gap in gaps)] if gaps else []
     return "\n\n".join(parts)

@@ -37,12 +37,12 @@ def load_model(
             or with Long-CLIP's positions; or `calibration`, the small CLIP that comes with
             Sparsight.
         device: "cpu", "cuda", "cuda:1", "xpu" or "mps"; default: a CUDA or Intel GPU if there is
-            one, otherwise the CPU. Apple's GPU (mps) must be named: it lacks float64, in which
-            training and evaluation sum.
+            one, otherwise the CPU. Apple's GPU (mps) must be named: it lacks float64, which
+            training and evaluation need for their sums.
         dtype: default: float32; bfloat16 saves memory and time; "auto" is bfloat16 if the device
             can multiply in it, otherwise float32. Activations differ between dtypes.
         revision: branch, tag or commit on the Hub; for Hub ids only.
-        scale_jpegs: decode JPEGs that are much larger than the model's input at a reduced size;
+        scale_jpegs: decode JPEGs at reduced size if they are much larger than the model's input;
             see `VisionModel.scale_jpegs`. Several times faster, but the bits differ.
         tokenizer: folder or Hub id of a tokenizer, if the model comes without its own.
 

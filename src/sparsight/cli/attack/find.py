@@ -80,15 +80,15 @@ class FindOptions(PairOptions):
     """False discovery rate."""
 
     selectivity: float = SELECTIVE
-    """Switch off those with at least this selectivity: 0.9 means 19 times as active with words as
-    without."""
+    """Switch off latents and neurons with at least this selectivity: 0.9 means 19 times as active
+    with words as without."""
 
     permutations: int = PERMUTATIONS
     """Number of random sign flips in the test."""
 
     check: bool = True
-    """Switch off what was found and, for comparison, random ones. Without this, all images serve
-    the search."""
+    """Switch off the latents or neurons that were found and, for comparison, as many random ones.
+    Without this, all images serve the search."""
 
     draws: int = 10
     """Number of random sets to compare with."""

@@ -26,15 +26,16 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class MeasureOptions(PairOptions):
-    """Measure a model on clean images, and with the name of another class, of their own class, or
-    of no class written on them."""
+    """Measure a model on clean images, and on the same images with the name of another class, the
+    name of their own class, or nonsense written on them."""
 
     off: tuple[Path, ...] = ()
-    """Folders that `attack find` wrote: switch off what it found and, for comparison, random
-    ones."""
+    """Folders that `attack find` wrote: switch off the latents or neurons that it found and, for
+    comparison, as many random ones."""
 
     selectivity: float | None = None
-    """Switch off those with at least this selectivity; default: as in `attack find`."""
+    """Switch off latents and neurons with at least this selectivity; default: as in
+    `attack find`."""
 
     draws: int = 10
     """Number of random sets to compare with."""

@@ -42,7 +42,7 @@ class PairOptions(ModelOptions):
     """Number of images, chosen at random; default: all."""
 
     seed: int = 0
-    """Seed of words, places, choice of images and random latents."""
+    """Seed of the words and their places, the choice of images, and the random latents."""
 
     classes: tuple[str, ...] = ()
     """Class names; default: the labels of the images."""
