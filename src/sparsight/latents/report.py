@@ -48,7 +48,7 @@ def write_report(
 
     Args:
         runs: run folders, or one folder that contains runs.
-        out: file of the page; in a folder, it is `report.html`.
+        out: file of the page, or a folder, in which `report.html` is then written.
         model: the model for heatmaps, if neither codes nor activations of the images are on disk;
             default: the model that the index names. If it cannot be loaded, the page says so and
             shows the images without heatmaps.
