@@ -531,7 +531,7 @@ def test_evaluate_uses_held_out_images_and_a_sweep_accepts_a_share_or_a_store(
 def test_an_empty_path_does_not_mean_the_working_folder(fails):
     assert "--out is empty" in fails("report", "run", "--out", "")
     assert "is empty" in fails("evaluate", "")
-    assert "No model named" in fails(
+    assert "No model is named" in fails(
         "extract", "--model", "", "--images", "calibration:2", "--out", "o"
     )
 

@@ -415,7 +415,7 @@ def test_batches_of_one_vector_train_or_name_the_batch_size(
     config = dataclasses.replace(CONFIG, sae=sae, batch_size=1, n_vectors=3)
     data = sparse_mixtures(("here",))
     if normaliser in ("layer_norm", "constant_norm"):
-        with pytest.raises(UserError, match=r"batch_size is 1\."):
+        with pytest.raises(UserError, match=r"batch_size is 1,"):
             train(data, config, out=tmp_path, quiet=True)
     else:
         assert torch.isfinite(train(data, config, out=tmp_path, quiet=True).sae().W_enc).all()
