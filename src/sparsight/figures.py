@@ -146,13 +146,15 @@ _SHARE = (0.0, 1.0)
 
 FIGURES: tuple[Figure, ...] = (
     Figure(
-        "vectors", "vectors", "Activation vectors trained on so far.", count,
+        "vectors", "vectors", "Number of activation vectors used in training so far.",
+        count,
         places=("card",),
     ),
     Figure(
         "fvu", "FVU",
-        "Fraction of variance unexplained: squared error of the reconstruction over the variance "
-        "of the activations, over the whole data set. 0 is perfect, 1 is no better than the mean.",
+        "Fraction of variance unexplained: the squared error of the reconstruction divided by the "
+        "variance of the activations, over the whole data set. 0 is perfect; 1 is no better than "
+        "the mean.",
         better="lower", term="FVU",
         places=("log", "card", "headline", "table", "sweep", "pareto"),
     ),
@@ -183,8 +185,8 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "relative_bias", "relative bias",
-        "Shrinkage of the reconstruction: its mean square over its mean product with the vector; 1 "
-        "means none.",
+        "Shrinkage of the reconstruction: its mean square divided by its mean product with the "
+        "vector; 1 means that there is no shrinkage.",
         range=(-math.inf, math.inf), places=("table",),
     ),
     Figure(
@@ -222,7 +224,7 @@ FIGURES: tuple[Figure, ...] = (
         places=("log", "card", "headline", "table", "sweep"),
     ),
     Figure(
-        "loss", "loss", "What training minimises, its penalties included.",
+        "loss", "loss", "What training minimises, including penalties.",
         better="lower", range=(-math.inf, math.inf), places=("card",),
     ),
     Figure(
@@ -232,14 +234,14 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "zero_shot.*.top1", "zero-shot top-1",
         "The model's own classification by text, with the activations at this site replaced by "
-        "their reconstruction, by their mean, or by zero. Reconstruction should be close to the "
-        "original and far above the other two.",
+        "their reconstruction, by their mean, or by zero. The accuracy with the reconstruction "
+        "should be close to the original and far above the other two.",
         percent, "higher", _SHARE, short="top-1", term="zero-shot",
         places=("headline", "table"), variants=REPLACEMENTS,
     ),
     Figure(
         "accuracy", "zero-shot accuracy",
-        "Zero-shot top-1 accuracy with the site reconstructed.",
+        "Zero-shot top-1 accuracy with reconstructed activations at the site.",
         percent, "higher", _SHARE, short="accuracy", term="zero-shot",
         places=("sweep", "pareto"),
     ),
@@ -250,7 +252,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "zero_shot.*.kl", "KL",
-        "Divergence of the classes' probabilities from the original's, in nats.",
+        "Divergence of the class probabilities from those of the original model, in nats.",
         better="lower", term="KL", variants=REPLACEMENTS,
     ),
     Figure(
@@ -262,25 +264,26 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "truth.*.auc", "AUC",
         "How well the activation of the single best latent separates images with an attribute from "
-        "those without. Chosen on one half of the images, scored on the other. 0.5 is chance.",
+        "those without. The latent is chosen on one half of the images and scored on the other. "
+        "0.5 is chance.",
         better="higher", range=_SHARE, term="AUC",
     ),
     Figure(
         "truth.*.f1", "F1",
-        "Harmonic mean of precision and recall of that latent at the best threshold of the first "
-        "half.",
+        "Harmonic mean of the precision and recall of that latent, at the threshold that is best "
+        "on the first half.",
         better="higher", range=_SHARE, term="F1",
     ),
     Figure(
         "truth.*.iou", "IoU",
-        "Overlap of that latent's heatmap, above a threshold, with where the attribute really is: "
-        "intersection over union of patches.",
+        "Overlap of that latent's heatmap, above a threshold, with the patches that really show "
+        "the attribute: intersection over union of patches.",
         better="higher", range=_SHARE, term="IoU",
     ),
     Figure(
         "truth.*.iou_everywhere", "all patches",
-        "IoU of a heatmap that is lit everywhere: the score that an attribute gets just for being "
-        "large.",
+        "IoU of a heatmap that covers the whole image: the score that an attribute gets just for "
+        "being large.",
         range=_SHARE, term="all patches",
     ),
 )  # fmt: skip
