@@ -29,13 +29,13 @@ class ArchitectureOptions:
 
     sparsity: str | None = None
     """Kind of sparsity: topk, batchtopk, abstopk, groupmax, relu, jumprelu, gated or
-    matchingpursuit. Its own flags are --sae.sparsity.…; see --help-all."""
+    matchingpursuit. A kind's flags are --sae.sparsity.…; see --help-all."""
 
     remedy: Annotated[
         str | None,
         tyro.conf.arg(
-            help=f"Remedy for dead latents: {', '.join(REMEDIES)} or none; default: auxk. Its own "
-            "flags are --remedy.…; see --help-all."
+            help=f"Remedy for dead latents: {', '.join(REMEDIES)} or none; default: auxk. A "
+            "remedy's flags are --remedy.…; see --help-all."
         ),
     ] = None
 

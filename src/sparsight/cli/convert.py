@@ -25,7 +25,7 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class ConvertOptions(CommandOptions):
-    """Write an SAE in another format, read it back, and compare the two.
+    """Write an SAE in another format, read the copy back, and compare it with the original.
 
     SAE is a run, a file or folder in any format that Sparsight reads, or a name on the Hub.
     """
@@ -34,14 +34,15 @@ class ConvertOptions(CommandOptions):
     """Folder, file, or name on the Hub: org/repo, org/repo/folder, org/repo/file.pt."""
 
     to: str = "sparsight"
-    """Format: sparsight, sparsify, saelens, dictionary_learning, …; the error for an unknown one
-    lists them all."""
+    """Format: sparsight, sparsify, saelens, dictionary_learning, …; the error for an unknown format
+    lists all formats."""
 
     out: Path | None = None
-    """Folder to write into; must be empty or new. Required."""
+    """Folder to write into; it must be empty or new. Required."""
 
     approximate: bool = False
-    """Also write a TopK with a ReLU to formats whose TopK has none, and report the difference."""
+    """Write a TopK with a ReLU even to formats whose TopK has no ReLU, and report the
+    difference."""
 
     revision: str | None = None
     """Branch, tag or commit on the Hub."""

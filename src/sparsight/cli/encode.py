@@ -36,10 +36,11 @@ class EncodeOptions(SubjectOptions):
     """Type of the values on disk."""
 
     batch_images: int | None = None
-    """Images at a time; default: 64, or with a store, as many as hold about 16,000 vectors."""
+    """Images per batch; default: 64, or, with a store, enough for about 16,000 vectors."""
 
     flush_seconds: float = 60.0
-    """Longest time between writes to disk, in seconds; a killed process loses no more than that."""
+    """Longest time between writes to disk, in seconds; a killed process loses at most this much
+    work."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -40,7 +40,8 @@ class EvaluateOptions(SubjectOptions):
     """Also measure an untrained SAE, PCA and raw neurons."""
 
     downstream: bool = True
-    """Load the model to measure zero-shot accuracy and contrastive loss with the site replaced."""
+    """Load the model to measure zero-shot accuracy and contrastive loss with reconstructed
+    activations."""
 
     templates: str = "simple"
     """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
@@ -52,11 +53,11 @@ class EvaluateOptions(SubjectOptions):
     """Measure on a random sample of this many images; default: all."""
 
     batch_images: int = 64
-    """Images at a time."""
+    """Images per batch."""
 
     dead_window: int | None = None
-    """Number of vectors without an activation after which a latent counts as dead; default:
-    10,000,000, or all vectors if there are fewer."""
+    """A latent counts as dead after this many vectors without an activation; default: 10,000,000,
+    or all vectors if there are fewer."""
 
     seed: int = 0
     """Seed of the sample of images, the untrained SAE, and the halves of the ground truth."""

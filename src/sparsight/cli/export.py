@@ -28,10 +28,11 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class ExportOptions(CommandOptions):
-    """Write a CLIP in another layout, read it back, and compare the embeddings of the two.
+    """Write a CLIP in another layout, read the copy back, and compare the embeddings of both
+    models.
 
     MODEL is a Hub id, a folder, `open_clip:NAME/PRETRAINED`, `calibration`, or a file of weights in
-    OpenAI's layout, as fine-tuning programs write them.
+    OpenAI's layout, such as fine-tuning programs write.
     """
 
     model: tyro.conf.Positional[str] = ""
@@ -42,8 +43,8 @@ class ExportOptions(CommandOptions):
     OpenAI's code; open_clip: a folder for open_clip's local-dir: scheme."""
 
     out: Path | None = None
-    """Folder to write into; must be new or empty. With the openai layout it can also be a new file
-    whose name ends in .safetensors or .pt. Required."""
+    """Folder to write into; it must be new or empty. The openai layout also allows a new file whose
+    name ends in .safetensors or .pt. Required."""
 
     gmp: bool = False
     """Write the MLPs in the geometric parametrisation (.r and .theta); openai layout only."""

@@ -47,7 +47,8 @@ class ExtractOptions(ModelOptions):
     """Images per forward pass."""
 
     flush_seconds: float = 60.0
-    """Longest time between writes to disk, in seconds; a killed process loses no more than that."""
+    """Longest time between writes to disk, in seconds; a killed process loses at most this much
+    work."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -107,15 +107,15 @@ class FinetuneOptions(ModelOptions):
     on which words are written."""
 
     images: str | None = None
-    """Other labelled images, for zero-shot accuracy without attack, and for retrieval if they have
-    captions."""
+    """Other labelled images, for zero-shot accuracy without an attack, and for retrieval if they
+    have captions."""
 
     train: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
     """How to train; [train] in a config file."""
 
     sae: Path | None = None
-    """Run of an SAE of the original model, to report how its latents change, and for --penalty;
-    default: train a small one first."""
+    """Run of an SAE of the original model, for --penalty and to report how its latents change;
+    default: first train a small SAE."""
 
     latents: bool = True
     """Report how latents change."""
@@ -134,8 +134,8 @@ class FinetuneOptions(ModelOptions):
     """Largest number of images for each measurement; if there are more, a random sample is used."""
 
     checkpoint_seconds: float | None = SECONDS
-    """Also write a checkpoint after this many seconds, or less often if writing takes more than a
-    fiftieth of that time. May differ when a run is continued."""
+    """Seconds between additional checkpoints; longer if writing takes more than a fiftieth of this
+    time. A continued run may use another value."""
 
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue an existing run."""

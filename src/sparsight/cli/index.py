@@ -33,7 +33,7 @@ class IndexOptions(SubjectOptions):
     """Run folders, or folders that contain runs."""
 
     codes: Path | None = None
-    """Codes that `encode` wrote, to read instead of activations."""
+    """Codes written by `encode`, to read instead of activations."""
 
     out: Path | None = None
     """Folder of the index; default: index/ in each run. An existing index is replaced."""
@@ -48,7 +48,7 @@ class IndexOptions(SubjectOptions):
     """Images to keep per quantile."""
 
     batch_images: int | None = None
-    """Images at a time; default: 64, or with a store, as many as hold about 16,000 vectors."""
+    """Images per batch; default: 64, or, with a store, enough for about 16,000 vectors."""
 
     seed: int = 0
     """Seed of the samples."""

@@ -36,18 +36,18 @@ class ModelOptions(CommandOptions):
     """Processes that decode images; default: the number of processors minus one."""
 
     max_failed: float = 0.01
-    """Largest share of images that may be broken; beyond it the run stops."""
+    """Largest share of images that may be broken; if more are, the run stops."""
 
     device: str | None = None
     """cpu, cuda, cuda:1, xpu or mps; default: a CUDA or Intel GPU if available, otherwise cpu."""
 
     model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     """Type of the model's numbers; default: the type with which an autoencoder was trained, or
-    float32. auto: bfloat16 if the device can multiply in it, otherwise float32."""
+    float32. auto: bfloat16 if the device can multiply such numbers, otherwise float32."""
 
     scale_jpegs: bool = False
     """Decode JPEGs at reduced size if they are much larger than the model's input. On by default if
-    an autoencoder was trained that way."""
+    the autoencoder was trained on such images."""
 
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""

@@ -24,13 +24,13 @@ class PretrainedOptions(CommandOptions):
     """List published SAEs of CLIP and similar models, from a table that comes with Sparsight."""
 
     model: str | None = None
-    """Only models whose name contains this."""
+    """List only models whose name contains this."""
 
     site: str | None = None
-    """Only sites whose name contains this, e.g. embedding, blocks.9. or resid_post."""
+    """List only sites whose name contains this, e.g. embedding, blocks.9. or resid_post."""
 
     format: str | None = None
-    """Only this format."""
+    """List only SAEs in this format."""
 
     json: bool = False
     """Print JSON, with the source of each row."""

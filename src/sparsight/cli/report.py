@@ -26,7 +26,7 @@ class ReportOptions(CommandOptions):
     """Run folders, or one folder that contains runs."""
 
     out: Path = Path("report.html")
-    """File of the page, or a folder, in which report.html is then written."""
+    """File of the page, or a folder in which to write report.html."""
 
     model: str | None = None
     """Model that computes the heatmaps if neither codes nor activations of the images are on disk;

@@ -64,15 +64,14 @@ class SearchOptions(ModelOptions):
 
     image: Annotated[Path | None, tyro.conf.arg(aliases=("--picture",))] = None
     """Image to search by. This also works with models without a joint space of images and texts:
-    for these, CLS after the final norm is compared, or the mean over positions if there is no
-    CLS."""
+    the comparison then uses CLS after the final norm or, without CLS, the mean over positions."""
 
     images: str | None = None
     """Images to search, in any form that `extract` takes; default: those on which the SAE was
     trained."""
 
     model: str | None = None
-    """Vision model; default: the one that the SAE names."""
+    """Vision model; default: the model that the SAE names."""
 
     sae: str | None = None
     """Run folder, file, or name on the Hub of an SAE on the site `embedding`."""
@@ -82,14 +81,15 @@ class SearchOptions(ModelOptions):
     reconstructed."""
 
     latents: tuple[str, ...] = ()
-    """Latents for the modes filtered and steered: numbers, or words from the index's names."""
+    """Latents for the modes `filtered` and `steered`: numbers, or words from their names in the
+    index."""
 
     activation: float | None = None
-    """Activation to which the mode steered sets the latents; default: their largest in the
-    collection."""
+    """Activation to which the mode `steered` sets the latents; default: the largest of each latent
+    in the collection."""
 
     query_latents: int = 8
-    """Number of the query's strongest latents that the mode query keeps."""
+    """Number of the query's strongest latents that the mode `query` keeps."""
 
     top: int = 24
     """Number of images to find."""
@@ -104,10 +104,10 @@ class SearchOptions(ModelOptions):
     """Search in a random sample of this many images; default: all."""
 
     batch_images: int = 64
-    """Images at a time."""
+    """Images per batch."""
 
     check: bool = True
-    """Refuse an SAE that was trained on other weights, or at another site."""
+    """Refuse an SAE that was trained on a model with other weights, or at another site."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -33,23 +33,24 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class SteerOptions(SubjectOptions):
-    """Change latents of an SAE over a range of strengths; measure zero-shot and retrieval.
+    """Change latents of an SAE over a range of strengths; measure zero-shot accuracy and retrieval.
 
-    Also measure accuracy with only, and without, the k latents that each class uses most.
+    Also measure accuracy with only the k latents that each class uses most, and without them.
     """
 
     run: tyro.conf.Positional[Path | None] = None
     """Run folder of the SAE. Required."""
 
     latents: tuple[str, ...] = ()
-    """Latents to change, by number or by words from the index's names: `--latents 12 anchor`."""
+    """Latents to change, by number or by words from their names in the index: `--latents 12
+    anchor`."""
 
     strengths: tuple[float, ...] = STRENGTHS
     """Strengths, in units of `--unit`; 0 switches the latent off."""
 
     unit: Literal["max", "absolute", "factor"] = "max"
     """Unit of the strengths. max: the latent's largest activation on the images; absolute: an
-    activation of 1; factor: multiplies the latent's activation."""
+    activation of 1; factor: the latent's own activation."""
 
     tokens: Literal["cls", "patches", "all"] | None = None
     """Positions to change; default: those on which the SAE was trained."""
@@ -70,17 +71,16 @@ class SteerOptions(SubjectOptions):
     """Folder for steer.json, .csv, .png and .svg; default: steer/ in the run."""
 
     max_images: int | None = 1000
-    """Use a random sample of this many images: every other one to choose latents, the rest to
-    measure."""
+    """Use a random sample of this many images: half to choose latents, half to measure."""
 
     batch_images: int = 64
-    """Images at a time."""
+    """Images per batch."""
 
     seed: int = 0
-    """Seed of the sample of images, and of the random latents that --curves compares with."""
+    """Seed of the sample of images, and of the random latents used for comparison in --curves."""
 
     check: bool = True
-    """Refuse an SAE that was trained on other weights, or at another site."""
+    """Refuse an SAE that was trained on a model with other weights, or at another site."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ class SubjectOptions(ModelOptions):
     """Other images to run the model over, in any form that `extract` takes."""
 
     model: str | None = None
-    """Vision model; default: the one that the SAE names."""
+    """Vision model; default: the model that the SAE names."""
 
     verify: bool = True
     """Verify a store's checksums before reading it."""

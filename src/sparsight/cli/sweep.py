@@ -49,7 +49,7 @@ HELP = Help(
 class SweepOptions(TrainOptions):
     """Train a sparse autoencoder for every combination of settings, at every site, in one pass.
 
-    The settings to vary are given with --vary or under [grid] in the config file. At the end every
+    The settings to vary are given with --vary or under [grid] in the config file. At the end, every
     autoencoder is measured on the same vectors; table.md, table.csv and plots/ are written to the
     sweep's folder.
     """
@@ -61,7 +61,8 @@ class SweepOptions(TrainOptions):
 
     vary: tuple[str, ...] = ()
     """Settings to vary, e.g. k=16,32 n_latents=1024,2048 seed=0,1 lr=3e-4,1e-3; any training option
-    by its dotted name. Added to [grid]; replaces entries of the same name."""
+    can be given by its dotted name. These settings are added to [grid] and replace entries of the
+    same name."""
 
     evaluate: bool = True
     """Measure every autoencoder on the same vectors, and write the table and the plots."""
@@ -71,18 +72,18 @@ class SweepOptions(TrainOptions):
     training. Default: the training data."""
 
     max_images: int | None = None
-    """Measure on a random sample of this many images; default: all of a store, or 2,000 if the
-    model has to run."""
+    """Measure on a random sample of this many images; default: all images of a store, or 2,000 if
+    the model has to run."""
 
     accuracy_images: int = ACCURACY_IMAGES
-    """Measure zero-shot accuracy on a random sample of this many images; 0 leaves it out and loads
-    no model."""
+    """Measure zero-shot accuracy on a random sample of this many images; 0 skips this measure and
+    loads no model."""
 
     templates: str = "simple"
     """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
 
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Refuse to continue an existing sweep, instead of training what is missing."""
+    """Refuse to continue an existing sweep, instead of training the missing autoencoders."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -63,8 +63,8 @@ class TrainOptions(TrainRecipe, ArchitectureOptions, ModelOptions):
     """Verify the store's checksums first."""
 
     checkpoint_seconds: float | None = SECONDS
-    """Also write a checkpoint after this many seconds, or less often if writing takes more than a
-    fiftieth of that time. May differ when a run is continued."""
+    """Seconds between additional checkpoints; longer if writing takes more than a fiftieth of this
+    time. A continued run may use another value."""
 
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue an existing run from its last checkpoint."""

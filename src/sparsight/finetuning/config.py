@@ -43,7 +43,7 @@ class FinetuneConfig:
     """Number of pairs that the loss compares with each other."""
 
     accumulation: int = 1
-    """Batches per step, whose gradients add up; the loss compares pairs within each."""
+    """Batches per step; their gradients add up, and the loss compares pairs within each batch."""
 
     attack_share: float = 0.5
     """Share of each batch that comes from the attack set."""
@@ -59,7 +59,7 @@ class FinetuneConfig:
     """Sentences for labels: simple, openai80, or one with {} in it."""
 
     truncate_captions: bool = False
-    """Cut captions that are too long for the model, rather than refuse them."""
+    """Cut captions that are too long for the model, instead of refusing them."""
 
     duplicates: Duplicates = "share"
     """Equal captions share their target (`share`), or never meet in a batch (`avoid`)."""
@@ -68,24 +68,23 @@ class FinetuneConfig:
     """CLIP's contrastive loss, or zer0int's loss for reproductions."""
 
     smoothing: float = 0.0
-    """Share of each target that is spread over the batch; 0.1 in zer0int's scripts."""
+    """Share of each target that is spread over the batch; zer0int's scripts use 0.1."""
 
     temperature: float = 0.07
     """Temperature of similarity_of_similarities; InfoNCE uses the learned logit scale."""
 
     entropy: float = 0.0
-    """Weight of the predictions' mean entropy, which is subtracted from the loss; 0.02 in one of
-    zer0int's scripts."""
+    """Weight of the predictions' mean entropy, which is subtracted from the loss; one of zer0int's
+    scripts uses 0.02."""
 
     distillation: float = 10.0
-    """Weight of the distance, 1 − cosine, from the original's embeddings of clean images and
-    captions.
-    """
+    """Weight of the distance, 1 − cosine, from the original model's embeddings of clean images and
+    captions."""
 
     pull: float = 10.0
     """Weight of the distance, 1 − cosine, between the embedding of an attacked image and the
-    original's embedding of the same image without words, if the attack set has both.
-    """
+    original model's embedding of the same image without words, if the attack set has both
+    images."""
 
     penalty: float = 0.0
     """Weight of the penalty on text-salient latents, if any are named."""
@@ -110,10 +109,10 @@ class FinetuneConfig:
     """The optimiser's ε; None means 1e-8 for AdamW and 1e-14 for AdaBelief."""
 
     rectify: bool = True
-    """Whether AdaBelief waits until it has enough steps to trust the variance."""
+    """Let AdaBelief wait until there are enough steps to trust the variance."""
 
     weight_decay: float = 1e-3
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, for matrices only."""
 
     schedule: ScheduleName = "cosine"
     """Schedule of the learning rates over the optimiser steps."""
@@ -140,9 +139,8 @@ class FinetuneConfig:
     """Steps between lines of `metrics.jsonl`; None means a hundredth of the run."""
 
     checkpoint_every: int | None = None
-    """Steps between checkpoints; None means a tenth of the run, less often if writing is slow.
-    `checkpoint_seconds` of `finetune` adds checkpoints by time.
-    """
+    """Steps between checkpoints; None means a tenth of the run, or more if writing is slow.
+    `checkpoint_seconds` of `finetune` adds checkpoints by time."""
 
     def __post_init__(self) -> None:
         check_types(self)

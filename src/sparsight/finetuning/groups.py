@@ -39,7 +39,7 @@ class Rates:
     """Attention, MLP and norms of the vision tower's blocks."""
 
     text_blocks: float = 0.1
-    """The same in the text tower."""
+    """The same parts of the text tower."""
 
     token_embedding: float = 1.0
     """The text tower's token embeddings."""

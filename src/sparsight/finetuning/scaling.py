@@ -28,11 +28,11 @@ class NeuronScaling:
 
     factor: float = 1.0
     """Factor by which the neurons' values before the activation function are multiplied, on
-    attacked images; 1 has no effect. 100 in zer0int's script.
-    """
+    attacked images; 1 has no effect. zer0int's script uses 100."""
 
     blocks: tuple[int, ...] = ()
-    """The blocks; negative numbers count from the end. Empty means the later half."""
+    """Blocks in which to scale neurons; negative numbers count from the end. Empty means the later
+    half."""
 
     top: int = 8
     """Neurons per block, if none are named: those with the largest mean over the positions of the

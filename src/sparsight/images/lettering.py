@@ -61,13 +61,14 @@ class TextStyle:
     X,Y: the middle of the word, as shares of the image's width and height from the top left."""
 
     colour: str = "auto"
-    """auto: black or white, whichever stands out more; or a name or #rrggbb that Pillow knows."""
+    """auto: black or white, whichever stands out more; or a colour that Pillow knows, by name or as
+    #rrggbb."""
 
     opacity: float = 1.0
-    """Opacity of word and band, above 0."""
+    """Opacity of the word and the band; above 0."""
 
     rotation: float = 0.0
-    """Degrees, counter-clockwise."""
+    """Rotation in degrees, counter-clockwise."""
 
     tilt: float = 0.0
     """Largest random deviation from the rotation, in degrees, in either direction."""

@@ -176,9 +176,9 @@ class SAEConfig:
     """How the active latents of a vector are chosen."""
 
     normaliser: NormaliserKind = "scale"
-    """"scale": subtract the mean, divide by one number so that E‖x‖² = d_in; "standardise": use
-    mean and deviation of each dimension; "layer_norm": use mean and deviation of each vector's
-    entries; "constant_norm": scale every vector to norm √d_in; "none"."""
+    """"scale": subtract the mean and divide by one number so that E‖x‖² = d_in; "standardise": use
+    the mean and deviation of each dimension; "layer_norm": use the mean and deviation of each
+    vector's entries; "constant_norm": scale every vector to norm √d_in; "none"."""
 
     unit_norm_decoder: bool = True
     """Keep each latent's decoder row at norm 1."""
@@ -204,9 +204,9 @@ class SAEConfig:
     estimated from a sample of the activations."""
 
     decoder_init: DecoderInit = "random"
-    """Initial decoder rows: random directions, or directions of data points, mixed with random ones
-    4 : 1. Rows from data fit from the first step; with ReLU fewer of them die, but with TopK more
-    do, because similar rows compete."""
+    """Initial decoder rows: random directions, or directions of data points, mixed 4 : 1 with
+    random ones. Rows from data fit well from the first step; with ReLU, fewer of these latents die,
+    but with TopK, more die, because similar rows compete."""
 
     def __post_init__(self) -> None:
         check_types(self)

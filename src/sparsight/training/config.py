@@ -71,14 +71,15 @@ class TrainConfig:
     """Remedy for dead latents; None trains without one."""
 
     sparsity_warmup: float = 0.05
-    """Share of the run in which the sparsity's penalty, if it has one, rises from 0."""
+    """Share of the run in which the sparsity penalty, if there is one, rises from 0."""
 
     target_site: str | None = None
-    """Train a transcoder, which predicts this site's activations from those of its input."""
+    """Train a transcoder, which predicts this site's activations from those of the site it
+    reads."""
 
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, e.g. 0.999; the resulting SAE is then
-    the average."""
+    """Decay of an exponential moving average of the weights, e.g. 0.999; the average then becomes
+    the SAE."""
 
     multi_topk: MultiTopK | None = None
     """Add a second reconstruction with more latents; only with TopK."""
@@ -88,13 +89,13 @@ class TrainConfig:
 
     kernels: Kernels = "auto"
     """Kernels that compute a step: "native" (compiled, CPU), "triton" (CUDA), "torch" (anywhere) or
-    "dense" (plain autograd, the slow reference); "auto" is the fastest that runs here. Their
-    results differ only by rounding. Architectures other than TopK and BatchTopK need "dense"."""
+    "dense" (plain autograd, the slow reference); "auto" is the fastest that runs here. Results
+    differ only by rounding. Architectures other than TopK and BatchTopK need "dense"."""
 
     precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = "auto"
-    """Precision of the product that selects latents; the selected ones are always scored in
+    """Precision of the product that selects latents; the selected latents are always scored in
     float32. "auto" is the fastest for these kernels on this processor; "float8" needs "triton" and
-    must be named."""
+    is never chosen by "auto"."""
 
     seed: int = 0
     """Seed of the initial weights, and of the order of the data unless `data_seed` is given."""
@@ -106,8 +107,8 @@ class TrainConfig:
     """Vectors between lines of `metrics.jsonl`; default: a hundredth of the run."""
 
     checkpoint_every: int | None = None
-    """Vectors between checkpoints; default: a tenth of the run, unless writing takes too long for
-    that. `checkpoint_seconds` of `train` adds checkpoints by time."""
+    """Vectors between checkpoints; default: a tenth of the run, or more if writing is slow.
+    `checkpoint_seconds` of `train` adds checkpoints by time."""
 
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where to log metrics in addition to `metrics.jsonl`."""
@@ -290,13 +291,14 @@ class TrainRecipe:
     """Sites to train on; `*` stands for every block. Default: all sites of the store."""
 
     tokens: Tokens | None = None
-    """Positions to train on; default: all, or with a store, those that it holds."""
+    """Positions to train on; default: all, or those in the store, if one is given."""
 
     held_out: float | None = None
-    """Share of the images to keep out of training, e.g. 0.1; `evaluate` then measures on these."""
+    """Share of the images to keep out of training, e.g. 0.1; `evaluate` measures on these
+    images."""
 
     held_out_seed: int = 0
-    """Seed of the choice of these images."""
+    """Seed of the choice of held-out images."""
 
     out: Path = Path("runs/sae")
     """Folder of the run."""

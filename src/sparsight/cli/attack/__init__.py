@@ -13,7 +13,7 @@ from sparsight.errors import UserError
 VERBS = {
     "measure": "how far words in images mislead a model, also with latents switched off",
     "find": "which latents or neurons respond to words, and what switching them off restores",
-    "curate": "write the images that activate them most, with captions and scores",
+    "curate": "write the images that most activate what was found, with captions and scores",
 }
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 def _help() -> str:
     return (
         "usage: sparsight attack {measure,find,curate} [OPTIONS]\n\n"
-        "Typographic attacks: how far words in images fool a model, and what in it reads them.\n\n"
+        "Typographic attacks: how far words in images fool a model, and what reads the words.\n\n"
         f"verbs:\n{listed(VERBS)}\n\n"
         "`sparsight attack VERB --help` lists a verb's options. Each verb writes its results to\n"
         "`--out`, and also reads its options from `--config FILE.toml`."

@@ -26,7 +26,7 @@ HELP = Help(
 class CurateOptions(ModelOptions):
     """Write the images that most activate the latents or neurons that `attack find` found.
 
-    The result is a folder with captions, and a tar.
+    The result is a folder of images with captions, and a tar file.
     """
 
     found: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
@@ -39,7 +39,7 @@ class CurateOptions(ModelOptions):
     """Folder to write; it must not exist yet."""
 
     model: str | None = None
-    """Vision model; default: the one in which the latents were found."""
+    """Vision model; default: the model in which the latents were found."""
 
     n: int = 200
     """Number of images to keep."""
@@ -58,13 +58,14 @@ class CurateOptions(ModelOptions):
     """Number of words in an opinion caption."""
 
     selectivity: float | None = None
-    """Score by latents or neurons with at least this selectivity; default: as in `attack find`."""
+    """Score images by latents or neurons with at least this selectivity; default: as in `attack
+    find`."""
 
     seed: int = 0
     """Seed of the search for opinions."""
 
     batch_images: int = 64
-    """Images at a time."""
+    """Images per batch."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -51,8 +51,8 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class FindOptions(PairOptions):
-    """Test each latent or neuron for a response to words, on one half of the images; on the other
-    half, switch off those that respond."""
+    """Test each latent or neuron for a response to words on one half of the images; switch off the
+    responsive ones on the other half."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders of SAEs; each is tested at its own site."""
@@ -71,7 +71,8 @@ class FindOptions(PairOptions):
     """Statistic over an image's positions."""
 
     alternative: Alternative = "greater"
-    """greater: find what is more active with words. two-sided: also what is less active."""
+    """greater: find latents or neurons that are more active with words. two-sided: also find less
+    active ones."""
 
     tokens: Read | None = None
     """Positions to read and edit; default: those on which the SAE was trained, or all."""
@@ -88,7 +89,7 @@ class FindOptions(PairOptions):
 
     check: bool = True
     """Switch off the latents or neurons that were found and, for comparison, as many random ones.
-    Without this, all images serve the search."""
+    With --no-check, the search uses all images."""
 
     draws: int = 10
     """Number of random sets to compare with."""

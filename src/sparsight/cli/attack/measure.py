@@ -26,11 +26,11 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class MeasureOptions(PairOptions):
-    """Measure a model on clean images, and on the same images with the name of another class, the
-    name of their own class, or nonsense written on them."""
+    """Measure a model on clean images, and on copies with words on them: the name of another class,
+    the name of the image's own class, or nonsense."""
 
     off: tuple[Path, ...] = ()
-    """Folders that `attack find` wrote: switch off the latents or neurons that it found and, for
+    """Folders that `attack find` wrote: switch off the latents or neurons found there and, for
     comparison, as many random ones."""
 
     selectivity: float | None = None

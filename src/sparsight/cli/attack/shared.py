@@ -36,7 +36,7 @@ class PairOptions(ModelOptions):
     """Images with labels, in any form that `extract` takes."""
 
     model: str | None = None
-    """Vision model with a text tower; default: the one in which the latents were found."""
+    """Vision model with a text tower; default: the model in which the latents were found."""
 
     n: int | None = None
     """Number of images, chosen at random; default: all."""
@@ -51,18 +51,18 @@ class PairOptions(ModelOptions):
     """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
 
     writing: Literal["auto", "text", "world"] = "auto"
-    """text: in the style set with --style. world: on the calibration world's own band. auto: world
-    on calibration scenes, text on other images."""
+    """text: words in the style set with --style. world: words on the calibration world's own band.
+    auto: world for calibration scenes, text for other images."""
 
     style: TextStyle = field(default_factory=TextStyle)
     """The look of the words."""
 
     nonsense: Nonsense = "letters"
-    """Text on control images. letters: random, as frequent as in class names; anagram: the word's
-    letters shuffled."""
+    """Text on control images. letters: random letters, as frequent as in class names; anagram: the
+    word's letters, shuffled."""
 
     batch_images: int = 64
-    """Images at a time."""
+    """Images per batch."""
 
 
 def model_of(

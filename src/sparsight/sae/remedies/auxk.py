@@ -34,8 +34,8 @@ class AuxK(Remedy):
     """Number of dead latents to use per vector; default: the power of two nearest to d_in / 2."""
 
     dead_after: int | None = None
-    """Vectors without an activation after which a latent counts as dead; default: 10,000,000 or a
-    tenth of the run, whichever is smaller."""
+    """A latent counts as dead after this many vectors without an activation; default: 10,000,000 or
+    a tenth of the run, whichever is smaller."""
 
     def __post_init__(self) -> None:
         check_types(self, "remedy.")

@@ -30,7 +30,8 @@ class GhostGradients(Remedy):
     label: ClassVar[str] = "ghost gradients"
 
     dead_after: int | None = None
-    """Vectors without an activation after which a latent counts as dead; default: as in `AuxK`."""
+    """A latent counts as dead after this many vectors without an activation; default: as in
+    `AuxK`."""
 
     def __post_init__(self) -> None:
         check_types(self, "remedy.")

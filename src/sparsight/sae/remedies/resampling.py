@@ -47,12 +47,12 @@ class Resampling(Remedy):
     """Largest number of resamplings."""
 
     dead_after: int | None = None
-    """Vectors without an activation after which a latent counts as dead; default: half of
+    """A latent counts as dead after this many vectors without an activation; default: half of
     `every`."""
 
     scale: float = 0.2
-    """Norm of the encoder row, relative to the live ones. New latents are similar, and many are
-    active for the same vector: with 1 they would drown out what the others have learnt."""
+    """Norm of a new encoder row, relative to live latents' rows. New latents are similar, and many
+    are active for the same vector: with 1 they would drown out what the others have learnt."""
 
     def __post_init__(self) -> None:
         check_types(self, "remedy.")

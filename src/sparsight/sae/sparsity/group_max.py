@@ -22,7 +22,8 @@ class GroupMax(Sparsity):
     """
 
     k: int = 32
-    """Number of groups, hence of active latents per vector at most; must divide n_latents."""
+    """Number of groups, and so the largest number of active latents per vector; it must divide
+    n_latents."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")

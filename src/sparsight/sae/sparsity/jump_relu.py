@@ -49,14 +49,14 @@ class JumpReLU(Sparsity):
     """What the penalty measures."""
 
     target_l0: float | None = None
-    """Number of active latents per vector at which training aims; only with "l0"."""
+    """Number of active latents per vector to aim for; only with "l0"."""
 
     bandwidth: float = 0.1
     """Width ε of the kernel that estimates gradients, in units of the pre-activations."""
 
     initial_threshold: float | None = None
     """Initial threshold θ, in units of the pre-activations. Default: √price, above which a latent
-    that is orthogonal to the others is worth its price; or 0.1 with "tanh", which is flat there."""
+    orthogonal to the others is worth its price; or 0.1 with "tanh", which is flat at √price."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")

@@ -32,13 +32,14 @@ class MatchingPursuit(Sparsity):
     has_encoder: ClassVar[bool] = False
 
     k: int = 32
-    """Number of choices per vector, hence of active latents at most."""
+    """Number of choices per vector, and so the largest number of active latents."""
 
     tolerance: float = 0.0
-    """Stop at a vector once the norm of its residual is below this."""
+    """Stop encoding a vector once the norm of its residual is below this."""
 
     stop_on_repeat: bool = False
-    """Stop at a vector once it chooses a latent again, including that choice, as in SAELens."""
+    """Stop encoding a vector when a latent is chosen again; that choice still counts, as in
+    SAELens."""
 
     def __post_init__(self) -> None:
         check_types(self, "sparsity.")
