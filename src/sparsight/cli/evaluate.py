@@ -28,7 +28,8 @@ HELP = Help(
 
 @dataclass(frozen=True)
 class EvaluateOptions(SubjectOptions):
-    """Measure SAEs: error, sparsity, zero-shot accuracy and ground truth, next to baselines."""
+    """Measure SAEs: error, sparsity, zero-shot accuracy and ground truth, compared with
+    baselines."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = tyro.MISSING
     """Run folders, or folders that contain runs."""
@@ -44,7 +45,7 @@ class EvaluateOptions(SubjectOptions):
     activations."""
 
     templates: str = "simple"
-    """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
+    """Sentences for zero-shot classification: simple, openai80, or your own with {} in it."""
 
     held_out: bool = True
     """Measure on the images that `train --held-out` kept out of training, if there are any."""

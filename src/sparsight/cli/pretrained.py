@@ -24,10 +24,10 @@ class PretrainedOptions(CommandOptions):
     """List published SAEs of CLIP and similar models, from a table that comes with Sparsight."""
 
     model: str | None = None
-    """List only models whose name contains this."""
+    """List only models whose name contains this text."""
 
     site: str | None = None
-    """List only sites whose name contains this, e.g. embedding, blocks.9. or resid_post."""
+    """List only sites whose name contains this text, e.g. embedding, blocks.9. or resid_post."""
 
     format: str | None = None
     """List only SAEs in this format."""

@@ -74,7 +74,7 @@ class SearchOptions(ModelOptions):
     """Vision model; default: the model that the SAE names."""
 
     sae: str | None = None
-    """Run folder, file, or name on the Hub of an SAE on the site `embedding`."""
+    """SAE on the site `embedding`: a run folder, a file, or a name on the Hub."""
 
     modes: tuple[Asked, ...] = ()
     """Kinds of search to compare side by side; default: plain, and with --sae also

@@ -62,7 +62,7 @@ class SteerOptions(SubjectOptions):
     """Values of k for --curves; default: 1, 2, 5, 10, … and all."""
 
     templates: str = "openai80"
-    """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
+    """Sentences for zero-shot classification: simple, openai80, or your own with {} in it."""
 
     index: Path | None = None
     """Latent index in which to look up names; default: index/ in the run, if it exists."""

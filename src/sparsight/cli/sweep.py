@@ -80,7 +80,7 @@ class SweepOptions(TrainOptions):
     loads no model."""
 
     templates: str = "simple"
-    """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
+    """Sentences for zero-shot classification: simple, openai80, or your own with {} in it."""
 
     fresh: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse to continue an existing sweep, instead of training the missing autoencoders."""

@@ -53,10 +53,10 @@ class FinetuneConfig:
     choice between the two."""
 
     attack_captions: CaptionUse = "both"
-    """Texts of the attack set, with the same choices."""
+    """Texts of the attack set; the choices are those of `captions`."""
 
     templates: str = "simple"
-    """Sentences for labels: simple, openai80, or one with {} in it."""
+    """Sentences for labels: simple, openai80, or your own with {} in it."""
 
     truncate_captions: bool = False
     """Cut captions that are too long for the model, instead of refusing them."""

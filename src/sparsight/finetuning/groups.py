@@ -48,7 +48,7 @@ class Rates:
     """Position embeddings of both towers, and the CLS embedding."""
 
     rest: float = 0.033
-    """Projections, the norms before and after the blocks, the patch convolution."""
+    """Projections, the norms before and after the blocks, and the patch convolution."""
 
     logit_scale: float = 1.0
     """The learned logit scale (and SigLIP's bias)."""

@@ -32,12 +32,11 @@ class NeuronScaling:
 
     blocks: tuple[int, ...] = ()
     """Blocks in which to scale neurons; negative numbers count from the end. Empty means the later
-    half."""
+    half of the blocks."""
 
     top: int = 8
-    """Neurons per block, if none are named: those with the largest mean over the positions of the
-    batch's attacked images.
-    """
+    """Number of neurons to scale per block if none are named: those with the largest mean over the
+    positions of the batch's attacked images."""
 
     until: float = 0.4
     """Share of the run after which scaling ends."""

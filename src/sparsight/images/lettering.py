@@ -74,11 +74,10 @@ class TextStyle:
     """Largest random deviation from the rotation, in degrees, in either direction."""
 
     band: str = "none"
-    """none; auto: a band in black or white, in contrast to the letters; or the band's colour."""
+    """none; auto: a black or white band, in contrast to the letters; or the band's colour."""
 
     outline: str = "none"
-    """none; auto: an outline in black or white, in contrast to the letters; or the
-    outline's colour."""
+    """none; auto: a black or white outline, in contrast to the letters; or the outline's colour."""
 
     fit: Literal["shrink", "refuse"] = "shrink"
     """What to do if the image has no room for the word: write it smaller, or refuse the image."""

@@ -74,8 +74,7 @@ class TrainConfig:
     """Share of the run in which the sparsity penalty, if there is one, rises from 0."""
 
     target_site: str | None = None
-    """Train a transcoder, which predicts this site's activations from those of the site it
-    reads."""
+    """Train a transcoder, which predicts this site's activations from those of another site."""
 
     ema: float | None = None
     """Decay of an exponential moving average of the weights, e.g. 0.999; the average then becomes

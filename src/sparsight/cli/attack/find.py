@@ -78,7 +78,7 @@ class FindOptions(PairOptions):
     """Positions to read and edit; default: those on which the SAE was trained, or all."""
 
     fdr: float = FDR
-    """False discovery rate."""
+    """Allowed false discovery rate."""
 
     selectivity: float = SELECTIVE
     """Switch off latents and neurons with at least this selectivity: 0.9 means 19 times as active

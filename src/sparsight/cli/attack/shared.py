@@ -48,7 +48,7 @@ class PairOptions(ModelOptions):
     """Class names; default: the labels of the images."""
 
     templates: str = "simple"
-    """Sentences for zero-shot classification: simple, openai80, or one with {} in it."""
+    """Sentences for zero-shot classification: simple, openai80, or your own with {} in it."""
 
     writing: Literal["auto", "text", "world"] = "auto"
     """text: words in the style set with --style. world: words on the calibration world's own band.
