@@ -64,7 +64,7 @@ def files(name: str) -> list[Path]:
 def test_the_examples_of_the_recipes_exist():
     sources = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
     for title, recipe in RECIPES.items():
-        examples = re.findall(r"`(\w+)`", recipe.partition("Example: ")[2].partition("\n\n1. ")[0])
+        examples = re.findall(r"`(\w+)`", recipe.partition("\n\n1. ")[0])
         assert examples, title
         for example in examples:
             assert any(re.search(rf"\b{example}\b", source) for source in sources), example
