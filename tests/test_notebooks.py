@@ -43,7 +43,7 @@ def test_a_report_shows_its_figures_beside_the_baselines() -> None:
         "baselines": {"pca": {"fvu": 0.1, "zero_shot": {"reconstructed": {"top1": 0.125}}}},
     }  # fmt: skip
     report = EvaluationReport(metrics, NO_LATENTS)
-    assert repr(report) == "EvaluationReport(FVU 0.123, L0 16.0, dead 25.0 %; beside it: pca)"
+    assert repr(report) == "EvaluationReport(FVU 0.123, L0 16.0, dead 25.0 %; baselines: pca)"
     page = report._repr_html_()
     assert "<tr><th>FVU</th><td>0.1235</td><td>0.1</td></tr>" in page
     assert "no &lt;scenes&gt;" in page

@@ -62,7 +62,7 @@ def test_test_images_are_not_trained_on_even_if_named_as_data(tmp_path, capsys):
     assert finetune(*flags, *SMALL) == 0
     assert "2 of 20 images are also among those to measure on" in capsys.readouterr().err
     told = fails(capsys, "--data", scenes, "--test", scenes, "--out", tmp_path / "other", *SMALL)
-    assert "nothing left to train on" in told
+    assert "none are left to train on" in told
 
 
 def fails(capsys, *arguments, model="calibration"):
@@ -129,7 +129,7 @@ def test_images_without_labels_need_class_names(tmp_path, photos, capsys):
 
 def test_an_invalid_model_is_one_message(tmp_path, capsys):
     assert main(["finetune"]) == 2
-    assert "Name the CLIP" in capsys.readouterr().err
+    assert "name a CLIP" in capsys.readouterr().err
     assert "no such folder" in fails(capsys, "--data", "calibration:9", model="./nowhere")
     told = fails(capsys, "--out", tmp_path / "run", model="./nowhere")
     assert "nowhere" in told

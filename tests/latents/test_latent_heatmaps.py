@@ -65,7 +65,7 @@ def test_an_sae_of_one_vector_per_image_has_no_heatmap(model: VisionModel) -> No
     pixels = torch.zeros(1, 3, 32, 32)
     with pytest.raises(UserError, match="one vector per image"):
         patch_heatmaps(make_sae(tokens="cls"), model, pixels, [0], site=SITE)
-    with pytest.raises(UserError, match="which site"):
+    with pytest.raises(UserError, match="site it was trained on"):
         patch_heatmaps(SparseAutoencoder(32), model, pixels, [0])
 
 
