@@ -130,6 +130,6 @@ def test_images_without_labels_need_class_names(tmp_path, photos, capsys):
 def test_an_invalid_model_is_one_message(tmp_path, capsys):
     assert main(["finetune"]) == 2
     assert "name a CLIP" in capsys.readouterr().err
-    assert "no such folder" in fails(capsys, "--data", "calibration:9", model="./nowhere")
+    assert "does not exist" in fails(capsys, "--data", "calibration:9", model="./nowhere")
     told = fails(capsys, "--out", tmp_path / "run", model="./nowhere")
     assert "nowhere" in told

@@ -506,7 +506,8 @@ def test_codes_and_an_index_of_a_store_need_no_images(model: VisionModel, tmp_pa
         build_index(sae, CodeStore(codes.path), out=tmp_path / "damaged", quiet=True)
     for opened in (acts.source, codes.source, index.source):
         with pytest.raises(
-            UserError, match=r"images that it was .*photos: no such.*Put them back"
+            UserError,
+            match=r"images (that|from which) it was .*photos: no such.*(Bring|Put) them back",
         ):
             opened()
 
