@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from sparsight.vision import VisionModel, load_model, zero_shot
     from sparsight.vision.saving import save_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "sparsight.activations": (
