@@ -82,11 +82,6 @@ def is_gmp(keys: Iterable[str]) -> bool:
     return any(key.endswith(".theta") for key in keys)
 
 
-def is_long(keys: Iterable[str]) -> bool:
-    """Return whether the positions are Long-CLIP's two tables."""
-    return any(key.endswith(RES) for key in keys)
-
-
 def to_huggingface(state: State) -> dict[str, Tensor]:
     """Convert OpenAI's layout to that of `transformers.CLIPModel`, bit by bit.
 
