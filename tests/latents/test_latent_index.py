@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from latent_parts import SITE, TensorActivations, make_sae, save_pictures
+from latent_parts import SITE, TensorActivations, as_version_1, make_sae, save_pictures
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, open_images
 from sparsight.latents import (
@@ -18,11 +21,13 @@ from sparsight.latents import (
     build_index,
     name_from_truth,
     set_names,
+    upgrade_index,
 )
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
 
 FILES = ("latents.parquet", "top_examples.safetensors", "images.parquet", "manifest.json")
+MAPPED = ("by_latent.safetensors", "by_image.safetensors", "label_counts.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +163,23 @@ def test_a_truncated_file_is_named(index: LatentIndex, name: str, share: float) 
         LatentIndex.open(index.folder)
 
 
+@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_damaged_mapped_file_is_named_when_it_is_used(
+    index: LatentIndex, name: str, damage: str
+) -> None:
+    path = index.folder / name
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-8] if damage == "cut" else data)
+    opened = LatentIndex.open(index.folder)
+    with pytest.raises(SparsightError, match=name):
+        _ = opened.by_latent, opened.by_image, opened.label_counts(0)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_noticed_anywhere(index: LatentIndex, name: str) -> None:
     path = index.folder / name
@@ -224,38 +246,76 @@ def test_names_are_written_and_the_rest_is_untouched(index: LatentIndex) -> None
         set_names(again, {96: LatentName("x", 1.0, "me")})
 
 
-@pytest.mark.parametrize("writes", range(4))
+@pytest.mark.parametrize("renames", range(6))
 def test_an_index_stays_intact_if_killed_while_names_are_written(
-    index: LatentIndex, writes: int, monkeypatch: pytest.MonkeyPatch
+    index: LatentIndex, renames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stop before the first, second and third of the three writes, and after all."""
-    import sparsight.latents.index as module
-
+    """Stop before each of the renames that put the new files in place."""
     done = 0
 
-    def stopping(write: object) -> object:
-        def stop(*arguments: object) -> None:
+    def stopping(rename: Callable[..., Any]) -> Callable[..., Any]:
+        def stop(*arguments: Any) -> Any:
             nonlocal done
-            if done == writes:
+            if done == renames:
                 raise KeyboardInterrupt
             done += 1
-            write(*arguments)  # type: ignore[operator]
+            return rename(*arguments)
 
         return stop
 
-    monkeypatch.setattr(module, "write_bytes", stopping(module.write_bytes))
-    monkeypatch.setattr(module, "write_json", stopping(module.write_json))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, stopping(getattr(Path, name)))
     names = {1: LatentName("sun", 0.9, "truth")}
-    if writes < 3:
-        with pytest.raises(KeyboardInterrupt):
-            set_names(index, names)
-    else:
+    with contextlib.suppress(KeyboardInterrupt):
         set_names(index, names)
+    stopped = done == renames
     monkeypatch.undo()
     found = LatentIndex.open(index.folder)
-    assert found.row(1)["name"] == ("sun" if writes >= 2 else None)
+    assert stopped or found.row(1)["name"] == "sun"
+    assert found.row(1)["name"] in (None, "sun")
     assert set_names(found, names).row(1)["name"] == "sun"
-    LatentIndex.open(index.folder)
+    assert LatentIndex.open(index.folder).firing(1)[0].tolist() == index.firing(1)[0].tolist()
+
+
+def test_version_1_is_read_and_upgraded_with_its_names(
+    index: LatentIndex, sae: SparseAutoencoder, activations: TensorActivations
+) -> None:
+    set_names(index, {4: LatentName("sun", 0.9, "truth")})
+    old = as_version_1(LatentIndex.open(index.folder))
+    assert old.version == 1
+    assert old.top(5) == index.top(5)
+    assert set_names(old, {7: LatentName("moon", 0.8, "truth")}).row(7)["name"] == "moon"
+    for ask in (old.uniform, old.firing, old.label_counts):
+        with pytest.raises(UserError, match=r"version 1, .*--upgrade"):
+            ask(5)
+    with pytest.raises(UserError, match="are not the 12 images"):
+        fewer = activations.images.select(range(12))
+        upgrade_index(old.folder, sae, TensorActivations(activations.x, fewer, activations.model))
+    new = upgrade_index(old.folder, sae, activations, quiet=True)
+    assert new.version == 2
+    assert [new.row(latent)["name"] for latent in (4, 7, 8)] == ["sun", "moon", None]
+    assert new.manifest["settings"]["top_n"] == 12
+    assert new.firing(5)[0].tolist() == index.firing(5)[0].tolist()
+    assert upgrade_index(new.folder, sae, activations).manifest == new.manifest
+
+
+def test_an_index_knows_all_images_and_their_labels(
+    built: LatentIndex, sae: SparseAutoencoder, activations: TensorActivations
+) -> None:
+    peaks = sae.encode(activations.x.flatten(0, 1)).dense().view(36, 17, -1).amax(1)
+    assert built.n_places == built.images.num_rows == 36
+    labels = built.images["label"].to_pylist()
+    assert built.label_totals == {label: labels.count(label) for label in sorted(set(labels))}
+    for latent in range(0, 96, 7):
+        places, values = built.firing(latent)
+        assert places.tolist() == peaks[:, latent].nonzero().flatten().tolist()
+        assert values.tolist() == peaks[places.astype(int), latent].tolist()
+        fires = [labels[place] for place in places]
+        assert built.label_counts(latent) == {label: fires.count(label) for label in set(fires)}
+        uniform = [example.image for example in built.uniform(latent)]
+        assert len(uniform) == min(16, len(places)) and set(uniform) <= set(places.tolist())
+    with pytest.raises(UserError, match="no image 36"):
+        built.info(36)
 
 
 def test_latents_are_named_in_words_after_the_attribute_that_they_detect_best(
@@ -365,5 +425,5 @@ def test_a_full_disk_leaves_the_old_index(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(SparsightError, match="No space left"):
-            index.save()
+            set_names(index, {1: LatentName("sun", 0.9, "truth")})
     assert {each.name: each.read_bytes() for each in index.folder.iterdir()} == before

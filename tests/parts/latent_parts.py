@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -16,7 +18,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from sparsight.activations import LiveActivations, OrderedBatch
 from sparsight.images import ImageSource
-from sparsight.latents import LatentName, build_index, set_names
+from sparsight.latents import LatentIndex, LatentName, build_index, set_names
+from sparsight.latents.index_files import EXAMPLES, IMAGES, LATENTS, parquet, write_manifest
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.vision import VisionModel
 
@@ -81,6 +84,39 @@ class TensorActivations(LiveActivations):
     def ordered(self, sites: Sequence[str], batch_images: int = 64) -> Iterator[OrderedBatch]:
         for images in torch.arange(len(self.x)).split(batch_images):
             yield OrderedBatch(images, {SITE: self.x[images]})
+
+
+def as_version_1(index: LatentIndex) -> LatentIndex:
+    """Rewrite an index on disk as version 0.2 of the package wrote it."""
+    new = ("cls_share", "moran", "moran_null", "q10", "q50", "q90", "q99", "histogram")
+    new += ("histogram_low", "histogram_high", "map_x", "map_y", "name_threshold")
+    shown = {example.image for latent in range(index.n_latents) for example in index.top(latent)}
+    shown |= {
+        example.image
+        for latent in range(index.n_latents)
+        for band in index.samples(latent)
+        for example in band
+    }
+    tensors = safetensors.torch.load_file(index.folder / EXAMPLES)
+    contents = {
+        LATENTS: parquet(index.table.drop_columns(list(new))),
+        IMAGES: parquet(index.images.take(sorted(map(index.image_places.tolist().index, shown)))),
+        EXAMPLES: safetensors.torch.save(
+            {name: tensor for name, tensor in tensors.items() if "uniform" not in name}
+        ),
+    }
+    for path in index.folder.iterdir():
+        path.unlink()
+    files = {}
+    for name, data in contents.items():
+        (index.folder / name).write_bytes(data)
+        files[name] = [hashlib.sha256(data).hexdigest()]
+    settings = dict(index.manifest["settings"])
+    del settings["uniform_samples"]
+    manifest = {**index.manifest, "version": 1, "files": files, "settings": settings}
+    del manifest["n_entries"], manifest["n_label_counts"]
+    write_manifest(index.folder, manifest)
+    return LatentIndex.open(index.folder)
 
 
 EVIL = "<script>alert('name')</script>"

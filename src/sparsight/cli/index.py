@@ -16,11 +16,16 @@ from sparsight.cli.printing import print_notes
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.files import read_json
-from sparsight.latents import CodeStore, build_index
+from sparsight.latents import CodeStore, build_index, upgrade_index
+from sparsight.latents.build import UNIFORM_SAMPLES
 from sparsight.sae import SparseAutoencoder
 
 HELP = Help(
-    examples=("runs/b32-l9", "runs/b32-l9 --codes runs/b32-l9/codes"),
+    examples=(
+        "runs/b32-l9",
+        "runs/b32-l9 --codes runs/b32-l9/codes",
+        "runs/b32-l9 --upgrade",
+    ),
     needed=("runs",),
 )
 
@@ -47,6 +52,13 @@ class IndexOptions(SubjectOptions):
     samples_per_quantile: int = 4
     """Images to keep per quantile."""
 
+    uniform_samples: int = UNIFORM_SAMPLES
+    """Images to draw from all in which a latent fires."""
+
+    upgrade: bool = False
+    """Bring an index of format version 1 to version 2: keep its names and settings, and read its
+    images once more."""
+
     batch_images: int | None = None
     """Images per batch; default: 64, or, with a store, enough for about 16,000 vectors."""
 
@@ -71,18 +83,23 @@ def main(arguments: Sequence[str]) -> None:
     subjects = Subjects(options)
     codes = None if options.codes is None else CodeStore(options.codes, verify=options.verify)
     for folder, sae in saes.items():
-        known = _known(folder, sae)
-        index = build_index(
-            sae,
-            subjects.activations(folder, sae) if codes is None else codes,
-            out=options.out or folder / "index",
-            top_n=options.top_n,
-            quantiles=options.quantiles,
-            samples_per_quantile=options.samples_per_quantile,
-            batch_images=options.batch_images,
-            seed=options.seed,
-            metrics=known,
-        )
+        out = options.out or folder / "index"
+        data = subjects.activations(folder, sae) if codes is None else codes
+        if options.upgrade:
+            index = upgrade_index(out, sae, data, batch_images=options.batch_images)
+        else:
+            index = build_index(
+                sae,
+                data,
+                out=out,
+                top_n=options.top_n,
+                quantiles=options.quantiles,
+                samples_per_quantile=options.samples_per_quantile,
+                uniform_samples=options.uniform_samples,
+                batch_images=options.batch_images,
+                seed=options.seed,
+                metrics=_known(folder, sae),
+            )
         never = index.n_latents - sum(row > 0 for row in index.table["n_active"].to_pylist())
         named = index.n_latents - index.table["name"].null_count
         print(

@@ -8,7 +8,7 @@ Start at `build_index` (build.py), then `LatentIndex` (index.py) and `write_repo
 
 from __future__ import annotations
 
-from sparsight.latents.build import build_index
+from sparsight.latents.build import build_index, upgrade_index
 from sparsight.latents.code_shards import CodeBatch
 from sparsight.latents.codes import CodeStore
 from sparsight.latents.comparison import compare
@@ -21,7 +21,9 @@ from sparsight.latents.heatmaps import (
     seen_pictures,
 )
 from sparsight.latents.index import Example, LatentIndex
+from sparsight.latents.label_counts import LabelCounts
 from sparsight.latents.names import LatentName, name_from_truth, set_names
+from sparsight.latents.postings import Postings
 from sparsight.latents.report import write_report
 from sparsight.latents.strips import LatentStrip, show_latent
 
@@ -29,9 +31,11 @@ __all__ = [
     "CodeBatch",
     "CodeStore",
     "Example",
+    "LabelCounts",
     "LatentIndex",
     "LatentName",
     "LatentStrip",
+    "Postings",
     "activation_heatmaps",
     "build_index",
     "compare",
@@ -43,5 +47,6 @@ __all__ = [
     "seen_pictures",
     "set_names",
     "show_latent",
+    "upgrade_index",
     "write_report",
 ]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import safetensors.torch
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from sparsight.activations import ActivationSource
 from sparsight.config import check_positive, check_seed
 from sparsight.errors import UserError
-from sparsight.files import read_json
+from sparsight.files import read_json, write_bytes
 from sparsight.folders import replaced
-from sparsight.images import ImageInfo, ImageSource
+from sparsight.images import ImageSource
 from sparsight.latents.code_shards import CodeBatch
 from sparsight.latents.codes import CodeStore
 from sparsight.latents.encoding import (
@@ -24,16 +26,37 @@ from sparsight.latents.encoding import (
     find_activations,
     usual_batch,
 )
-from sparsight.latents.image_records import ImageRecords, image_records
-from sparsight.latents.index import FILES, FORMAT, MANIFEST, VERSION, LatentIndex
-from sparsight.latents.names import LatentName, names_from_truth, with_names
-from sparsight.latents.statistics import Examples, LatentStatistics, label_mixture, quantile_samples
+from sparsight.latents.heatmaps import has_heatmaps
+from sparsight.latents.image_records import image_records
+from sparsight.latents.index import LatentIndex
+from sparsight.latents.index_files import (
+    AGAIN,
+    BUILT,
+    BY_IMAGE,
+    BY_LATENT,
+    EXAMPLES,
+    FILES,
+    FORMAT,
+    IMAGES,
+    LABEL_COUNTS,
+    LABELS,
+    LATENTS,
+    MANIFEST,
+    VERSION,
+    described,
+    parquet,
+    write_manifest,
+)
+from sparsight.latents.names import LatentName, names_from_truth, names_of, with_names
+from sparsight.latents.postings import Postings, PostingSpool
+from sparsight.latents.statistics import LatentStatistics
+from sparsight.latents.summary import latent_table, summarise
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, count_from_start
 
-SAMPLE_PER_PLACE = 4
-"""Images in the random sample per image shown from it, so that quantiles are even."""
+UNIFORM_SAMPLES = 16
+"""Images drawn by default from all in which a latent fires."""
 
 
 @torch.no_grad()
@@ -47,6 +70,7 @@ def build_index(
     top_n: int = 16,
     quantiles: int = 4,
     samples_per_quantile: int = 4,
+    uniform_samples: int = UNIFORM_SAMPLES,
     batch_images: int | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -56,8 +80,8 @@ def build_index(
     """Find out what every latent responds to; write it to the folder `out`.
 
     An existing index is replaced as a whole, names included, once the new one is on disk. Memory
-    holds `n_latents × (top_n + 4 × quantiles × samples_per_quantile)` examples, whatever the number
-    of images.
+    holds the statistics and examples of each latent, and `ENTRIES_AT_ONCE` entries of the posting
+    lists, whatever the number of images.
 
     Args:
         sae: the SAE.
@@ -69,8 +93,8 @@ def build_index(
         top_n: number of strongest images to keep per latent.
         quantiles: number of equal bands into which the images that activate a latent are split, by
             its strongest activation in each image.
-        samples_per_quantile: images to show from each band, from a random sample of 4 × `quantiles`
-            × `samples_per_quantile` active images per latent.
+        samples_per_quantile: images to draw from each band.
+        uniform_samples: images to draw from all in which a latent fires.
         batch_images: images per batch; default: see `usual_batch`.
         seed: seed of the samples.
         workers: processes that decode images, with a model.
@@ -87,6 +111,7 @@ def build_index(
         top_n=top_n,
         quantiles=quantiles,
         samples_per_quantile=samples_per_quantile,
+        uniform_samples=uniform_samples,
         batch_images=batch_images,
     )
     check_seed(seed)
@@ -94,16 +119,73 @@ def build_index(
     names: Mapping[int, LatentName] = {}
     if metrics is not None:
         names = names_from_truth(metrics, sae.fingerprint(), sae.n_latents, Path(out))
-    _refuse_other_things(Path(out))
-    with replaced(Path(out), FILES, wait=0) as staged:
-        settings = {
-            "top_n": top_n,
-            "quantiles": quantiles,
-            "samples_per_quantile": samples_per_quantile,
-            "seed": seed,
-        }
-        index = _built(sae, data, site, batches, Path(out), settings, names, quiet)
-        index.write(staged)
+    settings = {
+        "top_n": top_n,
+        "quantiles": quantiles,
+        "samples_per_quantile": samples_per_quantile,
+        "uniform_samples": uniform_samples,
+        "seed": seed,
+    }
+    return _replace(Path(out), sae, data, site, batches, settings, names, quiet)
+
+
+@torch.no_grad()
+def upgrade_index(
+    folder: str | Path,
+    sae: SparseAutoencoder,
+    given: VisionModel | ActivationSource | CodeStore,
+    images: ImageSource | str | Path | None = None,
+    *,
+    batch_images: int | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> LatentIndex:
+    """Bring an index of format version 1 to version 2, which needs a pass over the same images.
+
+    Names and settings are kept. An index of version 2 is returned as it is.
+
+    Args:
+        folder: the index, or the run that it belongs to.
+        sae: the SAE.
+        given: as for `build_index`; it must have the images of the index.
+        images: as for `build_index`.
+        batch_images: as for `build_index`.
+        workers: as for `build_index`.
+        quiet: show no progress bar.
+
+    Raises:
+        UserError: there is no index, it belongs to another SAE, or the images are not those of the
+            index.
+    """
+    index = LatentIndex.open(folder, sae)
+    if index.version == VERSION:
+        return index
+    data, site, batches = _passed(sae, given, images, index.site, batch_images, workers)
+    about, now = index.manifest["images"], image_records(data)
+    if now.fingerprint != about["fingerprint"]:
+        raise UserError(
+            f"{index.folder}: was built from {about['n_images'] + about['n_unread']:,} images of "
+            f"{about['source']}, which are not the {now.n_images:,} images of {now.spec}. Give the "
+            "images of the index, or build a new index without --upgrade."
+        )
+    settings = {"uniform_samples": UNIFORM_SAMPLES, **index.manifest["settings"]}
+    return _replace(index.folder, sae, data, site, batches, settings, names_of(index), quiet)
+
+
+def _replace(
+    out: Path,
+    sae: SparseAutoencoder,
+    data: ActivationSource | CodeStore,
+    site: str,
+    batches: Iterator[CodeBatch],
+    settings: dict[str, int],
+    names: Mapping[int, LatentName],
+    quiet: bool,
+) -> LatentIndex:
+    """Write an index; if the process is killed at any point, the old or the new one remains."""
+    _refuse_other_things(out)
+    with replaced(out, FILES, wait=0) as staged:
+        _write(staged, sae, data, site, batches, settings, names, quiet)
     return LatentIndex.open(out)
 
 
@@ -122,39 +204,47 @@ def _refuse_other_things(out: Path) -> None:
         )
 
 
-def _built(
+def _write(
+    folder: Path,
     sae: SparseAutoencoder,
     data: ActivationSource | CodeStore,
     site: str,
     batches: Iterator[CodeBatch],
-    out: Path,
     settings: dict[str, int],
     names: Mapping[int, LatentName],
     quiet: bool,
-) -> LatentIndex:
-    """Make the index for `out`."""
-    quantiles, per_quantile = settings["quantiles"], settings["samples_per_quantile"]
-    device = "cpu" if isinstance(data, CodeStore) else sae.W_enc.device
+) -> None:
+    """Write all files of an index into an empty folder."""
+    spool = PostingSpool(folder)
+    statistics = _statistics(sae, data, site, spool)
+    places: list[Int64[Tensor, " batch"]] = []
     n_tokens = 0
-    found = LatentStatistics(
-        sae.n_latents,
-        top_n=settings["top_n"],
-        sample_size=SAMPLE_PER_PLACE * quantiles * per_quantile,
-        seed=settings["seed"],
-        device=device,
-    )
     with progress("index", data.n_images, "images", quiet=quiet) as line:
         for batch in _grouped(batches):
             n_tokens = batch.n_tokens
-            found.add(batch.code, batch.image_indices, n_tokens)
+            statistics.add(batch)
+            places.append(batch.image_indices.cpu())
             line.advance(len(batch.image_indices))
-    if not found.n_images:
+    if not statistics.n_images:
         raise UserError("No images to index: the source is empty, or none of its images loads.")
-    top = Examples(found.top.image.cpu(), found.top.token.cpu(), found.top.activation.cpu())
-    bands = quantile_samples(found.sample, quantiles, per_quantile)
-    samples = Examples(bands.image.cpu(), bands.token.cpu(), bands.activation.cpu())
     records = image_records(data)
-    infos = _image_infos(records, top, samples)
+    spool.write(folder / BY_IMAGE, folder / BY_LATENT, records.n_images, sae.n_latents)
+    images = records.table(torch.cat(places).numpy())
+    postings = Postings.open(
+        folder / BY_LATENT,
+        sae.n_latents,
+        records.n_images,
+        spool.n_entries,
+        tokens=True,
+        again=AGAIN,
+    )
+    summary = summarise(postings, images, settings)
+    n_label_counts = summary.labels.write(folder / LABEL_COUNTS)
+    table = with_names(latent_table(statistics, summary, images), names)
+    write_bytes(folder / LATENTS, parquet(table))
+    write_bytes(folder / IMAGES, parquet(images))
+    write_bytes(folder / LABELS, parquet(summary.labels.table))
+    write_bytes(folder / EXAMPLES, safetensors.torch.save(summary.tensors()))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -167,17 +257,36 @@ def _built(
         "images": {
             "source": records.spec,
             "fingerprint": records.fingerprint,
-            "n_images": found.n_images,
-            "n_unread": records.n_images - found.n_images,
-            "n_vectors": found.n_vectors,
+            "n_images": statistics.n_images,
+            "n_unread": records.n_images - statistics.n_images,
+            "n_vectors": statistics.n_vectors,
         },
         "site": site,
         "tokens": data.tokens,
         "n_tokens": n_tokens,
+        "n_entries": spool.n_entries,
+        "n_label_counts": n_label_counts,
         "settings": settings,
+        "files": {name: described(folder / name) for name in BUILT},
     }
-    table = with_names(_table(found, top, infos), names)
-    return LatentIndex(out, manifest, table, _image_table(infos), top, samples)
+    write_manifest(folder, manifest)
+
+
+def _statistics(
+    sae: SparseAutoencoder, data: ActivationSource | CodeStore, site: str, spool: PostingSpool
+) -> LatentStatistics:
+    """Prepare statistics for the positions that the SAE reads."""
+    about = data.model_info
+    rows, columns = about.get("patch_grid") or (0, 0)
+    patches = has_heatmaps(data.tokens, site) and rows * columns > 0
+    return LatentStatistics(
+        sae.n_latents,
+        spool,
+        n_prefix=int(about.get("n_prefix") or 0) if patches and data.tokens == "all" else 0,
+        grid=(rows, columns) if patches else None,
+        expected_images=data.n_images,
+        device="cpu" if isinstance(data, CodeStore) else sae.W_enc.device,
+    )
 
 
 def _passed(
@@ -218,53 +327,3 @@ def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:
             waiting = []
     if waiting:
         yield CodeBatch.joined(waiting)
-
-
-def _image_infos(records: ImageRecords, *examples: Examples) -> dict[int, ImageInfo]:
-    """Return what is known about every example's image, by its place in the source."""
-    images = torch.cat([found.image.flatten() for found in examples]).unique()
-    return {image: records.info(image) for image in images.tolist() if image >= 0}
-
-
-def _image_table(images: dict[int, ImageInfo]) -> pa.Table:
-    infos = images.values()
-
-    def text(values: Iterable[str | None]) -> pa.Array:
-        return pa.array(list(values), pa.string())
-
-    return pa.table(
-        {
-            "image": pa.array(list(images), pa.int64()),
-            "id": text(info.id for info in infos),
-            "uri": text(info.uri for info in infos),
-            "label": text(info.label for info in infos),
-            "caption": text(info.caption for info in infos),
-        }
-    )
-
-
-def _table(found: LatentStatistics, top: Examples, infos: dict[int, ImageInfo]) -> pa.Table:
-    active = found.n_active.cpu()
-    mean = found.sum.cpu() / active
-    labels = {image: info.label for image, info in infos.items()}
-    mixtures = [
-        label_mixture(images, activations, labels)
-        for images, activations in zip(top.image.tolist(), top.activation.tolist(), strict=True)
-    ]
-    nothing = pa.nulls(found.n_latents, pa.string())
-    return pa.table(
-        {
-            "latent": pa.array(range(found.n_latents), pa.int32()),
-            "density": pa.array((active.double() / found.n_vectors).numpy()),
-            "mean_activation": pa.array(mean.numpy(), mask=(active == 0).numpy()),
-            "max_activation": pa.array(top.activation[:, 0].contiguous().numpy()),
-            "n_active": pa.array(active.numpy()),
-            "n_active_images": pa.array(found.n_active_images.cpu().numpy()),
-            "label_entropy": pa.array([m.entropy for m in mixtures], pa.float64()),
-            "top_label": pa.array([m.label for m in mixtures], pa.string()),
-            "top_label_share": pa.array([m.share for m in mixtures], pa.float64()),
-            "name": nothing,
-            "name_score": pa.nulls(found.n_latents, pa.float64()),
-            "name_source": nothing,
-        }
-    )

@@ -1,72 +1,153 @@
-"""A bounded table of examples per latent: the strongest or a random sample, batch by batch."""
+"""Example images of every latent, exact, from the posting lists."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from sparsight.latents.postings import Postings
+
 RANK_BITS = 40
-EMPTY = (1 << RANK_BITS) - 1
-"""Rank of an empty place in the table; above all others."""
 
 _LARGEST_FLOAT = 0x7FFFFFFF
 
 
-class ExampleTable:
-    """At most `size` examples per latent: those of lowest rank; among equals, the earliest.
+@dataclass(frozen=True)
+class Examples:
+    """Images, tokens and activations of examples; empty places have image −1 and activation 0.
 
-    The final table depends on the examples and their order, not on the batches. An update touches
-    only the latents that it changes, and memory stays at `n_latents × size`.
-
-    Attributes:
-        rank: int64 `[n_latents, size]`, ascending; `EMPTY` in empty places.
-        image: int64, −1 in empty places.
-        token: int32, −1 in empty places.
-        activation: float32, 0 in empty places.
+    The strongest: `[n_latents, top_n]`, strongest first. Samples of bands: `[n_latents, quantiles,
+    samples]`, the strongest band first. The uniform sample: `[n_latents, samples]`.
     """
 
-    def __init__(self, n_latents: int, size: int, device: torch.device | str = "cpu") -> None:
-        shape = (n_latents, size)
-        self.size = size
-        self.rank = torch.full(shape, EMPTY, dtype=torch.int64, device=device)
-        self.image = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self.token = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self.activation = torch.zeros(shape, dtype=torch.float32, device=device)
+    image: Int[Tensor, "n_latents ..."]
+    token: Int[Tensor, "n_latents ..."]
+    activation: Float[Tensor, "n_latents ..."]
 
-    def offer(
-        self,
-        latent: Int[Tensor, " pairs"],
-        rank: Int[Tensor, " pairs"],
-        image: Int[Tensor, " pairs"],
-        token: Int[Tensor, " pairs"],
-        activation: Float[Tensor, " pairs"],
-    ) -> None:
-        """Take examples that rank below the worst one kept; ranks are from 0 to `EMPTY` − 1."""
-        within = rank < self.rank[latent, -1]
-        latent, rank, image = latent[within], rank[within], image[within]
-        token, activation = token[within].to(torch.int32), activation[within]
-        touched = latent.unique()
-        if not len(touched):
-            return
-        # Every touched latent contributes its `size` places, so that each has `size` after the cut.
-        places = torch.arange(len(touched), device=touched.device)
-        group = torch.cat(
-            [places.repeat_interleave(self.size), torch.searchsorted(touched, latent)]
+    @classmethod
+    def empty(cls, *shape: int) -> Examples:
+        """Return empty places."""
+        return cls(
+            torch.full(shape, -1, dtype=torch.int64),
+            torch.full(shape, -1, dtype=torch.int32),
+            torch.zeros(shape),
         )
-        ranks = torch.cat([self.rank[touched].flatten(), rank])
-        images = torch.cat([self.image[touched].flatten(), image])
-        tokens = torch.cat([self.token[touched].flatten(), token])
-        activations = torch.cat([self.activation[touched].flatten(), activation])
 
-        order = ((group << RANK_BITS) + ranks).argsort(stable=True)
-        ordered = group[order]
-        place = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
-        chosen = order[place < self.size].view(len(touched), self.size)
-        self.rank[touched] = ranks[chosen]
-        self.image[touched] = images[chosen]
-        self.token[touched] = tokens[chosen]
-        self.activation[touched] = activations[chosen]
+
+@dataclass(frozen=True)
+class LatentEntries:
+    """The entries of a block of latents, each latent's strongest first.
+
+    Attributes:
+        latent: latent of each entry, rising.
+        image: place of its image; among equal activations, rising.
+        token: position of the activation.
+        value: the activation.
+        rank: 0 for the strongest entry of its latent.
+        count: number of entries of its latent.
+    """
+
+    latent: Int64[Tensor, " n"]
+    image: Int64[Tensor, " n"]
+    token: Int64[Tensor, " n"]
+    value: Float[Tensor, " n"]
+    rank: Int64[Tensor, " n"]
+    count: Int64[Tensor, " n"]
+
+    @classmethod
+    def read(cls, postings: Postings, latents: range) -> LatentEntries:
+        """Read the entries of a range of latents."""
+        assert postings.tokens is not None
+        bounds = torch.from_numpy(postings.offsets[latents.start : latents.stop + 1].copy())
+        here = slice(int(bounds[0]), int(bounds[-1]))
+        latent = torch.from_numpy(postings.rows_of(latents))
+        value = torch.from_numpy(postings.values[here].copy())
+        order = ((latent - latents.start << 32) + strength_rank(value)).argsort(stable=True)
+        lengths = bounds.diff()
+        start = (bounds[:-1] - bounds[0]).repeat_interleave(lengths)
+        image, token = (
+            torch.from_numpy(column[here].astype(np.int64))
+            for column in (postings.columns, postings.tokens)
+        )
+        return cls(
+            latent,  # ordering keeps each latent's entries together
+            image[order],
+            token[order],
+            value[order],
+            torch.arange(len(latent)) - start,
+            lengths.repeat_interleave(lengths),
+        )
+
+
+@dataclass(frozen=True)
+class ExampleTables:
+    """The examples of all latents, filled in block by block.
+
+    Attributes:
+        top: the strongest images.
+        bands: samples from equal bands of the images in which a latent fires, ordered by strength.
+        uniform: a sample of all images in which it fires, strongest first.
+        seed: seed of both samples.
+    """
+
+    top: Examples
+    bands: Examples
+    uniform: Examples
+    seed: int
+
+    def fill(self, entries: LatentEntries) -> None:
+        """Choose the examples of a block of latents.
+
+        A band of `quantiles` holds the ranks from `band / quantiles` to `(band + 1) / quantiles`,
+        exactly; a sample has the images of lowest `lottery_rank`.
+        """
+        strongest = entries.rank < self.top.image.shape[1]
+        _put(self.top, entries, strongest, (entries.latent, entries.rank))
+        ticket = lottery_rank(entries.latent, entries.image, self.seed)
+        quantiles, per_band = self.bands.image.shape[1:]
+        band = entries.rank * quantiles // entries.count.clamp(min=1)
+        chosen, slot = _drawn(entries.latent * quantiles + band, ticket, per_band)
+        _put(self.bands, entries, chosen, (entries.latent, band, slot))
+        chosen, slot = _drawn(entries.latent, ticket, self.uniform.image.shape[1])
+        _put(self.uniform, entries, chosen, (entries.latent, slot))
+
+
+def _put(
+    table: Examples, entries: LatentEntries, chosen: Tensor, place: tuple[Tensor, ...]
+) -> None:
+    here = tuple(index[chosen] for index in place)
+    table.image[here] = entries.image[chosen]
+    table.token[here] = entries.token[chosen].to(torch.int32)
+    table.activation[here] = entries.value[chosen]
+
+
+def _drawn(
+    group: Int64[Tensor, " n"], ticket: Int64[Tensor, " n"], most: int
+) -> tuple[Tensor, Int64[Tensor, " n"]]:
+    """Draw up to `most` entries of every group, by lowest ticket.
+
+    Args:
+        group: group of each entry, rising.
+        ticket: below 2^`RANK_BITS`.
+        most: entries per group.
+
+    Returns:
+        Which entries are drawn, and the number of drawn ones before each in its group.
+    """
+    if not len(group):
+        return torch.zeros(0, dtype=torch.bool), group
+    # Groups are numbered from 0, so that a key fits 63 bits.
+    _, number, lengths = group.unique_consecutive(return_inverse=True, return_counts=True)
+    start = (lengths.cumsum(0) - lengths)[number]
+    order = ((number << RANK_BITS) + ticket).argsort(stable=True)
+    chosen = torch.zeros(len(group), dtype=torch.bool)
+    chosen[order] = torch.arange(len(group)) - start < most
+    before = chosen.long().cumsum(0) - chosen.long()
+    return chosen, before - before[start]
 
 
 def strength_rank(activation: Float[Tensor, " n"]) -> Int[Tensor, " n"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,35 +9,42 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
+from jaxtyping import Float32, Int32, Int64
 from PIL import Image
-from torch import Tensor
 
 from sparsight.errors import SparsightError, UserError
-from sparsight.files import read_json, sha256_json, write_bytes, write_json
-from sparsight.folders import folder_lock, replaced, settled
+from sparsight.folders import settled
 from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
-from sparsight.latents.statistics import Examples
+from sparsight.latents.examples import Examples
+from sparsight.latents.index_files import (
+    AGAIN,
+    BY_IMAGE,
+    BY_LATENT,
+    EXAMPLES,
+    IMAGES,
+    LABEL_COUNTS,
+    LABELS,
+    LATENTS,
+    MANIFEST,
+    checked_file,
+    parquet,
+    read_file,
+    read_manifest,
+    replace_files,
+)
+from sparsight.latents.label_counts import LabelCounts
+from sparsight.latents.postings import Postings
 from sparsight.notebooks import html_table, need_pandas
 from sparsight.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
     import pandas
 
-FORMAT = "sparsight latent index"
-VERSION = 1
-MANIFEST, LATENTS, EXAMPLES, IMAGES = (
-    "manifest.json",
-    "latents.parquet",
-    "top_examples.safetensors",
-    "images.parquet",
-)
-FILES = (MANIFEST, LATENTS, EXAMPLES, IMAGES)
-_TENSORS = tuple(
-    f"{kind}.{part}" for kind in ("top", "samples") for part in ("image", "token", "activation")
-)
+_PARTS = ("image", "token", "activation")
 
 
 @dataclass(frozen=True)
@@ -55,18 +61,37 @@ class Example:
 
 @dataclass(frozen=True, repr=False)
 class LatentIndex:
-    """Statistics, strongest images and samples of every latent of one SAE.
+    """What every latent of one SAE responds to in a collection of images.
+
+    An image is named by its place in the source. A latent fires in an image if it is active on at
+    least one of its vectors; its image maximum is its strongest activation there.
 
     Attributes:
         folder: folder of the index.
         manifest: its origin: SAE, model, images, site, tokens, settings.
-        table: one row per latent: `latent`, `density`, `mean_activation` and `max_activation` (null
-            and 0 if it was never active), `n_active` (vectors), `n_active_images`, `label_entropy`
-            (nats; null under 10 labelled images), `top_label`, `top_label_share`, `name`,
-            `name_score`, `name_source`.
-        images: one row per image that is an example: `image`, `id`, `uri`, `label`, `caption`.
+        table: one row per latent:
+            `latent`;
+            `density`: share of the vectors on which it is active;
+            `mean_activation` (null if it was never active), `max_activation` (0 if never);
+            `n_active`, `n_active_images`: number of vectors, and of images in which it fires;
+            `cls_share`: share of these vectors at CLS or another prefix position (null if the SAE
+            does not read both prefix and patches);
+            `moran`, `moran_null`: spatial autocorrelation over the patches, see
+            `SpatialStatistics`, and its mean for random positions (null without patches);
+            `q10`, `q50`, `q90`, `q99`: quantiles of its image maxima;
+            `histogram`: images in 20 equal bins from `histogram_low` to `histogram_high`;
+            `label_entropy` (nats; null under 10 labelled images), `top_label`, `top_label_share`:
+            labels of its top-activating images;
+            `map_x`, `map_y`: its place on the map (null until there is one);
+            `name`, `name_score`, `name_threshold`, `name_source` (null without a name).
+            An index of version 1 lacks `cls_share`, `moran`, quantiles, histogram, map and
+            `name_threshold`.
+        images: one row per image that was read: `image`, `id`, `uri`, `label`, `caption` (version
+            1: only images that are examples).
         examples: the strongest examples, `[n_latents, top_n]`, strongest first.
         quantiles: samples, `[n_latents, quantiles, samples]`, the strongest quantile first.
+        uniform_examples: a sample of all images in which a latent fires, `[n_latents, samples]`,
+            strongest first; None in version 1.
     """
 
     folder: Path
@@ -75,10 +100,14 @@ class LatentIndex:
     images: pa.Table
     examples: Examples
     quantiles: Examples
+    uniform_examples: Examples | None = None
 
     @classmethod
     def open(cls, folder: str | Path, sae: SparseAutoencoder | None = None) -> Self:
-        """Open an index, or the `index/` of a run folder; every file's checksum is checked.
+        """Open an index, or the `index/` of a run folder.
+
+        The checksums of small files are checked now, those of memory-mapped files when they are
+        first used, once per process.
 
         Args:
             folder: the index, or the run that it belongs to.
@@ -93,13 +122,13 @@ class LatentIndex:
         if not (folder / MANIFEST).exists() and (inside / MANIFEST).exists():
             folder = inside
         while True:
-            manifest = _read_manifest(folder)
+            manifest = read_manifest(folder)
             try:
                 index = cls._read(folder, manifest)
                 break
             except SparsightError:
                 # If the index was replaced between two reads, read it again.
-                if _read_manifest(folder) == manifest:
+                if read_manifest(folder) == manifest:
                     raise
         if sae is not None:
             index.check_sae(sae)
@@ -107,64 +136,50 @@ class LatentIndex:
 
     @classmethod
     def _read(cls, folder: Path, manifest: dict[str, Any]) -> Self:
+        kinds = ("top", "samples") if manifest["version"] == 1 else ("top", "samples", "uniform")
         try:
-            tensors = safetensors.torch.load(_read(folder, EXAMPLES, manifest))
-            table = pq.read_table(io.BytesIO(_read(folder, LATENTS, manifest)))
-            images = pq.read_table(io.BytesIO(_read(folder, IMAGES, manifest)))
-            top, samples = (
-                [tensors[name] for name in names] for names in (_TENSORS[:3], _TENSORS[3:])
+            tensors = safetensors.torch.load(read_file(folder, EXAMPLES, manifest))
+            table, images = (
+                pq.read_table(io.BytesIO(read_file(folder, name, manifest)))
+                for name in (LATENTS, IMAGES)
             )
+            examples = [Examples(*(tensors[f"{kind}.{part}"] for part in _PARTS)) for kind in kinds]
         except (safetensors.SafetensorError, pa.ArrowException, KeyError) as error:
-            raise SparsightError(f"{folder}: is damaged ({error}). {_AGAIN}") from error
-        return cls(folder, manifest, table, images, Examples(*top), Examples(*samples))
-
-    def save(self) -> None:
-        """Write all files atomically: if killed at any point, the old or the new index remains."""
-        with replaced(self.folder, FILES) as staged:
-            self.write(staged)
-
-    def write(self, folder: Path) -> None:
-        """Write all files into a temporary folder."""
-        tensors: dict[str, Tensor] = {}
-        for kind, found in (("top", self.examples), ("samples", self.quantiles)):
-            for part in ("image", "token", "activation"):
-                tensors[f"{kind}.{part}"] = getattr(found, part).cpu().contiguous()
-        contents = {
-            LATENTS: _parquet(self.table),
-            EXAMPLES: safetensors.torch.save(tensors),
-            IMAGES: _parquet(self.images),
-        }
-        for name, data in contents.items():
-            write_bytes(folder / name, data)
-        hashes = {name: [hashlib.sha256(data).hexdigest()] for name, data in contents.items()}
-        _write_manifest(folder, {**self.manifest, "files": hashes})
+            raise SparsightError(f"{folder}: is damaged ({error}). {AGAIN}") from error
+        return cls(folder, manifest, table, images, *examples)
 
     def with_table(self, table: pa.Table) -> Self:
         """Replace `latents.parquet` by `table`; if killed at any point, the index stays intact.
-
-        Between the two writes the manifest accepts the old table and the new one.
 
         Raises:
             UserError: another index was written there in the meantime.
         """
         if table.num_rows != self.n_latents:
             raise ValueError(f"{table.num_rows} rows for {self.n_latents} latents")
-        data = _parquet(table)
-        new = hashlib.sha256(data).hexdigest()
-        with folder_lock(self.folder):
-            manifest = _read_manifest(self.folder)
-            if any(manifest["files"][name] != self._hash(name) for name in (EXAMPLES, IMAGES)):
-                raise UserError(
-                    f"{self.folder}: another index was written here since this one was opened. "
-                    "Open it again."
-                )
-            old = hashlib.sha256(_read(self.folder, LATENTS, manifest)).hexdigest()
-            for step, accepted in enumerate(([old, new], [new])):
-                manifest = {**manifest, "files": {**manifest["files"], LATENTS: accepted}}
-                if step == 1:
-                    write_bytes(self.folder / LATENTS, data)
-                _write_manifest(self.folder, manifest)
-        return type(self)(self.folder, manifest, table, self.images, self.examples, self.quantiles)
+        return self.with_files({LATENTS: parquet(table)})
+
+    def with_files(self, contents: Mapping[str, bytes | Path]) -> Self:
+        """Replace or add files of the index, all together, and return the index with them.
+
+        If the process is killed at any point, the index has all old or all new files.
+
+        Args:
+            contents: new contents by the file's name; a file given as a path is moved.
+
+        Raises:
+            UserError: another index was written there in the meantime.
+            SparsightError: the disk is full or the folder cannot be written.
+        """
+        replace_files(self.folder, self.manifest, contents)
+        return type(self).open(self.folder)
+
+    def file(self, name: str) -> Path | None:
+        """Return the path of one of the index's files, checked; None if there is none.
+
+        Raises:
+            SparsightError: the file is missing, cut off or altered.
+        """
+        return checked_file(self.folder, name, self.manifest)
 
     def __repr__(self) -> str:
         images = self.manifest["images"]["n_images"]
@@ -197,8 +212,10 @@ class LatentIndex:
         need_pandas()
         return self.table.to_pandas()
 
-    def _hash(self, name: str) -> Any:
-        return self.manifest["files"][name]
+    @property
+    def version(self) -> int:
+        """Version of the format, 1 or 2."""
+        return int(self.manifest["version"])
 
     @property
     def n_latents(self) -> int:
@@ -225,22 +242,122 @@ class LatentIndex:
         bands = range(self.quantiles.image.shape[1])
         return [self._examples(self.quantiles, (place, band)) for band in bands]
 
+    def uniform(self, latent: int) -> list[Example]:
+        """Return a seeded random sample of the images in which `latent` fires, strongest first.
+
+        Raises:
+            UserError: the index has format version 1.
+        """
+        place = self._checked(latent)
+        self._need_version_2("samples of all images")
+        assert self.uniform_examples is not None
+        return self._examples(self.uniform_examples, place)
+
+    def firing(
+        self, latent: int
+    ) -> tuple[Int32[np.ndarray, " images"], Float32[np.ndarray, " images"]]:
+        """Return all images in which `latent` fires (places, rising) and its image maxima.
+
+        Raises:
+            UserError: the index has format version 1, or the latent does not exist.
+        """
+        return self.by_latent.row(self._checked(latent))
+
+    def label_counts(self, latent: int) -> dict[str, int]:
+        """Return in how many images of each label `latent` fires, the largest number first.
+
+        Raises:
+            UserError: the index has format version 1, or the latent does not exist.
+        """
+        return self._label_counts.of(self._checked(latent))
+
+    @cached_property
+    def label_totals(self) -> dict[str, int]:
+        """Number of images of each label, those in which nothing fires included.
+
+        Raises:
+            UserError: the index has format version 1.
+        """
+        counts = self._label_counts
+        return dict(zip(counts.names, counts.totals.tolist(), strict=True))
+
+    @property
+    def n_places(self) -> int:
+        """Number of images in the source, those that could not be read included."""
+        about = self.manifest["images"]
+        return int(about["n_images"] + about["n_unread"])
+
+    @cached_property
+    def image_places(self) -> Int64[np.ndarray, " images"]:
+        """The places in the source of the rows of `images`, rising."""
+        places: Int64[np.ndarray, " images"] = self.images["image"].to_numpy()
+        return places
+
+    @cached_property
+    def by_latent(self) -> Postings:
+        """The images in which each latent fires: latents × places in the source.
+
+        Raises:
+            UserError: the index has format version 1.
+        """
+        return self._postings(BY_LATENT)
+
+    @cached_property
+    def by_image(self) -> Postings:
+        """The latents that fire in each image: places in the source × latents.
+
+        Raises:
+            UserError: the index has format version 1.
+        """
+        return self._postings(BY_IMAGE)
+
+    def _postings(self, name: str) -> Postings:
+        self._need_version_2("posting lists")
+        path = self.file(name)
+        if path is None:
+            raise SparsightError(f"{self.folder}: has no {name}. {AGAIN}")
+        by_latent = name == BY_LATENT
+        n_rows, n_columns = self.n_latents, self.n_places
+        if not by_latent:
+            n_rows, n_columns = n_columns, n_rows
+        n_entries = self.manifest["n_entries"]
+        return Postings.open(path, n_rows, n_columns, n_entries, tokens=by_latent, again=AGAIN)
+
+    @cached_property
+    def _label_counts(self) -> LabelCounts:
+        self._need_version_2("counts of labels")
+        path = self.file(LABEL_COUNTS)
+        if path is None:
+            raise SparsightError(f"{self.folder}: has no {LABEL_COUNTS}. {AGAIN}")
+        labels = pq.read_table(io.BytesIO(read_file(self.folder, LABELS, self.manifest)))
+        n_entries = self.manifest["n_label_counts"]
+        return LabelCounts.open(path, labels, self.n_latents, n_entries, AGAIN)
+
+    def _need_version_2(self, what: str) -> None:
+        if self.version < 2:
+            raise UserError(
+                f"{self.folder}: has format version 1, without {what}. Upgrade it with "
+                "`sparsight index RUN --upgrade`."
+            )
+
     def row(self, latent: int) -> dict[str, Any]:
         """Return the latent's row of `table`."""
         found: list[dict[str, Any]] = self.table.slice(self._checked(latent), 1).to_pylist()
         return found[0]
 
     def info(self, image: int) -> ImageInfo:
-        """Return id, origin, label and caption of an example's image.
+        """Return id, origin, label and caption of an image.
 
         Raises:
-            UserError: the image is not an example of any latent.
+            UserError: the image was not read (in version 1: is not an example of any latent).
         """
-        if image not in self._places:
+        row_number = int(np.searchsorted(self.image_places, image))
+        if row_number == len(self.image_places) or self.image_places[row_number] != image:
             raise UserError(
-                f"{self.folder}: image {image} is not an example of any latent in this index."
+                f"{self.folder}: there is no image {image} in this index, whose images have places "
+                f"from 0 to {self.n_places - 1}; or it could not be read."
             )
-        row = self.images.slice(self._places[image], 1).to_pylist()[0]
+        row = self.images.slice(row_number, 1).to_pylist()[0]
         return ImageInfo(row["id"], row["uri"], row["label"], row["caption"])
 
     def source(self) -> ImageSource:
@@ -298,10 +415,6 @@ class LatentIndex:
     def _source_ids(self) -> dict[str, int]:
         return {self._source.known(i).id: i for i in range(len(self._source))}
 
-    @cached_property
-    def _places(self) -> dict[int, int]:
-        return {image: row for row, image in enumerate(self.images["image"].to_pylist())}
-
     def _checked(self, latent: int) -> int:
         if not 0 <= latent < self.n_latents:
             raise UserError(
@@ -313,49 +426,3 @@ class LatentIndex:
         columns = (found.image[place], found.token[place], found.activation[place])
         rows = zip(*(column.tolist() for column in columns), strict=True)
         return [Example(*row) for row in rows if row[0] >= 0]
-
-
-_AGAIN = "Build it again with `sparsight index`."
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.exists():
-        raise UserError(f"{folder}: holds no latent index (there is no {MANIFEST}). {_AGAIN}")
-    try:
-        manifest = read_json(path)
-    except UserError as error:
-        raise SparsightError(f"{error} {_AGAIN}") from error
-    if manifest.get("format") == FORMAT and manifest.get("version") != VERSION:
-        raise UserError(
-            f"{path}: has format version {manifest.get('version')}; this Sparsight reads "
-            f"{VERSION}. {_AGAIN}"
-        )
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    if manifest.get("format") != FORMAT or manifest.get("sha256") != sha256_json(content):
-        raise SparsightError(f"{path}: is damaged, or not the manifest of a latent index. {_AGAIN}")
-    return manifest
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    write_json(folder / MANIFEST, {**content, "sha256": sha256_json(content)})
-
-
-def _read(folder: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
-    path = folder / name
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SparsightError(f"{path}: cannot be read ({error.strerror}). {_AGAIN}") from error
-    if hashlib.sha256(data).hexdigest() not in manifest["files"][name]:
-        raise SparsightError(
-            f"{path}: is cut off or altered (its SHA-256 is not the one in {MANIFEST}). {_AGAIN}"
-        )
-    return data
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()

@@ -62,6 +62,16 @@ def set_names(index: LatentIndex, names: Mapping[int, LatentName]) -> LatentInde
     return index.with_table(with_names(index.table, names))
 
 
+def names_of(index: LatentIndex) -> dict[int, LatentName]:
+    """Return the names that an index gives its latents."""
+    rows = index.table.select(["latent", "name", "name_score", "name_source"]).to_pylist()
+    return {
+        row["latent"]: LatentName(row["name"], row["name_score"], row["name_source"])
+        for row in rows
+        if row["name"] is not None
+    }
+
+
 def with_names(table: pa.Table, names: Mapping[int, LatentName]) -> pa.Table:
     """Return the table of an index with these names instead of its own."""
     columns = {

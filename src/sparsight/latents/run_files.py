@@ -10,7 +10,8 @@ from typing import Any
 from sparsight.errors import SparsightError, UserError
 from sparsight.files import read_json
 from sparsight.folders import settled
-from sparsight.latents.index import MANIFEST, LatentIndex
+from sparsight.latents.index import LatentIndex
+from sparsight.latents.index_files import MANIFEST
 from sparsight.progress import logger
 from sparsight.sae import SparseAutoencoder
 from sparsight.training.run import METRICS, read_metrics, unfinished

@@ -7,55 +7,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float32, Int
 from torch import Tensor
 
 from sparsight.errors import SparsightError
-from sparsight.latents.examples import EMPTY, ExampleTable, lottery_rank, strength_rank
-from sparsight.sae import SparseCode
+from sparsight.latents.code_shards import CodeBatch
+from sparsight.latents.examples import strength_rank
+from sparsight.latents.postings import PostingSpool
+from sparsight.latents.spatial import SPATIAL_IMAGES, SpatialStatistics
 
 MIN_IMAGES_FOR_ENTROPY = 10
 
 
 class LatentStatistics:
-    """Density, activations and examples of every latent, batch by batch.
+    """Counts and sums of every latent, batch by batch; its images go to a spool.
 
     An image counts once per latent: with its strongest activation, at the first token that has it.
 
     Args:
         n_latents: number of latents.
-        top_n: number of strongest images to keep per latent.
-        sample_size: number of images to keep per latent as a random sample of those on which it is
-            active.
-        seed: seed of the sample.
+        spool: takes the images in which each latent fires.
+        n_prefix: number of tokens before the first patch that the SAE reads (CLS, registers).
+        grid: rows and columns of patches, if the SAE reads patches.
+        expected_images: number of images of the whole pass, for an even choice of those from which
+            spatial statistics are taken.
         device: device of the codes.
+
+    Attributes:
+        n_images: number of images.
+        n_vectors: number of vectors.
+        n_active: number of vectors on which each latent is active.
+        n_active_prefix: how many of these are prefix tokens.
+        n_active_images: number of images in which it fires.
+        sum: sum of its activations over all vectors, float64.
+        spatial: Moran's I; None without patches.
     """
 
     def __init__(
         self,
         n_latents: int,
+        spool: PostingSpool,
         *,
-        top_n: int,
-        sample_size: int,
-        seed: int = 0,
+        n_prefix: int = 0,
+        grid: tuple[int, int] | None = None,
+        expected_images: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.n_latents = n_latents
-        self.seed = seed
+        self.spool = spool
+        self.n_prefix = n_prefix
         self.n_images = 0
         self.n_vectors = 0
-        self.n_active = torch.zeros(n_latents, dtype=torch.int64, device=device)
-        self.n_active_images = torch.zeros(n_latents, dtype=torch.int64, device=device)
-        self.sum = torch.zeros(n_latents, dtype=torch.float64, device=device)
-        self.top = ExampleTable(n_latents, top_n, device)
-        self.sample = ExampleTable(n_latents, sample_size, device)
+        self.n_active = torch.zeros(n_latents, dtype=torch.int64)
+        self.n_active_prefix = torch.zeros(n_latents, dtype=torch.int64)
+        self.n_active_images = torch.zeros(n_latents, dtype=torch.int64)
+        self.sum = torch.zeros(n_latents, dtype=torch.float64)
+        self.spatial = None if grid is None else SpatialStatistics(n_latents, grid, device)
+        self._stride = max(1, -(-expected_images // SPATIAL_IMAGES))
 
-    def add(self, code: SparseCode, images: Int[Tensor, " batch"], n_tokens: int) -> None:
-        """Add the code of `len(images) × n_tokens` vectors, grouped by image.
+    def add(self, batch: CodeBatch) -> None:
+        """Add the codes of images, in order.
 
         Raises:
             SparsightError: an activation is NaN or infinite.
         """
+        code, images, n_tokens = batch.code, batch.image_indices, batch.n_tokens
         if len(code) != len(images) * n_tokens:
             raise ValueError(f"{len(code)} rows for {len(images)} images of {n_tokens} tokens")
         values = code.values.float()
@@ -64,81 +80,56 @@ class LatentStatistics:
                 f"A latent's activation is NaN or infinite in images {int(images[0])} to "
                 f"{int(images[-1])}. The SAE's weights or the activations are damaged."
             )
+        first_image = self.n_images
         self.n_images += len(images)
         self.n_vectors += len(code)
         if not len(values):
             return
-        images = images.to(values.device)
-        pair = code.indices * len(images) + code.rows // n_tokens
         token = code.rows % n_tokens
+        pair = code.rows // n_tokens * self.n_latents + code.indices
+        order = _by_pair_and_strength(pair, values)
+        pair, token, values = pair[order], token[order], values[order]
+        pairs, place, lengths = pair.unique_consecutive(return_inverse=True, return_counts=True)
+        first = lengths.cumsum(0) - lengths
+        latent, row = pairs % self.n_latents, pairs // self.n_latents
+        if self.spatial is not None:
+            self._add_spatial(latent, row, place, token, values, n_tokens, first_image)
+        sums = torch.segment_reduce(values.double(), "sum", lengths=lengths).cpu()
+        prefix = (token < self.n_prefix).long()
+        n_prefix = torch.zeros_like(lengths).index_add_(0, place, prefix).cpu()
+        image = images.cpu()[row.cpu()]
+        latent = latent.cpu()
+        self.n_active.index_add_(0, latent, lengths.cpu())
+        self.n_active_prefix.index_add_(0, latent, n_prefix)
+        self.n_active_images += latent.bincount(minlength=self.n_latents)
+        self.sum.index_add_(0, latent, sums)
+        self.spool.add(image, latent, values[first].cpu(), token[first].cpu())
 
-        # By latent, then image, then strength; among equals the first token, as the sort is stable.
-        order = ((pair << 32) + strength_rank(values)).argsort(stable=True)
-        pair, values, token = pair[order], values[order], token[order]
-        latent = pair // len(images)
-        active, counts = latent.unique_consecutive(return_counts=True)
-        self.n_active[active] += counts
-        self.sum[active] += torch.segment_reduce(values.double(), "sum", lengths=counts)
-
-        first = torch.ones_like(pair, dtype=torch.bool)
-        first[1:] = pair[1:] != pair[:-1]
-        latent, image = latent[first], images[pair[first] % len(images)]
-        token, strongest = token[first], values[first]
-        active, counts = latent.unique_consecutive(return_counts=True)
-        self.n_active_images[active] += counts
-        self.top.offer(latent, strength_rank(strongest), image, token, strongest)
-        ticket = lottery_rank(latent, image, self.seed)
-        self.sample.offer(latent, ticket, image, token, strongest)
+    def _add_spatial(
+        self,
+        latent: Int[Tensor, " pairs"],
+        row: Int[Tensor, " pairs"],
+        place: Int[Tensor, " entries"],
+        token: Int[Tensor, " entries"],
+        values: Float32[Tensor, " entries"],
+        n_tokens: int,
+        first_image: int,
+    ) -> None:
+        """Add the patches of every `_stride`-th image."""
+        assert self.spatial is not None
+        patch = token - (n_tokens - self.spatial.n_patches)
+        taken = (patch >= 0) & ((first_image + row[place]) % self._stride == 0)
+        self.spatial.add(latent, place[taken], patch[taken], values[taken].double())
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Images, tokens and activations of examples; empty places have image −1 and activation 0.
-
-    The strongest: `[n_latents, top_n]`, strongest first. A sample: `[n_latents, quantiles,
-        samples]`, the strongest band first.
-    """
-
-    image: Int[Tensor, "n_latents ..."]
-    token: Int[Tensor, "n_latents ..."]
-    activation: Float[Tensor, "n_latents ..."]
-
-
-def quantile_samples(sample: ExampleTable, quantiles: int, per_quantile: int) -> Examples:
-    """Split each latent's sample into `quantiles` bands of equal size and thin out each band.
-
-    The sample is a random part of the images on which the latent is active, so its quantiles
-    estimate theirs (and equal theirs if it holds all of them). Each band gives `per_quantile`
-    evenly spaced images, or all if it has fewer.
-    """
-    n_latents, size = sample.image.shape
-    device = sample.image.device
-    here = sample.image >= 0
-    strength = torch.where(here, strength_rank(sample.activation.flatten()).view_as(here), EMPTY)
-    order = sample.image.argsort(dim=1, stable=True)
-    order = order.gather(1, strength.gather(1, order).argsort(dim=1, stable=True))
-    count = here.sum(dim=1, keepdim=True)
-
-    band = torch.arange(quantiles, device=device)
-    start = (band * count + quantiles - 1) // quantiles  # [n_latents, quantiles]
-    stop = ((band + 1) * count + quantiles - 1) // quantiles
-    width = (stop - start)[..., None]
-    slot = torch.arange(per_quantile, device=device)
-    # Middles of equal parts of the band; a band with fewer than `per_quantile` gives all.
-    place = torch.where(
-        width > per_quantile,
-        (2 * slot + 1) * width // (2 * per_quantile),
-        slot.expand_as(width * slot),
-    )
-    there = place < width
-    place = (start[..., None] + place).clamp(max=size - 1).flatten(1)
-    chosen = order.gather(1, place)
-    shape = (n_latents, quantiles, per_quantile)
-
-    def taken(values: Tensor, nothing: int) -> Tensor:
-        return values.gather(1, chosen).view(shape).masked_fill(~there, nothing)
-
-    return Examples(taken(sample.image, -1), taken(sample.token, -1), taken(sample.activation, 0))
+def _by_pair_and_strength(
+    pair: Int[Tensor, " entries"], values: Float32[Tensor, " entries"]
+) -> Int[Tensor, " entries"]:
+    """Return an order by pair, then strength; among equals the first stays first."""
+    if int(pair.max()) < 1 << 31:
+        return ((pair << 32) + strength_rank(values)).argsort(stable=True)
+    order = strength_rank(values).argsort(stable=True)
+    return order[pair[order].argsort(stable=True)]
 
 
 @dataclass(frozen=True)
