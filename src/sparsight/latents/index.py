@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors.torch
 from jaxtyping import Float32, Int32, Int64
 from PIL import Image
@@ -35,6 +33,7 @@ from sparsight.latents.index_files import (
     read_file,
     read_manifest,
     replace_files,
+    table_of,
 )
 from sparsight.latents.label_counts import LabelCounts
 from sparsight.latents.postings import Postings
@@ -140,8 +139,7 @@ class LatentIndex:
         try:
             tensors = safetensors.torch.load(read_file(folder, EXAMPLES, manifest))
             table, images = (
-                pq.read_table(io.BytesIO(read_file(folder, name, manifest)))
-                for name in (LATENTS, IMAGES)
+                table_of(read_file(folder, name, manifest)) for name in (LATENTS, IMAGES)
             )
             examples = [Examples(*(tensors[f"{kind}.{part}"] for part in _PARTS)) for kind in kinds]
         except (safetensors.SafetensorError, pa.ArrowException, KeyError) as error:
@@ -329,7 +327,7 @@ class LatentIndex:
         path = self.file(LABEL_COUNTS)
         if path is None:
             raise SparsightError(f"{self.folder}: has no {LABEL_COUNTS}. {AGAIN}")
-        labels = pq.read_table(io.BytesIO(read_file(self.folder, LABELS, self.manifest)))
+        labels = table_of(read_file(self.folder, LABELS, self.manifest))
         n_entries = self.manifest["n_label_counts"]
         return LabelCounts.open(path, labels, self.n_latents, n_entries, AGAIN)
 

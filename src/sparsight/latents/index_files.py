@@ -163,6 +163,18 @@ def parquet(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+def table_of(data: bytes) -> pa.Table:
+    """Return the table in the contents of a Parquet file.
+
+    No thread of Arrow takes part: one that still let go of `data` while Python exits would end the
+    process with an abort.
+
+    Raises:
+        pyarrow.ArrowException: the contents are damaged.
+    """
+    return pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)
+
+
 def _checksums(manifest: Mapping[str, Any], name: str) -> list[str]:
     """Return the accepted checksums of a file; version 1 wrote a list."""
     about = manifest["files"].get(name, [])
