@@ -132,6 +132,10 @@ class Figure:
         """Return the figure's value in `metrics`; None if it was not measured."""
         return dig(metrics, self.key)
 
+    def shown(self, metrics: Any) -> str:
+        """Write the figure's value in `metrics`."""
+        return self.show(self.of(metrics))
+
     def precise(self, value: Any) -> str:
         """Write the value with one digit more than `show` does."""
         if not is_number(value):
@@ -202,7 +206,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "clipscope_dead", "dead (CLIP-Scope)",
         "Share of latents that CLIP-Scope counts as dead.",
-        percent, "lower", _SHARE, places=("table",),
+        percent, "lower", _SHARE,
     ),
     Figure(
         "l0", "L0", "Mean number of latents that are active on a vector.",

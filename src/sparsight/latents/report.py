@@ -15,20 +15,26 @@ from sparsight.config import check_seed
 from sparsight.errors import UserError
 from sparsight.figures import NOT_MEASURED, count
 from sparsight.files import check_file, write_text
-from sparsight.latents.cards import LARGEST, TOP_SHOWN
 from sparsight.latents.run_files import RunFiles, find_runs, read_run, run_names
 from sparsight.latents.run_models import RunModels
+from sparsight.latents.seeing import LARGEST
 from sparsight.latents.stored import find_stored, needs_model
 from sparsight.latents.views import RunView, make_view
 from sparsight.pages import scores
 from sparsight.pages.data_uris import encode_picture, is_crisp
-from sparsight.pages.template import made_with, page_css, script, template
+from sparsight.pages.template import made_with, page_css, script, style, template
 from sparsight.redaction import without_folders
 from sparsight.vision import VisionModel
 
 MAX_BYTES = 4_000_000
-THUMBNAILS = (LARGEST, 160, 128, 96, 72)
+THUMBNAILS = (LARGEST, 192, 160, 128, 96, 72)
 """Longest sides of images, in pixels, tried in turn until the page is small enough."""
+
+SMALL = 112
+"""Longest side of the images that only appear as small samples."""
+
+IN_STRIP = 8
+"""Latents per site at the top of a page about several sites."""
 
 
 def write_report(
@@ -36,7 +42,7 @@ def write_report(
     out: str | Path,
     *,
     model: VisionModel | str | None = None,
-    latents: int = 24,
+    latents: int = 32,
     seed: int = 0,
     title: str | None = None,
     max_bytes: int = MAX_BYTES,
@@ -44,17 +50,19 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML page about runs: no network, no other files.
 
-    The page names what was not measured, and the command that measures it.
+    The page begins with images of the latents that are easiest to understand, outlined where each
+    is active. It names what was not measured, and the command that measures it.
 
     Args:
         runs: run folders, or one folder that contains runs.
         out: file of the page, or a folder, in which `report.html` is then written.
-        model: the model for heatmaps, if neither codes nor activations of the images are on disk;
-            default: the model that the index names. If it cannot be loaded, the page says so and
-            shows the images without heatmaps.
-        latents: cards per run; half have the highest-scoring names, the rest are drawn at random.
+        model: the model that tells where in an image latents are active, if neither codes nor
+            activations of the images are on disk; default: the model that the index names. If it
+            cannot be loaded, the page says so and shows the images without outlines.
+        latents: cards per run; three quarters are the latents that are easiest to understand, the
+            rest are drawn at random.
         seed: seed of the random choice.
-        title: heading; default: the model's id.
+        title: heading; default: the model and the images.
         max_bytes: largest size of the page; images shrink until it fits, and a note on stderr says
             if that is not enough.
         quiet: show no progress bar.
@@ -101,20 +109,51 @@ def _page(
     runs: Sequence[RunFiles], views: Sequence[RunView], title: str | None, thumbnail: int
 ) -> str:
     code = script("report.js")
-    ids = dict.fromkeys(
-        without_folders(str(run.model["id"])) for run in runs if run.model.get("id")
-    )
     return template("report.html.jinja").render(
-        title=title or " · ".join(ids) or runs[0].name,
+        title=title or _title(views),
+        place=", ".join(dict.fromkeys(view.site for view in views)),
+        lead=_lead(views),
         facts=_facts(runs),
         runs=views,
+        sites=scores.sites_table(
+            [(view.heading, run.metrics) for view, run in zip(views, runs, strict=True)]
+        ),
+        strip_length=IN_STRIP,
         glossary=scores.GLOSSARY,
         not_measured=NOT_MEASURED,
-        top_shown=TOP_SHOWN,
         css=page_css(),
+        report_css=Markup(style("report.css")),
         picture_css=Markup(_picture_css(views, thumbnail)),
         script=Markup(code),
         script_hash=base64.b64encode(hashlib.sha256(code.encode()).digest()).decode(),
+    )
+
+
+def _title(views: Sequence[RunView]) -> str:
+    """Say what the page is about: the model and the images, or the SAE if there are none."""
+    models = " and ".join(dict.fromkeys(view.model for view in views))
+    images = " and ".join(dict.fromkeys(view.images for view in views if view.images))
+    return f"What {models} sees in {images}" if images else f"Sparse autoencoders of {models}"
+
+
+def _lead(views: Sequence[RunView]) -> str:
+    """Say in a few sentences what the reader looks at."""
+    first = views[0]
+    if not first.cards:
+        return (
+            f"Figures of {len(views)} sparse autoencoder{'s' if len(views) > 1 else ''} (SAEs). "
+            "The images that activate the latents appear once there is an index."
+        )
+    what = (
+        f"A sparse autoencoder took the activations of {first.model} at {first.site} apart into "
+        f"{first.n_latents:,} latents. "
+    )
+    if len(views) > 1:
+        what = f"Sparse autoencoders took the activations of {first.model} apart into latents. "
+    where = ", outlined where it is active" if any(view.outlined for view in views) else ""
+    return (
+        f"{what}Each block is one latent: the images that activate it most{where}. "
+        f"The best understood come first. Click an image to enlarge it."
     )
 
 
@@ -150,9 +189,10 @@ def _picture_css(views: Sequence[RunView], thumbnail: int) -> str:
     """Make one CSS class per image, so that several cards can show one copy of it."""
     rules: list[str] = []
     for view in views:
-        for key, picture in (view.gallery.pictures if view.gallery else {}).items():
+        if view.gallery is None:
+            continue
+        for key, picture in view.gallery.pictures.items():
             crisp = ";image-rendering:pixelated" if is_crisp(picture) else ""
-            rules.append(
-                f".{key}{{background-image:url({encode_picture(picture, thumbnail)}){crisp}}}"
-            )
+            side = min(thumbnail, SMALL) if key in view.gallery.small else thumbnail
+            rules.append(f".{key}{{background-image:url({encode_picture(picture, side)}){crisp}}}")
     return "\n".join(rules)

@@ -14,9 +14,9 @@ from sparsight.config import check_positive
 from sparsight.errors import UserError
 from sparsight.figures import percent, rounded
 from sparsight.files import check_file, write_bytes
-from sparsight.latents.cards import see
 from sparsight.latents.heatmaps import overlay
 from sparsight.latents.index import LatentIndex
+from sparsight.latents.seeing import see
 from sparsight.pages.data_uris import encode_picture, is_crisp
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from matplotlib.figure import Figure
 
 from sparsight.errors import SparsightError
 from sparsight.figures import count
-from sparsight.latents.cards import Gallery, make_gallery
+from sparsight.latents.cards import Card, Gallery, make_gallery
 from sparsight.latents.dead_latents import dead_latents_table
 from sparsight.latents.drawing import density_histogram, density_scatter, error_by_position
+from sparsight.latents.latent_table import as_json, latent_table
 from sparsight.latents.run_files import RunFiles
 from sparsight.latents.stored import StoredCodes
 from sparsight.pages import plots, scores
@@ -35,16 +37,46 @@ class RunView:
     key: str
     name: str
     site: str
+    heading: str
+    folder: str
+    n_latents: int
     shape: str
+    model: str
+    images: str
     missing: Sequence[str]
+    warning: str
     tiles: Sequence[Tile]
     plots: Sequence[Plot]
     tables: Sequence[Table]
     attributes: Table | None
     config: str
     gallery: Gallery | None
-    heatmaps: bool
-    named: bool
+    latents: Markup
+    """Columns about all latents, as JSON; empty without an index."""
+    fires: Markup
+    """By image, the shown latents that are active in it, as JSON."""
+    commands: Sequence[tuple[str, str]]
+    """What to do next, and the command that does it."""
+
+    @property
+    def outlined(self) -> bool:
+        """Whether any image has an outline."""
+        return any(shot.path for card in self.cards for shot in card.top)
+
+    @property
+    def cards(self) -> Sequence[Card]:
+        """All cards."""
+        return self.gallery.cards if self.gallery else []
+
+    @property
+    def best(self) -> Sequence[Card]:
+        """The cards of the best understood latents."""
+        return [card for card in self.cards if card.chosen == "best"]
+
+    @property
+    def random(self) -> Sequence[Card]:
+        """The cards of latents drawn at random."""
+        return [card for card in self.cards if card.chosen == "random"]
 
 
 def make_view(
@@ -67,7 +99,7 @@ def make_view(
         latents: number of cards.
         seed: seed of the random choice of latents.
         quiet: show no progress bar.
-        stored: where heatmaps can be read.
+        stored: where activations at patches can be read.
     """
     gallery = None
     if run.index is not None and latents:
@@ -83,7 +115,7 @@ def make_view(
                 stored=stored,
             )
         if isinstance(model, str):
-            gallery.notes.insert(0, f"No heatmaps: the model is not available. {model}")
+            gallery.notes.insert(0, f"No outlines: the model is not available. {model}")
     measured = "fvu" in run.metrics
     tables = [
         table
@@ -93,22 +125,73 @@ def make_view(
     dead = _dead_latents(run)
     if dead is not None:
         tables.append(dead)
-    cards = gallery.cards if gallery else []
+    shown = [card.latent for card in gallery.cards] if gallery else []
     return RunView(
         key=key,
         name=run.name,
         site=run.site,
+        heading=run.site if run.name == run.site else f"{run.site} · {run.name}",
+        folder=run.folder.name,
+        n_latents=run.sae.n_latents,
         shape=_shape(run),
+        model=model_name(run),
+        images=images_name(run),
         missing=(*run.missing, *(scores.not_measured(run.metrics) if measured else ())),
-        tiles=scores.tiles(run.metrics) if measured else [],
+        warning=scores.cls_warning(run.metrics) if measured else "",
+        tiles=scores.tiles(run.metrics, run.sae.n_latents, _fixed_k(run)) if measured else [],
         plots=_plots(run, key, model),
         tables=tables,
         attributes=scores.attribute_table(run.metrics),
         config=without_folders(run.config),
         gallery=gallery,
-        named=any(card.chosen == "named" for card in cards),
-        heatmaps=any(shot.heat for card in cards for shot in card.top),
+        latents=as_json(latent_table(run.index, shown)) if run.index and shown else Markup(""),
+        fires=_fires(gallery),
+        commands=_commands(run, shown[0]) if shown else [],
     )
+
+
+def _fires(gallery: Gallery | None) -> Markup:
+    """Write which shown latents are active in which image, with activation and outline."""
+    found = gallery.fires if gallery else {}
+    return as_json(
+        {
+            key: [(latent, float(f"{value:.4g}"), path) for latent, value, path in rows]
+            for key, rows in found.items()
+        }
+    )
+
+
+def model_name(run: RunFiles) -> str:
+    """Return the name of the vision model for a heading."""
+    name = without_folders(str(run.model.get("id") or "the model"))
+    return "the calibration CLIP" if name == "calibration" else name
+
+
+def images_name(run: RunFiles) -> str:
+    """Return the name of the image collection for a heading; empty without an index."""
+    if run.index is None:
+        return ""
+    source = without_folders(str(run.index.manifest["images"]["source"]))
+    if source.startswith("calibration:"):
+        return f"{count(run.index.manifest['images']['n_images'])} rendered scenes"
+    return source.rstrip("/").rsplit("/", 1)[-1] or source
+
+
+def _fixed_k(run: RunFiles) -> int | None:
+    """Return the number of latents that are active on every vector, if the sparsity sets it."""
+    k = getattr(run.sae.config.sparsity, "k", None)
+    return k if isinstance(k, int) else None
+
+
+def _commands(run: RunFiles, latent: int) -> list[tuple[str, str]]:
+    """Return what to do next with a run and one of its latents, as commands."""
+    name = shlex.quote(run.folder.name)
+    return [
+        ("All about one latent", f"sparsight latents {name} {latent}"),
+        ("Find latents by label or name", f"sparsight latents {name} --label WORD"),
+        ("Every latent in an image of yours", f"sparsight image {name} PHOTO.jpg"),
+        ("Turn a latent up and down", f"sparsight steer {name} --latents {latent}"),
+    ]
 
 
 def _dead_latents(run: RunFiles) -> Table | None:
@@ -146,14 +229,17 @@ def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plo
         images = count(run.index.manifest["images"]["n_images"])
         text = f"How often each of {len(table):,} latents is active, over {images} images."
         drawn.append(("density", "Density", text, density_histogram(table)))
-        text = "Each dot is a latent. A dark dot's strongest images share one label."
-        if table["label_entropy"].null_count == len(table):
-            text = "Each dot is a latent. Label entropy is unknown: it needs 10 labelled images."
+        text = "Each dot is a latent: click one to see which."
+        if table["label_entropy"].null_count < len(table):
+            text += " A dark dot's strongest images share one label."
         drawn.append(("scatter", "Density and activation", text, density_scatter(table)))
-    return [
-        Plot(title, text, Markup(to_svg(figure, f"{key}-{name}", title)))
-        for name, title, text, figure in drawn
-    ]
+    return [_plot(f"{key}-{name}", title, text, figure) for name, title, text, figure in drawn]
+
+
+def _plot(name: str, title: str, text: str, figure: Figure) -> Plot:
+    svg = Markup(to_svg(figure, name, title))
+    dots = as_json(plots.axes_place(figure)) if name.endswith("-scatter") else ""
+    return Plot(title, text, svg, dots)
 
 
 def _shape(run: RunFiles) -> str:

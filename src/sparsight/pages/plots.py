@@ -18,13 +18,26 @@ from sparsight.pages.style import PALETTE, SEQUENTIAL, figure, plot_style
 Floats = npt.NDArray[np.float64]
 
 MARKERS = ("o", "s", "^", "D")
+CONSTANT = 1e-3
+"""An L0 that varies by less has no curve."""
+
 LONG_LABEL = 34
 """Characters beyond which a legend has one column."""
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot FVU, L0 and the share of dead latents, where logged, over the vectors seen."""
-    shown = [each for each in shown_in("log") if any(is_number(each.of(row)) for row in log)]
+    """Plot FVU, L0 and the share of dead latents, where logged, over the vectors seen.
+
+    An L0 that never changes is left out.
+    """
+    logged = {each: [each.of(row) for row in log] for each in shown_in("log")}
+    logged = {each: list(filter(is_number, values)) for each, values in logged.items()}
+    # With TopK, L0 is always k: a curve would show nothing.
+    shown = [
+        each
+        for each, values in logged.items()
+        if values and not (each.key == "l0" and max(values) - min(values) < CONSTANT)
+    ]
     with plot_style():
         drawn = figure(0.55 + 1.15 * max(1, len(shown)))
         axes = drawn.subplots(max(1, len(shown)), 1, sharex=True, squeeze=False)[:, 0]
@@ -103,8 +116,27 @@ def density_scatter(density: Floats, mean_activation: Floats, entropy: Floats) -
         return drawn
 
 
+def axes_place(drawn: Figure) -> dict[str, Any]:
+    """Return where the first axes of a drawn figure lie: a page finds the data under a click.
+
+    Returns:
+        `box`: left, top, width and height, as shares of the figure; `x` and `y`: the limits;
+        `log`: whether x and y are logarithmic.
+    """
+    ax = drawn.axes[0]
+    place = ax.get_position()
+    return {
+        "box": [round(v, 5) for v in (place.x0, 1 - place.y1, place.width, place.height)],
+        "x": list(map(float, ax.get_xlim())),
+        "y": list(map(float, ax.get_ylim())),
+        "log": [ax.get_xscale() == "log", ax.get_yscale() == "log"],
+    }
+
+
 def error_by_position(fvu: Floats, patch_grid: tuple[int, int] | None, n_prefix: int) -> Figure:
     """Plot the FVU at each position: patches on their grid, CLS (and registers) next to it.
+
+    The patches set the colour scale; CLS has its number beside it.
 
     Args:
         fvu: one number per token, prefix first.
@@ -121,7 +153,8 @@ def error_by_position(fvu: Floats, patch_grid: tuple[int, int] | None, n_prefix:
             ax.set_ylim(bottom=0)
             return drawn
         grid = fvu[n_prefix:].reshape(patch_grid)
-        low, high = float(np.nanmin(fvu)), float(np.nanmax(fvu))
+        # CLS is often far worse: it does not set the scale, or all patches would look alike.
+        low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
         scale: dict[str, Any] = {
             "cmap": SEQUENTIAL,
             "vmin": low,
@@ -139,6 +172,9 @@ def error_by_position(fvu: Floats, patch_grid: tuple[int, int] | None, n_prefix:
             axes[0].imshow(fvu[:n_prefix].reshape(-1, 1), **scale)
             axes[0].set_xticks([])
             names = ["CLS", *(f"reg {i}" for i in range(1, n_prefix))]
+            names = [
+                f"{name}\n{value:.2g}" for name, value in zip(names, fvu[:n_prefix], strict=True)
+            ]
             axes[0].set_yticks(range(n_prefix), names)
         for ax in axes:
             ax.grid(visible=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sparsight.figures import (
@@ -39,31 +39,43 @@ GLOSSARY: dict[str, str] = {
     "mean activation": "Mean of a latent's activation over the vectors on which it is active.",
     "label entropy": "How mixed the labels of a latent's strongest images are, weighted by "
     "activation, in nats. 0: all have one label. Needs 10 labelled images.",
+    "label share": "Share of its most frequent label among a latent's strongest images, weighted "
+    "by activation.",
     **glossary("zero-shot", "AUC", "F1", "IoU", "all patches"),
     **glossary(),
     "untrained SAE": "An SAE of the same shape with its initial weights. Its score comes "
     "from the architecture, not from learning.",
     "PCA": "The first principal components, as many as the SAE has active latents per vector.",
     "neurons": "The dimensions of the activations themselves, without an SAE.",
-    "heatmap": "Activation of the latent at every patch, laid over the image as the model saw it: "
-    "dark where it is not active, clear at the strongest patch on the card.",
+    "outline": "It encloses the region in which a latent reaches at least half of its strongest "
+    "activation in that image. The image is shown as the model saw it: scaled and cropped.",
     "quantiles": "The images that activate the latent, sorted by strength and split into equal "
     "bands; from each band, a random sample.",
 }
 
 
-def tiles(metrics: Metrics) -> list[Tile]:
-    """Return the five headline figures of an SAE; "not measured" for a missing one."""
+def tiles(metrics: Metrics, n_latents: int | None = None, k: int | None = None) -> list[Tile]:
+    """Return the headline figures of an SAE; "not measured" for a missing one.
+
+    Args:
+        metrics: contents of `metrics.json`.
+        n_latents: number of latents of the SAE.
+        k: number of active latents per vector, if the sparsity sets it; an L0 that is always k has
+            no tile.
+    """
     shot = metrics.get("zero_shot") or {}
     kinds = truth_by_kind(metrics)
     kind = "symbol" if "symbol" in kinds else next(iter(kinds), None)
     window = metrics.get("dead_window")
     top1 = figure_of("zero_shot.*.top1")
-    made = [
-        _tile(metrics, "fvu", "; ".join(_about_fvu(metrics))),
-        _tile(metrics, "l0", "latents per vector"),
-        _tile(metrics, "dead", f"of the last {count(window)} vectors" if window else ""),
-    ]
+    made = [_tile(metrics, "fvu", "; ".join(_about_fvu(metrics)))]
+    if metrics.get("fvu_cls") is not None:
+        made.append(_tile(metrics, "fvu_cls", "the CLS position alone, on its own mean"))
+    if k is None or not is_number(metrics.get("l0")) or abs(metrics["l0"] - k) > 1e-3:
+        made.append(_tile(metrics, "l0", "latents per vector"))
+    of = f"of {count(n_latents)} latents" if n_latents else "of the latents"
+    silent = f"{of}: never active in the last {count(window)} vectors" if window else of
+    made.append(_tile(metrics, "dead", silent))
     if shot:
         others = [
             ("original", shot.get("original") or {}),
@@ -125,8 +137,8 @@ def _about_fvu(metrics: Metrics) -> Iterator[str]:
     """Yield the notes under the tile of the FVU."""
     if n_vectors := metrics.get("n_vectors"):
         yield f"{count(n_vectors)} vectors"
-    if metrics.get("fvu_cls") is not None:
-        yield f"CLS {rounded(metrics['fvu_cls'])}, patches {rounded(metrics.get('fvu_patches'))}"
+    if metrics.get("fvu_patches") is not None:
+        yield f"patches alone {rounded(metrics['fvu_patches'])}"
     if (same := metrics.get("trained_on_these")) is not None:
         other = "held-out" if metrics.get("held_out") else "other"
         yield "measured on the training data" if same else f"measured on {other} images"
@@ -138,7 +150,12 @@ def reconstruction_table(metrics: Metrics) -> Table | None:
     blocks = [("SAE", metrics), *baselines(metrics)]
     blocks = [(name, block) for name, block in blocks if any(line.key in block for line in lines)]
     rows = tuple(
-        Row(line.label, line.term, tuple(line.show(line.of(block)) for _, block in blocks))
+        Row(
+            line.label,
+            line.term,
+            tuple(line.show(line.of(block)) for _, block in blocks),
+            best=best([line.of(block) for _, block in blocks], line),
+        )
         for line in lines
         if any(line.of(block) is not None for _, block in blocks)
     )
@@ -161,6 +178,42 @@ def reconstruction_table(metrics: Metrics) -> Table | None:
     )
 
 
+def sites_table(runs: Sequence[tuple[str, Metrics]]) -> Table | None:
+    """Tabulate the main figures of several SAEs, one row each; None if nothing was measured.
+
+    Args:
+        runs: heading and figures of each.
+    """
+    columns: list[tuple[str, Callable[[Metrics], str]]] = [("FVU", figure_of("fvu").shown)]
+    for key, name in BASELINES.items():
+        columns.append((f"FVU, {name}", _baseline_cell(key)))
+    for key in ("fvu_cls", "fvu_patches", "l0", "dead"):
+        columns.append((figure_of(key).label, figure_of(key).shown))
+    for variant in ("original", "reconstructed"):
+        figure = figure_of("zero_shot.*.top1").at(variant)
+        columns.append((figure.label, figure.shown))
+    columns = [
+        (name, show)
+        for name, show in columns
+        if any(show(metrics) != NOT_MEASURED for _, metrics in runs)
+    ]
+    if not columns:
+        return None
+    return Table(
+        "Sites side by side",
+        tuple(name for name, _ in columns),
+        tuple(Row(name, "", tuple(show(of) for _, show in columns)) for name, of in runs),
+        "Sites differ in how hard their activations are to reconstruct: compare each SAE with its "
+        "own baselines first. "
+        + " ".join(dict.fromkeys(text for _, of in runs if (text := measured_on(of)))),
+    )
+
+
+def _baseline_cell(key: str) -> Callable[[Metrics], str]:
+    figure = figure_of("fvu")
+    return lambda metrics: figure.show(figure.of(dig(metrics, f"baselines.{key}")))
+
+
 def downstream_table(metrics: Metrics) -> Table | None:
     """Tabulate what the model can still do with the site replaced, by the SAE or otherwise."""
     lines: list[tuple[str, str, Metrics, Metrics]] = []
@@ -171,46 +224,86 @@ def downstream_table(metrics: Metrics) -> Table | None:
     lines = [line for line in lines if line[2] or line[3]]
     if not lines:
         return None
-    columns: list[tuple[str, Callable[[Metrics, Metrics], str]]] = []
+    columns: list[tuple[str, Callable[[Metrics, Metrics], str], Figure | None]] = []
     for each in FIGURES:
         if each.variants:
-            columns.append((each.name, _downstream_cell(each)))
+            columns.append((each.name, _downstream_cell(each), each))
         if each.key == "zero_shot.*.top1":
-            columns.append(("95 % interval", lambda shot, _: interval(shot)))
+            columns.append(("95 % interval", lambda shot, _: interval(shot), None))
     columns = [
-        (name, show)
-        for name, show in columns
-        if any(show(shot, contrastive) not in ("", NOT_MEASURED) for *_, shot, contrastive in lines)
+        column
+        for column in columns
+        if any(column[1](*line[2:]) not in ("", NOT_MEASURED) for line in lines)
     ]
+    winners = {
+        (line, i)
+        for i, (_, _, figure) in enumerate(columns)
+        if figure is not None
+        for line in best(
+            [None if name == "original" else _downstream(figure, *of) for name, _, *of in lines],
+            figure,
+        )
+    }
     rows = tuple(
         Row(
             name,
             term,
-            tuple(show(shot, contrastive) or NOT_MEASURED for _, show in columns),
-            strong=name == "SAE",
+            tuple(show(shot, contrastive) or NOT_MEASURED for _, show, _ in columns),
+            best=frozenset(i for line, i in winners if line == place),
         )
-        for name, term, shot, contrastive in lines
+        for place, (name, term, shot, contrastive) in enumerate(lines)
     )
     n, classes = dig(metrics, "zero_shot.original.n"), dig(metrics, "zero_shot.original.n_classes")
     note = f"Zero-shot on {count(n)} images" if n else ""
     note += f", {count(classes)} classes" if n and classes else ""
     return Table(
         "The model with this site replaced",
-        tuple(name for name, _ in columns),
+        tuple(name for name, *_ in columns),
         rows,
-        note and f"{note}.",
-        strong=-1,
+        " ".join(part for part in (note and f"{note}.", _above_original(lines)) if part),
     )
+
+
+def _above_original(lines: Sequence[tuple[str, str, Metrics, Metrics]]) -> str:
+    """Explain in a sentence that replacements classify better than the original; "" if none."""
+    top1 = {name: shot.get("top1") for name, _, shot, _ in lines}
+    original = top1.get("original")
+    above = [name for name, x in top1.items() if x is not None and original and x > original]
+    if not above:
+        return ""
+    return (
+        f"{' and '.join(above)} above the original: a reconstruction also leaves out directions "
+        "that disturb this classification, and gaps within the 95 % intervals are chance. It is "
+        "no proof of a better reconstruction; FVU measures that."
+    )
+
+
+def best(values: Sequence[Any], figure: Figure) -> frozenset[int]:
+    """Return the places of the best values; none if all look equal or no direction is better.
+
+    The number of active latents is a price, not a merit: no L0 is the best.
+    """
+    shown = {i: figure.show(value) for i, value in enumerate(values) if is_number(value)}
+    if figure.better is None or figure.term == "L0" or len(set(shown.values())) < 2:
+        return frozenset()
+    choose = min if figure.better == "lower" else max
+    winner = choose(shown, key=lambda i: values[i])
+    return frozenset(i for i, text in shown.items() if text == shown[winner])
 
 
 def _downstream_cell(figure: Figure) -> Callable[[Metrics, Metrics], str]:
     """Return a function that shows a figure, given the two kinds of figures of a replacement."""
-    family, _, key = figure.key.split(".")
 
     def show(shot: Metrics, contrastive: Metrics) -> str:
-        return figure.show((shot if family == "zero_shot" else contrastive).get(key))
+        return figure.show(_downstream(figure, shot, contrastive))
 
     return show
+
+
+def _downstream(figure: Figure, shot: Metrics, contrastive: Metrics) -> Any:
+    """Return a figure of a replacement, whichever of the two kinds it belongs to."""
+    family, _, key = figure.key.split(".")
+    return (shot if family == "zero_shot" else contrastive).get(key)
 
 
 def _variant(block: Metrics, name: str) -> tuple[Metrics, Metrics]:
@@ -237,7 +330,9 @@ def truth_table(metrics: Metrics) -> Table | None:
             cells = [figure.show(own.get(kind, {}).get(score)) for _, own in found]
             if everywhere:
                 cells.append(figure.show(summary.get(EVERYWHERE)) if score == "iou" else "")
-            rows.append(Row(figure.label, figure.term, tuple(cells), group=group))
+            values = [own.get(kind, {}).get(score) for _, own in found]
+            won = best(values, figure)
+            rows.append(Row(figure.label, figure.term, tuple(cells), group=group, best=won))
             group = ""
     columns = [name for name, _ in found] + ([truth_score(EVERYWHERE).label] if everywhere else [])
     note = (
@@ -271,16 +366,18 @@ def attribute_table(metrics: Metrics) -> Table | None:
         *(truth_score(score).label for score in TRUTH_SCORES),
         *(f"{auc}, {name}" for name, _ in blocks),
     )
-    return Table(f"All {len(rows)} attributes", columns, rows, strong=1)
+    return Table(f"All {len(rows)} attributes", columns, rows)
 
 
 def not_measured(metrics: Metrics) -> list[str]:
-    """List the families of scores that `metrics.json` lacks, each with a reason."""
+    """List the families of scores that `metrics.json` lacks, each with a reason.
+
+    Known attributes are not listed: only rendered images have them, and nobody misses them else.
+    """
     omitted = metrics.get("omitted") or {}
     families = {
         "baselines": ("Baselines", "`sparsight evaluate` measures them by default."),
         "zero_shot": ("Zero-shot accuracy", "it needs the model and labelled images."),
-        "truth": ("Known attributes", "they are known only for calibration images."),
     }
     return [
         f"{name}: not measured; {omitted.get(family) or reason}"

@@ -37,6 +37,8 @@ class Row:
     """Whether the whole row stands out."""
     group: str = ""
     """Heading above the row, if it begins a group."""
+    best: frozenset[int] = frozenset()
+    """Places of the best cells, which stand out."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str = ""
-    strong: int = 0
-    """The column that stands out: the SAE's own."""
+    strong: int = -1
+    """The column that stands out as a whole; −1: none."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,5 @@ class Plot:
     title: str
     text: str
     svg: Markup
+    dots: str = ""
+    """For a scatter plot of latents, where its axes are, as JSON: with it, dots can be clicked."""

@@ -52,6 +52,11 @@ def page_css() -> Markup:
     return Markup((TEMPLATES / "page.css").read_text(encoding="utf-8"))
 
 
+def style(name: str) -> str:
+    """Return the text of a style sheet in `templates/`, for one kind of page."""
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
 def script(name: str) -> str:
     """Return the text of a script in `templates/`; the page's policy must contain its hash."""
     return (TEMPLATES / name).read_text(encoding="utf-8")

@@ -12,9 +12,11 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sparsight.latents.cards import TOP_SHOWN, Seen, choose_latents, see
+from sparsight.latents.cards import TOP_SHOWN
+from sparsight.latents.choosing import choose_latents
 from sparsight.latents.heatmaps import overlay
 from sparsight.latents.run_files import RunFiles
+from sparsight.latents.seeing import Seen, see
 from sparsight.latents.stored import StoredCodes
 from sparsight.pages.data_uris import is_crisp
 from sparsight.progress import progress
@@ -83,7 +85,7 @@ def latent_pictures(
     index = run.index
     if index is None or n == 0:
         return None
-    chosen, how = choose_latents(index, n, seed, named=n, least_images=TOP_SHOWN)
+    chosen, how = choose_latents(index, run.sae, n, seed, random=0, least_images=TOP_SHOWN)
     shown = {latent: index.top(latent)[:TOP_SHOWN] for latent, _ in chosen}
     wanted: dict[int, list[int]] = {}
     for latent, examples in shown.items():
