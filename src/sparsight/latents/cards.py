@@ -27,7 +27,7 @@ ON_CARD = 6
 SAMPLES_PER_BAND = 2
 LABELS_SHOWN = 3
 SIMILAR_SHOWN = 4
-LEAST_SHARE = 0.1
+LEAST_SHARE = 0.2
 """A latent counts as active in a shown image from this share of its strongest activation."""
 
 

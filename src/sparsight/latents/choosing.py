@@ -113,36 +113,53 @@ def choose_latents(
     rest = np.setdiff1d(alive, best)
     drawn = np.random.default_rng(seed).permutation(len(rest))[: n - len(best)]
     others = np.sort(rest[drawn]).tolist()
-    parts = []
-    if best:
-        parts.append(
-            f"{len(best)} that are easiest to understand, judged by {_criteria(known)}, and "
-            f"various in kind: at most {per_kind} per label or word of a name"
+    return (
+        [(latent, "best") for latent in best] + [(latent, "random") for latent in others],
+        _how(known, len(best), per_kind, others, seed, len(rest), least_images),
+    )
+
+
+def _how(
+    known: Understanding,
+    n_best: int,
+    per_kind: int,
+    others: Sequence[int],
+    seed: int,
+    n_rest: int,
+    least_images: int,
+) -> str:
+    """Say in sentences how latents were chosen."""
+    sentences = []
+    if n_best:
+        which = ["how well they are named"] if known.names else []
+        if known.labels:
+            which.append(
+                "how well the labels of one half of their strongest images predict those of the "
+                "other half"
+            )
+        which.append("how selective they are")
+        if known.spread:
+            which.append("how well neighbouring patches agree")
+        sentences.append(
+            f"{n_best} latents are those that are easiest to understand, judged by "
+            f"{_listed(which)}; to vary them, at most {per_kind} share a label or a word of their "
+            "names."
         )
     if others:
-        parts.append(
-            f"{len(others)} drawn at random (seed {seed}) from the {len(rest):,} "
-            f"{'other ' if best else ''}latents that "
-            + (
-                "were ever active"
-                if least_images == 1
-                else f"{least_images} images or more activate"
-            )
+        which_rest = f"{n_rest:,} {'other ' if n_best else ''}latents"
+        active = (
+            "were ever active" if least_images == 1 else f"{least_images} images or more activate"
         )
-    how = "; ".join(parts)
-    chosen: list[tuple[int, Why]] = [(latent, "best") for latent in best]
-    chosen += [(latent, "random") for latent in others]
-    return chosen, f"{how}. None was picked by hand." if how else "No latent was ever active."
+        sentences.append(
+            f"{len(others)} {'were' if len(others) > 1 else 'was'} drawn at random (seed {seed}) "
+            f"from the {which_rest} that {active}."
+        )
+    if not sentences:
+        return "No latent was ever active."
+    return " ".join([*sentences, "None was picked by hand."])
 
 
-def _criteria(known: Understanding) -> str:
-    """List what the score is made of, in words."""
-    parts = ["their names"] if known.names else []
-    if known.labels:
-        parts.append("the labels of one half of their strongest images, tested on the other half")
-    parts.append("how selective they are")
-    if known.spread:
-        parts.append("how well neighbouring patches agree")
+def _listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 

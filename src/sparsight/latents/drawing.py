@@ -24,14 +24,14 @@ def density_histogram(table: pa.Table) -> Figure:
 
 
 def density_scatter(table: pa.Table) -> Figure:
-    """Plot density against mean activation, coloured by label entropy.
+    """Plot density against mean activation, coloured by the share of the most frequent label.
 
     Args:
         table: table of an index.
     """
-    entropy = table["label_entropy"].to_numpy().astype(float)
+    share = table["top_label_share"].to_numpy().astype(float)
     mean = table["mean_activation"].to_numpy()
-    return plots.density_scatter(table["density"].to_numpy(), mean, entropy)
+    return plots.density_scatter(table["density"].to_numpy(), mean, share)
 
 
 def error_by_position(metrics: Mapping[str, Any], tokens: str, model: Mapping[str, Any]) -> Figure:

@@ -72,7 +72,8 @@ def density_histogram(index: LatentIndex | str | Path) -> Figure:
 
 
 def density_scatter(index: LatentIndex | str | Path) -> Figure:
-    """Plot density against mean activation, one dot per latent, coloured by label entropy.
+    """Plot density against mean activation, one dot per latent, coloured by the share of
+    the most frequent label among its strongest images.
 
     Args:
         index: the index, its folder, or the folder of its run.

@@ -119,6 +119,7 @@ def _page(
             [(view.heading, run.metrics) for view, run in zip(views, runs, strict=True)]
         ),
         strip_length=IN_STRIP,
+        outlined=any(view.outlined for view in views),
         glossary=scores.GLOSSARY,
         not_measured=NOT_MEASURED,
         css=page_css(),

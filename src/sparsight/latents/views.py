@@ -230,8 +230,8 @@ def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plo
         text = f"How often each of {len(table):,} latents is active, over {images} images."
         drawn.append(("density", "Density", text, density_histogram(table)))
         text = "Each dot is a latent: click one to see which."
-        if table["label_entropy"].null_count < len(table):
-            text += " A dark dot's strongest images share one label."
+        if table["top_label_share"].null_count < len(table):
+            text += " A bright dot's strongest images share one label."
         drawn.append(("scatter", "Density and activation", text, density_scatter(table)))
     return [_plot(f"{key}-{name}", title, text, figure) for name, title, text, figure in drawn]
 

@@ -55,7 +55,7 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
             else:
                 ax.yaxis.set_major_locator(MaxNLocator(4))
                 if each.key != "l0":
-                    ax.set_ylim(bottom=0)
+                    ax.set_ylim(0, 1 if each.is_share and y.max(initial=0) < 1 else None)
         axes[-1].set_xlabel("vectors seen")
         axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes[-1].xaxis.set_major_locator(MaxNLocator(5))
@@ -85,10 +85,10 @@ def density_histogram(density: Floats, never: int) -> Figure:
         return drawn
 
 
-def density_scatter(density: Floats, mean_activation: Floats, entropy: Floats) -> Figure:
-    """Plot density against mean activation per latent, coloured by label entropy (NaN: grey)."""
+def density_scatter(density: Floats, mean_activation: Floats, label_share: Floats) -> Figure:
+    """Plot density against mean activation per latent, coloured by label share (NaN: grey)."""
     alive = density > 0
-    x, y, colour = density[alive], mean_activation[alive], entropy[alive]
+    x, y, colour = density[alive], mean_activation[alive], label_share[alive]
     known = ~np.isnan(colour)
     with plot_style():
         drawn = figure(2.9)
@@ -97,10 +97,17 @@ def density_scatter(density: Floats, mean_activation: Floats, entropy: Floats) -
         ax.scatter(x[~known], y[~known], color=PALETTE[5], alpha=0.5, **common)
         if known.any():
             dots = ax.scatter(
-                x[known], y[known], c=colour[known], cmap=SEQUENTIAL, alpha=0.85, **common
+                x[known],
+                y[known],
+                c=colour[known],
+                cmap=SEQUENTIAL,
+                vmin=0,
+                vmax=1,
+                alpha=0.85,
+                **common,
             )
             bar = drawn.colorbar(dots, ax=ax, pad=0.02, aspect=28)
-            bar.set_label("label entropy (nats)")
+            bar.set_label("share of the most frequent label")
             bar.outline.set_visible(False)
         if len(x):
             ax.set_xscale("log")

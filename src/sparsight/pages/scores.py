@@ -37,8 +37,6 @@ GLOSSARY: dict[str, str] = {
     **glossary("dead"),
     "density": "Share of vectors on which a latent is active.",
     "mean activation": "Mean of a latent's activation over the vectors on which it is active.",
-    "label entropy": "How mixed the labels of a latent's strongest images are, weighted by "
-    "activation, in nats. 0: all have one label. Needs 10 labelled images.",
     "label share": "Share of its most frequent label among a latent's strongest images, weighted "
     "by activation.",
     **glossary("zero-shot", "AUC", "F1", "IoU", "all patches"),
@@ -49,6 +47,8 @@ GLOSSARY: dict[str, str] = {
     "neurons": "The dimensions of the activations themselves, without an SAE.",
     "outline": "It encloses the region in which a latent reaches at least half of its strongest "
     "activation in that image. The image is shown as the model saw it: scaled and cropped.",
+    "decoder row": "The direction in the activations that a latent stands for; latents with "
+    "similar rows mean similar things.",
     "quantiles": "The images that activate the latent, sorted by strength and split into equal "
     "bands; from each band, a random sample.",
 }
