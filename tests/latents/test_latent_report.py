@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -32,9 +33,10 @@ from sparsight.latents import (
     encode,
     write_report,
 )
-from sparsight.latents.cards import choose_latents, see
+from sparsight.latents.choosing import Understanding, choose_latents, held_out_label, various
 from sparsight.latents.report import RunModels
 from sparsight.latents.run_files import find_runs, read_run, run_names
+from sparsight.latents.seeing import see
 from sparsight.latents.stored import find_stored, needs_model
 from sparsight.pages.data_uris import encode_picture
 from sparsight.progress import progress
@@ -99,9 +101,10 @@ def test_the_page_loads_nothing(html: str) -> None:
 
 def test_labels_and_names_are_escaped(html: str) -> None:
     page = Page(html)
-    assert [tag for tag, _ in page.tags].count("script") == 1
+    kinds = [attributes.get("type") for tag, attributes in page.tags if tag == "script"]
+    assert kinds == ["application/json", None]
     assert EVIL in page.words
-    captions = [attributes.get("aria-label") for _, attributes in page.tags]
+    captions = [attributes.get("data-caption") for _, attributes in page.tags]
     assert any(label in captions for label in LABELS if "script" in label)
     assert "<b>sun</b>" in page.words
 
@@ -115,18 +118,54 @@ def test_scores_are_next_to_their_baselines_and_gaps_are_named(html: str) -> Non
     assert "untrained SAE" in words
 
 
-def test_there_is_one_card_per_latent_with_images_and_heatmaps(html: str) -> None:
+def test_there_is_one_card_per_latent_with_images_and_outlines(html: str) -> None:
     page = Page(html)
     assert page.classes.count("card") == 6
     assert page.classes.count("plot") == 4
+    assert html.index('class="card"') < html.index('class="tile"')
     used = {name for name in page.classes if re.fullmatch(r"run\d+-\d+", name)}
     defined = set(re.findall(r"\.(run\d+-\d+)\{background-image:url\(data:image/webp", html))
     assert used == defined
     assert len(used) > 10
     assert page.classes.count("heat") > 10
-    assert (
-        "2 with the highest-scoring names, one latent per name, and 4 drawn at random" in page.words
-    )
+    assert "5 latents are those that are easiest to understand" in page.words
+    assert "1 was drawn at random (seed 0) from the" in page.words
+
+
+def test_the_page_says_what_it_is_and_what_to_do_next(html: str) -> None:
+    words = Page(html).words
+    assert re.search(r"What \S+ sees in pictures", words)
+    assert "A sparse autoencoder took the activations of" in words and SITE in words
+    verbs = set(re.findall(r"<code>sparsight (\w+) ", html))
+    assert {"latents", "image", "steer"} <= verbs
+    assert "no name" in words
+    assert re.search(r"(cat|dog) \d+", words), "labels are counted"
+    for old in ("label entropy", "dead (CLIP-Scope)", "calibration world"):
+        assert old not in html
+
+
+def test_data_for_the_script_is_valid_and_covers_all_latents(html: str, run: Path) -> None:
+    index = LatentIndex.open(run)
+    block = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', html, re.S)
+    assert block is not None and "<" not in block[1] and "&" not in block[1]
+    data = json.loads(block[1])
+    table = data["table"]
+    assert sorted(table["latent"]) == list(range(index.n_latents)) and table["of"] == 96
+    for row, latent in enumerate(table["latent"]):
+        own = index.row(latent)
+        assert table["name"][row] == own["name"]
+        assert table["density"][row] == pytest.approx(own["density"], rel=1e-3)
+        label = table["label"][row]
+        assert (table["labels"][label] if label >= 0 else None) == own["top_label"]
+    page = Page(html)
+    cards = {int(a["data-latent"] or 0) for t, a in page.tags if a.get("class") == "shot"}
+    for key, fires in data["fires"].items():
+        place = int(key.split("-")[1])
+        for latent, activation, path in fires:
+            assert latent in cards and path.startswith("M")
+            tops = {e.image: e.activation for e in index.top(latent) if e.token > 0}
+            if place in tops:
+                assert activation == pytest.approx(tops[place], rel=1e-3)
 
 
 def test_two_reports_of_the_same_run_differ_only_in_the_date(
@@ -169,7 +208,7 @@ def test_without_the_model_the_page_shows_plain_images_and_says_why(
     make_run(tmp_path / "run", own, moved)
     page = write_report(tmp_path / "run", tmp_path / "r.html", latents=4, quiet=True)
     found = Page(page.read_text(encoding="utf-8"))
-    assert "No heatmaps: the model is not available." in found.words
+    assert "No outlines: the model is not available." in found.words
     assert "heat" not in found.classes
     assert found.classes.count("shot") > 10
 
@@ -195,7 +234,7 @@ def test_a_missing_image_is_counted_and_the_rest_is_shown(
     shutil.copytree(pictures, folder)
     moved = TensorActivations(activations.x, open_images(folder), model)
     run = make_run(tmp_path / "run", sae, moved)
-    image = LatentIndex.open(run).top(choose_latents(LatentIndex.open(run), 4, 0)[0][0][0])[0]
+    image = LatentIndex.open(run).top(choose_latents(LatentIndex.open(run), sae, 4, 0)[0][0][0])[0]
     gone = Path(LatentIndex.open(run).info(image.image).uri)
     gone.unlink()
     page = write_report(run, tmp_path / "r.html", model=model, latents=4, quiet=True)
@@ -243,18 +282,51 @@ def test_runs_are_found_below_a_folder_but_not_in_checkpoints(
         find_runs([])
 
 
-def test_latents_are_chosen_once_per_name_and_at_random(run: Path) -> None:
+def test_latents_are_the_best_understood_and_some_at_random(
+    run: Path, sae: SparseAutoencoder
+) -> None:
     index = LatentIndex.open(run)
-    chosen, how = choose_latents(index, 10, seed=3)
-    named = [index.row(latent)["name"] for latent, why in chosen if why == "named"]
-    assert named == [EVIL, "sun"]
-    assert len({latent for latent, _ in chosen}) == 10
+    chosen, how = choose_latents(index, sae, 12, seed=3)
+    best = [latent for latent, why in chosen if why == "best"]
+    assert {index.row(latent)["name"] for latent in best[:2]} == {EVIL, "sun"}
+    assert len({latent for latent, _ in chosen}) == 12 and len(best) == 9
     assert all(index.row(latent)["n_active"] for latent, _ in chosen)
-    assert "8 drawn at random (seed 3)" in how
-    assert choose_latents(index, 10, seed=3)[0] == chosen
-    assert choose_latents(index, 10, seed=4)[0] != chosen
-    everything, _ = choose_latents(index, 1000, seed=0)
+    assert "3 were drawn at random (seed 3)" in how
+    assert choose_latents(index, sae, 12, seed=3)[0] == chosen
+    other = choose_latents(index, sae, 12, seed=4)[0]
+    assert other != chosen and other[:9] == chosen[:9]
+    everything, _ = choose_latents(index, sae, 1000, seed=0)
     assert len(everything) == sum(row["n_active"] > 0 for row in index.table.to_pylist())
+
+
+def test_labels_of_half_of_the_images_are_tested_on_the_other_half(run: Path) -> None:
+    index = LatentIndex.open(run)
+    precision, labels = held_out_label(index)
+    for latent in range(index.n_latents):
+        own = [index.info(example.image).label for example in index.top(latent)]
+        expected = []
+        for one, other in ((own[0::2], own[1::2]), (own[1::2], own[0::2])):
+            counts = Counter(one)  # in the order of first appearance: the strongest wins a tie
+            if counts and other:
+                expected.append(other.count(counts.most_common(1)[0][0]) / len(other))
+        assert precision[latent] == pytest.approx(sum(expected) / 2)
+        counts = Counter(own)
+        assert labels[latent] == (counts.most_common(1)[0][0] if counts else None)
+
+
+def test_chosen_latents_vary_in_kind(sae: SparseAutoencoder) -> None:
+    """Eleven latents named after backgrounds score highest; at most some are taken."""
+    known = Understanding(
+        np.concatenate([np.full(11, 2.0), np.full(9, 1.0)]),
+        [frozenset([f"colour{i}", "background"]) for i in range(11)]
+        + [frozenset([f"object{i}"]) for i in range(9)],
+        labels=True,
+        names=True,
+        spread=False,
+    )
+    chosen = various(known, np.arange(20), sae, 8, per_kind=2)
+    assert len(chosen) == 8 and sum(latent < 11 for latent in chosen) == 2
+    assert len(various(known, np.arange(11), sae, 8, per_kind=2)) == 8
 
 
 def test_an_sae_of_cls_vectors_gets_images_without_heatmaps(
@@ -299,19 +371,37 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_no_horizontal_scroll_and_no_request_in_a_browser(
-    html: str, width: int, tmp_path: Path
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1440, 900)])
+def test_images_are_above_the_fold_and_enlarge_in_a_browser(
+    html: str, width: int, height: int, tmp_path: Path
 ) -> None:
-    """The page in a frame of this width reports its own width, unless a script fails."""
-    probe = (
-        "<script>onload = () => { document.title = "
-        "[document.documentElement.scrollWidth, innerWidth].join(' ') }</script>"
-    )
+    """The page in a frame of this size reports what its visitors meet, unless a script fails."""
+    probe = """<script>onload = () => {
+        const first = document.querySelector("button.shot");
+        const box = first.getBoundingClientRect();
+        const fits = document.documentElement.scrollWidth <= innerWidth;
+        first.focus();
+        first.click();
+        const light = document.getElementById("light");
+        const large = light.querySelector(".frame").getBoundingClientRect();
+        const opened = light.open && large.width > 1.7 * box.width && large.right <= innerWidth;
+        const shown = light.querySelectorAll("li").length > 0;
+        const key = () => light.querySelector(".picture").className;
+        const before = key();
+        light.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true}));
+        const stepped = key() !== before;
+        light.querySelector(".close").click();
+        const find = document.querySelector("input[type=search]");
+        find.value = "sun";
+        find.dispatchEvent(new Event("input"));
+        const found = document.querySelectorAll(".all tbody tr").length;
+        document.title = [Math.ceil(box.bottom), fits, opened, shown, stepped, !light.open, found,
+            innerWidth].join(" ");
+    }</script>"""
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
     (tmp_path / "page.html").write_text(html.replace("</body>", probe + "</body>"))
     frame = (
-        f'<iframe src="page.html" width="{width}" height="900" style="border:0"></iframe>'
+        f'<iframe src="page.html" width="{width}" height="{height}" style="border:0"></iframe>'
         "<script>onload = () => setTimeout(() => { document.body.dataset.found = "
         "document.querySelector('iframe').contentDocument.title }, 300)</script>"
     )
@@ -337,9 +427,10 @@ def test_no_horizontal_scroll_and_no_request_in_a_browser(
         text=True,
         timeout=120,
     )
-    found = re.search(r'data-found="(\d+) (\d+)"', done.stdout)
+    found = re.search(r'data-found="(\d+) ([^"]*)"', done.stdout)
     assert found is not None, done.stderr[-2000:]
-    assert int(found[1]) <= int(found[2]) == width
+    assert int(found[1]) < height, "the first image is above the fold"
+    assert found[2] == f"true true true true true 2 {width}"
 
 
 def test_a_page_that_cannot_be_small_enough_says_so(
@@ -378,7 +469,7 @@ def test_stored_heatmaps_are_read_and_the_model_does_not_run(
     run.sae.metadata["model"] = {"id": str(tmp_path / "gone")}
     run.sae.save_pretrained(tmp_path / "run")
     page = write_report(tmp_path / "run", tmp_path / "r.html", latents=4, quiet=True).read_text()
-    assert "heat" in Page(page).classes and "No heatmaps" not in page
+    assert "heat" in Page(page).classes and "No outlines" not in page
     shutil.rmtree(out)
     assert find_stored(run) is None and needs_model(run, None)
 

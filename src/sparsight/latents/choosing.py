@@ -109,7 +109,7 @@ def choose_latents(
     alive = np.flatnonzero(index.table["n_active_images"].to_numpy() >= least_images)
     random = n // 4 if random is None else random
     per_kind = max(1, round((n - random) / 8))
-    best = _various(known, alive, sae, n - random, per_kind)
+    best = various(known, alive, sae, n - random, per_kind)
     rest = np.setdiff1d(alive, best)
     drawn = np.random.default_rng(seed).permutation(len(rest))[: n - len(best)]
     others = np.sort(rest[drawn]).tolist()
@@ -255,7 +255,7 @@ def _numbers(index: LatentIndex, column: str) -> Floats:
     return np.nan_to_num(values)
 
 
-def _various(
+def various(
     known: Understanding,
     alive: npt.NDArray[np.int64],
     sae: SparseAutoencoder,
