@@ -26,10 +26,13 @@ def labels(figure: Figure) -> str:
 
 def test_training_curves_show_what_was_logged() -> None:
     figure = plots.training_curves(LOG)
-    assert len(figure.axes) == 3
-    for words in ("FVU", "L0", "dead latents (%)", "vectors seen"):
+    assert len(figure.axes) == 2
+    for words in ("FVU", "dead latents (%)", "vectors seen"):
         assert words in labels(figure)
-    x, y = figure.axes[2].lines[0].get_data()
+    assert "L0" not in labels(figure), "an L0 that never changes has no curve"
+    varied = plots.training_curves([*LOG, {"vectors": 30_000, "l0": 33.0}])
+    assert len(varied.axes) == 3 and "L0" in labels(varied)
+    x, y = figure.axes[1].lines[0].get_data()
     assert list(x) == [row["vectors"] for row in LOG]
     assert y[-1] == pytest.approx(19)
     assert len(plots.training_curves([{"vectors": 1, "fvu": 0.5, "l0": None}]).axes) == 1
@@ -46,11 +49,34 @@ def test_the_density_histogram_counts_every_latent_once() -> None:
 def test_the_scatter_shows_only_active_latents() -> None:
     density = np.array([0, 0.1, 0.2, 0.3])
     mean = np.array([np.nan, 1.0, 2.0, 90.0])
-    entropy = np.array([np.nan, np.nan, 0.5, 1.0])
-    figure = plots.density_scatter(density, mean, entropy)
+    share = np.array([np.nan, np.nan, 0.5, 1.0])
+    figure = plots.density_scatter(density, mean, share)
     points = [len(dots.get_offsets()) for dots in figure.axes[0].collections]
     assert points == [1, 2]
-    assert "label entropy (nats)" in labels(figure)
+    assert "share of the most frequent label" in labels(figure)
+
+
+def test_the_place_of_the_axes_leads_from_a_dot_to_the_data() -> None:
+    """A page computes the pixel of a dot from it, so it must agree with matplotlib's own."""
+    density, mean = np.array([1e-4, 0.01, 0.2]), np.array([1.0, 5.0, 90.0])
+    figure = plots.density_scatter(density, mean, np.full(3, 0.5))
+    to_svg(figure, "scatter", "a scatter plot")
+    place = plots.axes_place(figure)
+    assert place["log"] == [True, True]
+    (left, top, width, height), (x0, x1), (y0, y1) = place["box"], place["x"], place["y"]
+    size = figure.get_size_inches() * figure.dpi
+    for x, y in zip(density, mean, strict=True):
+        right = left + width * np.log(x / x0) / np.log(x1 / x0)
+        down = top + height * (1 - np.log(y / y0) / np.log(y1 / y0))
+        pixel = figure.axes[0].transData.transform((x, y)) / size
+        assert (right, 1 - down) == pytest.approx(tuple(pixel), abs=1e-4)
+
+
+def test_cls_does_not_set_the_colours_of_the_error_map() -> None:
+    fvu = np.concatenate([[7.0], np.linspace(0.1, 0.2, 12)])
+    figure = plots.error_by_position(fvu, (3, 4), 1)
+    assert figure.axes[1].images[0].get_clim() == pytest.approx((0.1, 0.2))
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "CLS\n7"
 
 
 def test_error_by_position_puts_patches_on_their_grid_and_cls_next_to_it() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsight.figures import NOT_MEASURED, percent, rounded
+from sparsight.figures import NOT_MEASURED, figure_of, percent, rounded
 from sparsight.pages import scores
 
 TRUTH = {
@@ -47,7 +47,11 @@ def test_every_tile_shows_its_baselines() -> None:
     beside = {name: {b.name: b.value for b in tile.beside} for name, tile in tiles.items()}
     assert tiles["FVU"].value == "0.0834"
     assert beside["FVU"] == {"untrained SAE": "0.900", "something_new": "0.500"}
-    assert tiles["Dead latents"].note == "of the last 1,000,000 vectors"
+    note = tiles["Dead latents"].note
+    assert note == "of the latents: never active in the last 1,000,000 vectors"
+    assert "L0" in tiles and "L0" in {tile.name for tile in scores.tiles(METRICS, 512, 32)}
+    fixed = {tile.name: tile for tile in scores.tiles({**METRICS, "l0": 32.0}, 512, 32)}
+    assert "L0" not in fixed and fixed["Dead latents"].note.startswith("of 512 latents: ")
     assert tiles["Zero-shot top-1"].value == "95.0 %"
     assert beside["Zero-shot top-1"] == {"original": "96.0 %", "zero instead": "2.0 %"}
     assert tiles["Mean AUC, 2 symbols"].value == "0.800"
@@ -88,7 +92,13 @@ def test_replacements_are_compared_and_the_saes_stands_out() -> None:
         "PCA": ("50.0 %", NOT_MEASURED, NOT_MEASURED, "1.50"),
         "zero instead": ("2.0 %", "1.0–3.0 %", "10.0 %", NOT_MEASURED),
     }
-    assert [row.name for row in table.rows if row.strong] == ["SAE"]
+    best = {row.name: row.best for row in table.rows if row.best}
+    assert best == {"SAE": {0, 2}}, "the only KL is not the best of several"
+    assert "above the original" not in table.note
+    pca["zero_shot"]["reconstructed"]["top1"] = 0.97
+    table = scores.downstream_table({**METRICS, "baselines": {"pca": pca}})
+    assert table is not None and "PCA above the original: a reconstruction also" in table.note
+    assert {row.name: row.best for row in table.rows if row.best} == {"SAE": {2}, "PCA": {0}}
 
 
 def test_without_figures_there_are_no_tables() -> None:
@@ -137,6 +147,27 @@ def test_the_page_says_whether_figures_are_from_the_training_data_and_warns_abou
     assert scores.measured_on({}) == ""
     assert "FVU 0.310" in scores.cls_warning(metrics)
     assert scores.cls_warning(metrics | {"fvu_cls": 0.06}) == scores.cls_warning({}) == ""
-    note = scores.tiles(metrics)[0].note
-    assert "CLS 0.310, patches 0.0500" in note and "measured on the training data" in note
+    whole, cls, *_ = scores.tiles(metrics)
+    assert "patches alone 0.0500" in whole.note and "measured on the training data" in whole.note
+    assert cls.name == "FVU of CLS" and cls.value == "0.310"
     assert "training data" in scores.reconstruction_table(metrics).note
+
+
+def test_the_best_figure_of_a_row_stands_out_whoever_has_it() -> None:
+    pca = {"fvu": 0.05, "l0": 31.7, "truth": {"symbol/sun": {"iou": 0.815, "auc": 0.4}}}
+    metrics = {**METRICS, "baselines": {"pca": pca}}
+    rows = {row.name: row for row in scores.reconstruction_table(metrics).rows}
+    assert rows["FVU"].best == {1} and rows["L0"].best == frozenset()
+    truth = {row.name: row.best for row in scores.truth_table(metrics).rows[:3]}
+    assert truth == {"AUC": {0}, "F1": frozenset(), "IoU": {1}}
+    assert scores.best([0.3, 0.30001, 0.4], figure_of("fvu")) == {0, 1}, "both look alike"
+
+
+def test_sites_stand_side_by_side_with_their_baselines() -> None:
+    second = {"fvu": 0.2, "fvu_cls": 0.4, "trained_on_these": True}
+    table = scores.sites_table([("blocks.5", METRICS), ("blocks.8", second)])
+    assert table is not None and [row.name for row in table.rows] == ["blocks.5", "blocks.8"]
+    column = table.columns.index("FVU, untrained SAE")
+    assert [row.cells[column] for row in table.rows] == ["0.900", NOT_MEASURED]
+    assert "Measured on the training data" in table.note
+    assert scores.sites_table([("a", {}), ("b", {})]) is None

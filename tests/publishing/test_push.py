@@ -111,8 +111,8 @@ def test_the_card_says_how_its_latents_were_chosen(
     measured: Path, tmp_path: Path, model: VisionModel
 ) -> None:
     for n, how in (
-        (1, "Latents: 1 latents are those that are easiest"),
-        (3, "one latent per name, and 2 drawn at random (seed 0) from the"),
+        (1, "Latents: 1 latent is the easiest to understand, judged by"),
+        (3, "Latents: 3 latents are the easiest to understand, judged by"),
     ):
         push_to_hub(measured, ID, latents=n, model=model, dry_run=tmp_path / str(n), quiet=True)
         assert how in (tmp_path / str(n) / "README.md").read_text()

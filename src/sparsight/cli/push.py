@@ -48,8 +48,8 @@ class PushOptions(CommandOptions):
     ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
 
     latents: Shown = 12
-    """Number of latents to show, with images, for each run that has an index: first those with the
-    highest-scoring names, then random ones. 0 shows none."""
+    """Number of latents to show, with images, for each run that has an index: those that
+    are easiest to understand. 0 shows none."""
 
     model: str | None = None
     """Model that computes the heatmaps if neither codes nor activations of the images are on disk;

@@ -29,20 +29,20 @@ class ReportOptions(CommandOptions):
     """File of the page, or a folder in which to write report.html."""
 
     model: str | None = None
-    """Model that computes the heatmaps if neither codes nor activations of the images are on disk;
-    default: the model that each index names."""
+    """Model that tells where in the images latents are active, if neither codes nor activations of
+    the images are on disk; default: the model that each index names."""
 
     ALIASES: ClassVar[Mapping[str, str]] = SHOWN_ALIASES
 
-    latents: Shown = 24
-    """Number of latents to show per run: half have the highest-scoring names, the rest are drawn at
-    random."""
+    latents: Shown = 32
+    """Number of latents to show per run: three quarters are the easiest to understand, the rest are
+    drawn at random."""
 
     seed: int = 0
     """Seed of the choice of random latents."""
 
     title: str | None = None
-    """Title of the page; default: the model's id."""
+    """Title of the page; default: the model and the images."""
 
 
 def main(arguments: Sequence[str]) -> None:

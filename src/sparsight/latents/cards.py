@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,11 @@ ON_CARD = 6
 SAMPLES_PER_BAND = 2
 LABELS_SHOWN = 3
 SIMILAR_SHOWN = 4
-LEAST_SHARE = 0.2
+LEAST_SHARE = 0.3
 """A latent counts as active in a shown image from this share of its strongest activation."""
+
+FIRING_SHOWN = 4
+"""Latents listed per image besides those whose cards show it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Gallery:
     """Keys of the images that only appear as small samples."""
     fires: dict[str, list[tuple[int, float, str]]] = field(default_factory=dict)
     """By key of an image: the shown latents that are active in it, strongest first relative to
-    their maximum, with activation and outline."""
+    their maximum, with activation and outline (empty if a card shows it)."""
     notes: list[str] = field(default_factory=list)
     """What could not be shown, and why."""
 
@@ -118,9 +121,13 @@ def make_gallery(
     gallery.small = {f"{key}{image}" for image in images - large}
     if seen.grids:
         gallery.view_box = view_box(*next(iter(seen.grids.values())).shape)
-    paths = _outlines(seen, index, latents)
+    on_cards = {
+        (example.image, of) for of, rows in shown.items() for row in rows for example in row
+    }
+    paths = _outlines(seen, index, latents, on_cards)
     for (image, latent), (activation, path) in paths.items():
-        gallery.fires.setdefault(f"{key}{image}", []).append((latent, activation, path))
+        drawn = "" if (image, latent) in on_cards else path
+        gallery.fires.setdefault(f"{key}{image}", []).append((latent, activation, drawn))
     n_prefix = _n_prefix(index, model)
     for latent, why in chosen:
 
@@ -176,22 +183,29 @@ def similar(sae: SparseAutoencoder, latent: int, n: int = SIMILAR_SHOWN) -> list
 
 
 def _outlines(
-    seen: Seen, index: LatentIndex, latents: Sequence[int]
+    seen: Seen, index: LatentIndex, latents: Sequence[int], on_cards: Set[tuple[int, int]]
 ) -> dict[tuple[int, int], tuple[float, str]]:
-    """Return activation and outline of each latent in each image in which it is active.
+    """Return activation and outline of the latents that are active in each image.
 
-    The order is that of the images and, within an image, by share of the latent's maximum.
+    The order is that of the images and, within an image, by share of the latent's maximum. Besides
+    the latents whose cards show an image, up to `FIRING_SHOWN` others are kept.
     """
     most = {latent: index.row(latent)["max_activation"] for latent in latents}
     shares = []
     for (image, latent), grid in seen.grids.items():
         peak = float(grid.max())
-        if peak > 0 and peak >= LEAST_SHARE * most[latent]:
+        own = (image, latent) in on_cards
+        if peak > 0 and (own or peak >= LEAST_SHARE * most[latent]):
             shares.append((image, -peak / most[latent], latent, peak))
-    return {
-        (image, latent): (peak, outline(seen.grids[image, latent]))
-        for image, _, latent, peak in sorted(shares)
-    }
+    kept: dict[tuple[int, int], tuple[float, str]] = {}
+    others: Counter[int] = Counter()
+    for image, _, latent, peak in sorted(shares):
+        if (image, latent) not in on_cards:
+            others[image] += 1
+            if others[image] > FIRING_SHOWN:
+                continue
+        kept[image, latent] = (peak, outline(seen.grids[image, latent]))
+    return kept
 
 
 def _shown(index: LatentIndex, latent: int) -> list[list[Example]]:

@@ -141,9 +141,9 @@ def _how(
         if known.spread:
             which.append("how well neighbouring patches agree")
         sentences.append(
-            f"{n_best} latents are those that are easiest to understand, judged by "
-            f"{_listed(which)}; to vary them, at most {per_kind} share a label or a word of their "
-            "names."
+            f"{n_best} latent{'s are' if n_best > 1 else ' is'} the easiest to understand, judged "
+            f"by {_listed(which)}; to vary them, at most {per_kind} share a label or a word of "
+            "their names."
         )
     if others:
         which_rest = f"{n_rest:,} {'other ' if n_best else ''}latents"

@@ -26,7 +26,7 @@ from sparsight.pages.template import made_with, page_css, script, style, templat
 from sparsight.redaction import without_folders
 from sparsight.vision import VisionModel
 
-MAX_BYTES = 4_000_000
+MAX_BYTES = 4_700_000
 THUMBNAILS = (LARGEST, 192, 160, 128, 96, 72)
 """Longest sides of images, in pixels, tried in turn until the page is small enough."""
 

@@ -70,15 +70,15 @@ def latent_pictures(
 ) -> LatentPictures | None:
     """Paint up to `n` latents; None if the run has no index, or `n` is 0.
 
-    Named latents come first, best name first; the others are drawn at random from those with enough
-    images to fill a row.
+    These are the latents that are easiest to understand, among those with enough images to fill a
+    row.
 
     Args:
         run: the SAE and its index.
         model: the model that computed its activations, or the reason why it is not available; None
             if no heatmaps are possible.
         n: number of latents.
-        seed: seed of the random choice.
+        seed: seed of the choice.
         quiet: show no progress bar.
         stored: where heatmaps can be read, so that no model needs to run.
     """

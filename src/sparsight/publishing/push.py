@@ -75,7 +75,7 @@ def push_to_hub(
         revision: branch; it is created if it does not exist.
         message: message of the commit.
         latents: number of latents to show per SAE, with the images on which it was indexed.
-        seed: seed of the random choice among latents without a name.
+        seed: has no effect any more: no latent is drawn at random.
         model: makes the heatmaps if neither codes nor activations of the images are on disk; by
             default the model that the index names.
         license: the licence, as the Hub spells it, e.g. "mit".

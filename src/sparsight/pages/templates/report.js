@@ -24,6 +24,10 @@ const light = document.getElementById("light");
 const frame = light.querySelector(".frame");
 const outline = light.querySelector("path");
 let opened = null;
+const drawnIn = (key, latent) => {
+  const path = document.querySelector(`button.shot[data-key="${key}"][data-latent="${latent}"] path`);
+  return path ? path.getAttribute("d") : "";
+};
 function open(shot) {
   const card = shot.closest(".card");
   const run = card.closest(".run").id;
@@ -41,14 +45,13 @@ function open(shot) {
     const button = make("button", `${titleOf(run, latent)} · latent ${latent} `);
     button.type = "button";
     button.append(make("span", number(value)));
-    button.addEventListener("click", () => show(run, latent, path, number(value)));
+    button.addEventListener("click", () => show(run, latent, path || drawnIn(key, latent), number(value)));
     item.dataset.latent = latent;
     item.append(button);
     return item;
   }));
   const own = Number(shot.dataset.latent);
-  const mine = fires.find(([latent]) => latent === own);
-  show(run, own, mine ? mine[2] : "", shot.dataset.value);
+  show(run, own, drawnIn(key, own), shot.dataset.value);
   if (!light.open) light.showModal();
 }
 function show(run, latent, path, value) {
