@@ -126,6 +126,8 @@ def make_gallery(
     }
     paths = _outlines(seen, index, latents, on_cards)
     for (image, latent), (activation, path) in paths.items():
+        if image not in large and (image, latent) not in on_cards:
+            continue
         drawn = "" if (image, latent) in on_cards else path
         gallery.fires.setdefault(f"{key}{image}", []).append((latent, activation, drawn))
     n_prefix = _n_prefix(index, model)

@@ -105,14 +105,16 @@ def _rounded(loop: list[_Point]) -> str:
         (x0 + x1, y0 + y1) for (x0, y0), (x1, y1) in zip(loop, [*loop[1:], loop[0]], strict=True)
     ]
     parts: list[str] = []
-    end = ""
+    end: _Point | None = None
     for i, (x, y) in enumerate(points):
         (x0, y0), (x1, y1) = points[i - 1], points[(i + 1) % len(points)]
         if x0 + x1 == 2 * x and y0 + y1 == 2 * y:
             continue
-        start = f"{x + x0} {y + y0}"
-        if start != end:
-            parts.append(f"L{start}" if parts else f"M{start}")
-        end = f"{x + x1} {y + y1}"
-        parts.append(f"Q{2 * x} {2 * y} {end}")
-    return "".join(parts) + "Z"
+        start = (x + x0, y + y0)
+        if end is None:
+            parts.append(f"M{start[0]} {start[1]}")
+        elif start != end:
+            parts.append(f"l{start[0] - end[0]} {start[1] - end[1]}")
+        end = (x + x1, y + y1)
+        parts.append(f"q{x - x0} {y - y0} {x1 - x0} {y1 - y0}")
+    return "".join(parts).replace(" -", "-") + "z"

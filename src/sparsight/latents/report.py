@@ -27,7 +27,7 @@ from sparsight.redaction import without_folders
 from sparsight.vision import VisionModel
 
 MAX_BYTES = 4_700_000
-THUMBNAILS = (LARGEST, 192, 160, 128, 96, 72)
+THUMBNAILS = (LARGEST, 192, 176, 160, 144, 128, 112, 96, 72)
 """Longest sides of images, in pixels, tried in turn until the page is small enough."""
 
 SMALL = 112
@@ -91,22 +91,37 @@ def write_report(
         views.append(
             make_view(run, f"run{i}", used, latents=latents, seed=seed, quiet=quiet, stored=stored)
         )
-    for thumbnail in THUMBNAILS:
-        page = _page(found, views, title, thumbnail)
-        if len(page.encode()) <= max_bytes:
-            break
-    else:
-        if not quiet:
-            size = f"{len(page.encode()) / 1e6:.1f} MB"
-            print(
-                f"note: {out} has {size}; show fewer latents to make it smaller.", file=sys.stderr
-            )
+    page = _page_of_size(found, views, title, max_bytes)
+    size = len(page.encode())
+    if size > max_bytes and not quiet:
+        print(
+            f"note: {out} has {size / 1e6:.1f} MB; show fewer latents to make it smaller.",
+            file=sys.stderr,
+        )
     write_text(out, page)
     return out
 
 
+def _page_of_size(
+    runs: Sequence[RunFiles], views: Sequence[RunView], title: str | None, max_bytes: int
+) -> str:
+    """Render the page with the largest images that fit; with the smallest if none does."""
+    page, images, last = "", 0, LARGEST
+    for thumbnail in THUMBNAILS:
+        # An image's bytes grow with its side, somewhat slower than its area does.
+        smaller = images * (thumbnail / last) ** 1.3
+        fits = len(page) - images + smaller <= max_bytes
+        if page and not fits and thumbnail != THUMBNAILS[-1]:
+            continue
+        css = _picture_css(views, thumbnail)
+        page, images, last = _page(runs, views, title, css), len(css), thumbnail
+        if len(page.encode()) <= max_bytes:
+            break
+    return page
+
+
 def _page(
-    runs: Sequence[RunFiles], views: Sequence[RunView], title: str | None, thumbnail: int
+    runs: Sequence[RunFiles], views: Sequence[RunView], title: str | None, picture_css: str
 ) -> str:
     code = script("report.js")
     return template("report.html.jinja").render(
@@ -124,7 +139,7 @@ def _page(
         not_measured=NOT_MEASURED,
         css=page_css(),
         report_css=Markup(style("report.css")),
-        picture_css=Markup(_picture_css(views, thumbnail)),
+        picture_css=Markup(picture_css),
         script=Markup(code),
         script_hash=base64.b64encode(hashlib.sha256(code.encode()).digest()).decode(),
     )
@@ -194,6 +209,6 @@ def _picture_css(views: Sequence[RunView], thumbnail: int) -> str:
             continue
         for key, picture in view.gallery.pictures.items():
             crisp = ";image-rendering:pixelated" if is_crisp(picture) else ""
-            side = min(thumbnail, SMALL) if key in view.gallery.small else thumbnail
+            side = min(thumbnail // 2, SMALL) if key in view.gallery.small else thumbnail
             rules.append(f".{key}{{background-image:url({encode_picture(picture, side)}){crisp}}}")
     return "\n".join(rules)
