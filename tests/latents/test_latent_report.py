@@ -396,8 +396,16 @@ def test_images_are_above_the_fold_and_enlarge_in_a_browser(
         find.value = "sun";
         find.dispatchEvent(new Event("input"));
         const found = document.querySelectorAll(".all tbody tr").length;
+        const plot = document.querySelector(".drawing[data-axes]");
+        const area = plot.getBoundingClientRect();
+        const dot = plot.parentElement.querySelector(".dot");
+        for (let i = 0; i < 2500 && !dot.textContent; i++) {
+            const at = {clientX: area.left + area.width * (i % 50) / 50,
+                clientY: area.top + area.height * Math.floor(i / 50) / 50, bubbles: true};
+            plot.dispatchEvent(new MouseEvent("click", at));
+        }
         document.title = [Math.ceil(box.bottom), fits, opened, shown, stepped, !light.open, found,
-            innerWidth].join(" ");
+            /^latent \\d+ · /.test(dot.textContent), innerWidth].join(" ");
     }</script>"""
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
     (tmp_path / "page.html").write_text(html.replace("</body>", probe + "</body>"))
@@ -431,7 +439,7 @@ def test_images_are_above_the_fold_and_enlarge_in_a_browser(
     found = re.search(r'data-found="(\d+) ([^"]*)"', done.stdout)
     assert found is not None, done.stderr[-2000:]
     assert int(found[1]) < height, "the first image is above the fold"
-    assert found[2] == f"true true true true true 2 {width}"
+    assert found[2] == f"true true true true true 2 true {width}"
 
 
 def test_a_page_that_cannot_be_small_enough_says_so(

@@ -153,7 +153,7 @@ def test_the_page_says_whether_figures_are_from_the_training_data_and_warns_abou
     assert "training data" in scores.reconstruction_table(metrics).note
 
 
-def test_the_best_figure_of_a_row_stands_out_whoever_has_it() -> None:
+def test_the_best_figure_of_a_row_stands_out_even_if_it_is_a_baselines() -> None:
     pca = {"fvu": 0.05, "l0": 31.7, "truth": {"symbol/sun": {"iou": 0.815, "auc": 0.4}}}
     metrics = {**METRICS, "baselines": {"pca": pca}}
     rows = {row.name: row for row in scores.reconstruction_table(metrics).rows}

@@ -1,4 +1,4 @@
-"""Where in an image a latent is active, as an outline: the image itself stays bright."""
+"""The region of an image in which a latent is active, as an outline: the image stays bright."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -238,7 +239,7 @@ def _plots(run: RunFiles, key: str, model: VisionModel | str | None) -> list[Plo
 
 def _plot(name: str, title: str, text: str, figure: Figure) -> Plot:
     svg = Markup(to_svg(figure, name, title))
-    dots = as_json(plots.axes_place(figure)) if name.endswith("-scatter") else ""
+    dots = json.dumps(plots.axes_place(figure)) if name.endswith("-scatter") else ""
     return Plot(title, text, svg, dots)
 
 
