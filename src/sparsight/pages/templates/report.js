@@ -42,7 +42,9 @@ function open(shot) {
   const list = light.querySelector("ul");
   list.replaceChildren(...fires.map(([latent, value, path]) => {
     const item = make("li");
-    const button = make("button", `${titleOf(run, latent)} · latent ${latent} `);
+    const row = rowOf(run, latent);
+    const label = row < 0 || data[run].table.name[row] ? "" : labelOf(data[run].table, row);
+    const button = make("button", `${titleOf(run, latent)} · latent ${latent}${label ? ` (${label})` : ""} `);
     button.type = "button";
     button.append(make("span", number(value)));
     button.addEventListener("click", () => show(run, latent, path || drawnIn(key, latent), number(value)));
