@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         build_index,
         compare,
         encode,
+        image_latents,
         show_latent,
         write_report,
     )
@@ -97,6 +98,7 @@ _HOMES = {
         "build_index",
         "compare",
         "encode",
+        "image_latents",
         "show_latent",
         "write_report",
     ),
@@ -177,6 +179,7 @@ __all__ = [
     "find_text_salient",
     "finetune",
     "fold",
+    "image_latents",
     "intervene",
     "load_batches",
     "load_model",

@@ -13,6 +13,8 @@ from sparsight.latents.code_shards import CodeBatch
 from sparsight.latents.codes import CodeStore
 from sparsight.latents.comparison import compare
 from sparsight.latents.encoding import encode
+from sparsight.latents.export import export_index
+from sparsight.latents.filters import filtered
 from sparsight.latents.heatmaps import (
     activation_heatmaps,
     heat_image,
@@ -23,7 +25,9 @@ from sparsight.latents.heatmaps import (
 from sparsight.latents.index import Example, LatentIndex
 from sparsight.latents.label_counts import LabelCounts
 from sparsight.latents.names import LatentName, name_from_truth, set_names
+from sparsight.latents.one_image import ImageLatents, PatchLatents, image_latents
 from sparsight.latents.postings import Postings
+from sparsight.latents.query import LabelShare, PatchResult, QueryResult
 from sparsight.latents.report import write_report
 from sparsight.latents.strips import LatentStrip, show_latent
 
@@ -31,16 +35,24 @@ __all__ = [
     "CodeBatch",
     "CodeStore",
     "Example",
+    "ImageLatents",
     "LabelCounts",
+    "LabelShare",
     "LatentIndex",
     "LatentName",
     "LatentStrip",
+    "PatchLatents",
+    "PatchResult",
     "Postings",
+    "QueryResult",
     "activation_heatmaps",
     "build_index",
     "compare",
     "encode",
+    "export_index",
+    "filtered",
     "heat_image",
+    "image_latents",
     "name_from_truth",
     "overlay",
     "patch_heatmaps",

@@ -18,6 +18,8 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.folders import settled
 from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
 from sparsight.latents.examples import Examples
+from sparsight.latents.filters import filtered
+from sparsight.latents.image_sets import Collection
 from sparsight.latents.index_files import (
     AGAIN,
     BY_IMAGE,
@@ -38,10 +40,12 @@ from sparsight.latents.index_files import (
 from sparsight.latents.label_counts import LabelCounts
 from sparsight.latents.postings import Postings
 from sparsight.notebooks import html_table, need_pandas
-from sparsight.sae import SparseAutoencoder
+from sparsight.sae import SparseAutoencoder, SparseCode
 
 if TYPE_CHECKING:
     import pandas
+
+    from sparsight.latents.query import PatchResult, QueryResult
 
 _PARTS = ("image", "token", "activation")
 
@@ -337,6 +341,56 @@ class LatentIndex:
                 f"{self.folder}: has format version 1, without {what}. Upgrade it with "
                 "`sparsight index RUN --upgrade`."
             )
+
+    @cached_property
+    def collection(self) -> Collection:
+        """The images as queries see them: posting lists, places and labels.
+
+        Raises:
+            UserError: the index has format version 1.
+        """
+        return Collection(self.by_latent, self.image_places, self.images["label"])
+
+    def query(self, text: str) -> QueryResult:
+        """Find the images for which a query holds, such as `12 > .5 and 977 > .2 and not 4`.
+
+        The number of a latent alone holds where the latent fires. `>`, `>=`, `<`, `<=`, `==` and
+        `!=` compare its strongest activation in the image, which is 0 where it does not fire. A
+        name in quotes stands for the latent that has it. `label == "star"`, `label != "star"` and
+        `label in ("star", "anchor")` ask about labels. `not` binds more tightly than `and`, and
+        `and` more tightly than `or`; keywords may be in capitals.
+
+        Raises:
+            UserError: a typo, or a latent, name or label that does not exist (the message has its
+                place); or the index has format version 1.
+        """
+        from sparsight.latents.query import query
+
+        return query(self, text)
+
+    def query_patches(self, text: str, code: SparseCode) -> PatchResult:
+        """Find the positions of one image at which a query holds.
+
+        Args:
+            text: as for `query`, without labels; activations are those at each position.
+            code: the code of the image, one row per position that the SAE reads, such as
+                `CodeStore.image(place)` or `image_latents(…).code`.
+
+        Raises:
+            UserError: as in `query`; or the code is of another SAE.
+        """
+        from sparsight.latents.query import query_patches
+
+        return query_patches(self, text, code)
+
+    def where(self, condition: str) -> pa.Table:
+        """Return the rows of `table` for which a condition holds, such as `density < .01 and moran
+        > moran_null`; see `filtered`.
+
+        Raises:
+            UserError: a typo, or an unknown column; the message has its place.
+        """
+        return filtered(self.table, condition)
 
     def row(self, latent: int) -> dict[str, Any]:
         """Return the latent's row of `table`."""

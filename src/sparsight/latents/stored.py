@@ -20,7 +20,7 @@ from sparsight.latents.codes import CodeStore
 from sparsight.latents.heatmaps import has_heatmaps, latent_values
 from sparsight.latents.index import LatentIndex
 from sparsight.latents.run_files import RunFiles
-from sparsight.sae import SparseAutoencoder
+from sparsight.sae import SparseAutoencoder, SparseCode
 from sparsight.vision.geometry import seen_picture
 
 CODES, MANIFEST = "codes", "manifest.json"
@@ -43,6 +43,13 @@ class StoredCodes(Protocol):
 
         Args:
             wanted: latents, by image.
+        """
+
+    def code(self, image: int) -> SparseCode:
+        """Return the code of one image, one row per token.
+
+        Raises:
+            UserError: it has no activations here.
         """
 
 
@@ -145,6 +152,9 @@ class _Codes:
         for image, latents in wanted.items():
             yield image, latent_values(self.codes.image(image), latents)
 
+    def code(self, image: int) -> SparseCode:
+        return self.codes.image(image)
+
 
 class _Activations:
     def __init__(self, store: ActivationStore, site: str, sae: SparseAutoencoder) -> None:
@@ -162,3 +172,9 @@ class _Activations:
             values = latent_values(self.sae.encode(x.flatten(0, 1)), latents)
             for image, each in zip(images, values.view(len(x), x.shape[1], -1), strict=True):
                 yield image, each[:, [column[latent] for latent in wanted[image]]]
+
+    @torch.no_grad()
+    def code(self, image: int) -> SparseCode:
+        batch = next(iter(self.store.select([image]).ordered([self.site], 1)))
+        x = batch.activations[self.site].to(self.sae.W_enc.device)
+        return self.sae.encode(x.flatten(0, 1))
