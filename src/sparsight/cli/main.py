@@ -24,6 +24,8 @@ VERBS = {
     "evaluate": "measure error, sparsity, zero-shot and ground truth, next to baselines",
     "encode": "write the active latents of every vector to disk",
     "index": "find the images and patches to which each latent responds",
+    "latents": "list, filter and describe latents; find images by a query of their latents",
+    "image": "list the latents that fire in one image, and at each of its patches",
     "attack": "typographic attacks: measure how words mislead a model, find what reads words",
     "export": "write a CLIP for transformers, open_clip or OpenAI's code, and check the copy",
     "steer": "turn latents up and down; measure zero-shot and retrieval at each strength",

@@ -9,8 +9,9 @@ from typing import Any
 
 from sparsight.cli.options import ModelOptions
 from sparsight.devices import choose_device
+from sparsight.errors import UserError
 from sparsight.latents import LatentIndex
-from sparsight.latents.run_files import find_runs
+from sparsight.latents.run_files import WEIGHTS, find_runs
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, load_model
 
@@ -65,3 +66,32 @@ def open_index(named: Path | None, folder: Path, sae: SparseAutoencoder) -> Late
     if named is None and not (place / "manifest.json").exists():
         return None
     return LatentIndex.open(place, sae)
+
+
+def open_run_index(
+    run: Path, named: Path | None = None, device: str | None = "cpu"
+) -> tuple[LatentIndex, SparseAutoencoder | None]:
+    """Open the index of a run, and check that it is about the run's SAE.
+
+    Args:
+        run: folder of the run, or of an index.
+        named: folder of another index of the run's SAE.
+        device: where to put the SAE.
+
+    Returns:
+        The index, and the SAE; None if the folder holds only an index.
+
+    Raises:
+        UserError: the folder does not exist or has no index, or the index is of another SAE.
+    """
+    if not run.is_dir():
+        raise UserError(
+            f"{run}: does not exist. Give a run folder, as written by `sparsight train`."
+        )
+    place = named or run
+    if not any((folder / "manifest.json").exists() for folder in (place, place / "index")):
+        raise UserError(f"{place}: holds no latent index; `sparsight index {run}` builds it.")
+    has_sae = (run / WEIGHTS).exists()
+    on = choose_device(device, float64=True)
+    sae = SparseAutoencoder.from_pretrained(run, device=on) if has_sae else None
+    return LatentIndex.open(place, sae), sae
