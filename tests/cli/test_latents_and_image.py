@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -238,3 +239,21 @@ def test_an_index_of_version_1_lists_latents_and_reads_images_from_codes(
     assert numbers("\n".join(listed.splitlines()[1:])) == found.latents.tolist()
     for arguments in (["--query", "1"], ["--export", tmp_path / "sql"]):
         assert "--upgrade" in wrong("latents", old, *arguments)
+
+
+def test_a_description_has_what_each_method_calls_the_latent(run, folder, index, tmp_path):
+    named = tmp_path / "named"
+    shutil.copytree(folder, named)
+    rows = [
+        {"latent": 3, "method": "labels", "name": "star", "score": 0.8, "accepted": True,
+         "runners_up": [{"name": "sun", "score": 0.5}]},
+        {"latent": 3, "method": "text", "name": None, "score": None, "accepted": False,
+         "runners_up": []},
+        {"latent": 4, "method": "text", "name": "cup", "score": 0.1, "accepted": False,
+         "runners_up": []},
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "names.parquet")
+    sp.LatentIndex.open(named).with_files({"names.parquet": tmp_path / "names.parquet"})
+    out = run("latents", named, 3)
+    assert "by labels: star 0.800 (accepted); then sun 0.500" in out
+    assert "by text: nothing (not accepted)" in out and "cup" not in out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,8 @@ def _name(index: LatentIndex, row: dict[str, Any]) -> Iterator[str]:
     path = index.file(NAMES)
     if path is None:
         return
-    names = pq.read_table(io.BytesIO(path.read_bytes()), filters=[("latent", "=", row["latent"])])
+    columns = ["method", "name", "score", "accepted", "runners_up"]
+    names = pq.read_table(path, columns=columns, filters=[("latent", "=", row["latent"])])
     for found in names.to_pylist():
         others = [
             f"{other['name']} {rounded(other['score'])}" for other in found.get("runners_up") or []
