@@ -156,6 +156,14 @@ class LiveActivations:
         """Return the activations at other positions of the same images."""
         return self._view(self.images, tokens, self.image_indices)
 
+    def with_sites(self, sites: Sequence[str]) -> LiveActivations:
+        """Return the activations at other sites of the same images.
+
+        Raises:
+            UserError: the model has no such site, or it lacks these positions.
+        """
+        return self._view(self.images, self.tokens, self.image_indices, sites)
+
     def select(self, image_indices: Sequence[int] | npt.NDArray[np.int64]) -> LiveActivations:
         """Return a view of some images, given by their places in the whole source, in its order.
 
@@ -174,12 +182,16 @@ class LiveActivations:
         )
 
     def _view(
-        self, images: ImageSource, tokens: str, image_indices: npt.NDArray[np.int64]
+        self,
+        images: ImageSource,
+        tokens: str,
+        image_indices: npt.NDArray[np.int64],
+        sites: Sequence[str] | None = None,
     ) -> LiveActivations:
         view = LiveActivations(
             self.model,
             images,
-            self.sites,
+            self.sites if sites is None else sites,
             tokens,
             batch_size=self.batch_size,
             workers=self.workers,

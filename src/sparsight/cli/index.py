@@ -18,6 +18,7 @@ from sparsight.errors import UserError
 from sparsight.files import read_json
 from sparsight.latents import CodeStore, build_index, upgrade_index
 from sparsight.latents.build import UNIFORM_SAMPLES
+from sparsight.latents.embedding_writer import Wanted
 from sparsight.sae import SparseAutoencoder
 
 HELP = Help(
@@ -59,6 +60,14 @@ class IndexOptions(SubjectOptions):
     """Bring an index of format version 1 to version 2: keep its names and settings, and read its
     images once more."""
 
+    embeddings: Wanted = "auto"
+    """Embeddings of the images, for nearest images, near misses and examples without
+    near-duplicates: joint with texts, pooled activations, or codes; auto: what costs no further
+    computing."""
+
+    neighbours: bool = True
+    """Find the closest latents of each latent, and its place on the map."""
+
     batch_images: int | None = None
     """Images per batch; default: 64, or, with a store, enough for about 16,000 vectors."""
 
@@ -99,6 +108,8 @@ def main(arguments: Sequence[str]) -> None:
                 batch_images=options.batch_images,
                 seed=options.seed,
                 metrics=_known(folder, sae),
+                embeddings=options.embeddings,
+                neighbours=options.neighbours,
             )
         never = index.n_latents - sum(row > 0 for row in index.table["n_active"].to_pylist())
         named = index.n_latents - index.table["name"].null_count

@@ -23,9 +23,7 @@ from sparsight.editing.retrieval import (
     SITE,
     Mode,
     SearchResult,
-    check_query,
     embed_collection,
-    read_query,
 )
 from sparsight.errors import UserError
 from sparsight.files import check_folder, write_json
@@ -33,6 +31,7 @@ from sparsight.folders import replaced
 from sparsight.images import open_images
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
+from sparsight.vision.queries import check_query, read_query
 
 FIGURES, PAGE = "search.json", "search.html"
 Asked = Literal["plain", "reconstructed", "filtered", "query", "steered"]

@@ -9,9 +9,11 @@ Start at `build_index` (build.py), then `LatentIndex` (index.py) and `write_repo
 from __future__ import annotations
 
 from sparsight.latents.build import build_index, upgrade_index
+from sparsight.latents.coactivation import Coactivation
 from sparsight.latents.code_shards import CodeBatch
 from sparsight.latents.codes import CodeStore
 from sparsight.latents.comparison import compare
+from sparsight.latents.embeddings import ImageEmbeddings, SimilarImage
 from sparsight.latents.encoding import encode
 from sparsight.latents.export import export_index
 from sparsight.latents.filters import filtered
@@ -25,6 +27,8 @@ from sparsight.latents.heatmaps import (
 from sparsight.latents.index import Example, LatentIndex
 from sparsight.latents.label_counts import LabelCounts
 from sparsight.latents.names import LatentName, name_from_truth, set_names
+from sparsight.latents.neighbour_tables import Neighbour, NeighbourTable
+from sparsight.latents.neighbours import neighbours_across
 from sparsight.latents.one_image import ImageLatents, PatchLatents, image_latents
 from sparsight.latents.postings import Postings
 from sparsight.latents.query import LabelShare, PatchResult, QueryResult
@@ -32,19 +36,24 @@ from sparsight.latents.report import write_report
 from sparsight.latents.strips import LatentStrip, show_latent
 
 __all__ = [
+    "Coactivation",
     "CodeBatch",
     "CodeStore",
     "Example",
+    "ImageEmbeddings",
     "ImageLatents",
     "LabelCounts",
     "LabelShare",
     "LatentIndex",
     "LatentName",
     "LatentStrip",
+    "Neighbour",
+    "NeighbourTable",
     "PatchLatents",
     "PatchResult",
     "Postings",
     "QueryResult",
+    "SimilarImage",
     "activation_heatmaps",
     "build_index",
     "compare",
@@ -54,6 +63,7 @@ __all__ = [
     "heat_image",
     "image_latents",
     "name_from_truth",
+    "neighbours_across",
     "overlay",
     "patch_heatmaps",
     "seen_pictures",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparsight.folders import replaced
 from sparsight.images import ImageSource
 from sparsight.latents.code_shards import CodeBatch
 from sparsight.latents.codes import CodeStore
+from sparsight.latents.embedding_writer import EmbeddingRecorder, Wanted, embedding_kind
 from sparsight.latents.encoding import (
     FEWEST_IMAGES,
     VECTORS_AT_ONCE,
@@ -42,12 +44,14 @@ from sparsight.latents.index_files import (
     LABELS,
     LATENTS,
     MANIFEST,
+    NEAR,
     VERSION,
     described,
     parquet,
     write_manifest,
 )
 from sparsight.latents.names import LatentName, names_from_truth, names_of, with_names
+from sparsight.latents.nearness import Nearness, NearnessSettings, recording
 from sparsight.latents.postings import Postings, PostingSpool
 from sparsight.latents.statistics import LatentStatistics
 from sparsight.latents.summary import latent_table, summarise
@@ -75,6 +79,8 @@ def build_index(
     seed: int = 0,
     workers: int | None = None,
     metrics: Mapping[str, Any] | None = None,
+    embeddings: Wanted = "auto",
+    neighbours: bool = True,
     quiet: bool = False,
 ) -> LatentIndex:
     """Find out what every latent responds to; write it to the folder `out`.
@@ -100,6 +106,10 @@ def build_index(
         workers: processes that decode images, with a model.
         metrics: result of `evaluate` on images with known attributes; it names the latents, as
             `name_from_truth` does.
+        embeddings: kind of embeddings of the images, for nearest images, near misses, and examples
+            without near-duplicates: `joint` (with texts), `pooled` (mean of the activations),
+            `codes` or `none`; `auto` takes what costs no further pass.
+        neighbours: find the closest latents of every latent, and its place on the map.
         quiet: show no progress bar.
 
     Raises:
@@ -115,7 +125,7 @@ def build_index(
         batch_images=batch_images,
     )
     check_seed(seed)
-    data, site, batches = _passed(sae, given, images, site, batch_images, workers)
+    passed = _passed(sae, given, images, site, batch_images, workers, embeddings)
     names: Mapping[int, LatentName] = {}
     if metrics is not None:
         names = names_from_truth(metrics, sae.fingerprint(), sae.n_latents, Path(out))
@@ -126,7 +136,8 @@ def build_index(
         "uniform_samples": uniform_samples,
         "seed": seed,
     }
-    return _replace(Path(out), sae, data, site, batches, settings, names, quiet)
+    nearness = NearnessSettings(embeddings, neighbours)
+    return _replace(Path(out), sae, passed, settings, names, nearness, quiet)
 
 
 @torch.no_grad()
@@ -160,8 +171,8 @@ def upgrade_index(
     index = LatentIndex.open(folder, sae)
     if index.version == VERSION:
         return index
-    data, site, batches = _passed(sae, given, images, index.site, batch_images, workers)
-    about, now = index.manifest["images"], image_records(data)
+    passed = _passed(sae, given, images, index.site, batch_images, workers, "auto")
+    about, now = index.manifest["images"], image_records(passed.data)
     if now.fingerprint != about["fingerprint"]:
         raise UserError(
             f"{index.folder}: was built from {about['n_images'] + about['n_unread']:,} images of "
@@ -169,23 +180,40 @@ def upgrade_index(
             "images of the index, or build a new index without --upgrade."
         )
     settings = {"uniform_samples": UNIFORM_SAMPLES, **index.manifest["settings"]}
-    return _replace(index.folder, sae, data, site, batches, settings, names_of(index), quiet)
+    nearness = NearnessSettings()
+    return _replace(index.folder, sae, passed, settings, names_of(index), nearness, quiet)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a call refers to.
+
+    Attributes:
+        data: activations or codes.
+        site: their site.
+        batches: the codes, in order.
+        recorder: takes embeddings from the same pass; None for none.
+    """
+
+    data: ActivationSource | CodeStore
+    site: str
+    batches: Iterator[CodeBatch]
+    recorder: EmbeddingRecorder | None
 
 
 def _replace(
     out: Path,
     sae: SparseAutoencoder,
-    data: ActivationSource | CodeStore,
-    site: str,
-    batches: Iterator[CodeBatch],
+    passed: _Pass,
     settings: dict[str, int],
     names: Mapping[int, LatentName],
+    nearness: NearnessSettings,
     quiet: bool,
 ) -> LatentIndex:
     """Write an index; if the process is killed at any point, the old or the new one remains."""
     _refuse_other_things(out)
     with replaced(out, FILES, wait=0) as staged:
-        _write(staged, sae, data, site, batches, settings, names, quiet)
+        _write(staged, sae, passed, settings, names, nearness, quiet)
     return LatentIndex.open(out)
 
 
@@ -207,20 +235,22 @@ def _refuse_other_things(out: Path) -> None:
 def _write(
     folder: Path,
     sae: SparseAutoencoder,
-    data: ActivationSource | CodeStore,
-    site: str,
-    batches: Iterator[CodeBatch],
+    passed: _Pass,
     settings: dict[str, int],
     names: Mapping[int, LatentName],
+    nearness: NearnessSettings,
     quiet: bool,
 ) -> None:
     """Write all files of an index into an empty folder."""
+    data, recorder = passed.data, passed.recorder
     spool = PostingSpool(folder)
-    statistics = _statistics(sae, data, site, spool)
+    if recorder is not None:
+        recorder.begin(folder)
+    statistics = _statistics(sae, data, passed.site, spool)
     places: list[Int64[Tensor, " batch"]] = []
     n_tokens = 0
     with progress("index", data.n_images, "images", quiet=quiet) as line:
-        for batch in _grouped(batches):
+        for batch in _grouped(passed.batches):
             n_tokens = batch.n_tokens
             statistics.add(batch)
             places.append(batch.image_indices.cpu())
@@ -238,9 +268,22 @@ def _write(
         tokens=True,
         again=AGAIN,
     )
-    summary = summarise(postings, images, settings)
+    by_image = Postings.open(
+        folder / BY_IMAGE,
+        records.n_images,
+        sae.n_latents,
+        spool.n_entries,
+        tokens=False,
+        again=AGAIN,
+    )
+    read = images["image"].to_numpy()
+    near = Nearness(folder, postings, by_image, read, settings["seed"], quiet)
+    summary = summarise(postings, images, settings, near.embed(recorder))
     n_label_counts = summary.labels.write(folder / LABEL_COUNTS)
     table = with_names(latent_table(statistics, summary, images), names)
+    near.miss(summary.examples.top)
+    if nearness.neighbours:
+        table = near.neighbours(sae.W_dec, table)
     write_bytes(folder / LATENTS, parquet(table))
     write_bytes(folder / IMAGES, parquet(images))
     write_bytes(folder / LABELS, parquet(summary.labels.table))
@@ -261,13 +304,18 @@ def _write(
             "n_unread": records.n_images - statistics.n_images,
             "n_vectors": statistics.n_vectors,
         },
-        "site": site,
+        "site": passed.site,
         "tokens": data.tokens,
         "n_tokens": n_tokens,
         "n_entries": spool.n_entries,
         "n_label_counts": n_label_counts,
         "settings": settings,
-        "files": {name: described(folder / name) for name in BUILT},
+        **near.about,
+        "files": {
+            name: described(folder / name)
+            for name in (*BUILT, *NEAR)
+            if name in BUILT or (folder / name).exists()
+        },
     }
     write_manifest(folder, manifest)
 
@@ -296,22 +344,27 @@ def _passed(
     site: str | None,
     batch_images: int | None,
     workers: int | None,
-) -> tuple[ActivationSource | CodeStore, str, Iterator[CodeBatch]]:
-    """Return what a call refers to, its site, and its codes in order."""
+    embeddings: Wanted,
+) -> _Pass:
+    """Return what a call refers to."""
     if not isinstance(given, CodeStore):
         activations, site = find_activations(sae, given, images, site, workers)
-        return (
-            activations,
-            site,
-            encoded(sae, activations, site, batch_images or usual_batch(activations, site)),
-        )
+        activations, recorder = recording(embeddings, activations, site)
+        size = batch_images or usual_batch(activations, site)
+        if recorder is None:
+            return _Pass(activations, site, encoded(sae, activations, site, size), None)
+        batches = encoded(sae, activations, site, size, also=[recorder.site], watch=recorder.add)
+        return _Pass(activations, site, batches, recorder)
     if images is not None:
         raise UserError("Codes already know their images; leave `images` out.")
     given.check_sae(sae)
     n_blocks = given.model_info.get("n_blocks", 0)
     if site is not None and count_from_start(site, n_blocks) != given.site:
         raise UserError(f"{given.path}: the codes are from {given.site}, not from {site}.")
-    return given, given.site, given.ordered(batch_images or FEWEST_IMAGES)
+    kind = embedding_kind(embeddings, None)
+    recorder = None if kind is None else EmbeddingRecorder(kind, given.site)
+    batches = given.ordered(batch_images or FEWEST_IMAGES)
+    return _Pass(given, given.site, batches, recorder)
 
 
 def _grouped(batches: Iterator[CodeBatch]) -> Iterator[CodeBatch]:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,12 @@ from typing import Literal, cast
 
 import torch
 
-from sparsight.activations import ActivationSource, ActivationStore, LiveActivations
+from sparsight.activations import (
+    ActivationSource,
+    ActivationStore,
+    LiveActivations,
+    OrderedBatch,
+)
 from sparsight.activations.claiming import claimed_manifest
 from sparsight.activations.extraction import FLUSH_SECONDS
 from sparsight.activations.manifest import IMAGES
@@ -136,15 +141,29 @@ def encoded(
     batch_images: int,
     *,
     after: int | None = None,
+    also: Sequence[str] = (),
+    watch: Callable[[OrderedBatch], None] | None = None,
 ) -> Iterator[CodeBatch]:
     """Yield the codes of all images, in order; after the batch with image `after`, if given.
+
+    Args:
+        sae: the SAE.
+        activations: its input.
+        site: where it reads.
+        batch_images: images per batch.
+        after: an image, see above.
+        also: other sites to read in the same pass, for `watch`.
+        watch: called with the activations of each batch before they are encoded.
 
     Raises:
         SparsightError: an activation, or a latent's, is NaN or infinite.
     """
     device = sae.W_enc.device
     rest = {} if after is None else {"after": after}
-    for batch in activations.ordered([site], batch_images=batch_images, **rest):
+    sites = list(dict.fromkeys([site, *also]))
+    for batch in activations.ordered(sites, batch_images=batch_images, **rest):
+        if watch is not None:
+            watch(batch)
         x = batch.activations[site].to(device)
         if not len(x):
             continue

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pyarrow as pa
 import safetensors.torch
+import torch
 from jaxtyping import Float32, Int32, Int64
 from PIL import Image
+from torch import Tensor
 
+from sparsight.activations.shards import map_tensors
 from sparsight.errors import SparsightError, UserError
 from sparsight.folders import settled
 from sparsight.images import ImageError, ImageInfo, ImageSource, open_images
+from sparsight.latents.embeddings import ImageEmbeddings, SimilarImage
 from sparsight.latents.examples import Examples
 from sparsight.latents.filters import filtered
 from sparsight.latents.image_sets import Collection
@@ -24,12 +28,15 @@ from sparsight.latents.index_files import (
     AGAIN,
     BY_IMAGE,
     BY_LATENT,
+    EMBEDDINGS,
     EXAMPLES,
     IMAGES,
     LABEL_COUNTS,
     LABELS,
     LATENTS,
     MANIFEST,
+    NEAR_MISSES,
+    NEIGHBOURS,
     checked_file,
     parquet,
     read_file,
@@ -38,6 +45,7 @@ from sparsight.latents.index_files import (
     table_of,
 )
 from sparsight.latents.label_counts import LabelCounts
+from sparsight.latents.neighbour_tables import By, Neighbour, NeighbourTable, map_neighbours
 from sparsight.latents.postings import Postings
 from sparsight.notebooks import html_table, need_pandas
 from sparsight.sae import SparseAutoencoder, SparseCode
@@ -76,6 +84,8 @@ class LatentIndex:
             `latent`;
             `density`: share of the vectors on which it is active;
             `mean_activation` (null if it was never active), `max_activation` (0 if never);
+            `n_near_duplicates`: images in which it fires that nearly repeat another of them, so
+            that no example shows them;
             `n_active`, `n_active_images`: number of vectors, and of images in which it fires;
             `cls_share`: share of these vectors at CLS or another prefix position (null if the SAE
             does not read both prefix and patches);
@@ -236,11 +246,11 @@ class LatentIndex:
 
     def top(self, latent: int) -> list[Example]:
         """Return the images that activate `latent` most, strongest first; [] if none does."""
-        return self._examples(self.examples, self._checked(latent))
+        return self._examples(self.examples, self.checked(latent))
 
     def samples(self, latent: int) -> list[list[Example]]:
         """Return images from each quantile of those that activate `latent`, strongest first."""
-        place = self._checked(latent)
+        place = self.checked(latent)
         bands = range(self.quantiles.image.shape[1])
         return [self._examples(self.quantiles, (place, band)) for band in bands]
 
@@ -250,7 +260,7 @@ class LatentIndex:
         Raises:
             UserError: the index has format version 1.
         """
-        place = self._checked(latent)
+        place = self.checked(latent)
         self._need_version_2("samples of all images")
         assert self.uniform_examples is not None
         return self._examples(self.uniform_examples, place)
@@ -263,7 +273,68 @@ class LatentIndex:
         Raises:
             UserError: the index has format version 1, or the latent does not exist.
         """
-        return self.by_latent.row(self._checked(latent))
+        return self.by_latent.row(self.checked(latent))
+
+    def neighbours(self, latent: int, by: By = "decoder", n: int = 16) -> list[Neighbour]:
+        """Return the closest latents of `latent` in the same SAE, the closest first.
+
+        Args:
+            latent: the latent.
+            by: `decoder`: cosine of the decoder rows; `coactivation`: correlation of the
+                activations over the images, positive ones only.
+            n: number of neighbours; the index keeps 16.
+
+        Raises:
+            UserError: the index has format version 1 or was built without neighbours, or the
+                latent does not exist.
+        """
+        return self._neighbours[by].row(self.checked(latent), n)
+
+    def near_misses(self, latent: int) -> list[SimilarImage]:
+        """Return the images most like those that activate `latent` most, in which it does not fire.
+
+        Raises:
+            UserError: the index has format version 1 or was built without embeddings, or the
+                latent does not exist.
+        """
+        image, cosine = self._near_misses
+        row = self.checked(latent)
+        pairs = zip(image[row].tolist(), cosine[row].tolist(), strict=True)
+        return [SimilarImage(*pair) for pair in pairs if pair[0] >= 0]
+
+    @cached_property
+    def embeddings(self) -> ImageEmbeddings:
+        """One vector per image, to find images that are alike.
+
+        Raises:
+            UserError: the index has format version 1 or was built without embeddings.
+        """
+        path = self._near_file(EMBEDDINGS, "embeddings", "--embeddings none")
+        return ImageEmbeddings.open(path, self.manifest, self.image_places, AGAIN)
+
+    @cached_property
+    def _neighbours(self) -> dict[By, NeighbourTable]:
+        path = self._near_file(NEIGHBOURS, "neighbours", "--no-neighbours")
+        n = self.manifest["neighbours"]["n"]
+        return map_neighbours(path, self.n_latents, n, AGAIN)
+
+    @cached_property
+    def _near_misses(self) -> tuple[Tensor, Tensor]:
+        path = self._near_file(NEAR_MISSES, "near misses", "--embeddings none")
+        shape = (self.n_latents, self.manifest["near_misses"]["n"])
+        layout = {"image": (shape, torch.int64), "cosine": (shape, torch.float32)}
+        tensors = map_tensors(path, layout, path.stat().st_size, AGAIN)
+        return tensors["image"], tensors["cosine"]
+
+    def _near_file(self, name: str, what: str, option: str) -> Path:
+        self._need_version_2(what)
+        path = self.file(name)
+        if path is None:
+            raise UserError(
+                f"{self.folder}: has no {what}. Build it again with `sparsight index`, without "
+                f"{option}."
+            )
+        return path
 
     def label_counts(self, latent: int) -> dict[str, int]:
         """Return in how many images of each label `latent` fires, the largest number first.
@@ -271,7 +342,7 @@ class LatentIndex:
         Raises:
             UserError: the index has format version 1, or the latent does not exist.
         """
-        return self._label_counts.of(self._checked(latent))
+        return self._label_counts.of(self.checked(latent))
 
     @cached_property
     def label_totals(self) -> dict[str, int]:
@@ -394,7 +465,7 @@ class LatentIndex:
 
     def row(self, latent: int) -> dict[str, Any]:
         """Return the latent's row of `table`."""
-        found: list[dict[str, Any]] = self.table.slice(self._checked(latent), 1).to_pylist()
+        found: list[dict[str, Any]] = self.table.slice(self.checked(latent), 1).to_pylist()
         return found[0]
 
     def info(self, image: int) -> ImageInfo:
@@ -467,7 +538,12 @@ class LatentIndex:
     def _source_ids(self) -> dict[str, int]:
         return {self._source.known(i).id: i for i in range(len(self._source))}
 
-    def _checked(self, latent: int) -> int:
+    def checked(self, latent: int) -> int:
+        """Return the number of a latent.
+
+        Raises:
+            UserError: the latent does not exist.
+        """
         if not 0 <= latent < self.n_latents:
             raise UserError(
                 f"{self.folder}: no latent {latent}; it has latents 0 to {self.n_latents - 1}."

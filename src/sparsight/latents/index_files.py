@@ -32,12 +32,16 @@ BY_IMAGE = "by_image.safetensors"
 NAMES = "names.parquet"
 NEIGHBOURS = "neighbours.safetensors"
 EMBEDDINGS = "embeddings.safetensors"
+NEAR_MISSES = "near_misses.safetensors"
 
 BUILT = (LATENTS, EXAMPLES, IMAGES, LABELS, LABEL_COUNTS, BY_LATENT, BY_IMAGE)
 """Files that `build_index` writes, besides the manifest."""
 
-ADDED = (NAMES, NEIGHBOURS, EMBEDDINGS)
-"""Files that other functions may add."""
+NEAR = (NEIGHBOURS, EMBEDDINGS, NEAR_MISSES)
+"""Files that `build_index` writes by default."""
+
+ADDED = (NAMES, *NEAR)
+"""Files that an index may lack."""
 
 FILES = (MANIFEST, *BUILT, *ADDED)
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from sparsight.latents.distributions import QUANTILES, Distributions
+from sparsight.latents.duplicates import without_repeats
 from sparsight.latents.examples import Examples, ExampleTables, LatentEntries
 from sparsight.latents.label_counts import LabelCounter
 from sparsight.latents.postings import Postings
@@ -25,11 +27,13 @@ class Summary:
         examples: strongest images and samples.
         distributions: histograms and quantiles of image maxima.
         labels: counts of labels.
+        n_repeats: images in which a latent fires that nearly repeat another of them.
     """
 
     examples: ExampleTables
     distributions: Distributions
     labels: LabelCounter
+    n_repeats: Int64[Tensor, " latents"]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the examples, by the names that they have on disk."""
@@ -45,13 +49,20 @@ class Summary:
         }
 
 
-def summarise(postings: Postings, images: pa.Table, settings: dict[str, int]) -> Summary:
+def summarise(
+    postings: Postings,
+    images: pa.Table,
+    settings: dict[str, int],
+    first: Int64[Tensor, " places"] | None = None,
+) -> Summary:
     """Read all posting lists once.
 
     Args:
         postings: images by latent.
         images: one row per image that was read: `image` (its place), `label`.
         settings: `top_n`, `quantiles`, `samples_per_quantile`, `uniform_samples`, `seed`.
+        first: for each place, the first image that its image nearly repeats; examples show each
+            such group once, by its strongest image. None: nothing is known about repeats.
     """
     n = postings.n_rows
     examples = ExampleTables(
@@ -64,12 +75,15 @@ def summarise(postings: Postings, images: pa.Table, settings: dict[str, int]) ->
         images["label"].to_pylist(), images["image"].to_numpy(), postings.n_columns, n
     )
     distributions = Distributions.zeros(n)
+    n_repeats = torch.zeros(n, dtype=torch.int64)
     for block in postings.blocks():
         entries = LatentEntries.read(postings, block)
-        examples.fill(entries)
+        once = entries if first is None else without_repeats(entries, first)
+        n_repeats += (entries.latent.bincount(minlength=n)) - once.latent.bincount(minlength=n)
+        examples.fill(once)
         distributions.fill(entries)
         labels.add(entries)
-    return Summary(examples, distributions, labels)
+    return Summary(examples, distributions, labels, n_repeats)
 
 
 def latent_table(statistics: LatentStatistics, summary: Summary, images: pa.Table) -> pa.Table:
@@ -84,6 +98,7 @@ def latent_table(statistics: LatentStatistics, summary: Summary, images: pa.Tabl
         "max_activation": pa.array(summary.examples.top.activation[:, 0].contiguous().numpy()),
         "n_active": pa.array(active.numpy()),
         "n_active_images": pa.array(statistics.n_active_images.numpy()),
+        "n_near_duplicates": pa.array(summary.n_repeats.numpy()),
         "cls_share": _cls_share(statistics),
         **_spatial(statistics),
         **_distribution(summary.distributions),
