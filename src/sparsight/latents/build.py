@@ -92,7 +92,8 @@ def build_index(
     Args:
         sae: the SAE.
         given: a vision model to run over `images`; or activations, stored or live; or codes from
-            `encode`, which give the same index (float16 codes give one of rounded activations).
+            `encode`, which give the same index, except for the embeddings and what depends on them
+            (float16 codes give one of rounded activations).
         images: the images (as for `open_images`), only with a model.
         out: folder of the index, usually `index/` in the run folder; an index there is replaced.
         site: where to read; default: the site that the SAE was trained on.

@@ -11,8 +11,8 @@ from sparsight.latents.examples import LatentEntries
 from sparsight.progress import progress
 
 THRESHOLDS: dict[Kind, float] = {"joint": 0.97, "pooled": 0.97, "codes": 0.92}
-"""Cosine of embeddings from which two images count as nearly the same; see docs/concepts/latents.md
-for the measurement."""
+"""Cosine of embeddings from which two images count as nearly the same; the
+measurement is in docs/concepts/nearness.md."""
 EXACT_IMAGES = 100_000
 """With more images than this, only images in the same cell of a partition are compared."""
 IMAGES_PER_CELL = 8192

@@ -21,6 +21,8 @@ PUSHES = 16
 """Random partners per latent and step that push it away."""
 PUSHES_PER_PULL = 5
 """Weight of all pushes of a latent over the weight of its pulls, as in UMAP."""
+SMOOTHINGS = 50
+"""Rounds of smoothing before the first step."""
 MOST = 4.0
 """Longest single pull, push or step, in units of the map."""
 
@@ -176,13 +178,10 @@ def _start(rows: Float[Tensor, "rows d"], graph: _Graph) -> Float[Tensor, "rows 
         axes = torch.cat([axes, torch.zeros_like(axes)], dim=1)
     largest = axes.abs().argmax(0)
     axes = axes * axes[largest, range(2)].sign().masked_fill(axes[largest, range(2)] == 0, 1)
-    places = unit @ axes - mean @ axes
+    places: Tensor = unit @ axes - mean @ axes
     mass = graph.degree[:, None].clamp(min=1e-12)
     for _ in range(SMOOTHINGS):
         around = graph.sums(places[graph.tail] * graph.weight[:, None]) / mass
         places = torch.linalg.qr((places + around) / 2 - ((places + around) / 2).mean(0)).Q
-    return 10 * places / places.abs().max().clamp(min=1e-12)
-
-
-SMOOTHINGS = 50
-"""Rounds of smoothing before the first step."""
+    places *= 10 / places.abs().max().clamp(min=1e-12)
+    return places
