@@ -98,7 +98,7 @@ def test_an_index_of_codes_is_that_of_the_activations(
     sae: SparseAutoencoder, store: ActivationStore, tmp_path: Path
 ) -> None:
     codes = encode(sae, store, out=tmp_path / "codes", quiet=True)
-    build_index(sae, store, out=tmp_path / "one", quiet=True)
+    build_index(sae, store, out=tmp_path / "one", embeddings="codes", quiet=True)
     build_index(sae, codes, out=tmp_path / "other", quiet=True)
     assert digests(tmp_path / "one") == digests(tmp_path / "other")
 

@@ -17,6 +17,7 @@ from sparsight.images import ImageSource, open_images
 from sparsight.latents import LatentIndex, build_index, neighbours_across
 from sparsight.latents import coactivation as module
 from sparsight.latents.coactivation import Coactivation
+from sparsight.latents.embeddings import ImageEmbeddings
 from sparsight.latents.neighbour_tables import Neighbour
 from sparsight.latents.postings import Postings
 from sparsight.sae import SparseAutoencoder
@@ -273,3 +274,13 @@ def test_neighbours_across_need_the_same_images_or_the_same_space(
     assert closest.score == pytest.approx(float(cosines[best]), abs=1e-5)
     with pytest.raises(UserError, match="no latent 96"):
         neighbours_across(same, other, latents=[96])
+
+
+def test_a_search_in_float16_gives_the_exact_order_of_float32() -> None:
+    random = torch.Generator().manual_seed(0)
+    matrix = normalize(torch.randn(3000, 64, generator=random) * 0.3 + 1, dim=1).half()
+    embeddings = ImageEmbeddings("joint", matrix, np.arange(3000) * 2, None, {})
+    query = torch.randn(64, generator=random) * 0.3 + 1
+    cosines = matrix.float() @ normalize(query, dim=0)
+    found = embeddings.nearest(query, 20)
+    assert [each.image for each in found] == (cosines.argsort(descending=True)[:20] * 2).tolist()

@@ -23,6 +23,8 @@ from sparsight.vision.queries import check_query, read_query
 EMBEDDING = "embedding"
 """The site of the joint embedding of images and texts."""
 ROWS_AT_ONCE = 16_384
+ROUNDING = 0.01
+"""Twice the largest error of a cosine in float16, with a margin; measured: below 0.001."""
 
 Kind = Literal["joint", "pooled", "codes"]
 """What the vectors are:
@@ -114,12 +116,14 @@ class ImageEmbeddings:
         """
         check_positive(n=n)
         unit = normalize(query.float(), dim=0)
-        cosines = torch.empty(len(self))
-        for start in range(0, len(self), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            cosines[rows] = self.matrix[rows].float() @ unit
+        rough = self.matrix @ unit.half()  # in float16: many times faster than a copy in float32
+        least = rough.topk(min(n, len(self))).values[-1:].float() - ROUNDING
+        close = (rough.float() >= least).nonzero()[:, 0]
+        cosines = torch.cat(
+            [self.matrix[some].float() @ unit for some in close.split(ROWS_AT_ONCE)]
+        )
         best = cosines.argsort(descending=True, stable=True)[:n].tolist()
-        return [SimilarImage(int(self.places[row]), float(cosines[row])) for row in best]
+        return [SimilarImage(int(self.places[close[row]]), float(cosines[row])) for row in best]
 
     def nearest_to(self, image: int, n: int = 16) -> list[SimilarImage]:
         """Return the images that are most like one of the index, without that one.
