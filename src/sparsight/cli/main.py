@@ -28,6 +28,7 @@ VERBS = {
     "image": "list the latents that fire in one image, and at each of its patches",
     "attack": "typographic attacks: measure how words mislead a model, find what reads words",
     "export": "write a CLIP for transformers, open_clip or OpenAI's code, and check the copy",
+    "visualize": "make images that activate latents, beside the best real ones",
     "steer": "turn latents up and down; measure zero-shot and retrieval at each strength",
     "search": "find images by text or image, with plain, reconstructed or edited embeddings",
     "convert": "write an SAE in another project's format, or another project's SAE in ours",

@@ -105,17 +105,23 @@ def seen_pictures(
 
     It undoes the affine part of the preprocessing, which a black and a white image reveal.
     """
-    height, width = pixels.shape[-2:]
+    black, white = black_and_white(model)
+    scale = (white - black).clamp(min=1e-6)[:, None, None]
+    levels = (pixels.cpu().double() - black[:, None, None]) / scale
+    array = (levels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return [Image.fromarray(image) for image in array.numpy()]
+
+
+def black_and_white(model: VisionModel) -> tuple[Float[Tensor, 3], Float[Tensor, 3]]:
+    """Return a black and a white pixel as the model's preprocessing makes them, in float64."""
+    _, height, width = model.input_shape
     black, white = (
         model.transform(Image.new("RGB", (width, height), (level,) * 3)).mean(
             (1, 2), dtype=torch.float64
         )
         for level in (0, 255)
     )
-    scale = (white - black).clamp(min=1e-6)[:, None, None]
-    levels = (pixels.cpu().double() - black[:, None, None]) / scale
-    array = (levels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return [Image.fromarray(image) for image in array.numpy()]
+    return black, white
 
 
 def heat_image(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,6 +162,37 @@ class SparseAutoencoder(nn.Module):
         x = self._vectors(x)
         with without_autocast(x.device):
             return self._encode(x)
+
+    def pre_activations(
+        self, x: Float[Tensor, "batch d_in"], latents: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch latents"]:
+        """Return the scores by which the sparsity chooses latents, with gradients to x.
+
+        They also say how far a latent is from being active, where `encode` gives 0 and no gradient.
+        W_enc (z − centre) + b_enc for most kinds; the gate's, if gated; for matching pursuit, which
+        has no encoder, the first correlations W_dec (z − centre). A `soft_cap` is not applied.
+
+        Args:
+            x: vectors of any real dtype.
+            latents: numbers of the latents to compute; default: all.
+
+        Raises:
+            UserError: a latent does not exist; or x is not a tensor of real numbers of this width.
+        """
+        x = self._vectors(x)
+        weights = self.weights()
+        if latents is not None:
+            rows = torch.tensor(self._checked(latents), device=x.device)
+            weights = dataclasses.replace(
+                weights,
+                W_enc=weights.W_enc[rows],
+                b_enc=weights.b_enc[rows],
+                W_dec=weights.W_dec[rows],
+            )
+        with without_autocast(x.device):
+            return self.config.sparsity.scores(
+                weights, self.normaliser(x, self.normaliser.frame(x))
+            )
 
     def decode(self, code: SparseCode) -> Float[Tensor, "batch d_out"]:
         """Return the reconstruction of a code, in the units of x.
@@ -400,6 +432,15 @@ class SparseAutoencoder(nn.Module):
     ) -> Float[Tensor, "batch d_out"]:
         out: Tensor = (self.target_normaliser or self.normaliser).invert(z_hat, code.frame)
         return out
+
+    def _checked(self, latents: Sequence[int]) -> list[int]:
+        """Check the numbers of latents and return them as a list."""
+        for latent in latents:
+            if not 0 <= latent < self.n_latents:
+                raise UserError(
+                    f"The SAE has no latent {latent}; it has 0 to {self.n_latents - 1}."
+                )
+        return list(latents)
 
     def _vectors(self, x: Tensor) -> Tensor:
         """Check the shape of vectors and return them in the dtype of the computation."""

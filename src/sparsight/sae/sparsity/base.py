@@ -134,11 +134,17 @@ class Sparsity(ABC):
     ) -> Float[Tensor, "batch n_latents"]:
         """Return the code of scores, dense, in plain autograd."""
 
+    def scores(
+        self, weights: Weights, z: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch n_latents"]:
+        """Return the pre-activations, by which active latents are chosen."""
+        return weights.scores(z)
+
     def dense(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
     ) -> Dense:
         """Return scores and code, dense, in plain autograd."""
-        scores = weights.scores(z)
+        scores = self.scores(weights, z)
         return Dense(scores, self.activate(weights, scores, training=training))
 
     def penalty(

@@ -79,12 +79,17 @@ class MatchingPursuit(Sparsity):
             "MatchingPursuit cannot compute a code with another k, or from pre-activations alone."
         )
 
+    def scores(
+        self, weights: Weights, z: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch n_latents"]:
+        """See `Sparsity.scores`; these are the first correlations."""
+        return (z - weights.centre) @ weights.W_dec.T
+
     def dense(
         self, weights: Weights, z: Float[Tensor, "batch d_in"], *, training: bool = False
     ) -> Dense:
-        """See `Sparsity.dense`; the scores are the first correlations."""
-        scores = (z - weights.centre) @ weights.W_dec.T
-        return Dense(scores, self._pursue(weights, z))
+        """See `Sparsity.dense`."""
+        return Dense(self.scores(weights, z), self._pursue(weights, z))
 
     def _pursue(
         self, weights: Weights, z: Float[Tensor, "batch d_in"]
