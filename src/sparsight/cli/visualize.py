@@ -116,20 +116,17 @@ def main(arguments: Sequence[str]) -> None:
         images=None if options.images is None else subjects.images(folder, sae),
         settings=settings,
         check=options.check,
+        out=out,
         workers=options.workers,
         quiet=False,
     )
-    places = [result.save(out / f"{result.latent}-{settings.recipe}") for result in results]
     print_notes(dict.fromkeys(note for result in results for note in result.notes))
-    head = ["latent", "activation", "held-out", "real", "real held-out", "ratio", "rank", "folder"]
-    rows = [
-        _row(result, found[result.latent], place)
-        for result, place in zip(results, places, strict=True)
-    ]
-    print_table([head, *rows])
+    head = ["latent", "activation", "held-out", "real", "real held-out", "ratio", "rank"]
+    print_table([head, *(_row(result, found[result.latent]) for result in results)])
+    print(f"{out} · one folder per latent")
 
 
-def _row(result: Visualisation, name: str | None, place: Path) -> list[str]:
+def _row(result: Visualisation, name: str | None) -> list[str]:
     real, ratio = result.real, result.held_out_ratio
     return [
         f"{result.latent}" + (f" {name}" if name else ""),
@@ -139,5 +136,4 @@ def _row(result: Visualisation, name: str | None, place: Path) -> list[str]:
         "–" if real is None else rounded(real.best_held_out),
         "–" if ratio is None else rounded(ratio),
         f"{result.best.rank:,}",
-        str(place),
     ]

@@ -73,8 +73,8 @@ class ImageStatistics:
 
     def to(self, device: torch.device) -> ImageStatistics:
         """Return the statistics on a device."""
-        moved = (each.to(device) for each in (self.mean, self.axes, self.magnitude))
-        return ImageStatistics(*moved, self.size, self.origin)
+        mean, axes, magnitude = (x.to(device) for x in (self.mean, self.axes, self.magnitude))
+        return ImageStatistics(mean, axes, magnitude, self.size, self.origin)
 
 
 def measure_images(
@@ -127,7 +127,8 @@ def _axes(rgb: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "3 3"]:
     flat = rgb.permute(1, 0, 2, 3).flatten(1)
     vectors = torch.linalg.eigh(torch.cov(flat)).eigenvectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * largest.sign()
+    signed: Tensor = vectors * largest.sign()
+    return signed
 
 
 def assumed_statistics(height: int, width: int) -> ImageStatistics:

@@ -45,10 +45,9 @@ def compressed(image: Image.Image) -> Image.Image:
 
 def shrunk(image: Image.Image) -> Image.Image:
     """Shrink an image to three quarters of its side and enlarge it again."""
-    small = tuple(max(1, round(SHRUNK * side)) for side in image.size)
-    return image.resize(small, Image.Resampling.BICUBIC).resize(
-        image.size, Image.Resampling.BICUBIC
-    )
+    width, height = (max(1, round(SHRUNK * side)) for side in image.size)
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
 HELD_OUT: Mapping[str, Callable[[Image.Image], Image.Image]] = {
@@ -97,7 +96,7 @@ class Judge:
 
     def __call__(self, images: Sequence[Image.Image], latent: int) -> list[Judgement]:
         """Judge images by one latent."""
-        variants = [image for image in images]
+        variants = list(images)
         for change in HELD_OUT.values():
             variants += map(change, images)
         values, ranks = self._activations(variants, latent)

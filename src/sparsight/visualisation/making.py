@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +15,7 @@ from sparsight.errors import UserError, memory_told
 from sparsight.images import ImageSource
 from sparsight.latents import LatentIndex
 from sparsight.latents.belonging import check_belongs
-from sparsight.progress import progress
+from sparsight.progress import ProgressLine, progress
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
 from sparsight.vision.passes import PassSettings
@@ -42,6 +45,7 @@ def visualize(
     images: ImageSource | None = None,
     settings: VisualisationSettings | None = None,
     check: bool = True,
+    out: str | Path | None = None,
     workers: int | None = None,
     quiet: bool = True,
 ) -> list[Visualisation]:
@@ -62,6 +66,8 @@ def visualize(
             spectrum like that of photos is assumed, and a note says so.
         settings: recipe, steps, transforms, seed.
         check: check that the SAE was trained on this model's weights.
+        out: folder in which each result is saved as soon as it is there, in a sub-folder
+            `LATENT-RECIPE`; default: nothing is saved.
         workers: processes that decode images.
         quiet: show no progress line.
 
@@ -81,44 +87,70 @@ def visualize(
     frozen = copy.deepcopy(sae).to(model.device).requires_grad_(False).eval()
     passing = PassSettings(workers=workers, quiet=quiet)
     statistics, notes = _statistics(model, index, images, settings, passing)
+    about = {
+        "sae": sae.fingerprint(),
+        "model": {"id": model.id, "weights_hash": model.weights_hash},
+        "tokens": tokens,
+    }
     judge = Judge(model, frozen, site, tokens)
-    made = []
+    maker = _Maker(judge, statistics, settings, index, notes, about)
     with (
         progress("visualize", len(wanted) * settings.steps, "steps", quiet=quiet) as line,
         memory_told("Use fewer images (--n) or views (--views)."),
     ):
+        results = []
         for latent in wanted:
-            real, own_notes = _real(judge, index, latent)
-            unit = real.best if real is not None and real.best else _strong(judge, statistics)
-            objective = Objective(
-                model, frozen, site, tokens, latent, settings.pool, unit, settings.press > 0
-            )
-            start = time.perf_counter()
-            levels, history = optimise(objective, statistics, settings, line)
-            seconds = time.perf_counter() - start
-            drawn = to_images(levels)
-            judged = judge(drawn, latent)
-            order = sorted(range(len(drawn)), key=lambda i: -judged[i].mean_held_out)
-            made.append(
-                Visualisation(
-                    latent=latent,
-                    images=[drawn[i] for i in order],
-                    judgements=[judged[i] for i in order],
-                    real=real,
-                    settings=settings,
-                    site=site,
-                    statistics=statistics.origin,
-                    history=history,
-                    seconds=seconds,
-                    notes=[*notes, *own_notes],
-                    about={
-                        "sae": sae.fingerprint(),
-                        "model": {"id": model.id, "weights_hash": model.weights_hash},
-                        "tokens": tokens,
-                    },
-                )
-            )
-    return made
+            results.append(maker.make(latent, line))
+            if out is not None:
+                results[-1].save(Path(out) / f"{latent}-{settings.recipe}")
+        return results
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the images of one latent after another."""
+
+    judge: Judge
+    statistics: ImageStatistics
+    settings: VisualisationSettings
+    index: LatentIndex | None
+    notes: Sequence[str]
+    about: dict[str, Any]
+
+    def make(self, latent: int, line: ProgressLine) -> Visualisation:
+        judge, settings = self.judge, self.settings
+        real, own_notes = _real(judge, self.index, latent)
+        unit = self._unit(latent, real)
+        objective = Objective(
+            judge.model, judge.sae, judge.site, judge.tokens, latent,
+            settings.pool, unit, settings.press > 0,
+        )  # fmt: skip
+        start = time.perf_counter()
+        levels, history = optimise(objective, self.statistics, settings, line)
+        seconds = time.perf_counter() - start
+        drawn = to_images(levels)
+        judged = judge(drawn, latent)
+        order = sorted(range(len(drawn)), key=lambda i: -judged[i].mean_held_out)
+        return Visualisation(
+            latent=latent,
+            images=[drawn[i] for i in order],
+            judgements=[judged[i] for i in order],
+            real=real,
+            settings=settings,
+            site=judge.site,
+            statistics=self.statistics.origin,
+            history=history,
+            seconds=seconds,
+            notes=[*self.notes, *own_notes],
+            about=self.about,
+        )
+
+    def _unit(self, latent: int, real: RealImage | None) -> float:
+        """Return a strong activation of the latent, in which the objective is measured."""
+        if real is not None and real.best:
+            return real.best
+        known = 0.0 if self.index is None else self.index.row(latent)["max_activation"]
+        return known or _strong(self.judge, self.statistics)
 
 
 def _where(
@@ -177,7 +209,10 @@ def _real(
     """Return the best real image, or None and the reason why there is none."""
     if index is None:
         return None, ["No index: the images are not compared with real ones."]
-    real = judge_real(judge, index, latent)
+    try:
+        real = judge_real(judge, index, latent)
+    except UserError as error:
+        return None, [f"Latent {latent} is not compared with real images. {error}"]
     if real is None:
         n = index.manifest["images"]["n_images"]
         return None, [

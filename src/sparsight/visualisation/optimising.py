@@ -55,7 +55,7 @@ def optimise(
         loss = loss + settings.press * raised.rivals.sum() / settings.views
         loss = loss + settings.n * settings.diversity * mean_similarity(looks)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
         history.append(objective.unit * float(raised.strength.detach().mean()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -48,13 +48,13 @@ def make_parameters(
         size: height and width.
         generators: one per image, on the CPU.
     """
-    made: type[Pixels] | type[Fourier] | type[Phases] | type[UntrainedNetwork] = {
+    recipes: dict[Recipe, Callable[..., ImageParameters]] = {
         "pixels": Pixels,
         "fourier": Fourier,
         "maco": Phases,
         "network": UntrainedNetwork,
-    }[recipe]
-    return made(statistics, size, generators)
+    }
+    return recipes[recipe](statistics, size, generators)
 
 
 class Pixels(ImageParameters):
@@ -137,7 +137,7 @@ class Phases(ImageParameters):
 
     def channels(self) -> Float[Tensor, "n 3 height width"]:
         """Return the images in uncorrelated colours, before levels are cut off."""
-        phases = self.phases
+        phases: Tensor = self.phases
         own = [0, phases.shape[-1] - 1] if self.size[1] % 2 == 0 else [0]
         for column in own:  # frequency (y, x) is here the conjugate of (−y, x)
             half = phases[..., column]
@@ -146,7 +146,8 @@ class Phases(ImageParameters):
             before, after = phases[..., :column], phases[..., column + 1 :]
             phases = torch.cat([before, antisymmetric, after], dim=-1)
         spectrum = torch.polar(self.magnitude.expand_as(phases), phases)
-        return torch.fft.irfft2(spectrum, s=self.size)
+        channels: Tensor = torch.fft.irfft2(spectrum, s=self.size)
+        return channels
 
     def forward(self) -> Float[Tensor, "n 3 height width"]:
         """See `ImageParameters`."""

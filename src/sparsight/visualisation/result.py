@@ -68,7 +68,9 @@ class Visualisation:
     @property
     def ratio(self) -> float | None:
         """The first image's activation over that of the best real image; None without one."""
-        return None if self.real is None else self.best.plain / self.real.best
+        if self.real is None or not self.real.best:
+            return None
+        return self.best.plain / self.real.best
 
     @property
     def held_out_ratio(self) -> float | None:
@@ -87,7 +89,9 @@ class Visualisation:
 
         None without a real image.
         """
-        return None if self.real is None else self.best.mean_held_out / self.real.best
+        if self.real is None or not self.real.best:
+            return None
+        return self.best.mean_held_out / self.real.best
 
     def save(self, folder: str | Path) -> Path:
         """Write the images as PNG, the best real image, and `visualisation.json`.

@@ -1,4 +1,4 @@
-"""How an image is made for a latent: the recipe, and everything that it can be told."""
+"""How an image is made for a latent: the recipe and all other settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 class Transforms:
     """Random changes of the image before each step, so that it works in more than one position.
 
-    Each is drawn anew for every view. The transforms with which images are judged are others (see
+    Each is drawn separately for every view. The transforms with which images are judged are others (see
     `judging`).
     """
 
