@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparsight.errors import UserError
 from sparsight.progress import ProgressLine
 from sparsight.visualisation.colours import ImageStatistics, Levels
 from sparsight.visualisation.objective import Objective, mean_similarity
@@ -34,6 +35,9 @@ def optimise(
     Returns:
         The images, with levels from 0 to 1; and the mean pooled pre-activation of every step, in
         the latent's own units.
+
+    Raises:
+        UserError: what the SAE sees does not depend on the image, as CLS before the first block.
     """
     assert settings.lr is not None and settings.tv is not None
     levels = Levels(objective.model)
@@ -55,7 +59,14 @@ def optimise(
         loss = loss + settings.press * raised.rivals.sum() / settings.views
         loss = loss + settings.n * settings.diversity * mean_similarity(looks)
         optimiser.zero_grad()
+        views.retain_grad()
         loss.backward()
+        if not history and views.grad is not None and not bool(views.grad.any()):
+            raise UserError(
+                f"The latents at {objective.site} of {objective.model.id} do not depend on the "
+                f"image (tokens: {objective.tokens}), so that no image can be made for them. "
+                "Choose an SAE of a later site."
+            )
         optimiser.step()
         schedule.step()
         history.append(objective.unit * float(raised.strength.detach().mean()))

@@ -22,8 +22,7 @@ RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 class Transforms:
     """Random changes of the image before each step, so that it works in more than one position.
 
-    Each is drawn separately for every view. The transforms with which images are judged are others (see
-    `judging`).
+    Each is drawn separately for every view. Images are judged with other changes; see `judging`.
     """
 
     shift: float = 0.06
