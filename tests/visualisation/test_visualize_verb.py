@@ -27,9 +27,7 @@ def say(capsys, *arguments: object) -> tuple[int, str, str]:
 def test_the_verb_writes_one_folder_per_latent_and_prints_the_ratio(
     run: Path, live: list[int], tmp_path: Path, capsys
 ) -> None:
-    code, out, err = say(
-        capsys, "visualize", run, live[0], live[1], "--recipe", "maco", "--out", tmp_path, *FAST
-    )
+    code, out, err = say(capsys, "visualize", run, live[0], live[1], "--out", tmp_path, *FAST)
     assert code == 0, err
     assert {each.name for each in tmp_path.iterdir()} == {f"{live[0]}-maco", f"{live[1]}-maco"}
     assert "ratio" in out and "rank" in out and "note" not in err
@@ -41,7 +39,7 @@ def test_a_latent_that_never_fired_is_visualized_with_a_note(
     code, _, err = say(capsys, "visualize", run, 3, "--out", tmp_path, *FAST)
     assert code == 0, err
     assert "Latent 3 was never active on the 24 images of the index" in err
-    assert not (tmp_path / "3-pixels" / "real.png").exists()
+    assert not (tmp_path / "3-maco" / "real.png").exists()
 
 
 def test_without_an_index_the_spectrum_is_assumed_and_a_note_says_so(
@@ -49,9 +47,9 @@ def test_without_an_index_the_spectrum_is_assumed_and_a_note_says_so(
 ) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("index"))
-    code, _, err = say(capsys, "visualize", bare, 5, "--recipe", "maco", *FAST)
+    code, _, err = say(capsys, "visualize", bare, 5, *FAST)
     assert code == 0, err
-    assert "spectrum is assumed" in err and "No index" in err
+    assert "The spectrum is assumed" in err and "No index" in err
     assert (bare / "visualisations" / "5-maco" / "0.png").exists()
 
 
@@ -63,7 +61,8 @@ def test_real_images_that_are_gone_are_a_note(
     settings = VisualisationSettings(steps=1, views=1)
     (made,) = visualize(calibration, sae, live[0], index=gone, settings=settings)
     assert made.real is None and made.ratio is None
-    assert "/no/such/folder" in made.notes[0]
+    assert made.statistics == "an assumed spectrum that falls with 1 / frequency"
+    assert all("/no/such/folder" in note for note in made.notes) and len(made.notes) == 2
 
 
 @pytest.mark.parametrize(

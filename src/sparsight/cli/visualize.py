@@ -21,7 +21,7 @@ from sparsight.visualisation import Transforms, Visualisation, VisualisationSett
 from sparsight.visualisation.settings import Pool, Recipe
 
 HELP = Help(
-    examples=("runs/b32-l9 12 40", "runs/b32-l9 anchor --recipe maco --n 4"),
+    examples=("runs/b32-l9 12 40", "runs/b32-l9 anchor --n 4 --recipe pixels"),
     needed=("run", "latents"),
     common=("recipe", "n", "steps", "pool", "press", "seed", "out", "images", "index"),
 )
@@ -42,8 +42,8 @@ class VisualizeOptions(SubjectOptions):
     """Latents, by number or by words from their names in the index. Required."""
 
     recipe: Recipe = VisualisationSettings.recipe
-    """What is optimised. pixels: strongest, looks rough; maco: the phases of an image that has the
-    mean spectrum of the run's images; fourier; network: the weights of an untrained network."""
+    """What is optimised. maco: the phases of an image that has the mean spectrum of the run's
+    images; pixels; fourier: coefficients; network: the weights of an untrained network."""
 
     n: int = VisualisationSettings.n
     """Images per latent."""

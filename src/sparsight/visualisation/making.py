@@ -193,13 +193,14 @@ def _statistics(
     _, height, width = model.input_shape
     if settings.recipe not in MEASURED:
         return assumed_statistics(height, width).to(model.device), []
-    source = images or (index.source() if index is not None else None)
+    reason = "There is neither an index nor images; `sparsight index` builds an index."
+    try:
+        source = images or (index.source() if index is not None else None)
+    except UserError as error:
+        source, reason = None, str(error)
     if source is not None:
         return measure_images(model, source, settings=passing).to(model.device), []
-    note = (
-        "There is neither an index nor images, so the spectrum is assumed to fall with 1 / "
-        "frequency; `sparsight index` builds an index."
-    )
+    note = f"The spectrum is assumed to fall with 1 / frequency. {reason}"
     return assumed_statistics(height, width).to(model.device), [note]
 
 

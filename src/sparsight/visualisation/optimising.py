@@ -48,7 +48,7 @@ def optimise(
     parameters = make_parameters(settings.recipe, statistics, size, starts).to(device)
     optimiser = parameters.optimiser(settings.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: _falling(t, settings.steps))
-    history = []
+    history: list[float] = []
     for _ in range(settings.steps):
         images = parameters()
         views = random_views(images.repeat(settings.views, 1, 1, 1), settings.transforms, drawn)

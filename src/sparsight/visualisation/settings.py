@@ -8,9 +8,9 @@ from typing import Literal, get_args
 from sparsight.config import check_positive, check_seed, check_types
 from sparsight.errors import UserError
 
-Recipe = Literal["pixels", "fourier", "maco", "network"]
-"""What is optimised: the pixels, the coefficients of a Fourier transform, only their phases (the
-magnitudes are those of the run's own images), or the weights of an untrained network."""
+Recipe = Literal["maco", "pixels", "fourier", "network"]
+"""What is optimised: only the phases of a Fourier transform (the magnitudes are those of the run's
+own images), the pixels, all coefficients of the transform, or the weights of a network."""
 
 Pool = Literal["max", "softmax", "mean", "cls"]
 """How the pre-activations of an image's tokens become one number to raise."""
@@ -54,9 +54,9 @@ class Transforms:
 class VisualisationSettings:
     """How images are made for a latent."""
 
-    recipe: Recipe = "pixels"
-    """What is optimised. pixels: strongest, looks rough. maco: the most natural looks, weaker.
-    fourier and network: in between."""
+    recipe: Recipe = "maco"
+    """What is optimised: only the phases of an image whose magnitudes are those of the run's images
+    (maco: looks most natural), pixels (needs no images), fourier, or an untrained network."""
 
     steps: int = 160
     """Steps of the optimiser."""
@@ -113,6 +113,6 @@ OWN: dict[Recipe, dict[str, float]] = {
     "pixels": {"lr": 0.08, "tv": 1.0},
     "fourier": {"lr": 0.05, "tv": 1.0},
     "maco": {"lr": 0.5, "tv": 0.0},
-    "network": {"lr": 0.01, "tv": 0.5},
+    "network": {"lr": 0.03, "tv": 0.5},
 }
 """Learning rate and weight of the total variation, by recipe."""
