@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from sparsight.training import Run, Sweep, SweepConfig, TrainConfig, sweep, train
     from sparsight.vision import VisionModel, load_model, zero_shot
     from sparsight.vision.saving import save_model
+    from sparsight.visualisation import Visualisation, VisualisationSettings, visualize
 
 __version__ = "0.2.0"
 
@@ -124,6 +125,7 @@ _HOMES = {
     "sparsight.training": ("Run", "Sweep", "SweepConfig", "TrainConfig", "sweep", "train"),
     "sparsight.vision": ("VisionModel", "load_model", "zero_shot"),
     "sparsight.vision.saving": ("save_model",),
+    "sparsight.visualisation": ("Visualisation", "VisualisationSettings", "visualize"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -170,6 +172,8 @@ __all__ = [
     "UserError",
     "VectorStream",
     "VisionModel",
+    "Visualisation",
+    "VisualisationSettings",
     "build_index",
     "compare",
     "embed_collection",
@@ -193,6 +197,7 @@ __all__ = [
     "steer",
     "sweep",
     "train",
+    "visualize",
     "write_report",
     "zero_shot",
 ]

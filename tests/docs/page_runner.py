@@ -57,6 +57,7 @@ APPENDED = {
     r"sparsight (train|sweep) .*--config recipes/": "--n-vectors 1024 --batch-size 256",
     r"sparsight (train|sweep) .*--config recipes/(fry|clip-scope|tied)": "--sae.expansion 2",
     r"sparsight steer": "--ks 1 8",
+    r"sparsight visualize": "--steps 2 --views 1 --workers 0",
     # A latent that is found by its name may be silent on the half of so few images.
     r"sparsight steer .* anchor": "--unit absolute",
     r"sparsight sweep .*--config recipes/": "--vary n_latents=64,128 k=4,8",
