@@ -13,7 +13,12 @@ from sparsight.cli import main
 from sparsight.errors import UserError
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
-from sparsight.visualisation import Transforms, VisualisationSettings, visualize
+from sparsight.visualisation import (
+    Transforms,
+    Visualisation,
+    VisualisationSettings,
+    visualize,
+)
 
 FAST = ("--steps", 2, "--views", 1, "--workers", 0, "--device", "cpu")
 
@@ -51,6 +56,24 @@ def test_without_an_index_the_spectrum_is_assumed_and_a_note_says_so(
     assert code == 0, err
     assert "The spectrum is assumed" in err and "No index" in err
     assert (bare / "visualisations" / "5-maco" / "0.png").exists()
+
+
+def test_ctrl_c_says_which_latents_are_saved(
+    calibration: VisionModel, sae: SparseAutoencoder, live: list[int], tmp_path: Path, monkeypatch
+) -> None:
+    settings = VisualisationSettings(steps=1, views=1)
+    save = Visualisation.save
+
+    def save_and_press(made: Visualisation, folder: str | Path) -> Path:
+        if made.latent == live[1]:
+            raise KeyboardInterrupt
+        return save(made, folder)
+
+    monkeypatch.setattr(Visualisation, "save", save_and_press)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        visualize(calibration, sae, live[:3], settings=settings, out=tmp_path)
+    assert stop.value.__notes__ == [f"1 of 3 latents are done, saved in {tmp_path}."]
+    assert [each.name for each in tmp_path.iterdir()] == [f"{live[0]}-maco"]
 
 
 def test_real_images_that_are_gone_are_a_note(

@@ -13,6 +13,7 @@ import torch
 
 from sparsight.errors import UserError, memory_told
 from sparsight.images import ImageSource
+from sparsight.interruption import noted
 from sparsight.latents import LatentIndex
 from sparsight.latents.belonging import check_belongs
 from sparsight.progress import ProgressLine, progress
@@ -94,15 +95,22 @@ def visualize(
     }
     judge = Judge(model, frozen, site, tokens)
     maker = _Maker(judge, statistics, settings, index, notes, about)
+    results: list[Visualisation] = []
+
+    def what_is_kept() -> str:
+        where = "nothing is saved" if out is None else f"saved in {out}"
+        return f"{len(results)} of {len(wanted)} latents are done, {where}."
+
     with (
         progress("visualize", len(wanted) * settings.steps, "steps", quiet=quiet) as line,
         memory_told("Use fewer images (--n) or views (--views)."),
+        noted(what_is_kept),
     ):
-        results = []
         for latent in wanted:
-            results.append(maker.make(latent, line))
+            made = maker.make(latent, line)
             if out is not None:
-                results[-1].save(Path(out) / f"{latent}-{settings.recipe}")
+                made.save(Path(out) / f"{latent}-{settings.recipe}")
+            results.append(made)
         return results
 
 

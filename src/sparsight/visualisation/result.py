@@ -150,10 +150,10 @@ class Visualisation:
 
     def __repr__(self) -> str:
         ratio = self.held_out_ratio
-        shown = "no real image" if ratio is None else f"{rounded(ratio)} × the best real image"
+        beside = f"{rounded(ratio)} × the best real image under held-out changes"
         return (
             f"Visualisation(latent {self.latent}, {self.settings.recipe}, {len(self.images)} "
-            f"images, {shown} under held-out changes)"
+            f"images, {'not compared with real ones' if ratio is None else beside})"
         )
 
     def _repr_html_(self) -> str:
