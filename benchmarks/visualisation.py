@@ -57,7 +57,10 @@ class Options:
     """Rows of the table."""
 
     n: int = 24
-    """Latents."""
+    """Latents for `maco` and `pixels`."""
+
+    n_others: int = 12
+    """Latents for the other rows: the first of the same ones."""
 
     n_images: int = 4000
     """Scenes to train on."""
@@ -92,11 +95,12 @@ def main(options: Options) -> None:
         for name in options.rows:
             settings = replace(SETTINGS[name], steps=options.steps)
             out = None if options.pictures is None else options.pictures / name.replace(" ", "-")
-            made = visualize(model, sae, chosen, index=index, settings=settings, out=out)
+            latents = chosen[: options.n if name in ("maco", "pixels") else options.n_others]
+            made = visualize(model, sae, latents, index=index, settings=settings, out=out)
             rows.append(row(name, made))
             print(rows[-1], flush=True)
         title = (
-            f"Images made for {options.n} random live latents: {model.id.split('/')[-1]}, "
+            f"Images made for random live latents: {model.id.split('/')[-1]}, "
             f"{index.site}, {sae.n_latents:,} latents, {options.steps} steps; activation over that "
             "of the best real image"
         )
@@ -126,6 +130,7 @@ def row(name: str, made: Sequence[Visualisation]) -> dict[str, Any]:
     strict = [each.strict_ratio or 0.0 for each in made]
     return {
         "recipe": name,
+        "latents": len(made),
         "median ratio": middle(plain),
         "≥ 1": share(plain),
         "median under changes": middle(held_out),
