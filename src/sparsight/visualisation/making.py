@@ -95,23 +95,11 @@ def visualize(
     }
     judge = Judge(model, frozen, site, tokens)
     maker = _Maker(judge, statistics, settings, index, notes, about)
-    results: list[Visualisation] = []
-
-    def what_is_kept() -> str:
-        where = "nothing is saved" if out is None else f"saved in {out}"
-        return f"{len(results)} of {len(wanted)} latents are done, {where}."
-
     with (
         progress("visualize", len(wanted) * settings.steps, "steps", quiet=quiet) as line,
         memory_told("Use fewer images (--n) or views (--views)."),
-        noted(what_is_kept),
     ):
-        for latent in wanted:
-            made = maker.make(latent, line)
-            if out is not None:
-                made.save(Path(out) / f"{latent}-{settings.recipe}")
-            results.append(made)
-        return results
+        return maker.make_all(wanted, line, None if out is None else Path(out))
 
 
 @dataclass(frozen=True)
@@ -125,7 +113,26 @@ class _Maker:
     notes: Sequence[str]
     about: dict[str, Any]
 
+    def make_all(
+        self, latents: Sequence[int], line: ProgressLine, out: Path | None
+    ) -> list[Visualisation]:
+        """Make the images of every latent; save each result as soon as it is there."""
+        results: list[Visualisation] = []
+
+        def what_is_kept() -> str:
+            where = "nothing is saved" if out is None else f"saved in {out}"
+            return f"{len(results)} of {len(latents)} latents are done, {where}."
+
+        with noted(what_is_kept):
+            for latent in latents:
+                made = self.make(latent, line)
+                if out is not None:
+                    made.save(out / f"{latent}-{self.settings.recipe}")
+                results.append(made)
+        return results
+
     def make(self, latent: int, line: ProgressLine) -> Visualisation:
+        """Make and judge the images of one latent."""
         judge, settings = self.judge, self.settings
         real, own_notes = _real(judge, self.index, latent)
         unit = self._unit(latent, real)
