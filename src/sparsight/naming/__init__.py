@@ -1,0 +1,1 @@
+"""Names of latents, found without looking: vocabularies, methods, and how sure each name is."""

@@ -1,0 +1,1 @@
+"""Makes the visual vocabulary, `src/sparsight/naming/data/visual.tsv`."""
