@@ -1,0 +1,163 @@
+"""Activations of untrained SAEs over the images of an index: what a name must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor
+
+from sparsight.activations import ActivationSource
+from sparsight.errors import UserError
+from sparsight.evaluation.baselines import INIT_SAMPLE, untrained
+from sparsight.latents.code_shards import CodeBatch
+from sparsight.latents.encoding import encoded, usual_batch
+from sparsight.naming.scores import LatentActivations
+from sparsight.progress import progress
+from sparsight.sae import SparseAutoencoder
+
+MOST_LATENTS = 4096
+"""Latents of an untrained SAE that are kept; more would not make a threshold more exact."""
+
+MOST_ENTRIES = 1 << 25
+"""Activations of an untrained SAE that are kept, 8 bytes each; beyond, latents are dropped."""
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """Compressed rows of activations in memory; see `Rows`."""
+
+    offsets: Int64[np.ndarray, " rows_and_one"]
+    columns: Int32[np.ndarray, " entries"]
+    values: Float32[np.ndarray, " entries"]
+    n_columns: int
+
+
+class _Collector:
+    """Image activations of some latents of one SAE, batch after batch."""
+
+    def __init__(self, sae: SparseAutoencoder, seed: int, most: int, entries: int) -> None:
+        self.sae = sae
+        # In random order, so that any first part of them is a fair sample.
+        random = np.random.default_rng([seed, sae.n_latents])
+        self.kept = random.permutation(sae.n_latents)[:most]
+        self.most_entries = entries
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._n = 0
+        self._number()
+
+    def _number(self) -> None:
+        self._row = np.full(self.sae.n_latents, -1, dtype=np.int64)
+        self._row[self.kept] = np.arange(len(self.kept))
+
+    def add(self, batch: CodeBatch) -> None:
+        """Add the codes of the next images."""
+        code = batch.code
+        row = self._row[code.indices.cpu().numpy()]
+        known = row >= 0
+        image = code.rows.cpu().numpy()[known] // batch.n_tokens
+        value = code.values.float().cpu().numpy()[known]
+        pair = row[known] * len(batch.image_indices) + image
+        order = np.lexsort((-value, pair))
+        pair, value = pair[order], value[order]
+        first = np.ones(len(pair), dtype=bool)
+        first[1:] = pair[1:] != pair[:-1]
+        pair, value = pair[first], value[first]
+        places = batch.image_indices.numpy().astype(np.int32)[pair % len(batch.image_indices)]
+        self._parts.append(((pair // len(batch.image_indices)).astype(np.int32), places, value))
+        self._n += len(value)
+        while self._n > self.most_entries and len(self.kept) > 1:
+            self.kept = self.kept[: len(self.kept) // 2]
+            self._number()
+            self._parts = [
+                (row[own], image[own], value[own])
+                for row, image, value in self._parts
+                for own in [row < len(self.kept)]
+            ]
+            self._n = sum(len(part[0]) for part in self._parts)
+
+    def result(self, n_places: int) -> LatentActivations:
+        """Return the activations by latent."""
+        nothing = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+        columns = zip(*(self._parts or [nothing]), strict=True)
+        row, image, value = (np.concatenate(column) for column in columns)
+        self._parts = []
+        order = np.argsort(row, kind="stable")  # so images keep rising
+        counts = np.bincount(row, minlength=len(self.kept))
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        rows = ArrayRows(offsets, image[order], value[order], n_places)
+        return LatentActivations(self.sae, self.kept.astype(np.int64), rows)
+
+
+@torch.no_grad()
+def untrained_activations(
+    sae: SparseAutoencoder,
+    activations: ActivationSource,
+    site: str,
+    l0: float,
+    seeds: Sequence[int],
+    n_places: int,
+    *,
+    most_latents: int = MOST_LATENTS,
+    most_entries: int = MOST_ENTRIES,
+    quiet: bool = False,
+) -> list[LatentActivations]:
+    """Encode the images with untrained SAEs of the same shape, in one pass.
+
+    Each has the configuration and the normaliser of the trained one, and weights as they are before
+    training (`evaluation.baselines.untrained`).
+
+    Args:
+        sae: the trained SAE.
+        activations: activations of the images.
+        site: where the SAE reads.
+        l0: mean number of active latents per vector of the trained SAE; the untrained one has as
+            many if its sparsity does not set the number.
+        seeds: seeds of the weights, one per untrained SAE.
+        n_places: number of images in the source.
+        most_latents: latents kept per SAE, drawn at random.
+        most_entries: activations kept per SAE; if there are more, fewer latents are kept.
+        quiet: show no progress line.
+
+    Raises:
+        UserError: there are no activations.
+    """
+    batch_images = usual_batch(activations, site)
+    sample = _first_vectors(activations, site, batch_images)
+    k = max(1, round(l0))
+    fresh = [untrained(sae, sample, seed, k) for seed in seeds]
+    found = [
+        _Collector(each, seed, most_latents, most_entries)
+        for each, seed in zip(fresh, seeds, strict=True)
+    ]
+    with progress("untrained", activations.n_images, "images", quiet=quiet) as line:
+        for batch in activations.ordered([site], batch_images=batch_images):
+            for each in found:
+                for codes in _encoded(each.sae, batch.activations[site], batch.image_indices):
+                    each.add(codes)
+            line.advance(len(batch.image_indices))
+    return [each.result(n_places) for each in found]
+
+
+def _encoded(
+    sae: SparseAutoencoder, x: Float[Tensor, "images tokens d_in"], images: Tensor
+) -> Iterator[CodeBatch]:
+    if len(x):
+        code = sae.encode(x.to(sae.W_enc.device).flatten(0, 1))
+        yield CodeBatch(images, code, x.shape[1])
+
+
+def _first_vectors(
+    activations: ActivationSource, site: str, batch_images: int
+) -> Float[Tensor, "vectors d_in"]:
+    parts: list[Tensor] = []
+    for batch in activations.ordered([site], batch_images=batch_images):
+        parts.append(batch.activations[site].flatten(0, 1))
+        if sum(map(len, parts)) >= INIT_SAMPLE:
+            break
+    if not parts:
+        raise UserError("There are no activations to compare names with: no image was read.")
+    return torch.cat(parts)[:INIT_SAMPLE].float()
