@@ -26,6 +26,7 @@ VERBS = {
     "index": "find the images and patches to which each latent responds",
     "latents": "list, filter and describe latents; find images by a query of their latents",
     "image": "list the latents that fire in one image, and at each of its patches",
+    "name": "name latents by labels or text, where a name beats those of an untrained SAE",
     "attack": "typographic attacks: measure how words mislead a model, find what reads words",
     "export": "write a CLIP for transformers, open_clip or OpenAI's code, and check the copy",
     "visualize": "make images that activate latents, beside the best real ones",

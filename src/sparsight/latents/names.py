@@ -15,6 +15,14 @@ from sparsight.latents.index import LatentIndex
 
 TRUTH_SOURCE = "truth (F1 on held-out images)"
 
+COLUMNS = {
+    "name": (pa.string(), "name"),
+    "name_score": (pa.float64(), "score"),
+    "name_threshold": (pa.float64(), "threshold"),
+    "name_source": (pa.string(), "source"),
+}
+"""Columns of an index's table that hold names: their type, and the attribute of `LatentName`."""
+
 _WORDING = {
     "symbol": "{}",
     "word": "the word “{}”",
@@ -30,19 +38,25 @@ class LatentName:
 
     Attributes:
         name: the name, in words.
-        score: how well the name fits, 0 to 1.
+        score: how well the name fits; the source says on which scale.
         source: where the name comes from and what the score is, e.g. `truth (F1)`.
+        threshold: the score that names from this source must exceed; None if there is none.
     """
 
     name: str
     score: float
     source: str
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise UserError("A latent's name is empty.")
         if not math.isfinite(self.score):
             raise UserError(f"The score of the name {self.name!r} is {self.score}, not a number.")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise UserError(
+                f"The threshold of the name {self.name!r} is {self.threshold}, not a number."
+            )
 
 
 def set_names(index: LatentIndex, names: Mapping[int, LatentName]) -> LatentIndex:
@@ -64,27 +78,37 @@ def set_names(index: LatentIndex, names: Mapping[int, LatentName]) -> LatentInde
 
 def names_of(index: LatentIndex) -> dict[int, LatentName]:
     """Return the names that an index gives its latents."""
-    rows = index.table.select(["latent", "name", "name_score", "name_source"]).to_pylist()
+    own = [column for column in ("latent", *COLUMNS) if column in index.table.column_names]
+    rows = index.table.select(own).to_pylist()
     return {
-        row["latent"]: LatentName(row["name"], row["name_score"], row["name_source"])
+        row["latent"]: LatentName(
+            row["name"], row["name_score"], row["name_source"], row.get("name_threshold")
+        )
         for row in rows
         if row["name"] is not None
     }
 
 
-def with_names(table: pa.Table, names: Mapping[int, LatentName]) -> pa.Table:
-    """Return the table of an index with these names instead of its own."""
-    columns = {
-        "name": (pa.string(), "name"),
-        "name_score": (pa.float64(), "score"),
-        "name_source": (pa.string(), "source"),
-    }
-    for column, (kind, attribute) in columns.items():
-        values = table[column].to_pylist()
+def with_names(
+    table: pa.Table, names: Mapping[int, LatentName], *, forget: bool = False
+) -> pa.Table:
+    """Return the table of an index with these names instead of its own.
+
+    Args:
+        table: the table.
+        names: names by latent.
+        forget: drop the names of latents that are not in `names`.
+    """
+    for column, (kind, attribute) in COLUMNS.items():
+        there = column in table.column_names  # version 1 has no thresholds
+        values = table[column].to_pylist() if there and not forget else [None] * table.num_rows
         for latent, name in names.items():
             values[latent] = getattr(name, attribute)
-        place = table.column_names.index(column)
-        table = table.set_column(place, column, pa.array(values, kind))
+        array = pa.array(values, kind)
+        if there:
+            table = table.set_column(table.column_names.index(column), column, array)
+        else:
+            table = table.append_column(column, array)
     return table
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from sparsight.sae import SparseAutoencoder
@@ -52,6 +52,16 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
+class ArrayRows:
+    """Compressed rows of activations in memory; see `Rows`."""
+
+    offsets: Int64[np.ndarray, " rows_and_one"]
+    columns: Int32[np.ndarray, " entries"]
+    values: Float32[np.ndarray, " entries"]
+    n_columns: int
+
+
+@dataclass(frozen=True)
 class LatentActivations:
     """Latents of one SAE, trained or not, with their activations over the same images.
 
@@ -77,6 +87,18 @@ class LatentActivations:
     def decoder(self) -> Float[Tensor, "rows d_out"]:
         """Decoder row of each latent, in the units of the SAE's normalised space."""
         return self.sae.W_dec.detach()[torch.from_numpy(self.latents).to(self.sae.W_dec.device)]
+
+    def select(self, rows: Int64[np.ndarray, " some"]) -> LatentActivations:
+        """Return some of the rows, as a copy in memory."""
+        offsets = self.rows.offsets
+        parts = [slice(int(offsets[row]), int(offsets[row + 1])) for row in rows]
+        columns, values = (
+            np.concatenate([array[:0], *(array[part] for part in parts)])
+            for array in (self.rows.columns, self.rows.values)
+        )
+        bounds = np.concatenate([[0], np.cumsum(self.n_images[rows])]).astype(np.int64)
+        own = ArrayRows(bounds, columns, values, self.rows.n_columns)
+        return LatentActivations(self.sae, self.latents[rows], own)
 
     def blocks(self, latents: int = LATENTS_AT_ONCE, entries: int = 1 << 22) -> Iterator[range]:
         """Divide the rows into ranges of at most so many latents and entries, or of one row."""

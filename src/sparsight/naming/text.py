@@ -56,20 +56,27 @@ class TextMethod(WordScores):
 class TextCorrelation(TextMethod):
     """Pearson's correlation, over all images, of activation and image–text similarity.
 
-    The similarity s = e·t of an image e and a word t is linear in e, so no image is ever compared
-    with a word: with ē and C the mean and covariance of the embeddings, cov(a, s) =
-    (1/n Σ aᵢ (eᵢ − ē))·t and var(s) = tᵀ C t. The cost is a sum per latent and a product of two
-    matrices, latents × d and d × words.
+    The similarity of an image e and a word t is s = (e − ē)ᵀ (C + λI)⁻¹ (t − t̄): both are centred,
+    and whitened by the covariance C of the images, so that what all images or all words have in
+    common (that there is a word at all, say) counts little. λ is the mean eigenvalue of C.
+
+    s is linear in e, so no image is ever compared with a word: with w = (C + λI)⁻¹ (t − t̄),
+    cov(a, s) = (1/n Σ aᵢ (eᵢ − ē))·w and var(s) = wᵀ C w. The cost is one sum per latent and a
+    product of two matrices, latents × d and d × words.
     """
 
     name: ClassVar[str] = "text"
     plain_name: ClassVar[str] = "correlation"
 
     def prepared(self, vectors: Float[Tensor, "words d"]) -> Float[Tensor, "words d"]:
-        """Divide each word's vector by the standard deviation of its similarity."""
-        wide = vectors.double()
-        variance = ((wide @ self.space.covariance) * wide).sum(dim=1).clamp(min=_NOTHING)
-        return (wide / variance.sqrt()[:, None]).float()
+        """Return w of each word, divided by the standard deviation of its similarity."""
+        covariance = self.space.covariance
+        ridge = covariance.diagonal().mean().clamp(min=_NOTHING)
+        whitening = covariance + ridge * torch.eye(len(covariance), dtype=torch.float64)
+        wide = torch.linalg.solve(whitening, centred(vectors).double().T).T
+        variance = ((wide @ covariance) * wide).sum(dim=1).clamp(min=_NOTHING)
+        scaled: Tensor = wide / variance.sqrt()[:, None]
+        return scaled.float()
 
     def directions(self, activations: LatentActivations, block: range) -> Float[Tensor, "some d"]:
         """Return 1/n Σ aᵢ (eᵢ − ē) / σ(a) of each latent; 0 for one that never varies."""
@@ -92,7 +99,7 @@ class Centroid(TextMethod):
 
     def prepared(self, vectors: Float[Tensor, "words d"]) -> Float[Tensor, "words d"]:
         """Subtract the mean of all words, and normalise."""
-        return normalize(vectors - vectors.mean(dim=0), dim=1)
+        return normalize(centred(vectors), dim=1)
 
     def directions(self, activations: LatentActivations, block: range) -> Float[Tensor, "some d"]:
         """Return the centred mean embedding of each latent's strongest images, of length 1."""
@@ -101,6 +108,11 @@ class Centroid(TextMethod):
         ones = np.ones(len(kept), dtype=np.float32)
         sums = self.space.weighted_sums(latent[kept], row[kept], ones, len(block))
         return normalize(sums, dim=1)
+
+
+def centred(vectors: Float[Tensor, "words d"]) -> Float[Tensor, "words d"]:
+    """Subtract the mean of all words; a single word stays as it is."""
+    return vectors - vectors.mean(dim=0) if len(vectors) > 1 else vectors
 
 
 def strongest(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from sparsight.activations import ActivationSource
 from sparsight.errors import UserError
 from sparsight.evaluation.baselines import INIT_SAMPLE, untrained
 from sparsight.latents.code_shards import CodeBatch
-from sparsight.latents.encoding import encoded, usual_batch
-from sparsight.naming.scores import LatentActivations
+from sparsight.latents.encoding import usual_batch
+from sparsight.naming.scores import ArrayRows, LatentActivations
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
 
@@ -24,16 +23,6 @@ MOST_LATENTS = 4096
 
 MOST_ENTRIES = 1 << 25
 """Activations of an untrained SAE that are kept, 8 bytes each; beyond, latents are dropped."""
-
-
-@dataclass(frozen=True)
-class ArrayRows:
-    """Compressed rows of activations in memory; see `Rows`."""
-
-    offsets: Int64[np.ndarray, " rows_and_one"]
-    columns: Int32[np.ndarray, " entries"]
-    values: Float32[np.ndarray, " entries"]
-    n_columns: int
 
 
 class _Collector:

@@ -1,0 +1,114 @@
+"""The methods by name, and how each is made from what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsight.errors import UserError
+from sparsight.images import ImageSource
+from sparsight.latents import LatentIndex
+from sparsight.naming.causal import Causal
+from sparsight.naming.image_space import ImageSpace
+from sparsight.naming.labels import MIN_PRECISION, LabelMethod
+from sparsight.naming.scores import Method
+from sparsight.naming.text import Centroid, TextCorrelation
+from sparsight.naming.vocabulary import Vocabulary
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
+from sparsight.vision.passes import PassSettings
+
+
+@dataclass
+class Material:
+    """What methods are made from.
+
+    Attributes:
+        index: index of the SAE.
+        sae: the SAE.
+        min_precision: see `LabelMethod`.
+        seed: seed of halves and samples.
+        settings: how to run a model over images.
+        space: the embedded images; None if no method compares images with texts.
+        vocabulary: the words; None likewise.
+        text_model: the model that embeds images and words; None likewise.
+        model: the SAE's own model; None if it was not loaded.
+        source: the images; None if they were not opened.
+    """
+
+    index: LatentIndex
+    sae: SparseAutoencoder
+    min_precision: float = MIN_PRECISION
+    seed: int = 0
+    settings: PassSettings = field(default_factory=PassSettings)
+    space: ImageSpace | None = None
+    vocabulary: Vocabulary | None = None
+    text_model: VisionModel | None = None
+    model: VisionModel | None = None
+    source: ImageSource | None = None
+
+    @cached_property
+    def vectors(self) -> Float[Tensor, "words d"]:
+        """One unit vector per word."""
+        assert self.vocabulary is not None and self.text_model is not None
+        with torch.no_grad():
+            return self.vocabulary.embed(self.text_model).cpu()
+
+
+def _labels(material: Material) -> Method:
+    index = material.index
+    return LabelMethod(
+        index.images["label"].to_pylist(),
+        index.image_places,
+        index.n_places,
+        material.min_precision,
+        material.seed,
+    )
+
+
+def _text(material: Material) -> Method:
+    assert material.space is not None and material.vocabulary is not None
+    return TextCorrelation(material.space, material.vocabulary.words, material.vectors)
+
+
+def _centroid(material: Material) -> Method:
+    assert material.space is not None and material.vocabulary is not None
+    return Centroid(material.space, material.vocabulary.words, material.vectors)
+
+
+def _causal(material: Material) -> Method:
+    assert material.space is not None and material.vocabulary is not None
+    if material.model is None or material.model is not material.text_model:
+        raise UserError(
+            "The causal method edits the SAE's own model, which must have a text tower; a second "
+            "model with --text-model does not help. Leave `causal` out."
+        )
+    assert material.source is not None
+    return Causal(
+        material.space,
+        material.vocabulary.words,
+        material.vectors,
+        material.model,
+        material.index.site,
+        material.index.tokens,
+        material.source,
+        material.settings,
+        material.seed,
+    )
+
+
+METHODS: Mapping[str, Callable[[Material], Method]] = {
+    "labels": _labels,
+    "text": _text,
+    "centroid": _centroid,
+    "causal": _causal,
+}
+"""Methods that find names by themselves, judged by the null; `truth` is apart."""
+
+NEED_TEXT = ("text", "centroid", "causal")
+"""Methods that compare images with words in a space that both share."""

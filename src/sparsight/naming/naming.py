@@ -1,0 +1,372 @@
+"""`name_latents`: names for the latents of an index, by several methods, with a null."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsight.activations import ActivationSource
+from sparsight.config import check_seed
+from sparsight.errors import UserError
+from sparsight.images import ImageSource
+from sparsight.latents import LatentIndex
+from sparsight.latents.image_records import image_records
+from sparsight.latents.names import TRUTH_SOURCE, names_from_truth, names_of
+from sparsight.naming.image_space import check_text, embedded
+from sparsight.naming.labels import MIN_PRECISION
+from sparsight.naming.methods import METHODS, NEED_TEXT, Material
+from sparsight.naming.names_file import TRUTH, NameTable, precedence
+from sparsight.naming.null import Null, UntrainedLatents, alive, fit_null
+from sparsight.naming.scores import Candidates, LatentActivations, Method
+from sparsight.naming.untrained import untrained_activations
+from sparsight.naming.vocabulary import Vocabulary, open_vocabulary
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel
+from sparsight.vision.passes import PassSettings
+
+FALSE_NAMES = 0.05
+
+
+@dataclass(frozen=True)
+class NamingResult:
+    """What `name_latents` found.
+
+    Attributes:
+        index: the index with its names.
+        methods: the methods of this call.
+        named: latents that got a name, per method.
+        judged: latents that fire in enough images for a name.
+        null: thresholds and measured rate of false names; None if only the truth was asked.
+    """
+
+    index: LatentIndex
+    methods: tuple[str, ...]
+    named: Mapping[str, int]
+    judged: int
+    null: Null | None
+
+    @property
+    def names(self) -> NameTable:
+        """All rows of `names.parquet`."""
+        return NameTable.of(self.index)
+
+
+@torch.no_grad()
+def name_latents(
+    index: LatentIndex,
+    sae: SparseAutoencoder,
+    activations: ActivationSource | None = None,
+    *,
+    by: Sequence[str] = (),
+    model: VisionModel | None = None,
+    text_model: VisionModel | None = None,
+    images: ImageSource | None = None,
+    vocabulary: Vocabulary | str | Path | None = None,
+    false_names: float = FALSE_NAMES,
+    min_precision: float = MIN_PRECISION,
+    metrics: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    settings: PassSettings | None = None,
+) -> NamingResult:
+    """Name latents, and write the names into the index.
+
+    A latent gets a name only if it fires in `MIN_IMAGES` images, and if the name's score beats the
+    threshold that latents of an untrained SAE of the same shape, on the same images, hardly ever
+    reach (see `fit_null`). Rows of other methods in `names.parquet` are kept. If the process is
+    killed at any point, the index has all old or all new names.
+
+    Args:
+        index: index of the SAE, format version 2.
+        sae: the SAE.
+        activations: activations of the images of the index, stored or live; untrained SAEs encode
+            them. Only `truth` needs none.
+        by: methods: labels, text, centroid, causal, truth; default: `labels` if the images have
+            labels, and `text` if a model with texts is given.
+        model: the SAE's own model.
+        text_model: a model with a text tower, if `model` has none; it embeds the images once.
+        images: the images; default: those of the index. Only for methods that need texts.
+        vocabulary: the words; see `open_vocabulary`. Default: `calibration` for the calibration
+            model, otherwise `visual`.
+        false_names: share of untrained latents that may get a name, all methods of one call
+            together.
+        min_precision: lowest held-out share of images with the label, for names by label.
+        metrics: result of `evaluate` on calibration images, for `truth`.
+        seed: seed of halves, samples and untrained SAEs.
+        settings: batch size, workers and quiet of the pass that embeds images.
+
+    Raises:
+        UserError: the index is of another SAE or has format version 1, a method is unknown or lacks
+            what it needs, or there are too few untrained latents for the rate.
+    """
+    check_seed(seed)
+    index.check_sae(sae)
+    settings = settings or PassSettings()
+    wanted = _methods(by, index, text_model or model)
+    table = NameTable.of(index)
+    truth = _names_by_truth(index, metrics) if TRUTH in wanted else {}
+    found = [method for method in wanted if method != TRUTH]
+    null, named = None, {}
+    rows = LatentActivations(sae, np.arange(sae.n_latents), index.by_latent)
+    if found:
+        if activations is None:
+            raise UserError(
+                f"{index.folder}: names need activations, with which to compare the SAE with an "
+                "untrained one; codes do not suffice. Give --store, or --model and --images."
+            )
+        texts = _Texts(model, text_model, images, vocabulary)
+        with _material(index, sae, found, texts, min_precision, seed, settings) as material:
+            methods = [METHODS[name](material) for name in found]
+            untrained = _untrained(index, sae, activations, seed, settings.quiet)
+            null = fit_null(methods, untrained, false_names)
+            for place, method in enumerate(null.methods):
+                own = _rows(rows, method, null.thresholds[place])
+                named[method.name] = sum(row["accepted"] for row in own)
+                about = _about(null, place, seed, material)
+                table = table.with_method(method.name, own, about)
+    if TRUTH in wanted:
+        own = _truth_rows(truth, index.n_latents)
+        named[TRUTH] = len(truth)
+        table = table.with_method(TRUTH, own, {"n_named": len(truth)})
+    elif TRUTH not in table.about:
+        table = _with_old_truth(table, index)
+    index = table.showing(wanted).write(index)
+    return NamingResult(index, tuple(wanted), named, len(alive(rows)), null)
+
+
+def forget_names(index: LatentIndex, methods: Sequence[str] = ()) -> LatentIndex:
+    """Drop the names that some methods have given, or all names.
+
+    Args:
+        index: the index.
+        methods: the methods; default: all, and the names in the index's own table.
+
+    Raises:
+        UserError: one of the methods has given no names.
+    """
+    if not methods:
+        empty = NameTable.of_nothing()
+        return empty.write(index)
+    table = NameTable.of(index)
+    missing = [method for method in methods if method not in table.about]
+    if missing:
+        raise UserError(
+            f"{index.folder}: has no names by {missing[0]!r} to forget; it has names by "
+            f"{', '.join(table.methods()) or 'no method'}."
+        )
+    return table.without(methods).write(index)
+
+
+def _methods(by: Sequence[str], index: LatentIndex, text: VisionModel | None) -> list[str]:
+    """Return the methods of a call, by precedence, after checking them."""
+    known = [*METHODS, TRUTH]
+    unknown = [method for method in by if method not in known]
+    if unknown:
+        raise UserError(f"No naming method {unknown[0]!r}; there are {', '.join(known)}.")
+    wanted = list(dict.fromkeys(by))
+    if not by:
+        if len(set(index.images["label"].to_pylist()) - {None}) > 1:
+            wanted.append("labels")
+        if text is not None and text.has_text:
+            wanted.append("text")
+    if not wanted:
+        raise UserError(
+            f"{index.folder}: nothing to name latents with: the images have no labels, and no "
+            "model with a text tower is given. Give one with --text-model."
+        )
+    return sorted(wanted, key=precedence)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What the user gave for methods that compare images with words."""
+
+    model: VisionModel | None
+    text_model: VisionModel | None
+    images: ImageSource | None
+    vocabulary: Vocabulary | str | Path | None
+
+    @property
+    def chosen(self) -> VisionModel:
+        """The model that embeds images and words.
+
+        Raises:
+            UserError: there is none, or it has no text tower.
+        """
+        model = self.text_model or self.model
+        if model is None:
+            raise UserError("Names by text need a model with a text tower; give --text-model.")
+        check_text(model)
+        return model
+
+    def words(self) -> Vocabulary:
+        """Open the vocabulary."""
+        if isinstance(self.vocabulary, Vocabulary):
+            return self.vocabulary
+        default = "calibration" if self.chosen.id == "calibration" else "visual"
+        return open_vocabulary(self.vocabulary or default)
+
+
+@contextmanager
+def _material(
+    index: LatentIndex,
+    sae: SparseAutoencoder,
+    methods: Sequence[str],
+    texts: _Texts,
+    min_precision: float,
+    seed: int,
+    settings: PassSettings,
+) -> Iterator[Material]:
+    """Collect what the methods are made from; embed images only if a method needs it."""
+    if not set(methods) & set(NEED_TEXT):
+        yield Material(index, sae, min_precision, seed, settings)
+        return
+    model, vocabulary = texts.chosen, texts.words()
+    source = texts.images or index.source()
+    if len(source) != index.n_places:
+        raise UserError(
+            f"{source.spec}: has {len(source):,} images, but the index was built from "
+            f"{index.n_places:,}. Give the images of the index."
+        )
+    with embedded(model, source, index.image_places, settings) as space:
+        yield Material(
+            index,
+            sae,
+            min_precision,
+            seed,
+            settings,
+            space,
+            vocabulary,
+            model,
+            texts.model,
+            source,
+        )
+
+
+def _untrained(
+    index: LatentIndex,
+    sae: SparseAutoencoder,
+    activations: ActivationSource,
+    seed: int,
+    quiet: bool,
+) -> UntrainedLatents:
+    """Encode the images of the index with two untrained SAEs."""
+    if image_records(activations).fingerprint != index.manifest["images"]["fingerprint"]:
+        raise UserError(
+            f"{index.folder}: was built from {index.manifest['images']['source']}; the activations "
+            "are of other images. Give those of the index."
+        )
+    l0 = float(np.nansum(index.table["density"].to_numpy()))
+    # Not the seed of a training run, whose SAE may have begun with the same weights.
+    seeds = [int(s) for s in np.random.SeedSequence([seed, 0x6E616D65]).generate_state(2)]
+    one, other = untrained_activations(
+        sae, activations, index.site, l0, seeds, index.n_places, quiet=quiet
+    )
+    return UntrainedLatents.of(one, other)
+
+
+def _about(null: Null, place: int, seed: int, material: Material) -> dict[str, Any]:
+    """Return what `names.parquet` records about a method's null."""
+    method = null.methods[place]
+    about: dict[str, Any] = {
+        "asked": null.asked,
+        "asked_for": [each.name for each in null.methods],
+        "measured": null.false_names[place] / null.n_check,
+        "measured_together": null.measured,
+        "interval_together": list(null.interval),
+        "threshold": null.thresholds[place],
+        "n_threshold": null.n_threshold,
+        "n_check": null.n_check,
+        "seed": seed,
+    }
+    vocabulary, model = material.vocabulary, material.text_model
+    if method.name in NEED_TEXT and vocabulary is not None and model is not None:
+        about["vocabulary"] = {
+            "name": vocabulary.name,
+            "fingerprint": vocabulary.fingerprint,
+            "n_words": len(vocabulary),
+        }
+        about["text_model"] = {"id": model.id, "weights_hash": model.weights_hash}
+    return about
+
+
+def _rows(activations: LatentActivations, method: Method, threshold: float) -> list[dict[str, Any]]:
+    """Return the rows of one method: the candidates of latents that fire in enough images."""
+    enough = set(alive(activations).tolist())
+    found: Candidates = method.candidates(activations)
+    rows = []
+    for latent in range(len(activations)):
+        row: dict[str, Any] = {
+            "latent": latent,
+            "method": method.name,
+            "name": None,
+            "score": None,
+            "threshold": _number(threshold),
+            "accepted": False,
+            "runners_up": [],
+            "figures": [],
+        }
+        if latent in enough and found.word[latent, 0] >= 0:
+            scores, words = found.score[latent], found.word[latent]
+            named = [
+                {"name": method.words[word], "score": float(score)}
+                for word, score in zip(words, scores, strict=True)
+                if word >= 0
+            ]
+            row |= named[0]
+            row["accepted"] = bool(scores[0] > threshold)
+            row["runners_up"] = named[1:]
+            figures = {name: float(values[latent, 0]) for name, values in found.figures.items()}
+            row["figures"] = sorted(figures.items())
+        rows.append(row)
+    return rows
+
+
+def _number(value: float) -> float | None:
+    """Return a finite number; None otherwise (no untrained latent had a candidate at all)."""
+    return value if np.isfinite(value) else None
+
+
+def _names_by_truth(
+    index: LatentIndex, metrics: Mapping[str, Any] | None
+) -> dict[int, tuple[str, float]]:
+    if metrics is None:
+        raise UserError(
+            f"{index.folder}: names by truth need figures of this SAE on calibration images; "
+            "measure them with `sparsight evaluate RUN`."
+        )
+    names = names_from_truth(metrics, index.manifest["sae"]["hash"], index.n_latents, index.folder)
+    return {latent: (name.name, name.score) for latent, name in names.items()}
+
+
+def _truth_rows(names: Mapping[int, tuple[str, float]], n_latents: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "latent": latent,
+            "method": TRUTH,
+            "name": names.get(latent, (None, None))[0],
+            "score": names.get(latent, (None, None))[1],
+            "threshold": None,
+            "accepted": latent in names,
+            "runners_up": [],
+            "figures": [],
+        }
+        for latent in range(n_latents)
+    ]
+
+
+def _with_old_truth(table: NameTable, index: LatentIndex) -> NameTable:
+    """Keep the names by truth that `build_index` wrote, as rows that are not shown."""
+    names = {
+        latent: (name.name, name.score)
+        for latent, name in names_of(index).items()
+        if name.source == TRUTH_SOURCE
+    }
+    if not names:
+        return table
+    return table.with_method(TRUTH, _truth_rows(names, index.n_latents), {"n_named": len(names)})
