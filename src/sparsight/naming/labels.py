@@ -17,7 +17,7 @@ MIN_PRECISION = 0.8
 MIN_SUPPORT = 3
 """Images with the label that a latent must find in each half."""
 
-FIGURES = ("precision", "recall", "lift", "n")
+FIGURES = ("precision", "recall", "lift", "n", "activation")
 
 
 class LabelMethod(Method):
@@ -27,7 +27,8 @@ class LabelMethod(Method):
     with the highest F1 among those with enough precision. On the other half they are scored: the
     share of images above the threshold that have the label (precision), the share of the label's
     images that are above it (recall), lift (precision over the label's share of all images), and
-    F1, which is the score. A candidate whose precision is too low on either half is dropped.
+    F1, which is the score. `activation` is the threshold, and `n` counts the held-out images above
+    it. A candidate whose precision is too low on either half is dropped.
 
     Args:
         labels: label of each image that was read, or None.
@@ -85,6 +86,7 @@ class LabelMethod(Method):
             latent, label, threshold = found
             measured = self._measure(activations, block, latent, label, threshold)
             f1, precision = measured.pop("f1"), measured["precision"]
+            measured["activation"] = threshold.astype(np.float64)
             right = (precision >= self.min_precision) & (measured["hits"] >= MIN_SUPPORT)
             measured.pop("hits")
             keep = np.nonzero(right)[0]

@@ -228,10 +228,12 @@ def _material(
         return
     model, vocabulary = texts.chosen, texts.words()
     source = texts.images or index.source()
-    if len(source) != index.n_places:
+    about = index.manifest["images"]
+    if source.fingerprint() != about["fingerprint"]:
         raise UserError(
-            f"{source.spec}: has {len(source):,} images, but the index was built from "
-            f"{index.n_places:,}. Give the images of the index."
+            f"{source.spec}: has {len(source):,} images, which are not the {index.n_places:,} of "
+            f"{about['source']} from which the index was built. Put those back, or build the index "
+            "again with `sparsight index`."
         )
     with embedded(model, source, index.image_places, settings) as space:
         yield Material(
@@ -262,12 +264,18 @@ def _untrained(
             "are of other images. Give those of the index."
         )
     l0 = float(np.nansum(index.table["density"].to_numpy()))
-    # Not the seed of a training run, whose SAE may have begun with the same weights.
-    seeds = [int(s) for s in np.random.SeedSequence([seed, 0x6E616D65]).generate_state(2)]
     one, other = untrained_activations(
-        sae, activations, index.site, l0, seeds, index.n_places, quiet=quiet
+        sae, activations, index.site, l0, null_seeds(seed), index.n_places, quiet=quiet
     )
     return UntrainedLatents.of(one, other)
+
+
+def null_seeds(seed: int) -> list[int]:
+    """Return the seeds of the two untrained SAEs.
+
+    They are not those of training runs, whose SAEs may have begun with the same weights.
+    """
+    return [int(each) for each in np.random.SeedSequence([seed, 0x6E616D65]).generate_state(2)]
 
 
 def _about(null: Null, place: int, seed: int, material: Material) -> dict[str, Any]:
