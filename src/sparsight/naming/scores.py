@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ WORDS_AT_ONCE = 4096
 _SMALLEST_SPREAD = 1e-6
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Activations of latents over images, as compressed rows; `latents.postings.Postings` is one.
 
