@@ -78,7 +78,8 @@ def l0_of(index: LatentIndex) -> float:
 def first_untrained(
     sae: SparseAutoencoder, index: LatentIndex, store: ActivationStore
 ) -> UntrainedLatents:
-    seeds = null_seeds(0)
+    seeds = null_seeds(0, sae.n_latents)
+    assert len(seeds) == 2
     return UntrainedLatents.of(
         *untrained_activations(sae, store, index.site, l0_of(index), seeds, index.n_places)
     )

@@ -85,6 +85,21 @@ def test_too_few_untrained_latents_or_a_strange_rate_are_refused() -> None:
         fit_null([Given(0)], few, 5)
 
 
+def test_latents_of_several_untrained_saes_are_joined_in_order() -> None:
+    parts = [random_latents(3, 0), random_latents(5, 1)]
+    whole = LatentActivations.joined(parts)
+    assert len(whole) == 8
+    np.testing.assert_array_equal(
+        whole.rows.values, np.concatenate([part.rows.values for part in parts])
+    )
+    assert torch.equal(whole.decoder[3:], parts[1].sae.W_dec)
+    some = whole.select(np.array([1, 6]))
+    np.testing.assert_array_equal(
+        some.rows.values[N_IMAGES:], parts[1].rows.values[3 * N_IMAGES : 4 * N_IMAGES]
+    )
+    assert torch.equal(some.decoder[1], parts[1].sae.W_dec[3])
+
+
 def test_untrained_activations_are_the_image_maxima_of_untrained_codes(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

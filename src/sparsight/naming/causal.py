@@ -86,26 +86,27 @@ class Causal(TextMethod):
         sae, offsets = activations.sae, activations.rows.offsets
         if sae.is_transcoder:
             raise UserError("A transcoder's latents write at another site; leave `causal` out.")
+        decoder = activations.decoder
         shifts = []
         for row in block:
             values = np.asarray(activations.rows.values[offsets[row] : offsets[row + 1]])
             strength = float(values.max()) if len(values) else 0.0
-            edit = self._adding(sae, int(activations.latents[row]), strength)
+            edit = self._adding(sae, strength * decoder[row])
             with self.model.edit({self.site: edit}):
                 moved = normalize(self.model.embed_images(self._pixels), dim=1)
             shifts.append((moved - self._plain).mean(dim=0).cpu())
         return normalize(torch.stack(shifts), dim=1)
 
     def _adding(
-        self, sae: SparseAutoencoder, latent: int, strength: float
+        self, sae: SparseAutoencoder, change: Float[Tensor, " d_in"]
     ) -> Callable[[Tensor], Tensor]:
-        """Return an edit that adds strength × the latent's decoder row, in the model's units."""
+        """Return an edit that adds a vector of the SAE's normalised space."""
 
         def add(x: Float[Tensor, "batch positions d_in"]) -> Tensor:
             here = x[:, self._where]
             vectors = here.flatten(0, 1).to(sae.W_dec)
             frame = sae.normaliser.frame(vectors)
-            z = sae.normaliser(vectors, frame) + strength * sae.W_dec[latent]
+            z = sae.normaliser(vectors, frame) + change
             changed = x.clone()
             back = sae.normaliser.invert(z, frame)
             changed[:, self._where] = back.view(here.shape).to(x)

@@ -24,7 +24,7 @@ from sparsight.naming.methods import METHODS, NEED_TEXT, Material
 from sparsight.naming.names_file import TRUTH, NameTable, precedence
 from sparsight.naming.null import Null, UntrainedLatents, alive, fit_null
 from sparsight.naming.scores import Candidates, LatentActivations, Method
-from sparsight.naming.untrained import untrained_activations
+from sparsight.naming.untrained import ENOUGH_LATENTS, untrained_activations
 from sparsight.naming.vocabulary import Vocabulary, open_vocabulary
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
@@ -257,25 +257,29 @@ def _untrained(
     seed: int,
     quiet: bool,
 ) -> UntrainedLatents:
-    """Encode the images of the index with two untrained SAEs."""
+    """Encode the images of the index with untrained SAEs, half of them for the check."""
     if image_records(activations).fingerprint != index.manifest["images"]["fingerprint"]:
         raise UserError(
             f"{index.folder}: was built from {index.manifest['images']['source']}; the activations "
             "are of other images. Give those of the index."
         )
     l0 = float(np.nansum(index.table["density"].to_numpy()))
-    one, other = untrained_activations(
-        sae, activations, index.site, l0, null_seeds(seed), index.n_places, quiet=quiet
+    seeds = null_seeds(seed, sae.n_latents)
+    found = untrained_activations(
+        sae, activations, index.site, l0, seeds, index.n_places, quiet=quiet
     )
+    half = len(found) // 2
+    one, other = (LatentActivations.joined(part) for part in (found[:half], found[half:]))
     return UntrainedLatents.of(one, other)
 
 
-def null_seeds(seed: int) -> list[int]:
-    """Return the seeds of the two untrained SAEs.
+def null_seeds(seed: int, n_latents: int) -> list[int]:
+    """Return the seeds of the untrained SAEs: half for the thresholds, half for the check.
 
     They are not those of training runs, whose SAEs may have begun with the same weights.
     """
-    return [int(each) for each in np.random.SeedSequence([seed, 0x6E616D65]).generate_state(2)]
+    n = 2 * max(1, -(-ENOUGH_LATENTS // n_latents))
+    return [int(each) for each in np.random.SeedSequence([seed, 0x6E616D65]).generate_state(n)]
 
 
 def _about(null: Null, place: int, seed: int, material: Material) -> dict[str, Any]:

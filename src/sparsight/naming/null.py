@@ -1,7 +1,7 @@
 """The null: a name counts only if its score is one that untrained latents hardly ever reach.
 
 Untrained latents are divided into three parts. With the first, methods fit their parameters; on the
-second, thresholds are set; on the third, which are latents of another untrained SAE, the share of
+second, thresholds are set; on the third, which are latents of other untrained SAEs, the share of
 false names is measured. Every name of an untrained latent is false.
 """
 
@@ -32,7 +32,7 @@ class UntrainedLatents:
     Attributes:
         fitting: for the parameters of the methods.
         threshold: for the thresholds.
-        check: of another untrained SAE, for the measured rate of false names.
+        check: of other untrained SAEs, for the measured rate of false names.
     """
 
     fitting: LatentActivations
@@ -41,7 +41,7 @@ class UntrainedLatents:
 
     @classmethod
     def of(cls, one: LatentActivations, other: LatentActivations) -> UntrainedLatents:
-        """Divide the latents of one untrained SAE in two, and keep another's for the check."""
+        """Divide some latents in two, and keep others, of other untrained SAEs, for the check."""
         alive, checked = (
             np.nonzero(each.n_images >= MIN_IMAGES)[0].astype(np.int64) for each in (one, other)
         )
@@ -133,7 +133,7 @@ def most_false_names(n: int, rate: float) -> int | None:
 
     If the threshold is the k-th smallest of n scores, the share of all untrained latents above it
     exceeds `rate` with probability P(Binomial(n, 1 − rate) ≥ k). The result is n − k for the
-    smallest k with at most 1 − `CONFIDENCE`; None if there is no such k.
+    smallest k with at most 1 − `CONFIDENCE`; None if no k has that.
     """
     cumulative, keep = 0.0, 1 - rate
     for k in range(n):

@@ -70,11 +70,13 @@ class LatentActivations:
         sae: the SAE.
         latents: number of the latent of each row of `rows`; of an untrained SAE perhaps not all.
         rows: activations over the images.
+        given_decoder: decoder row of each latent, if `sae` does not have it.
     """
 
     sae: SparseAutoencoder
     latents: Int64[np.ndarray, " rows"]
     rows: Rows
+    given_decoder: Float[Tensor, "rows d_out"] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -87,6 +89,8 @@ class LatentActivations:
     @property
     def decoder(self) -> Float[Tensor, "rows d_out"]:
         """Decoder row of each latent, in the units of the SAE's normalised space."""
+        if self.given_decoder is not None:
+            return self.given_decoder
         return self.sae.W_dec.detach()[torch.from_numpy(self.latents).to(self.sae.W_dec.device)]
 
     def select(self, rows: Int64[np.ndarray, " some"]) -> LatentActivations:
@@ -99,10 +103,24 @@ class LatentActivations:
         )
         bounds = np.concatenate([[0], np.cumsum(self.n_images[rows])]).astype(np.int64)
         own = ArrayRows(bounds, columns, values, self.rows.n_columns)
-        return LatentActivations(self.sae, self.latents[rows], own)
+        return LatentActivations(self.sae, self.latents[rows], own, self.decoder[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence[LatentActivations]) -> LatentActivations:
+        """Join latents of several SAEs with the same normaliser; `sae` is that of the first."""
+        first = parts[0]
+        bounds = [part.n_images for part in parts]
+        rows = ArrayRows(
+            np.concatenate([[0], np.cumsum(np.concatenate(bounds))]).astype(np.int64),
+            np.concatenate([part.rows.columns for part in parts]),
+            np.concatenate([part.rows.values for part in parts]),
+            first.rows.n_columns,
+        )
+        latents = np.concatenate([part.latents for part in parts])
+        return cls(first.sae, latents, rows, torch.cat([part.decoder for part in parts]))
 
     def blocks(self, latents: int = LATENTS_AT_ONCE, entries: int = 1 << 22) -> Iterator[range]:
-        """Divide the rows into ranges of at most so many latents and entries, or of one row."""
+        """Divide the rows into ranges of few enough latents and entries, or of one row."""
         offsets, first = self.rows.offsets, 0
         while first < len(self):
             most = int(np.searchsorted(offsets, int(offsets[first]) + entries, side="right")) - 1

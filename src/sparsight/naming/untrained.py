@@ -22,7 +22,11 @@ MOST_LATENTS = 4096
 """Latents of an untrained SAE that are kept; more would not make a threshold more exact."""
 
 MOST_ENTRIES = 1 << 25
-"""Activations of an untrained SAE that are kept, 8 bytes each; beyond, latents are dropped."""
+"""Activations of untrained SAEs that are kept, 8 bytes each; beyond, latents are dropped."""
+
+ENOUGH_LATENTS = 2048
+"""Untrained latents for the thresholds, and as many for the check; of an SAE with fewer latents,
+several untrained ones are drawn."""
 
 
 class _Collector:
@@ -108,7 +112,7 @@ def untrained_activations(
         seeds: seeds of the weights, one per untrained SAE.
         n_places: number of images in the source.
         most_latents: latents kept per SAE, drawn at random.
-        most_entries: activations kept per SAE; if there are more, fewer latents are kept.
+        most_entries: activations kept, of all SAEs; if there are more, fewer latents are kept.
         quiet: show no progress line.
 
     Raises:
@@ -119,7 +123,7 @@ def untrained_activations(
     k = max(1, round(l0))
     fresh = [untrained(sae, sample, seed, k) for seed in seeds]
     found = [
-        _Collector(each, seed, most_latents, most_entries)
+        _Collector(each, seed, most_latents, max(1, most_entries // len(seeds)))
         for each, seed in zip(fresh, seeds, strict=True)
     ]
     with progress("untrained", activations.n_images, "images", quiet=quiet) as line:
