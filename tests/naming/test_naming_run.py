@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from latent_parts import SITE, TensorActivations, as_version_1, make_sae
 from sparsight.cli import main
@@ -16,8 +17,10 @@ from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, load_batches, open_images
 from sparsight.latents import LatentIndex, LatentName, build_index, set_names
 from sparsight.latents.names import TRUTH_SOURCE
-from sparsight.naming import forget_names, name_latents
+from sparsight.naming import ImageSpace, LatentActivations, forget_names, name_latents
+from sparsight.naming.causal import Causal
 from sparsight.naming.names_file import NameTable
+from sparsight.naming.scores import ArrayRows
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, load_model
 from sparsight.vision.passes import PassSettings
@@ -237,3 +240,31 @@ def test_the_command_names_forgets_and_refuses(
     assert LatentIndex.open(run).row(7)["name"] is None
     assert main(["name", str(run), "--by", "magic"]) == 2
     assert "No naming method 'magic'" in capsys.readouterr().err
+
+
+def test_the_causal_score_follows_the_embedding_when_a_latent_is_added(parts: Parts) -> None:
+    model, source = parts.model, parts.source
+    places = np.arange(6)
+    pixels = torch.stack([model.transform(source.load(int(i))) for i in places])
+    with torch.no_grad():
+        plain = normalize(model.embed_images(pixels), dim=1)
+        words = normalize(model.embed_texts(["a red cat", "a green background", "a sun"]), dim=1)
+    space = ImageSpace(plain, places, N_IMAGES)
+    method = Causal(
+        space, ["cat", "green", "sun"], words, model, SITE, "patches", source, SETTINGS
+    )  # fmt: skip
+    rows = ArrayRows(
+        np.array([0, 2]), np.array([0, 3], np.int32), np.array([1.0, 4.0], np.float32), N_IMAGES
+    )
+    (block,) = method.blocks(LatentActivations(parts.sae, np.array([1]), rows))
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :1], x[:, 1:] + 4 * parts.sae.W_dec[1]], dim=1)
+
+    with torch.no_grad(), model.edit({SITE: add}):
+        moved = normalize(model.embed_images(pixels), dim=1)
+    shift = normalize((moved - plain).mean(dim=0), dim=0)
+    expected = normalize(words - words.mean(dim=0), dim=1) @ shift
+    torch.testing.assert_close(block.score[0], expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="reads 'mean', which are no positions"):
+        Causal(space, ["a"], words[:1], model, SITE, "mean", source, SETTINGS)

@@ -14,7 +14,7 @@ from sparsight.naming.scores import N_CANDIDATES, Candidates, LatentActivations,
 MIN_PRECISION = 0.8
 """Share of the images above a latent's threshold that must have the label."""
 
-MIN_SUPPORT = 3
+MIN_SUPPORT = 4
 """Images with the label that a latent must find in each half."""
 
 FIGURES = ("precision", "recall", "lift", "n", "activation")
