@@ -147,9 +147,16 @@ def test_forgetting_drops_all_names_or_those_of_a_method(index: LatentIndex) -> 
     assert NameTable.of(empty).rows.num_rows == 0
 
 
-def test_a_name_from_elsewhere_keeps_its_threshold(index: LatentIndex) -> None:
-    named = set_names(index, {9: LatentName("moon", 3.5, "by hand", 2.0)})
-    assert named.row(9)["name_threshold"] == 2.0 and named.row(0)["name"] == "purple background"
+def test_a_name_that_a_person_has_set_outlives_those_that_methods_give(
+    parts: Parts, index: LatentIndex
+) -> None:
+    named = set_names(index, {0: LatentName("dusk", 1.0, "by hand", 0.5)})
+    metrics = {"latent_names": {"0": {"attribute": "symbol/sun", "auc": 1.0, "f1": 0.9}}}
+    again = name_latents(named, parts.sae, by=["truth"], metrics=metrics).index
+    assert again.row(0)["name"] == "dusk" and again.row(0)["name_threshold"] == 0.5
+    assert again.row(1)["name"] == "green background"
+    assert forget_names(again, ["text", "truth"]).row(0)["name"] == "dusk"
+    assert forget_names(again).row(0)["name"] is None
 
 
 def test_a_kill_while_names_are_written_leaves_the_old_ones(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from sparsight.errors import SparsightError, UserError
 from sparsight.latents import LatentIndex, LatentName
 from sparsight.latents.index_files import LATENTS, NAMES, parquet
-from sparsight.latents.names import with_names
+from sparsight.latents.names import names_of, with_names
 
 TRUTH = "truth"
 
@@ -146,15 +146,24 @@ class NameTable:
                 found[latent] = (rank[method], LatentName(name, score, source, threshold))
         return {latent: name for latent, (_, name) in found.items()}
 
-    def write(self, index: LatentIndex) -> LatentIndex:
-        """Write the file, and the best names into the index's table, both or neither."""
+    def write(self, index: LatentIndex, *, keep_others: bool = True) -> LatentIndex:
+        """Write the file, and the best names into the index's table, both or neither.
+
+        Args:
+            index: the index.
+            keep_others: keep names in the index's table that no method has given, such as those
+                that a person has set with `set_names`; they come before all others.
+        """
         about = {
             "sae": index.manifest["sae"]["hash"],
             "methods": self.about,
             "shown": list(self.shown),
         }
         rows = self.rows.replace_schema_metadata({_KEY: json.dumps(about, sort_keys=True)})
-        table = with_names(index.table, self.best(), forget=True)
+        ours = {*WORDS.values(), *ORDER, *self.about}
+        others = {k: name for k, name in names_of(index).items() if name.source not in ours}
+        names = {**self.best(), **(others if keep_others else {})}
+        table = with_names(index.table, names, forget=True)
         return index.with_files({NAMES: parquet(rows), LATENTS: parquet(table)})
 
 

@@ -144,14 +144,14 @@ def forget_names(index: LatentIndex, methods: Sequence[str] = ()) -> LatentIndex
 
     Args:
         index: the index.
-        methods: the methods; default: all, and the names in the index's own table.
+        methods: the methods; default: all, and the names that a person has set are dropped, too.
 
     Raises:
         UserError: one of the methods has given no names.
     """
     if not methods:
         empty = NameTable.of_nothing()
-        return empty.write(index)
+        return empty.write(index, keep_others=False)
     table = NameTable.of(index)
     missing = [method for method in methods if method not in table.about]
     if missing:
