@@ -45,8 +45,8 @@ class NameOptions(SubjectOptions):
     """Run folders, or folders that contain runs."""
 
     by: tuple[str, ...] = ()
-    """Methods: labels, text, centroid, causal, truth. Default: labels if the images have labels,
-    and text if the model, or --text-model, has a text tower."""
+    """Methods: labels, text, centroid, splice, causal, truth. Default: labels if the images have
+    labels, and text if the model, or --text-model, has a text tower."""
 
     vocabulary: str | None = None
     """Words for names by text: calibration, visual (10,000 words and phrases for photos), or a

@@ -11,6 +11,7 @@ from sparsight.naming.names_file import NameTable
 from sparsight.naming.naming import NamingResult, forget_names, name_latents
 from sparsight.naming.null import Null, UntrainedLatents, fit_null
 from sparsight.naming.scores import Candidates, LatentActivations, Method, WordScores
+from sparsight.naming.splicing import splice
 from sparsight.naming.vocabulary import Vocabulary, open_vocabulary
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "forget_names",
     "name_latents",
     "open_vocabulary",
+    "splice",
 ]

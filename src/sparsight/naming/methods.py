@@ -17,6 +17,7 @@ from sparsight.naming.causal import Causal
 from sparsight.naming.image_space import ImageSpace
 from sparsight.naming.labels import MIN_PRECISION, LabelMethod
 from sparsight.naming.scores import Method
+from sparsight.naming.splicing import Splice
 from sparsight.naming.text import Centroid, TextCorrelation
 from sparsight.naming.vocabulary import Vocabulary
 from sparsight.sae import SparseAutoencoder
@@ -81,6 +82,11 @@ def _centroid(material: Material) -> Method:
     return Centroid(material.space, material.vocabulary.words, material.vectors)
 
 
+def _splice(material: Material) -> Method:
+    assert material.space is not None and material.vocabulary is not None
+    return Splice(material.space, material.vocabulary.words, material.vectors)
+
+
 def _causal(material: Material) -> Method:
     assert material.space is not None and material.vocabulary is not None
     if material.model is None or material.model is not material.text_model:
@@ -106,9 +112,10 @@ METHODS: Mapping[str, Callable[[Material], Method]] = {
     "labels": _labels,
     "text": _text,
     "centroid": _centroid,
+    "splice": _splice,
     "causal": _causal,
 }
 """Methods that find names by themselves, judged by the null; `truth` is apart."""
 
-NEED_TEXT = ("text", "centroid", "causal")
+NEED_TEXT = ("text", "centroid", "splice", "causal")
 """Methods that compare images with words in a space that both share."""
