@@ -1,0 +1,1 @@
+"""A small vision transformer trained on procedural noise alone, and the categories it finds."""
