@@ -1,0 +1,1 @@
+"""What kind of thing each latent stands for, layer by layer."""
