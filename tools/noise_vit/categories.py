@@ -1,9 +1,9 @@
 """Categories without labels: `python -m tools.noise_vit.categories --model DIR --out TABLE.md`.
 
-Three vision models see the same images: the ViT trained on noise, an untrained ViT of its shape, and
-the calibration CLIP. On the last block of each, SAEs are trained. An image belongs to the latent that
-is strongest on it, relative to the latent's mean; beside that stands k-means on the mean over patches,
-with as many clusters as latents were strongest somewhere. Both are compared with labels that neither
+Three vision models see the same images: the ViT trained on noise, an untrained ViT of its shape,
+and the calibration CLIP. On the last block of each, SAEs are trained. An image belongs to the
+latent that is strongest on it, relative to the latent's mean. K-means on the mean over patches gets
+as many clusters as latents are strongest somewhere. Both are compared with labels that neither
 saw, by adjusted mutual information (0: chance, 1: the same partition; Vinh et al. 2010).
 """
 
@@ -25,7 +25,7 @@ from sparsight.errors import SparsightError
 from sparsight.files import write_text
 from sparsight.images import open_images
 from sparsight.intervals import t_interval
-from sparsight.sae import SAEConfig, TopK
+from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 from sparsight.taxonomy.classifying import peaks_of
 from sparsight.training import TrainConfig, train
 from sparsight.vision import load_model
@@ -83,8 +83,9 @@ def measure(
             sae=SAEConfig(n_latents=n_latents, sparsity=TopK(k=16)), n_vectors=n_vectors,
             batch_size=1024, lr=1e-3, seed=seed,
         )  # fmt: skip
-        (run,) = train(store, config, out=folder / f"run-{seed}").saes.values()
-        clusters = strongest_latents(run, store)
+        run = train(store, config, out=folder / f"run-{seed}", quiet=True)
+        sae = SparseAutoencoder.from_pretrained(run.folder(), device="cpu").requires_grad_(False)
+        clusters = strongest_latents(sae, store)
         count = len(np.unique(clusters))
         plain = KMeans(count, n_init=1, random_state=seed).fit_predict(features)
         for kind, values in labels.items():

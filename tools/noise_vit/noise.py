@@ -38,7 +38,8 @@ def noise_image(seed: int, number: int) -> UInt8[np.ndarray, "96 96 3"]:
         pixels = _coloured(rng, _texture(rng, oriented=True, channels=3))
     else:
         pixels = dead_leaves(rng, textured=kind == "textured leaves")
-    return (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
+    image: UInt8[np.ndarray, "96 96 3"] = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return image
 
 
 def dead_leaves(rng: np.random.Generator, *, textured: bool) -> Float32[np.ndarray, "96 96 3"]:
@@ -67,7 +68,8 @@ def dead_leaves(rng: np.random.Generator, *, textured: bool) -> Float32[np.ndarr
         strength = rng.uniform(0, 0.25, count + 1).astype(np.float32)[shape_of]
         rows, columns = np.indices(shape_of.shape)
         pixels = pixels + strength[..., None] * textures[own, rows, columns]
-    return pixels
+    leaves: Float32[np.ndarray, "96 96 3"] = pixels
+    return leaves
 
 
 def _draw_shape(

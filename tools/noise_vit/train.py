@@ -28,7 +28,7 @@ from torch.nn import functional
 from sparsight.errors import SparsightError, UserError
 from sparsight.folders import new_folder
 from sparsight.progress import progress
-from tools.noise_vit.noise import SIZE, noise_image
+from tools.noise_vit.noise import noise_image
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 TEMPERATURE = 0.2
@@ -54,12 +54,12 @@ class Settings:
 
     out: Path
     steps: int = 1000
-    batch_size: int = 128
+    batch_size: int = 64
     width: int = 128
     blocks: int = 4
-    lr: float = 1.5e-3
+    lr: float = 1e-3
     seed: int = 0
-    pool: int = 4096
+    pool: int = 2048
     kept: float = 0.5
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ VERBS = {
     "steer": "turn latents up and down; measure zero-shot and retrieval at each strength",
     "search": "find images by text or image, with plain, reconstructed or edited embeddings",
     "convert": "write an SAE in another project's format, or another project's SAE in ours",
+    "taxonomy": "find what kind of thing each latent stands for, layer by layer",
     "report": "write one HTML page about one or more runs",
     "finetune": "train a CLIP against typographic attacks; measure it before and after",
     "push": "upload a run to the Hugging Face Hub, with a model card",

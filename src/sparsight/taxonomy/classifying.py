@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,7 +24,7 @@ from sparsight.latents.image_records import image_records
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder, SparseCode
 from sparsight.taxonomy.deciding import Rule, decide, gate_threshold
-from sparsight.taxonomy.kinds import TRUTH_KINDS
+from sparsight.taxonomy.kinds import TRUTH_KINDS, Kinds
 from sparsight.taxonomy.looks import Looks, looks_of
 from sparsight.taxonomy.measuring import Measures, Measuring
 from sparsight.vision.geometry import seen_picture
@@ -59,9 +58,9 @@ class LayerKinds:
     name: str
     site: str
     sae: str
-    kind: npt.NDArray[np.str_]
-    source: npt.NDArray[np.str_]
-    by_rule: npt.NDArray[np.str_]
+    kind: Kinds
+    source: Kinds
+    by_rule: Kinds
     truth: Mapping[int, Mapping[str, Any]]
     measures: Measures
     threshold: float
@@ -165,11 +164,11 @@ def check_layers(layers: Mapping[str, tuple[SparseAutoencoder, ActivationSource]
 
 
 def _final(
-    by_rule: npt.NDArray[np.str_],
+    by_rule: Kinds,
     known: Mapping[int, Mapping[str, Any]],
     named: Mapping[int, str],
     name: str,
-) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.str_]]:
+) -> tuple[Kinds, Kinds]:
     """Return kinds and their sources: truth comes before names, names before the rule."""
     kind, source = by_rule.copy(), np.full(len(by_rule), "statistics", dtype="<U10")
     truths = {i: truth_kind(about) for i, about in known.items()}
@@ -205,7 +204,7 @@ class _Pixels:
         about = given.model_info
         preprocessing = about.get("preprocessing") or {}
         # SAEs on CLS or means have no patches, but the images' main colours are known all the same.
-        grid = grid or tuple(about.get("patch_grid") or (8, 8))  # type: ignore[assignment]
+        grid = grid or tuple(about.get("patch_grid") or (8, 8))
         assert grid is not None
         return cls(given.source(), preprocessing, grid, known)
 
@@ -273,7 +272,7 @@ def peaks_of(code: SparseCode, n_tokens: int) -> Float[Tensor, "images n_latents
         0, place, code.values.cpu().float(), "amax", include_self=False
     )
     where = torch.stack([pair // code.n_latents, pair % code.n_latents])
-    return torch.sparse_coo_tensor(where, peak, (n_images, code.n_latents))
+    return torch.sparse_coo_tensor(where, peak, (n_images, code.n_latents), check_invariants=False)
 
 
 def _truth(

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsight.errors import UserError
+from sparsight.taxonomy.kinds import Kinds
 from sparsight.taxonomy.measuring import Measures
 
 Floats = npt.NDArray[np.float64]
@@ -123,7 +124,7 @@ def gate_threshold(null: Measures, rule: Rule | None = None) -> float:
     return float(np.quantile(active, 1 - rule.false_kinds))
 
 
-def decide(measures: Measures, threshold: float, rule: Rule | None = None) -> npt.NDArray[np.str_]:
+def decide(measures: Measures, threshold: float, rule: Rule | None = None) -> Kinds:
     """Return the kind of each latent.
 
     Args:

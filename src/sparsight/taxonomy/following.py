@@ -1,7 +1,8 @@
-"""Latents followed from layer to layer: edges between latents that are active on the same images."""
+"""Latents followed from layer to layer, by edges between those active on the same images."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def follow(
     if not -1 <= least <= 1:
         raise UserError(f"least is {least}; a correlation lies between -1 and 1.")
     edges = []
-    for place, (one, other) in enumerate(zip(layers, layers[1:], strict=False)):
+    for place, (one, other) in enumerate(itertools.pairwise(layers)):
         if one.n_images != other.n_images:
             raise UserError(
                 f"{one.name} was classified on {one.n_images:,} images and {other.name} on "

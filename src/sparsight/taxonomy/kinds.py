@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
+
+Kinds = npt.NDArray[Any]
+"""One kind per latent, as text."""
+
 KINDS = ("colour", "texture", "part", "object", "scene", "text", "position", "none")
 """All kinds, in the order of tables. "texture" includes patterns."""
 

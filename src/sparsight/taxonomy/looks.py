@@ -73,8 +73,8 @@ def _textures(
     """Sort patches by contrast, mean frequency and orientation of their grey levels.
 
     Gradients are differences inside the patch. Their second moments (the structure tensor, Förstner
-    and Gülch 1987) give orientation and coherence; gradient energy over variance is the mean squared
-    frequency (Parseval).
+    and Gülch 1987) give orientation and coherence; gradient energy over variance is the mean
+    squared frequency (Parseval).
     """
     height, width = size
     weights = torch.tensor(_GREY).view(3, 1, 1)
@@ -83,7 +83,9 @@ def _textures(
     variance = patches.var(dim=(3, 4), unbiased=False)
     down = patches[..., 1:, :-1] - patches[..., :-1, :-1]
     right = patches[..., :-1, 1:] - patches[..., :-1, :-1]
-    xx, yy, xy = ((a * b).mean(dim=(3, 4)) for a, b in ((right, right), (down, down), (right, down)))
+    xx, yy, xy = (
+        (a * b).mean(dim=(3, 4)) for a, b in ((right, right), (down, down), (right, down))
+    )
     energy = xx + yy
     coherence = ((xx - yy) ** 2 + 4 * xy**2).sqrt() / energy.clamp(min=1e-12)
     angle = 0.5 * torch.atan2(2 * xy, xx - yy) % math.pi

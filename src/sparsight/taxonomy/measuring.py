@@ -213,9 +213,7 @@ class Measuring:
             found = torch.searchsorted(key, key + step).clamp(max=len(key) - 1)
             beside = inside & (key[found] == key + step)
             cross.index_add_(0, place[beside], value[beside] * value[found[beside]])
-        degree = (
-            (row > 0).double() + (row < rows - 1) + (column > 0) + (column < columns - 1)
-        )
+        degree = (row > 0).double() + (row < rows - 1) + (column > 0) + (column < columns - 1)
         weighted = torch.zeros(len(mass), dtype=torch.float64).index_add_(0, place, degree * value)
         edges = 2.0 * (rows * (columns - 1) + columns * (rows - 1))
         mean = mass / n
