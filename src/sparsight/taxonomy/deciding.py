@@ -3,8 +3,10 @@
 First the gate: a latent has a kind only if it stands out from the latents of an untrained SAE of
 the same shape on the same images. The score is a linear discriminant between latents with a known
 kind and untrained ones; the threshold is a quantile of the untrained latents of the same run. Then
-a short list of thresholds says which kind. Weights and thresholds were fitted by
-`tools/taxonomy_rule.py` on calibration scenes of another seed than those of the published figures.
+a short list of thresholds says which kind. The weights were fitted by `tools/taxonomy_rule.py`, and
+the thresholds of colour, texture and elongation by a search over a grid, on calibration scenes and
+SAEs of other seeds than those of the published figures; the thresholds of the other kinds were set
+by hand.
 """
 
 from __future__ import annotations
