@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,10 +18,14 @@ from torch import Tensor
 
 from sparsight.activations.shards import map_tensors, write_tensors
 
-ENTRIES_AT_ONCE = 1 << 22
+ENTRIES_AT_ONCE = 1 << 20
 """Entries of the posting lists that are in memory at any moment while an index is built."""
 
+COLLECTED_AT_ONCE = 8 * ENTRIES_AT_ONCE
+"""Entries that are collected at once to make the lists by latent, 18 bytes each."""
+
 _LAYOUT = {"columns": torch.int32, "values": torch.float32, "tokens": torch.uint16}
+_NUMPY = {"columns": np.int32, "values": np.float32, "tokens": np.uint16}
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,24 @@ class Postings:
         entries = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         return self.columns[entries], self.values[entries]
 
+    def release(self) -> None:
+        """Let go of the pages that were read, which count as memory of the process; they are read
+        again when needed. Does nothing but on Linux.
+        """
+        if sys.platform != "linux":
+            return
+        page = mmap.PAGESIZE
+        for array in (self.offsets, self.columns, self.values, self.tokens):
+            if array is None or not array.nbytes:
+                continue
+            first = array.ctypes.data
+            start = first // page * page
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start),
+                ctypes.c_size_t(first + array.nbytes - start),
+                mmap.MADV_DONTNEED,
+            )
+
     def blocks(self, n_entries: int | None = None) -> Iterator[range]:
         """Divide the rows into ranges of at most `n_entries` entries (default: `ENTRIES_AT_ONCE`),
         or of one row.
@@ -159,59 +184,68 @@ class PostingSpool:
         for places, counts in zip(self._images, self._counts, strict=True):
             offsets[places + 1] = counts
         offsets = offsets.cumsum()
-        spooled = self._mapped("", self.n_entries)
+        spooled = self._mapped("")
         write_tensors(
             by_image,
             {"offsets": torch.from_numpy(offsets)}
             | {name: spooled[name] for name in ("columns", "values")},
         )
-        of_latents = self._count_latents(spooled["columns"].numpy(), n_latents)
-        self._transpose(spooled, offsets, of_latents)
-        transposed = self._mapped("transposed-", self.n_entries)
+        del spooled  # its pages count as memory
+        of_latents = self._count_latents(n_latents)
+        self._transpose(offsets, of_latents)
+        transposed = self._mapped("transposed-")
         write_tensors(by_latent, {"offsets": torch.from_numpy(of_latents), **transposed})
+        del transposed
         for name in _LAYOUT:
             (self.folder / f"{name}.raw").unlink()
             (self.folder / f"transposed-{name}.raw").unlink()
 
-    def _count_latents(
-        self, columns: Int32[np.ndarray, " entries"], n_latents: int
-    ) -> Int64[np.ndarray, " latents_and_one"]:
+    def _count_latents(self, n_latents: int) -> Int64[np.ndarray, " latents_and_one"]:
         counts = np.zeros(n_latents + 1, dtype=np.int64)
-        for start in range(0, len(columns), ENTRIES_AT_ONCE):
-            part = columns[start : start + ENTRIES_AT_ONCE]
+        for start in range(0, self.n_entries, ENTRIES_AT_ONCE):
+            part = self._read("columns", start, start + ENTRIES_AT_ONCE)
             counts[1:] += np.bincount(part, minlength=n_latents)
         offsets: Int64[np.ndarray, " latents_and_one"] = counts.cumsum()
         return offsets
 
     def _transpose(
         self,
-        spooled: dict[str, Tensor],
         of_images: Int64[np.ndarray, " images_and_one"],
         of_latents: Int64[np.ndarray, " latents_and_one"],
     ) -> None:
-        latents, values, tokens = (spooled[name].numpy() for name in _LAYOUT)
         with ExitStack() as files:
-            raw = {
-                name: files.enter_context(_raw(self.folder, f"transposed-{name}"))
-                for name in _LAYOUT
-            }
-            for block in row_blocks(of_latents, ENTRIES_AT_ONCE):
-                parts = []
-                for images in row_blocks(of_images, ENTRIES_AT_ONCE):
-                    here = slice(int(of_images[images.start]), int(of_images[images.stop]))
-                    lengths = np.diff(of_images[images.start : images.stop + 1])
-                    image = np.repeat(np.arange(images.start, images.stop, dtype=np.int32), lengths)
-                    latent = latents[here]
-                    own = (latent >= block.start) & (latent < block.stop)
-                    parts.append(
-                        (latent[own], image[own], values[here][own], tokens[here][own])
-                    )  # fmt: skip
+            raw = [files.enter_context(_raw(self.folder, f"transposed-{name}")) for name in _LAYOUT]
+            for block in row_blocks(of_latents, COLLECTED_AT_ONCE):
+                parts = [
+                    self._entries_of(block, images, of_images)
+                    for images in row_blocks(of_images, ENTRIES_AT_ONCE)
+                ]
                 latent, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+                del parts
                 order = np.argsort(latent, kind="stable")  # so images keep rising
-                for file, column in zip(raw.values(), columns, strict=True):
+                for file, column in zip(raw, columns, strict=True):
                     column[order].tofile(file)
 
-    def _mapped(self, prefix: str, n: int) -> dict[str, Tensor]:
+    def _entries_of(
+        self, latents: range, images: range, of_images: Int64[np.ndarray, " images_and_one"]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Read latent, image, value and token of a range of images; keep a range of latents."""
+        start, stop = int(of_images[images.start]), int(of_images[images.stop])
+        latent, value, token = (self._read(name, start, stop) for name in _LAYOUT)
+        lengths = np.diff(of_images[images.start : images.stop + 1])
+        image = np.repeat(np.arange(images.start, images.stop, dtype=np.int32), lengths)
+        own = (latent >= latents.start) & (latent < latents.stop)
+        return latent[own], image[own], value[own], token[own]
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Read entries from a temporary file, without a map."""
+        kind = np.dtype(_NUMPY[name])
+        return np.fromfile(
+            self.folder / f"{name}.raw", kind, stop - start, offset=start * kind.itemsize
+        )
+
+    def _mapped(self, prefix: str) -> dict[str, Tensor]:
+        n = self.n_entries
         return {
             name: torch.from_file(
                 str(self.folder / f"{prefix}{name}.raw"), shared=False, size=n, dtype=kind

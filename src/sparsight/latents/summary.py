@@ -83,6 +83,7 @@ def summarise(
         examples.fill(once)
         distributions.fill(entries)
         labels.add(entries)
+        postings.release()
     return Summary(examples, distributions, labels, n_repeats)
 
 
