@@ -12,10 +12,11 @@ from sparsight.cli.listing import cell, console
 from sparsight.cli.printing import plain_table
 from sparsight.figures import percent, rounded
 from sparsight.latents import LatentIndex
-from sparsight.latents.index_files import NAMES
+from sparsight.latents.index_files import NAMES, NEIGHBOURS
+from sparsight.latents.neighbour_tables import By
 
 BARS = " ▁▂▃▄▅▆▇█"
-MOST_LABELS, MOST_IMAGES = 8, 8
+MOST_LABELS, MOST_IMAGES, MOST_NEIGHBOURS = 8, 8, 5
 
 
 def print_card(index: LatentIndex, latent: int, run: Path) -> None:
@@ -32,7 +33,8 @@ def print_card(index: LatentIndex, latent: int, run: Path) -> None:
     row = index.row(latent)
     screen = console()
     screen.print(f"latent {latent} · {row['name'] or 'no name'}", style="bold")
-    for line in [*_name(index, row), *_statistics(index, row), *_distribution(row)]:
+    lines = [*_name(index, row), *_statistics(index, row), *_distribution(row)]
+    for line in [*lines, *_neighbours(index, latent)]:
         screen.print(f"  {line}")
     if index.version > 1:
         _print_table("labels", _labels(index, latent))
@@ -58,6 +60,21 @@ def _name(index: LatentIndex, row: dict[str, Any]) -> Iterator[str]:
         best = "nothing" if found["name"] is None else f"{found['name']} {rounded(found['score'])}"
         then = f"; then {', '.join(others[:4])}" if others else ""
         yield f"by {found['method']}: {best} ({verdict}){then}"
+
+
+def _neighbours(index: LatentIndex, latent: int) -> Iterator[str]:
+    if index.version == 1 or index.file(NEIGHBOURS) is None:
+        return
+    names = index.table["name"].to_pylist()
+    words: dict[By, str] = {"decoder": "closest decoder rows", "coactivation": "fires with"}
+    for by, heading in words.items():
+        listed = [
+            f"{near.latent}{f' {names[near.latent]}' if names[near.latent] else ''} "
+            f"({rounded(near.score)})"
+            for near in index.neighbours(latent, by, MOST_NEIGHBOURS)
+        ]
+        if listed:
+            yield f"{heading}: {', '.join(listed)}"
 
 
 def _statistics(index: LatentIndex, row: dict[str, Any]) -> Iterator[str]:

@@ -61,7 +61,8 @@ def understanding(index: LatentIndex) -> Understanding:
     """
     table = index.table
     names = table["name"].to_pylist()
-    named = _name_quality(names, table["name_score"].to_numpy())
+    sources = table["name_source"].to_pylist()
+    named = _name_quality(names, table["name_score"].to_numpy(), sources)
     precision, label = held_out_label(index)
     score = np.maximum(named, precision) + 0.4 * _selectivity(index)
     spread = "moran" in table.column_names
@@ -216,15 +217,22 @@ def _most_frequent(numbers: Int[np.ndarray, "n_latents some"]) -> Int[np.ndarray
     return np.take_along_axis(numbers, best[:, None], axis=1)[:, 0]
 
 
-def _name_quality(names: Sequence[str | None], scores: Floats) -> Floats:
-    """Return 0.75 to 1 for named latents, by the rank of their score; 0 for the others."""
+def _name_quality(
+    names: Sequence[str | None], scores: Floats, sources: Sequence[str | None]
+) -> Floats:
+    """Return 0.75 to 1 for named latents, 0 for the others.
+
+    Names rank by score among those of the same source, because each source has a scale of its own.
+    """
     quality = np.zeros(len(names))
-    named = np.array([i for i, name in enumerate(names) if name is not None], dtype=np.int64)
-    if len(named):
-        order = np.nan_to_num(np.asarray(scores, dtype=float)[named]).argsort(kind="stable")
-        rank = np.empty(len(named))
-        rank[order] = np.arange(1, len(named) + 1)
-        quality[named] = 0.75 + 0.25 * rank / len(named)
+    finite = np.nan_to_num(np.asarray(scores, dtype=float))
+    for source in set(sources):
+        named = np.array(
+            [i for i, name in enumerate(names) if name is not None and sources[i] == source],
+            dtype=np.int64,
+        )
+        order = finite[named].argsort(kind="stable")
+        quality[named[order]] = 0.75 + 0.25 * np.arange(1, len(named) + 1) / max(len(named), 1)
     return quality
 
 
