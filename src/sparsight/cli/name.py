@@ -13,6 +13,7 @@ from sparsight.cli.help import Help
 from sparsight.cli.opening import open_model, open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.subject import SubjectOptions, Subjects
+from sparsight.errors import UserError
 from sparsight.files import read_json
 from sparsight.latents import LatentIndex
 from sparsight.naming.labels import MIN_PRECISION
@@ -23,6 +24,7 @@ from sparsight.naming.naming import (
     forget_names,
     name_latents,
 )
+from sparsight.naming.vlm_client import VlmSettings
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
 from sparsight.vision.passes import PassSettings
@@ -32,6 +34,7 @@ HELP = Help(
         "runs/b32-l9",
         "runs/b32-l9 --by labels text --text-model openai/clip-vit-base-patch32",
         "runs/b32-l9 --vocabulary words.txt --false-names 0.01",
+        "runs/b32-l9 --by vlm --vlm-url http://localhost:8000/v1 --vlm-model NAME",
     ),
     needed=("runs",),
 )
@@ -45,8 +48,8 @@ class NameOptions(SubjectOptions):
     """Run folders, or folders that contain runs."""
 
     by: tuple[str, ...] = ()
-    """Methods: labels, text, centroid, splice, causal, truth. Default: labels if the images have
-    labels, and text if the model, or --text-model, has a text tower."""
+    """Methods: labels, text, centroid, splice, causal, vlm, truth. Default: labels if the images
+    have labels, and text if the model, or --text-model, has a text tower."""
 
     vocabulary: str | None = None
     """Words for names by text: calibration, visual (10,000 words and phrases for photos), or a
@@ -54,6 +57,19 @@ class NameOptions(SubjectOptions):
 
     text_model: str | None = None
     """Second model with a text tower, if the SAE's own has none; it embeds the images once."""
+
+    vlm_url: str | None = None
+    """For names by a vision-language model (vlm): its OpenAI-compatible address, such as
+    http://localhost:8000/v1. A key is read from the environment variable SPARSIGHT_VLM_KEY."""
+
+    vlm_model: str | None = None
+    """Name of the vision-language model at --vlm-url."""
+
+    vlm_latents: int = 200
+    """Latents that the vision-language model is asked about, drawn at random; answers are kept."""
+
+    vlm_timeout: float = 60.0
+    """Seconds until an answer of the vision-language model is late."""
 
     false_names: float = FALSE_NAMES
     """Largest share of an untrained SAE's latents that may get a name, all methods together."""
@@ -72,6 +88,7 @@ class NameOptions(SubjectOptions):
 def main(arguments: Sequence[str]) -> None:
     """Parse, name, print how many names there are and how often they would be false."""
     options = parse(NameOptions, "name", arguments, helped=HELP)
+    vlm = None if options.forget else _vlm(options)
     saes = open_saes(options.runs, options.device)
     subjects = Subjects(options)
     text_model = None
@@ -84,7 +101,21 @@ def main(arguments: Sequence[str]) -> None:
             named = index.n_latents - index.table["name"].null_count
             print(f"{index.folder} · {named:,} of {index.n_latents:,} latents have a name")
             continue
-        _print(_named(options, subjects, folder, sae, index, text_model))
+        _print(_named(options, subjects, folder, sae, index, text_model, vlm))
+
+
+def _vlm(options: NameOptions) -> VlmSettings | None:
+    """Return the vision-language model to ask, after checking its options."""
+    given = [name for name in ("vlm_url", "vlm_model") if getattr(options, name) is not None]
+    if "vlm" not in options.by:
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} is for names `--by vlm`; add that.")
+        return None
+    if options.vlm_url is None or options.vlm_model is None:
+        raise UserError(
+            "Names `--by vlm` need --vlm-url, such as http://localhost:8000/v1, and --vlm-model."
+        )
+    return VlmSettings(options.vlm_url, options.vlm_model, options.vlm_latents, options.vlm_timeout)
 
 
 def _named(
@@ -94,6 +125,7 @@ def _named(
     sae: SparseAutoencoder,
     index: LatentIndex,
     text_model: VisionModel | None,
+    vlm: VlmSettings | None,
 ) -> NamingResult:
     only_truth = set(options.by) == {"truth"}
     activations: ActivationSource | None = None
@@ -112,6 +144,7 @@ def _named(
         model=model,
         text_model=text_model,
         vocabulary=options.vocabulary,
+        vlm=vlm,
         false_names=options.false_names,
         min_precision=options.min_precision,
         metrics=read_json(path) if path.exists() else None,
@@ -122,6 +155,8 @@ def _named(
 
 def _print(result: NamingResult) -> None:
     index = result.index
+    for note in result.answers.notes() if result.answers else ():
+        print(note)
     for method in result.methods:
         print(f"{method}: {result.named[method]:,} of {result.judged:,} latents named")
     null = result.null

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from sparsight.naming.labels import MIN_PRECISION, LabelMethod
 from sparsight.naming.scores import Method
 from sparsight.naming.splicing import Splice
 from sparsight.naming.text import Centroid, TextCorrelation
+from sparsight.naming.vlm import Answers, VlmCorrelation, phrase_vocabulary
 from sparsight.naming.vocabulary import Vocabulary
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
@@ -40,6 +42,7 @@ class Material:
         text_model: the model that embeds images and words; None likewise.
         model: the SAE's own model; None if it was not loaded.
         source: the images; None if they were not opened.
+        answers: what a vision-language model has said; None if none was asked.
     """
 
     index: LatentIndex
@@ -52,6 +55,7 @@ class Material:
     text_model: VisionModel | None = None
     model: VisionModel | None = None
     source: ImageSource | None = None
+    answers: Answers | None = None
 
     @cached_property
     def vectors(self) -> Float[Tensor, "words d"]:
@@ -108,14 +112,31 @@ def _causal(material: Material) -> Method:
     )
 
 
+def _vlm(material: Material) -> Method:
+    assert material.space is not None and material.vocabulary is not None
+    assert material.answers is not None and material.text_model is not None
+    vocabulary = material.vocabulary
+    # A thousand words give the mean of all well enough, and soon.
+    step = -(-len(vocabulary) // 1000)
+    some = dataclasses.replace(vocabulary, entries=vocabulary.entries[::step])
+    phrases = phrase_vocabulary(material.answers, vocabulary.templates)
+    with torch.no_grad():
+        centre = some.embed(material.text_model).cpu().float().mean(dim=0)
+        vectors = phrases.embed(material.text_model).cpu()
+    return VlmCorrelation(
+        material.space, phrases.words, vectors, centre, material.answers, material.sae
+    )
+
+
 METHODS: Mapping[str, Callable[[Material], Method]] = {
     "labels": _labels,
     "text": _text,
     "centroid": _centroid,
     "splice": _splice,
     "causal": _causal,
+    "vlm": _vlm,
 }
 """Methods that find names by themselves, judged by the null; `truth` is apart."""
 
-NEED_TEXT = ("text", "centroid", "splice", "causal")
+NEED_TEXT = ("text", "centroid", "splice", "causal", "vlm")
 """Methods that compare images with words in a space that both share."""

@@ -25,6 +25,8 @@ from sparsight.naming.names_file import TRUTH, NameTable, precedence
 from sparsight.naming.null import Null, UntrainedLatents, alive, fit_null
 from sparsight.naming.scores import Candidates, LatentActivations, Method
 from sparsight.naming.untrained import ENOUGH_LATENTS, untrained_activations
+from sparsight.naming.vlm import Answers, ask_about_latents, phrase_vocabulary
+from sparsight.naming.vlm_client import VlmSettings
 from sparsight.naming.vocabulary import Vocabulary, open_vocabulary
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
@@ -43,6 +45,7 @@ class NamingResult:
         named: latents that got a name, per method.
         judged: latents that fire in enough images for a name.
         null: thresholds and measured rate of false names; None if only the truth was asked.
+        answers: what a vision-language model has said; None if none was asked.
     """
 
     index: LatentIndex
@@ -50,6 +53,7 @@ class NamingResult:
     named: Mapping[str, int]
     judged: int
     null: Null | None
+    answers: Answers | None = None
 
     @property
     def names(self) -> NameTable:
@@ -68,6 +72,7 @@ def name_latents(
     text_model: VisionModel | None = None,
     images: ImageSource | None = None,
     vocabulary: Vocabulary | str | Path | None = None,
+    vlm: VlmSettings | None = None,
     false_names: float = FALSE_NAMES,
     min_precision: float = MIN_PRECISION,
     metrics: Mapping[str, Any] | None = None,
@@ -86,13 +91,15 @@ def name_latents(
         sae: the SAE.
         activations: activations of the images of the index, stored or live; untrained SAEs encode
             them. Only `truth` needs none.
-        by: methods: labels, text, centroid, causal, truth; default: `labels` if the images have
+        by: methods: labels, text, centroid, causal, vlm, truth; default: `labels` if the images have
             labels, and `text` if a model with texts is given.
         model: the SAE's own model.
         text_model: a model with a text tower, if `model` has none; it embeds the images once.
         images: the images; default: those of the index. Only for methods that need texts.
         vocabulary: the words; see `open_vocabulary`. Default: `calibration` for the calibration
             model, otherwise `visual`.
+        vlm: a vision-language model that proposes phrases, for `vlm`; they are judged with a model
+            that has a text tower.
         false_names: share of untrained latents that may get a name, all methods of one call
             together.
         min_precision: lowest held-out share of images with the label, for names by label.
@@ -111,7 +118,7 @@ def name_latents(
     table = NameTable.of(index)
     truth = _names_by_truth(index, metrics) if TRUTH in wanted else {}
     found = [method for method in wanted if method != TRUTH]
-    null, named = None, {}
+    null, named, answers = None, {}, None
     rows = LatentActivations(sae, np.arange(sae.n_latents), index.by_latent)
     if found:
         if activations is None:
@@ -119,8 +126,9 @@ def name_latents(
                 f"{index.folder}: names need activations, with which to compare the SAE with an "
                 "untrained one; codes do not suffice. Give --store, or --model and --images."
             )
-        texts = _Texts(model, text_model, images, vocabulary)
+        texts = _Texts(model, text_model, images, vocabulary, vlm)
         with _material(index, sae, found, texts, min_precision, seed, settings) as material:
+            answers = material.answers
             methods = [METHODS[name](material) for name in found]
             untrained = _untrained(index, sae, activations, seed, settings.quiet)
             null = fit_null(methods, untrained, false_names)
@@ -136,7 +144,7 @@ def name_latents(
     elif TRUTH not in table.about:
         table = _with_old_truth(table, index)
     index = table.showing(wanted).write(index)
-    return NamingResult(index, tuple(wanted), named, len(alive(rows)), null)
+    return NamingResult(index, tuple(wanted), named, len(alive(rows)), null, answers)
 
 
 def forget_names(index: LatentIndex, methods: Sequence[str] = ()) -> LatentIndex:
@@ -190,6 +198,7 @@ class _Texts:
     text_model: VisionModel | None
     images: ImageSource | None
     vocabulary: Vocabulary | str | Path | None
+    vlm: VlmSettings | None = None
 
     @property
     def chosen(self) -> VisionModel:
@@ -200,7 +209,10 @@ class _Texts:
         """
         model = self.text_model or self.model
         if model is None:
-            raise UserError("Names by text need a model with a text tower; give --text-model.")
+            raise UserError(
+                "Names by text, and phrases of a vision-language model, are judged with a model "
+                "that has a text tower; give --text-model."
+            )
         check_text(model)
         return model
 
@@ -210,6 +222,19 @@ class _Texts:
             return self.vocabulary
         default = "calibration" if self.chosen.id == "calibration" else "visual"
         return open_vocabulary(self.vocabulary or default)
+
+    def ask(self, index: LatentIndex, seed: int, quiet: bool) -> Answers:
+        """Ask the vision-language model about latents.
+
+        Raises:
+            UserError: none was given, or it does not answer.
+        """
+        if self.vlm is None:
+            raise UserError(
+                "Names by a vision-language model need its address and name; give --vlm-url, such "
+                "as http://localhost:8000/v1, and --vlm-model."
+            )
+        return ask_about_latents(index, self.vlm, seed, quiet=quiet)
 
 
 @contextmanager
@@ -235,6 +260,7 @@ def _material(
             f"{about['source']} from which the index was built. Put those back, or build the index "
             "again with `sparsight index`."
         )
+    answers = texts.ask(index, seed, settings.quiet) if "vlm" in methods else None
     with embedded(model, source, index.image_places, settings) as space:
         yield Material(
             index,
@@ -247,6 +273,7 @@ def _material(
             model,
             texts.model,
             source,
+            answers,
         )
 
 
@@ -298,6 +325,8 @@ def _about(null: Null, place: int, seed: int, material: Material) -> dict[str, A
     }
     vocabulary, model = material.vocabulary, material.text_model
     if method.name in NEED_TEXT and vocabulary is not None and model is not None:
+        if method.name == "vlm" and material.answers is not None:
+            vocabulary = phrase_vocabulary(material.answers, vocabulary.templates)
         about["vocabulary"] = {
             "name": vocabulary.name,
             "fingerprint": vocabulary.fingerprint,

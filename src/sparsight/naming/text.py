@@ -70,10 +70,14 @@ class TextCorrelation(TextMethod):
 
     def prepared(self, vectors: Float[Tensor, "words d"]) -> Float[Tensor, "words d"]:
         """Return w of each word, divided by the standard deviation of its similarity."""
+        return self.whitened(centred(vectors))
+
+    def whitened(self, differences: Float[Tensor, "words d"]) -> Float[Tensor, "words d"]:
+        """Return the same for words from which their mean is already subtracted."""
         covariance = self.space.covariance
         ridge = covariance.diagonal().mean().clamp(min=_NOTHING)
         whitening = covariance + ridge * torch.eye(len(covariance), dtype=torch.float64)
-        wide = torch.linalg.solve(whitening, centred(vectors).double().T).T
+        wide = torch.linalg.solve(whitening, differences.double().T).T
         variance = ((wide @ covariance) * wide).sum(dim=1).clamp(min=_NOTHING)
         scaled: Tensor = wide / variance.sqrt()[:, None]
         return scaled.float()

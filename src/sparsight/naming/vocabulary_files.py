@@ -119,7 +119,7 @@ def check_entries(name: str, entries: Sequence[Entry]) -> list[Entry]:
         for text in (entry.word, entry.category, *entry.prompts):
             if text is not None:
                 _check_text(place, text)
-        key = _key(entry.word)
+        key = same_word(entry.word)
         if key in seen:
             repeated.append((entry, seen[key]))
         seen.setdefault(key, entry)
@@ -158,7 +158,8 @@ def _about_repeated(name: str, repeated: Sequence[tuple[Entry, Entry]]) -> str:
     )
 
 
-def _key(word: str) -> str:
+def same_word(word: str) -> str:
+    """Return what two spellings of one word have in common: case and blanks do not count."""
     return " ".join(unicodedata.normalize("NFC", word).casefold().split())
 
 
