@@ -12,6 +12,7 @@ from sparsight.naming.naming import NamingResult, forget_names, name_latents
 from sparsight.naming.null import Null, UntrainedLatents, fit_null
 from sparsight.naming.scores import Candidates, LatentActivations, Method, WordScores
 from sparsight.naming.splicing import splice
+from sparsight.naming.vlm_client import VlmSettings
 from sparsight.naming.vocabulary import Vocabulary, open_vocabulary
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "NamingResult",
     "Null",
     "UntrainedLatents",
+    "VlmSettings",
     "Vocabulary",
     "WordScores",
     "fit_null",

@@ -91,8 +91,8 @@ def name_latents(
         sae: the SAE.
         activations: activations of the images of the index, stored or live; untrained SAEs encode
             them. Only `truth` needs none.
-        by: methods: labels, text, centroid, causal, vlm, truth; default: `labels` if the images have
-            labels, and `text` if a model with texts is given.
+        by: methods: labels, text, centroid, causal, vlm, truth; default: `labels` if the images
+            have labels, and `text` if a model with texts is given.
         model: the SAE's own model.
         text_model: a model with a text tower, if `model` has none; it embeds the images once.
         images: the images; default: those of the index. Only for methods that need texts.
