@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sparsight.errors import UserError
 from sparsight.latents import LatentIndex
+from sparsight.latents.index_files import NEAR_MISSES
 from sparsight.naming.image_space import ImageSpace
 from sparsight.naming.null import MIN_IMAGES
 from sparsight.naming.scores import N_CANDIDATES, Candidates, LatentActivations
@@ -46,7 +47,7 @@ from sparsight.sae import SparseAutoencoder
 ANSWERS = "naming-answers.jsonl"
 """The file of answers, beside the index."""
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 """Changes whenever the question or its images change, so that old answers no longer count."""
 
 PROMPT = (
@@ -235,7 +236,10 @@ def _ask(
 def grid_places(
     index: LatentIndex, shown: Bool[np.ndarray, " n_places"], latent: int, seed: int
 ) -> tuple[Int64[np.ndarray, " firing"], Int64[np.ndarray, " silent"]]:
-    """Return the images of the two grids: the strongest ones, and a sample without the latent.
+    """Return the images of the two grids: the strongest ones, and images without the latent.
+
+    The second grid has the latent's near misses, if the index has any, and is filled up with a
+    random sample.
 
     Args:
         index: the index.
@@ -250,8 +254,12 @@ def grid_places(
     silent = shown.copy()
     silent[places] = False
     others = np.nonzero(silent)[0]
-    random = np.random.default_rng([seed, latent])
-    return places[own][order], random.choice(others, min(COLUMNS**2, len(others)), replace=False)
+    near = [] if index.file(NEAR_MISSES) is None else index.near_misses(latent)
+    close = np.array([miss.image for miss in near if silent[miss.image]], dtype=np.int64)
+    others = np.setdiff1d(others, close)
+    n_random = min(max(0, COLUMNS**2 - len(close)), len(others))
+    random = np.random.default_rng([seed, latent]).choice(others, n_random, replace=False)
+    return places[own][order], np.concatenate([close[: COLUMNS**2], random])
 
 
 def image_grid(images: Sequence[Image.Image]) -> Image.Image:
