@@ -246,6 +246,15 @@ def test_names_are_written_and_the_rest_is_untouched(index: LatentIndex) -> None
         set_names(again, {96: LatentName("x", 1.0, "me")})
 
 
+def test_names_of_two_writers_are_both_kept(index: LatentIndex) -> None:
+    first, second = LatentIndex.open(index.folder), LatentIndex.open(index.folder)
+    set_names(first, {4: LatentName("sun", 0.9, "me")})
+    named = set_names(second, {7: LatentName("moon", 0.9, "you")})
+    assert [named.row(latent)["name"] for latent in (4, 7)] == ["sun", "moon"]
+    with pytest.raises(UserError, match="another process has changed it"):
+        first.with_table(first.table)
+
+
 @pytest.mark.parametrize("renames", range(6))
 def test_an_index_stays_intact_if_killed_while_names_are_written(
     index: LatentIndex, renames: int, monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,7 @@ from sparsight.latents.query import QueryResult
 HELP = Help(
     examples=(
         "runs/b32-l9",
-        "runs/b32-l9 --where 'density < .01 and moran > moran_null' --sort -moran",
+        "runs/b32-l9 --where 'density < .01 and moran > .3' --sort -moran",
         "runs/b32-l9 --label star --csv star.csv",
         "runs/b32-l9 12 40",
         "runs/b32-l9 --query '12 > .5 and not 4'",

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
 from torch import Tensor
 
+from sparsight.errors import UserError
 from sparsight.images import sample_places
 from sparsight.latents.nearest import NOBODY
 from sparsight.latents.neighbour_tables import Neighbour, NeighbourTable
@@ -74,6 +75,22 @@ class _Moments:
         return cls(mean, np.sqrt(around))
 
 
+def _check_places(queries: HasPostings, others: HasPostings) -> None:
+    """Raise a `UserError` if two indexes were built from different images."""
+    counts = [one.by_image.n_rows for one in (queries, others)]
+    about = [getattr(one, "manifest", {}).get("images", {}) for one in (queries, others)]
+    prints = [images.get("fingerprint") for images in about]
+    if counts[0] != counts[1] or prints[0] != prints[1]:
+        listed = " and ".join(
+            f"{n:,} of {images.get('source', 'unknown images')}"
+            for n, images in zip(counts, about, strict=True)
+        )
+        raise UserError(
+            f"The two indexes were built from different images ({listed}), so their latents cannot "
+            "be compared by co-activation. Build both from the same images."
+        )
+
+
 class Coactivation:
     """Correlations of the latents of one index with those of another, or with one another.
 
@@ -95,6 +112,7 @@ class Coactivation:
         counts = np.zeros(queries.by_image.n_rows, dtype=bool)
         counts[queries.image_places] = True
         if others is not None:
+            _check_places(queries, others)
             read = np.zeros_like(counts)
             read[others.image_places] = True
             counts &= read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
@@ -149,8 +150,22 @@ def write_code_embeddings(
     """
     random = torch.Generator().manual_seed(seed)
     directions = torch.randn(by_image.n_columns, CODE_WIDTH, generator=random)
-    matrix = torch.zeros(len(places), CODE_WIDTH, dtype=torch.float16)
-    done = 0
+    halves = path.with_suffix(".half")
+    with halves.open("wb") as file:
+        for chosen in _code_embeddings(by_image, directions, places):
+            chosen.half().numpy().tofile(file)
+    matrix = _mapped(halves, len(places), CODE_WIDTH, torch.float16)
+    write_tensors(path, {"mean": torch.zeros(CODE_WIDTH), "matrix": matrix})
+    halves.unlink()
+    return CODE_WIDTH
+
+
+def _code_embeddings(
+    by_image: Postings,
+    directions: Float[Tensor, "latents width"],
+    places: Int64[np.ndarray, " images"],
+) -> Iterator[Float[Tensor, "some width"]]:
+    """Yield the unit rows of images that were read, block by block."""
     for rows in by_image.blocks():
         bounds = by_image.offsets[rows.start : rows.stop + 1]
         here = slice(int(bounds[0]), int(bounds[-1]))
@@ -162,8 +177,5 @@ def write_code_embeddings(
             per_sample_weights=torch.from_numpy(by_image.values[here].copy()),
         )
         read = places[(places >= rows.start) & (places < rows.stop)]
-        chosen = normalize(summed[torch.from_numpy(read - rows.start)], dim=1)
-        matrix[done : done + len(read)] = chosen.half()
-        done += len(read)
-    write_tensors(path, {"mean": torch.zeros(CODE_WIDTH), "matrix": matrix})
-    return CODE_WIDTH
+        yield normalize(summed[torch.from_numpy(read - rows.start)], dim=1)
+        by_image.release()

@@ -1,4 +1,4 @@
-"""Filters of a table of latents, such as `density < .01 and moran > moran_null`.
+"""Filters of a table of latents, such as `density < .01 and moran > .3`.
 
 A comparison with a missing value does not hold; a column alone holds where it has a value (or, if
 its values are true and false, where it is true).

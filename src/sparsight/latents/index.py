@@ -37,6 +37,7 @@ from sparsight.latents.index_files import (
     MANIFEST,
     NEAR_MISSES,
     NEIGHBOURS,
+    check_same_build,
     checked_file,
     parquet,
     read_file,
@@ -184,6 +185,16 @@ class LatentIndex:
         """
         replace_files(self.folder, self.manifest, contents)
         return type(self).open(self.folder)
+
+    def latest(self) -> Self:
+        """Return the index as it is on disk now, with what others have added in the meantime.
+
+        Raises:
+            UserError: another index was written there.
+        """
+        index = type(self).open(self.folder)
+        check_same_build(self.folder, self.manifest, index.manifest)
+        return index
 
     def file(self, name: str) -> Path | None:
         """Return the path of one of the index's files, checked; None if there is none.

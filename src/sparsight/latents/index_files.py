@@ -135,18 +135,18 @@ def replace_files(
         The new manifest.
 
     Raises:
-        UserError: another index was written there in the meantime.
+        UserError: another index was written there in the meantime, or other contents.
         SparsightError: the disk is full or the folder cannot be written.
     """
     with replaced(folder, (MANIFEST, *contents)) as staged:
         manifest = read_manifest(folder)
-        built = [name for name in BUILT if name in manifest["files"] and name not in contents]
-        built = [name for name in built if name != LATENTS]
-        if any(manifest["files"][name] != expected["files"].get(name) for name in built):
-            raise UserError(
-                f"{folder}: another index was written here since this one was opened. Open it "
-                "again."
-            )
+        check_same_build(folder, expected, manifest)
+        for name in contents:
+            if manifest["files"].get(name) != expected["files"].get(name):
+                raise UserError(
+                    f"{folder / name}: another process has changed it in the meantime. Do the same "
+                    "again; what it has written is kept."
+                )
         files = dict(manifest["files"])
         for name, content in contents.items():
             if isinstance(content, bytes):
@@ -158,6 +158,15 @@ def replace_files(
         manifest = {**manifest, "files": files}
         write_manifest(staged, manifest)
     return read_manifest(folder)
+
+
+def check_same_build(folder: Path, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise a `UserError` unless two manifests belong to one index, before and after changes."""
+    names = {name for name in BUILT if name != LATENTS}
+    if any(one["files"].get(name) != other["files"].get(name) for name in names):
+        raise UserError(
+            f"{folder}: another index was written here since this one was opened. Open it again."
+        )
 
 
 def parquet(table: pa.Table) -> bytes:

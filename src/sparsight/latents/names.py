@@ -73,6 +73,7 @@ def set_names(index: LatentIndex, names: Mapping[int, LatentName]) -> LatentInde
                 f"{index.folder}: no latent {latent} to name; it has latents 0 to "
                 f"{index.n_latents - 1}."
             )
+    index = index.latest()
     return index.with_table(with_names(index.table, names))
 
 

@@ -41,6 +41,7 @@ class Postings:
         tokens: the first position that has this activation, among the tokens that the SAE reads;
             None in the lists by image.
         n_columns: number of columns.
+        mapped: whether the arrays lie in a memory map of a file.
     """
 
     offsets: Int64[np.ndarray, " rows_and_one"]
@@ -48,6 +49,7 @@ class Postings:
     values: Float32[np.ndarray, " entries"]
     tokens: UInt16[np.ndarray, " entries"] | None
     n_columns: int
+    mapped: bool = False
 
     @classmethod
     def open(
@@ -78,7 +80,12 @@ class Postings:
             mapped[name].numpy() for name in ("offsets", "columns", "values")
         )
         return cls(
-            offsets, columns, values, mapped["tokens"].numpy() if tokens else None, n_columns
+            offsets,
+            columns,
+            values,
+            mapped["tokens"].numpy() if tokens else None,
+            n_columns,
+            mapped=True,
         )
 
     @property
@@ -99,9 +106,9 @@ class Postings:
 
     def release(self) -> None:
         """Let go of the pages that were read, which count as memory of the process; they are read
-        again when needed. Does nothing but on Linux.
+        again when needed. Does nothing but on Linux, and to arrays that are not mapped.
         """
-        if sys.platform != "linux":
+        if sys.platform != "linux" or not self.mapped:
             return
         page = mmap.PAGESIZE
         for array in (self.offsets, self.columns, self.values, self.tokens):

@@ -154,7 +154,17 @@ class NameTable:
             index: the index.
             keep_others: keep names in the index's table that no method has given, such as those
                 that a person has set with `set_names`; they come before all others.
+
+        Raises:
+            UserError: the methods' names have changed on disk since `index` was opened.
         """
+        latest = index.latest()
+        if latest.manifest["files"].get(NAMES) != index.manifest["files"].get(NAMES):
+            raise UserError(
+                f"{index.folder / NAMES}: another process has named latents in the meantime. Name "
+                "them again; its names are kept."
+            )
+        index = latest
         about = {
             "sae": index.manifest["sae"]["hash"],
             "methods": self.about,
