@@ -54,8 +54,8 @@ def visualize(
 
     The pre-activation of the latent is raised by gradient ascent through the model, under random
     transforms. What counts is then measured with the SAE's real code, on the images as saved, also
-    under changes for which nothing was optimised: a shift, a JPEG of quality 75, and a reduction to
-    three quarters (`judging`). The images of one latent do not depend on which others are made.
+    under held-out changes: a shift, a JPEG of quality 75, and a reduction to three quarters
+    (`judging`). The images of one latent do not depend on which others are made.
 
     Args:
         model: the model.
