@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 import sparsight as sp
@@ -18,11 +19,9 @@ from cutting import cut
 from small_runs import one_thread, store, train_small
 from sparsight.cli import main
 from sparsight.folders import settled
-from sparsight.latents import LatentName, set_names
+from sparsight.latents.index_files import parquet
 
 __all__ = ["one_thread", "store"]
-
-INDEX = {"images.parquet", "latents.parquet", "manifest.json", "top_examples.safetensors"}
 
 
 @pytest.fixture
@@ -34,23 +33,41 @@ def names_in(folder: Path) -> set[str]:
     return {each.name for each in folder.iterdir()}
 
 
-def test_an_index_killed_while_it_is_replaced_is_the_old_or_the_new_one(
+def test_an_index_killed_while_files_are_replaced_is_the_old_or_the_new_one(
     run: sp.Run, store: sp.ActivationStore
 ) -> None:
+    """A table and a file together, so that a mixture of both would be seen."""
     folder = run.out / "index"
-    old = sp.build_index(run.sae(), store, out=folder, quiet=True)
-    old = set_names(old, {1: LatentName("old", 0.5, "truth")})
-    new = set_names(old, {1: LatentName("new", 0.5, "truth")})
-    found = []
+    index = sp.build_index(run.sae(), store, out=folder, quiet=True)
+    tables = {word: named(index.table, word) for word in ("old", "new")}
+
+    def write(word: str) -> None:
+        opened = sp.LatentIndex.open(folder)
+        opened.with_files({"latents.parquet": parquet(tables[word]), "word": word.encode()})
+
+    write("old")
+    whole, found = names_in(folder), []
     for place in itertools.count(0, 4):
-        old.save()
-        if not cut(new.save, place, run.out):
+        write("old")
+        if not cut(lambda: write("new"), place, run.out):
             break
-        found.append(sp.LatentIndex.open(folder).row(1)["name"])
-        new.save()
-        assert names_in(folder) == INDEX
+        opened = sp.LatentIndex.open(folder)
+        word = opened.file("word")
+        assert word is not None
+        found.append(word.read_text())
+        assert opened.row(1)["name"] == found[-1]
+        assert len(opened.firing(1)[0]) == opened.row(1)["n_active_images"]
+        write("new")
+        assert names_in(folder) == whole
         assert not [name for name in names_in(run.out) if name.startswith(".index")]
     assert found == sorted(found, reverse=True) and set(found) == {"old", "new"}
+
+
+def named(table: pa.Table, name: str) -> pa.Table:
+    """`table` in which latent 1 has `name`."""
+    column = [name if latent == 1 else None for latent in table["latent"].to_pylist()]
+    place = table.column_names.index("name")
+    return table.set_column(place, "name", pa.array(column, pa.string()))
 
 
 def test_an_index_killed_while_it_is_rebuilt_is_never_without_names(
@@ -128,8 +145,10 @@ def test_sixty_kills_leave_the_old_or_the_new_and_the_same_command_then_succeeds
     (salience,) = map(str, found.iterdir())
 
     def index_is_whole() -> None:
-        assert names_in(run.out / "index") == INDEX
-        sp.LatentIndex.open(run.out / "index", run.sae())
+        index = sp.LatentIndex.open(run.out / "index", run.sae())
+        assert names_in(index.folder) == {"manifest.json", *index.manifest["files"]}
+        assert all(index.file(name) for name in index.manifest["files"])
+        assert len(index.by_latent.columns) == len(index.by_image.columns)
 
     def push_is_whole() -> None:
         assert sp.SparseAutoencoder.from_pretrained(place / "push").fingerprint()
