@@ -25,6 +25,11 @@ def without_surrogates(text: str) -> str:
     return text
 
 
+def shortened(text: str, length: int = 60) -> str:
+    """Return a text of at most `length` characters, for messages; what is left out becomes `…`."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def decoded(data: bytes) -> str:
     r"""Decode bytes as UTF-8; invalid bytes become `\xNN`, as in `without_surrogates`."""
     return data.decode("utf-8", "backslashreplace")

@@ -109,7 +109,7 @@ def test_files_have_every_row_and_column(run, folder, index, tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(row["density"]) for row in rows] == [row["density"] for row in wanted]
     assert [json.loads(row["histogram"]) for row in rows] == [row["histogram"] for row in wanted]
-    assert {row["map_x"] for row in rows} == {""}
+    assert {row["name_threshold"] for row in rows} == {""}
 
 
 def test_a_latent_is_described_with_labels_images_and_the_command_that_steers_it(
@@ -203,6 +203,10 @@ def test_only_the_latents_that_pass_a_filter_are_in_the_grid(run, folder, index)
         (["latents", "{run}/none"], "does not exist"),
         (["image", "{run}", "24"], "there is no image 24"),
         (["image", "{run}", "nothing.png"], "neither an image file, nor the id of an image"),
+        (["image", "{run}", 5000 * "a"], "…: is neither an image file, nor the id of an image"),
+        (["latents", "{run}", "--query", f'"{5000 * "a"}"'], "…'. In: ^"),
+        (["latents", "{run}", "--csv", "{run}/index/latents.parquet"], "belongs to an index"),
+        (["image", "{run}", "5", "--json", "{run}/index/manifest.json"], "belongs to an index"),
         (["image", "{run}", "5", "--where", "relativ > 1"], "Did you mean 'relative'?"),
         (["image", "{run}/index", "5", "--patches"], "needs the SAE of the index"),
     ],
@@ -210,7 +214,21 @@ def test_only_the_latents_that_pass_a_filter_are_in_the_grid(run, folder, index)
 def test_bad_input_gives_one_line(wrong, folder, arguments, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     line = wrong(*(argument.format(run=folder) for argument in arguments))
-    assert words in line
+    assert words in line and len(line) < 1000
+
+
+def test_rows_that_do_not_exist_are_refused(index):
+    """A negative row would otherwise be an empty one: a wrong answer without a word."""
+    for postings in (index.by_latent, index.by_image):
+        for row in (-1, postings.n_rows):
+            with pytest.raises(IndexError, match=f"no row {row}; there are rows 0 to"):
+                postings.row(row)
+
+
+@pytest.mark.unchecked
+def test_a_kind_of_neighbours_that_does_not_exist_is_refused(index):
+    with pytest.raises(sp.UserError, match="by 'images': choose decoder or coactivation"):
+        index.neighbours(1, by="images")
 
 
 def test_an_index_of_another_sae_is_refused(wrong, folder, tmp_path):

@@ -191,6 +191,16 @@ def test_mistakes_get_one_clear_message(parts: Parts, index: LatentIndex, tmp_pa
         "No naming method 'magic'; there are labels, text",
         lambda: name_latents(index, sae, given, by=["magic"]),
     )
+    for rate in (0.0, 2.0, float("nan")):  # before any pass: without activations
+        refuse(
+            f"--false-names is {rate}; it must lie between 0 and 1",
+            lambda rate=rate: name_latents(index, sae, by=["labels"], false_names=rate),
+        )
+        if rate:
+            refuse(
+                f"--min-precision is {rate}; it must lie between 0 and 1",
+                lambda rate=rate: name_latents(index, sae, by=["labels"], min_precision=rate),
+            )
     refuse("codes do not suffice. Give --store", lambda: name_latents(index, sae, by=["labels"]))
     refuse("give --text-model", lambda: name_latents(index, sae, given, by=["text"]))
     refuse("measure them with `sparsight evaluate", lambda: name_latents(index, sae, by=["truth"]))

@@ -23,6 +23,7 @@ from sparsight.latents.one_image import ImageLatents, image_latents, place_of
 from sparsight.latents.run_files import read_run
 from sparsight.latents.stored import find_stored
 from sparsight.sae import SparseAutoencoder, SparseCode
+from sparsight.text import shortened
 
 COLUMNS = ("latent", "activation", "relative", "patch", "n_active_images", "name", "top_label",
            "top_label_share")  # fmt: skip
@@ -132,9 +133,10 @@ def _latents(
     place = _place(options.photo, index)
     if place is not None and not options.patches and index.version > 1:
         return image_latents(index, place)
-    if place is None and not Path(options.photo).is_file():
+    if place is None and not _is_file(options.photo):
         raise UserError(
-            f"{options.photo}: is neither an image file, nor the id of an image in {index.folder}."
+            f"{shortened(options.photo, 200)}: is neither an image file, nor the id of an image "
+            f"in {index.folder}."
         )
     if sae is None:
         raise UserError(
@@ -159,12 +161,20 @@ def _place(photo: str, index: LatentIndex) -> int | None:
     if photo.isdecimal():
         return int(photo)
     place = place_of(index, photo)
-    if place is not None and Path(photo).is_file():
+    if place is not None and _is_file(photo):
         uri = index.info(place).uri
         if Path(photo).resolve() != Path(uri).resolve():
             note = f"{photo} is the id of an image of the collection; ./{photo} is the file."
             print_notes([note])
     return place
+
+
+def _is_file(photo: str) -> bool:
+    """Return whether a text is the path of a file; one that is too long for a path is not."""
+    try:
+        return Path(photo).is_file()
+    except OSError:
+        return False
 
 
 def _stored(folder: Path, index: LatentIndex, image: int) -> SparseCode | None:

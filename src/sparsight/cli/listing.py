@@ -18,6 +18,7 @@ from sparsight.cli.printing import WIDTH, plain_table
 from sparsight.errors import UserError
 from sparsight.figures import percent, rounded
 from sparsight.files import json_bytes, write_bytes, write_text
+from sparsight.latents.index_files import FILES, MANIFEST
 
 COLUMNS = (
     "latent", "name", "name_score", "density", "n_active_images", "max_activation", "moran",
@@ -109,11 +110,14 @@ def save_rows(rows: pa.Table, csv_file: Path | None, json_file: Path | None) -> 
     """Write all rows and columns of a table; in CSV, lists are JSON and missing values are empty.
 
     Raises:
-        UserError: a path cannot be written to.
+        UserError: a path cannot be written to, or is a file of an index.
         SparsightError: the disk is full or the folder cannot be written.
     """
     if csv_file is None and json_file is None:
         return
+    for file in (csv_file, json_file):
+        if file is not None:
+            _refuse_file_of_index(file)
     found: list[dict[str, Any]] = rows.to_pylist()
     if csv_file is not None:
         text = io.StringIO()
@@ -123,6 +127,15 @@ def save_rows(rows: pa.Table, csv_file: Path | None, json_file: Path | None) -> 
         write_text(csv_file, text.getvalue())
     if json_file is not None:
         write_bytes(json_file, json_bytes([_without_nan(row) for row in found]))
+
+
+def _refuse_file_of_index(file: Path) -> None:
+    """Raise a `UserError` if writing a file would damage an index, a store or codes."""
+    if file.name in FILES and (file.parent / MANIFEST).exists():
+        raise UserError(
+            f"{file}: belongs to an index, activations or codes, which this would damage. Choose "
+            "another name."
+        )
 
 
 def _csv_cell(value: Any) -> Any:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparsight.errors import UserError
+from sparsight.text import shortened
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
@@ -123,7 +124,7 @@ class Text:
 
     def unexpected(self, token: Token, expected: str) -> UserError:
         """Return the error about a token that stands where something else is expected."""
-        found = "the end" if token.kind == "end" else f"`{token.written}`"
+        found = "the end" if token.kind == "end" else f"`{shortened(token.written)}`"
         return self.wrong(token, f"expected {expected}, found {found}.")
 
 
@@ -198,7 +199,7 @@ def _unreadable(text: Text, place: int) -> UserError:
             here, f"`{written}` is not part of the language; write `{_HINTS[written]}`."
         )
     return text.wrong(
-        here, f"`{written}` is neither a number, a name, a text in quotes nor a sign."
+        here, f"`{shortened(written)}` is neither a number, a name, a text in quotes nor a sign."
     )
 
 

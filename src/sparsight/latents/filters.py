@@ -25,6 +25,7 @@ from sparsight.latents.expressions import (
     close_to,
     parse,
 )
+from sparsight.text import shortened
 
 _COMPARE = {
     "==": pc.equal,
@@ -106,7 +107,9 @@ class _Reader:
             names = self.table.column_names
             close = close_to(str(token.value), names)
             listed = ", ".join(names)
-            raise self.text.wrong(token, f"no column {token.value}.{close} Columns: {listed}.")
+            raise self.text.wrong(
+                token, f"no column {shortened(token.written)}.{close} Columns: {listed}."
+            )
         column = self.table[str(token.value)]
         if _is_number(column.type):
             return column.cast(pa.float64())

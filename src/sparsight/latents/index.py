@@ -297,8 +297,10 @@ class LatentIndex:
 
         Raises:
             UserError: the index has format version 1 or was built without neighbours, or the
-                latent does not exist.
+                latent or the kind of neighbours does not exist.
         """
+        if by not in self._neighbours:
+            raise UserError(f"Neighbours by {by!r}: choose {' or '.join(self._neighbours)}.")
         return self._neighbours[by].row(self.checked(latent), n)
 
     def near_misses(self, latent: int) -> list[SimilarImage]:

@@ -100,7 +100,13 @@ class Postings:
         return lengths
 
     def row(self, row: int) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
-        """Return the columns (rising) and values of a row."""
+        """Return the columns (rising) and values of a row.
+
+        Raises:
+            IndexError: the row does not exist; negative numbers do not count from the end.
+        """
+        if not 0 <= row < self.n_rows:
+            raise IndexError(f"no row {row}; there are rows 0 to {self.n_rows - 1}")
         entries = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         return self.columns[entries], self.values[entries]
 

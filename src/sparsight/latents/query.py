@@ -39,6 +39,7 @@ from sparsight.latents.image_sets import (
 )
 from sparsight.notebooks import data_frame, html_grid
 from sparsight.sae import SparseCode
+from sparsight.text import shortened
 
 if TYPE_CHECKING:
     import pandas
@@ -331,7 +332,9 @@ class _Reader:
             )
         if not latents:
             known = self.index.table["name"].unique().drop_null().to_pylist()
-            raise self.text.wrong(subject, f"no latent is named {name!r}.{close_to(name, known)}")
+            raise self.text.wrong(
+                subject, f"no latent is named {shortened(name)!r}.{close_to(name, known)}"
+            )
         return latents[0]
 
     def labelled(self, condition: Condition) -> Asked:
@@ -355,6 +358,6 @@ class _Reader:
         if value.value not in names:
             label = str(value.value)
             raise self.text.wrong(
-                value, f"no image has the label {label!r}.{close_to(label, names)}"
+                value, f"no image has the label {shortened(label)!r}.{close_to(label, names)}"
             )
         return names.index(str(value.value))

@@ -22,7 +22,7 @@ from sparsight.naming.image_space import check_text, embedded
 from sparsight.naming.labels import MIN_PRECISION
 from sparsight.naming.methods import METHODS, NEED_TEXT, Material
 from sparsight.naming.names_file import TRUTH, NameTable, precedence
-from sparsight.naming.null import Null, UntrainedLatents, alive, fit_null
+from sparsight.naming.null import Null, UntrainedLatents, alive, check_rate, fit_null
 from sparsight.naming.scores import Candidates, LatentActivations, Method
 from sparsight.naming.untrained import ENOUGH_LATENTS, untrained_activations
 from sparsight.naming.vlm import Answers, ask_about_latents, phrase_vocabulary
@@ -108,10 +108,13 @@ def name_latents(
         settings: batch size, workers and quiet of the pass that embeds images.
 
     Raises:
-        UserError: the index is of another SAE or has format version 1, a method is unknown or lacks
-            what it needs, or there are too few untrained latents for the rate.
+        UserError: a number is out of range, the index is of another SAE or has format version 1, a
+            method is unknown or lacks what it needs, or there are too few untrained latents for the rate.
     """
     check_seed(seed)
+    check_rate(false_names)
+    if not 0 <= min_precision <= 1:
+        raise UserError(f"--min-precision is {min_precision}; it must lie between 0 and 1.")
     index.check_sae(sae)
     settings = settings or PassSettings()
     wanted = _methods(by, index, text_model or model)

@@ -81,6 +81,12 @@ class Null:
         return wilson_interval(self.false_names_together, self.n_check)
 
 
+def check_rate(rate: float) -> None:
+    """Raise a `UserError` unless a rate of false names lies between 0 and 1."""
+    if not 0 < rate < 1:
+        raise UserError(f"--false-names is {rate}; it must lie between 0 and 1, such as 0.05.")
+
+
 def fit_null(methods: Sequence[Method], untrained: UntrainedLatents, rate: float) -> Null:
     """Calibrate methods, set their thresholds, and measure the rate of false names.
 
@@ -96,8 +102,7 @@ def fit_null(methods: Sequence[Method], untrained: UntrainedLatents, rate: float
     Raises:
         UserError: the rate is not between 0 and 1, or there are too few untrained latents for it.
     """
-    if not 0 < rate < 1:
-        raise UserError(f"--false-names is {rate}; it must lie between 0 and 1, such as 0.05.")
+    check_rate(rate)
     n = len(untrained.threshold)
     allowed = most_false_names(n, rate)
     if allowed is None or not len(untrained.check):
