@@ -109,7 +109,8 @@ def name_latents(
 
     Raises:
         UserError: a number is out of range, the index is of another SAE or has format version 1, a
-            method is unknown or lacks what it needs, or there are too few untrained latents for the rate.
+            method is unknown or lacks what it needs, or there are too few untrained latents for the
+            rate.
     """
     check_seed(seed)
     check_rate(false_names)
