@@ -393,6 +393,9 @@ def test_mismatched_inputs_are_refused(
         build_index(other, activations, out=out)
     with pytest.raises(UserError, match="top_n is 0"):
         build_index(sae, activations, out=out, top_n=0)
+    sae.save_pretrained(tmp_path / "run")
+    with pytest.raises(UserError, match="holds an SAE"):
+        build_index(sae, activations, out=tmp_path / "run", quiet=True)
     with pytest.raises(UserError, match="leave `images` out"):
         build_index(sae, activations, source, out=out)
     assert not out.exists()

@@ -16,9 +16,10 @@ from sparsight.cli.printing import print_notes
 from sparsight.cli.subject import SubjectOptions, Subjects
 from sparsight.errors import UserError
 from sparsight.files import read_json
-from sparsight.latents import CodeStore, build_index, upgrade_index
+from sparsight.latents import CodeStore, LatentIndex, build_index, upgrade_index
 from sparsight.latents.build import UNIFORM_SAMPLES
 from sparsight.latents.embedding_writer import Wanted
+from sparsight.latents.index_files import VERSION
 from sparsight.sae import SparseAutoencoder
 
 HELP = Help(
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str]) -> None:
         out = options.out or folder / "index"
         data = subjects.activations(folder, sae) if codes is None else codes
         if options.upgrade:
+            if LatentIndex.open(out, sae).version == VERSION:
+                print_notes([f"{out} has the newest format already, so nothing is read or changed"])
             index = upgrade_index(out, sae, data, batch_images=options.batch_images)
         else:
             index = build_index(

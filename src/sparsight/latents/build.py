@@ -57,6 +57,7 @@ from sparsight.latents.statistics import LatentStatistics
 from sparsight.latents.summary import latent_table, summarise
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
+from sparsight.sae.files import WEIGHTS
 from sparsight.vision import VisionModel, count_from_start
 
 UNIFORM_SAMPLES = 16
@@ -219,9 +220,14 @@ def _replace(
 
 
 def _refuse_other_things(out: Path) -> None:
-    """Raise a `UserError` if the folder holds a store or codes; their files share the index's
-    names.
+    """Raise a `UserError` if the folder is a run, or holds a store or codes; their files share the
+    index's names.
     """
+    if (out / WEIGHTS).exists():
+        raise UserError(
+            f"{out}: holds an SAE, whose index is looked for in {out / 'index'}. Give that folder, "
+            "or no folder."
+        )
     try:
         there = read_json(out / MANIFEST)
     except UserError:  # no index, or a damaged one

@@ -178,7 +178,7 @@ class PostingSpool:
         self._counts.append(counts.numpy())
         self.n_entries += len(image)
         for name, column in (("columns", latent), ("values", value), ("tokens", token)):
-            column.to(_LAYOUT[name]).numpy().tofile(self._raw[name])
+            self._raw[name].write(column.to(_LAYOUT[name]).contiguous().numpy().data)
 
     def write(self, by_image: Path, by_latent: Path, n_places: int, n_latents: int) -> None:
         """Write both files of posting lists, and remove the temporary ones.
@@ -237,7 +237,7 @@ class PostingSpool:
                 del parts
                 order = np.argsort(latent, kind="stable")  # so images keep rising
                 for file, column in zip(raw, columns, strict=True):
-                    column[order].tofile(file)
+                    file.write(column[order].data)
 
     def _entries_of(
         self, latents: range, images: range, of_images: Int64[np.ndarray, " images_and_one"]

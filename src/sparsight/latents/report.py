@@ -27,6 +27,9 @@ from sparsight.redaction import without_folders
 from sparsight.vision import VisionModel
 
 MAX_BYTES = 4_700_000
+NOTES_TOLD = 3
+"""Notes of a run that are also printed; the page has all of them."""
+
 THUMBNAILS = (LARGEST, 192, 176, 160, 144, 128, 112, 96, 72)
 """Longest sides of images, in pixels, tried in turn until the page is small enough."""
 
@@ -98,8 +101,20 @@ def write_report(
             f"note: {out} has {size / 1e6:.1f} MB; show fewer latents to make it smaller.",
             file=sys.stderr,
         )
+    if not quiet:
+        for view in views:
+            _tell(view)
     write_text(out, page)
     return out
+
+
+def _tell(view: RunView) -> None:
+    """Say on stderr what the page could not show."""
+    notes = list(dict.fromkeys(view.gallery.notes)) if view.gallery else []
+    more = f" ({len(notes) - NOTES_TOLD:,} more on the page)" if len(notes) > NOTES_TOLD else ""
+    for i, note in enumerate(notes[:NOTES_TOLD]):
+        end = more if i == NOTES_TOLD - 1 else ""
+        print(f"note: {view.name}: {note}{end}", file=sys.stderr)
 
 
 def _page_of_size(
