@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,11 +15,16 @@ from sparsight.activations import ActivationStore, extract
 from sparsight.cli import main
 from sparsight.errors import UserError
 from sparsight.images import open_images
+from sparsight.latents import build_index
+from sparsight.latents.coactivation import Coactivation
 from sparsight.latents.code_shards import CodeBatch
+from sparsight.naming import NameTable
+from sparsight.naming.vocabulary import CATEGORIES
 from sparsight.sae import SAEConfig, SparseAutoencoder, SparseCode, TopK
-from sparsight.taxonomy import Rule, classify, follow, write_taxonomy
+from sparsight.taxonomy import KINDS, Evidence, Rule, classify, follow, write_taxonomy
 from sparsight.taxonomy.deciding import decide
-from sparsight.taxonomy.following import strongest_partners
+from sparsight.taxonomy.evidence import CATEGORY_KINDS, kinds_by_name
+from sparsight.taxonomy.following import ActivityLists
 from sparsight.taxonomy.looks import Looks, looks_of
 from sparsight.taxonomy.measuring import Measures, Measuring
 from sparsight.vision import load_model
@@ -161,12 +167,49 @@ def test_few_untrained_latents_get_a_kind_and_truth_comes_before_the_rule(
         assert other.kind.tolist() == other.by_rule.tolist() == layer.by_rule.tolist()
 
 
-def test_names_decide_before_the_rule(store: ActivationStore) -> None:
+def test_names_decide_before_labels_and_labels_before_the_rule(store: ActivationStore) -> None:
     layers = {"last": (sae_of(store, SITES[1]), store)}
-    (layer,) = classify(layers, truth=False, names={"last": {7: "scene"}}, quiet=True)
-    assert (layer.kind[7], layer.source[7]) == ("scene", "names")
+    evidence = Evidence({7: "scene"}, frozenset({7, 8}))
+    (layer,) = classify(layers, truth=False, evidence={"last": evidence}, quiet=True)
+    assert (layer.kind[7], layer.source[7]) == ("scene", "name")
+    rule = layer.by_rule[8]
+    expected = (rule, "spatial") if rule in ("text", "position") else ("object", "label")
+    assert (layer.kind[8], layer.source[8]) == expected
+    assert layer.source[9] == "spatial"
     with pytest.raises(UserError, match="no latent 256"):
-        classify(layers, truth=False, names={"last": {256: "scene"}}, quiet=True)
+        wrong = Evidence({256: "scene"})
+        classify(layers, truth=False, evidence={"last": wrong}, quiet=True)
+
+
+def test_accepted_names_give_the_kind_of_their_category() -> None:
+    def row(latent: int, method: str, name: str, accepted: bool = True) -> dict[str, object]:
+        return {"latent": latent, "method": method, "name": name, "score": 1.0,
+                "threshold": 0.5, "accepted": accepted, "runners_up": [],
+                "figures": []}  # fmt: skip
+
+    about = {"vocabulary": {"name": "calibration"}}
+    texts = [row(0, "text", "red object"), row(1, "text", "anchor", accepted=False),
+             row(2, "text", "the word “anchor”")]  # fmt: skip
+    table = NameTable.of_nothing().with_method("text", texts, about)
+    table = table.with_method("truth", [row(0, "truth", "anchor")], {})
+    table = table.with_method("centroid", [row(1, "centroid", "anchor")], about)
+    assert kinds_by_name(table, truth=True) == {0: "object", 2: "text"}
+    assert kinds_by_name(table, truth=False) == {0: "colour", 2: "text"}
+    assert set(CATEGORY_KINDS) <= set(CATEGORIES) and set(CATEGORY_KINDS.values()) <= set(KINDS)
+
+
+def test_an_index_of_version_1_is_refused_in_one_line(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    sae = sae_of(store, SITES[1])
+    index = build_index(sae, store, out=tmp_path / "index", quiet=True)
+    assert Evidence.of(index, sae).names == {}
+    old = dataclasses.replace(index, manifest={**index.manifest, "version": 1})
+    with pytest.raises(UserError, match=r"format version 1.*--upgrade") as caught:
+        Evidence.of(old, sae)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="another SAE"):
+        Evidence.of(index, SparseAutoencoder(192, sae.config, seed=1))
 
 
 def test_correlations_across_layers_are_those_of_numpy() -> None:
@@ -174,11 +217,12 @@ def test_correlations_across_layers_are_those_of_numpy() -> None:
     one, other = (torch.rand(50, n, generator=generator) for n in (5, 7))
     one[one < 0.5], other[other < 0.5] = 0, 0
     other[:, 4] = 2 * one[:, 1]
-    values, partners = strongest_partners(one.to_sparse(), other.to_sparse(), 2)
+    lists = [ActivityLists.of(x.to_sparse()) for x in (one, other)]
+    table = Coactivation(*lists).table(n=2)
     expected = np.corrcoef(one.numpy().T, other.numpy().T)[:5, 5:]
-    np.testing.assert_allclose(values[:, 0], expected.max(axis=1), atol=1e-5)
-    assert partners[:, 0].tolist() == expected.argmax(axis=1).tolist()
-    assert partners[1, 0] == 4
+    np.testing.assert_allclose(table.score[:, 0], expected.max(axis=1), atol=1e-5)
+    assert table.latent[:, 0].tolist() == expected.argmax(axis=1).tolist()
+    assert table.latent[1, 0] == 4
 
 
 def test_the_command_writes_tables_plots_and_edges(

@@ -13,8 +13,11 @@ from sparsight.cli.opening import open_saes
 from sparsight.cli.options import parse
 from sparsight.cli.printing import print_notes, print_table
 from sparsight.cli.subject import SubjectOptions, Subjects
+from sparsight.folders import settled
+from sparsight.latents import LatentIndex
+from sparsight.latents.index_files import MANIFEST
 from sparsight.latents.run_files import run_names
-from sparsight.taxonomy import Rule, classify, follow, write_taxonomy
+from sparsight.taxonomy import Evidence, Rule, classify, follow, write_taxonomy
 from sparsight.taxonomy.classifying import MAX_IMAGES
 from sparsight.taxonomy.following import LEAST_CORRELATION
 from sparsight.taxonomy.writing import table_rows
@@ -64,6 +67,11 @@ def main(arguments: Sequence[str]) -> None:
     saes = open_saes(options.runs, options.device)
     subjects = Subjects(options)
     names = run_names(list(saes))
+    evidence = {
+        name: Evidence.of(LatentIndex.open(folder), sae, truth=options.truth)
+        for name, (folder, sae) in zip(names, saes.items(), strict=True)
+        if (settled(folder / "index") / MANIFEST).exists()
+    }
     layers = classify(
         {
             name: (sae, subjects.activations(folder, sae))
@@ -71,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
         },
         rule=rule,
         truth=options.truth,
+        evidence=evidence,
         max_images=options.max_images,
         seed=options.seed,
     )

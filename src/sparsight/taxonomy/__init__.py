@@ -6,6 +6,7 @@ position or none), `follow` links latents of consecutive layers, `write_taxonomy
 
 from sparsight.taxonomy.classifying import LayerKinds, classify
 from sparsight.taxonomy.deciding import Rule
+from sparsight.taxonomy.evidence import Evidence
 from sparsight.taxonomy.following import Edge, follow
 from sparsight.taxonomy.kinds import KINDS, TRUTH_KINDS
 from sparsight.taxonomy.measuring import Measures
@@ -15,6 +16,7 @@ __all__ = [
     "KINDS",
     "TRUTH_KINDS",
     "Edge",
+    "Evidence",
     "LayerKinds",
     "Measures",
     "Rule",

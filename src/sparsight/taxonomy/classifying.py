@@ -24,6 +24,7 @@ from sparsight.latents.image_records import image_records
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder, SparseCode
 from sparsight.taxonomy.deciding import Rule, decide, gate_threshold
+from sparsight.taxonomy.evidence import Evidence
 from sparsight.taxonomy.kinds import TRUTH_KINDS, Kinds
 from sparsight.taxonomy.looks import Looks, looks_of
 from sparsight.taxonomy.measuring import Measures, Measuring
@@ -45,7 +46,7 @@ class LayerKinds:
         site: where in the model the SAE reads.
         sae: fingerprint of the SAE.
         kind: kind of each latent: by truth where it is known, otherwise by the rule.
-        source: where each kind comes from: "truth", "names" or "statistics".
+        source: where each kind comes from: "truth", "name", "label" or "spatial" (the rule).
         by_rule: kind of each latent by the rule alone, which knows no truth, label or name.
         truth: latent → `attribute`, `f1`, …, for latents with an F1 of `TRUTH_F1` or more.
         measures: what the rule is based on.
@@ -95,7 +96,7 @@ def classify(
     *,
     rule: Rule | None = None,
     truth: bool = True,
-    names: Mapping[str, Mapping[int, str]] | None = None,
+    evidence: Mapping[str, Evidence] | None = None,
     max_images: int | None = MAX_IMAGES,
     seed: int = 0,
     quiet: bool = False,
@@ -106,7 +107,7 @@ def classify(
         layers: by name, each SAE and activations for it; all of one model on the same images.
         rule: thresholds; see `Rule`.
         truth: use ground truth where the images have one (`calibration:…`).
-        names: by name of the layer, the kinds that accepted names imply: latent → kind.
+        evidence: by name of the layer, what names and labels say; see `Evidence.of`.
         max_images: size of the random sample of images; None for all. Memory holds two numbers per
             patch and one per active latent of each image.
         seed: seed of the sample and of the untrained SAEs.
@@ -132,7 +133,7 @@ def classify(
         threshold = gate_threshold(first, rule)
         known = _truth(sae, passes, given, seed) if truth else {}
         by_rule = decide(own, threshold, rule)
-        kind, source = _final(by_rule, known, (names or {}).get(name, {}), name)
+        kind, source = _final(by_rule, known, (evidence or {}).get(name, Evidence()), name)
         null_kinds = decide(second, threshold, rule)[second.images > 0]
         null_share = float((null_kinds != "none").mean()) if len(null_kinds) else 0.0
         found.append(
@@ -166,16 +167,21 @@ def check_layers(layers: Mapping[str, tuple[SparseAutoencoder, ActivationSource]
 def _final(
     by_rule: Kinds,
     known: Mapping[int, Mapping[str, Any]],
-    named: Mapping[int, str],
+    evidence: Evidence,
     name: str,
 ) -> tuple[Kinds, Kinds]:
-    """Return kinds and their sources: truth comes before names, names before the rule."""
-    kind, source = by_rule.copy(), np.full(len(by_rule), "statistics", dtype="<U10")
+    """Return kinds and their sources: truth comes before names, these before labels and the rule.
+
+    A label makes an object, unless the rule says that the latent is about text or a position.
+    """
+    kind, source = by_rule.copy(), np.full(len(by_rule), "spatial", dtype="<U10")
     truths = {i: truth_kind(about) for i, about in known.items()}
-    for origin, kinds in (("names", named), ("truth", truths)):
+    for latent in (*evidence.names, *evidence.labels):
+        if not 0 <= latent < len(kind):
+            raise UserError(f"{name}: no latent {latent}; it has 0 to {len(kind) - 1}.")
+    labelled = {i: "object" for i in evidence.labels if by_rule[i] not in ("text", "position")}
+    for origin, kinds in (("label", labelled), ("name", evidence.names), ("truth", truths)):
         for latent, value in kinds.items():
-            if not 0 <= latent < len(kind):
-                raise UserError(f"{name}: no latent {latent}; it has 0 to {len(kind) - 1}.")
             if value is not None:
                 kind[latent], source[latent] = value, origin
     return kind, source

@@ -6,15 +6,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sparsight.config import check_positive
 from sparsight.errors import UserError
+from sparsight.latents.coactivation import Coactivation
+from sparsight.latents.postings import Postings
 from sparsight.taxonomy.classifying import LayerKinds
 
-COLUMNS_AT_A_TIME = 512
 LEAST_CORRELATION = 0.3
 
 
@@ -43,14 +45,14 @@ def follow(
     Args:
         layers: results of `classify`, in the order of the layers.
         n: number of latents of the next layer per latent.
-        least: least correlation of an edge.
+        least: least correlation of an edge, from 0; negative ones make no edge.
 
     Raises:
         UserError: layers were classified on different numbers of images, or a number is wrong.
     """
     check_positive(n=n)
-    if not -1 <= least <= 1:
-        raise UserError(f"least is {least}; a correlation lies between -1 and 1.")
+    if not 0 <= least <= 1:
+        raise UserError(f"least is {least}; links need a correlation between 0 and 1.")
     edges = []
     for place, (one, other) in enumerate(itertools.pairwise(layers)):
         if one.n_images != other.n_images:
@@ -58,63 +60,46 @@ def follow(
                 f"{one.name} was classified on {one.n_images:,} images and {other.name} on "
                 f"{other.n_images:,}: latents can be followed only over the same images."
             )
-        values, latents = strongest_partners(one.activity, other.activity, n)
-        for latent, (row, partners) in enumerate(zip(values, latents, strict=True)):
-            edges += [
-                Edge(place, latent, int(partner), float(value))
-                for value, partner in zip(row, partners, strict=True)
-                if float(value) >= least
-            ]
+        pair = Coactivation(ActivityLists.of(one.activity), ActivityLists.of(other.activity))
+        table = pair.table(n=n)
+        edges += [
+            Edge(place, latent, neighbour.latent, neighbour.score)
+            for latent in range(one.n_latents)
+            for neighbour in table.row(latent)
+            if neighbour.score >= least
+        ]
     return edges
 
 
-def strongest_partners(
-    one: Float[Tensor, "images n"], other: Float[Tensor, "images m"], k: int
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """Return the k highest correlations of each column of `one`, and the columns of `other`.
+@dataclass(frozen=True)
+class ActivityLists:
+    """Activations over a sample of images as posting lists, such as an index has.
 
-    Args:
-        one: sparse matrix.
-        other: sparse matrix with as many rows; blocks of its columns are made dense.
-        k: number of partners; all columns of `other` if it has fewer.
+    Attributes:
+        by_latent: rows are latents.
+        by_image: rows are images of the sample.
     """
-    n_images, k = one.shape[0], min(k, other.shape[1])
-    mean, deviation = _moments(one)
-    other_mean, other_deviation = _moments(other)
-    transposed = one.t().coalesce()
-    best = torch.full((one.shape[1], k), -torch.inf)
-    which = torch.zeros(one.shape[1], k, dtype=torch.int64)
-    for first in range(0, other.shape[1], COLUMNS_AT_A_TIME):
-        stop = min(first + COLUMNS_AT_A_TIME, other.shape[1])
-        block = _dense_columns(other, first, stop)
-        products = torch.sparse.mm(transposed, block).double() / n_images
-        covariance = products - mean[:, None] * other_mean[None, first:stop]
-        scale = deviation[:, None] * other_deviation[None, first:stop]
-        defined = scale > 0
-        correlation = torch.where(defined, covariance / scale.clamp(min=1e-300), -torch.inf)
-        places = torch.arange(first, stop).expand(len(best), -1)
-        joined = torch.cat([best, correlation.float()], dim=1)
-        best, order = joined.topk(k, dim=1)
-        which = torch.cat([which, places], dim=1).gather(1, order)
-    return best, which
+
+    by_latent: Postings
+    by_image: Postings
+
+    @property
+    def image_places(self) -> Int64[np.ndarray, " images"]:
+        """Places of the images: all rows of `by_image`."""
+        return np.arange(self.by_image.n_rows)
+
+    @classmethod
+    def of(cls, activity: Float[Tensor, "images n_latents"]) -> ActivityLists:
+        """Turn a sparse matrix into lists."""
+        return cls(_postings(activity.t()), _postings(activity))
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each column of a sparse matrix, zeros included."""
-    x = x.coalesce()
-    column, values = x.indices()[1], x.values().double()
-    n = x.shape[0]
-    mean = torch.zeros(x.shape[1]).double().index_add_(0, column, values) / n
-    square = torch.zeros(x.shape[1]).double().index_add_(0, column, values**2) / n
-    variance = square - mean**2
-    variance[variance <= 1e-12 * square] = 0
-    return mean, variance.sqrt()
-
-
-def _dense_columns(x: Tensor, first: int, stop: int) -> Float[Tensor, "images columns"]:
-    x = x.coalesce()
-    row, column = x.indices()
-    inside = (column >= first) & (column < stop)
-    dense = torch.zeros(x.shape[0], stop - first)
-    dense[row[inside], column[inside] - first] = x.values()[inside]
-    return dense
+def _postings(matrix: Float[Tensor, "rows columns"]) -> Postings:
+    matrix = matrix.coalesce()
+    row, column = matrix.indices()
+    counts = row.bincount(minlength=matrix.shape[0])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return Postings(
+        offsets.numpy(), column.int().numpy(), matrix.values().float().numpy(), None,
+        matrix.shape[1],
+    )  # fmt: skip

@@ -27,6 +27,8 @@ PARQUET, CSV, SUMMARY, EDGES, EDGES_CSV = (
 )  # fmt: skip
 LAYERS_PLOT, EDGES_PLOT = "layers.svg", "edges.svg"
 TABLE = "table.md"
+SOURCES = ("truth", "name", "label", "spatial")
+"""What decides a kind, in order of precedence."""
 FILES = (TABLE, PARQUET, CSV, SUMMARY, EDGES, EDGES_CSV, LAYERS_PLOT, EDGES_PLOT)
 
 COLOURS = dict(zip(KINDS, (*PALETTE, "#c9a227", "#d8dde1"), strict=True))
@@ -104,6 +106,7 @@ def summary(layers: Sequence[LayerKinds]) -> list[dict[str, Any]]:
             "layer": layer.name, "site": layer.site, "sae": layer.sae, "n_latents": layer.n_latents,
             "n_active": n, "n_images": layer.n_images, "kinds": kinds,
             "untrained_with_kind": layer.null_share,
+            "sources": {name: int((layer.source[active] == name).sum()) for name in SOURCES},
         }  # fmt: skip
         if layer.truth:
             entry["truth"] = _against_truth(layer)
@@ -154,7 +157,12 @@ def table_markdown(layers: Sequence[LayerKinds]) -> str:
     rows = [head, ["---"] * len(head), *body]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     note = "Shares of active latents, in brackets Wilson's 95 % intervals."
-    return "\n".join([*lines, "", note]) + "\n"
+    decided = [["layer", *SOURCES], ["---"] * (1 + len(SOURCES))]
+    for entry in summary(layers):
+        decided.append([entry["layer"], *(f"{entry['sources'][name]:,}" for name in SOURCES)])
+    lines += ["", note, "", "Active latents by what decided their kind:", ""]
+    lines += ["| " + " | ".join(row) + " |" for row in decided]
+    return "\n".join(lines) + "\n"
 
 
 def layers_plot(layers: Sequence[LayerKinds]) -> Figure:
