@@ -42,7 +42,7 @@ class TaxonomyOptions(SubjectOptions):
     """Folder for the tables, the plots and the edges between layers."""
 
     truth: bool = True
-    """Use the ground truth of calibration images. Without it, the rule alone decides."""
+    """Use the ground truth of calibration images. Without it, names, labels and the rule decide."""
 
     false_kinds: float = 0.05
     """Share of an untrained autoencoder's latents that may get a kind."""
