@@ -29,6 +29,10 @@ HELP = Help(
         "runs/b32-l9 --upgrade",
     ),
     needed=("runs",),
+    common=(
+        *("store", "images", "codes", "out", "top-n", "upgrade", "embeddings", "neighbours"),
+        *("seed",),
+    ),
 )
 
 

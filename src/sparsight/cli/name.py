@@ -37,6 +37,10 @@ HELP = Help(
         "runs/b32-l9 --by vlm --vlm-url http://localhost:8000/v1 --vlm-model NAME",
     ),
     needed=("runs",),
+    common=(
+        *("by", "vocabulary", "text-model", "false-names", "store", "images", "forget"),
+        *("vlm-url", "vlm-model"),
+    ),
 )
 
 
