@@ -30,6 +30,7 @@ WORDS = {
     TRUTH: "truth (F1 on held-out images)",
     "labels": "labels (F1 on held-out images)",
     "text": "text (correlation over all images, in SDs of untrained latents)",
+    "splice": "splice (weight of the word in SpLiCE)",
     "vlm": "vlm (correlation over images that were not shown, in SDs of untrained latents)",
     "centroid": "centroid (cosine with the strongest images, in SDs of untrained latents)",
     "causal": "causal (shift of the image embedding, in SDs of untrained latents)",
