@@ -52,12 +52,6 @@ EDGE, GAP = 28, 12
 KINDS = ("symbol", "symbol", "word", "object_colour", "background")
 """Kinds of ground truth, one per column; a kind named twice shows its two best attributes."""
 
-PARTS = (
-    "#run0, #terms, .plots, .part, .tables, details, nav, .tools, .bands { display: none }"
-    "main { padding-top: 24px } .run > header { margin-top: 24px } .how { margin: 26px 0 16px }"
-)
-"""Style that leaves the head of a report, and the figures and cards of its second run."""
-
 INCH = 112
 """Pixels on a page for an inch of a plot: nine-point text is as large as the page's."""
 
@@ -256,7 +250,7 @@ def attack(run: Path, tile: int = 256) -> Image.Image:
 
 
 def screenshots(report: Path, options: Options) -> list[Path]:
-    """Figures and cards of the demo's report, light and dark; none without Chromium."""
+    """The demo's report as it opens, light and dark; none without Chromium."""
     browser = shutil.which(options.chromium)
     if browser is None:
         print(f"note: no {options.chromium} here: the pictures of the report stay as they are")
@@ -268,17 +262,16 @@ def screenshots(report: Path, options: Options) -> list[Path]:
 
 
 def _screenshot(browser: str, page: Path, *, dark: bool) -> Image.Image:
-    """The page's head, and of its last run the headline figures and the first cards."""
+    """The top of the page, as it opens."""
     with tempfile.TemporaryDirectory() as folder:
-        shot, parts = Path(folder) / "shot.png", Path(folder) / "report.html"
-        text = page.read_text(encoding="utf-8")
-        write_text(parts, text.replace("</head>", f"<style>{PARTS}</style></head>"))
+        shot = Path(folder) / "shot.png"
         command = [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
             "--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder}/profile",
-            "--window-size=1180,1100", f"--screenshot={shot}",
-            *(["--blink-settings=preferredColorScheme=0"] if dark else []), parts.as_uri(),
+            "--window-size=1180,920", f"--screenshot={shot}",
+            *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+            page.absolute().as_uri(),
         ]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
         picture = Image.open(shot).convert("RGB")
