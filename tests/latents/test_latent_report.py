@@ -132,6 +132,16 @@ def test_there_is_one_card_per_latent_with_images_and_outlines(html: str) -> Non
     assert "1 was drawn at random (seed 0) from the" in page.words
 
 
+def test_a_card_lists_the_neighbours_that_the_index_knows(html: str, run: Path) -> None:
+    index = LatentIndex.open(run)
+    assert "Fires in the same images" in html
+    shown = [int(latent) for latent in re.findall(r'<article class="card" id="run0-l(\d+)"', html)]
+    for latent in shown[:3]:
+        card = html.split(f'id="run0-l{latent}"')[1].split("</article>")[0]
+        for near in index.neighbours(latent, "coactivation", 4):
+            assert f'data-latent="{near.latent}"' in card and f"({near.score:.2f})" in card
+
+
 def test_the_page_says_what_it_is_and_what_to_do_next(html: str) -> None:
     words = Page(html).words
     assert re.search(r"What \S+ sees in pictures", words)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sparsight.latents.choosing import choose_latents
 from sparsight.latents.index import Example, LatentIndex
+from sparsight.latents.index_files import NEIGHBOURS
 from sparsight.latents.outlines import outline, view_box
 from sparsight.latents.seeing import Seen, see
 from sparsight.latents.stored import StoredCodes
@@ -64,6 +65,8 @@ class Card:
     bands: list[tuple[str, list[Shot]]]
     similar: list[tuple[int, float]]
     """Latents with the most similar decoder rows, and the cosines."""
+    together: list[tuple[int, float]]
+    """Latents that fire in the same images, and the correlations; empty if they are not known."""
 
 
 @dataclass
@@ -154,7 +157,8 @@ def make_gallery(
                 n_labelled,
                 top,
                 list(zip(_band_names(len(bands)), bands, strict=True)),
-                similar(sae, latent),
+                similar(index, sae, latent),
+                fires_with(index, latent),
             )
         )
     return gallery
@@ -175,13 +179,29 @@ def label_counts(index: LatentIndex, latent: int) -> tuple[str, int]:
     return ", ".join(parts), counts.total()
 
 
-def similar(sae: SparseAutoencoder, latent: int, n: int = SIMILAR_SHOWN) -> list[tuple[int, float]]:
+def similar(
+    index: LatentIndex, sae: SparseAutoencoder, latent: int, n: int = SIMILAR_SHOWN
+) -> list[tuple[int, float]]:
     """Return the latents whose decoder rows have the largest cosine with that of `latent`."""
+    if has_neighbours(index):
+        return [(near.latent, near.score) for near in index.neighbours(latent, "decoder", n)]
     rows = sae.W_dec.detach().float()
     cosine = (rows @ rows[latent]) / (rows.norm(dim=1) * rows[latent].norm()).clamp(min=1e-12)
     cosine[latent] = -2
     values, places = cosine.topk(min(n, len(rows) - 1))
     return list(zip(places.tolist(), values.tolist(), strict=True))
+
+
+def fires_with(index: LatentIndex, latent: int, n: int = SIMILAR_SHOWN) -> list[tuple[int, float]]:
+    """Return the latents whose activation over images correlates most; [] if that is not known."""
+    if not has_neighbours(index):
+        return []
+    return [(near.latent, near.score) for near in index.neighbours(latent, "coactivation", n)]
+
+
+def has_neighbours(index: LatentIndex) -> bool:
+    """Return whether an index knows the neighbours of its latents."""
+    return index.version > 1 and index.file(NEIGHBOURS) is not None
 
 
 def _outlines(
