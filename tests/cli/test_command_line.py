@@ -83,7 +83,7 @@ def test_the_help_of_a_verb_is_one_screen_that_begins_with_examples(verb, capsys
     shown = capsys.readouterr().out
     assert f"usage: sparsight {verb}" in shown
     assert f"examples:\n  sparsight {verb}" in shown
-    leaves_nothing = ("pretrained", "push", "latents", "image")
+    leaves_nothing = ("pretrained", "push", "latents", "image", "name")
     assert "--out" in shown or verb in leaves_nothing
     assert len(shown.splitlines()) <= 60
     assert "None" not in shown.split("options:")[0]

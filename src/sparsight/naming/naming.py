@@ -161,6 +161,7 @@ def forget_names(index: LatentIndex, methods: Sequence[str] = ()) -> LatentIndex
     Raises:
         UserError: one of the methods has given no names.
     """
+    index = index.latest()
     if not methods:
         empty = NameTable.of_nothing()
         return empty.write(index, keep_others=False)
