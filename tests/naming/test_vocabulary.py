@@ -65,10 +65,10 @@ def test_a_users_file_is_read(
         ("twice.txt", b"red car\nsun\nRed Car\n", "line 3"),
         ("control.txt", b"a\nb\tc\n", "line 2"),
         ("latin.txt", b"a\ncaf\xe9\n", "UTF-8"),
-        ("empty.txt", b"", "empty"),
-        ("column.csv", b"name\na\n", "word"),
+        ("a.txt", b"", "empty"),
+        ("a.csv", b"name\na\n", "column 'word'|column word"),
         ("cells.csv", b"word,category\na,b\nc\n", "line 3"),
-        ("words.json", b"[]", "suffix|json"),
+        ("words.json", b"[]", "is none of these"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line_that_names_it(
