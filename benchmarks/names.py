@@ -26,7 +26,7 @@ from sparsight.config import read_toml
 from sparsight.evaluation.data import Passes
 from sparsight.evaluation.truth import truth_table
 from sparsight.images import open_images
-from sparsight.latents import LatentIndex
+from sparsight.latents import LatentIndex, Postings
 from sparsight.latents.names import wording
 from sparsight.naming.causal import Causal
 from sparsight.naming.image_space import ImageSpace, embedded
@@ -34,7 +34,7 @@ from sparsight.naming.labels import LabelMethod
 from sparsight.naming.methods import METHODS, Material
 from sparsight.naming.naming import null_seeds
 from sparsight.naming.null import MIN_IMAGES, Null, UntrainedLatents, fit_null
-from sparsight.naming.scores import ArrayRows, LatentActivations, Method
+from sparsight.naming.scores import LatentActivations, Method
 from sparsight.naming.text import TextCorrelation
 from sparsight.naming.untrained import untrained_activations
 from sparsight.naming.vocabulary import open_vocabulary
@@ -223,7 +223,7 @@ def memory(
             values[here] = random.random(counts[row], np.float32)
         space = ImageSpace(torch.from_numpy(matrix), np.arange(images), images)
         rows = LatentActivations(
-            None, np.arange(latents), ArrayRows(offsets, columns, values, images)
+            None, np.arange(latents), Postings(offsets, columns, values, None, images)
         )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         vectors = torch.nn.functional.normalize(torch.randn(words, width), dim=1)

@@ -15,12 +15,11 @@ from latent_parts import SITE, TensorActivations, as_version_1, make_sae
 from sparsight.cli import main
 from sparsight.errors import SparsightError, UserError
 from sparsight.images import ImageSource, load_batches, open_images
-from sparsight.latents import LatentIndex, LatentName, build_index, set_names
+from sparsight.latents import LatentIndex, LatentName, Postings, build_index, set_names
 from sparsight.latents.names import TRUTH_SOURCE
 from sparsight.naming import ImageSpace, LatentActivations, forget_names, name_latents
 from sparsight.naming.causal import Causal
 from sparsight.naming.names_file import NameTable
-from sparsight.naming.scores import ArrayRows
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel, load_model
 from sparsight.vision.passes import PassSettings
@@ -270,8 +269,12 @@ def test_the_causal_score_follows_the_embedding_when_a_latent_is_added(parts: Pa
     method = Causal(
         space, ["cat", "green", "sun"], words, model, SITE, "patches", source, SETTINGS
     )  # fmt: skip
-    rows = ArrayRows(
-        np.array([0, 2]), np.array([0, 3], np.int32), np.array([1.0, 4.0], np.float32), N_IMAGES
+    rows = Postings(
+        np.array([0, 2]),
+        np.array([0, 3], np.int32),
+        np.array([1.0, 4.0], np.float32),
+        None,
+        N_IMAGES,
     )
     (block,) = method.blocks(LatentActivations(parts.sae, np.array([1]), rows))
 

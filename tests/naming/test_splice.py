@@ -7,8 +7,9 @@ from sklearn.linear_model import Lasso
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sparsight.latents import Postings
 from sparsight.naming.image_space import ImageSpace
-from sparsight.naming.scores import ArrayRows, LatentActivations
+from sparsight.naming.scores import LatentActivations
 from sparsight.naming.splicing import Splice, splice
 from sparsight.sae import SAEConfig, SparseAutoencoder, TopK
 
@@ -59,10 +60,11 @@ def test_latents_get_the_words_of_their_images() -> None:
     space = ImageSpace(matrix, np.arange(n_images), n_images)
     columns = [np.flatnonzero(of_image == word) for word in (3, 17, 40)]
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in columns])])
-    rows = ArrayRows(
+    rows = Postings(
         offsets.astype(np.int64),
         np.concatenate(columns).astype(np.int32),
         np.ones(int(offsets[-1]), dtype=np.float32),
+        None,
         n_images,
     )
     sae = SparseAutoencoder(8, SAEConfig(n_latents=3, sparsity=TopK(k=1)), seed=0)

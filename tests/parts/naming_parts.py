@@ -8,17 +8,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latent_parts import make_sae
+from sparsight.latents import Postings
 from sparsight.naming.image_space import ImageSpace
-from sparsight.naming.scores import ArrayRows, LatentActivations
+from sparsight.naming.scores import LatentActivations
 
 
-def rows_of(dense: np.ndarray) -> ArrayRows:
+def rows_of(dense: np.ndarray) -> Postings:
     """Compressed rows of `[latents, images]`; zeros do not fire."""
     row, column = np.nonzero(dense)
     counts = np.bincount(row, minlength=len(dense))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     values = dense[row, column].astype(np.float32)
-    return ArrayRows(offsets, column.astype(np.int32), values, dense.shape[1])
+    return Postings(offsets, column.astype(np.int32), values, None, dense.shape[1])
 
 
 def latents_of(dense: np.ndarray) -> LatentActivations:

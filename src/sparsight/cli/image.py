@@ -10,7 +10,7 @@ import pyarrow as pa
 import tyro
 
 from sparsight.cli.help import Help
-from sparsight.cli.listing import print_rows, save_rows, sorted_by
+from sparsight.cli.listing import print_rows, save_rows, sorted_by, with_sort_joined
 from sparsight.cli.opening import as_trained, open_model, open_run_index
 from sparsight.cli.options import CommandOptions, ModelOptions, parse
 from sparsight.cli.patch_grid import patch_rows, print_patches
@@ -82,7 +82,7 @@ class ImageOptions(CommandOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, look up or compute, print."""
-    joined = _with_sort_joined(arguments)
+    joined = with_sort_joined(arguments)
     options = parse(ImageOptions, "image", joined, helped=HELP)
     check_positive(limit=options.limit)
     if options.run is None or not options.photo:
@@ -101,17 +101,6 @@ def main(arguments: Sequence[str]) -> None:
         print_patches(found, chosen, options.limit)
     else:
         _print(found, table, options)
-
-
-def _with_sort_joined(arguments: Sequence[str]) -> list[str]:
-    """Join `--sort -COLUMN` by an equals sign, as the minus would make it an option."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1] == "--sort" and argument.startswith("-") and argument[1:2] != "-":
-            joined[-1] = f"--sort={argument}"
-        else:
-            joined.append(argument)
-    return joined
 
 
 def _print(found: ImageLatents, table: pa.Table, options: ImageOptions) -> None:

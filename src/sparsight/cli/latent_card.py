@@ -63,7 +63,7 @@ def _name(index: LatentIndex, row: dict[str, Any]) -> Iterator[str]:
 
 
 def _neighbours(index: LatentIndex, latent: int) -> Iterator[str]:
-    if index.version == 1 or index.file(NEIGHBOURS) is None:
+    if index.file(NEIGHBOURS) is None:
         return
     names = index.table["name"].to_pylist()
     words: dict[By, str] = {"decoder": "closest decoder rows", "coactivation": "fires with"}

@@ -12,7 +12,7 @@ import tyro
 
 from sparsight.cli.help import Help
 from sparsight.cli.latent_card import print_card
-from sparsight.cli.listing import COLUMNS, print_rows, save_rows, sorted_by
+from sparsight.cli.listing import COLUMNS, print_rows, save_rows, sorted_by, with_sort_joined
 from sparsight.cli.opening import open_run_index
 from sparsight.cli.options import CommandOptions, parse
 from sparsight.cli.printing import print_table
@@ -86,7 +86,7 @@ class LatentsOptions(CommandOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, then list, describe, query or export."""
-    options = parse(LatentsOptions, "latents", _with_sort_joined(arguments), helped=HELP)
+    options = parse(LatentsOptions, "latents", with_sort_joined(arguments), helped=HELP)
     check_positive(limit=options.limit)
     _check(options)
     if options.run is None:
@@ -105,17 +105,6 @@ def main(arguments: Sequence[str]) -> None:
             print_card(index, latent, options.run)
     else:
         _list(index, options)
-
-
-def _with_sort_joined(arguments: Sequence[str]) -> list[str]:
-    """Join `--sort -COLUMN` by an equals sign, as the minus would make it an option."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1] == "--sort" and argument.startswith("-") and argument[1:2] != "-":
-            joined[-1] = f"--sort={argument}"
-        else:
-            joined.append(argument)
-    return joined
 
 
 def _check(options: LatentsOptions) -> None:

@@ -147,3 +147,14 @@ def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
     }
+
+
+def with_sort_joined(arguments: Sequence[str]) -> list[str]:
+    """Join `--sort -COLUMN` by an equals sign, as the minus would make it an option."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--sort" and argument.startswith("-") and argument[1:2] != "-":
+            joined[-1] = f"--sort={argument}"
+        else:
+            joined.append(argument)
+    return joined

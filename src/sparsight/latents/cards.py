@@ -183,7 +183,7 @@ def similar(
     index: LatentIndex, sae: SparseAutoencoder, latent: int, n: int = SIMILAR_SHOWN
 ) -> list[tuple[int, float]]:
     """Return the latents whose decoder rows have the largest cosine with that of `latent`."""
-    if has_neighbours(index):
+    if index.file(NEIGHBOURS) is not None:
         return [(near.latent, near.score) for near in index.neighbours(latent, "decoder", n)]
     rows = sae.W_dec.detach().float()
     cosine = (rows @ rows[latent]) / (rows.norm(dim=1) * rows[latent].norm()).clamp(min=1e-12)
@@ -194,14 +194,9 @@ def similar(
 
 def fires_with(index: LatentIndex, latent: int, n: int = SIMILAR_SHOWN) -> list[tuple[int, float]]:
     """Return the latents whose activation over images correlates most; [] if that is not known."""
-    if not has_neighbours(index):
+    if index.file(NEIGHBOURS) is None:
         return []
     return [(near.latent, near.score) for near in index.neighbours(latent, "coactivation", n)]
-
-
-def has_neighbours(index: LatentIndex) -> bool:
-    """Return whether an index knows the neighbours of its latents."""
-    return index.version > 1 and index.file(NEIGHBOURS) is not None
 
 
 def _outlines(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsight.errors import UserError
 from sparsight.images import sample_places
+from sparsight.latents.index import LatentIndex
 from sparsight.latents.nearest import NOBODY
 from sparsight.latents.neighbour_tables import Neighbour, NeighbourTable
 from sparsight.latents.postings import ENTRIES_AT_ONCE, Postings, row_blocks
@@ -75,19 +76,18 @@ class _Moments:
         return cls(mean, np.sqrt(around))
 
 
-def _check_places(queries: HasPostings, others: HasPostings) -> None:
-    """Raise a `UserError` if two indexes were built from different images."""
-    counts = [one.by_image.n_rows for one in (queries, others)]
-    about = [getattr(one, "manifest", {}).get("images", {}) for one in (queries, others)]
-    prints = [images.get("fingerprint") for images in about]
-    if counts[0] != counts[1] or prints[0] != prints[1]:
-        listed = " and ".join(
-            f"{n:,} of {images.get('source', 'unknown images')}"
-            for n, images in zip(counts, about, strict=True)
-        )
+def _check_same_images(index: LatentIndex, other: LatentIndex) -> None:
+    """Check that two indexes were built from the same images.
+
+    Raises:
+        UserError: they were not.
+    """
+    one, two = index.manifest["images"], other.manifest["images"]
+    if one["fingerprint"] != two["fingerprint"]:
         raise UserError(
-            f"The two indexes were built from different images ({listed}), so their latents cannot "
-            "be compared by co-activation. Build both from the same images."
+            f"{index.folder} and {other.folder} were built from different images "
+            f"({one['n_images']:,} of {one['source']} and {two['n_images']:,} of {two['source']}), "
+            "so their latents cannot be compared by co-activation. Build both from the same images."
         )
 
 
@@ -101,6 +101,9 @@ class Coactivation:
         others: the index whose latents are neighbours; default: the same one.
         sample: seed of a random sample of the images, where all of them would take long (see
             `MOST_PAIRS`); None: always use all images.
+
+    Raises:
+        UserError: two indexes were built from different images.
     """
 
     def __init__(
@@ -112,7 +115,8 @@ class Coactivation:
         counts = np.zeros(queries.by_image.n_rows, dtype=bool)
         counts[queries.image_places] = True
         if others is not None:
-            _check_places(queries, others)
+            if isinstance(queries, LatentIndex) and isinstance(others, LatentIndex):
+                _check_same_images(queries, others)
             read = np.zeros_like(counts)
             read[others.image_places] = True
             counts &= read

@@ -469,7 +469,7 @@ class LatentIndex:
 
     def where(self, condition: str) -> pa.Table:
         """Return the rows of `table` for which a condition holds, such as `density < .01 and moran
-        > moran_null`; see `filtered`.
+        > .3`; see `filtered`.
 
         Raises:
             UserError: a typo, or an unknown column; the message has its place.

@@ -54,7 +54,6 @@ def neighbours_across(
         range(index.n_latents) if latents is None else [index.checked(latent) for latent in latents]
     )
     if by == "coactivation":
-        check_same_images(index, other)
         return Coactivation(index, other, sample=0 if latents is None else None).table(
             asked, n, quiet=quiet
         )
@@ -71,21 +70,6 @@ def neighbours_across(
     live = live_latents(other)
     rows = saes[1].W_dec[torch.from_numpy(np.flatnonzero(live))]
     return among_live(nearest_rows(saes[0].W_dec[list(asked)], rows, n), live)
-
-
-def check_same_images(index: LatentIndex, other: LatentIndex) -> None:
-    """Check that two indexes were built from the same images.
-
-    Raises:
-        UserError: they were not.
-    """
-    one, two = index.manifest["images"], other.manifest["images"]
-    if one["fingerprint"] != two["fingerprint"]:
-        raise UserError(
-            f"{index.folder} and {other.folder} were built from different images "
-            f"({one['n_images']:,} of {one['source']} and {two['n_images']:,} of {two['source']}), "
-            "so their latents cannot be compared by co-activation. Build both from the same images."
-        )
 
 
 def live_latents(index: LatentIndex) -> Bool[np.ndarray, " latents"]:

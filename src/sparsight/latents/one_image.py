@@ -15,13 +15,13 @@ from jaxtyping import Float32, Int64
 from PIL import Image
 
 from sparsight.errors import UserError
-from sparsight.images import ImageError, ImageInfo
-from sparsight.images.decoding import decode_image, read_image_file
+from sparsight.images import ImageInfo
 from sparsight.latents.heatmaps import has_heatmaps
 from sparsight.latents.index import LatentIndex
 from sparsight.notebooks import html_grid, need_pandas
 from sparsight.sae import SparseAutoencoder, SparseCode
 from sparsight.vision import VisionModel
+from sparsight.vision.queries import read_query
 
 if TYPE_CHECKING:
     import pandas
@@ -265,12 +265,7 @@ def _opened(index: LatentIndex, image: int | Path | Image.Image, model: VisionMo
         return index.picture(image)
     if isinstance(image, Image.Image):
         return image
-    if not image.is_file():
-        raise UserError(f"{image}: this image file does not exist.")
-    try:
-        return decode_image(read_image_file(image), model.min_side)
-    except ImageError as error:
-        raise UserError(f"{image}: cannot be read as an image ({error.reason}).") from error
+    return read_query(image, model.min_side)
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 
 from sparsight.errors import UserError
 from sparsight.images import ImageSource, sample_places
-from sparsight.naming.image_space import ImageSpace, check_text
+from sparsight.naming.image_space import ImageSpace, check_words
 from sparsight.naming.scores import LatentActivations
-from sparsight.naming.text import TextMethod, centred
+from sparsight.naming.text import TextMethod
 from sparsight.sae import SparseAutoencoder
 from sparsight.vision import VisionModel
 from sparsight.vision.passes import ImagePass, PassSettings
@@ -60,7 +60,7 @@ class Causal(TextMethod):
         settings: PassSettings,
         seed: int = 0,
     ) -> None:
-        check_text(model)
+        check_words(model)
         if tokens not in _WHERE:
             raise UserError(
                 f"The causal method adds a latent at the positions that the SAE reads; this SAE "
@@ -75,10 +75,6 @@ class Causal(TextMethod):
             self._pixels = torch.cat([batch.pixels for batch in seen])
         with torch.no_grad():
             self._plain = normalize(model.embed_images(self._pixels), dim=1)
-
-    def prepared(self, vectors: Float[Tensor, "words d"]) -> Float[Tensor, "words d"]:
-        """Subtract the mean of all words, and normalise."""
-        return normalize(centred(vectors), dim=1)
 
     @torch.no_grad()
     def directions(self, activations: LatentActivations, block: range) -> Float[Tensor, "some d"]:

@@ -21,6 +21,7 @@ from sparsight.images import ImageSource
 from sparsight.naming.scores import LatentActivations
 from sparsight.vision import VisionModel
 from sparsight.vision.passes import ImagePass, PassSettings
+from sparsight.vision.queries import check_texts
 
 IMAGES_AT_ONCE = 1 << 15
 """Images whose embeddings are in memory in float32 at any moment."""
@@ -140,7 +141,7 @@ def embedded(
     Raises:
         UserError: the model has no text tower, or its images and texts share no space.
     """
-    check_text(model)
+    check_words(model)
     with tempfile.TemporaryDirectory(prefix="sparsight-names-") as folder:
         path = Path(folder) / "embeddings.raw"
         read: list[int] = []
@@ -160,10 +161,6 @@ def embedded(
         yield ImageSpace(matrix.view(len(read), width), np.array(read, np.int64), len(source))
 
 
-def check_text(model: VisionModel) -> None:
-    """Raise a `UserError` unless texts can be compared with images in a model."""
-    if not model.has_text or not model.has_joint_space:
-        raise UserError(
-            f"{model.id} has no text tower, so texts cannot be compared with its images. Give a "
-            "second model that has one with --text-model."
-        )
+def check_words(model: VisionModel) -> None:
+    """Raise a `UserError` unless words can be compared with images in a model."""
+    check_texts(model, "Give a second model that has one with --text-model.")

@@ -18,7 +18,7 @@ from sparsight.images import ImageSource
 from sparsight.latents import LatentIndex
 from sparsight.latents.image_records import image_records
 from sparsight.latents.names import TRUTH_SOURCE, names_from_truth, names_of
-from sparsight.naming.image_space import check_text, embedded
+from sparsight.naming.image_space import check_words, embedded
 from sparsight.naming.labels import MIN_PRECISION
 from sparsight.naming.methods import METHODS, NEED_TEXT, Material
 from sparsight.naming.names_file import TRUTH, NameTable, precedence
@@ -218,7 +218,7 @@ class _Texts:
                 "Names by text, and phrases of a vision-language model, are judged with a model "
                 "that has a text tower; give --text-model."
             )
-        check_text(model)
+        check_words(model)
         return model
 
     def words(self) -> Vocabulary:

@@ -10,13 +10,15 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from sparsight.latents import Postings
+from sparsight.latents.postings import row_blocks
 from sparsight.sae import SparseAutoencoder
 
 N_CANDIDATES = 5
@@ -25,41 +27,6 @@ N_CANDIDATES = 5
 LATENTS_AT_ONCE = 2048
 WORDS_AT_ONCE = 4096
 _SMALLEST_SPREAD = 1e-6
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """Activations of latents over images, as compressed rows; `latents.postings.Postings` is one.
-
-    Row `i` has the entries `offsets[i]` to `offsets[i + 1]`: the images (places in the source,
-    rising) in which the latent fires, and its strongest activation in each.
-    """
-
-    @property
-    def offsets(self) -> Int64[np.ndarray, " rows_and_one"]:
-        """Bounds of the rows."""
-
-    @property
-    def columns(self) -> np.ndarray:
-        """The image of each entry."""
-
-    @property
-    def values(self) -> np.ndarray:
-        """The activation of each entry, float32."""
-
-    @property
-    def n_columns(self) -> int:
-        """Number of images in the source, unread ones included."""
-
-
-@dataclass(frozen=True)
-class ArrayRows:
-    """Compressed rows of activations in memory; see `Rows`."""
-
-    offsets: Int64[np.ndarray, " rows_and_one"]
-    columns: Int32[np.ndarray, " entries"]
-    values: Float32[np.ndarray, " entries"]
-    n_columns: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +42,7 @@ class LatentActivations:
 
     sae: SparseAutoencoder
     latents: Int64[np.ndarray, " rows"]
-    rows: Rows
+    rows: Postings
     given_decoder: Float[Tensor, "rows d_out"] | None = None
 
     def __len__(self) -> int:
@@ -84,7 +51,7 @@ class LatentActivations:
     @property
     def n_images(self) -> Int64[np.ndarray, " rows"]:
         """Number of images in which each latent fires."""
-        return np.diff(self.rows.offsets)
+        return self.rows.counts
 
     @property
     def decoder(self) -> Float[Tensor, "rows d_out"]:
@@ -102,7 +69,7 @@ class LatentActivations:
             for array in (self.rows.columns, self.rows.values)
         )
         bounds = np.concatenate([[0], np.cumsum(self.n_images[rows])]).astype(np.int64)
-        own = ArrayRows(bounds, columns, values, self.rows.n_columns)
+        own = Postings(bounds, columns, values, None, self.rows.n_columns)
         return LatentActivations(self.sae, self.latents[rows], own, self.decoder[rows])
 
     @classmethod
@@ -110,10 +77,11 @@ class LatentActivations:
         """Join latents of several SAEs with the same normaliser; `sae` is that of the first."""
         first = parts[0]
         bounds = [part.n_images for part in parts]
-        rows = ArrayRows(
+        rows = Postings(
             np.concatenate([[0], np.cumsum(np.concatenate(bounds))]).astype(np.int64),
             np.concatenate([part.rows.columns for part in parts]),
             np.concatenate([part.rows.values for part in parts]),
+            None,
             first.rows.n_columns,
         )
         latents = np.concatenate([part.latents for part in parts])
@@ -121,12 +89,9 @@ class LatentActivations:
 
     def blocks(self, latents: int = LATENTS_AT_ONCE, entries: int = 1 << 22) -> Iterator[range]:
         """Divide the rows into ranges of few enough latents and entries, or of one row."""
-        offsets, first = self.rows.offsets, 0
-        while first < len(self):
-            most = int(np.searchsorted(offsets, int(offsets[first]) + entries, side="right")) - 1
-            stop = min(max(first + 1, most), first + latents, len(self))
-            yield range(first, stop)
-            first = stop
+        for block in row_blocks(self.rows.offsets, entries):
+            for start in range(block.start, block.stop, latents):
+                yield range(start, min(start + latents, block.stop))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -37,12 +38,14 @@ class TextMethod(WordScores):
         self.vectors = self.prepared(vectors.float().cpu())
 
     def prepared(self, vectors: Float[Tensor, "words d"]) -> Float[Tensor, "words d"]:
-        """Return what each latent's vector is multiplied with, per word."""
-        raise NotImplementedError
+        """Return what each latent's vector is multiplied with, per word: the word's, without the
+        mean of all words and of length 1.
+        """
+        return normalize(centred(vectors), dim=1)
 
+    @abstractmethod
     def directions(self, activations: LatentActivations, block: range) -> Float[Tensor, "some d"]:
         """Return the vectors of a block of latents."""
-        raise NotImplementedError
 
     def blocks(self, activations: LatentActivations) -> Iterator[ScoreBlock]:
         """Yield the scores, block by block."""
@@ -100,10 +103,6 @@ class Centroid(TextMethod):
 
     name: ClassVar[str] = "centroid"
     plain_name: ClassVar[str] = "cosine"
-
-    def prepared(self, vectors: Float[Tensor, "words d"]) -> Float[Tensor, "words d"]:
-        """Subtract the mean of all words, and normalise."""
-        return normalize(centred(vectors), dim=1)
 
     def directions(self, activations: LatentActivations, block: range) -> Float[Tensor, "some d"]:
         """Return the centred mean embedding of each latent's strongest images, of length 1."""

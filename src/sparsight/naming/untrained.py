@@ -12,9 +12,10 @@ from torch import Tensor
 from sparsight.activations import ActivationSource
 from sparsight.errors import UserError
 from sparsight.evaluation.baselines import INIT_SAMPLE, untrained
+from sparsight.latents import Postings
 from sparsight.latents.code_shards import CodeBatch
 from sparsight.latents.encoding import usual_batch
-from sparsight.naming.scores import ArrayRows, LatentActivations
+from sparsight.naming.scores import LatentActivations
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
 
@@ -81,7 +82,7 @@ class _Collector:
         order = np.argsort(row, kind="stable")  # so images keep rising
         counts = np.bincount(row, minlength=len(self.kept))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        rows = ArrayRows(offsets, image[order], value[order], n_places)
+        rows = Postings(offsets, image[order], value[order], None, n_places)
         return LatentActivations(self.sae, self.kept.astype(np.int64), rows)
 
 

@@ -11,9 +11,15 @@ from sparsight.images import ImageError, decode_image
 from sparsight.images.decoding import read_image_file
 from sparsight.vision.model import VisionModel
 
+SEARCH_INSTEAD = "Search by an image (--image FILE), or use a CLIP or SigLIP."
 
-def check_texts(model: VisionModel) -> None:
-    """Check that a model's images can be searched by text.
+
+def check_texts(model: VisionModel, instead: str = SEARCH_INSTEAD) -> None:
+    """Check that texts can be compared with a model's images.
+
+    Args:
+        model: the model.
+        instead: what to do if they cannot, as a sentence.
 
     Raises:
         UserError: the model has no joint space of images and texts, or no text tower.
@@ -22,7 +28,7 @@ def check_texts(model: VisionModel) -> None:
         lacks = "text tower" if model.has_joint_space else "joint space of images and texts"
         raise UserError(
             f"{model.id} ({model.family}) has no {lacks}, so texts cannot be compared with its "
-            "images. Search by an image (--image FILE), or use a CLIP or SigLIP."
+            f"images. {instead}"
         )
 
 
@@ -58,4 +64,4 @@ def read_query(path: Path, min_side: int | None = None) -> Image.Image:
     try:
         return decode_image(read_image_file(path), min_side)
     except ImageError as error:
-        raise UserError(f"{path}: cannot be used as the query ({error.reason}).") from error
+        raise UserError(f"{path}: cannot be read as an image ({error.reason}).") from error
