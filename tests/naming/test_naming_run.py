@@ -146,6 +146,22 @@ def test_forgetting_drops_all_names_or_those_of_a_method(index: LatentIndex) -> 
     assert NameTable.of(empty).rows.num_rows == 0
 
 
+def test_joint_embeddings_of_the_index_are_not_made_again(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = build_index(
+        parts.sae, parts.model, parts.source, out=tmp_path, embeddings="joint", workers=0,
+        neighbours=False, quiet=True,
+    )  # fmt: skip
+    monkeypatch.delattr("sparsight.naming.naming.embedded")
+    named = name_latents(
+        index, parts.sae, parts.activations, by=["text"], model=parts.model, false_names=0.1,
+        settings=SETTINGS,
+    ).index  # fmt: skip
+    for latent in range(len(COLOURS)):
+        assert named.row(latent)["name"] == parts.named.row(latent)["name"] is not None
+
+
 def test_a_name_that_a_person_has_set_outlives_those_that_methods_give(
     parts: Parts, index: LatentIndex
 ) -> None:

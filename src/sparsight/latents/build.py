@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Int64
@@ -29,7 +30,7 @@ from sparsight.latents.encoding import (
     usual_batch,
 )
 from sparsight.latents.heatmaps import has_heatmaps
-from sparsight.latents.image_records import image_records
+from sparsight.latents.image_records import ImageRecords, image_records
 from sparsight.latents.index import LatentIndex
 from sparsight.latents.index_files import (
     AGAIN,
@@ -139,7 +140,7 @@ def build_index(
         "seed": seed,
     }
     nearness = NearnessSettings(embeddings, neighbours)
-    return _replace(Path(out), sae, passed, settings, names, nearness, quiet)
+    return _Build(sae, passed, settings, names, nearness, quiet).replace(Path(out))
 
 
 @torch.no_grad()
@@ -182,8 +183,8 @@ def upgrade_index(
             "images of the index, or build a new index without --upgrade."
         )
     settings = {"uniform_samples": UNIFORM_SAMPLES, **index.manifest["settings"]}
-    nearness = NearnessSettings()
-    return _replace(index.folder, sae, passed, settings, names_of(index), nearness, quiet)
+    build = _Build(sae, passed, settings, names_of(index), NearnessSettings(), quiet)
+    return build.replace(index.folder)
 
 
 @dataclass(frozen=True)
@@ -201,22 +202,6 @@ class _Pass:
     site: str
     batches: Iterator[CodeBatch]
     recorder: EmbeddingRecorder | None
-
-
-def _replace(
-    out: Path,
-    sae: SparseAutoencoder,
-    passed: _Pass,
-    settings: dict[str, int],
-    names: Mapping[int, LatentName],
-    nearness: NearnessSettings,
-    quiet: bool,
-) -> LatentIndex:
-    """Write an index; if the process is killed at any point, the old or the new one remains."""
-    _refuse_other_things(out)
-    with replaced(out, FILES, wait=0) as staged:
-        _write(staged, sae, passed, settings, names, nearness, quiet)
-    return LatentIndex.open(out)
 
 
 def _refuse_other_things(out: Path) -> None:
@@ -239,92 +224,111 @@ def _refuse_other_things(out: Path) -> None:
         )
 
 
-def _write(
-    folder: Path,
-    sae: SparseAutoencoder,
-    passed: _Pass,
-    settings: dict[str, int],
-    names: Mapping[int, LatentName],
-    nearness: NearnessSettings,
-    quiet: bool,
-) -> None:
-    """Write all files of an index into an empty folder."""
-    data, recorder = passed.data, passed.recorder
-    spool = PostingSpool(folder)
-    if recorder is not None:
-        recorder.begin(folder)
-    statistics = _statistics(sae, data, passed.site, spool)
-    places: list[Int64[Tensor, " batch"]] = []
-    n_tokens = 0
-    with progress("index", data.n_images, "images", quiet=quiet) as line:
-        for batch in _grouped(passed.batches):
-            n_tokens = batch.n_tokens
-            statistics.add(batch)
-            places.append(batch.image_indices.cpu())
-            line.advance(len(batch.image_indices))
-    if not statistics.n_images:
-        raise UserError("No images to index: the source is empty, or none of its images loads.")
-    records = image_records(data)
-    spool.write(folder / BY_IMAGE, folder / BY_LATENT, records.n_images, sae.n_latents)
-    images = records.table(torch.cat(places).numpy())
-    postings = Postings.open(
-        folder / BY_LATENT,
-        sae.n_latents,
-        records.n_images,
-        spool.n_entries,
-        tokens=True,
-        again=AGAIN,
-    )
-    by_image = Postings.open(
-        folder / BY_IMAGE,
-        records.n_images,
-        sae.n_latents,
-        spool.n_entries,
-        tokens=False,
-        again=AGAIN,
-    )
-    read = images["image"].to_numpy()
-    near = Nearness(folder, postings, by_image, read, settings["seed"], quiet)
-    summary = summarise(postings, images, settings, near.embed(recorder))
-    n_label_counts = summary.labels.write(folder / LABEL_COUNTS)
-    table = with_names(latent_table(statistics, summary, images), names)
-    near.miss(summary.examples.top)
-    if nearness.neighbours:
-        table = near.neighbours(sae.W_dec, table)
-    write_bytes(folder / LATENTS, parquet(table))
-    write_bytes(folder / IMAGES, parquet(images))
-    write_bytes(folder / LABELS, parquet(summary.labels.table))
-    write_bytes(folder / EXAMPLES, safetensors.torch.save(summary.tensors()))
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "sae": {
-            "hash": sae.fingerprint(),
-            "n_latents": sae.n_latents,
-            "d_in": sae.d_in,
-        },
-        "model": {k: v for k, v in data.model_info.items() if k != "images"},
-        "images": {
-            "source": records.spec,
-            "fingerprint": records.fingerprint,
-            "n_images": statistics.n_images,
-            "n_unread": records.n_images - statistics.n_images,
-            "n_vectors": statistics.n_vectors,
-        },
-        "site": passed.site,
-        "tokens": data.tokens,
-        "n_tokens": n_tokens,
-        "n_entries": spool.n_entries,
-        "n_label_counts": n_label_counts,
-        "settings": settings,
-        **near.about,
-        "files": {
-            name: described(folder / name)
-            for name in (*BUILT, *NEAR)
-            if name in BUILT or (folder / name).exists()
-        },
-    }
-    write_manifest(folder, manifest)
+@dataclass(frozen=True)
+class _Build:
+    """One index on its way to disk."""
+
+    sae: SparseAutoencoder
+    passed: _Pass
+    settings: dict[str, int]
+    names: Mapping[int, LatentName]
+    nearness: NearnessSettings
+    quiet: bool
+
+    def replace(self, out: Path) -> LatentIndex:
+        """Write the index; if the process is killed at any point, the old or the new remains."""
+        _refuse_other_things(out)
+        with replaced(out, FILES, wait=0) as staged:
+            self.write(staged)
+        return LatentIndex.open(out)
+
+    def write(self, folder: Path) -> None:
+        """Write all files into an empty folder."""
+        spool = PostingSpool(folder)
+        statistics, places, n_tokens = self._collect(folder, spool)
+        records = image_records(self.passed.data)
+        shape = (self.sae.n_latents, records.n_images)
+        spool.write(folder / BY_IMAGE, folder / BY_LATENT, records.n_images, self.sae.n_latents)
+        images = records.table(places)
+        by_latent, by_image = (
+            Postings.open(folder / name, *sides, spool.n_entries, tokens=tokens, again=AGAIN)
+            for name, sides, tokens in ((BY_LATENT, shape, True), (BY_IMAGE, shape[::-1], False))
+        )
+        near = Nearness(folder, by_latent, by_image, places, self.settings["seed"], self.quiet)
+        first = near.embed(self.passed.recorder)
+        summary = summarise(by_latent, images, self.settings, first)
+        n_label_counts = summary.labels.write(folder / LABEL_COUNTS)
+        table = with_names(latent_table(statistics, summary, images), self.names)
+        near.miss(summary.examples.top)
+        if self.nearness.neighbours:
+            table = near.neighbours(self.sae.W_dec, table)
+        write_bytes(folder / LATENTS, parquet(table))
+        write_bytes(folder / IMAGES, parquet(images))
+        write_bytes(folder / LABELS, parquet(summary.labels.table))
+        write_bytes(folder / EXAMPLES, safetensors.torch.save(summary.tensors()))
+        counts = {
+            "n_tokens": n_tokens,
+            "n_entries": spool.n_entries,
+            "n_label_counts": n_label_counts,
+        }
+        self._write_manifest(folder, statistics, records, {**counts, **near.about})
+
+    def _collect(
+        self, folder: Path, spool: PostingSpool
+    ) -> tuple[LatentStatistics, Int64[np.ndarray, " images"], int]:
+        """Make the pass; return statistics, places of the images that were read, and tokens."""
+        passed = self.passed
+        if passed.recorder is not None:
+            passed.recorder.begin(folder)
+        statistics = _statistics(self.sae, passed.data, passed.site, spool)
+        places: list[Int64[Tensor, " batch"]] = []
+        n_tokens = 0
+        with progress("index", passed.data.n_images, "images", quiet=self.quiet) as line:
+            for batch in _grouped(passed.batches):
+                n_tokens = batch.n_tokens
+                statistics.add(batch)
+                places.append(batch.image_indices.cpu())
+                line.advance(len(batch.image_indices))
+        if not statistics.n_images:
+            raise UserError("No images to index: the source is empty, or none of its images loads.")
+        return statistics, torch.cat(places).numpy(), n_tokens
+
+    def _write_manifest(
+        self,
+        folder: Path,
+        statistics: LatentStatistics,
+        records: ImageRecords,
+        about: Mapping[str, Any],
+    ) -> None:
+        """Write what ties the index to its origin, with the checksum of each file."""
+        data = self.passed.data
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "sae": {
+                "hash": self.sae.fingerprint(),
+                "n_latents": self.sae.n_latents,
+                "d_in": self.sae.d_in,
+            },
+            "model": {k: v for k, v in data.model_info.items() if k != "images"},
+            "images": {
+                "source": records.spec,
+                "fingerprint": records.fingerprint,
+                "n_images": statistics.n_images,
+                "n_unread": records.n_images - statistics.n_images,
+                "n_vectors": statistics.n_vectors,
+            },
+            "site": self.passed.site,
+            "tokens": data.tokens,
+            "settings": self.settings,
+            **about,
+            "files": {
+                name: described(folder / name)
+                for name in (*BUILT, *NEAR)
+                if name in BUILT or (folder / name).exists()
+            },
+        }
+        write_manifest(folder, manifest)
 
 
 def _statistics(

@@ -122,14 +122,6 @@ def without_repeats(entries: LatentEntries, first: Int64[Tensor, " places"]) -> 
     strongest[1:] = key[order][1:] != key[order][:-1]
     kept = torch.zeros(len(key), dtype=torch.bool)
     kept[order[strongest]] = True
-    latent = entries.latent[kept]
-    _, number, lengths = latent.unique_consecutive(return_inverse=True, return_counts=True)
-    start = (lengths.cumsum(0) - lengths)[number]
-    return LatentEntries(
-        latent,
-        entries.image[kept],
-        entries.token[kept],
-        entries.value[kept],
-        torch.arange(len(latent)) - start,
-        lengths[number],
+    return LatentEntries.ranked(
+        entries.latent[kept], entries.image[kept], entries.token[kept], entries.value[kept]
     )

@@ -62,25 +62,29 @@ class LatentEntries:
     def read(cls, postings: Postings, latents: range) -> LatentEntries:
         """Read the entries of a range of latents."""
         assert postings.tokens is not None
-        bounds = torch.from_numpy(postings.offsets[latents.start : latents.stop + 1].copy())
+        bounds = postings.offsets[latents.start : latents.stop + 1]
         here = slice(int(bounds[0]), int(bounds[-1]))
         latent = torch.from_numpy(postings.rows_of(latents))
         value = torch.from_numpy(postings.values[here].copy())
         order = ((latent - latents.start << 32) + strength_rank(value)).argsort(stable=True)
-        lengths = bounds.diff()
-        start = (bounds[:-1] - bounds[0]).repeat_interleave(lengths)
         image, token = (
             torch.from_numpy(column[here].astype(np.int64))
             for column in (postings.columns, postings.tokens)
         )
-        return cls(
-            latent,  # ordering keeps each latent's entries together
-            image[order],
-            token[order],
-            value[order],
-            torch.arange(len(latent)) - start,
-            lengths.repeat_interleave(lengths),
-        )
+        # Ordering keeps each latent's entries together.
+        return cls.ranked(latent, image[order], token[order], value[order])
+
+    @classmethod
+    def ranked(
+        cls,
+        latent: Int64[Tensor, " n"],
+        image: Int64[Tensor, " n"],
+        token: Int64[Tensor, " n"],
+        value: Float[Tensor, " n"],
+    ) -> LatentEntries:
+        """Number entries that are in order within their latents."""
+        start, count = groups(latent)
+        return cls(latent, image, token, value, torch.arange(len(latent)) - start, count)
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,23 @@ def _drawn(
     if not len(group):
         return torch.zeros(0, dtype=torch.bool), group
     # Groups are numbered from 0, so that a key fits 63 bits.
-    _, number, lengths = group.unique_consecutive(return_inverse=True, return_counts=True)
-    start = (lengths.cumsum(0) - lengths)[number]
+    number = group.unique_consecutive(return_inverse=True)[1]
+    start, _ = groups(group)
     order = ((number << RANK_BITS) + ticket).argsort(stable=True)
     chosen = torch.zeros(len(group), dtype=torch.bool)
     chosen[order] = torch.arange(len(group)) - start < most
     before = chosen.long().cumsum(0) - chosen.long()
     return chosen, before - before[start]
+
+
+def groups(group: Int64[Tensor, " n"]) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+    """Return, for each entry, the first entry of its group and the size of the group.
+
+    Args:
+        group: group of each entry; equal ones stand together.
+    """
+    _, number, lengths = group.unique_consecutive(return_inverse=True, return_counts=True)
+    return (lengths.cumsum(0) - lengths)[number], lengths[number]
 
 
 def strength_rank(activation: Float[Tensor, " n"]) -> Int[Tensor, " n"]:

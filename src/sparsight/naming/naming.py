@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from sparsight.errors import UserError
 from sparsight.images import ImageSource
 from sparsight.latents import LatentIndex
 from sparsight.latents.image_records import image_records
+from sparsight.latents.index_files import EMBEDDINGS
 from sparsight.latents.names import TRUTH_SOURCE, names_from_truth, names_of
-from sparsight.naming.image_space import check_words, embedded
+from sparsight.naming.image_space import ImageSpace, check_words, embedded
 from sparsight.naming.labels import MIN_PRECISION
 from sparsight.naming.methods import METHODS, NEED_TEXT, Material
 from sparsight.naming.names_file import TRUTH, NameTable, precedence
@@ -266,7 +267,7 @@ def _material(
             "again with `sparsight index`."
         )
     answers = texts.ask(index, seed, settings.quiet) if "vlm" in methods else None
-    with embedded(model, source, index.image_places, settings) as space:
+    with _space(index, model, source, settings) as space:
         yield Material(
             index,
             sae,
@@ -280,6 +281,17 @@ def _material(
             source,
             answers,
         )
+
+
+def _space(
+    index: LatentIndex, model: VisionModel, source: ImageSource, settings: PassSettings
+) -> AbstractContextManager[ImageSpace]:
+    """Give the embedded images: those of the index, if this model made them; else embed them."""
+    same = model.weights_hash == index.manifest["model"].get("weights_hash")
+    if same and index.file(EMBEDDINGS) is not None and index.embeddings.kind == "joint":
+        stored = index.embeddings
+        return nullcontext(ImageSpace(stored.matrix, stored.places, index.n_places))
+    return embedded(model, source, index.image_places, settings)
 
 
 def _untrained(
