@@ -12,9 +12,10 @@ import torch
 from torch.nn.functional import normalize
 
 from latent_parts import SITE, TensorActivations, as_version_1, make_sae
+from naming_parts import planted_colours
 from sparsight.cli import main
 from sparsight.errors import SparsightError, UserError
-from sparsight.images import ImageSource, load_batches, open_images
+from sparsight.images import ImageSource, open_images
 from sparsight.latents import LatentIndex, LatentName, Postings, build_index, set_names
 from sparsight.latents.names import TRUTH_SOURCE
 from sparsight.naming import ImageSpace, LatentActivations, forget_names, name_latents
@@ -43,22 +44,7 @@ class Parts:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """An untrained SAE with four latents that see the colour of the background."""
-    model, source = load_model("calibration", device="cpu"), open_images(f"calibration:{N_IMAGES}")
-    batches = load_batches(source, model.transform, 32, workers=0)
-    x = torch.cat([model.read(batch.pixels, [SITE])[SITE] for batch in batches])
-    activations = TensorActivations(x, source, model)
-    about = {"id": model.id, "weights_hash": model.weights_hash}
-    sae = make_sae(192, N_LATENTS, k=8, model=about, images=source.spec)
-    shows = [source.scene(i).background for i in range(N_IMAGES)]  # type: ignore[attr-defined]
-    image_means = x[:, 1:].mean(dim=1)
-    for latent, colour in enumerate(COLOURS):
-        own = torch.tensor([each == colour for each in shows])
-        direction = image_means[own].mean(dim=0) - image_means[~own].mean(dim=0)
-        direction = direction / direction.norm()
-        edge = (image_means[~own] @ direction).quantile(0.9)
-        sae.W_enc[latent] = 20 * direction
-        sae.b_enc[latent] = -20 * edge
-        sae.W_dec[latent] = direction
+    model, source, activations, sae = planted_colours(N_IMAGES, N_LATENTS, COLOURS)
     run = tmp_path_factory.mktemp("run")
     sae.save_pretrained(run)
     index = build_index(sae, activations, out=run / "index", quiet=True)

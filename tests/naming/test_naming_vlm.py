@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_parts import SITE, TensorActivations, make_sae
+from latent_parts import TensorActivations, make_sae
+from naming_parts import planted_colours
 from sparsight.calibration.symbols import COLOUR_VALUES, COLOURS
 from sparsight.cli import main
 from sparsight.errors import SparsightError, UserError
-from sparsight.images import load_batches, open_images
 from sparsight.latents import LatentIndex, build_index
 from sparsight.naming import name_latents
 from sparsight.naming.names_file import NameTable
@@ -28,7 +28,7 @@ from sparsight.naming.vlm import (
 from sparsight.naming.vlm_answers import NONE, PHRASE, AnswerFile, parse_answer
 from sparsight.naming.vlm_client import KEY_VARIABLE, AskFailure, VlmClient, VlmSettings
 from sparsight.sae import SparseAutoencoder
-from sparsight.vision import VisionModel, load_model
+from sparsight.vision import VisionModel
 from sparsight.vision.passes import PassSettings
 from vlm_server import Question, Reply, VlmServer, says, vlm_server
 
@@ -48,22 +48,7 @@ class Parts:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """An untrained SAE with four latents that see the colour of the background."""
-    model, source = load_model("calibration", device="cpu"), open_images(f"calibration:{N_IMAGES}")
-    batches = load_batches(source, model.transform, 32, workers=0)
-    x = torch.cat([model.read(batch.pixels, [SITE])[SITE] for batch in batches])
-    activations = TensorActivations(x, source, model)
-    about = {"id": model.id, "weights_hash": model.weights_hash}
-    sae = make_sae(192, N_LATENTS, k=8, model=about, images=source.spec)
-    shows = [source.scene(i).background for i in range(N_IMAGES)]  # type: ignore[attr-defined]
-    image_means = x[:, 1:].mean(dim=1)
-    for latent, colour in enumerate(PLANTED):
-        own = torch.tensor([each == colour for each in shows])
-        direction = image_means[own].mean(dim=0) - image_means[~own].mean(dim=0)
-        direction = direction / direction.norm()
-        edge = (image_means[~own] @ direction).quantile(0.9)
-        sae.W_enc[latent] = 20 * direction
-        sae.b_enc[latent] = -20 * edge
-        sae.W_dec[latent] = direction
+    model, _, activations, sae = planted_colours(N_IMAGES, N_LATENTS, PLANTED)
     run = tmp_path_factory.mktemp("run")
     sae.save_pretrained(run)
     build_index(sae, activations, out=run / "index", quiet=True)

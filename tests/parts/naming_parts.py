@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from latent_parts import make_sae
+from latent_parts import SITE, TensorActivations, make_sae
+from sparsight.images import ImageSource, load_batches, open_images
 from sparsight.latents import Postings
 from sparsight.naming.image_space import ImageSpace
 from sparsight.naming.scores import LatentActivations
+from sparsight.sae import SparseAutoencoder
+from sparsight.vision import VisionModel, load_model
 
 
 def rows_of(dense: np.ndarray) -> Postings:
@@ -42,3 +47,26 @@ def space_of(
     matrix: Tensor = normalize(torch.randn(n_images, 6, generator=generator) + 0.5, dim=1)
     places = np.array([i for i in range(n_images) if i not in unread], dtype=np.int64)
     return ImageSpace(matrix[torch.from_numpy(places)], places, n_images)
+
+
+def planted_colours(
+    n_images: int, n_latents: int, colours: Sequence[str]
+) -> tuple[VisionModel, ImageSource, TensorActivations, SparseAutoencoder]:
+    """An untrained SAE whose first latents each see one colour of the background."""
+    model, source = load_model("calibration", device="cpu"), open_images(f"calibration:{n_images}")
+    batches = load_batches(source, model.transform, 32, workers=0)
+    x = torch.cat([model.read(batch.pixels, [SITE])[SITE] for batch in batches])
+    activations = TensorActivations(x, source, model)
+    about = {"id": model.id, "weights_hash": model.weights_hash}
+    sae = make_sae(192, n_latents, k=8, model=about, images=source.spec)
+    shows = [source.scene(i).background for i in range(n_images)]  # type: ignore[attr-defined]
+    image_means = x[:, 1:].mean(dim=1)
+    for latent, colour in enumerate(colours):
+        own = torch.tensor([each == colour for each in shows])
+        direction = image_means[own].mean(dim=0) - image_means[~own].mean(dim=0)
+        direction = direction / direction.norm()
+        edge = (image_means[~own] @ direction).quantile(0.9)
+        sae.W_enc[latent] = 20 * direction
+        sae.b_enc[latent] = -20 * edge
+        sae.W_dec[latent] = direction
+    return model, source, activations, sae

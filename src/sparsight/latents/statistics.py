@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError
 from sparsight.latents.code_shards import CodeBatch
-from sparsight.latents.examples import strength_rank
+from sparsight.latents.image_maxima import ImageMaxima, image_maxima
 from sparsight.latents.postings import PostingSpool
 from sparsight.latents.spatial import SPATIAL_IMAGES, SpatialStatistics
 
@@ -85,31 +85,25 @@ class LatentStatistics:
         self.n_vectors += len(code)
         if not len(values):
             return
-        token = code.rows % n_tokens
-        pair = code.rows // n_tokens * self.n_latents + code.indices
-        order = _by_pair_and_strength(pair, values)
-        pair, token, values = pair[order], token[order], values[order]
-        pairs, place, lengths = pair.unique_consecutive(return_inverse=True, return_counts=True)
-        first = lengths.cumsum(0) - lengths
-        latent, row = pairs % self.n_latents, pairs // self.n_latents
+        maxima = image_maxima(code, n_tokens)
+        token, values = (code.rows % n_tokens)[maxima.order], values[maxima.order]
         if self.spatial is not None:
-            self._add_spatial(latent, row, place, token, values, n_tokens, first_image)
+            self._add_spatial(maxima, token, values, n_tokens, first_image)
+        lengths = maxima.lengths
         sums = torch.segment_reduce(values.double(), "sum", lengths=lengths).cpu()
         prefix = (token < self.n_prefix).long()
-        n_prefix = torch.zeros_like(lengths).index_add_(0, place, prefix).cpu()
-        image = images.cpu()[row.cpu()]
-        latent = latent.cpu()
+        n_prefix = torch.zeros_like(lengths).index_add_(0, maxima.pair, prefix).cpu()
+        latent = maxima.latent.cpu()
         self.n_active.index_add_(0, latent, lengths.cpu())
         self.n_active_prefix.index_add_(0, latent, n_prefix)
         self.n_active_images += latent.bincount(minlength=self.n_latents)
         self.sum.index_add_(0, latent, sums)
-        self.spool.add(image, latent, values[first].cpu(), token[first].cpu())
+        image = images.cpu()[maxima.image.cpu()]
+        self.spool.add(image, latent, maxima.value.cpu(), maxima.token.cpu())
 
     def _add_spatial(
         self,
-        latent: Int[Tensor, " pairs"],
-        row: Int[Tensor, " pairs"],
-        place: Int[Tensor, " entries"],
+        maxima: ImageMaxima,
         token: Int[Tensor, " entries"],
         values: Float32[Tensor, " entries"],
         n_tokens: int,
@@ -118,18 +112,9 @@ class LatentStatistics:
         """Add the patches of every `_stride`-th image."""
         assert self.spatial is not None
         patch = token - (n_tokens - self.spatial.n_patches)
-        taken = (patch >= 0) & ((first_image + row[place]) % self._stride == 0)
-        self.spatial.add(latent, place[taken], patch[taken], values[taken].double())
-
-
-def _by_pair_and_strength(
-    pair: Int[Tensor, " entries"], values: Float32[Tensor, " entries"]
-) -> Int[Tensor, " entries"]:
-    """Return an order by pair, then strength; among equals the first stays first."""
-    if int(pair.max()) < 1 << 31:
-        return ((pair << 32) + strength_rank(values)).argsort(stable=True)
-    order = strength_rank(values).argsort(stable=True)
-    return order[pair[order].argsort(stable=True)]
+        image = first_image + maxima.image[maxima.pair]
+        taken = (patch >= 0) & (image % self._stride == 0)
+        self.spatial.add(maxima.latent, maxima.pair[taken], patch[taken], values[taken].double())
 
 
 @dataclass(frozen=True)

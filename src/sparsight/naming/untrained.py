@@ -15,6 +15,7 @@ from sparsight.evaluation.baselines import INIT_SAMPLE, untrained
 from sparsight.latents import Postings
 from sparsight.latents.code_shards import CodeBatch
 from sparsight.latents.encoding import usual_batch
+from sparsight.latents.image_maxima import image_maxima
 from sparsight.naming.scores import LatentActivations
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder
@@ -49,19 +50,12 @@ class _Collector:
 
     def add(self, batch: CodeBatch) -> None:
         """Add the codes of the next images."""
-        code = batch.code
-        row = self._row[code.indices.cpu().numpy()]
+        maxima = image_maxima(batch.code, batch.n_tokens)
+        row = self._row[maxima.latent.cpu().numpy()]
         known = row >= 0
-        image = code.rows.cpu().numpy()[known] // batch.n_tokens
-        value = code.values.float().cpu().numpy()[known]
-        pair = row[known] * len(batch.image_indices) + image
-        order = np.lexsort((-value, pair))
-        pair, value = pair[order], value[order]
-        first = np.ones(len(pair), dtype=bool)
-        first[1:] = pair[1:] != pair[:-1]
-        pair, value = pair[first], value[first]
-        places = batch.image_indices.numpy().astype(np.int32)[pair % len(batch.image_indices)]
-        self._parts.append(((pair // len(batch.image_indices)).astype(np.int32), places, value))
+        places = batch.image_indices.cpu()[maxima.image.cpu()].numpy().astype(np.int32)
+        value = maxima.value.cpu().numpy()[known]
+        self._parts.append((row[known].astype(np.int32), places[known], value))
         self._n += len(value)
         while self._n > self.most_entries and len(self.kept) > 1:
             self.kept = self.kept[: len(self.kept) // 2]

@@ -20,6 +20,7 @@ from sparsight.evaluation.scenes import TruthSource
 from sparsight.evaluation.truth import MIN_SCENES, truth_table
 from sparsight.images import ImageError, ImageSource
 from sparsight.latents.code_shards import CodeBatch
+from sparsight.latents.image_maxima import image_maxima
 from sparsight.latents.image_records import image_records
 from sparsight.progress import progress
 from sparsight.sae import SparseAutoencoder, SparseCode
@@ -271,14 +272,10 @@ def _measured(
 
 def peaks_of(code: SparseCode, n_tokens: int) -> Float[Tensor, "images n_latents"]:
     """Return each latent's strongest activation in each image, as a sparse matrix."""
-    n_images = len(code) // n_tokens
-    key = code.rows.cpu() // n_tokens * code.n_latents + code.indices.cpu()
-    pair, place = key.unique(return_inverse=True)
-    peak = torch.zeros(len(pair)).scatter_reduce_(
-        0, place, code.values.cpu().float(), "amax", include_self=False
-    )
-    where = torch.stack([pair // code.n_latents, pair % code.n_latents])
-    return torch.sparse_coo_tensor(where, peak, (n_images, code.n_latents), check_invariants=False)
+    maxima = image_maxima(code, n_tokens)
+    where = torch.stack([maxima.image, maxima.latent]).cpu()
+    shape = (len(code) // n_tokens, code.n_latents)
+    return torch.sparse_coo_tensor(where, maxima.value.cpu(), shape, check_invariants=False)
 
 
 def _truth(

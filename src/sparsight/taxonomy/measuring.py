@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsight.latents.code_shards import CodeBatch
+from sparsight.latents.image_maxima import image_maxima
+from sparsight.sae import SparseCode
 from sparsight.taxonomy.looks import N_COLOURS, N_TEXTURES, Looks
 
 Column = npt.NDArray[np.float64]
@@ -120,7 +122,7 @@ class Measuring:
         self.n_images += n
         before = token < self.n_prefix
         _add(self._vectors, latent, torch.stack([torch.ones_like(value), before.double()], 1))
-        self._add_peaks(latent, image, value, n, looks)
+        self._add_peaks(code, looks)
         if not self.n_patches:
             return
         kept = ~before
@@ -137,18 +139,9 @@ class Measuring:
             self._sizes[name] += torch.bincount(group.flatten(), minlength=sums.shape[1])
         self._add_shapes(latent, image, patch, value, n)
 
-    def _add_peaks(
-        self,
-        latent: Int[Tensor, " entries"],
-        image: Int[Tensor, " entries"],
-        value: Float[Tensor, " entries"],
-        n: int,
-        looks: Looks | None,
-    ) -> None:
-        pair, place = (latent * n + image).unique(return_inverse=True)
-        peak = torch.zeros(len(pair), dtype=torch.float64)
-        peak.scatter_reduce_(0, place, value, "amax", include_self=False)
-        latent, image = pair // n, pair % n
+    def _add_peaks(self, code: SparseCode, looks: Looks | None) -> None:
+        maxima = image_maxima(code, self.n_tokens)
+        latent, image, peak = maxima.latent.cpu(), maxima.image.cpu(), maxima.value.cpu().double()
         _add(self._peak, latent, torch.stack([torch.ones_like(peak), peak, peak**2], dim=1))
         if looks is None:
             return
