@@ -51,7 +51,7 @@ class TaxonomyOptions(SubjectOptions):
     """Measure on a random sample of this many images."""
 
     least_correlation: float = LEAST_CORRELATION
-    """Least correlation over images of two latents that are linked across layers."""
+    """Link two latents only if their correlation over images reaches this."""
 
     links: int = 1
     """Number of links from each latent to the next layer."""

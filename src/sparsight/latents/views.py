@@ -17,9 +17,9 @@ from sparsight.figures import count
 from sparsight.latents.cards import Card, Gallery, make_gallery
 from sparsight.latents.dead_latents import dead_latents_table
 from sparsight.latents.drawing import density_histogram, density_scatter, error_by_position
-from sparsight.latents.latent_table import as_json, latent_table
 from sparsight.latents.run_files import RunFiles
 from sparsight.latents.stored import StoredCodes
+from sparsight.latents.table_data import as_json, table_data
 from sparsight.pages import plots, scores
 from sparsight.pages.style import to_svg
 from sparsight.pages.tables import Plot, Table, Tile
@@ -145,7 +145,7 @@ def make_view(
         attributes=scores.attribute_table(run.metrics),
         config=without_folders(run.config),
         gallery=gallery,
-        latents=as_json(latent_table(run.index, shown)) if run.index and shown else Markup(""),
+        latents=as_json(table_data(run.index, shown)) if run.index and shown else Markup(""),
         fires=_fires(gallery),
         commands=_commands(run, shown[0]) if shown else [],
     )

@@ -42,7 +42,7 @@ def write_taxonomy(layers: Sequence[LayerKinds], edges: Sequence[Edge], out: str
         edges: result of `follow`.
         out: the folder.
     """
-    out, table = Path(out), latent_table(layers)
+    out, table = Path(out), table_of_kinds(layers)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     with replaced(out, FILES) as staged:
@@ -66,7 +66,7 @@ def write_taxonomy(layers: Sequence[LayerKinds], edges: Sequence[Edge], out: str
     return out
 
 
-def latent_table(layers: Sequence[LayerKinds]) -> pa.Table:
+def table_of_kinds(layers: Sequence[LayerKinds]) -> pa.Table:
     """Return one row per latent: layer, site, latent, kind, its source, truth and all measures."""
     parts = []
     for layer in layers:

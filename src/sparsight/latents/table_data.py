@@ -18,7 +18,7 @@ MOST_ROWS = 8192
 """Rows in the page; of more latents, the best understood are listed."""
 
 
-def latent_table(index: LatentIndex, shown: Sequence[int]) -> dict[str, Any]:
+def table_data(index: LatentIndex, shown: Sequence[int]) -> dict[str, Any]:
     """Return columns about the latents, best understood first.
 
     Args:
