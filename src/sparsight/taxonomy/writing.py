@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from sparsight.files import write_bytes, write_json, write_text
 from sparsight.folders import replaced
 from sparsight.intervals import wilson_interval
+from sparsight.latents.index_files import parquet
 from sparsight.pages.style import PALETTE, figure, plot_style, save_svg
 from sparsight.taxonomy.classifying import LayerKinds, truth_kind
 from sparsight.taxonomy.following import Edge
@@ -43,10 +43,8 @@ def write_taxonomy(layers: Sequence[LayerKinds], edges: Sequence[Edge], out: str
         out: the folder.
     """
     out, table = Path(out), table_of_kinds(layers)
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
     with replaced(out, FILES) as staged:
-        write_bytes(staged / PARQUET, sink.getvalue())
+        write_bytes(staged / PARQUET, parquet(table))
         write_text(staged / CSV, _csv(table.column_names, [list(r.values()) for r in _rows(table)]))
         write_text(staged / TABLE, table_markdown(layers))
         write_json(staged / SUMMARY, summary(layers))
